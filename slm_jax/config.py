@@ -1,0 +1,417 @@
+"""A run's configuration: frozen dataclasses, read from YAML and dotted command-line overrides, strictly.
+
+The defaults are the ``tiny`` recipe, so that training with no arguments at all works. Two kinds of key: *identity*
+keys say what is trained on what (they must agree for a resume); *execution* keys say for how long, where and how
+often something is reported, and may change between two starts of a run.
+"""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+from slm_jax.errors import InputError, MissingInputError
+from slm_jax.model import PRESETS, DType, GPTConfig, get_gpt_config
+
+_GPT_FIELDS = [field for field in dataclasses.fields(GPTConfig) if field.name != "dtype"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    """How text becomes token ids.
+
+    Attributes:
+        kind: bpe (trained on the training text), char, simple (the book's words), or gpt2.
+        vocab_size: how many tokens a trained bpe has; the other kinds follow from the text.
+        path: a saved tokenizer file, folder or run to use instead of training one.
+    """
+
+    kind: Literal["bpe", "char", "simple", "gpt2"] = "bpe"
+    vocab_size: int = 1_024
+    path: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What is trained on, and how it is cut.
+
+    Attributes:
+        source: builtin:python-docs, text:GLOB, named:NAME or tokens:FILE.bin.
+        validation_source: a second source to validate on; default: the last part of the first.
+        validation_fraction: how much of the source validates when there is no second one, 0 to 1.
+        sampling: stride takes windows at fixed distances, every one once an epoch; random takes random offsets.
+        stride: tokens from one window to the next; default: the context length, so that windows do not overlap.
+        shuffle: whether stride windows come in a new random order each epoch.
+    """
+
+    source: str = "builtin:python-docs"
+    validation_source: str | None = None
+    validation_fraction: float = 0.1
+    sampling: Literal["random", "stride"] = "random"
+    stride: int | None = None
+    shuffle: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov & Hutter 2019) and its learning-rate schedule.
+
+    Attributes:
+        learning_rate: the peak rate.
+        schedule: cosine (after the warmup, down to the final rate), constant, or wsd (warmup, stable, decay).
+        warmup_steps: steps from 0 to the peak rate.
+        decay_steps: wsd: length of the final decay (default: a tenth of all steps); cosine: where the decay ends
+            (default: the last step).
+        final_learning_rate: the rate at the end of a decay; default: a tenth of the peak.
+        weight_decay: decoupled decay of weight matrices and embeddings; norms and biases never decay.
+        beta1: decay of the first moment.
+        beta2: decay of the second moment.
+        eps: added to the root of the second moment.
+        clip_norm: the global norm that gradients are clipped to; null: no clipping.
+    """
+
+    learning_rate: float = 2e-3
+    schedule: Literal["cosine", "constant", "wsd"] = "cosine"
+    warmup_steps: int = 100
+    decay_steps: int | None = None
+    final_learning_rate: float | None = None
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.99
+    eps: float = 1e-8
+    clip_norm: float | None = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How long and in what portions; training ends after ``steps`` or ``epochs``, whichever comes first.
+
+    Attributes:
+        steps: optimizer steps in all.
+        epochs: passes over the training tokens in all.
+        batch_size: sequences an optimizer step, over all devices.
+        accumulate: micro-batches that a batch is cut into, to save memory; divides batch_size.
+        eval_every: steps from one evaluation of the whole validation split to the next.
+        eval_batch_size: sequences at a time in evaluation; default: batch_size.
+        log_every: steps from one line of metrics.jsonl to the next.
+    """
+
+    steps: int | None = 1_000
+    epochs: float | None = None
+    batch_size: int = 16
+    accumulate: int = 1
+    eval_every: int = 250
+    eval_batch_size: int | None = None
+    log_every: int = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """What is kept of a run while it goes on.
+
+    Attributes:
+        every: steps from one checkpoint to the next.
+        keep: how many of the latest are kept, apart from the one of the lowest validation loss.
+    """
+
+    every: int = 250
+    keep: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How devices share the work.
+
+    Attributes:
+        data: devices over which batches are split; -1: all that the other axes leave.
+        fsdp: devices over which parameters and optimizer state are split too.
+        tensor: reserved; 1.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    """Text sampled while training.
+
+    Attributes:
+        every: steps from one sample to the next; 0: none.
+        prompt: what the sample starts with.
+        max_new_tokens: its length in tokens.
+        temperature: below 1 safer, above 1 wilder, 0 always the likeliest token.
+        top_k: how many of the likeliest tokens are drawn from; null: all.
+    """
+
+    every: int = 250
+    prompt: str = "The "
+    max_new_tokens: int = 100
+    temperature: float = 0.8
+    top_k: int | None = 50
+
+
+# GPTConfig's fields, each optional (None: the preset's value), and a dtype that may be left to the device.
+ModelSection: Any = dataclasses.make_dataclass(
+    "ModelSection",
+    [
+        ("preset", Literal[tuple(PRESETS)], dataclasses.field(default="tiny")),  # type: ignore[valid-type]
+        *((field.name, field.type | None, dataclasses.field(default=None)) for field in _GPT_FIELDS),  # type: ignore[operator]
+        ("dtype", Literal["auto"] | DType, dataclasses.field(default="auto")),
+    ],
+    frozen=True,
+)
+ModelSection.__module__ = __name__
+ModelSection.__doc__ = """The model: a preset, and any of its fields replaced (null: the preset's value).
+
+    Attributes:
+        preset: tiny, mini, gpt2-small, gpt2-medium, gpt2-large or gpt2-xl.
+""" + re.sub(r"^\s+dtype:.*\n", "", (GPTConfig.__doc__ or "").partition("Attributes:\n")[2], flags=re.M).replace(
+    "        vocab_size: number of token ids.",
+    "        dtype: what is computed in; auto: bfloat16 where the hardware has it, else float32.\n"
+    "        vocab_size: number of token ids; default: the tokenizer's.",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """A whole run.
+
+    Attributes:
+        task: the stage of training.
+        seed: decides initialisation, data order, dropout and samples.
+        run: the run's name and folder; default: the name of the recipe.
+        runs_dir: where runs are kept.
+        resume: auto goes on where the run stopped, if it exists; never refuses to; must insists.
+        model: the model.
+        tokenizer: the tokenizer.
+        data: the data.
+        optimizer: the optimizer.
+        train: the training.
+        checkpoint: the checkpoints.
+        mesh: the devices.
+        sample: the samples.
+    """
+
+    task: Literal["pretraining"] = "pretraining"
+    seed: int = 0
+    run: str | None = None
+    runs_dir: str = "runs"
+    resume: Literal["auto", "never", "must"] = "auto"
+    model: ModelSection = dataclasses.field(default_factory=ModelSection)
+    tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
+
+    def __post_init__(self) -> None:
+        _check_numbers(self)
+        if self.train.steps is None and self.train.epochs is None:
+            raise InputError("train.steps and train.epochs are both null; expected at least one of them")
+        if self.train.batch_size % self.train.accumulate:
+            raise InputError(
+                f"train.accumulate is {self.train.accumulate}, which does not divide train.batch_size "
+                f"{self.train.batch_size}; expected a divisor of it"
+            )
+        if self.mesh.tensor != 1:
+            raise InputError(f"mesh.tensor is {self.mesh.tensor}; tensor parallelism is not there yet, expected 1")
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.run or "tiny"
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.runs_dir).expanduser() / self.name
+
+    def gpt_config(self, vocab_size: int, dtype: DType = "float32") -> GPTConfig:
+        """Return the model's configuration for a tokenizer of ``vocab_size`` ids, computing in ``dtype``."""
+        section = dataclasses.asdict(self.model)
+        overrides = {field.name: section[field.name] for field in _GPT_FIELDS if section[field.name] is not None}
+        if overrides.setdefault("vocab_size", vocab_size) < vocab_size:
+            raise InputError(
+                f"model.vocab_size is {overrides['vocab_size']}, but the tokenizer has {vocab_size} token ids; "
+                "leave it null or make it at least that"
+            )
+        return get_gpt_config(section["preset"], dtype=dtype, **overrides)
+
+
+def _check_numbers(config: RunConfig) -> None:
+    """Refuse numbers outside their range, naming key, value and range."""
+    at_least: dict[str, float] = {
+        "seed": 0,
+        "tokenizer.vocab_size": 1,
+        "data.stride": 1,
+        "optimizer.warmup_steps": 0,
+        "optimizer.decay_steps": 0,
+        "optimizer.weight_decay": 0,
+        "optimizer.final_learning_rate": 0,
+        "train.steps": 1,
+        "train.batch_size": 1,
+        "train.accumulate": 1,
+        "train.eval_every": 1,
+        "train.eval_batch_size": 1,
+        "train.log_every": 1,
+        "checkpoint.every": 1,
+        "checkpoint.keep": 1,
+        "mesh.fsdp": 1,
+        "sample.every": 0,
+        "sample.max_new_tokens": 1,
+        "sample.temperature": 0,
+        "sample.top_k": 1,
+    }
+    values = flatten(to_dict(config))
+    for key, least in at_least.items():
+        if values[key] is not None and not values[key] >= least:
+            raise InputError(f"{key} is {values[key]}; expected at least {least:g}")
+    for key in ("optimizer.learning_rate", "optimizer.eps", "optimizer.clip_norm", "train.epochs"):
+        if values[key] is not None and not 0 < values[key] < float("inf"):
+            raise InputError(f"{key} is {values[key]}; expected a number above 0")
+    for key in ("data.validation_fraction", "optimizer.beta1", "optimizer.beta2"):
+        if not 0 < values[key] < 1:
+            raise InputError(f"{key} is {values[key]}; expected a number between 0 and 1")
+    if config.mesh.data != -1 and config.mesh.data < 1:
+        raise InputError(f"mesh.data is {config.mesh.data}; expected -1 (all devices) or at least 1")
+    if not config.name.strip() or Path(config.name).is_absolute() or ".." in Path(config.name).parts:
+        raise InputError(f"run is {config.name!r}; expected a folder name inside runs_dir, such as my-run")
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """Return the configuration as nested plain data."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: dict[str, Any], where: str = "configuration") -> RunConfig:
+    """Build a configuration from nested plain data, as strictly as from a file; ``where`` is named in errors."""
+    parser = config_parser("config")
+    try:
+        return _instantiate(parser, parser.parse_object(values))
+    except ArgumentError as error:
+        raise InputError(f"{where}: {_explain(parser, error)}") from None
+
+
+def config_parser(prog: str) -> ArgumentParser:
+    """Return a parser for ``--config FILE.yaml`` and a dotted option for every key."""
+    parser = ArgumentParser(prog=prog, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="a recipe: YAML with any of the keys below")
+    parser.add_class_arguments(RunConfig)
+    return parser
+
+
+def parse_args(args: Sequence[str], prog: str = "slm-jax train") -> RunConfig:
+    """Read recipe files and overrides in the order they are given.
+
+    Raises:
+        InputError: an unknown key, a value of the wrong type or out of range; a file that is missing or not YAML.
+    """
+    parser = config_parser(prog)
+    try:
+        namespace = parser.parse_args(list(args))
+    except ArgumentError as error:
+        raise InputError(_locate(parser, args, error)) from None
+    config = _instantiate(parser, namespace)
+    if config.run is None and namespace.config:
+        config = dataclasses.replace(config, run=Path(str(namespace.config[-1])).stem)
+    return config
+
+
+def load_config(path: Path) -> RunConfig:
+    """Read a run's ``config.yaml``."""
+    if not path.is_file():
+        raise MissingInputError(f"{path}: no such file; expected a run's configuration")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid YAML: {_one_line(error)}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: expected keys and values, found {type(values).__name__}")
+    return from_dict(values, str(path))
+
+
+def dump_config(config: RunConfig) -> str:
+    """Return the configuration as YAML, every key written out."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Turn nested dicts into one of dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return flat
+
+
+# What may differ between the two sides of a resume; every other key is a run's identity.
+_EXECUTION_SECTIONS = ("checkpoint.", "mesh.", "sample.")
+_EXECUTION_KEYS = {
+    *("run", "runs_dir", "resume", "model.dtype", "model.remat", "model.attention", "model.unroll", "model.preset"),
+    *("train.steps", "train.epochs", "train.accumulate", "train.eval_every", "train.eval_batch_size"),
+    "train.log_every",
+}
+
+
+def identity(config: RunConfig, model: GPTConfig) -> dict[str, Any]:
+    """Return the keys that say what is trained on what, with the model's resolved shape."""
+    values = flatten({**to_dict(config), "model": dataclasses.asdict(model)})
+    return {
+        key: value
+        for key, value in values.items()
+        if key not in _EXECUTION_KEYS and not key.startswith(_EXECUTION_SECTIONS)
+    }
+
+
+def first_difference(saved: dict[str, Any], wanted: dict[str, Any]) -> str | None:
+    """Describe the first key in which two identities differ; None where they agree."""
+    for key in [*wanted, *(key for key in saved if key not in wanted)]:
+        if saved.get(key) != wanted.get(key):
+            return f"{key} is {wanted.get(key)!r} now and was {saved.get(key)!r}"
+    return None
+
+
+def _instantiate(parser: ArgumentParser, namespace: Any) -> RunConfig:
+    values = parser.instantiate(namespace)
+    return RunConfig(**{field.name: values[field.name] for field in dataclasses.fields(RunConfig)})
+
+
+def _locate(parser: ArgumentParser, args: Sequence[str], error: ArgumentError) -> str:
+    """Say which recipe file an error came from, if one of them is wrong by itself."""
+    for option, value in zip(args, args[1:], strict=False):
+        if option == "--config":
+            try:
+                parser.parse_args(["--config", value])
+            except ArgumentError as in_file:
+                return f"{value}: {_explain(parser, in_file)}"
+    return _explain(parser, error)
+
+
+def _explain(parser: ArgumentParser, error: ArgumentError) -> str:
+    """Turn the parser's error into one line, with the nearest key where one was misspelt."""
+    message = _one_line(error)
+    unknown = re.search(r"(?:Group '(?P<group>[\w.]+)' does not accept option|[Kk]ey) '(?P<key>[\w.]+)'", message)
+    option = re.search(r"[Uu]nrecognized arguments: --(?P<key>[\w.-]+)", message)
+    if option or (unknown and ("not accept" in message or "not expected" in message)):
+        found = option or unknown
+        assert found is not None
+        group = found.groupdict().get("group")
+        key = f"{group}.{found['key']}" if group else found["key"]
+        known = list(flatten(to_dict(RunConfig())))
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+        leaf = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
+        hint = f"; did you mean {(near or leaf)[0]}?" if near or leaf else "; see --help for all keys"
+        return f"unknown key {key}{hint}"
+    return message
+
+
+def _one_line(error: Exception) -> str:
+    return re.sub(r"\s+", " ", str(error)).strip()

@@ -1,0 +1,1 @@
+"""Text to batches: sources, token arrays, windows."""

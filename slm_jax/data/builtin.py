@@ -1,0 +1,95 @@
+"""English text that every Python carries, so that a first training run needs no download.
+
+Two parts: the language reference behind `help("while")` (about half a megabyte) and the docstrings of the
+standard library (about a megabyte). What exactly is there depends on the Python version, so nothing should
+be measured against a fixed number on this text.
+"""
+
+import ast
+import functools
+import importlib
+import inspect
+import os
+import re
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+from slm_jax.errors import MissingInputError
+
+# Not read: installed packages, tests and demos, and the code pages, which are tables.
+SKIPPED_FOLDERS = frozenset(
+    {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "encodings"}
+)
+SHORTEST_DOCSTRING = 80  # characters; shorter ones are mostly "Return the foo."
+
+_UNDERLINE = re.compile(r"^[ \t]*([-=*~^#+])\1{3,}[ \t]*\n", re.MULTILINE)
+
+
+@functools.cache
+def _documents() -> tuple[str, ...]:
+    named = [*_topics(), *_modules(Path(sysconfig.get_paths()["stdlib"]))]
+    return tuple(text for _, text in sorted(named, key=lambda pair: (pair[0].lower(), pair)))
+
+
+def python_docs() -> list[str]:
+    """The language reference, one document a topic, and the standard library's docstrings, one document a module.
+
+    They are ordered by name, topics among modules, so that a part cut off the end for validation holds both kinds.
+    Text that would stand there twice is left out. Where the standard library comes without its source (an
+    embedded Python), the topics are all there is. The first call takes a second or two.
+    """
+    documents = list(_documents())
+    if not documents:
+        raise MissingInputError(
+            "builtin:python-docs: this Python has neither pydoc_data.topics nor the standard library's source under "
+            f"{sysconfig.get_paths()['stdlib']}; use a text of your own: text:FILE"
+        )
+    return documents
+
+
+def _topics() -> Iterator[tuple[str, str]]:
+    """(name, text) of the language reference, less the topics that stand whole inside another one."""
+    try:
+        found: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
+    except (ImportError, AttributeError):
+        return
+    clean = {name: _UNDERLINE.sub("", text).strip() for name, text in found.items()}
+    kept: list[str] = []
+    for name, text in sorted(clean.items(), key=lambda pair: (-len(pair[1]), pair[0])):
+        if not any(text in longer for longer in kept):
+            kept.append(text)
+            yield name, text
+
+
+def _modules(stdlib: Path) -> Iterator[tuple[str, str]]:
+    """(path, docstrings) of each public module below a folder; the source is parsed, nothing is imported."""
+    seen: set[str] = set()
+    for path in sorted(_source_files(stdlib)):
+        try:
+            tree = ast.parse(path.read_bytes())
+        except (OSError, SyntaxError, ValueError):
+            continue  # no reason to stop: this text is whatever can be found
+        fresh = [text for text in _docstrings(tree) if len(text) >= SHORTEST_DOCSTRING and text not in seen]
+        seen.update(fresh)
+        if fresh:
+            yield path.relative_to(stdlib).as_posix(), "\n\n".join(dict.fromkeys(fresh))
+
+
+def _source_files(stdlib: Path) -> Iterator[Path]:
+    for folder, subfolders, files in os.walk(stdlib):
+        subfolders[:] = [name for name in subfolders if name not in SKIPPED_FOLDERS and not name.startswith("_")]
+        for name in files:
+            if name.endswith(".py") and (name == "__init__.py" or not name.startswith("_")):
+                yield Path(folder, name)
+
+
+def _docstrings(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[str]:
+    """The docstrings of a module in the order in which its source has them."""
+    raw = ast.get_docstring(node, clean=False)
+    # A docstring may spell half a surrogate pair ("\ud800"), which no UTF-8 file can hold.
+    if raw and "\0" not in raw and not any("\ud800" <= character <= "\udfff" for character in raw):
+        yield _UNDERLINE.sub("", inspect.cleandoc(raw)).strip()
+    for child in node.body:
+        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from _docstrings(child)

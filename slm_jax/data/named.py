@@ -1,0 +1,178 @@
+"""A few well-known small files by name: found in $SLM_JAX_DATA, else downloaded once; always checked by SHA-256."""
+
+import difflib
+import hashlib
+import os
+import socket
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+from slm_jax.errors import InputError, MissingInputError
+
+CONNECT_SECONDS = 4.0  # to look up and reach the server; without a network a name lookup alone can hang for minutes
+READ_SECONDS = 20.0  # without one byte from a server that was reached
+
+
+class NamedFile(NamedTuple):
+    """Where a file comes from and what it must contain."""
+
+    file: str
+    url: str
+    sha256: str
+    licence: str
+    plain_text: bool  # False: labelled texts or instructions, for fine-tuning
+
+
+_GITHUB = "https://raw.githubusercontent.com"
+_BOOK = f"{_GITHUB}/rasbt/LLMs-from-scratch/28c65cdfbc3338e2e040016eea4b7fdf556e4d57"
+
+NAMED_FILES: dict[str, NamedFile] = {
+    "the-verdict": NamedFile(
+        file="the-verdict.txt",
+        url=f"{_BOOK}/ch02/01_main-chapter-code/the-verdict.txt",
+        sha256="b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f",
+        licence="public domain (Edith Wharton, 1908)",
+        plain_text=True,
+    ),
+    "tinyshakespeare": NamedFile(
+        file="tinyshakespeare.txt",
+        url=f"{_GITHUB}/karpathy/char-rnn/6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e/data/tinyshakespeare/input.txt",
+        sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+        licence="public domain",
+        plain_text=True,
+    ),
+    "sms-spam": NamedFile(
+        file="sms-spam.tsv",
+        url=f"{_GITHUB}/justmarkham/pycon-2016-tutorial/5339710562cc46c4a32a369d63f1e8751a18a54e/data/sms.tsv",
+        sha256="7d039a24a6083ed9ef0f806ebad56bbb976e3aeb8de05669173bfdc4996c239d",
+        licence="CC BY 4.0 (SMS Spam Collection, UCI)",
+        plain_text=False,
+    ),
+    "instruction-data": NamedFile(
+        file="instruction-data.json",
+        url=f"{_BOOK}/ch07/01_main-chapter-code/instruction-data.json",
+        sha256="7e09a9af353722ca15c18bc580f093f9c39d3178335a75177319cb1e1d163944",
+        licence="Apache-2.0",
+        plain_text=False,
+    ),
+}
+
+
+def plain_text_names() -> list[str]:
+    """The names that `read_documents("named:NAME")` takes."""
+    return [name for name, entry in NAMED_FILES.items() if entry.plain_text]
+
+
+def named_file(name: str) -> Path:
+    """The path of a named file with its pinned content: in $SLM_JAX_DATA, in the cache, or downloaded into the cache.
+
+    The cache is `slm_jax/data` under $XDG_CACHE_HOME, or under `~/.cache` where that is not set. Without a network
+    a file that has to be downloaded is a MissingInputError within five seconds.
+    """
+    entry = NAMED_FILES.get(name)
+    if entry is None:
+        near = difflib.get_close_matches(name, NAMED_FILES, n=1, cutoff=0.5)
+        hint = f"did you mean named:{near[0]}? " if near else ""
+        raise InputError(f"named:{name}: no such name; {hint}the names are {', '.join(NAMED_FILES)}")
+
+    folder = os.environ.get("SLM_JAX_DATA")
+    if folder and (path := Path(folder).expanduser() / entry.file).exists():
+        found = _sha256(path)
+        if found != entry.sha256:
+            raise InputError(
+                f"named:{name}: {path} is not the expected file: its SHA-256 is {found}, expected {entry.sha256}; "
+                f"replace it by {entry.url}, or read your own file with text:{path}"
+            )
+        return path
+
+    path = _cache_folder() / entry.file
+    if not (path.is_file() and _sha256(path) == entry.sha256):
+        _download(name, entry, path)
+    return path
+
+
+def _cache_folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if Path(base).is_absolute() else Path("~/.cache").expanduser()) / "slm_jax" / "data"
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}; check what it is and its permissions") from error
+
+
+def _download(name: str, entry: NamedFile, destination: Path) -> None:
+    """Put the file at `destination`, whole and checked, or leave nothing there."""
+    import requests
+
+    by_hand = f"place the file as {entry.file} in a folder and set SLM_JAX_DATA to that folder"
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=destination.parent, prefix=f".{entry.file}.")
+    except OSError as error:
+        raise InputError(
+            f"named:{name}: cannot write in {destination.parent}: {error.strerror}; "
+            f"set XDG_CACHE_HOME to a folder that can be written, or {by_hand}"
+        ) from error
+
+    digest = hashlib.sha256()
+    try:
+        with os.fdopen(handle, "wb") as file:
+            left = _check_reachable(entry.url)
+            with requests.get(entry.url, stream=True, timeout=(left, READ_SECONDS)) as response:
+                response.raise_for_status()
+                for chunk in response.iter_content(1 << 16):
+                    digest.update(chunk)
+                    file.write(chunk)
+        if digest.hexdigest() != entry.sha256:
+            raise InputError(
+                f"named:{name}: {entry.url} gave something else: its SHA-256 is {digest.hexdigest()}, "
+                f"expected {entry.sha256}; perhaps a login or proxy page came instead: {by_hand}"
+            )
+        Path(temporary).replace(destination)
+    except OSError as error:  # requests' errors are OSErrors, too
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise MissingInputError(
+            f"named:{name}: not in SLM_JAX_DATA ({os.environ.get('SLM_JAX_DATA') or 'not set'}) and could not be "
+            f"downloaded from {entry.url} ({reason}); {by_hand}"
+        ) from error
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _check_reachable(url: str) -> float:
+    """Raise an OSError unless the server, or the proxy that leads to it, answers soon; returns the seconds left.
+
+    requests bounds neither the name lookup nor the sum of its tries at a server's addresses, so this tries first,
+    in a thread that is left behind if it hangs.
+    """
+    from requests.utils import get_environ_proxies, prepend_scheme_if_needed, select_proxy
+
+    proxy = select_proxy(url, get_environ_proxies(url))
+    server = urlsplit(prepend_scheme_if_needed(proxy, "http") if proxy else url)
+    port = server.port or {"http": 80, "https": 443}.get(server.scheme, 1080)  # 1080: SOCKS
+    address = (server.hostname or "", port)
+    outcome: list[OSError | None] = []
+
+    def connect() -> None:
+        try:
+            socket.create_connection(address, timeout=CONNECT_SECONDS).close()
+            outcome.append(None)
+        except OSError as error:
+            outcome.append(error)
+
+    start = time.monotonic()
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(CONNECT_SECONDS)
+    error = outcome[0] if outcome else TimeoutError(f"no answer from {address[0]} in {CONNECT_SECONDS:g} s")
+    if error:
+        raise error
+    return max(1.0, CONNECT_SECONDS - (time.monotonic() - start))

@@ -1,0 +1,360 @@
+"""GPT-2 as Flax modules: configuration, layer norm, feed-forward, transformer block, the whole model.
+
+The parameters are a plain nested dict. All blocks are stacked: every leaf under ``blocks`` has the layer as its
+first axis, and one block's code is applied along it (``flax.linen.scan``). How the stack is executed, as a loop,
+unrolled, rematerialised or in consecutive segments, never changes that tree.
+
+Sources: Radford et al. 2019 (GPT-2); the book's chapter 4.
+"""
+
+import dataclasses
+import math
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float, Int
+
+from slm_jax.attention import FusedMultiHeadAttention
+from slm_jax.errors import InputError
+
+DType = Literal["float32", "bfloat16", "float16"]
+Remat = Literal["none", "dots", "full"]
+AttentionKind = Literal["auto", "xla", "cudnn", "explicit"]
+Params = dict[str, Any]
+
+INIT_STD = 0.02  # GPT-2's standard deviation for every weight matrix
+
+
+@dataclasses.dataclass(frozen=True)
+class GPTConfig:
+    """Shape and execution of a GPT, with the book's field names.
+
+    Attributes:
+        vocab_size: number of token ids.
+        context_length: the most tokens that the model can look at.
+        emb_dim: width of the residual stream; divisible by ``n_heads``.
+        n_heads: attention heads a block.
+        n_layers: transformer blocks.
+        drop_rate: dropout on embeddings, attention weights and both shortcut branches; 0 switches it off.
+        qkv_bias: whether the query, key and value projections have a bias.
+        tie_weights: whether the output head is the token embedding, transposed.
+        bias: False drops every bias, those of the layer norms too.
+        dtype: what activations and matrix products are computed in; logits are always float32.
+        param_dtype: what parameters are stored in.
+        remat: what the backward pass computes again instead of keeping: nothing, all but the matrix products, or all.
+        attention: how attention is computed; ``auto`` takes the fastest that this device and call allow.
+        unroll: whether the stack of blocks is compiled layer by layer rather than as a loop; None: on a CPU, where
+            that is faster.
+    """
+
+    vocab_size: int = 50_257
+    context_length: int = 1_024
+    emb_dim: int = 768
+    n_heads: int = 12
+    n_layers: int = 12
+    drop_rate: float = 0.0
+    qkv_bias: bool = True
+    tie_weights: bool = True
+    bias: bool = True
+    dtype: DType = "float32"
+    param_dtype: DType = "float32"
+    remat: Remat = "none"
+    attention: AttentionKind = "auto"
+    unroll: bool | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InputError(f"model.{name} is {value!r}; expected a whole number of at least 1")
+        if self.emb_dim % self.n_heads:
+            raise InputError(
+                f"model.emb_dim is {self.emb_dim}, which model.n_heads {self.n_heads} does not divide; "
+                f"expected a multiple, such as {math.ceil(self.emb_dim / self.n_heads) * self.n_heads}"
+            )
+        if not 0.0 <= self.drop_rate < 1.0:
+            raise InputError(f"model.drop_rate is {self.drop_rate!r}; expected at least 0 and below 1")
+        choices = (("dtype", DType), ("param_dtype", DType), ("remat", Remat), ("attention", AttentionKind))
+        for name, options in choices:
+            if getattr(self, name) not in get_args(options):
+                expected = ", ".join(get_args(options))
+                raise InputError(f"model.{name} is {getattr(self, name)!r}; expected one of {expected}")
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {"vocab_size": 1_024, "context_length": 128, "emb_dim": 128, "n_heads": 4, "n_layers": 4},
+    "mini": {"vocab_size": 4_096, "context_length": 256, "emb_dim": 256, "n_heads": 8, "n_layers": 6},
+    "gpt2-small": {"emb_dim": 768, "n_heads": 12, "n_layers": 12},
+    "gpt2-medium": {"emb_dim": 1_024, "n_heads": 16, "n_layers": 24},
+    "gpt2-large": {"emb_dim": 1_280, "n_heads": 20, "n_layers": 36},
+    "gpt2-xl": {"emb_dim": 1_600, "n_heads": 25, "n_layers": 48},
+}
+_ALIASES = {"gpt2": "gpt2-small", "small": "gpt2-small", "medium": "gpt2-medium", "large": "gpt2-large", "xl": "gpt2-xl"}
+
+
+def get_gpt_config(name: str = "gpt2-small", **overrides: Any) -> GPTConfig:
+    """Return a preset's :class:`GPTConfig`, with any of its fields replaced.
+
+    Args:
+        name: ``tiny`` or ``mini`` (for CPUs), ``gpt2-small`` (also ``small`` or ``gpt2``), ``gpt2-medium``,
+            ``gpt2-large`` or ``gpt2-xl``.
+        **overrides: fields of :class:`GPTConfig`.
+
+    Raises:
+        InputError: an unknown preset or field, or a value that no model can have.
+    """
+    preset = PRESETS.get(_ALIASES.get(name, name))
+    if preset is None:
+        raise InputError(f"unknown model preset {name!r}; expected one of {', '.join(PRESETS)}")
+    fields = {field.name for field in dataclasses.fields(GPTConfig)}
+    for key in overrides:
+        if key not in fields:
+            raise InputError(f"GPTConfig has no field {key!r}; expected one of {', '.join(sorted(fields))}")
+    return GPTConfig(**{**preset, **overrides})
+
+
+class LayerNorm(nn.Module):
+    """Normalise the last axis to mean 0 and variance 1, then scale and shift (Ba et al. 2016); eps 1e-5 as GPT-2.
+
+    Computed in float32 whatever the input is, and returned in ``dtype``.
+    """
+
+    use_bias: bool = True
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    eps: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch emb"]) -> Float[Array, "*batch emb"]:
+        """Map (..., emb) to the same shape."""
+        x = x.astype(jnp.float32)
+        mean = x.mean(axis=-1, keepdims=True)
+        variance = jnp.square(x - mean).mean(axis=-1, keepdims=True)
+        y = (x - mean) * jax.lax.rsqrt(variance + self.eps)
+        y = y * self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
+        if self.use_bias:
+            y = y + self.param("bias", nn.initializers.zeros, (x.shape[-1],), self.param_dtype)
+        return y.astype(self.dtype)
+
+
+class FeedForward(nn.Module):
+    """Expand to four times the width, GELU (Hendrycks & Gimpel 2016, GPT-2's tanh form), and project back."""
+
+    cfg: GPTConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch seq emb"]) -> Float[Array, "batch seq emb"]:
+        """Map (batch, seq, emb) to the same shape, each position by itself."""
+        cfg = self.cfg
+        common = {"use_bias": cfg.bias, "dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
+        x = nn.Dense(4 * cfg.emb_dim, kernel_init=nn.initializers.normal(INIT_STD), name="fc", **common)(x)
+        x = nn.gelu(x, approximate=True)
+        return nn.Dense(cfg.emb_dim, kernel_init=residual_init(cfg), name="proj", **common)(x)
+
+
+def residual_init(cfg: GPTConfig) -> nn.initializers.Initializer:
+    """GPT-2's initialiser for the 2·n_layers projections that are summed into the residual stream."""
+    return nn.initializers.normal(INIT_STD / math.sqrt(2 * cfg.n_layers))
+
+
+class TransformerBlock(nn.Module):
+    """One pre-norm block: x + attention(norm(x)), then x + feed_forward(norm(x)), dropout on both branches."""
+
+    cfg: GPTConfig
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch seq emb"], mask: Bool[Array, "batch 1 seq seq"] | None, deterministic: bool
+    ) -> tuple[Float[Array, "batch seq emb"], None]:
+        """Map (batch, seq, emb) to the same shape; the second result is ``nn.scan``'s empty output."""
+        cfg = self.cfg
+        norm = {"use_bias": cfg.bias, "dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
+        dropout = nn.Dropout(cfg.drop_rate, deterministic=deterministic)
+        attention = FusedMultiHeadAttention(
+            emb_dim=cfg.emb_dim,
+            n_heads=cfg.n_heads,
+            drop_rate=cfg.drop_rate,
+            qkv_bias=cfg.qkv_bias and cfg.bias,
+            out_bias=cfg.bias,
+            dtype=cfg.dtype,
+            param_dtype=cfg.param_dtype,
+            kernel_init=nn.initializers.normal(INIT_STD),
+            out_kernel_init=residual_init(cfg),
+            implementation=cfg.attention,
+            name="attn",
+        )
+        attended = attention(LayerNorm(**norm, name="norm1")(x), mask=mask, deterministic=deterministic)
+        x = x + dropout(attended)
+        x = x + dropout(FeedForward(cfg, name="ff")(LayerNorm(**norm, name="norm2")(x)))
+        return x, None
+
+
+class OutHead(nn.Module):
+    """The untied output head: hidden states to float32 logits."""
+
+    cfg: GPTConfig
+
+    @nn.compact
+    def __call__(self, hidden: Float[Array, "batch seq emb"]) -> Float[Array, "batch seq vocab"]:
+        """Map (batch, seq, emb) to float32 (batch, seq, vocab_size)."""
+        cfg = self.cfg
+        shape = (cfg.emb_dim, cfg.vocab_size)
+        kernel = self.param("kernel", nn.initializers.normal(INIT_STD), shape, cfg.param_dtype)
+        return _float32_logits(hidden, kernel.astype(cfg.dtype))
+
+
+def _float32_logits(
+    hidden: Float[Array, "batch seq emb"], kernel: Float[Array, "emb vocab"]
+) -> Float[Array, "batch seq vocab"]:
+    """Multiply in the operands' dtype and accumulate in float32: bf16 logits would round the loss away."""
+    return jnp.einsum("bse,ev->bsv", hidden, kernel, preferred_element_type=jnp.float32)
+
+
+class GPTModel(nn.Module):
+    """A decoder-only transformer.
+
+    ``GPTModel(cfg).init(key, tokens)["params"]`` makes the parameters; ``apply({"params": params}, tokens)`` gives
+    float32 logits (batch, seq, vocab_size). ``apply(..., method="hidden")`` stops after the final norm, and
+    ``apply({"params": params}, hidden, method="logits")`` goes on from there. Training with dropout takes
+    ``deterministic=False`` and ``rngs={"dropout": key}``.
+
+    The stack of blocks may also be handed over in consecutive segments (:func:`split_blocks`); gradients then stop at
+    a segment whose parameters are not differentiated, and nothing in front of it is computed backwards.
+    """
+
+    cfg: GPTConfig
+
+    def setup(self) -> None:
+        """Create the submodules; their attribute names are the top level of the params tree."""
+        cfg = self.cfg
+        embed = {"embedding_init": nn.initializers.normal(INIT_STD), "dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
+        self.tok_emb = nn.Embed(cfg.vocab_size, cfg.emb_dim, **embed)
+        self.pos_emb = nn.Embed(cfg.context_length, cfg.emb_dim, **embed)
+        self.drop = nn.Dropout(cfg.drop_rate)
+        self.final_norm = LayerNorm(use_bias=cfg.bias, dtype=cfg.dtype, param_dtype=cfg.param_dtype)
+        if not cfg.tie_weights:
+            self.out_head = OutHead(cfg)
+        segments = _segment_lengths(self.variables.get("params", {})) or {"blocks": cfg.n_layers}
+        for name, length in segments.items():
+            setattr(self, name, _block_stack(cfg, length))
+        self.segment_names = tuple(segments)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "batch seq"],
+        *,
+        positions: Int[Array, "batch seq"] | None = None,
+        segment_ids: Int[Array, "batch seq"] | None = None,
+        deterministic: bool = True,
+    ) -> Float[Array, "batch seq vocab"]:
+        """Compute the logits of the token after each position.
+
+        Args:
+            tokens: int32 (batch, seq), every id below ``vocab_size`` (ids are not checked on the device).
+            positions: index into the position embedding; default 0, 1, 2 …
+            segment_ids: documents packed into one row; a token attends only within its own.
+            deterministic: False applies dropout.
+
+        Returns:
+            float32 (batch, seq, vocab_size).
+
+        Raises:
+            InputError: more tokens than ``context_length``.
+        """
+        hidden = self.hidden(tokens, positions=positions, segment_ids=segment_ids, deterministic=deterministic)
+        return self.logits(hidden)
+
+    def hidden(
+        self,
+        tokens: Int[Array, "batch seq"],
+        *,
+        positions: Int[Array, "batch seq"] | None = None,
+        segment_ids: Int[Array, "batch seq"] | None = None,
+        deterministic: bool = True,
+    ) -> Float[Array, "batch seq emb"]:
+        """Compute the hidden states after the final norm, (batch, seq, emb_dim); arguments as for the whole model."""
+        seq = tokens.shape[1]
+        if seq > self.cfg.context_length:
+            raise InputError(
+                f"{seq} tokens are more than the model's context of {self.cfg.context_length}; "
+                "shorten the input or use a model with a larger context_length"
+            )
+        if positions is None:
+            positions = jnp.arange(seq)[None, :]
+        x = self.tok_emb(tokens) + self.pos_emb(positions)
+        x = self.drop(x, deterministic=deterministic)
+        mask = None if segment_ids is None else segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+        for name in self.segment_names:
+            x, _ = getattr(self, name)(x, mask, deterministic)
+        return self.final_norm(x)
+
+    def logits(self, hidden: Float[Array, "batch seq emb"]) -> Float[Array, "batch seq vocab"]:
+        """Map hidden states (batch, seq, emb_dim) to float32 logits (batch, seq, vocab_size)."""
+        if self.cfg.tie_weights:
+            return _float32_logits(hidden, self.tok_emb.embedding.astype(self.cfg.dtype).T)
+        return self.out_head(hidden)
+
+
+def _block_stack(cfg: GPTConfig, length: int) -> nn.Module:
+    """Build ``length`` blocks whose parameters are stacked along axis 0."""
+    unroll = jax.default_backend() == "cpu" if cfg.unroll is None else cfg.unroll
+    block: Any = TransformerBlock
+    if cfg.remat != "none":
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if cfg.remat == "dots" else None
+        # Inside a loop the compiler cannot merge the recomputation with the forward pass; unrolled it could.
+        block = nn.remat(block, policy=policy, prevent_cse=unroll, static_argnums=(3,))
+    stack = nn.scan(
+        block,
+        variable_axes={"params": 0, "intermediates": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=(nn.broadcast, nn.broadcast),
+        length=length,
+        unroll=length if unroll else 1,
+    )
+    return stack(cfg)
+
+
+def _segment_lengths(params: Params) -> dict[str, int]:
+    """Name and number of blocks of each segment in a params tree, first to last."""
+    names = sorted((n for n in params if n.startswith("blocks")), key=lambda n: int(n.partition("_")[2] or 0))
+    return {name: jax.tree.leaves(params[name])[0].shape[0] for name in names}
+
+
+def split_blocks(params: Params, first: int) -> Params:
+    """Cut the stack of blocks in two segments, ``blocks_0`` (the first ``first``) and ``blocks_1`` (the others).
+
+    The model runs either form. Freezing everything but ``blocks_1`` and what follows it saves the backward pass
+    through ``blocks_0``: hand the two parts over as separate trees and differentiate one of them.
+    """
+    length = jax.tree.leaves(params["blocks"])[0].shape[0]
+    if not 0 < first < length:
+        raise InputError(f"cannot cut {length} blocks after block {first}; expected 1 to {length - 1}")
+    rest = {name: value for name, value in params.items() if name != "blocks"}
+    head = jax.tree.map(lambda leaf: leaf[:first], params["blocks"])
+    tail = jax.tree.map(lambda leaf: leaf[first:], params["blocks"])
+    return {**rest, "blocks_0": head, "blocks_1": tail}
+
+
+def join_blocks(params: Params) -> Params:
+    """Undo :func:`split_blocks`: one stack ``blocks`` again."""
+    names = list(_segment_lengths(params))
+    rest = {name: value for name, value in params.items() if name not in names}
+    stack = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *(params[name] for name in names))
+    return {**rest, "blocks": stack}
+
+
+def init_params(cfg: GPTConfig, key: jax.Array) -> Params:
+    """Make a model's parameters, float32 unless ``param_dtype`` says otherwise; jit it to place them as they are made."""
+    return GPTModel(cfg).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+def param_shapes(cfg: GPTConfig) -> Params:
+    """Return the params tree as shapes and dtypes, without making any array."""
+    return jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
+
+
+def count_params(cfg: GPTConfig) -> int:
+    """Count a model's parameters, a tied head once."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(param_shapes(cfg)))

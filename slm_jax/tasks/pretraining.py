@@ -1,0 +1,141 @@
+"""Pretraining: predict the next token of running text."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from slm_jax.config import RunConfig
+from slm_jax.data.corpus import Corpus, load_corpus
+from slm_jax.data.windows import check_window, steps_per_epoch, train_batches, validation_batches
+from slm_jax.errors import InputError
+from slm_jax.generate import generate
+from slm_jax.model import GPTModel, Params, init_params
+from slm_jax.tokenizer import tokenizer_from_dict
+from slm_jax.training.hardware import best_dtype
+from slm_jax.training.loop import Task
+from slm_jax.training.step import Batch, LossFn, Sums
+
+
+def build(config: RunConfig, tokenizer: dict[str, Any] | None = None, stop: Callable[[], None] | None = None) -> Task:
+    """Prepare pretraining: text, tokenizer, batches, model and loss.
+
+    Args:
+        config: the run's configuration.
+        tokenizer: that of a run that goes on, as plain data.
+        stop: called between the phases; may raise to stop early.
+
+    Raises:
+        InputError: data, tokenizer and model that do not fit together.
+    """
+    saved = None if tokenizer is None else tokenizer_from_dict(tokenizer)
+    corpus = load_corpus(config.data, config.tokenizer, saved=saved, stop=stop)
+    dtype = best_dtype() if config.model.dtype == "auto" else config.model.dtype
+    cfg = config.gpt_config(corpus.tokenizer.vocab_size, dtype)
+    model = GPTModel(cfg)
+    batch_size, context = config.train.batch_size, cfg.context_length
+    check_window(corpus.validation.size, context, "validation")
+    batches = train_batches(
+        corpus.train,
+        context_length=context,
+        batch_size=batch_size,
+        sampling=config.data.sampling,
+        stride=config.data.stride,
+        shuffle=config.data.shuffle,
+        seed=config.seed,
+    )
+    eval_batch_size = config.train.eval_batch_size or batch_size
+    return Task(
+        model_config=cfg,
+        init_params=lambda key: init_params(cfg, key),
+        loss_fn=make_loss_fn(model),
+        train_batches=batches,
+        validation_batches=lambda: validation_batches(
+            corpus.validation, context_length=context, batch_size=eval_batch_size
+        ),
+        total_steps=_total_steps(config, corpus, context),
+        tokens_per_step=batch_size * context,
+        tokenizer=corpus.tokenizer.to_dict(),
+        save_tokenizer=corpus.tokenizer.save,
+        fingerprint=corpus.fingerprint(),
+        sample=_sampler(config, model, corpus),
+        next_commands=_next_commands(config),
+    )
+
+
+def make_loss_fn(model: GPTModel) -> LossFn:
+    """Return the loss of next-token prediction: cross-entropy in nats, summed over the targets that count."""
+
+    def loss_fn(trainable: Params, frozen: Params, batch: Batch, key: jax.Array | None) -> Sums:
+        logits = model.apply(
+            {"params": {**frozen, **trainable}},
+            batch["inputs"],
+            positions=batch.get("positions"),
+            segment_ids=batch.get("segment_ids"),
+            deterministic=key is None,
+            rngs=None if key is None else {"dropout": key},
+        )
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
+        return jnp.sum(losses * batch["weights"]), jnp.sum(batch["weights"]), {}
+
+    return loss_fn
+
+
+def _total_steps(config: RunConfig, corpus: Corpus, context: int) -> int:
+    """Return the steps of the run: as many as asked for, or as the epochs take, whichever is less."""
+    limits = [config.train.steps] if config.train.steps is not None else []
+    if config.train.epochs is not None:
+        per_epoch = steps_per_epoch(
+            corpus.train.size,
+            context_length=context,
+            batch_size=config.train.batch_size,
+            sampling=config.data.sampling,
+            stride=config.data.stride,
+        )
+        limits.append(math.ceil(config.train.epochs * per_epoch))
+    return min(limits)
+
+
+def _sampler(config: RunConfig, model: GPTModel, corpus: Corpus) -> Callable[[Params, jax.Array], str] | None:
+    """Return what writes a sample while training; the prompt is checked now, not after an hour."""
+    cfg, tokenizer = config.sample, corpus.tokenizer
+    if not cfg.every:
+        return None
+    prompt = tokenizer.encode(cfg.prompt) or [tokenizer.eot_id]
+    if len(prompt) > model.cfg.context_length:
+        raise InputError(
+            f"sample.prompt has {len(prompt)} tokens, more than the context of {model.cfg.context_length}; shorten it"
+        )
+
+    def sample(params: Params, key: jax.Array) -> str:
+        ids = generate(
+            model,
+            params,
+            jnp.array([prompt]),
+            max_new_tokens=cfg.max_new_tokens,
+            temperature=cfg.temperature,
+            top_k=cfg.top_k,
+            eos_id=tokenizer.eot_id,
+            key=key,
+        )[0].tolist()
+        if tokenizer.eot_id in ids[len(prompt) :]:
+            ids = ids[: ids.index(tokenizer.eot_id, len(prompt))]
+        return tokenizer.decode(ids)
+
+    return sample
+
+
+def _next_commands(config: RunConfig) -> tuple[str, ...]:
+    folder = Path(config.runs_dir) / config.name
+    steps = (config.train.steps or 0) * 2
+    more = f" --train.steps {steps}" if steps else ""
+    return (
+        f'slm-jax generate --run {folder} --prompt "{config.sample.prompt.strip() or "The"}"',
+        f"slm-jax train --config {folder}/config.yaml{more}",
+    )
+
+

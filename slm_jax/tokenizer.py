@@ -1,0 +1,537 @@
+"""Text to token ids and back: words, characters, a trainable byte-level BPE, and GPT-2's own BPE.
+
+Four tokenizers share one interface, `Tokenizer`; a vocabulary is built, trained or loaded, and saved as one JSON file.
+
+Special tokens in text. `<|endoftext|>` marks the end of a document, and text from outside must not be able to
+forge it. `BPETokenizer` and `GPT2Tokenizer` refuse it in text, and `CharTokenizer` spells it out, unless the caller
+says `allow_special=True`; then it becomes `eot_id`. `SimpleTokenizer` follows the book, where it is a word like any
+other and always becomes its id.
+"""
+
+import hashlib
+import json
+import operator
+import os
+import re
+import reprlib
+import socket
+import tempfile
+import threading
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_checkable
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+from slm_jax.errors import InputError, MissingInputError
+
+if TYPE_CHECKING:
+    import tiktoken
+
+END_OF_TEXT = "<|endoftext|>"
+UNKNOWN = "<|unk|>"
+FILE_NAME = "tokenizer.json"
+
+_T = TypeVar("_T")
+_S = TypeVar("_S", bound="_Saved")
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What every tokenizer offers."""
+
+    kind: str
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, special tokens included: ids are 0 … vocab_size - 1."""
+
+    @property
+    def eot_id(self) -> int:
+        """The id of `<|endoftext|>`, which ends a document."""
+
+    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
+        """Turn text into ids; `allow_special` lets `<|endoftext|>` in the text become `eot_id`."""
+
+    def decode(self, ids: Iterable[Any]) -> str:
+        """Turn ids (a list, a NumPy or JAX array) back into text."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything that defines this tokenizer, as plain JSON data."""
+
+    @classmethod
+    def from_dict(cls: type[_T], data: Mapping[str, Any]) -> _T:
+        """Rebuild a tokenizer from what `to_dict` gave."""
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write one JSON file and return where it is."""
+
+    @classmethod
+    def load(cls: type[_T], path: str | os.PathLike[str]) -> _T:
+        """Read what `save` wrote."""
+
+
+class _Saved:
+    """What the kinds share: one list that defines the tokenizer (GPT-2 needs none), kept in one JSON file."""
+
+    kind: str
+    _field: str
+    _items: list[Any]
+
+    def __init__(self, items: Iterable[Any]) -> None:
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything that defines this tokenizer, as plain JSON data."""
+        return {"kind": self.kind, self._field: list(self._items)}
+
+    @classmethod
+    def from_dict(cls: type[_S], data: Mapping[str, Any]) -> _S:
+        """Rebuild a tokenizer from what `to_dict` gave."""
+        _check_keys(data, cls.kind, cls._field)
+        if not isinstance(data[cls._field], list):
+            raise InputError(f"{cls._field!r} is {reprlib.repr(data[cls._field])}: expected a list")
+        return cls(data[cls._field])
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write to `path` if that names a file (`….json`), else to `path/tokenizer.json`; return the file."""
+        content = json.dumps(self.to_dict()) + "\n"
+        file = Path(path)
+        if file.is_dir() or (file.suffix != ".json" and not file.is_file()):
+            file = file / FILE_NAME
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")
+        try:
+            with temporary.open("w", encoding="utf-8") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            temporary.replace(file)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return file
+
+    @classmethod
+    def load(cls: type[_S], path: str | os.PathLike[str]) -> _S:
+        """Read a tokenizer of this kind from a file, a folder with `tokenizer.json`, or a run's folder."""
+        return _load(path, cls.from_dict)
+
+
+class _TableTokenizer(_Saved):
+    """A list of strings whose places are their ids, followed by the special tokens."""
+
+    _special: tuple[str, ...] = (END_OF_TEXT,)
+
+    def __init__(self, items: Iterable[str] | None = None) -> None:
+        self._items: list[str] = []
+        if items is not None:
+            self._fill(items)
+
+    def _fill(self, items: Iterable[str]) -> None:
+        tokens, ids = [*items, *self._special], {}
+        for i, token in enumerate(tokens):
+            if not isinstance(token, str) or not token:
+                raise InputError(f"entry {i} of {self._field} is {reprlib.repr(token)}: expected a non-empty string")
+            if ids.setdefault(token, i) != i:
+                raise InputError(f"entry {i} of {self._field} and the special tokens repeats {token!r}: one id each")
+        if len(tokens) == len(self._special):
+            raise InputError(f"no {self._field} for a tokenizer: give the text or the list that has them")
+        self._items, self._tokens, self._ids = tokens[: -len(self._special)], tokens, ids
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, special tokens included."""
+        if not self._items:
+            raise InputError(f"this {self.kind} tokenizer has no vocabulary yet: call build_vocab(text) first")
+        return len(self._tokens)
+
+    @property
+    def eot_id(self) -> int:
+        """The id of `<|endoftext|>`, the first after the vocabulary."""
+        return self.vocab_size - len(self._special)
+
+
+class SimpleTokenizer(_TableTokenizer):
+    """The book's word-level tokenizer: words and punctuation marks, and `<|unk|>` for every other word.
+
+    `decode` joins with spaces, so line breaks and exact spacing are not recovered. A `<|endoftext|>` that stands
+    alone between spaces always becomes `eot_id`, as in the book; `allow_special` makes no difference here.
+    """
+
+    kind: str = "simple"
+    _field = "words"
+    _special = (END_OF_TEXT, UNKNOWN)
+
+    def build_vocab(self, text: str) -> "SimpleTokenizer":
+        """Take the vocabulary from the words of `text`, sorted, and return this tokenizer."""
+        self._fill(sorted(set(self._split(text)).difference(self._special)))
+        return self
+
+    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
+        """Turn text into ids, unknown words into the id of `<|unk|>`."""
+        unknown = self.vocab_size - 1
+        return [self._ids.get(word, unknown) for word in self._split(text)]
+
+    def decode(self, ids: Iterable[Any]) -> str:
+        """Join the words with spaces, with none before a punctuation mark."""
+        text = " ".join(self._tokens[i] for i in _check_ids(ids, self.vocab_size))
+        return re.sub(r"""\s+([,.:;?!"()'])""", r"\1", text)
+
+    def _split(self, text: str) -> list[str]:
+        parts = re.split(r"""([,.:;?_!"()']|--|\s)""", _check_text(text))
+        return [word for part in parts if (word := part.strip())]
+
+
+class CharTokenizer(_TableTokenizer):
+    """One id per character, sorted (nanoGPT's ids), then `<|endoftext|>`; the round trip is exact."""
+
+    kind: str = "char"
+    _field = "chars"
+
+    def _fill(self, items: Iterable[str]) -> None:
+        super()._fill(items)
+        if wrong := [char for char in self._items if len(char) != 1]:
+            raise InputError(f"chars must hold single characters, not {reprlib.repr(wrong[0])}")
+
+    def build_vocab(self, text: str) -> "CharTokenizer":
+        """Take the vocabulary from the characters of `text`, sorted, and return this tokenizer."""
+        self._fill(sorted(set(_check_text(text))))
+        return self
+
+    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
+        """Turn text into ids, character by character; `allow_special` makes `<|endoftext|>` one id."""
+        eot_id = self.eot_id
+        documents = _check_text(text).split(END_OF_TEXT) if allow_special else [text]
+        try:
+            encoded = [[self._ids[char] for char in document] for document in documents]
+        except KeyError as error:
+            char = error.args[0]
+            # A special token may hold the unknown character too, and it is not that one.
+            plain = text.replace(END_OF_TEXT, self._items[0] * len(END_OF_TEXT)) if allow_special else text
+            raise InputError(
+                f"character {char!r} at offset {plain.index(char)} is not in the vocabulary of {len(self._items)} "
+                "characters; build it from text that has every character, or use tokenizer.kind: bpe"
+            ) from None
+        return _join(encoded, eot_id)
+
+    def decode(self, ids: Iterable[Any]) -> str:
+        """Join the characters."""
+        return "".join(self._tokens[i] for i in _check_ids(ids, self.vocab_size))
+
+
+# White space as Unicode and tiktoken have it; Python's \s also takes the separators U+001C to U+001F.
+_SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+_LONG_SPACE = re.compile(rf"(?<![{_SPACE}])[{_SPACE}]{{4096,}}(?=[{_SPACE}][^{_SPACE}])")
+
+
+class _TiktokenTokenizer(_Saved):
+    """Encoding and decoding through a `tiktoken.Encoding`, whose last id is `<|endoftext|>`."""
+
+    @property
+    def vocab_size(self) -> int:
+        raise NotImplementedError
+
+    @cached_property
+    def encoding(self) -> "tiktoken.Encoding":
+        raise NotImplementedError
+
+    @property
+    def eot_id(self) -> int:
+        """The id of `<|endoftext|>`, the last one."""
+        return self.vocab_size - 1
+
+    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
+        """Turn text into ids; `<|endoftext|>` in it is refused, or with `allow_special` becomes `eot_id`."""
+        offset = _check_text(text).find(END_OF_TEXT)
+        if offset >= 0 and not allow_special:
+            raise InputError(
+                f"the text holds the special token {END_OF_TEXT} at offset {offset}; "
+                f"pass allow_special=True to encode it as id {self.eot_id}, or take it out of the text"
+            )
+        return _join([self._encode_ordinary(document) for document in text.split(END_OF_TEXT)], self.eot_id)
+
+    def _encode_ordinary(self, text: str) -> list[int]:
+        # tiktoken's regex overflows its stack on a very long run of white space before a word. The run's last
+        # character belongs to what follows, so a cut before it leaves every token as it was.
+        cuts = [0, *(run.end() for run in _LONG_SPACE.finditer(text)), len(text)]
+        return _join([self.encoding.encode_ordinary(text[start:end]) for start, end in pairwise(cuts)])
+
+    def decode(self, ids: Iterable[Any]) -> str:
+        """Turn ids into text; bytes that are not UTF-8 (a cut character) become U+FFFD."""
+        return self.encoding.decode(_check_ids(ids, self.vocab_size), errors="replace")
+
+
+class BPETokenizer(_TiktokenTokenizer):
+    """Byte-level BPE, trained on your own text and split as GPT-2 splits; any Unicode text round-trips.
+
+    Ids 0 … 255 are the bytes, then one id per merge in the order learned, then `<|endoftext|>`.
+    `merges` are pairs of earlier ids: the whole tokenizer.
+    """
+
+    kind: str = "bpe"
+    _field = "merges"
+    # GPT-2's split: contractions, letters, digits, marks (each with one leading space), white space. The possessive
+    # quantifiers keep its meaning and let the engine scan without backtracking.
+    _PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+
+    def __init__(self, merges: Iterable[Any] = ()) -> None:
+        self._items: list[list[int]] = []
+        tokens = [bytes([byte]) for byte in range(256)]
+        self._ranks = {token: rank for rank, token in enumerate(tokens)}
+        for i, pair in enumerate(merges):
+            match pair:
+                case [int(left), int(right)] if 0 <= left < len(tokens) and 0 <= right < len(tokens):
+                    token = tokens[left] + tokens[right]
+                case _:
+                    raise InputError(f"merge {i} is {reprlib.repr(pair)}: expected two ids below {len(tokens)}")
+            if token in self._ranks:
+                raise InputError(f"merge {i} makes {token!r} again, which already has id {self._ranks[token]}")
+            self._ranks[token] = len(tokens)
+            tokens.append(token)
+            self._items.append([left, right])
+
+    @classmethod
+    def train(cls, text: str | Iterable[str], vocab_size: int = 1024) -> "BPETokenizer":
+        """Learn merges from `text` (one string, or one per document) until there are `vocab_size` ids.
+
+        `vocab_size` counts the 256 bytes and `<|endoftext|>`. Text that runs out of pairs to merge gives a smaller
+        vocabulary. `<|endoftext|>` in the text separates documents. The same text gives the same merges.
+        """
+        if vocab_size < 257:
+            raise InputError(f"vocab_size is {vocab_size}: expected at least 257 (256 bytes and {END_OF_TEXT})")
+        from tokenizers import Tokenizer as Model
+        from tokenizers import models, pre_tokenizers, trainers
+
+        model = Model(models.BPE())
+        model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        model.train_from_iterator(
+            _training_pieces(text),
+            trainers.BpeTrainer(
+                vocab_size=vocab_size - 1,
+                initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+                show_progress=False,
+            ),
+        )
+        # In the trained model a byte is written as one visible character: itself where it has one in Latin-1, else
+        # the next free character from U+0100 on.
+        visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+        hidden = [byte for byte in range(256) if byte not in visible]
+        ids = {chr(byte): byte for byte in visible} | {chr(0x100 + n): byte for n, byte in enumerate(hidden)}
+        merges: list[tuple[int, int]] = []
+        for left, right in json.loads(model.to_str())["model"]["merges"]:
+            merges.append((ids[left], ids[right]))
+            ids[left + right] = len(ids)
+        return cls(merges)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids: 256 bytes, the merges and `<|endoftext|>`."""
+        return 256 + len(self._items) + 1
+
+    @cached_property
+    def encoding(self) -> "tiktoken.Encoding":
+        """The same vocabulary as a `tiktoken.Encoding`."""
+        import tiktoken
+
+        return tiktoken.Encoding(
+            "slm_jax_bpe",
+            pat_str=self._PATTERN,
+            mergeable_ranks=self._ranks,
+            special_tokens={END_OF_TEXT: self.eot_id},
+            explicit_n_vocab=self.vocab_size,
+        )
+
+
+class GPT2Tokenizer(_TiktokenTokenizer):
+    """GPT-2's BPE through tiktoken; its two files are looked for at the first `encode` or `decode`, not before."""
+
+    kind: str = "gpt2"
+    _URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+    _SHA256: ClassVar[dict[str, str]] = {
+        "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+        "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    }
+
+    def __init__(self) -> None:
+        pass
+
+    @property
+    def vocab_size(self) -> int:
+        """50,257: 256 bytes, 50,000 merges and `<|endoftext|>`."""
+        return 50257
+
+    @cached_property
+    def encoding(self) -> "tiktoken.Encoding":
+        """Tiktoken's encoding "gpt2", from its cache or downloaded once."""
+        import tiktoken
+
+        folder, lacking = self._cache()
+        # tiktoken downloads with no timeout, and offline some systems hang in the name lookup.
+        if lacking and not _reachable(self._URL):
+            raise self._missing(folder, lacking, f"{urlsplit(self._URL).hostname} cannot be reached")
+        try:
+            return tiktoken.get_encoding("gpt2")
+        except (OSError, ValueError) as error:  # requests' errors are OSErrors; a wrong checksum is a ValueError
+            cause = " ".join(str(error).split())
+            raise self._missing(folder, lacking, f"tiktoken failed: {cause}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """`{"kind": "gpt2"}`: nothing else varies."""
+        return {"kind": self.kind}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "GPT2Tokenizer":
+        """Rebuild a tokenizer from what `to_dict` gave."""
+        _check_keys(data, cls.kind)
+        return cls()
+
+    def _cache(self) -> tuple[str, list[str]]:
+        """Where tiktoken keeps files on this machine, and what is wrong with the two it needs there."""
+        default = str(Path(tempfile.gettempdir()) / "data-gym-cache")
+        folder = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR", default))
+        lacking = []
+        for name, digest in self._SHA256.items():
+            file = Path(folder) / hashlib.sha1((self._URL + name).encode()).hexdigest()
+            if not folder or not file.is_file():
+                lacking.append(f"{name} (as {file.name}) is missing")
+            elif hashlib.sha256(file.read_bytes()).hexdigest() != digest:
+                lacking.append(f"{name} (as {file.name}) is corrupt")
+        return folder or "(caching is off: the variable is empty)", lacking
+
+    def _missing(self, folder: str, lacking: list[str], cause: str) -> MissingInputError:
+        return MissingInputError(
+            f"GPT-2's tokenizer files are not at hand: in {folder}, {' and '.join(lacking) or 'both were found'}, and "
+            f"{cause}; set TIKTOKEN_CACHE_DIR to a folder that holds both, connect once so that they are downloaded, "
+            "or train your own tokenizer, which needs no download (tokenizer.kind: bpe)"
+        )
+
+
+_CLASSES: dict[str, Any] = {cls.kind: cls for cls in (SimpleTokenizer, CharTokenizer, BPETokenizer, GPT2Tokenizer)}
+
+
+def get_tokenizer(name_or_path: str | os.PathLike[str]) -> Tokenizer:
+    """Return GPT-2's tokenizer for `"gpt2"`, else the one saved at a path (a file, its folder, or a run's folder)."""
+    return GPT2Tokenizer() if name_or_path == "gpt2" else load_tokenizer(name_or_path)
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+    """Read a saved tokenizer of any kind from a file, a folder with `tokenizer.json`, or a run's folder."""
+    return _load(path, tokenizer_from_dict)
+
+
+def tokenizer_from_dict(data: Mapping[str, Any]) -> Tokenizer:
+    """Rebuild a tokenizer of any kind from what its `to_dict` gave."""
+    kind = data.get("kind") if isinstance(data, Mapping) else None
+    if not isinstance(kind, str) or kind not in _CLASSES:
+        raise InputError(f"not a tokenizer of slm_jax: kind is {reprlib.repr(kind)}, expected {', '.join(_CLASSES)}")
+    tokenizer: Tokenizer = _CLASSES[kind].from_dict(data)
+    return tokenizer
+
+
+def fingerprint(tokenizer: Tokenizer) -> str:
+    """Return the SHA-256 of what defines the tokenizer: equal exactly when two tokenizers are the same."""
+    canonical = json.dumps(tokenizer.to_dict(), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _load(path: str | os.PathLike[str], build: Callable[[Any], _T]) -> _T:
+    candidates = [Path(path), Path(path, FILE_NAME), Path(path, "tokenizer", FILE_NAME)]
+    file = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if file is None:
+        raise MissingInputError(
+            f"no tokenizer at {str(path)!r}: expected gpt2, a saved tokenizer's file, a folder with {FILE_NAME}, "
+            f"or a run's folder with tokenizer/{FILE_NAME}"
+        )
+    try:
+        return build(json.loads(file.read_text(encoding="utf-8")))
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{file}: cannot be read as JSON ({error}); expected a file that save() wrote") from None
+
+
+def _check_keys(data: Mapping[str, Any], kind: str, *names: str) -> None:
+    found = data.get("kind") if isinstance(data, Mapping) else data
+    if found != kind:
+        raise InputError(f"not a tokenizer of kind {kind!r} but {reprlib.repr(found)}; load_tokenizer takes any kind")
+    if set(data) != {"kind", *names}:
+        raise InputError(f"a {kind} tokenizer has the keys {['kind', *names]}, not {reprlib.repr(list(data))}")
+
+
+def _join(parts: list[list[int]], *between: int) -> list[int]:
+    joined = parts[0]
+    for part in parts[1:]:
+        joined += [*between, *part]
+    return joined
+
+
+def _check_text(text: str) -> str:
+    if not isinstance(text, str):
+        raise TypeError(f"text must be a str, not {type(text).__name__}; decode bytes first (data.decode('utf-8'))")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"the text has a lone surrogate, {text[error.start]!r}, at offset {error.start}, which is no character and "
+            "has no UTF-8 form; read the source with errors='replace', or take it out"
+        ) from None
+    return text
+
+
+def _check_ids(ids: Iterable[Any], vocab_size: int) -> list[int]:
+    items = ids.tolist() if hasattr(ids, "tolist") else ids  # one transfer for an array on a device
+    if not isinstance(items, Iterable):
+        raise InputError(f"ids must be a sequence of integers, not {items!r}; put a single id in a list")
+    checked = []
+    for position, item in enumerate(items):
+        try:
+            number = -1 if isinstance(item, bool) else operator.index(item)
+        except TypeError:
+            number = -1
+        if not 0 <= number < vocab_size:
+            raise InputError(
+                f"id {reprlib.repr(item)} at position {position} is not in the vocabulary of {vocab_size} tokens: "
+                f"expected one sequence of integers from 0 to {vocab_size - 1}"
+            )
+        checked.append(number)
+    return checked
+
+
+def _training_pieces(text: str | Iterable[str], length: int = 1 << 16) -> Iterator[str]:
+    # Pieces keep the trainer's memory small and its cores busy. They end before white space that follows something
+    # else, where the split pattern always cuts.
+    boundary = re.compile(r"(?<=\S)[ \n]")
+    for source in [text] if isinstance(text, str) else text:
+        for document in _check_text(source).split(END_OF_TEXT):
+            start = 0
+            while start < len(document):
+                cut = boundary.search(document, start + length)
+                end = cut.start() if cut else len(document)
+                yield document[start:end]
+                start = end
+
+
+def _reachable(url: str, seconds: float = 1.5) -> bool:
+    """Whether the host of `url`, or the proxy that leads to it, takes a connection within `seconds`."""
+    connected = threading.Event()
+
+    def connect() -> None:
+        target = urlsplit(url)
+        proxy = getproxies().get(target.scheme) or getproxies().get("all")
+        if proxy and not proxy_bypass(target.hostname or ""):
+            target = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+        try:
+            port = target.port or (443 if target.scheme == "https" else 80)
+            socket.create_connection((target.hostname or "", port), timeout=seconds).close()
+        except (OSError, ValueError):
+            return
+        connected.set()
+
+    # A name lookup cannot be given a timeout, so it may outlive this call in a daemon thread.
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return connected.is_set()

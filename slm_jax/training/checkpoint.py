@@ -1,0 +1,208 @@
+"""Checkpoints of a run, through Orbax v1: asynchronous, complete, verified.
+
+A checkpoint is a folder ``checkpoints/<step>`` with the items ``params`` (what is trained) and ``state`` (optimizer,
+step, key), and JSON that names everything else a run needs: configuration, identity, tokenizer, data state. Orbax
+commits a checkpoint by renaming it, so one that exists is whole; it keeps no checksums, so this file adds them.
+"""
+
+import hashlib
+import json
+import logging
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+from orbax.checkpoint import v1 as ocp
+
+from slm_jax.errors import InputError, MissingInputError
+from slm_jax.model import Params
+from slm_jax.training.step import TrainState
+
+CHECKSUMS = "sha256.json"
+
+
+class Checkpoints:
+    """The checkpoints of one run: the latest few, and the one with the lowest validation loss.
+
+    Use as a context manager; leaving it waits for the save under way. One save at a time runs in the background; an
+    error in it is raised by the next call.
+    """
+
+    def __init__(self, folder: Path, keep: int = 2):
+        policies = ocp.training.preservation_policies
+        best = policies.BestN(get_metric_fn=_validation_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False)
+        self.folder = folder.resolve()
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        self._checkpointer = ocp.training.Checkpointer(
+            self.folder,
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
+            cleanup_tmp_directories=True,
+        )
+        self._started: list[int] = []
+        self._background: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wait()
+        self._checkpointer.close()
+
+    def save(self, state: TrainState, metadata: dict[str, Any], validation_loss: float | None = None) -> None:
+        """Start saving; the arrays are copied before this returns, so that the state may be donated.
+
+        Args:
+            state: to be saved under its step.
+            metadata: JSON-able; returned by :func:`read_metadata`.
+            validation_loss: of these parameters, if it was just measured.
+        """
+        self.wait()
+        step = int(state.step)
+        exists = step in self.saved_steps()
+        self._started.append(step)
+        response = self._checkpointer.save_checkpointables_async(
+            step,
+            _items(state),
+            force=True,
+            overwrite=exists,
+            metrics=None if validation_loss is None else {"validation_loss": validation_loss},
+            custom_metadata={**metadata, "validation_loss": validation_loss},
+        )
+        self._background = threading.Thread(target=self._finish, args=(response, step))
+        self._background.start()
+
+    def _finish(self, response: Any, step: int) -> None:
+        try:
+            response.result()
+            if jax.process_index() == 0:
+                write_checksums(self.folder / str(step))
+        except BaseException as error:  # handed to the thread that waits
+            self._error = error
+
+    def wait(self) -> None:
+        """Wait for the save under way; raise the error that it met, if any."""
+        if self._background is not None:
+            self._background.join()
+            self._background = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def saved_steps(self) -> list[int]:
+        """Return the steps saved or being saved, ascending."""
+        return sorted({*saved_steps(self.folder), *self._started})
+
+    def restore(self, step: int, like: TrainState) -> TrainState:
+        """Return the state of a step, with the shapes, dtypes and shardings of ``like`` (arrays or shapes)."""
+        items = ocp.load_checkpointables(self.folder / str(step), _items(like))
+        state = items["state"]
+        return like.replace(
+            step=state["step"],
+            trainable=items["params"],
+            opt_state=state["opt_state"],
+            key=jax.random.wrap_key_data(state["key"]),
+        )
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+    if isinstance(state.step, jax.ShapeDtypeStruct):
+        key = jax.eval_shape(jax.random.key_data, state.key)
+        key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=state.step.sharding)
+    else:
+        key = jax.random.key_data(state.key)
+    return {"params": state.trainable, "state": {"step": state.step, "opt_state": state.opt_state, "key": key}}
+
+
+def _validation_loss(metrics: dict[str, float]) -> float:
+    return metrics["validation_loss"]
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """Return the steps that have a committed checkpoint, ascending."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal() and path.is_dir())
+
+
+def read_metadata(folder: Path, step: int) -> dict[str, Any]:
+    """Return what :meth:`Checkpoints.save` was given beside the state, ``validation_loss`` included."""
+    path = folder / str(step) / "_CHECKPOINT_METADATA"
+    try:
+        metadata = json.loads(path.read_text())["custom_metadata"]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path}: not a checkpoint of slm_jax ({error!r}); choose another step") from None
+    return metadata
+
+
+def best_step(folder: Path) -> int | None:
+    """Return the step with the lowest validation loss; without any, the latest; None without checkpoints."""
+    steps = saved_steps(folder)
+    losses = {step: read_metadata(folder, step).get("validation_loss") for step in steps}
+    measured = [step for step in steps if losses[step] is not None]
+    return min(measured, key=lambda step: losses[step], default=steps[-1] if steps else None)
+
+
+def load_params(folder: Path, step: int, like: Params) -> Params:
+    """Load only the parameters of a step, with the shapes and dtypes of ``like``.
+
+    Raises:
+        MissingInputError: no such step.
+        InputError: the files differ from their checksums.
+    """
+    if step not in saved_steps(folder):
+        there = ", ".join(map(str, saved_steps(folder))) or "none"
+        raise MissingInputError(f"{folder}: no checkpoint of step {step}; there are: {there}")
+    damage = find_damage(folder / str(step))
+    if damage:
+        raise InputError(f"{damage}; choose another step of {', '.join(map(str, saved_steps(folder)))}")
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like)
+    return ocp.load_checkpointables(folder / str(step), {"params": abstract})["params"]
+
+
+def write_checksums(folder: Path) -> None:
+    """Write the SHA-256 of every file of a checkpoint beside them."""
+    sums = {str(path.relative_to(folder)): _sha256(path) for path in _files(folder)}
+    partial = folder / f"{CHECKSUMS}.partial"
+    partial.write_text(json.dumps(sums, indent=1))
+    partial.replace(folder / CHECKSUMS)
+
+
+def find_damage(folder: Path) -> str | None:
+    """Describe the first file of a checkpoint that is missing or changed; None if there is none.
+
+    A checkpoint without checksums (the process was killed just after it was committed) counts as whole.
+    """
+    sums_file = folder / CHECKSUMS
+    if not sums_file.is_file():
+        return None
+    try:
+        sums = json.loads(sums_file.read_text())
+    except ValueError:
+        return f"{sums_file} is damaged"
+    for name, expected in sums.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{path} is missing from the checkpoint"
+        if _sha256(path) != expected:
+            return f"{path} is damaged: its SHA-256 is not the one noted when it was saved"
+    return None
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(CHECKSUMS))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checkpoint_bytes(params: Params, optimizer: optax.GradientTransformation) -> int:
+    """Return the size of one checkpoint: parameters and optimizer state (arrays or shapes)."""
+    leaves = jax.tree.leaves((params, jax.eval_shape(optimizer.init, params)))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)

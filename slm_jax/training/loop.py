@@ -1,0 +1,465 @@
+"""The training loop of every stage.
+
+Everything it does is a function of (configuration, seed, step): a run that is killed goes on bit for bit. The loop
+hands the device the next step before it reads the numbers of the last one.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import flax
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from rich.console import Console
+
+from slm_jax.config import RunConfig, dump_config, identity, to_dict
+from slm_jax.errors import InputError
+from slm_jax.model import GPTConfig, Params, count_params
+from slm_jax.training import hardware
+from slm_jax.training.checkpoint import Checkpoints, checkpoint_bytes
+from slm_jax.training.interrupt import Interrupted, StopRequest
+from slm_jax.training.optimizer import make_optimizer, make_schedule
+from slm_jax.training.plots import draw_loss
+from slm_jax.training.progress import ProgressLine, format_bytes, format_duration, parameter_table
+from slm_jax.training.sharding import (
+    batch_sharding,
+    check_batch_size,
+    host_rows,
+    make_mesh,
+    put_batch,
+    state_shardings,
+)
+from slm_jax.training.start import Start
+from slm_jax.training.step import Batch, LossFn, StepMetrics, TrainState, make_eval_step, make_train_step
+
+MAX_SKIPPED = 3  # steps in a row without finite gradients after which training stops
+PLOT_INTERVAL = 30.0  # seconds between two drawings of loss.png
+
+
+class TrainingDiverged(RuntimeError):
+    """Loss or gradients were not finite for several steps in a row."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What a stage of training gives to the loop.
+
+    Attributes:
+        model_config: the model's configuration.
+        init_params: from a key, the parameters to train.
+        loss_fn: see :mod:`slm_jax.training.step`; a key of None means no dropout.
+        train_batches: element ``i`` is the global batch of step ``i``.
+        validation_batches: the whole validation split once, in global batches.
+        total_steps: steps of the whole run.
+        tokens_per_step: tokens of a training batch.
+        tokenizer: as plain data, to travel with each checkpoint.
+        save_tokenizer: writes it into the run's folder.
+        fingerprint: of the data; a run goes on only with the same.
+        sample: from parameters and a key, a text; None: no samples.
+        next_commands: what to try when the run is done.
+    """
+
+    model_config: GPTConfig
+    init_params: Callable[[jax.Array], Params]
+    loss_fn: LossFn
+    train_batches: grain.MapDataset
+    validation_batches: Callable[[], Iterable[Batch]]
+    total_steps: int
+    tokens_per_step: int
+    tokenizer: dict[str, Any]
+    save_tokenizer: Callable[[Any], None]
+    fingerprint: str
+    sample: Callable[[Params, jax.Array], str] | None = None
+    next_commands: tuple[str, ...] = ()
+
+
+def purpose_key(seed: int, purpose: str) -> jax.Array:
+    """Return the key of one purpose: params, dropout or sampling (data order has its own generator)."""
+    return jax.random.fold_in(jax.random.key(seed), ("params", "dropout", "sampling").index(purpose))
+
+
+def train(config: RunConfig, task: Task, start: Start, stop: StopRequest, console: Console) -> dict[str, Any]:
+    """Train to the last step, or until a stop is asked for; return the run's summary.
+
+    Raises:
+        InputError: another run is in the folder; it cannot be written; something does not fit.
+        Interrupted: a signal came; the state of that moment was saved.
+        TrainingDiverged: three steps in a row without finite gradients.
+    """
+    trainer = Trainer(config, task, start, stop, console)
+    trainer.prepare()
+    try:
+        with Checkpoints(start.run.checkpoints, config.checkpoint.keep) as checkpoints, trainer.progress:
+            trainer.run(checkpoints)
+    finally:
+        trainer.draw()
+    return trainer.finish()
+
+
+class Trainer:
+    """One run in this process: the compiled steps, the state, and what is due at which step."""
+
+    def __init__(self, config: RunConfig, task: Task, start: Start, stop: StopRequest, console: Console):
+        self.config, self.task, self.stop, self.console = config, task, stop, console
+        self.folder = start.run
+        self.start = start
+        self.first_step = start.step or 0
+        self.identity = {**identity(config, task.model_config), "data.fingerprint": task.fingerprint}
+        self.mesh = make_mesh(config.mesh)
+        self.optimizer = make_optimizer(config.optimizer)
+        self.schedule = make_schedule(config.optimizer, task.total_steps)
+        self.progress = ProgressLine(console, task.total_steps, self.first_step)
+        self.frozen: Params = {}
+        self.peak_flops = hardware.peak_flops(task.model_config.dtype)
+        self.flops_per_token = hardware.flops_per_token(task.model_config)
+        self.skipped_in_a_row = 0
+        self.noticed_overfitting = False
+        self.began = self.last_drawn = time.monotonic()
+
+    def prepare(self) -> None:
+        """Check everything that can be checked, write the run's description, and compile.
+
+        Raises:
+            InputError: what is wrong, before anything is compiled.
+        """
+        config, task = self.config, self.task
+        for warning in self.start.warnings:
+            self.progress.note(f"warning: {warning}")
+        self.start.check_identity(self.identity)
+        check_batch_size(self.mesh, config.train.batch_size, config.train.accumulate)
+        self.folder.create()
+        param_shapes = jax.eval_shape(task.init_params, jax.random.key(0))
+        self._check_disk(checkpoint_bytes(param_shapes, self.optimizer))
+
+        self.folder.cut_back(-1 if self.start.step is None else self.first_step)
+        past = self.folder.metrics()
+        self.validation = {row["step"]: row["loss"] for row in past if row["split"] == "val"}
+        self.seconds_before = max((row["seconds"] for row in past), default=0.0)
+        self.folder.write_text("config.yaml", dump_config(config))
+        if self.folder.writes:
+            task.save_tokenizer(self.folder.path / "tokenizer")
+        self.console.print(parameter_table(param_shapes))
+        self._compile()
+        self.stop.check()
+
+    def _check_disk(self, bytes_each: int) -> None:
+        needed = bytes_each * (self.config.checkpoint.keep + 2)  # the latest, the best, and the one being written
+        free = shutil.disk_usage(self.folder.path).free if self.folder.writes else needed
+        if free < needed:
+            raise InputError(
+                f"{self.folder.path}: {format_bytes(free)} free, but {self.config.checkpoint.keep + 2} checkpoints of "
+                f"{format_bytes(bytes_each)} need {format_bytes(needed)}; free some, lower --checkpoint.keep, or choose "
+                "another place with --runs_dir"
+            )
+
+    def _compile(self) -> None:
+        """Compile the training and evaluation steps for their exact shapes, and say what memory they take."""
+        config, task = self.config, self.task
+        self.abstract_state = self._with_sharding(jax.eval_shape(self._initial_state))
+        batch = self._abstract_batch(config.train.batch_size)
+        train_step = make_train_step(task.loss_fn, self.optimizer, self.schedule, config.train.accumulate)
+        began = time.monotonic()
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
+        jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+        self.train_step = jitted.lower(self.abstract_state, self.frozen, batch).compile()
+        self.stop.check()
+        # Rounded up to what the devices share evenly; rows that fill a batch have weight 0.
+        rows = config.train.eval_batch_size or config.train.batch_size
+        self.eval_batch_size = math.ceil(rows / self.mesh.size) * self.mesh.size
+        self.eval_step = (
+            jax.jit(make_eval_step(task.loss_fn))
+            .lower(self.abstract_state.trainable, self.frozen, self._abstract_batch(self.eval_batch_size))
+            .compile()
+        )
+        self._check_memory(time.monotonic() - began)
+
+    def _abstract_batch(self, rows: int) -> Batch:
+        example = self.task.train_batches[0]
+        sharding = batch_sharding(self.mesh)
+        return {
+            name: jax.ShapeDtypeStruct((rows, *value.shape[1:]), value.dtype, sharding=sharding)
+            for name, value in example.items()
+        }
+
+    def _check_memory(self, seconds: float) -> None:
+        memory = self.train_step.memory_analysis()
+        if memory is None:
+            return
+        needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        needed += memory.output_size_in_bytes - memory.alias_size_in_bytes
+        there = hardware.device_memory()
+        device = jax.devices()[0]
+        self.progress.note(
+            f"compiled for {self.mesh.size} × {device.device_kind} in {format_duration(seconds)}: a step takes "
+            f"{format_bytes(needed)} a device" + (f" of {format_bytes(there)}" if there else "")
+        )
+        if there is not None and needed > there:
+            raise InputError(
+                f"a training step needs {format_bytes(needed)} on each device and there are {format_bytes(there)}; "
+                "raise --train.accumulate, lower --train.batch_size or --model.context_length, or set "
+                "--model.remat full"
+            )
+
+    def _initial_state(self) -> TrainState:
+        params = self.task.init_params(purpose_key(self.config.seed, "params"))
+        key = purpose_key(self.config.seed, "dropout")
+        return TrainState(jnp.int32(0), params, self.optimizer.init(params), key)
+
+    def _with_sharding(self, shapes: Any) -> Any:
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            shapes,
+            state_shardings(self.mesh, shapes),
+        )
+
+    def run(self, checkpoints: Checkpoints) -> None:
+        """Do every step that is left; on a stop, save and raise :class:`Interrupted`."""
+        state = self._restore_or_init(checkpoints)
+        step = self.first_step
+        batches = self._batches(step)
+        previous: tuple[int, StepMetrics] | None = None
+        self.lap = Lap(step, time.monotonic())
+        try:
+            while True:
+                if self._due(step):
+                    self._read(previous)
+                    previous = None
+                    self._report(checkpoints, state, step, batches)
+                    self.lap = Lap(step, time.monotonic())
+                if step == self.task.total_steps:
+                    break
+                state, metrics = self.train_step(state, self.frozen, put_batch(self.mesh, next(batches)))
+                step += 1
+                self._read(previous)  # of the step before: the device is busy with this one already
+                previous = (step, metrics)
+                if self.stop.agreed(step):
+                    raise Interrupted(self.stop.signum or 15)
+        except Interrupted:
+            self._read(previous)
+            if step not in checkpoints.saved_steps():
+                self._save(checkpoints, state, step, batches)
+            checkpoints.wait()
+            self.progress.note(f"stopped at step {step:,}; the same command goes on from there")
+            raise
+
+    def _restore_or_init(self, checkpoints: Checkpoints) -> TrainState:
+        if self.start.step is None:
+            shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
+            return jax.jit(self._initial_state, out_shardings=shardings)()
+        self.progress.note(f"going on from step {self.first_step:,} of {self.folder.path}")
+        return checkpoints.restore(self.start.step, self.abstract_state)
+
+    def _batches(self, step: int) -> grain.DatasetIterator:
+        rows = host_rows(self.config.train.batch_size)
+        host_batches = self.task.train_batches.map(lambda batch: {key: value[rows] for key, value in batch.items()})
+        batches = iter(host_batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+        if self.start.step is not None:
+            batches.set_state(self.start.metadata["data"])
+        return batches
+
+    def _due(self, step: int) -> bool:
+        cfg = self.config
+        cadences = (cfg.train.eval_every, cfg.checkpoint.every, cfg.sample.every)
+        return step == self.task.total_steps or any(every and step % every == 0 for every in cadences)
+
+    def _report(self, checkpoints: Checkpoints, state: TrainState, step: int, batches: grain.DatasetIterator) -> None:
+        """Evaluate, sample and save, each if it is due at this step and has not been done."""
+        cfg, last = self.config, step == self.task.total_steps
+        best = False
+        if (step % cfg.train.eval_every == 0 or last) and step not in self.validation:
+            best = self._evaluate(state, step)
+        sample_due = cfg.sample.every and step and (step % cfg.sample.every == 0 or last)
+        if self.task.sample and sample_due and not self.folder.has_sample(step):
+            key = jax.random.fold_in(purpose_key(cfg.seed, "sampling"), step)
+            self.folder.add_sample(step, self.task.sample(state.trainable, key))
+        self.stop.check()
+        saved = checkpoints.saved_steps()
+        if best or ((step % cfg.checkpoint.every == 0 or last) and step not in saved):
+            self._save(checkpoints, state, step, batches)
+        if time.monotonic() - self.last_drawn > PLOT_INTERVAL:
+            self.draw()
+
+    def _evaluate(self, state: TrainState, step: int) -> bool:
+        """Measure the mean loss over the whole validation split; return whether it is the lowest so far."""
+        began = time.monotonic()
+        sums = []
+        rows = host_rows(self.eval_batch_size)
+        for batch in self.task.validation_batches():
+            self.stop.check()
+            host_batch = {key: fill_rows(value, self.eval_batch_size)[rows] for key, value in batch.items()}
+            sums.append(self.eval_step(state.trainable, self.frozen, put_batch(self.mesh, host_batch)))
+        loss_sums, weight_sums = np.array(jax.device_get(sums), np.float64).T
+        loss = float(loss_sums.sum() / weight_sums.sum())
+        row = {"step": step, "split": "val", "loss": loss, "perplexity": _perplexity(loss), "tokens": weight_sums.sum()}
+        self.folder.add_metrics({**row, "seconds": round(self._seconds() + time.monotonic() - began, 3)})
+        self.progress.validation(row)
+        best = loss < min(self.validation.values(), default=math.inf)
+        self.validation[step] = loss
+        self._notice_overfitting()
+        return best
+
+    def _save(self, checkpoints: Checkpoints, state: TrainState, step: int, batches: grain.DatasetIterator) -> None:
+        metadata = {
+            "config": to_dict(self.config),
+            "model": dataclasses.asdict(self.task.model_config),
+            "identity": self.identity,
+            "tokenizer": self.task.tokenizer,
+            "data": batches.get_state(),
+            "environment": environment(self.mesh.size),
+        }
+        checkpoints.save(state, metadata, self.validation.get(step))
+
+    def _read(self, previous: tuple[int, StepMetrics] | None) -> None:
+        """Read a step's numbers, which waits for that step; log and show them, and count skipped steps."""
+        if previous is None:
+            return
+        step, metrics = previous[0], StepMetrics(*map(float, jax.device_get(previous[1])))
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if metrics.skipped else 0
+        if metrics.skipped or step % self.config.train.log_every == 0 or step == self.task.total_steps:
+            self._log(step, metrics)
+        if metrics.skipped:
+            self.progress.note(f"step {step:,}: loss {metrics.loss}, gradient norm {metrics.grad_norm}: skipped")
+        if self.skipped_in_a_row == MAX_SKIPPED:
+            raise TrainingDiverged(
+                f"loss or gradients were not finite in the {MAX_SKIPPED} steps up to {step:,}; parameters are still those "
+                f"of step {step - MAX_SKIPPED:,}: lower --optimizer.learning_rate, lengthen --optimizer.warmup_steps or "
+                "lower --optimizer.clip_norm"
+            )
+
+    def _log(self, step: int, metrics: StepMetrics) -> None:
+        elapsed = time.monotonic() - self.lap.began
+        steps = max(1, step - self.lap.step)
+        rate = steps * self.task.tokens_per_step / max(elapsed, 1e-9)
+        peak = self.peak_flops and self.peak_flops * self.mesh.size
+        row = {
+            "step": step,
+            "split": "train",
+            "loss": metrics.loss,
+            "perplexity": _perplexity(metrics.loss),
+            "learning_rate": metrics.learning_rate,
+            "grad_norm": metrics.grad_norm,
+            "tokens": step * self.task.tokens_per_step,
+            "tokens_per_second": round(rate, 1),
+            "mfu": rate * self.flops_per_token / peak if peak else None,
+            "seconds": round(self._seconds(), 3),
+            **({"skipped": True} if metrics.skipped else {}),
+        }
+        self.folder.add_metrics(row)
+        self.progress.train(row, elapsed / steps)
+        self.lap = Lap(step, time.monotonic())
+
+    def _seconds(self) -> float:
+        return self.seconds_before + time.monotonic() - self.began
+
+    def _notice_overfitting(self) -> None:
+        """Say once when the validation loss has been rising for three evaluations while the training loss falls."""
+        if self.noticed_overfitting or len(self.validation) < 4:
+            return
+        best = min(self.validation, key=lambda step: self.validation[step])
+        later = sorted(step for step in self.validation if step > best)
+        train = [row for row in self.folder.metrics("train") if row["loss"] is not None]
+        before = [row["loss"] for row in train if row["step"] <= best][-10:]
+        if len(later) < 3 or not before or np.mean([row["loss"] for row in train[-10:]]) >= np.mean(before):
+            return
+        self.noticed_overfitting = True
+        self.progress.note(
+            f"overfitting: the validation loss was lowest at step {best:,} ({self.validation[best]:.4f}) while the "
+            "training loss still falls; that step's checkpoint is kept. More text, dropout or fewer steps would help"
+        )
+
+    def draw(self) -> None:
+        """Draw ``loss.png`` from the log."""
+        self.last_drawn = time.monotonic()
+        if self.folder.writes:
+            draw_loss(self.folder.metrics(), self.folder.path / "loss.png", f"{self.config.name}: loss by step")
+
+    def finish(self) -> dict[str, Any]:
+        """Write ``summary.json``; say what was written, where, and what to try next."""
+        summary = self._summary()
+        self.folder.write_text("summary.json", json.dumps(summary, indent=1) + "\n")
+        if not self.folder.writes:
+            return summary
+        best, loss = summary["best_step"], summary["best_validation_loss"]
+        self.progress.note(
+            f"done: {summary['step']:,} steps, {summary['tokens']:,} tokens in {format_duration(summary['seconds'])}; "
+            f"lowest validation loss {loss:.4f} at step {best:,}"
+        )
+        self.progress.note(f"written to {self.folder.path}:")
+        for name, what in RUN_FILES.items():
+            if (self.folder.path / name).exists():
+                self.progress.note(f"  {name:<14} {what}")
+        self.progress.note("try next:")
+        for command in self.task.next_commands:
+            self.progress.note(f"  {command}")
+        return summary
+
+    def _summary(self) -> dict[str, Any]:
+        train = self.folder.metrics("train")
+        best = min(self.validation, key=lambda step: self.validation[step], default=None)
+        rates = [row["tokens_per_second"] for row in train]
+        return {
+            "run": self.config.name,
+            "task": self.config.task,
+            "step": self.task.total_steps,
+            "tokens": self.task.total_steps * self.task.tokens_per_step,
+            "parameters": count_params(self.task.model_config),
+            "training_loss": train[-1]["loss"] if train else None,
+            "validation_loss": self.validation.get(self.task.total_steps),
+            "best_step": best,
+            "best_validation_loss": None if best is None else self.validation[best],
+            "seconds": round(self._seconds(), 1),
+            "tokens_per_second": float(np.median(rates)) if rates else None,
+            "environment": environment(self.mesh.size),
+        }
+
+
+RUN_FILES = {
+    "config.yaml": "the run's configuration, every key",
+    "metrics.jsonl": "losses, learning rate, gradient norm and speed, one JSON object a line",
+    "loss.png": "the loss curves",
+    "samples.md": "text sampled while training",
+    "summary.json": "the figures of the whole run",
+    "tokenizer": "the tokenizer",
+    "checkpoints": "the latest checkpoints and the best",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Lap:
+    """Since when, in steps and seconds, training has gone on without a pause for evaluation or saving."""
+
+    step: int
+    began: float
+
+
+def fill_rows(values: np.ndarray, rows: int) -> np.ndarray:
+    """Fill a batch up with rows of zeros, which have weight 0."""
+    return np.concatenate([values, np.zeros((rows - len(values), *values.shape[1:]), values.dtype)])
+
+
+def environment(n_devices: int) -> dict[str, Any]:
+    """Return what the numbers of a run depend on beside its configuration."""
+    return {
+        "device": jax.devices()[0].device_kind,
+        "devices": n_devices,
+        "processes": jax.process_count(),
+        "threads": os.cpu_count(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "flax": flax.__version__,
+        "optax": optax.__version__,
+    }
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700.0)) if math.isfinite(loss) else loss

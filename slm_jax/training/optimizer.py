@@ -1,0 +1,71 @@
+"""AdamW with decay masked by leaf name, global-norm clipping, and learning-rate schedules of the training step."""
+
+import jax
+import optax
+
+from slm_jax.config import OptimizerConfig
+from slm_jax.errors import InputError
+from slm_jax.model import Params
+
+DECAYED_LEAVES = ("kernel", "embedding")
+
+
+def make_schedule(cfg: OptimizerConfig, total_steps: int) -> optax.Schedule:
+    """Return the learning rate as a function of the step: a linear warmup, then the configured course.
+
+    ``cosine`` falls from the peak to the final rate at ``decay_steps`` and stays there (Loshchilov & Hutter 2017);
+    ``wsd`` stays at the peak and falls linearly over the last ``decay_steps`` (Hu et al. 2024); ``constant`` stays.
+
+    Raises:
+        InputError: a warmup and decay that do not fit into ``total_steps``.
+    """
+    peak, warmup = cfg.learning_rate, cfg.warmup_steps
+    final = peak / 10 if cfg.final_learning_rate is None else cfg.final_learning_rate
+    if cfg.schedule == "cosine":
+        end = total_steps if cfg.decay_steps is None else cfg.decay_steps
+        if end <= warmup:
+            if cfg.decay_steps is not None:
+                raise InputError(
+                    f"optimizer.decay_steps is {end}, not above optimizer.warmup_steps {warmup}; "
+                    "expected the step at which the cosine ends"
+                )
+            warmup = max(0, end - 1)  # a trial of a few steps under a recipe's longer warmup
+        course = optax.cosine_decay_schedule(peak, end - warmup, alpha=final / peak)
+    elif cfg.schedule == "wsd":
+        decay = max(1, total_steps // 10) if cfg.decay_steps is None else cfg.decay_steps
+        if warmup + decay > total_steps:
+            raise InputError(
+                f"optimizer.warmup_steps {warmup} and the decay of {decay} steps are more than the {total_steps} "
+                "steps of the run; shorten one of them"
+            )
+        stable = total_steps - warmup - decay
+        course = optax.join_schedules(
+            [optax.constant_schedule(peak), optax.linear_schedule(peak, final, decay)], [stable]
+        )
+    else:
+        course = optax.constant_schedule(peak)
+    # The first update is made with peak/warmup, not 0: a step with rate 0 would be lost.
+    ramp = optax.linear_schedule(peak / max(1, warmup), peak, max(1, warmup - 1))
+    return optax.join_schedules([ramp, course], [warmup])
+
+
+def decay_mask(params: Params) -> Params:
+    """Return a tree that is True where weight decay applies: matrices and embeddings, told by their leaf's name.
+
+    A rank would not tell: in the stacked tree the norms' scales are matrices too.
+    """
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in DECAYED_LEAVES, params)
+
+
+def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformation:
+    """Return AdamW without its learning rate: the training step multiplies by ``-rate(step)``.
+
+    So a schedule reads the step of the run, not a count in the optimizer's state, which stands still when a step is
+    skipped.
+    """
+    clip = optax.identity() if cfg.clip_norm is None else optax.clip_by_global_norm(cfg.clip_norm)
+    return optax.chain(
+        clip,
+        optax.scale_by_adam(b1=cfg.beta1, b2=cfg.beta2, eps=cfg.eps),
+        optax.add_decayed_weights(cfg.weight_decay, mask=decay_mask),
+    )

@@ -1,0 +1,105 @@
+"""What a person sees while a run goes on: a live line in a terminal, plain lines elsewhere."""
+
+import math
+import time
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.table import Table
+
+PLAIN_INTERVAL = 5.0  # seconds between two plain lines of training
+
+
+class ProgressLine:
+    """Step, losses, learning rate, tokens/s, MFU and time left; silent on hosts other than the first."""
+
+    def __init__(self, console: Console, total_steps: int, first_step: int = 0):
+        self.console = console
+        self._total = total_steps
+        self._first = first_step
+        self._validation_loss: float | None = None
+        self._last_plain = -math.inf
+        self._live: Progress | None = None
+        if console.is_terminal and not console.quiet:
+            columns = (BarColumn(bar_width=16), TaskProgressColumn(), TextColumn("{task.description}"))
+            self._live = Progress(*columns, console=console, refresh_per_second=4)
+            self._task = self._live.add_task("compiling", total=total_steps, completed=first_step)
+
+    def __enter__(self) -> Self:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live:
+            self._live.stop()
+
+    def train(self, row: dict[str, Any], seconds_per_step: float) -> None:
+        """Show a line of training metrics."""
+        text = self._line(row, seconds_per_step)
+        if self._live:
+            self._live.update(self._task, completed=row["step"], description=text)
+        elif time.monotonic() - self._last_plain >= PLAIN_INTERVAL:
+            self._last_plain = time.monotonic()
+            self.note(text)
+
+    def validation(self, row: dict[str, Any]) -> None:
+        """Show an evaluation."""
+        self._validation_loss = row["loss"]
+        self.note(f"step {row['step']:,}: validation loss {row['loss']:.4f}, perplexity {row['perplexity']:,.2f}")
+
+    def note(self, text: str) -> None:
+        """Print a line of its own."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def _line(self, row: dict[str, Any], seconds_per_step: float) -> str:
+        parts = [f"step {row['step']:,}/{self._total:,}", f"loss {row['loss']:.4f}"]
+        if self._validation_loss is not None:
+            parts.append(f"val {self._validation_loss:.4f}")
+        parts.append(f"lr {row['learning_rate']:.2e}")
+        parts.append(f"{row['tokens_per_second']:,.0f} tok/s")
+        if row.get("mfu") is not None:
+            parts.append(f"MFU {row['mfu']:.1%}")
+        parts.append(f"{format_duration(seconds_per_step * (self._total - row['step']))} left")
+        return " · ".join(parts)
+
+
+def format_duration(seconds: float) -> str:
+    """Write seconds as a person would: 42 s, 3 min 05 s, 2 h 10 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def format_bytes(n_bytes: float) -> str:
+    """Write a size in MB or GB (powers of ten)."""
+    return f"{n_bytes / 1e9:,.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:,.1f} MB"
+
+
+def parameter_table(params: Any) -> Table:
+    """Return the table of parameters: one row for each leaf, with its shape and count.
+
+    ``params`` is a nested dict of arrays or shapes.
+    """
+    table = Table(title="parameters", title_justify="left", pad_edge=False)
+    table.add_column("name")
+    table.add_column("shape")
+    table.add_column("count", justify="right")
+    total = 0
+    for name, leaf in _leaves(params):
+        count = math.prod(leaf.shape)
+        total += count
+        table.add_row(name, " × ".join(map(str, leaf.shape)), f"{count:,}")
+    table.add_section()
+    table.add_row("all", "", f"{total:,}")
+    return table
+
+
+def _leaves(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    if not isinstance(tree, dict):
+        return [(prefix.rstrip("/"), tree)]
+    return [leaf for name, value in tree.items() for leaf in _leaves(value, f"{prefix}{name}/")]

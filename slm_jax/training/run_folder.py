@@ -1,0 +1,91 @@
+"""A run's folder: its metrics, samples and summary, cut back to a checkpoint's step when the run goes on."""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from slm_jax.errors import InputError
+
+
+class RunFolder:
+    """Writes what a run leaves behind; on hosts other than the first it writes nothing.
+
+    ``metrics.jsonl``: one JSON object a line (step, split, loss, perplexity, …). ``samples.md``: sampled text by step.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.metrics_file = path / "metrics.jsonl"
+        self.samples_file = path / "samples.md"
+        self.checkpoints = path / "checkpoints"
+        self.writes = jax.process_index() == 0
+
+    def create(self) -> None:
+        """Make the folder and see that it can be written to.
+
+        Raises:
+            InputError: it cannot.
+        """
+        if not self.writes:
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe = self.path / ".write-test"
+            probe.write_text("x")
+            probe.unlink()
+        except OSError as error:
+            raise InputError(
+                f"{self.path}: cannot write there ({error.strerror}); choose another place with --runs_dir"
+            ) from None
+
+    def write_text(self, name: str, text: str) -> None:
+        """Replace a file of the folder in one step."""
+        if self.writes:
+            partial = self.path / f"{name}.partial"
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(self.path / name)
+
+    def add_metrics(self, row: dict[str, Any]) -> None:
+        """Append a line; numbers that JSON does not have become null."""
+        if self.writes:
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+            with self.metrics_file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(finite) + "\n")
+
+    def add_sample(self, step: int, text: str) -> None:
+        """Append a sample, indented so that no line of it can look like a heading."""
+        if self.writes:
+            with self.samples_file.open("a", encoding="utf-8") as file:
+                body = "\n".join(f"    {line}" for line in text.splitlines())
+                file.write(f"## Step {step}\n\n{body}\n\n")
+
+    def metrics(self, split: str | None = None) -> list[dict[str, Any]]:
+        """Return the lines of one split, or all; a last line that was cut off is left out."""
+        if not self.metrics_file.is_file():
+            return []
+        rows = []
+        for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+        return [row for row in rows if split in (None, row["split"])]
+
+    def has_sample(self, step: int) -> bool:
+        """Return whether there is a sample of this step."""
+        return self.samples_file.is_file() and f"## Step {step}\n" in self.samples_file.read_text(encoding="utf-8")
+
+    def cut_back(self, step: int) -> None:
+        """Drop what was logged after a step, so that a resumed run's log reads as one unbroken run."""
+        if not self.writes:
+            return
+        kept = [row for row in self.metrics() if row["step"] <= step]
+        self.write_text("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+        if self.samples_file.is_file():
+            sections = re.split(r"^(?=## Step \d+$)", self.samples_file.read_text(encoding="utf-8"), flags=re.M)
+            texts = [s for s in sections if (m := re.match(r"## Step (\d+)\n", s)) and int(m[1]) <= step]
+            self.write_text("samples.md", "".join(texts))

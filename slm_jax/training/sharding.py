@@ -1,0 +1,102 @@
+"""How devices share the work: one mesh with the axes ``data`` and ``fsdp``; ``jax.jit`` does the rest.
+
+Batches are split over both axes. Parameters and optimizer state are whole on every device along ``data`` and split
+along ``fsdp``. One device is a mesh of one.
+"""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from slm_jax.config import MeshConfig
+from slm_jax.errors import InputError
+
+BATCH_SPEC = PartitionSpec(("data", "fsdp"))
+
+
+def initialize_distributed(environ: Mapping[str, str] = os.environ) -> bool:
+    """Join the other processes of a multi-host job where the environment tells of one; return whether it did.
+
+    Told by: ``JAX_COORDINATOR_ADDRESS`` (with ``JAX_NUM_PROCESSES`` and ``JAX_PROCESS_ID``), a Slurm or Open MPI job of
+    several tasks, or a TPU pod's list of workers.
+    """
+    address = environ.get("JAX_COORDINATOR_ADDRESS")
+    if address and "JAX_NUM_PROCESSES" in environ:
+        try:
+            n_processes, process_id = int(environ["JAX_NUM_PROCESSES"]), int(environ["JAX_PROCESS_ID"])
+        except (KeyError, ValueError):
+            raise InputError(
+                "JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES are set; expected whole numbers in JAX_NUM_PROCESSES "
+                "and JAX_PROCESS_ID too"
+            ) from None
+        jax.distributed.initialize(address, n_processes, process_id)
+        return True
+    several_tasks = any(int(environ.get(name, "1") or 1) > 1 for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"))
+    if address or several_tasks or "," in environ.get("TPU_WORKER_HOSTNAMES", ""):
+        jax.distributed.initialize()
+        return True
+    return False
+
+
+def make_mesh(cfg: MeshConfig) -> Mesh:
+    """Return the mesh over all devices, with axes ``data`` and ``fsdp``.
+
+    Raises:
+        InputError: axes whose product is not the number of devices.
+    """
+    n_devices = jax.device_count()
+    data = n_devices // cfg.fsdp if cfg.data == -1 else cfg.data
+    if data * cfg.fsdp != n_devices:
+        raise InputError(
+            f"mesh.data {cfg.data} times mesh.fsdp {cfg.fsdp} does not make the {n_devices} devices that there are; "
+            "expected a product of that, or mesh.data -1"
+        )
+    return jax.make_mesh((data, cfg.fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+
+
+def state_shardings(mesh: Mesh, tree: Any) -> Any:
+    """Return the sharding of every leaf: its largest axis that ``fsdp`` divides is split, small leaves are whole.
+
+    ``tree`` holds arrays or shapes; any part of a training state will do.
+    """
+    n_shards = mesh.shape["fsdp"]
+
+    def leaf_sharding(leaf: Any) -> NamedSharding:
+        axes = [axis for axis, size in enumerate(leaf.shape) if n_shards > 1 and size % n_shards == 0]
+        if not axes or np.prod(leaf.shape) < 2**12:
+            return NamedSharding(mesh, PartitionSpec())
+        largest = max(axes, key=lambda axis: leaf.shape[axis])
+        return NamedSharding(mesh, PartitionSpec(*("fsdp" if axis == largest else None for axis in range(leaf.ndim))))
+
+    return jax.tree.map(leaf_sharding, tree)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Return the sharding of a batch's first axis, over all devices."""
+    return NamedSharding(mesh, BATCH_SPEC)
+
+
+def host_rows(batch_size: int) -> slice:
+    """Return the rows of the global batch that this process feeds to its devices."""
+    rows = batch_size // jax.process_count()
+    return slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
+
+
+def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Place this process's rows of a batch on its devices; the result is the global batch."""
+    sharding = batch_sharding(mesh)
+    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+
+
+def check_batch_size(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:
+    """Refuse a batch that the devices cannot share evenly."""
+    n_devices = mesh.size
+    if batch_size % (n_devices * accumulate):
+        raise InputError(
+            f"train.batch_size is {batch_size}; expected a multiple of {n_devices * accumulate} "
+            f"({n_devices} devices × train.accumulate {accumulate})"
+        )

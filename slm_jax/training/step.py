@@ -1,0 +1,123 @@
+"""One optimizer step, as a pure function that is compiled once.
+
+``loss_fn(trainable, frozen, batch, key) -> (loss_sum, weight_sum, metrics)`` is the task's; everything here is the
+same for each task. ``trainable`` and ``frozen`` are disjoint trees that merge into the model's parameters.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from slm_jax.model import Params
+
+Batch = dict[str, Any]
+Sums = tuple[Float[Array, ""], Float[Array, ""], dict[str, Array]]
+LossFn = Callable[[Params, Params, Batch, jax.Array | None], Sums]
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """What a step changes.
+
+    Attributes:
+        step: steps done, skipped ones included.
+        trainable: the parameters that are optimised.
+        opt_state: Optax's state for them.
+        key: of dropout; a step uses ``fold_in(key, step)``.
+    """
+
+    step: Int[Array, ""]
+    trainable: Params
+    opt_state: Any
+    key: jax.Array
+
+
+class StepMetrics(NamedTuple):
+    """What a step reports, as float32 scalars on the device.
+
+    Attributes:
+        loss: mean over the weighted targets of the batch, before the update.
+        weight_sum: how many targets that was.
+        grad_norm: global norm of the gradients, before clipping.
+        learning_rate: the rate of this update.
+        skipped: whether loss or gradients were not finite, so that nothing was updated.
+    """
+
+    loss: Float[Array, ""]
+    weight_sum: Float[Array, ""]
+    grad_norm: Float[Array, ""]
+    learning_rate: Float[Array, ""]
+    skipped: Array
+
+
+def make_train_step(
+    loss_fn: LossFn, optimizer: optax.GradientTransformation, schedule: optax.Schedule, accumulate: int = 1
+) -> Callable[[TrainState, Params, Batch], tuple[TrainState, StepMetrics]]:
+    """Return ``train_step(state, frozen, batch) -> (state, metrics)``, to be jitted with the state donated."""
+
+    def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        key = jax.random.fold_in(state.key, state.step)
+        grads, loss_sum, weight_sum = accumulated_gradients(loss_fn, state.trainable, frozen, batch, key, accumulate)
+        # One mean over all tokens of all micro-batches and hosts; a batch without targets has no loss to speak of.
+        loss = loss_sum / weight_sum
+        grads = jax.tree.map(lambda g: g / weight_sum, grads)
+        grad_norm = optax.global_norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+
+        learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+        updates = jax.tree.map(lambda u: -learning_rate * u, updates)
+        trainable = optax.apply_updates(state.trainable, updates)
+
+        # Select: multiplying an update by zero would leave its NaN.
+        trainable, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), (trainable, opt_state), (state.trainable, state.opt_state)
+        )
+        metrics = StepMetrics(loss, weight_sum, grad_norm, learning_rate, ~finite)
+        return state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state), metrics
+
+    return train_step
+
+
+def accumulated_gradients(
+    loss_fn: LossFn, trainable: Params, frozen: Params, batch: Batch, key: jax.Array, accumulate: int
+) -> tuple[Params, Float[Array, ""], Float[Array, ""]]:
+    """Return gradients of the summed loss, that sum, and the summed weights, over ``accumulate`` micro-batches.
+
+    Sums, not means: a micro-batch with fewer counted targets then weighs less, as it does in the whole batch.
+    """
+
+    def loss_and_weight(trainable: Params, batch: Batch, key: jax.Array) -> tuple[Array, Array]:
+        loss_sum, weight_sum, _ = loss_fn(trainable, frozen, batch, key)
+        return loss_sum, weight_sum
+
+    grad_fn = jax.value_and_grad(loss_and_weight, has_aux=True)
+    if accumulate == 1:
+        (loss_sum, weight_sum), grads = grad_fn(trainable, batch, key)
+        return grads, loss_sum, weight_sum
+
+    def add_micro_batch(total: Any, micro: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+        (loss_sum, weight_sum), grads = grad_fn(trainable, *micro)
+        return jax.tree.map(jnp.add, total, (grads, loss_sum, weight_sum)), None
+
+    # Micro-batch j takes rows j, j + accumulate, …: each device's share of the batch gives to every one of them.
+    micro_batches = jax.tree.map(
+        lambda x: x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]).swapaxes(0, 1), batch
+    )
+    zeros = jax.tree.map(jnp.zeros_like, (trainable, jnp.float32(0), jnp.float32(0)))
+    total, _ = jax.lax.scan(add_micro_batch, zeros, (micro_batches, jax.random.split(key, accumulate)))
+    return total
+
+
+def make_eval_step(loss_fn: LossFn) -> Callable[[Params, Params, Batch], tuple[Array, Array]]:
+    """Return ``eval_step(trainable, frozen, batch) -> (loss_sum, weight_sum)``, without dropout."""
+
+    def eval_step(trainable: Params, frozen: Params, batch: Batch) -> tuple[Array, Array]:
+        loss_sum, weight_sum, _ = loss_fn(trainable, frozen, batch, None)
+        return loss_sum, weight_sum
+
+    return eval_step

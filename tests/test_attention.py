@@ -1,0 +1,507 @@
+"""What must hold of every form of attention: masking, sums, agreement between the steps, and with others' code."""
+
+from functools import cache, partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from slm_jax.attention import (
+    CausalAttention,
+    FusedMultiHeadAttention,
+    MultiHeadAttention,
+    MultiHeadAttentionWrapper,
+    SelfAttention,
+    causal_attention,
+    choose_implementation,
+    simple_attention,
+)
+from slm_jax.errors import InputError
+
+BATCH, SEQ, EMB, HEADS = 2, 6, 12, 3
+HEAD_DIM = EMB // HEADS
+
+# Every causal form, with an output as wide as its input.
+CAUSAL = {
+    "causal": CausalAttention(EMB, EMB, SEQ, 0.5),
+    "wrapper": MultiHeadAttentionWrapper(EMB, HEAD_DIM, SEQ, 0.5, HEADS),
+    "multi": MultiHeadAttention(EMB, EMB, SEQ, 0.5, HEADS),
+    "fused-explicit": FusedMultiHeadAttention(EMB, HEADS, drop_rate=0.5, implementation="explicit"),
+    "fused-xla": FusedMultiHeadAttention(EMB, HEADS, drop_rate=0.5, implementation="xla"),
+}
+
+
+@pytest.fixture(scope="module")
+def x():
+    return jax.random.normal(jax.random.key(1), (BATCH, SEQ, EMB))
+
+
+@pytest.fixture(scope="module")
+def params(x):
+    return {name: jax.jit(module.init)(jax.random.key(2), x) for name, module in CAUSAL.items()}
+
+
+@cache
+def compiled(name, deterministic=True):
+    """One compiled program per form and mode: (params, x, rngs=...) -> (output, weights)."""
+    return jax.jit(partial(CAUSAL[name].apply, deterministic=deterministic, return_weights=True))
+
+
+def close(actual, expected, tolerance=1e-5):
+    """Difference over the largest magnitude."""
+    actual, expected = np.asarray(actual, np.float32), np.asarray(expected, np.float32)
+    assert actual.shape == expected.shape
+    assert np.abs(actual - expected).max() <= tolerance * np.abs(expected).max()
+
+
+def influence(f, x):
+    """How much output token t depends on input token s: (seq, seq), from the exact Jacobian of one sequence."""
+    jacobian = jax.jit(jax.jacrev(lambda one: f(one[None])[0]))(x[0])  # (seq, emb, seq, emb)
+    return np.abs(np.asarray(jacobian)).sum(axis=(1, 3))
+
+
+# --- by hand ---
+
+
+def by_hand(q, k, v, scale, causal):
+    """Attention as nested loops over numbers, in float64: (context, weights)."""
+    seq = len(q)
+    weights = np.zeros((seq, seq))
+    context = np.zeros((seq, v.shape[1]))
+    for t in range(seq):
+        seen = range(t + 1) if causal else range(seq)
+        exponentials = {s: np.exp(sum(q[t][i] * k[s][i] for i in range(q.shape[1])) * scale) for s in seen}
+        total = sum(exponentials.values())
+        for s in seen:
+            weights[t, s] = exponentials[s] / total
+            context[t] += weights[t, s] * v[s]
+    return context, weights
+
+
+# Six tokens of three dimensions, the size of the book's example; the numbers are ours.
+SIX = np.array(
+    [[0.2, 0.7, 0.1], [0.9, 0.1, 0.4], [0.8, 0.3, 0.5], [0.1, 0.6, 0.3], [0.5, 0.2, 0.9], [0.3, 0.8, 0.6]], np.float64
+)
+W = {  # (3, 2)
+    "query": np.array([[0.5, -0.2], [0.1, 0.9], [-0.4, 0.3]]),
+    "key": np.array([[0.2, 0.6], [-0.7, 0.1], [0.3, 0.8]]),
+    "value": np.array([[1.0, 0.0], [0.5, -0.5], [0.2, 0.4]]),
+}
+
+
+def test_simple_attention_by_hand():
+    context, weights = simple_attention(jnp.asarray(SIX, jnp.float32), return_weights=True)
+    expected_context, expected_weights = by_hand(SIX, SIX, SIX, scale=1.0, causal=False)
+    close(weights, expected_weights)
+    close(context, expected_context)
+    # One score worked out on paper, token 1 with token 4: 0.9·0.5 + 0.1·0.2 + 0.4·0.9 = 0.83; with itself: 0.98.
+    assert float(weights[1, 4] / weights[1, 1]) == pytest.approx(np.exp(0.83 - 0.98), rel=1e-5)
+
+
+@pytest.mark.parametrize(("module", "causal"), [(SelfAttention(3, 2), False), (CausalAttention(3, 2, 6, 0.0), True)])
+def test_projections_scale_and_mask_by_hand(module, causal):
+    params = {name: {"kernel": jnp.asarray(kernel, jnp.float32)} for name, kernel in W.items()}
+    context, weights = module.apply({"params": params}, jnp.asarray(SIX, jnp.float32), return_weights=True)
+    expected = by_hand(SIX @ W["query"], SIX @ W["key"], SIX @ W["value"], scale=2**-0.5, causal=causal)
+    close(context, expected[0])
+    close(weights, expected[1])
+
+
+def test_simple_and_self_attention_take_leading_batch_dimensions(x):
+    close(simple_attention(x)[1], simple_attention(x[1]))
+    module = SelfAttention(EMB, 4, qkv_bias=True)
+    params = jax.jit(module.init)(jax.random.key(0), x)
+    close(module.apply(params, x)[1], module.apply(params, x[1]))
+
+
+# --- weights ---
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_weights_sum_to_one_and_look_back_only(name, x, params):
+    output, weights = compiled(name)(params[name], x)
+    assert weights.shape == ((BATCH, SEQ, SEQ) if name == "causal" else (BATCH, HEADS, SEQ, SEQ))
+    np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-6)
+    assert np.all(np.triu(np.asarray(weights), k=1) == 0)
+    assert np.all(np.asarray(weights)[..., np.tril_indices(SEQ)[0], np.tril_indices(SEQ)[1]] > 0)
+    close(output, CAUSAL[name].apply(params[name], x))
+
+
+def test_weights_without_a_mask_sum_to_one(x):
+    for _, weights in (
+        simple_attention(x, return_weights=True),
+        SelfAttention(EMB, 4).init_with_output(jax.random.key(0), x, return_weights=True)[0],
+    ):
+        np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-6)
+        assert np.all(np.asarray(weights) > 0)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_returned_weights_reproduce_the_output(name, deterministic, x, params):
+    rngs = {"dropout": jax.random.key(3)}
+    output, weights = compiled(name, deterministic)(params[name], x, rngs=rngs)
+    p, x, weights = jax.tree.map(np.asarray, (params[name]["params"], x, weights))
+    if name == "causal":
+        expected = weights @ (x @ p["value"]["kernel"])
+    elif name == "wrapper":
+        heads = [weights[:, h] @ (x @ p[f"heads_{h}"]["value"]["kernel"]) for h in range(HEADS)]
+        expected = np.concatenate(heads, axis=-1)
+    else:
+        value = p["value"]["kernel"] if name == "multi" else p["qkv"]["kernel"][:, 2 * EMB :]
+        cut = [slice(h * HEAD_DIM, (h + 1) * HEAD_DIM) for h in range(HEADS)]
+        heads = [weights[:, h] @ (x @ value[:, cut[h]]) for h in range(HEADS)]
+        expected = np.concatenate(heads, axis=-1) @ p["out_proj"]["kernel"] + p["out_proj"]["bias"]
+    close(output, expected)
+
+
+# --- causality ---
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("name", CAUSAL)
+def test_no_output_depends_on_a_later_token(name, deterministic, x, params):
+    apply = partial(CAUSAL[name].apply, params[name], deterministic=deterministic, rngs={"dropout": jax.random.key(5)})
+    depends = influence(apply, x)
+    assert np.all(depends[np.triu_indices(SEQ, k=1)] == 0)
+    if deterministic:  # and every earlier one counts
+        assert np.all(depends[np.tril_indices(SEQ)] > 0)
+
+
+@pytest.mark.parametrize("implementation", ["explicit", "xla"])
+def test_extra_mask_keeps_segments_apart(implementation, x):
+    module = FusedMultiHeadAttention(EMB, HEADS, implementation=implementation)
+    params = jax.jit(module.init)(jax.random.key(0), x)
+    segments = jnp.array([[1, 1, 1, 2, 2, 3]])
+    mask = segments[:, None, :, None] == segments[:, None, None, :]
+    depends = influence(lambda one: module.apply(params, one, mask=mask), x)
+    allowed = np.tril(np.asarray(mask[0, 0]))
+    assert np.all(depends[~allowed] == 0)
+    assert np.all(depends[allowed] > 0)
+    # A packed document gives what it gives alone.
+    apply = jax.jit(module.apply)
+    close(apply(params, x[:1], mask=mask)[:, 3:5], apply(params, x[:1, 3:5]))
+
+
+@pytest.mark.parametrize("implementation", ["explicit", "xla"])
+def test_a_row_that_the_mask_empties_attends_to_itself(implementation, x):
+    module = FusedMultiHeadAttention(EMB, HEADS, implementation=implementation)
+    params = jax.jit(module.init)(jax.random.key(0), x)
+    mask = jnp.ones((BATCH, 1, SEQ, SEQ), bool).at[:, :, 2].set(False)
+
+    def loss(params, x):
+        return module.apply(params, x, mask=mask).sum()
+
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(jax.jit(jax.grad(loss))(params, x)))
+    depends = influence(lambda one: module.apply(params, one, mask=mask[:1]), x)
+    assert np.flatnonzero(depends[2]).tolist() == [2]
+
+
+# --- agreement ---
+
+
+def same_weights(bias=False):
+    """One random set of weights in the layout of each multi-head form."""
+    keys = jax.random.split(jax.random.key(7), 8)
+    roles = ("query", "key", "value")
+    kernel = {r: jax.random.normal(keys[i], (EMB, EMB)) / EMB**0.5 for i, r in enumerate(roles)}
+    vector = {r: jax.random.normal(keys[3 + i], (EMB,)) for i, r in enumerate(roles)}
+    out = {"kernel": jax.random.normal(keys[6], (EMB, EMB)) / EMB**0.5, "bias": jax.random.normal(keys[7], (EMB,))}
+
+    def dense(role, columns=slice(None)):
+        return {"kernel": kernel[role][:, columns]} | ({"bias": vector[role][columns]} if bias else {})
+
+    cut = [slice(h * HEAD_DIM, (h + 1) * HEAD_DIM) for h in range(HEADS)]
+    wrapper = {f"heads_{h}": {r: dense(r, cut[h]) for r in roles} for h in range(HEADS)}
+    multi = {r: dense(r) for r in roles} | {"out_proj": out}
+    qkv = {"kernel": jnp.concatenate([kernel[r] for r in roles], axis=1)}
+    if bias:
+        qkv["bias"] = jnp.concatenate([vector[r] for r in roles])
+    return wrapper, multi, {"qkv": qkv, "out_proj": out}
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_all_multi_head_forms_agree(bias, x):
+    wrapper, multi, fused = same_weights(bias)
+    step4 = MultiHeadAttentionWrapper(EMB, HEAD_DIM, SEQ, 0.0, HEADS, qkv_bias=bias)
+    step5 = MultiHeadAttention(EMB, EMB, SEQ, 0.0, HEADS, qkv_bias=bias)
+    stacked, weights = step4.apply({"params": wrapper}, x, return_weights=True)
+    expected = stacked @ fused["out_proj"]["kernel"] + fused["out_proj"]["bias"]
+    output, weights5 = step5.apply({"params": multi}, x, return_weights=True)
+    close(output, expected)
+    close(weights5, weights)
+    for implementation in ("auto", "xla", "explicit"):
+        step6 = FusedMultiHeadAttention(EMB, HEADS, qkv_bias=bias, implementation=implementation)
+        close(step6.apply({"params": fused}, x), expected)
+        close(step6.apply({"params": fused}, x, return_weights=True)[1], weights)
+
+
+def test_gradients_agree_between_implementations(x):
+    fused = same_weights()[2]
+    segments = jnp.array([[1, 1, 2, 2, 2, 2], [1, 1, 1, 1, 1, 1]])
+    mask = segments[:, None, :, None] == segments[:, None, None, :]
+
+    def gradient(implementation):
+        module = FusedMultiHeadAttention(EMB, HEADS, implementation=implementation)
+        return jax.jit(jax.grad(lambda p: jnp.sum(module.apply({"params": p}, x, mask=mask) ** 2)))(fused)
+
+    explicit, xla = gradient("explicit"), gradient("xla")
+    norm = np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(xla)))
+    for a, b in zip(jax.tree.leaves(explicit), jax.tree.leaves(xla), strict=True):
+        assert np.abs(a - b).max() <= 1e-5 * norm
+
+
+def test_agrees_with_flax_multi_head_attention(x):
+    """Flax's own layer, which we did not write, given the same weights and a causal mask."""
+    _, multi, fused = same_weights(bias=True)
+    theirs = nn.MultiHeadDotProductAttention(num_heads=HEADS, qkv_features=EMB, out_features=EMB)
+    heads = (HEADS, HEAD_DIM)
+    params = {
+        r: {"kernel": multi[r]["kernel"].reshape(EMB, *heads), "bias": multi[r]["bias"].reshape(heads)}
+        for r in ("query", "key", "value")
+    }
+    params["out"] = {"kernel": fused["out_proj"]["kernel"].reshape(*heads, EMB), "bias": fused["out_proj"]["bias"]}
+    expected = theirs.apply({"params": params}, x, mask=nn.make_causal_mask(x[..., 0]))
+    close(MultiHeadAttention(EMB, EMB, SEQ, 0.0, HEADS, qkv_bias=True).apply({"params": multi}, x), expected)
+    close(FusedMultiHeadAttention(EMB, HEADS, qkv_bias=True).apply({"params": fused}, x), expected)
+
+
+def test_causal_attention_agrees_with_jax():
+    q, k, v = jax.random.normal(jax.random.key(0), (3, BATCH, SEQ, HEADS, HEAD_DIM))
+    mask = jnp.ones((BATCH, 1, SEQ, SEQ), bool).at[0, 0, 3:, :2].set(False)
+    close(
+        jax.jit(causal_attention)(q, k, v, mask=mask)[0],
+        jax.jit(partial(jax.nn.dot_product_attention, is_causal=True, implementation="xla"))(q, k, v, mask=mask),
+    )
+
+
+# --- dropout ---
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_dropout_acts_in_training_only_and_follows_its_key(name, x, params):
+    def run(key, deterministic=False):
+        return np.asarray(compiled(name, deterministic)(params[name], x, rngs={"dropout": jax.random.key(key)})[1])
+
+    still = run(0, deterministic=True)
+    np.testing.assert_array_equal(still, run(1, deterministic=True))
+    dropped = run(0)
+    np.testing.assert_array_equal(dropped, run(0))
+    assert np.any(dropped != run(1))
+    kept = dropped > 0
+    assert 0 < kept[still > 0].mean() < 1
+    np.testing.assert_allclose(dropped[kept], 2 * still[kept], rtol=1e-5)  # what stays is scaled by 1 / (1 - 0.5)
+
+
+def test_dropout_keeps_the_share_and_the_mean():
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 4, 64, 2, 8))
+    still = jax.jit(causal_attention)(q, k, v)[1]
+    dropped = jax.jit(partial(causal_attention, dropout_rate=0.2))(q, k, v, dropout_key=jax.random.key(1))[1]
+    share = np.mean(np.asarray(dropped)[np.asarray(still) > 0] == 0)
+    assert share == pytest.approx(0.2, abs=0.02)  # 16,640 draws: a standard deviation of 0.003
+    assert float(dropped.sum()) == pytest.approx(float(still.sum()), rel=0.05)
+
+
+# --- precision and params ---
+
+
+@pytest.mark.parametrize("implementation", ["explicit", "xla"])
+def test_bfloat16_compute_keeps_float32_params(implementation, x):
+    module = FusedMultiHeadAttention(EMB, HEADS, qkv_bias=True, dtype=jnp.bfloat16, implementation=implementation)
+    params = jax.jit(module.init)(jax.random.key(0), x)
+    output, weights = jax.jit(partial(module.apply, return_weights=True))(params, x)
+    plain = jax.jit(module.apply)(params, x)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    assert output.dtype == weights.dtype == plain.dtype == jnp.bfloat16
+    close(plain, jax.jit(module.clone(dtype=jnp.float32).apply)(params, x), tolerance=0.03)
+    gradient = jax.eval_shape(jax.grad(lambda p: module.apply(p, x).astype(jnp.float32).sum()), params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype("float32")}
+
+
+def test_softmax_is_float32_in_bfloat16():
+    """Over 512 equal scores each weight is 1/512; a bfloat16 sum would stop growing at 256."""
+    seq = 512
+    q = jnp.zeros((1, seq, 1, 8), jnp.bfloat16)
+    _, weights = jax.jit(causal_attention)(q, q, q)
+    assert float(weights[0, 0, -1, 0]) == 1 / 512
+
+
+@pytest.mark.parametrize(("qkv_bias", "out_bias"), [(False, True), (True, True), (False, False)])
+def test_params_tree(qkv_bias, out_bias, x):
+    module = FusedMultiHeadAttention(EMB, HEADS, qkv_bias=qkv_bias, out_bias=out_bias)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), x)
+    expected = {"params/qkv/kernel": (EMB, 3 * EMB), "params/out_proj/kernel": (EMB, EMB)}
+    if qkv_bias:
+        expected["params/qkv/bias"] = (3 * EMB,)
+    if out_bias:
+        expected["params/out_proj/bias"] = (EMB,)
+    assert {path: leaf.shape for path, leaf in flatten_dict(shapes, sep="/").items()} == expected
+
+
+def test_initializers_come_from_the_caller(x):
+    module = FusedMultiHeadAttention(
+        EMB, HEADS, kernel_init=nn.initializers.ones, out_kernel_init=nn.initializers.zeros
+    )
+    params = module.init(jax.random.key(0), x)["params"]
+    assert np.all(params["qkv"]["kernel"] == 1)
+    assert np.all(params["out_proj"]["kernel"] == 0)
+
+
+# --- which implementation ---
+
+H100, T4, CPU, TPU = ("gpu", 9.0), ("gpu", 7.5), ("cpu", None), ("tpu", None)
+
+
+@pytest.mark.parametrize(
+    ("requested", "dtype", "head_dim", "needs_weights", "odd_mask", "device", "expected"),
+    [
+        ("auto", "bfloat16", 64, False, False, H100, "cudnn"),
+        ("auto", "float16", 128, False, False, ("gpu", 8.0), "cudnn"),
+        ("cudnn", "bfloat16", 64, False, False, H100, "cudnn"),
+        ("auto", "float32", 64, False, False, H100, "xla"),
+        ("auto", "bfloat16", 60, False, False, H100, "xla"),
+        ("auto", "bfloat16", 136, False, False, H100, "xla"),
+        ("auto", "bfloat16", 64, False, True, H100, "xla"),
+        ("auto", "bfloat16", 64, True, False, H100, "explicit"),
+        ("auto", "float16", 64, False, False, T4, "xla"),
+        ("auto", "bfloat16", 64, False, False, ("gpu", None), "xla"),  # AMD
+        ("auto", "bfloat16", 64, False, False, TPU, "xla"),
+        ("auto", "bfloat16", 64, False, False, CPU, "explicit"),
+        ("xla", "float32", 64, False, False, CPU, "xla"),
+        ("xla", "float32", 64, True, False, H100, "explicit"),
+        ("explicit", "bfloat16", 64, False, False, H100, "explicit"),
+    ],
+)
+def test_choice_of_implementation(requested, dtype, head_dim, needs_weights, odd_mask, device, expected):
+    assert choose_implementation(requested, jnp.dtype(dtype), head_dim, needs_weights, odd_mask, device) == expected
+
+
+@pytest.mark.parametrize(
+    ("requested", "dtype", "head_dim", "needs_weights", "odd_mask", "device", "words"),
+    [
+        ("cudnn", "bfloat16", 64, True, False, H100, "drop_rate"),
+        ("cudnn", "bfloat16", 64, False, False, T4, "7.5"),
+        ("cudnn", "bfloat16", 64, False, False, CPU, "NVIDIA GPU.*cpu"),
+        ("cudnn", "float32", 64, False, False, H100, "float32.*bfloat16"),
+        ("cudnn", "bfloat16", 100, False, False, H100, "100.*n_heads"),
+        ("cudnn", "bfloat16", 64, False, True, H100, "odd"),
+        ("xla", "float16", 64, False, False, CPU, "float16"),
+        ("flash", "bfloat16", 64, False, False, H100, "'flash'.*'auto'"),
+    ],
+)
+def test_choice_refuses_what_cannot_work(requested, dtype, head_dim, needs_weights, odd_mask, device, words):
+    with pytest.raises(InputError, match=words) as caught:
+        choose_implementation(requested, jnp.dtype(dtype), head_dim, needs_weights, odd_mask, device)
+    assert "\n" not in str(caught.value)
+    assert "auto" in str(caught.value)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="asks for cuDNN where there is no GPU")
+def test_cudnn_on_a_cpu_is_refused_and_float16_works_there(x):
+    with pytest.raises(InputError, match="cudnn"):
+        FusedMultiHeadAttention(EMB, HEADS, implementation="cudnn").init(jax.random.key(0), x)
+    module = FusedMultiHeadAttention(EMB, HEADS, dtype=jnp.float16)
+    output, params = module.init_with_output(jax.random.key(0), x)
+    close(output, module.clone(dtype=jnp.float32).apply(params, x), tolerance=0.01)
+
+
+# --- inside a model ---
+
+
+class Stack(nn.Module):
+    """Two residual attention layers under nn.scan and nn.remat, as GPTModel runs its blocks."""
+
+    attention: dict
+
+    @nn.compact
+    def __call__(self, x, mask, deterministic):
+        class Block(nn.Module):
+            attention: dict
+            deterministic: bool
+
+            @nn.compact
+            def __call__(self, x, mask):
+                attn = FusedMultiHeadAttention(EMB, HEADS, name="attn", **self.attention)
+                return x + attn(x, mask=mask, deterministic=self.deterministic), None
+
+        blocks = nn.scan(
+            nn.remat(Block, prevent_cse=False),
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=nn.broadcast,
+            length=2,
+        )
+        return blocks(dict(self.attention), deterministic, name="blocks")(x, mask)[0]
+
+
+def step(model, deterministic, params, x, mask, key):
+    def loss(params):
+        output = model.apply({"params": params}, x, mask, deterministic, rngs={"dropout": key})
+        return jnp.mean(output.astype(jnp.float32) ** 2)
+
+    value, gradient = jax.value_and_grad(loss)(params)
+    return value, jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient)
+
+
+def test_trains_under_scan_and_remat_with_dropout(x):
+    model = Stack({"drop_rate": 0.5})
+    mask = jnp.ones((BATCH, 1, SEQ, SEQ), bool)
+    params = jax.jit(model.init, static_argnums=3)(jax.random.key(0), x, mask, True)["params"]
+    assert params["blocks"]["attn"]["qkv"]["kernel"].shape == (2, EMB, 3 * EMB)
+    run = jax.jit(partial(step, model, False))
+    first, again, other = (run(params, x, mask, jax.random.key(k)) for k in (0, 0, 1))
+    assert first[0] == again[0] != other[0]
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(first[1]))
+    # Recomputing in the backward pass must draw the same dropout: the analytic slope is that of the loss itself.
+    slope = jax.tree.map(lambda old, new: (old - new) / 0.1, params, first[1])
+    norm2 = sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(slope))
+    small = 1e-2 / norm2**0.5
+    up, down = (
+        run(jax.tree.map(lambda p, g, s=s: p + s * small * g, params, slope), x, mask, jax.random.key(0))[0]
+        for s in (1, -1)
+    )
+    assert float(up - down) / (2 * small) == pytest.approx(norm2, rel=2e-2)
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+@pytest.mark.parametrize(
+    ("attention", "deterministic"),
+    [
+        ({"implementation": "xla", "dtype": jnp.bfloat16}, True),
+        ({"implementation": "explicit", "dtype": jnp.bfloat16}, True),
+        ({"drop_rate": 0.1}, False),
+    ],
+)
+def test_a_training_step_lowers_for_other_machines(platform, attention, deterministic, x):
+    model = Stack(attention)
+    mask = jnp.ones((BATCH, 1, SEQ, SEQ), bool)
+    params = jax.eval_shape(lambda: model.init(jax.random.key(0), x, mask, True)["params"])
+    arguments = (params, x, mask, jax.random.key(0))
+    lowered = jax.jit(partial(step, model, deterministic)).trace(*arguments).lower(lowering_platforms=(platform,))
+    assert "dot_general" in lowered.as_text()
+
+
+# --- bad input ---
+
+BAD = [
+    (CausalAttention(EMB, 4, SEQ - 1, 0.0), f"{SEQ} tokens.*{SEQ - 1}"),
+    (MultiHeadAttentionWrapper(EMB, 4, SEQ - 1, 0.0, 2), "context_length"),
+    (MultiHeadAttention(EMB, EMB, SEQ - 1, 0.0, HEADS), "context_length"),
+    (MultiHeadAttention(EMB, EMB, SEQ, 0.0, 5), "d_out = 12.*n_heads = 5"),
+    (FusedMultiHeadAttention(EMB, 5), "emb_dim = 12.*n_heads = 5"),
+    (FusedMultiHeadAttention(EMB, 0), "n_heads = 0"),
+    (SelfAttention(EMB + 1, 4), "12 features, expected 13"),
+    (FusedMultiHeadAttention(2 * EMB, HEADS), "12 features, expected 24"),
+    (CausalAttention(EMB, 4, SEQ, 1.5), "drop_rate is 1.5"),
+    (FusedMultiHeadAttention(EMB, HEADS, drop_rate=1.0), "drop_rate is 1.0"),
+]
+
+
+@pytest.mark.parametrize(("module", "words"), BAD)
+def test_bad_shapes_are_refused_in_one_line(module, words, x):
+    with pytest.raises(InputError, match=words) as caught:
+        jax.eval_shape(module.init, jax.random.key(0), x)
+    assert "\n" not in str(caught.value)
