@@ -54,7 +54,7 @@ def load_corpus(
     Raises:
         InputError: a source or tokenizer that cannot be used; token ids outside the vocabulary.
     """
-    if is_token_source(data.source) or is_token_source(data.validation_source or ""):
+    if any(map(is_token_source, filter(None, (data.source, data.validation_source)))):
         return _load_token_files(data, tokenizer, saved)
     train_documents = split_at_end_of_text(read_documents(data.source))
     if data.validation_source is None:
