@@ -86,7 +86,7 @@ def use_compile_cache() -> None:
     """Keep compiled programs in the user's cache folder, unless JAX was told of another place."""
     import jax
 
-    if jax.config.jax_compilation_cache_dir is None:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slm_jax" / "xla"
         jax.config.update("jax_compilation_cache_dir", str(cache))
 
@@ -98,9 +98,7 @@ def generate_command(args: Sequence[str]) -> int:
     parser.add_argument("--step", help="which checkpoint: a step, best or latest (default: best)", default="best")
     parser.add_argument("--prompt", default="", help="what the text starts with (default: the start of a document)")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="how many tokens to add (default: 200)")
-    parser.add_argument(
-        "--temperature", type=float, default=0.8, help="0 is greedy; higher is wilder (default: 0.8)"
-    )
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy; higher is wilder (default: 0.8)")
     parser.add_argument("--top-k", type=int, default=50, help="draw from the likeliest K; 0: from all (default: 50)")
     parser.add_argument("--seed", type=int, default=0, help="of the random draws (default: 0)")
     options = parser.parse_args(list(args))
@@ -115,10 +113,9 @@ def generate_command(args: Sequence[str]) -> int:
     run = load_run(options.run, options.step)
     print(f"{run.folder}, checkpoint of step {run.step:,}", file=sys.stderr)
     prompt = run.tokenizer.encode(options.prompt) or [run.tokenizer.eot_id]
-    if len(prompt) > run.model_config.context_length:
-        raise InputError(
-            f"the prompt has {len(prompt)} tokens, more than the context of {run.model_config.context_length}; shorten it"
-        )
+    context = run.model_config.context_length
+    if len(prompt) > context:
+        raise InputError(f"the prompt has {len(prompt)} tokens, more than the context of {context}; shorten it")
     columns = stream(
         GPTModel(run.model_config),
         run.params,

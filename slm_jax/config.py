@@ -7,6 +7,7 @@ often something is reported, and may change between two starts of a run.
 
 import dataclasses
 import difflib
+import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -162,7 +163,7 @@ ModelSection: Any = dataclasses.make_dataclass(
     "ModelSection",
     [
         ("preset", Literal[tuple(PRESETS)], dataclasses.field(default="tiny")),  # type: ignore[valid-type]
-        *((field.name, field.type | None, dataclasses.field(default=None)) for field in _GPT_FIELDS),  # type: ignore[operator]
+        *((field.name, field.type | None, dataclasses.field(default=None)) for field in _GPT_FIELDS),
         ("dtype", Literal["auto"] | DType, dataclasses.field(default="auto")),
     ],
     frozen=True,
@@ -386,7 +387,7 @@ def _instantiate(parser: ArgumentParser, namespace: Any) -> RunConfig:
 
 def _locate(parser: ArgumentParser, args: Sequence[str], error: ArgumentError) -> str:
     """Say which recipe file an error came from, if one of them is wrong by itself."""
-    for option, value in zip(args, args[1:], strict=False):
+    for option, value in itertools.pairwise(args):
         if option == "--config":
             try:
                 parser.parse_args(["--config", value])

@@ -108,9 +108,10 @@ def _next_tokens(
 ) -> tuple[Int[Array, "batch"], Int[Array, "batch context"], Int[Array, "batch"]]:
     """Choose each row's next token and append it, dropping the oldest token of a full window."""
     rows = jnp.arange(window.shape[0])
-    hidden = model.apply({"params": params}, window, method="hidden")
+    hidden: Any = model.apply({"params": params}, window, method="hidden")
     last = hidden[rows, lengths - 1][:, None, :]
-    logits = model.apply({"params": params}, last, method="logits")[:, 0]
+    logits: Any = model.apply({"params": params}, last, method="logits")
+    logits = logits[:, 0]
     tokens = jnp.argmax(logits, axis=-1) if greedy else sample_tokens(logits, key, temperature, top_k)
     tokens = tokens.astype(jnp.int32)
     full = (lengths == window.shape[1])[:, None]

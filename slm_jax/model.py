@@ -9,6 +9,7 @@ Sources: Radford et al. 2019 (GPT-2); the book's chapter 4.
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import jax
@@ -91,7 +92,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gpt2-large": {"emb_dim": 1_280, "n_heads": 20, "n_layers": 36},
     "gpt2-xl": {"emb_dim": 1_600, "n_heads": 25, "n_layers": 48},
 }
-_ALIASES = {"gpt2": "gpt2-small", "small": "gpt2-small", "medium": "gpt2-medium", "large": "gpt2-large", "xl": "gpt2-xl"}
+_ALIASES = {
+    "gpt2": "gpt2-small",
+    "small": "gpt2-small",
+    "medium": "gpt2-medium",
+    "large": "gpt2-large",
+    "xl": "gpt2-xl",
+}
 
 
 def get_gpt_config(name: str = "gpt2-small", **overrides: Any) -> GPTConfig:
@@ -148,7 +155,7 @@ class FeedForward(nn.Module):
     def __call__(self, x: Float[Array, "batch seq emb"]) -> Float[Array, "batch seq emb"]:
         """Map (batch, seq, emb) to the same shape, each position by itself."""
         cfg = self.cfg
-        common = {"use_bias": cfg.bias, "dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
+        common: dict[str, Any] = {"use_bias": cfg.bias, "dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
         x = nn.Dense(4 * cfg.emb_dim, kernel_init=nn.initializers.normal(INIT_STD), name="fc", **common)(x)
         x = nn.gelu(x, approximate=True)
         return nn.Dense(cfg.emb_dim, kernel_init=residual_init(cfg), name="proj", **common)(x)
@@ -170,7 +177,7 @@ class TransformerBlock(nn.Module):
     ) -> tuple[Float[Array, "batch seq emb"], None]:
         """Map (batch, seq, emb) to the same shape; the second result is ``nn.scan``'s empty output."""
         cfg = self.cfg
-        norm = {"use_bias": cfg.bias, "dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
+        norm: dict[str, Any] = {"use_bias": cfg.bias, "dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
         dropout = nn.Dropout(cfg.drop_rate, deterministic=deterministic)
         attention = FusedMultiHeadAttention(
             emb_dim=cfg.emb_dim,
@@ -229,7 +236,8 @@ class GPTModel(nn.Module):
     def setup(self) -> None:
         """Create the submodules; their attribute names are the top level of the params tree."""
         cfg = self.cfg
-        embed = {"embedding_init": nn.initializers.normal(INIT_STD), "dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
+        init = nn.initializers.normal(INIT_STD)
+        embed: dict[str, Any] = {"embedding_init": init, "dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
         self.tok_emb = nn.Embed(cfg.vocab_size, cfg.emb_dim, **embed)
         self.pos_emb = nn.Embed(cfg.context_length, cfg.emb_dim, **embed)
         self.drop = nn.Dropout(cfg.drop_rate)
@@ -316,7 +324,7 @@ def _block_stack(cfg: GPTConfig, length: int) -> nn.Module:
     return stack(cfg)
 
 
-def _segment_lengths(params: Params) -> dict[str, int]:
+def _segment_lengths(params: Mapping[str, Any]) -> dict[str, int]:
     """Name and number of blocks of each segment in a params tree, first to last."""
     names = sorted((n for n in params if n.startswith("blocks")), key=lambda n: int(n.partition("_")[2] or 0))
     return {name: jax.tree.leaves(params[name])[0].shape[0] for name in names}
@@ -346,7 +354,7 @@ def join_blocks(params: Params) -> Params:
 
 
 def init_params(cfg: GPTConfig, key: jax.Array) -> Params:
-    """Make a model's parameters, float32 unless ``param_dtype`` says otherwise; jit it to place them as they are made."""
+    """Make a model's parameters in ``param_dtype``; under ``jax.jit`` they are placed as they are made."""
     return GPTModel(cfg).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
 

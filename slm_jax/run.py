@@ -56,7 +56,9 @@ def load_run(folder: str | Path, step: int | str = "best") -> Run:
         except ValueError:
             raise InputError(f"step is {step!r}; expected a number, best or latest") from None
     if chosen not in steps:
-        raise MissingInputError(f"{checkpoints}: no checkpoint of step {chosen}; there are {', '.join(map(str, steps))}")
+        raise MissingInputError(
+            f"{checkpoints}: no checkpoint of step {chosen}; there are {', '.join(map(str, steps))}"
+        )
     metadata = read_metadata(checkpoints, chosen)
     cfg = GPTConfig(**{**metadata["model"], "dtype": best_dtype()})
     params = load_params(checkpoints, chosen, param_shapes(cfg))

@@ -41,7 +41,11 @@ class Corpus:
 
 
 def load_corpus(
-    data: DataConfig, tokenizer: TokenizerConfig, *, saved: Tokenizer | None = None, stop: Callable[[], None] | None = None
+    data: DataConfig,
+    tokenizer: TokenizerConfig,
+    *,
+    saved: Tokenizer | None = None,
+    stop: Callable[[], None] | None = None,
 ) -> Corpus:
     """Read the sources, split them, get or train the tokenizer (on the training split), and encode.
 

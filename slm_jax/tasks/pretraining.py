@@ -137,5 +137,3 @@ def _next_commands(config: RunConfig) -> tuple[str, ...]:
         f'slm-jax generate --run {folder} --prompt "{config.sample.prompt.strip() or "The"}"',
         f"slm-jax train --config {folder}/config.yaml{more}",
     )
-
-

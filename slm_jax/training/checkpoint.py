@@ -141,9 +141,9 @@ def read_metadata(folder: Path, step: int) -> dict[str, Any]:
 def best_step(folder: Path) -> int | None:
     """Return the step with the lowest validation loss; without any, the latest; None without checkpoints."""
     steps = saved_steps(folder)
-    losses = {step: read_metadata(folder, step).get("validation_loss") for step in steps}
-    measured = [step for step in steps if losses[step] is not None]
-    return min(measured, key=lambda step: losses[step], default=steps[-1] if steps else None)
+    losses = {step: read_metadata(folder, step)["validation_loss"] for step in steps}
+    measured = {step: float(loss) for step, loss in losses.items() if loss is not None}
+    return min(measured, key=lambda step: measured[step], default=steps[-1] if steps else None)
 
 
 def load_params(folder: Path, step: int, like: Params) -> Params:

@@ -12,6 +12,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import flax
@@ -77,7 +78,7 @@ class Task:
     total_steps: int
     tokens_per_step: int
     tokenizer: dict[str, Any]
-    save_tokenizer: Callable[[Any], None]
+    save_tokenizer: Callable[[Path], object]
     fingerprint: str
     sample: Callable[[Params, jax.Array], str] | None = None
     next_commands: tuple[str, ...] = ()
@@ -158,8 +159,8 @@ class Trainer:
         if free < needed:
             raise InputError(
                 f"{self.folder.path}: {format_bytes(free)} free, but {self.config.checkpoint.keep + 2} checkpoints of "
-                f"{format_bytes(bytes_each)} need {format_bytes(needed)}; free some, lower --checkpoint.keep, or choose "
-                "another place with --runs_dir"
+                f"{format_bytes(bytes_each)} need {format_bytes(needed)}; free some, lower --checkpoint.keep, or "
+                "choose another place with --runs_dir"
             )
 
     def _compile(self) -> None:
@@ -323,7 +324,7 @@ class Trainer:
         """Read a step's numbers, which waits for that step; log and show them, and count skipped steps."""
         if previous is None:
             return
-        step, metrics = previous[0], StepMetrics(*map(float, jax.device_get(previous[1])))
+        step, metrics = previous[0], jax.device_get(previous[1])
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if metrics.skipped else 0
         if metrics.skipped or step % self.config.train.log_every == 0 or step == self.task.total_steps:
             self._log(step, metrics)
@@ -331,9 +332,9 @@ class Trainer:
             self.progress.note(f"step {step:,}: loss {metrics.loss}, gradient norm {metrics.grad_norm}: skipped")
         if self.skipped_in_a_row == MAX_SKIPPED:
             raise TrainingDiverged(
-                f"loss or gradients were not finite in the {MAX_SKIPPED} steps up to {step:,}; parameters are still those "
-                f"of step {step - MAX_SKIPPED:,}: lower --optimizer.learning_rate, lengthen --optimizer.warmup_steps or "
-                "lower --optimizer.clip_norm"
+                f"loss or gradients were not finite in the {MAX_SKIPPED} steps up to {step:,}; parameters are still "
+                f"those of step {step - MAX_SKIPPED:,}: lower --optimizer.learning_rate, lengthen "
+                "--optimizer.warmup_steps or lower --optimizer.clip_norm"
             )
 
     def _log(self, step: int, metrics: StepMetrics) -> None:
@@ -341,13 +342,14 @@ class Trainer:
         steps = max(1, step - self.lap.step)
         rate = steps * self.task.tokens_per_step / max(elapsed, 1e-9)
         peak = self.peak_flops and self.peak_flops * self.mesh.size
+        loss = float(metrics.loss)
         row = {
             "step": step,
             "split": "train",
-            "loss": metrics.loss,
-            "perplexity": _perplexity(metrics.loss),
-            "learning_rate": metrics.learning_rate,
-            "grad_norm": metrics.grad_norm,
+            "loss": loss,
+            "perplexity": _perplexity(loss),
+            "learning_rate": float(metrics.learning_rate),
+            "grad_norm": float(metrics.grad_norm),
             "tokens": step * self.task.tokens_per_step,
             "tokens_per_second": round(rate, 1),
             "mfu": rate * self.flops_per_token / peak if peak else None,

@@ -58,12 +58,14 @@ def find_start(config: RunConfig) -> Start:
             "--resume auto"
         )
     if config.resume == "must" and not steps:
-        raise MissingInputError(f"{run.checkpoints}: no checkpoint to go on from, and resume is must; use --resume auto")
+        raise MissingInputError(
+            f"{run.checkpoints}: no checkpoint to go on from, and resume is must; use --resume auto"
+        )
     if run.path.exists() and not run.path.is_dir():
         raise InputError(f"{run.path} is a file; choose another name with --run")
     if not steps and run.path.is_dir() and any(run.path.iterdir()) and not (run.path / "config.yaml").exists():
         raise InputError(f"{run.path} is not empty and holds no run; choose another name with --run")
-    warnings = []
+    warnings: list[str] = []
     for step in reversed(steps):
         damage = find_damage(run.checkpoints / str(step))
         if damage is None:
