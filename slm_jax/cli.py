@@ -6,10 +6,12 @@ signal stopped it, with everything saved.
 
 import argparse
 import errno
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from slm_jax.errors import InputError
 
@@ -37,6 +39,8 @@ def main(args: Sequence[str] | None = None) -> int:
     if args[0] not in commands:
         print(f"slm-jax: unknown command {args[0]!r}; expected one of {', '.join(commands)}", file=sys.stderr)
         return 2
+    # Orbax logs whole tracebacks of errors that it raises too.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         return commands[args[0]](args[1:])
     except InputError as error:
@@ -91,9 +95,17 @@ def use_compile_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", str(cache))
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose errors are raised as one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise :class:`InputError` instead of printing the usage."""
+        raise InputError(f"{message}; see slm-jax generate --help")
+
+
 def generate_command(args: Sequence[str]) -> int:
     """Write text with a trained run; see ``slm-jax generate --help``."""
-    parser = argparse.ArgumentParser(prog="slm-jax generate", description="Write text with a trained run.")
+    parser = OneLineParser(prog="slm-jax generate", description="Write text with a trained run.")
     parser.add_argument("--run", required=True, help="the run's folder, such as runs/tiny")
     parser.add_argument("--step", help="which checkpoint: a step, best or latest (default: best)", default="best")
     parser.add_argument("--prompt", default="", help="what the text starts with (default: the start of a document)")

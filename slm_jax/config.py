@@ -11,7 +11,7 @@ import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Optional, get_args
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
@@ -158,26 +158,30 @@ class SampleConfig:
     top_k: int | None = 50
 
 
-# GPTConfig's fields, each optional (None: the preset's value), and a dtype that may be left to the device.
-ModelSection: Any = dataclasses.make_dataclass(
-    "ModelSection",
-    [
-        ("preset", Literal[tuple(PRESETS)], dataclasses.field(default="tiny")),  # type: ignore[valid-type]
-        *((field.name, field.type | None, dataclasses.field(default=None)) for field in _GPT_FIELDS),
-        ("dtype", Literal["auto"] | DType, dataclasses.field(default="auto")),
-    ],
-    frozen=True,
-)
-ModelSection.__module__ = __name__
-ModelSection.__doc__ = """The model: a preset, and any of its fields replaced (null: the preset's value).
+def _make_model_section() -> Any:
+    """Make the dataclass of the model section: a preset, and GPTConfig's fields, each optional.
 
-    Attributes:
-        preset: tiny, mini, gpt2-small, gpt2-medium, gpt2-large or gpt2-xl.
-""" + re.sub(r"^\s+dtype:.*\n", "", (GPTConfig.__doc__ or "").partition("Attributes:\n")[2], flags=re.M).replace(
-    "        vocab_size: number of token ids.",
-    "        dtype: what is computed in; auto: bfloat16 where the hardware has it, else float32.\n"
-    "        vocab_size: number of token ids; default: the tokenizer's.",
-)
+    Made from GPTConfig, so that a field is declared and explained in one place.
+    """
+    literal: Any = Literal
+    fields: list[Any] = [("preset", literal[tuple(PRESETS)], dataclasses.field(default="tiny"))]
+    fields += [(field.name, Optional[field.type], dataclasses.field(default=None)) for field in _GPT_FIELDS]  # noqa: UP045
+    fields += [("dtype", literal[("auto", *get_args(DType))], dataclasses.field(default="auto"))]
+    section = dataclasses.make_dataclass("ModelSection", fields, frozen=True)
+    section.__module__ = __name__
+    field_docs = (GPTConfig.__doc__ or "").partition("Attributes:\n")[2]
+    field_docs = re.sub(r"^ +dtype: .*\n", "", field_docs, flags=re.MULTILINE)
+    section.__doc__ = (
+        "The model: a preset, and any of its fields replaced; null is the preset's value, or the tokenizer's.\n\n"
+        "    Attributes:\n"
+        f"        preset: {', '.join(PRESETS)}.\n"
+        "        dtype: what activations are computed in; auto: bfloat16 where the hardware has it, else float32.\n"
+        f"{field_docs}"
+    )
+    return section
+
+
+ModelSection: Any = _make_model_section()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,7 +303,7 @@ def from_dict(values: dict[str, Any], where: str = "configuration") -> RunConfig
     try:
         return _instantiate(parser, parser.parse_object(values))
     except ArgumentError as error:
-        raise InputError(f"{where}: {_explain(parser, error)}") from None
+        raise InputError(f"{where}: {_explain(error)}") from None
 
 
 def config_parser(prog: str) -> ArgumentParser:
@@ -317,10 +321,14 @@ def parse_args(args: Sequence[str], prog: str = "slm-jax train") -> RunConfig:
         InputError: an unknown key, a value of the wrong type or out of range; a file that is missing or not YAML.
     """
     parser = config_parser(prog)
+    recipes = [Path(value) for option, value in itertools.pairwise(args) if option == "--config"]
+    recipes += [Path(arg.partition("=")[2]) for arg in args if arg.startswith("--config=")]
+    for recipe in recipes:
+        read_recipe(recipe)
     try:
         namespace = parser.parse_args(list(args))
     except ArgumentError as error:
-        raise InputError(_locate(parser, args, error)) from None
+        raise InputError(_locate(parser, recipes, error)) from None
     config = _instantiate(parser, namespace)
     if config.run is None and namespace.config:
         config = dataclasses.replace(config, run=Path(str(namespace.config[-1])).stem)
@@ -329,15 +337,35 @@ def parse_args(args: Sequence[str], prog: str = "slm-jax train") -> RunConfig:
 
 def load_config(path: Path) -> RunConfig:
     """Read a run's ``config.yaml``."""
-    if not path.is_file():
-        raise MissingInputError(f"{path}: no such file; expected a run's configuration")
+    return from_dict(read_recipe(path), str(path))
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Read a YAML file of keys and values, and refuse what is not one of a run's keys.
+
+    Raises:
+        MissingInputError: no such file.
+        InputError: not UTF-8, not YAML, not keys and values, an unknown key.
+    """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise MissingInputError(f"{path}: {error.strerror}; expected a recipe, such as configs/tiny.yaml") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 at byte {error.start}; expected a YAML file") from None
+    except yaml.YAMLError as error:
         raise InputError(f"{path}: not valid YAML: {_one_line(error)}") from None
+    values = {} if values is None else values
     if not isinstance(values, dict):
-        raise InputError(f"{path}: expected keys and values, found {type(values).__name__}")
-    return from_dict(values, str(path))
+        raise InputError(f"{path}: expected keys and values, found {values!r:.60}")
+    known = to_dict(RunConfig())
+    for key, value in values.items():
+        if isinstance(known.get(key), dict) and not isinstance(value, dict):
+            raise InputError(f"{path}: {key} is {value!r:.60}; expected keys such as {next(iter(known[key]))} below it")
+    for key in flatten(values):
+        if key not in flatten(known):
+            raise InputError(f"{path}: {_unknown_key(key)}")
+    return values
 
 
 def dump_config(config: RunConfig) -> str:
@@ -385,33 +413,41 @@ def _instantiate(parser: ArgumentParser, namespace: Any) -> RunConfig:
     return RunConfig(**{field.name: values[field.name] for field in dataclasses.fields(RunConfig)})
 
 
-def _locate(parser: ArgumentParser, args: Sequence[str], error: ArgumentError) -> str:
+def _locate(parser: ArgumentParser, recipes: Sequence[Path], error: ArgumentError) -> str:
     """Say which recipe file an error came from, if one of them is wrong by itself."""
-    for option, value in itertools.pairwise(args):
-        if option == "--config":
-            try:
-                parser.parse_args(["--config", value])
-            except ArgumentError as in_file:
-                return f"{value}: {_explain(parser, in_file)}"
-    return _explain(parser, error)
+    for recipe in recipes:
+        try:
+            parser.parse_args(["--config", str(recipe)])
+        except ArgumentError as in_file:
+            return f"{recipe}: {_explain(in_file)}"
+    return _explain(error)
 
 
-def _explain(parser: ArgumentParser, error: ArgumentError) -> str:
-    """Turn the parser's error into one line, with the nearest key where one was misspelt."""
+def _explain(error: ArgumentError) -> str:
+    """Turn the parser's error into one line: the key, its value and what was expected, or the nearest key."""
     message = _one_line(error)
-    unknown = re.search(r"(?:Group '(?P<group>[\w.]+)' does not accept option|[Kk]ey) '(?P<key>[\w.]+)'", message)
-    option = re.search(r"[Uu]nrecognized arguments: --(?P<key>[\w.-]+)", message)
-    if option or (unknown and ("not accept" in message or "not expected" in message)):
-        found = option or unknown
-        assert found is not None
-        group = found.groupdict().get("group")
-        key = f"{group}.{found['key']}" if group else found["key"]
-        known = list(flatten(to_dict(RunConfig())))
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-        leaf = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
-        hint = f"; did you mean {(near or leaf)[0]}?" if near or leaf else "; see --help for all keys"
-        return f"unknown key {key}{hint}"
+    if option := re.search(r"[Uu]nrecognized arguments: --(?P<key>[\w.-]+)", message):
+        return _unknown_key(option["key"])
+    if wrong := re.search(r'Parser key "(?P<key>[\w.]+)":.*(?:Got|Given) value: (?P<value>.*)', message):
+        return f"{wrong['key']} is {wrong['value']!r}; expected {_expected(message)}"
     return message
+
+
+def _unknown_key(key: str) -> str:
+    known = list(flatten(to_dict(RunConfig())))
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    same_leaf = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
+    hint = f"did you mean {(near or same_leaf)[0]}?" if near or same_leaf else "see --help for all keys"
+    return f"unknown key {key}; {hint}"
+
+
+def _expected(message: str) -> str:
+    """Name the types that the parser's message lists, in words."""
+    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
+    named = [words[name] for name in re.findall(r"Expected a <class '(\w+)'>", message) if name in words]
+    for choices in re.findall(r"Literal\[(.*?)\]", message):
+        named.append("one of " + choices.replace("'", ""))
+    return " or ".join(dict.fromkeys(named)) or "another type"
 
 
 def _one_line(error: Exception) -> str:

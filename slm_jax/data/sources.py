@@ -35,7 +35,7 @@ def parse_source(source: str) -> tuple[str, str]:
         raise InputError(f"source {source!r} has no kind{_suggest_kind(source)}; expected {_accepted()}")
     if kind not in KINDS:
         near = difflib.get_close_matches(kind.lower(), KINDS, n=1, cutoff=0.7)
-        hint = f"; did you mean {near[0]}:{rest}?" if near else ""
+        hint = f" (did you mean {near[0]}:{rest}?)" if near else ""
         raise InputError(f"source {source!r}: no kind {kind!r} of text{hint}; expected {_accepted()}")
     if not rest.strip():
         raise InputError(f"source {source!r} says only the kind; expected {KINDS[kind]}")
@@ -121,10 +121,10 @@ def _suggest_kind(bare: str) -> str:
     if not bare.strip():
         return ""
     if bare in NAMED_FILES:
-        return f"; did you mean named:{bare}?"
+        return f" (did you mean named:{bare}?)"
     if bare in BUILTINS:
-        return f"; did you mean builtin:{bare}?"
-    return f"; did you mean {'tokens' if bare.endswith('.bin') else 'text'}:{bare}?"
+        return f" (did you mean builtin:{bare}?)"
+    return f" (did you mean {'tokens' if bare.endswith('.bin') else 'text'}:{bare}?)"
 
 
 def _matching_files(pattern: str) -> list[Path]:

@@ -38,7 +38,6 @@ def build(config: RunConfig, tokenizer: dict[str, Any] | None = None, stop: Call
     cfg = config.gpt_config(corpus.tokenizer.vocab_size, dtype)
     model = GPTModel(cfg)
     batch_size, context = config.train.batch_size, cfg.context_length
-    check_window(corpus.validation.size, context, "validation")
     batches = train_batches(
         corpus.train,
         context_length=context,
@@ -48,6 +47,7 @@ def build(config: RunConfig, tokenizer: dict[str, Any] | None = None, stop: Call
         shuffle=config.data.shuffle,
         seed=config.seed,
     )
+    check_window(corpus.validation.size, context, "validation")
     eval_batch_size = config.train.eval_batch_size or batch_size
     return Task(
         model_config=cfg,

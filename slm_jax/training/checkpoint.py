@@ -5,9 +5,11 @@ step, key), and JSON that names everything else a run needs: configuration, iden
 commits a checkpoint by renaming it, so one that exists is whole; it keeps no checksums, so this file adds them.
 """
 
+import errno
 import hashlib
 import json
-import logging
+import os
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,7 +37,6 @@ class Checkpoints:
         policies = ocp.training.preservation_policies
         best = policies.BestN(get_metric_fn=_validation_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False)
         self.folder = folder.resolve()
-        logging.getLogger("absl").setLevel(logging.ERROR)
         self._checkpointer = ocp.training.Checkpointer(
             self.folder,
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
@@ -61,6 +62,7 @@ class Checkpoints:
             validation_loss: of these parameters, if it was just measured.
         """
         self.wait()
+        self._check_space(state)
         step = int(state.step)
         exists = step in self.saved_steps()
         self._started.append(step)
@@ -74,6 +76,12 @@ class Checkpoints:
         )
         self._background = threading.Thread(target=self._finish, args=(response, step))
         self._background.start()
+
+    def _check_space(self, state: TrainState) -> None:
+        """Refuse to start a save that will not fit: one that runs out midway ends in a heap of tracebacks."""
+        needed = 1.1 * sum(leaf.nbytes for leaf in jax.tree.leaves((state.trainable, state.opt_state)))
+        if shutil.disk_usage(self.folder).free < needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.folder))
 
     def _finish(self, response: Any, step: int) -> None:
         try:

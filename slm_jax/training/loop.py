@@ -146,7 +146,7 @@ class Trainer:
         past = self.folder.metrics()
         self.validation = {row["step"]: row["loss"] for row in past if row["split"] == "val"}
         self.seconds_before = max((row["seconds"] for row in past), default=0.0)
-        self.folder.write_text("config.yaml", dump_config(config))
+        self.folder.write_text("config.yaml", dump_config(dataclasses.replace(config, run=config.name)))
         if self.folder.writes:
             task.save_tokenizer(self.folder.path / "tokenizer")
         self.console.print(parameter_table(param_shapes))
