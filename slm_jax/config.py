@@ -219,6 +219,7 @@ class RunConfig:
     sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
 
     def __post_init__(self) -> None:
+        _check_nulls(self)
         _check_numbers(self)
         if self.train.steps is None and self.train.epochs is None:
             raise InputError("train.steps and train.epochs are both null; expected at least one of them")
@@ -229,11 +230,12 @@ class RunConfig:
             )
         if self.mesh.tensor != 1:
             raise InputError(f"mesh.tensor is {self.mesh.tensor}; tensor parallelism is not there yet, expected 1")
+        self.gpt_config(vocab_size=1)  # refuses now, before any text is read, a shape that no model can have
 
     @property
     def name(self) -> str:
         """The run's name."""
-        return self.run or "tiny"
+        return "tiny" if self.run is None else self.run
 
     @property
     def folder(self) -> Path:
@@ -250,6 +252,19 @@ class RunConfig:
                 "leave it null or make it at least that"
             )
         return get_gpt_config(section["preset"], dtype=dtype, **overrides)
+
+
+def _check_nulls(section: Any, prefix: str = "") -> None:
+    """Refuse null (which the parser lets pass in a file) for keys that must have a value."""
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if dataclasses.is_dataclass(value):
+            _check_nulls(value, f"{prefix}{field.name}.")
+        elif value is None and type(None) not in get_args(field.type):
+            raise InputError(
+                f"{prefix}{field.name} is null; expected a value, such as {field.default!r}: "
+                "leave the key out for the default"
+            )
 
 
 def _check_numbers(config: RunConfig) -> None:
@@ -278,8 +293,11 @@ def _check_numbers(config: RunConfig) -> None:
     }
     values = flatten(to_dict(config))
     for key, least in at_least.items():
-        if values[key] is not None and not values[key] >= least:
-            raise InputError(f"{key} is {values[key]}; expected at least {least:g}")
+        if values[key] is not None and not least <= values[key] < float("inf"):
+            finite = " and finite" if values[key] == float("inf") else ""
+            raise InputError(f"{key} is {values[key]}; expected at least {least:g}{finite}")
+    if config.seed >= 2**32:
+        raise InputError(f"seed is {config.seed}; expected below 2**32, beyond which seeds repeat")
     for key in ("optimizer.learning_rate", "optimizer.eps", "optimizer.clip_norm", "train.epochs"):
         if values[key] is not None and not 0 < values[key] < float("inf"):
             raise InputError(f"{key} is {values[key]}; expected a number above 0")
@@ -300,9 +318,10 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 def from_dict(values: dict[str, Any], where: str = "configuration") -> RunConfig:
     """Build a configuration from nested plain data, as strictly as from a file; ``where`` is named in errors."""
     parser = config_parser("config")
+    _check_keys(values, where)
     try:
         return _instantiate(parser, parser.parse_object(values))
-    except ArgumentError as error:
+    except (ArgumentError, InputError) as error:
         raise InputError(f"{where}: {_explain(error)}") from None
 
 
@@ -327,9 +346,9 @@ def parse_args(args: Sequence[str], prog: str = "slm-jax train") -> RunConfig:
         read_recipe(recipe)
     try:
         namespace = parser.parse_args(list(args))
-    except ArgumentError as error:
+        config = _instantiate(parser, namespace)
+    except (ArgumentError, InputError) as error:
         raise InputError(_locate(parser, recipes, error)) from None
-    config = _instantiate(parser, namespace)
     if config.run is None and namespace.config:
         config = dataclasses.replace(config, run=Path(str(namespace.config[-1])).stem)
     return config
@@ -355,17 +374,22 @@ def read_recipe(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: not UTF-8 at byte {error.start}; expected a YAML file") from None
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not valid YAML: {_one_line(error)}") from None
-    values = {} if values is None else values
     if not isinstance(values, dict):
-        raise InputError(f"{path}: expected keys and values, found {values!r:.60}")
+        found = "nothing" if values is None else f"{values!r:.60}"
+        raise InputError(f"{path}: expected keys and values, such as seed: 1, found {found}")
+    _check_keys(values, str(path))
+    return values
+
+
+def _check_keys(values: dict[str, Any], where: str) -> None:
+    """Refuse what is not one of a run's keys; ``where`` is named."""
     known = to_dict(RunConfig())
     for key, value in values.items():
         if isinstance(known.get(key), dict) and not isinstance(value, dict):
-            raise InputError(f"{path}: {key} is {value!r:.60}; expected keys such as {next(iter(known[key]))} below it")
-    for key in flatten(values):
-        if key not in flatten(known):
-            raise InputError(f"{path}: {_unknown_key(key)}")
-    return values
+            raise InputError(f"{where}: {key} is {value!r:.60}; expected keys such as {next(iter(known[key]))} below it")
+    for key in [*flatten(values), *(key for key, value in values.items() if value == {})]:
+        if key not in {*known, *flatten(known)}:
+            raise InputError(f"{where}: {_unknown_key(key)}")
 
 
 def dump_config(config: RunConfig) -> str:
@@ -377,7 +401,7 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Turn nested dicts into one of dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
     return flat
 
 
@@ -413,21 +437,26 @@ def _instantiate(parser: ArgumentParser, namespace: Any) -> RunConfig:
     return RunConfig(**{field.name: values[field.name] for field in dataclasses.fields(RunConfig)})
 
 
-def _locate(parser: ArgumentParser, recipes: Sequence[Path], error: ArgumentError) -> str:
-    """Say which recipe file an error came from, if one of them is wrong by itself."""
+def _locate(parser: ArgumentParser, recipes: Sequence[Path], error: Exception) -> str:
+    """Say which recipe file an error came from, if one of them by itself is wrong in the same way."""
     for recipe in recipes:
         try:
-            parser.parse_args(["--config", str(recipe)])
-        except ArgumentError as in_file:
-            return f"{recipe}: {_explain(in_file)}"
+            _instantiate(parser, parser.parse_args(["--config", str(recipe)]))
+        except (ArgumentError, InputError) as in_file:
+            if _explain(in_file) == _explain(error):
+                return f"{recipe}: {_explain(in_file)}"
     return _explain(error)
 
 
-def _explain(error: ArgumentError) -> str:
+def _explain(error: Exception) -> str:
     """Turn the parser's error into one line: the key, its value and what was expected, or the nearest key."""
     message = _one_line(error)
     if option := re.search(r"[Uu]nrecognized arguments: --(?P<key>[\w.-]+)", message):
         return _unknown_key(option["key"])
+    if word := re.search(r"[Uu]nrecognized arguments: (?P<word>[^-].*)", message):
+        return f"{word['word']!r} is not an option; expected --KEY VALUE, such as --train.steps 500"
+    if section := re.search(r'Parser key "(?P<key>\w+)": Unable to load config .(?P<value>.*?). - ', message):
+        return f"{section['key']} is {section['value']!r}; expected one of its keys, such as --train.steps 500"
     if wrong := re.search(r'Parser key "(?P<key>[\w.]+)":.*(?:Got|Given) value: (?P<value>.*)', message):
         return f"{wrong['key']} is {wrong['value']!r}; expected {_expected(message)}"
     return message
@@ -435,9 +464,10 @@ def _explain(error: ArgumentError) -> str:
 
 def _unknown_key(key: str) -> str:
     known = list(flatten(to_dict(RunConfig())))
+    leaves = {name.rpartition(".")[2]: name for name in reversed(known)}
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    same_leaf = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
-    hint = f"did you mean {(near or same_leaf)[0]}?" if near or same_leaf else "see --help for all keys"
+    near += [leaves[leaf] for leaf in difflib.get_close_matches(key.rpartition(".")[2], leaves, n=1, cutoff=0.7)]
+    hint = f"did you mean {near[0]}?" if near else "see --help for all keys"
     return f"unknown key {key}; {hint}"
 
 

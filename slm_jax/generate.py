@@ -46,7 +46,7 @@ def generate(
         InputError: an empty prompt, an id outside the vocabulary, a bad temperature or top_k, no key to sample with.
     """
     ragged = isinstance(prompts, Sequence)
-    rows = [np.asarray(row, np.int32) for row in prompts]
+    rows = [_as_row(row) for row in prompts]
     lengths = [row.size for row in rows]
     new_tokens = list(stream(
         model, params, rows, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, eos_id=eos_id, key=key
@@ -55,7 +55,7 @@ def generate(
     if eos_id is not None and added.shape[1] < max_new_tokens:
         missing = max_new_tokens - added.shape[1]
         added = np.pad(added, ((0, 0), (0, missing)), constant_values=eos_id)
-    outputs = [jnp.asarray(np.concatenate([row, more])) for row, more in zip(rows, added, strict=True)]
+    outputs = [jnp.asarray(np.concatenate([row, more]), jnp.int32) for row, more in zip(rows, added, strict=True)]
     return outputs if ragged or len(set(lengths)) > 1 else jnp.stack(outputs)
 
 
@@ -74,7 +74,7 @@ def stream(
 
     Arguments and errors are those of :func:`generate`.
     """
-    rows = [np.asarray(row, np.int32).reshape(-1) for row in prompts]
+    rows = [_as_row(row) for row in prompts]
     _check(model, rows, max_new_tokens, temperature, top_k, key)
     context = model.cfg.context_length
     lengths = jnp.array([min(row.size, context) for row in rows], jnp.int32)
@@ -128,6 +128,17 @@ def sample_tokens(
         kth = jax.lax.top_k(logits, top_k)[0][:, -1:]
         logits = jnp.where(logits < kth, -jnp.inf, logits)
     return jax.random.categorical(key, logits / temperature, axis=-1)  # type: ignore[arg-type]
+
+
+def _as_row(prompt: Any) -> np.ndarray:
+    """Return one prompt's ids as they are (a cast could turn them into others); an empty one has no type to keep."""
+    row = np.asarray(prompt)
+    if row.ndim != 1 or (row.size and not np.issubdtype(row.dtype, np.integer)):
+        raise InputError(
+            f"a prompt is {prompt!r:.60}; expected whole-number ids, one row a prompt: an array (batch, seq) or a list "
+            "of lists, even for a single prompt"
+        )
+    return row
 
 
 def _check(

@@ -75,8 +75,13 @@ class GPTConfig:
                 f"model.emb_dim is {self.emb_dim}, which model.n_heads {self.n_heads} does not divide; "
                 f"expected a multiple, such as {math.ceil(self.emb_dim / self.n_heads) * self.n_heads}"
             )
-        if not 0.0 <= self.drop_rate < 1.0:
-            raise InputError(f"model.drop_rate is {self.drop_rate!r}; expected at least 0 and below 1")
+        rate = self.drop_rate
+        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < 1:
+            raise InputError(f"model.drop_rate is {rate!r}; expected a number of at least 0 and below 1")
+        for name in ("qkv_bias", "tie_weights", "bias", "unroll"):
+            value = getattr(self, name)
+            if not isinstance(value, bool) and not (name == "unroll" and value is None):
+                raise InputError(f"model.{name} is {value!r}; expected true or false")
         choices = (("dtype", DType), ("param_dtype", DType), ("remat", Remat), ("attention", AttentionKind))
         for name, options in choices:
             if getattr(self, name) not in get_args(options):

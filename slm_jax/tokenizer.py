@@ -36,12 +36,12 @@ UNKNOWN = "<|unk|>"
 FILE_NAME = "tokenizer.json"
 
 _T = TypeVar("_T")
-_S = TypeVar("_S", bound="_Saved")
+_Table = TypeVar("_Table", bound="_TableTokenizer")
 
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What every tokenizer offers."""
+    """What every tokenizer offers; only `save` and `load` are the same for all."""
 
     kind: str
 
@@ -67,36 +67,6 @@ class Tokenizer(Protocol):
         """Rebuild a tokenizer from what `to_dict` gave."""
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write one JSON file and return where it is."""
-
-    @classmethod
-    def load(cls: type[_T], path: str | os.PathLike[str]) -> _T:
-        """Read what `save` wrote."""
-
-
-class _Saved:
-    """What the kinds share: one list that defines the tokenizer (GPT-2 needs none), kept in one JSON file."""
-
-    kind: str
-    _field: str
-    _items: list[Any]
-
-    def __init__(self, items: Iterable[Any]) -> None:
-        raise NotImplementedError
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything that defines this tokenizer, as plain JSON data."""
-        return {"kind": self.kind, self._field: list(self._items)}
-
-    @classmethod
-    def from_dict(cls: type[_S], data: Mapping[str, Any]) -> _S:
-        """Rebuild a tokenizer from what `to_dict` gave."""
-        _check_keys(data, cls.kind, cls._field)
-        if not isinstance(data[cls._field], list):
-            raise InputError(f"{cls._field!r} is {reprlib.repr(data[cls._field])}: expected a list")
-        return cls(data[cls._field])
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
         """Write to `path` if that names a file (`….json`), else to `path/tokenizer.json`; return the file."""
         content = json.dumps(self.to_dict()) + "\n"
         file = Path(path)
@@ -115,30 +85,34 @@ class _Saved:
         return file
 
     @classmethod
-    def load(cls: type[_S], path: str | os.PathLike[str]) -> _S:
+    def load(cls: type[_T], path: str | os.PathLike[str]) -> _T:
         """Read a tokenizer of this kind from a file, a folder with `tokenizer.json`, or a run's folder."""
-        return _load(path, cls.from_dict)
+        kind: Any = cls  # beartype, which the tests run with, takes neither Self nor a TypeVar bound to a protocol
+        return _load(path, kind.from_dict)
 
 
-class _TableTokenizer(_Saved):
+class _TableTokenizer(Tokenizer):
     """A list of strings whose places are their ids, followed by the special tokens."""
 
+    _field: str
     _special: tuple[str, ...] = (END_OF_TEXT,)
 
-    def __init__(self, items: Iterable[str] | None = None) -> None:
+    def __init__(self, items: Iterable[Any] | None = None) -> None:
         self._items: list[str] = []
+        self._tokens: list[str] = []
         if items is not None:
             self._fill(items)
 
-    def _fill(self, items: Iterable[str]) -> None:
-        tokens, ids = [*items, *self._special], {}
+    def _fill(self, items: Iterable[Any]) -> None:
+        tokens = [*items, *self._special]
+        ids: dict[str, int] = {}
         for i, token in enumerate(tokens):
             if not isinstance(token, str) or not token:
                 raise InputError(f"entry {i} of {self._field} is {reprlib.repr(token)}: expected a non-empty string")
             if ids.setdefault(token, i) != i:
-                raise InputError(f"entry {i} of {self._field} and the special tokens repeats {token!r}: one id each")
+                raise InputError(f"{token!r} is twice among {self._field} and special tokens: expected one id each")
         if len(tokens) == len(self._special):
-            raise InputError(f"no {self._field} for a tokenizer: give the text or the list that has them")
+            raise InputError(f"no {self._field} for a vocabulary: give the text or the list that has them")
         self._items, self._tokens, self._ids = tokens[: -len(self._special)], tokens, ids
 
     @property
@@ -152,6 +126,15 @@ class _TableTokenizer(_Saved):
     def eot_id(self) -> int:
         """The id of `<|endoftext|>`, the first after the vocabulary."""
         return self.vocab_size - len(self._special)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The kind, and the words or characters in the order of their ids."""
+        return {"kind": self.kind, self._field: self._tokens[: self.eot_id]}
+
+    @classmethod
+    def from_dict(cls: type[_Table], data: Mapping[str, Any]) -> _Table:
+        """Rebuild a tokenizer from what `to_dict` gave."""
+        return cls(_content(data, cls.kind, cls._field))
 
 
 class SimpleTokenizer(_TableTokenizer):
@@ -191,7 +174,7 @@ class CharTokenizer(_TableTokenizer):
     kind: str = "char"
     _field = "chars"
 
-    def _fill(self, items: Iterable[str]) -> None:
+    def _fill(self, items: Iterable[Any]) -> None:
         super()._fill(items)
         if wrong := [char for char in self._items if len(char) != 1]:
             raise InputError(f"chars must hold single characters, not {reprlib.repr(wrong[0])}")
@@ -204,7 +187,8 @@ class CharTokenizer(_TableTokenizer):
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """Turn text into ids, character by character; `allow_special` makes `<|endoftext|>` one id."""
         eot_id = self.eot_id
-        documents = _check_text(text).split(END_OF_TEXT) if allow_special else [text]
+        _check_text(text)
+        documents = text.split(END_OF_TEXT) if allow_special else [text]
         try:
             encoded = [[self._ids[char] for char in document] for document in documents]
         except KeyError as error:
@@ -227,15 +211,12 @@ _SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 _LONG_SPACE = re.compile(rf"(?<![{_SPACE}])[{_SPACE}]{{4096,}}(?=[{_SPACE}][^{_SPACE}])")
 
 
-class _TiktokenTokenizer(_Saved):
+class _TiktokenTokenizer(Tokenizer):
     """Encoding and decoding through a `tiktoken.Encoding`, whose last id is `<|endoftext|>`."""
-
-    @property
-    def vocab_size(self) -> int:
-        raise NotImplementedError
 
     @cached_property
     def encoding(self) -> "tiktoken.Encoding":
+        """The vocabulary as tiktoken has it."""
         raise NotImplementedError
 
     @property
@@ -272,26 +253,25 @@ class BPETokenizer(_TiktokenTokenizer):
     """
 
     kind: str = "bpe"
-    _field = "merges"
     # GPT-2's split: contractions, letters, digits, marks (each with one leading space), white space. The possessive
     # quantifiers keep its meaning and let the engine scan without backtracking.
     _PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
     def __init__(self, merges: Iterable[Any] = ()) -> None:
-        self._items: list[list[int]] = []
+        self._merges: list[tuple[int, int]] = []
         tokens = [bytes([byte]) for byte in range(256)]
         self._ranks = {token: rank for rank, token in enumerate(tokens)}
         for i, pair in enumerate(merges):
-            match pair:
-                case [int(left), int(right)] if 0 <= left < len(tokens) and 0 <= right < len(tokens):
-                    token = tokens[left] + tokens[right]
-                case _:
-                    raise InputError(f"merge {i} is {reprlib.repr(pair)}: expected two ids below {len(tokens)}")
+            if not (isinstance(pair, list | tuple) and [type(part) for part in pair] == [int, int]) or not (
+                0 <= min(pair) <= max(pair) < len(tokens)
+            ):
+                raise InputError(f"merge {i} is {reprlib.repr(pair)}: expected two ids below {len(tokens)}")
+            token = tokens[pair[0]] + tokens[pair[1]]
             if token in self._ranks:
                 raise InputError(f"merge {i} makes {token!r} again, which already has id {self._ranks[token]}")
             self._ranks[token] = len(tokens)
             tokens.append(token)
-            self._items.append([left, right])
+            self._merges.append((pair[0], pair[1]))
 
     @classmethod
     def train(cls, text: str | Iterable[str], vocab_size: int = 1024) -> "BPETokenizer":
@@ -329,7 +309,7 @@ class BPETokenizer(_TiktokenTokenizer):
     @property
     def vocab_size(self) -> int:
         """Number of ids: 256 bytes, the merges and `<|endoftext|>`."""
-        return 256 + len(self._items) + 1
+        return 256 + len(self._merges) + 1
 
     @cached_property
     def encoding(self) -> "tiktoken.Encoding":
@@ -344,6 +324,15 @@ class BPETokenizer(_TiktokenTokenizer):
             explicit_n_vocab=self.vocab_size,
         )
 
+    def to_dict(self) -> dict[str, Any]:
+        """`{"kind": "bpe", "merges": [[left id, right id], …]}`."""
+        return {"kind": self.kind, "merges": [list(pair) for pair in self._merges]}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "BPETokenizer":
+        """Rebuild a tokenizer from what `to_dict` gave."""
+        return cls(_content(data, cls.kind, "merges"))
+
 
 class GPT2Tokenizer(_TiktokenTokenizer):
     """GPT-2's BPE through tiktoken; its two files are looked for at the first `encode` or `decode`, not before."""
@@ -355,9 +344,6 @@ class GPT2Tokenizer(_TiktokenTokenizer):
         "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     }
 
-    def __init__(self) -> None:
-        pass
-
     @property
     def vocab_size(self) -> int:
         """50,257: 256 bytes, 50,000 merges and `<|endoftext|>`."""
@@ -368,15 +354,19 @@ class GPT2Tokenizer(_TiktokenTokenizer):
         """Tiktoken's encoding "gpt2", from its cache or downloaded once."""
         import tiktoken
 
-        folder, lacking = self._cache()
+        lacking = self._lacking()
         # tiktoken downloads with no timeout, and offline some systems hang in the name lookup.
-        if lacking and not _reachable(self._URL):
-            raise self._missing(folder, lacking, f"{urlsplit(self._URL).hostname} cannot be reached")
-        try:
-            return tiktoken.get_encoding("gpt2")
-        except (OSError, ValueError) as error:  # requests' errors are OSErrors; a wrong checksum is a ValueError
-            cause = " ".join(str(error).split())
-            raise self._missing(folder, lacking, f"tiktoken failed: {cause}") from error
+        cause = f"{urlsplit(self._URL).hostname} cannot be reached"
+        if not lacking or _reachable(self._URL):
+            try:
+                return tiktoken.get_encoding("gpt2")
+            except (OSError, ValueError) as error:  # requests' errors are OSErrors; a wrong checksum is a ValueError
+                cause = f"tiktoken failed: {' '.join(str(error).split())}"
+        raise MissingInputError(
+            f"no files for GPT-2's tokenizer: {'; '.join([*lacking, cause])}. Set TIKTOKEN_CACHE_DIR to a folder that "
+            "holds both files, connect once so that they are downloaded, or train a tokenizer of your own, which "
+            "needs no download (tokenizer.kind: bpe)"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """`{"kind": "gpt2"}`: nothing else varies."""
@@ -385,28 +375,23 @@ class GPT2Tokenizer(_TiktokenTokenizer):
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "GPT2Tokenizer":
         """Rebuild a tokenizer from what `to_dict` gave."""
-        _check_keys(data, cls.kind)
+        _content(data, cls.kind)
         return cls()
 
-    def _cache(self) -> tuple[str, list[str]]:
-        """Where tiktoken keeps files on this machine, and what is wrong with the two it needs there."""
+    def _lacking(self) -> list[str]:
+        """What is wrong with the two files in the folder where tiktoken looks for them."""
         default = str(Path(tempfile.gettempdir()) / "data-gym-cache")
         folder = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR", default))
+        if not folder:
+            return ["TIKTOKEN_CACHE_DIR is set but empty, which turns tiktoken's cache off"]
         lacking = []
         for name, digest in self._SHA256.items():
-            file = Path(folder) / hashlib.sha1((self._URL + name).encode()).hexdigest()
-            if not folder or not file.is_file():
-                lacking.append(f"{name} (as {file.name}) is missing")
+            file = Path(folder, hashlib.sha1((self._URL + name).encode()).hexdigest())
+            if not file.is_file():
+                lacking.append(f"{file} ({name}) is missing")
             elif hashlib.sha256(file.read_bytes()).hexdigest() != digest:
-                lacking.append(f"{name} (as {file.name}) is corrupt")
-        return folder or "(caching is off: the variable is empty)", lacking
-
-    def _missing(self, folder: str, lacking: list[str], cause: str) -> MissingInputError:
-        return MissingInputError(
-            f"GPT-2's tokenizer files are not at hand: in {folder}, {' and '.join(lacking) or 'both were found'}, and "
-            f"{cause}; set TIKTOKEN_CACHE_DIR to a folder that holds both, connect once so that they are downloaded, "
-            "or train your own tokenizer, which needs no download (tokenizer.kind: bpe)"
-        )
+                lacking.append(f"{file} ({name}) is corrupt: its SHA-256 is wrong")
+        return lacking
 
 
 _CLASSES: dict[str, Any] = {cls.kind: cls for cls in (SimpleTokenizer, CharTokenizer, BPETokenizer, GPT2Tokenizer)}
@@ -424,7 +409,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 
 def tokenizer_from_dict(data: Mapping[str, Any]) -> Tokenizer:
     """Rebuild a tokenizer of any kind from what its `to_dict` gave."""
-    kind = data.get("kind") if isinstance(data, Mapping) else None
+    kind = data.get("kind")
     if not isinstance(kind, str) or kind not in _CLASSES:
         raise InputError(f"not a tokenizer of slm_jax: kind is {reprlib.repr(kind)}, expected {', '.join(_CLASSES)}")
     tokenizer: Tokenizer = _CLASSES[kind].from_dict(data)
@@ -446,19 +431,26 @@ def _load(path: str | os.PathLike[str], build: Callable[[Any], _T]) -> _T:
             f"or a run's folder with tokenizer/{FILE_NAME}"
         )
     try:
-        return build(json.loads(file.read_text(encoding="utf-8")))
+        data = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(data, dict):
+            raise InputError(f"a tokenizer's file is one JSON object with its kind, not {reprlib.repr(data)}")
+        return build(data)
     except InputError as error:
         raise InputError(f"{file}: {error}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file}: cannot be read as JSON ({error}); expected a file that save() wrote") from None
 
 
-def _check_keys(data: Mapping[str, Any], kind: str, *names: str) -> None:
-    found = data.get("kind") if isinstance(data, Mapping) else data
-    if found != kind:
-        raise InputError(f"not a tokenizer of kind {kind!r} but {reprlib.repr(found)}; load_tokenizer takes any kind")
-    if set(data) != {"kind", *names}:
-        raise InputError(f"a {kind} tokenizer has the keys {['kind', *names]}, not {reprlib.repr(list(data))}")
+def _content(data: Mapping[str, Any], kind: str, *fields: str) -> list[Any]:
+    if data.get("kind") != kind:
+        found = reprlib.repr(data.get("kind"))
+        raise InputError(f"not a tokenizer of kind {kind!r} but {found}; load_tokenizer takes any kind")
+    if set(data) != {"kind", *fields}:
+        raise InputError(f"a {kind} tokenizer has the keys {['kind', *fields]}, not {reprlib.repr(list(data))}")
+    content = data[fields[0]] if fields else []
+    if not isinstance(content, list):
+        raise InputError(f"{fields[0]!r} is {reprlib.repr(content)}: expected a list")
+    return content
 
 
 def _join(parts: list[list[int]], *between: int) -> list[int]:

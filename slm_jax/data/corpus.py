@@ -141,9 +141,12 @@ def encode_documents(documents: list[str], tokenizer: Tokenizer) -> np.ndarray:
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     pieces: list[np.ndarray] = []
     for document in documents:
+        ids = tokenizer.encode(document)
+        if not ids:  # white space at the cut between the splits, which is no word
+            continue
         if pieces:
             pieces.append(np.array([tokenizer.eot_id], dtype))
-        pieces.append(np.array(tokenizer.encode(document), dtype))
+        pieces.append(np.array(ids, dtype))
     return np.concatenate(pieces) if pieces else np.zeros(0, dtype)
 
 

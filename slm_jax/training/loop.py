@@ -99,11 +99,9 @@ def train(config: RunConfig, task: Task, start: Start, stop: StopRequest, consol
     """
     trainer = Trainer(config, task, start, stop, console)
     trainer.prepare()
-    try:
-        with Checkpoints(start.run.checkpoints, config.checkpoint.keep) as checkpoints, trainer.progress:
-            trainer.run(checkpoints)
-    finally:
-        trainer.draw()
+    with Checkpoints(start.run.checkpoints, config.checkpoint.keep) as checkpoints, trainer.progress:
+        trainer.run(checkpoints)
+    trainer.draw()
     return trainer.finish()
 
 
@@ -250,6 +248,7 @@ class Trainer:
             if step not in checkpoints.saved_steps():
                 self._save(checkpoints, state, step, batches)
             checkpoints.wait()
+            self.draw()
             self.progress.note(f"stopped at step {step:,}; the same command goes on from there")
             raise
 

@@ -1,0 +1,624 @@
+"""What must hold of GPTModel: its tree, its numbers, and that no way of running it changes them."""
+
+import copy
+import dataclasses
+import math
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from slm_jax.errors import InputError
+from slm_jax.model import (
+    PRESETS,
+    FeedForward,
+    GPTConfig,
+    GPTModel,
+    LayerNorm,
+    TransformerBlock,
+    count_params,
+    get_gpt_config,
+    init_params,
+    join_blocks,
+    param_shapes,
+    split_blocks,
+)
+
+# As a loop, which compiles faster than the unrolled stack; that both give the same numbers is a test below.
+SMALL = GPTConfig(vocab_size=61, context_length=16, emb_dim=24, n_heads=3, n_layers=3, unroll=False)
+IDS = np.random.default_rng(7).permutation(61)[:32].reshape(2, 16)  # no id twice
+TOKENS = jnp.asarray(IDS, jnp.int32)
+
+
+def random_params(cfg, seed=0, std=0.2):
+    """Parameters of which none is zero or one, so that each one shows in the output."""
+    rng = np.random.default_rng(seed)
+
+    def leaf(path, shape):
+        values = rng.normal(0, std, shape.shape) + (path[-1].key == "scale")
+        return jnp.asarray(values, shape.dtype)
+
+    return jax.tree_util.tree_map_with_path(leaf, param_shapes(cfg))
+
+
+def flat(tree):
+    return {"/".join(k.key for k in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def close(actual, expected, tolerance=1e-5):
+    """Difference over the largest magnitude."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    assert actual.shape == expected.shape
+    assert np.abs(actual - expected).max() <= tolerance * np.abs(expected).max()
+
+
+def gradients_close(actual, expected, tolerance=1e-5):
+    """Difference of two gradients, each leaf, relative to the global norm."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    bound = tolerance * float(optax.global_norm(expected))
+    assert bound > 0
+    for name, leaf in flat(jax.tree.map(lambda a, b: jnp.abs(a - b).max(), actual, expected)).items():
+        assert leaf <= bound, name
+
+
+def cross_entropy(logits, targets):
+    return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
+
+
+@cache
+def forward(cfg):
+    """One compiled forward pass a configuration."""
+    return jax.jit(GPTModel(cfg).apply)
+
+
+# Sizes and the tree
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "expected"),
+    [
+        ("gpt2-small", {}, 124_439_808),
+        ("gpt2-small", {"tie_weights": False, "qkv_bias": False}, 163_009_536),  # the book's chapter 4
+        ("gpt2-medium", {}, 354_823_168),
+        ("gpt2-large", {}, 774_030_080),
+        ("gpt2-xl", {}, 1_557_611_200),
+    ],
+)
+def test_the_published_parameter_counts(name, overrides, expected):
+    assert count_params(get_gpt_config(name, **overrides)) == expected
+
+
+def contract(cfg):
+    """DESIGN.md's table of the params tree."""
+    L, D, V, T = cfg.n_layers, cfg.emb_dim, cfg.vocab_size, cfg.context_length
+    shapes = {
+        "tok_emb/embedding": (V, D),
+        "pos_emb/embedding": (T, D),
+        "blocks/norm1/scale": (L, D),
+        "blocks/norm1/bias": (L, D),
+        "blocks/norm2/scale": (L, D),
+        "blocks/norm2/bias": (L, D),
+        "blocks/attn/qkv/kernel": (L, D, 3 * D),
+        "blocks/attn/qkv/bias": (L, 3 * D),
+        "blocks/attn/out_proj/kernel": (L, D, D),
+        "blocks/attn/out_proj/bias": (L, D),
+        "blocks/ff/fc/kernel": (L, D, 4 * D),
+        "blocks/ff/fc/bias": (L, 4 * D),
+        "blocks/ff/proj/kernel": (L, 4 * D, D),
+        "blocks/ff/proj/bias": (L, D),
+        "final_norm/scale": (D,),
+        "final_norm/bias": (D,),
+        "out_head/kernel": (D, V),
+    }
+    absent = {"out_head/kernel"} if cfg.tie_weights else set()
+    absent |= set() if cfg.qkv_bias else {"blocks/attn/qkv/bias"}
+    absent |= set() if cfg.bias else {name for name in shapes if name.endswith("/bias")}
+    return {name: shape for name, shape in shapes.items() if name not in absent}
+
+
+@pytest.mark.parametrize("tie_weights", [True, False])
+@pytest.mark.parametrize("qkv_bias", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_params_tree_is_the_contract(tie_weights, qkv_bias, bias):
+    cfg = dataclasses.replace(SMALL, tie_weights=tie_weights, qkv_bias=qkv_bias, bias=bias)
+    params = param_shapes(cfg)
+    assert {name: leaf.shape for name, leaf in flat(params).items()} == contract(cfg)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
+    assert type(params) is dict
+    assert count_params(cfg) == sum(math.prod(shape) for shape in contract(cfg).values())
+
+
+def test_the_public_form_of_init_gives_the_same_tree():
+    params = jax.eval_shape(lambda: GPTModel(SMALL).init(jax.random.key(0), TOKENS)["params"])
+    assert {name: leaf.shape for name, leaf in flat(params).items()} == contract(SMALL)
+
+
+# GPT-2's initialisation
+
+
+@pytest.fixture(scope="module")
+def initialised():
+    cfg = GPTConfig(
+        vocab_size=512, context_length=256, emb_dim=64, n_heads=4, n_layers=4, tie_weights=False, unroll=False
+    )
+    return cfg, flat(jax.jit(partial(init_params, cfg))(jax.random.key(3)))
+
+
+def test_weights_start_as_gpt2s(initialised):
+    cfg, params = initialised
+    for name, leaf in params.items():
+        values = np.asarray(leaf, np.float64)
+        if name.endswith("bias"):
+            assert (values == 0).all(), name
+        elif name.endswith("scale"):
+            assert (values == 1).all(), name
+        else:
+            residual = name in ("blocks/attn/out_proj/kernel", "blocks/ff/proj/kernel")
+            std = 0.02 / math.sqrt(2 * cfg.n_layers) if residual else 0.02
+            error = 5 / math.sqrt(2 * values.size)  # five standard errors of an estimated standard deviation
+            assert values.std() == pytest.approx(std, rel=error), name
+            assert abs(values.mean()) <= 5 * std / math.sqrt(values.size), name
+            assert np.abs(values).max() > 3.5 * std, f"{name} is not a normal distribution's"
+
+
+def test_no_two_blocks_start_alike(initialised):
+    cfg, params = initialised
+    for name, leaf in params.items():
+        if name.startswith("blocks") and name.endswith("kernel"):
+            blocks = np.asarray(leaf).reshape(cfg.n_layers, -1)
+            correlation = np.corrcoef(blocks) - np.eye(cfg.n_layers)
+            assert np.abs(correlation).max() < 6 / math.sqrt(blocks.shape[1]), name
+
+
+def test_the_key_decides_the_weights():
+    init = jax.jit(partial(init_params, dataclasses.replace(SMALL, unroll=False)))
+    one, again, other = (flat(init(jax.random.key(seed))) for seed in (0, 0, 1))
+    assert all((one[name] == again[name]).all() for name in one)
+    assert not (one["blocks/ff/fc/kernel"] == other["blocks/ff/fc/kernel"]).any()
+
+
+# The parts, against numpy
+
+
+def numpy_layer_norm(x, scale, bias):
+    mean = x.mean(-1, keepdims=True)
+    return (x - mean) / np.sqrt(((x - mean) ** 2).mean(-1, keepdims=True) + 1e-5) * scale + bias
+
+
+def numpy_gelu(x):
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def numpy_gpt2(params, tokens, n_heads):
+    """Log-probabilities in float64, from the papers' formulas: one sequence, one head, one position at a time."""
+    p = {name: np.asarray(leaf, np.float64) for name, leaf in flat(params).items()}
+    x = p["tok_emb/embedding"][tokens] + p["pos_emb/embedding"][: len(tokens)]
+    emb = x.shape[1]
+    size = emb // n_heads
+    for layer in range(len(p["blocks/norm1/scale"])):
+        b = {name.removeprefix("blocks/"): leaf[layer] for name, leaf in p.items() if name.startswith("blocks/")}
+        qkv = numpy_layer_norm(x, b["norm1/scale"], b["norm1/bias"]) @ b["attn/qkv/kernel"] + b["attn/qkv/bias"]
+        context = np.zeros_like(x)
+        for head in range(n_heads):
+            q, k, v = (qkv[:, part * emb + head * size :][:, :size] for part in range(3))
+            for t in range(len(tokens)):
+                scores = np.exp(q[t] @ k[: t + 1].T / np.sqrt(size))
+                context[t, head * size :][:size] = scores / scores.sum() @ v[: t + 1]
+        x = x + context @ b["attn/out_proj/kernel"] + b["attn/out_proj/bias"]
+        wide = numpy_layer_norm(x, b["norm2/scale"], b["norm2/bias"]) @ b["ff/fc/kernel"] + b["ff/fc/bias"]
+        x = x + numpy_gelu(wide) @ b["ff/proj/kernel"] + b["ff/proj/bias"]
+    x = numpy_layer_norm(x, p["final_norm/scale"], p["final_norm/bias"])
+    logits = x @ p.get("out_head/kernel", p["tok_emb/embedding"].T)
+    return logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True)) - logits.max(
+        -1, keepdims=True
+    )
+
+
+@pytest.mark.parametrize("tie_weights", [True, False])
+def test_the_forward_pass_is_gpt2s(tie_weights):
+    cfg = dataclasses.replace(SMALL, tie_weights=tie_weights)
+    params = random_params(cfg)
+    ours = np.asarray(jax.nn.log_softmax(forward(cfg)({"params": params}, TOKENS)))
+    for row, tokens in zip(ours, IDS, strict=True):
+        expected = numpy_gpt2(params, tokens, cfg.n_heads)
+        assert np.exp(expected).sum(-1) == pytest.approx(1)
+        assert np.abs(row - expected).max() <= 1e-4
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e-3])  # at 1e-3 the variance is 1e-6, and an eps of 1e-6 would show
+def test_layer_norm_is_the_papers_with_gpt2s_eps(spread):
+    rng = np.random.default_rng(0)
+    x = (3 + spread * rng.normal(size=(2, 5, 24))).astype(np.float32)
+    scale, bias = rng.normal(size=(2, 24)).astype(np.float32)
+    ours = LayerNorm().apply({"params": {"scale": scale, "bias": bias}}, jnp.asarray(x))
+    close(ours, numpy_layer_norm(x.astype(np.float64), scale, bias), 1e-5 if spread == 1 else 1e-3)
+
+
+def test_the_feed_forward_is_gpt2s_tanh_gelu_between_two_products():
+    cfg = dataclasses.replace(SMALL, n_layers=1)
+    ff = {name: jax.tree.map(lambda leaf: leaf[0], part) for name, part in random_params(cfg)["blocks"]["ff"].items()}
+    x = np.random.default_rng(1).normal(size=(2, 5, 24)).astype(np.float32)
+    p = {name: np.asarray(leaf, np.float64) for name, leaf in flat(ff).items()}
+    expected = numpy_gelu(x @ p["fc/kernel"] + p["fc/bias"]) @ p["proj/kernel"] + p["proj/bias"]
+    close(FeedForward(cfg).apply({"params": ff}, jnp.asarray(x)), expected)
+
+
+# Causality
+
+
+def test_no_logit_depends_on_a_later_token():
+    cfg = dataclasses.replace(SMALL, tie_weights=False)
+    params = random_params(cfg)
+    direction = np.random.default_rng(2).normal(size=cfg.vocab_size).astype(np.float32)
+
+    def projected(embedding):
+        logits = GPTModel(cfg).apply({"params": {**params, "tok_emb": {"embedding": embedding}}}, TOKENS[:1])
+        return logits[0] @ direction
+
+    jacobian = jax.jit(jax.jacrev(projected))(params["tok_emb"]["embedding"])  # (position, token id, emb)
+    influence = np.abs(np.asarray(jacobian)[:, IDS[0]]).max(-1)  # each id stands at one position only
+    assert (influence[np.triu_indices(16, 1)] == 0).all()
+    assert (influence[np.tril_indices(16)] > 1e-6).all()
+
+
+# However the stack is executed
+
+
+EXECUTIONS = [(unroll, remat) for unroll in (False, True) for remat in ("none", "dots", "full")]
+
+
+@cache
+def executed(unroll, remat):
+    """Logits and gradients, under dropout, whose draws must not change either."""
+    cfg = dataclasses.replace(SMALL, n_layers=2, drop_rate=0.2, unroll=unroll, remat=remat)
+    model, params = GPTModel(cfg), random_params(cfg)
+
+    def loss(params):
+        rngs = {"dropout": jax.random.key(5)}
+        logits = model.apply({"params": params}, TOKENS, deterministic=False, rngs=rngs)
+        return cross_entropy(logits, TOKENS), logits
+
+    (_, logits), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    return logits, grads
+
+
+@pytest.mark.parametrize(("unroll", "remat"), EXECUTIONS[1:])
+def test_execution_changes_neither_numbers_nor_tree(unroll, remat):
+    logits, grads = executed(False, "none")
+    other_logits, other_grads = executed(unroll, remat)
+    close(other_logits, logits)
+    gradients_close(other_grads, grads)
+    shapes = param_shapes(dataclasses.replace(SMALL, unroll=unroll, remat=remat))
+    assert {name: leaf.shape for name, leaf in flat(shapes).items()} == contract(SMALL)
+
+
+@pytest.mark.parametrize(("remat", "products"), [("none", 0), ("dots", 2), ("full", 6)])
+def test_remat_computes_again_what_it_says(remat, products):
+    """Products of one block (qkv, scores, context, out_proj, fc, proj) that appear again in the backward pass."""
+    cfg = dataclasses.replace(SMALL, n_layers=1, unroll=False, remat=remat, attention="explicit")
+    shapes = param_shapes(cfg)
+
+    def loss(params):
+        return cross_entropy(GPTModel(cfg).apply({"params": params}, TOKENS), TOKENS)
+
+    base = 3 * (6 + 1)  # six products and the head: once forward, twice backward
+    assert str(jax.make_jaxpr(jax.grad(loss))(shapes)).count("dot_general[") - base in (products, products - 1)
+
+
+# Segments
+
+
+@pytest.mark.parametrize("first", [1, 2])
+def test_a_split_stack_computes_the_same(first):
+    params = random_params(SMALL)
+    split = split_blocks(params, first)
+    assert set(split) == {*params, "blocks_0", "blocks_1"} - {"blocks"}
+    assert jax.tree.leaves(split["blocks_0"])[0].shape[0] == first
+    close(forward(SMALL)({"params": split}, TOKENS), forward(SMALL)({"params": params}, TOKENS))
+    joined = join_blocks(split)
+    assert jax.tree.structure(joined) == jax.tree.structure(params)
+    assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), joined, params))
+
+
+@pytest.mark.parametrize("first", [0, 3, -1])
+def test_a_cut_outside_the_stack_is_refused(first):
+    with pytest.raises(InputError, match=rf"3 blocks after block {first}; expected 1 to 2"):
+        split_blocks(random_params(SMALL), first)
+
+
+TAIL = ("blocks_1", "final_norm", "out_head")
+
+
+def tail_gradient(cfg, frozen, trainable):
+    def loss(trainable):
+        return cross_entropy(GPTModel(cfg).apply({"params": {**frozen, **trainable}}, TOKENS), TOKENS)
+
+    return jax.grad(loss)(trainable)
+
+
+def test_the_tails_gradient_is_that_of_the_whole():
+    cfg = dataclasses.replace(SMALL, tie_weights=False)
+    params = random_params(cfg)
+    whole = jax.jit(lambda params: tail_gradient(cfg, {}, params))(params)
+    split = split_blocks(params, 2)
+    trainable = {name: split.pop(name) for name in TAIL}
+    tail = jax.jit(partial(tail_gradient, cfg))(split, trainable)
+    gradients_close(tail, {name: split_blocks(whole, 2)[name] for name in TAIL})
+
+
+def test_a_frozen_trunk_costs_no_backward_pass():
+    cfg = dataclasses.replace(SMALL, n_layers=6, tie_weights=False, attention="explicit")
+    split = split_blocks(random_params(cfg), 5)
+    trainable = {name: split.pop(name) for name in TAIL}
+
+    def products(f, *args):
+        """Products a block costs in a program, each loop's body times its length."""
+        return count_products(jax.make_jaxpr(f)(*args).jaxpr)
+
+    whole_forward = products(lambda params: GPTModel(cfg).apply({"params": params}, TOKENS), {**split, **trainable})
+    assert whole_forward == 6 * 6 + 1
+    tail = products(partial(tail_gradient, cfg), split, trainable)
+    # The tail's block and the head twice more: for their inputs and for their weights; no input's gradient is
+    # needed of what stands first in the tail.
+    assert whole_forward + 2 * (6 + 1) - 1 <= tail <= whole_forward + 2 * (6 + 1)
+    everything = products(lambda params: tail_gradient(cfg, {}, params), {**split, **trainable})
+    assert everything == 3 * whole_forward
+
+
+def count_products(jaxpr):
+    """Count matrix products, those inside a loop as often as it runs."""
+    total = 0
+    for equation in jaxpr.eqns:
+        total += equation.primitive.name == "dot_general"
+        inner = [getattr(value, "jaxpr", value) for value in equation.params.values()]
+        inside = sum(count_products(value) for value in inner if hasattr(value, "eqns"))
+        total += inside * equation.params.get("length", 1)
+    return total
+
+
+# Dropout
+
+
+DROPPED = dataclasses.replace(SMALL, drop_rate=0.25)
+
+
+def test_without_dropout_the_rate_makes_no_difference():
+    params = random_params(SMALL)
+    expected = forward(SMALL)({"params": params}, TOKENS)
+    assert (forward(DROPPED)({"params": params}, TOKENS) == expected).all()
+
+
+def test_dropout_is_a_function_of_its_key():
+    params = random_params(SMALL)
+    apply = jax.jit(lambda key: GPTModel(DROPPED).apply(
+        {"params": params}, TOKENS, deterministic=False, rngs={"dropout": key}
+    ))  # fmt: skip
+    one, again, other = (apply(jax.random.key(seed)) for seed in (0, 0, 1))
+    assert (one == again).all()
+    assert not np.allclose(one, other)
+    assert not np.allclose(one, forward(SMALL)({"params": params}, TOKENS))
+    assert not np.allclose(one[0, 0], apply(jax.random.key(2))[0, 0])  # at the first position, too
+
+
+def test_embeddings_are_dropped_out():
+    """Blocks that add nothing leave the embedding, of ones: after dropout 0 or 1/(1 - rate)."""
+    params = jax.tree.map(jnp.zeros_like, random_params(SMALL))
+    params["tok_emb"]["embedding"] += 1
+    params["final_norm"]["scale"] += 1
+    rngs = {"dropout": jax.random.key(0)}
+    tokens = jnp.zeros((64, 16), jnp.int32)
+    apply = jax.jit(partial(GPTModel(DROPPED).apply, deterministic=False, method="hidden"))
+    hidden = apply({"params": params}, tokens, rngs=rngs)
+    hidden = np.asarray(hidden).reshape(-1, 24)
+    low, high = hidden.min(-1, keepdims=True), hidden.max(-1, keepdims=True)
+    assert (np.isclose(hidden, low) | np.isclose(hidden, high)).all()
+    share = (hidden < (low + high) / 2).mean()
+    assert share == pytest.approx(0.25, abs=5 * math.sqrt(0.25 * 0.75 / hidden.size))
+
+
+def one_block(**replaced):
+    """A block's parameters: all zero, but norms that give ones whatever they get, and what is replaced."""
+    params = jax.tree.map(lambda leaf: jnp.zeros_like(leaf[0]), random_params(SMALL)["blocks"])
+    for norm in ("norm1", "norm2"):
+        params[norm]["bias"] += 1
+    for path, value in replaced.items():
+        *sections, leaf = path.split("_", 2) if path.count("_") == 2 else path.split("__")
+        section = params
+        for name in sections:
+            section = section[name]
+        section[leaf] = jnp.broadcast_to(jnp.asarray(value, jnp.float32), section[leaf].shape)
+    return params
+
+
+def branch(params, batch=64):
+    """What a block adds to its input, with dropout."""
+    x, rngs = jnp.zeros((batch, 16, 24)), {"dropout": jax.random.key(1)}
+    apply = jax.jit(partial(TransformerBlock(DROPPED).apply, mask=None, deterministic=False))
+    added, _ = apply({"params": params}, x, rngs=rngs)
+    return np.asarray(added)
+
+
+def test_the_feed_forward_branch_is_dropped_out():
+    added = branch(one_block(ff__proj__bias=3.0))
+    assert (np.isclose(added, 0) | np.isclose(added, 3 / 0.75)).all()
+    assert (added == 0).mean() == pytest.approx(0.25, abs=5 * math.sqrt(0.25 * 0.75 / added.size))
+
+
+def test_attention_weights_and_the_attention_branch_are_dropped_out():
+    """With values of one and equal weights, a head's output counts the weights kept; out_proj hands it on."""
+    qkv_bias = np.repeat([0.0, 0.0, 1.0], 24)
+    added = branch(one_block(attn__qkv__bias=qkv_bias, attn__out_proj__kernel=np.eye(24)), batch=256)
+    heads = added.reshape(256, 16, 3, 8)
+    per_head = heads.max(-1)
+    kept = per_head * 0.75**2 * np.arange(1, 17)[:, None]  # weights of a row are 1/(t+1), over 0.75 twice
+    assert np.abs(kept - kept.round()).max() < 1e-4
+    # A head that came through shows the share kept: of the branch within a head, and of the weights over all heads.
+    alive = per_head[:, 8:] > 0
+    assert (heads[:, 8:][alive] == 0).mean() == pytest.approx(0.25, abs=0.01)
+    assert (np.isclose(heads, per_head[..., None]) | (heads == 0)).all()
+    share = kept[:, 8:].sum() / (256 * 3 * np.arange(9, 17).sum())
+    assert share == pytest.approx(0.75, abs=0.01)
+    assert len(np.unique(kept[:, 15].round())) > 5  # heads differ: it is not the branch alone that drops
+
+
+# Precision
+
+
+@pytest.mark.parametrize("tie_weights", [True, False])
+def test_bfloat16_computes_near_float32_and_keeps_float32_parameters_and_logits(tie_weights):
+    cfg = dataclasses.replace(SMALL, tie_weights=tie_weights)
+    half = dataclasses.replace(cfg, dtype="bfloat16")
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(param_shapes(half)))
+    params = random_params(cfg, std=0.1)
+    logits, expected = forward(half)({"params": params}, TOKENS), forward(cfg)({"params": params}, TOKENS)
+    assert logits.dtype == jnp.float32
+    close(logits, expected, 0.03)  # bfloat16 rounds to 2**-9; some thirty roundings follow each other
+    assert not np.allclose(logits, expected, rtol=1e-4)
+    hidden = jax.eval_shape(partial(GPTModel(half).apply, method="hidden"), {"params": params}, TOKENS)
+    assert hidden.dtype == jnp.bfloat16
+    # The last product accumulates in float32: rounded to bfloat16, logits would be few distinct values.
+    assert (np.asarray(logits) != np.asarray(logits.astype(jnp.bfloat16).astype(jnp.float32))).mean() > 0.9
+
+
+# Packed rows
+
+
+LENGTHS = (5, 7, 4)
+STARTS = np.cumsum((0, *LENGTHS))[:-1]
+PACKED = {
+    "positions": jnp.asarray(np.concatenate([np.arange(n) for n in LENGTHS])[None], jnp.int32),
+    "segment_ids": jnp.asarray(np.repeat(np.arange(3), LENGTHS)[None], jnp.int32),
+}
+
+
+@pytest.mark.parametrize("attention", ["explicit", "xla"])
+def test_packed_documents_are_computed_as_if_alone(attention):
+    cfg = dataclasses.replace(SMALL, attention=attention)
+    params = random_params(cfg)
+    packed = forward(cfg)({"params": params}, TOKENS[:1], **PACKED)
+    for start, length in zip(STARTS, LENGTHS, strict=True):
+        alone = forward(cfg)({"params": params}, TOKENS[:1, start : start + length])
+        close(packed[:, start : start + length], alone)
+
+
+def test_no_gradient_leaks_between_packed_documents():
+    cfg = dataclasses.replace(SMALL, tie_weights=False)
+    params = random_params(cfg)
+
+    def second_document(embedding):
+        tree = {**params, "tok_emb": {"embedding": embedding}}
+        logits = GPTModel(cfg).apply({"params": tree}, TOKENS[:1], **PACKED)
+        return jnp.square(logits[0, 5:12]).sum()
+
+    gradient = np.abs(np.asarray(jax.jit(jax.grad(second_document))(params["tok_emb"]["embedding"]))).max(-1)
+    assert (gradient[IDS[0, 5:12]] > 0).all()
+    others = np.setdiff1d(np.arange(61), IDS[0, 5:12])
+    assert (gradient[others] == 0).all()
+
+
+def test_positions_default_to_counting_from_zero():
+    params = random_params(SMALL)
+    positions = jnp.broadcast_to(jnp.arange(16), (2, 16))
+    expected = forward(SMALL)({"params": params}, TOKENS)
+    close(forward(SMALL)({"params": params}, TOKENS, positions=positions), expected)
+    moved = forward(SMALL)({"params": params}, TOKENS, positions=positions[:, ::-1])
+    assert not np.allclose(moved, expected, atol=1e-2)
+
+
+# The two halves, and what is refused
+
+
+@pytest.mark.parametrize("tie_weights", [True, False])
+def test_hidden_then_logits_is_the_whole(tie_weights):
+    cfg = dataclasses.replace(SMALL, tie_weights=tie_weights)
+    params = {"params": random_params(cfg)}
+    hidden = jax.jit(partial(GPTModel(cfg).apply, method="hidden"))(params, TOKENS)
+    assert hidden.shape == (2, 16, 24)
+    close(GPTModel(cfg).apply(params, hidden, method="logits"), forward(cfg)(params, TOKENS))
+
+
+@pytest.mark.parametrize("method", [None, "hidden"])
+def test_more_tokens_than_the_context_are_refused(method):
+    params = {"params": random_params(SMALL)}
+    with pytest.raises(InputError, match=r"17 tokens .* context of 16; .*context_length") as error:
+        GPTModel(SMALL).apply(params, jnp.zeros((1, 17), jnp.int32), method=method)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        *((name, value, "a whole number of at least 1")
+          for name in ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers")
+          for value in (0, -3, 2.0, "8", True, None)),
+        ("emb_dim", 25, "a multiple, such as 27"),
+        ("n_heads", 5, "a multiple, such as 25"),
+        *(("drop_rate", value, "at least 0 and below 1") for value in (-0.1, 1.0, 1.5, float("nan"), "0.1", None, True)),
+        *((name, value, "true or false") for name in ("qkv_bias", "tie_weights", "bias") for value in ("no", 1, None)),
+        ("unroll", "yes", "true or false"),
+        ("dtype", "float64", "float32, bfloat16, float16"),
+        ("param_dtype", "int8", "float32, bfloat16, float16"),
+        ("remat", "some", "none, dots, full"),
+        ("attention", "flash", "auto, xla, cudnn, explicit"),
+    ],
+)  # fmt: skip
+def test_a_value_no_model_can_have_is_one_clear_line(field, value, expected):
+    cfg = copy.copy(SMALL)
+    object.__setattr__(cfg, field, value)
+    with pytest.raises(InputError) as error:
+        cfg.__post_init__()  # by itself: in the tests the enforced annotations would refuse a wrong type before it
+    text = str(error.value)
+    assert "\n" not in text
+    assert f"model.{field}" in text
+    assert (repr(value) in text) if field != "n_heads" or value != 5 else "5" in text
+    assert f"expected {expected}" in text or f"expected one of {expected}" in text or expected in text
+
+
+def test_presets_and_their_other_names():
+    for alias, name in {"gpt2": "small", "small": "small", "medium": "medium", "large": "large", "xl": "xl"}.items():
+        assert get_gpt_config(alias) == get_gpt_config(f"gpt2-{name}")
+    assert get_gpt_config() == get_gpt_config("gpt2-small")
+    assert {"tiny", "mini", "gpt2-small", "gpt2-medium", "gpt2-large", "gpt2-xl"} == set(PRESETS)
+    assert get_gpt_config("gpt2-small", context_length=256, drop_rate=0.1) == GPTConfig(
+        vocab_size=50_257, context_length=256, emb_dim=768, n_heads=12, n_layers=12, drop_rate=0.1
+    )
+    assert count_params(get_gpt_config("tiny")) < count_params(get_gpt_config("mini")) < 10_000_000
+
+
+@pytest.mark.parametrize("name", ["gpt3", "", "GPT2", "gpt2_small"])
+def test_an_unknown_preset_names_the_known_ones(name):
+    with pytest.raises(InputError) as error:
+        get_gpt_config(name)
+    assert repr(name) in str(error.value)
+    assert all(known in str(error.value) for known in PRESETS)
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_field_names_the_known_ones():
+    with pytest.raises(InputError, match=r"no field 'n_layer'; expected one of .*n_layers") as error:
+        get_gpt_config("tiny", n_layer=3)
+    assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match=r"model\.emb_dim is 130"):
+        get_gpt_config("tiny", emb_dim=130)
+
+
+# Other hardware
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_loss_and_gradient_lower_for_hardware_that_is_not_here(platform, packed):
+    cfg = dataclasses.replace(SMALL, drop_rate=0.1, dtype="bfloat16", remat="full", unroll=False)
+
+    def loss(params, tokens, key):
+        extra = PACKED if packed else {}
+        rngs = {"dropout": key}
+        logits = GPTModel(cfg).apply({"params": params}, tokens, deterministic=False, rngs=rngs, **extra)
+        return cross_entropy(logits, tokens)
+
+    args = (param_shapes(cfg), jax.ShapeDtypeStruct((1, 16), jnp.int32), jax.random.key(0))
+    lowered = jax.jit(jax.value_and_grad(loss)).trace(*args).lower(lowering_platforms=(platform,))
+    assert "stablehlo.dot_general" in lowered.as_text()
