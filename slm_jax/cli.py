@@ -138,7 +138,7 @@ def generate_command(args: Sequence[str]) -> int:
         eos_id=run.tokenizer.eot_id,
         key=jax.random.key(options.seed),
     )
-    ids, shown = list(prompt), ""
+    ids, shown = (list(prompt) if options.prompt else []), ""
     for column in columns:
         if column[0] == run.tokenizer.eot_id:
             break

@@ -62,6 +62,7 @@ def build(config: RunConfig, tokenizer: dict[str, Any] | None = None, stop: Call
         tokenizer=corpus.tokenizer.to_dict(),
         save_tokenizer=corpus.tokenizer.save,
         fingerprint=corpus.fingerprint(),
+        bytes_per_token=corpus.bytes_per_token,
         sample=_sampler(config, model, corpus),
         next_commands=_next_commands(config),
     )

@@ -66,6 +66,7 @@ class Task:
         tokenizer: as plain data, to travel with each checkpoint.
         save_tokenizer: writes it into the run's folder.
         fingerprint: of the data; a run goes on only with the same.
+        bytes_per_token: UTF-8 bytes that a validation token stands for, where that is known.
         sample: from parameters and a key, a text; None: no samples.
         next_commands: what to try when the run is done.
     """
@@ -80,6 +81,7 @@ class Task:
     tokenizer: dict[str, Any]
     save_tokenizer: Callable[[Path], object]
     fingerprint: str
+    bytes_per_token: float | None = None
     sample: Callable[[Params, jax.Array], str] | None = None
     next_commands: tuple[str, ...] = ()
 
@@ -291,7 +293,6 @@ class Trainer:
 
     def _evaluate(self, state: TrainState, step: int) -> bool:
         """Measure the mean loss over the whole validation split; return whether it is the lowest so far."""
-        began = time.monotonic()
         sums = []
         rows = host_rows(self.eval_batch_size)
         for batch in self.task.validation_batches():
@@ -300,8 +301,17 @@ class Trainer:
             sums.append(self.eval_step(state.trainable, self.frozen, put_batch(self.mesh, host_batch)))
         loss_sums, weight_sums = np.array(jax.device_get(sums), np.float64).T
         loss = float(loss_sums.sum() / weight_sums.sum())
-        row = {"step": step, "split": "val", "loss": loss, "perplexity": _perplexity(loss), "tokens": weight_sums.sum()}
-        self.folder.add_metrics({**row, "seconds": round(self._seconds() + time.monotonic() - began, 3)})
+        row = {
+            "step": step,
+            "split": "val",
+            "loss": loss,
+            "perplexity": _perplexity(loss),
+            "tokens": int(weight_sums.sum()),
+            "seconds": round(self._seconds(), 3),
+        }
+        if self.task.bytes_per_token:  # comparable between tokenizers, which the loss a token is not
+            row["bits_per_byte"] = loss / math.log(2) / self.task.bytes_per_token
+        self.folder.add_metrics(row)
         self.progress.validation(row)
         best = loss < min(self.validation.values(), default=math.inf)
         self.validation[step] = loss

@@ -2,7 +2,7 @@
 
 import math
 import time
-from typing import Any, Self
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
@@ -26,7 +26,7 @@ class ProgressLine:
             self._live = Progress(*columns, console=console, refresh_per_second=4)
             self._task = self._live.add_task("compiling", total=total_steps, completed=first_step)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "ProgressLine":
         if self._live:
             self._live.start()
         return self

@@ -65,7 +65,7 @@ def make_train_step(
         # One mean over all tokens of all micro-batches and hosts; a batch without targets has no loss to speak of.
         loss = loss_sum / weight_sum
         grads = jax.tree.map(lambda g: g / weight_sum, grads)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
         learning_rate = jnp.asarray(schedule(state.step), jnp.float32)

@@ -33,7 +33,7 @@ DECAYED = {
 
 @pytest.fixture(scope="module")
 def params():
-    return init_params(CFG, jax.random.key(0))
+    return jax.jit(init_params, static_argnums=0)(CFG, jax.random.key(0))
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +153,7 @@ def test_clipping_is_by_the_norm_of_the_whole_tree(params, scale, clipped):
 def rates(total_steps, **settings):
     """The rates of steps 0 to twice the run."""
     schedule = make_schedule(OptimizerConfig(learning_rate=2.0, **settings), total_steps)
-    return np.float64([schedule(jnp.int32(step)) for step in range(2 * total_steps + 1)])
+    return np.float64(schedule(jnp.arange(2 * total_steps + 1)))
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "constant", "wsd"])

@@ -1,0 +1,326 @@
+"""What must hold of one optimizer step: accumulated = whole, a bad step changes nothing, keys by step, a true loss."""
+
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from slm_jax.config import OptimizerConfig
+from slm_jax.model import GPTConfig, GPTModel, init_params
+from slm_jax.tasks.pretraining import make_loss_fn
+from slm_jax.training.optimizer import make_optimizer, make_schedule
+from slm_jax.training.step import TrainState, accumulated_gradients, make_eval_step, make_train_step
+
+BATCH, SEQ, VOCAB = 8, 12, 29
+
+
+def gpt(**overrides):
+    fields = {"vocab_size": VOCAB, "context_length": SEQ, "emb_dim": 16, "n_heads": 2, "n_layers": 2, "unroll": False}
+    return GPTModel(GPTConfig(**{**fields, **overrides}))
+
+
+@pytest.fixture(scope="module")
+def params():
+    return jax.jit(init_params, static_argnums=0)(gpt().cfg, jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """Random tokens; row i counts its first i + 1 targets, so that no two ways of cutting it weigh the same."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(VOCAB, size=(BATCH, SEQ + 1)).astype(np.int32)
+    weights = (np.arange(SEQ)[None, :] <= np.arange(BATCH)[:, None]).astype(np.float32)
+    return {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights}
+
+
+def global_norm(tree):
+    return np.sqrt(sum((np.asarray(leaf, np.float64) ** 2).sum() for leaf in jax.tree.leaves(tree)))
+
+
+def distance(a, b):
+    return global_norm(jax.tree.map(lambda x, y: np.float64(x) - np.float64(y), a, b))
+
+
+def same_bits(a, b):
+    raw = partial(jax.tree.map, lambda x: np.asarray(x).tobytes())
+    return raw(a) == raw(b)
+
+
+# Accumulation, on the GPT and its loss
+
+
+@cache
+def gradients(accumulate):
+    loss_fn = make_loss_fn(gpt())
+    key = jax.random.key(0)
+    return jax.jit(lambda params, batch: accumulated_gradients(loss_fn, params, {}, batch, key, accumulate))
+
+
+@pytest.mark.parametrize("accumulate", [2, 4, 8])
+def test_accumulated_gradients_are_those_of_the_whole_batch(params, batch, accumulate):
+    grads, loss, weight = gradients(accumulate)(params, batch)
+    whole_grads, whole_loss, whole_weight = gradients(1)(params, batch)
+    assert float(weight) == float(whole_weight) == batch["weights"].sum()
+    assert float(loss) == pytest.approx(float(whole_loss), rel=1e-6)
+    assert distance(grads, whole_grads) <= 1e-6 * global_norm(whole_grads)
+
+
+def test_the_mean_of_the_micro_batches_means_would_be_another_loss(params, batch):
+    """Shows that the weights above are uneven enough for the tests of accumulation to see the difference."""
+    _, loss, weight = gradients(1)(params, batch)
+    means = []
+    for row in range(BATCH):
+        _, row_loss, row_weight = gradients(1)(params, {name: value[[row] * BATCH] for name, value in batch.items()})
+        means.append(float(row_loss / row_weight))
+    assert abs(np.mean(means) - float(loss / weight)) > 1e-3
+
+
+def test_parameters_after_ten_steps_do_not_depend_on_accumulation(params, batch):
+    """Under plain gradient descent, which does not amplify rounding."""
+    ends = {}
+    for accumulate in (1, 2, 4, 8):
+        optimizer = optax.identity()
+        step = make_train_step(make_loss_fn(gpt()), optimizer, lambda step: 0.1, accumulate)
+        state = TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key(0))
+        state = jax.jit(lambda state, step=step: jax.lax.fori_loop(0, 10, lambda _, s: step(s, {}, batch)[0], state))(
+            state
+        )
+        ends[accumulate] = state.trainable
+    assert distance(ends[1], params) > 1e-2 * global_norm(params)
+    for accumulate in (2, 4, 8):
+        assert distance(ends[accumulate], ends[1]) <= 1e-6 * global_norm(ends[1])
+
+
+# Mechanics, on a model of one matrix
+
+
+def toy_loss(trainable, frozen, batch, key):
+    """Squared error, and a root whose gradient is not finite where ``x @ kernel`` is 0 and ``root`` is 1."""
+    y = batch["x"] @ trainable["kernel"] + trainable["bias"]
+    roots = jnp.where(y > 0, jnp.sqrt(jnp.abs(y)), 0.0) * batch["root"][:, None]
+    losses = jnp.square(y - 1).sum(1) + roots.sum(1)
+    return jnp.sum(losses * batch["weights"]), jnp.sum(batch["weights"]), {}
+
+
+TOY = OptimizerConfig(learning_rate=0.1, schedule="cosine", warmup_steps=4, clip_norm=1.0)
+SCHEDULE = make_schedule(TOY, 20)
+
+
+def toy_batch(**changes):
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(4, 3)).astype(np.float32)
+    return {"x": x, "root": np.zeros(4, np.float32), "weights": np.ones(4, np.float32), **changes}
+
+
+@cache
+def toy_step(accumulate=1):
+    return jax.jit(make_train_step(toy_loss, make_optimizer(TOY), SCHEDULE, accumulate))
+
+
+def toy_state():
+    rng = np.random.default_rng(4)
+    params = {"kernel": jnp.float32(rng.normal(size=(3, 2))), "bias": jnp.zeros(2)}
+    return TrainState(jnp.int32(0), params, make_optimizer(TOY).init(params), jax.random.key(5))
+
+
+def with_row(value, row=2):
+    x = toy_batch()["x"]
+    x[row] = value
+    return x
+
+
+BAD_BATCHES = {
+    "NaN in the data": toy_batch(x=with_row(np.nan)),
+    "infinity in the data": toy_batch(x=with_row(np.inf)),
+    "a gradient that overflows": toy_batch(x=with_row(1e18)),
+    "a finite loss with a gradient that is not": toy_batch(x=with_row(0.0), root=np.float32([0, 0, 1, 0])),
+    "NaN in the weights": toy_batch(weights=np.float32([1, 1, np.nan, 1])),
+    "no target that counts": toy_batch(weights=np.zeros(4, np.float32)),
+}
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("bad", BAD_BATCHES)
+def test_a_bad_batch_leaves_parameters_and_optimizer_untouched(bad, accumulate):
+    step = toy_step(accumulate)
+    state, metrics = step(toy_state(), {}, toy_batch())
+    assert not metrics.skipped
+    after, metrics = step(state, {}, BAD_BATCHES[bad])
+    assert metrics.skipped
+    assert same_bits((after.trainable, after.opt_state), (state.trainable, state.opt_state))
+    assert same_bits(jax.random.key_data(after.key), jax.random.key_data(state.key))
+    assert (int(state.step), int(after.step)) == (1, 2)
+
+
+def test_a_finite_loss_is_no_proof_of_finite_gradients():
+    _, metrics = toy_step()(toy_state(), {}, BAD_BATCHES["a finite loss with a gradient that is not"])
+    assert np.isfinite(metrics.loss)
+    assert not np.isfinite(metrics.grad_norm)
+    assert metrics.skipped
+
+
+def test_nan_parameters_are_not_updated():
+    state = toy_state()
+    state = state.replace(trainable={**state.trainable, "bias": jnp.float32([np.nan, 0.0])})
+    after, metrics = toy_step()(state, {}, toy_batch())
+    assert metrics.skipped
+    assert same_bits((after.trainable, after.opt_state), (state.trainable, state.opt_state))
+
+
+def test_the_step_after_a_skipped_one_reads_the_schedule_at_its_own_number():
+    """The optimizer's own count stands still meanwhile, as for Adam's bias correction it must."""
+    state, first = toy_step()(toy_state(), {}, toy_batch())
+    state, skipped = toy_step()(state, {}, BAD_BATCHES["NaN in the data"])
+    count = next(part.count for part in state.opt_state if hasattr(part, "count"))
+    assert int(count) == 1
+    state, third = toy_step()(state, {}, toy_batch())
+    for step, metrics in enumerate((first, skipped, third)):
+        assert float(metrics.learning_rate) == pytest.approx(0.1 * (step + 1) / 4, rel=1e-6)
+    assert not third.skipped
+
+
+def test_the_update_is_made_with_the_rate_of_the_step():
+    """A rate of zero at one step only: that step alone changes nothing."""
+    step = jax.jit(make_train_step(toy_loss, make_optimizer(TOY), lambda step: jnp.where(step == 1, 0.0, 0.1)))
+    states = [toy_state()]
+    for _ in range(3):
+        states.append(step(states[-1], {}, toy_batch())[0])
+    moved = [distance(a.trainable, b.trainable) > 0 for a, b in zip(states, states[1:], strict=False)]
+    assert moved == [True, False, True]
+
+
+def test_the_state_is_donated_and_the_result_the_same():
+    plain, _ = toy_step()(toy_state(), {}, toy_batch())
+    state = toy_state()
+    donated = jax.jit(make_train_step(toy_loss, make_optimizer(TOY), SCHEDULE), donate_argnums=0)
+    after, _ = donated(state, {}, toy_batch())
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.trainable))
+    assert same_bits((after.trainable, after.opt_state), (plain.trainable, plain.opt_state))
+    again, _ = donated(after, {}, toy_batch())
+    assert int(again.step) == 2
+
+
+def test_only_the_trainable_tree_is_updated_and_the_frozen_one_is_read():
+    def loss_fn(trainable, frozen, batch, key):
+        return toy_loss({**trainable, **frozen}, {}, batch, key)
+
+    state = toy_state()
+    frozen = {"bias": state.trainable["bias"] + 0.25}
+    trainable = {"kernel": state.trainable["kernel"]}
+    optimizer = make_optimizer(TOY)
+    state = state.replace(trainable=trainable, opt_state=optimizer.init(trainable))
+    step = jax.jit(make_train_step(loss_fn, optimizer, SCHEDULE))
+    after, metrics = step(state, frozen, toy_batch())
+    assert after.trainable.keys() == {"kernel"}
+    other = step(state, {"bias": frozen["bias"] + 1}, toy_batch())[1]
+    assert float(metrics.loss) != float(other.loss)
+
+
+def test_reported_loss_and_norm_are_means_over_the_counted_targets():
+    weights = np.float32([1, 0, 2, 0.5])
+    _, metrics = toy_step(2)(toy_state(), {}, toy_batch(weights=weights))
+    kernel, x = np.float64(toy_state().trainable["kernel"]), np.float64(toy_batch()["x"])
+    error = x @ kernel - 1
+    assert float(metrics.weight_sum) == 3.5
+    assert float(metrics.loss) == pytest.approx((np.square(error).sum(1) * weights).sum() / 3.5, rel=1e-6)
+    by_y = 2 * error * weights[:, None] / 3.5
+    norm = np.sqrt(np.square(x.T @ by_y).sum() + np.square(by_y.sum(0)).sum())
+    assert norm > TOY.clip_norm  # so that it shows that the norm is the one before clipping
+    assert float(metrics.grad_norm) == pytest.approx(norm, rel=1e-5)
+
+
+# Keys
+
+
+def test_each_step_and_each_micro_batch_has_a_key_of_its_own():
+    """The loss is what the key draws; from the means of the draws and of their squares one reads that they differ."""
+
+    def loss_fn(trainable, frozen, batch, key):
+        draw = jax.random.uniform(key)
+        return trainable["w"] * 0 + jnp.where(batch["square"][0], draw**2, draw), jnp.float32(1), {}
+
+    def loss(step, accumulate, square=False, seed=0):
+        optimizer = optax.identity()
+        state = TrainState(jnp.int32(step), {"w": jnp.float32(0)}, optimizer.init({}), jax.random.key(seed))
+        train_step = make_train_step(loss_fn, optimizer, lambda step: 0.0, accumulate)
+        return float(train_step(state, {}, {"square": np.full(accumulate, square)})[1].loss)
+
+    assert len({loss(step, 1) for step in range(5)}) == 5
+    assert loss(3, 1) == loss(3, 1)
+    assert loss(3, 1) != loss(3, 1, seed=1)
+    assert loss(3, 4, square=True) - loss(3, 4) ** 2 > 1e-4  # the variance of equal draws is 0
+
+
+def test_dropout_differs_by_step_and_is_reproducible(params, batch):
+    optimizer = optax.identity()
+    step = jax.jit(make_train_step(make_loss_fn(gpt(drop_rate=0.3)), optimizer, lambda step: 0.0))
+
+    def losses(seed):
+        state = TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key(seed))
+        found = []
+        for _ in range(4):
+            state, metrics = step(state, {}, batch)
+            found.append(float(metrics.loss))
+        return found
+
+    first = losses(0)
+    assert len(set(first)) == 4
+    assert losses(0) == first
+    assert not set(losses(1)) & set(first)
+
+
+def test_evaluation_has_no_dropout(params, batch):
+    with_dropout = jax.jit(make_eval_step(make_loss_fn(gpt(drop_rate=0.5))))(params, {}, batch)
+    without = jax.jit(make_eval_step(make_loss_fn(gpt())))(params, {}, batch)
+    assert same_bits(with_dropout, without)
+
+
+# The loss of pretraining
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_loss_is_the_cross_entropy_of_the_next_token(batch, tied):
+    model = gpt(tie_weights=tied)
+    params = jax.jit(init_params, static_argnums=0)(model.cfg, jax.random.key(1))
+    params = jax.tree.map(lambda p: 8 * p, params)  # so that the logits are far from uniform
+    loss, weight, _ = jax.jit(make_loss_fn(model), static_argnums=3)(params, {}, batch, None)
+    logits = np.float64(jax.jit(model.apply)({"params": params}, batch["inputs"]))
+    assert np.ptp(logits) > 1
+    log_normalizer = np.log(np.exp(logits).sum(-1))
+    at_target = np.take_along_axis(logits, batch["targets"][..., None], -1)[..., 0]
+    expected = ((log_normalizer - at_target) * batch["weights"]).sum()
+    assert float(weight) == batch["weights"].sum()
+    assert float(loss) == pytest.approx(expected, rel=1e-6)
+
+
+def test_loss_and_metrics_are_float32_when_the_model_computes_in_bfloat16(params, batch):
+    loss_fn = make_loss_fn(gpt(dtype="bfloat16"))
+    optimizer = make_optimizer(OptimizerConfig())
+    state = TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key(0))
+    step = jax.jit(make_train_step(loss_fn, optimizer, SCHEDULE, 2))
+    after, metrics = jax.eval_shape(step, state, {}, batch)
+    assert {leaf.dtype for leaf in metrics[:-1]} == {jnp.dtype("float32")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(after.trainable)} == {jnp.dtype("float32")}
+    loss, weight = jax.jit(make_eval_step(loss_fn))(params, {}, batch)
+    exact, _ = jax.jit(make_eval_step(make_loss_fn(gpt())))(params, {}, batch)
+    assert loss.dtype == jnp.float32
+    assert float(loss / weight) != float(jnp.bfloat16(loss / weight))  # it holds more digits than bfloat16 has
+    assert float(loss) == pytest.approx(float(exact), rel=1e-2)
+
+
+# Other hardware
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+@pytest.mark.parametrize("settings", [{"dtype": "float32"}, {"dtype": "bfloat16", "remat": "dots"}], ids=str)
+def test_the_steps_lower_for_other_hardware(params, batch, platform, settings):
+    loss_fn = make_loss_fn(gpt(drop_rate=0.1, **settings))
+    optimizer = make_optimizer(OptimizerConfig())
+    state = TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key(0))
+    step = jax.jit(make_train_step(loss_fn, optimizer, SCHEDULE, accumulate=2), donate_argnums=0)
+    for function, args in ((step, (state, {}, batch)), (jax.jit(make_eval_step(loss_fn)), (params, {}, batch))):
+        text = function.trace(*args).lower(lowering_platforms=(platform,)).as_text()
+        assert "dot_general" in text
