@@ -80,7 +80,7 @@ def train_command(args: Sequence[str]) -> int:
             console = Console(quiet=not start.run.writes)
             train(config, task, start, stop, console)
         except Interrupted as interruption:
-            return 128 + interruption.signum
+            return _fail("train", f"stopped by {interruption}", status=128 + interruption.signum)
         except TrainingDiverged as diverged:
             return _fail("train", str(diverged), status=1)
     return 0

@@ -145,14 +145,14 @@ class SampleConfig:
 
     Attributes:
         every: steps from one sample to the next; 0: none.
-        prompt: what the sample starts with.
+        prompt: what the sample starts with; null: the first tokens of the validation text.
         max_new_tokens: its length in tokens.
         temperature: below 1 safer, above 1 wilder, 0 always the likeliest token.
         top_k: how many of the likeliest tokens are drawn from; null: all.
     """
 
     every: int = 250
-    prompt: str = "The "
+    prompt: str | None = None
     max_new_tokens: int = 100
     temperature: float = 0.8
     top_k: int | None = 50
@@ -219,7 +219,6 @@ class RunConfig:
     sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
 
     def __post_init__(self) -> None:
-        _check_nulls(self)
         _check_numbers(self)
         if self.train.steps is None and self.train.epochs is None:
             raise InputError("train.steps and train.epochs are both null; expected at least one of them")
@@ -252,19 +251,6 @@ class RunConfig:
                 "leave it null or make it at least that"
             )
         return get_gpt_config(section["preset"], dtype=dtype, **overrides)
-
-
-def _check_nulls(section: Any, prefix: str = "") -> None:
-    """Refuse null (which the parser lets pass in a file) for keys that must have a value."""
-    for field in dataclasses.fields(section):
-        value = getattr(section, field.name)
-        if dataclasses.is_dataclass(value):
-            _check_nulls(value, f"{prefix}{field.name}.")
-        elif value is None and type(None) not in get_args(field.type):
-            raise InputError(
-                f"{prefix}{field.name} is null; expected a value, such as {field.default!r}: "
-                "leave the key out for the default"
-            )
 
 
 def _check_numbers(config: RunConfig) -> None:
@@ -381,15 +367,36 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return values
 
 
-def _check_keys(values: dict[str, Any], where: str) -> None:
-    """Refuse what is not one of a run's keys; ``where`` is named."""
+def _check_keys(values: dict[Any, Any], where: str) -> None:
+    """Refuse what is not one of a run's keys, and null where there must be a value; ``where`` is named."""
     known = to_dict(RunConfig())
     for key, value in values.items():
         if isinstance(known.get(key), dict) and not isinstance(value, dict):
-            raise InputError(f"{where}: {key} is {value!r:.60}; expected keys such as {next(iter(known[key]))} below it")
+            raise InputError(
+                f"{where}: {key} is {value!r:.60}; expected keys such as {next(iter(known[key]))} below it"
+            )
     for key in [*flatten(values), *(key for key, value in values.items() if value == {})]:
         if key not in {*known, *flatten(known)}:
-            raise InputError(f"{where}: {_unknown_key(key)}")
+            raise InputError(f"{where}: {_unknown_key(str(key))}")
+    required = _required(RunConfig())
+    for key, value in flatten(values).items():
+        if value is None and key in required:
+            raise InputError(
+                f"{where}: {key} is null; expected a value, such as {required[key]!r}; "
+                "leave the key out for the default"
+            )
+
+
+def _required(section: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the keys that must have a value, with their defaults; the parser itself lets null pass in a file."""
+    required: dict[str, Any] = {}
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if dataclasses.is_dataclass(value):
+            required.update(_required(value, f"{prefix}{field.name}."))
+        elif type(None) not in get_args(field.type):
+            required[prefix + field.name] = value
+    return required
 
 
 def dump_config(config: RunConfig) -> str:
@@ -397,7 +404,7 @@ def dump_config(config: RunConfig) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
     """Turn nested dicts into one of dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in values.items():

@@ -46,8 +46,7 @@ def generate(
         InputError: an empty prompt, an id outside the vocabulary, a bad temperature or top_k, no key to sample with.
     """
     ragged = isinstance(prompts, Sequence)
-    rows = [_as_row(row) for row in prompts]
-    lengths = [row.size for row in rows]
+    rows = [_as_row(row) for row in (prompts if ragged else np.asarray(prompts))]  # one transfer from a device
     new_tokens = list(stream(
         model, params, rows, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, eos_id=eos_id, key=key
     ))  # fmt: skip
@@ -55,8 +54,8 @@ def generate(
     if eos_id is not None and added.shape[1] < max_new_tokens:
         missing = max_new_tokens - added.shape[1]
         added = np.pad(added, ((0, 0), (0, missing)), constant_values=eos_id)
-    outputs = [jnp.asarray(np.concatenate([row, more]), jnp.int32) for row, more in zip(rows, added, strict=True)]
-    return outputs if ragged or len(set(lengths)) > 1 else jnp.stack(outputs)
+    outputs = [np.concatenate([row, more]) for row, more in zip(rows, added, strict=True)]
+    return [jnp.asarray(row, jnp.int32) for row in outputs] if ragged else jnp.asarray(np.stack(outputs), jnp.int32)
 
 
 def stream(

@@ -94,7 +94,7 @@ def test_floats_may_be_written_in_any_way(recipe, text):
 
 
 def test_text_stays_text(recipe):
-    for prompt in ("5", "null", "true", "{a: b}", "1: 2", "", "\n", "  ", "été"):
+    for prompt in ("5", "true", "{a: b}", "1: 2", "", "\n", "  ", "été"):
         assert parse_args(["--sample.prompt", prompt]).sample.prompt == prompt
     assert parse_args(["--config", str(recipe('sample: {prompt: "\\n"}'))]).sample.prompt == "\n"
 
@@ -161,7 +161,7 @@ def test_a_misspelt_key_is_refused_with_the_nearest(recipe, key, nearest):
 
 
 @pytest.mark.parametrize(
-    "content", ["xyzzy: 1", "xyzzy: {}", "train: {xyzzy: 1}", "1: 2", "true: 1", "null: 1", "train: {1.5: 1}"]
+    "content", ["xyzzy: 1", "xyzzy: {}", "train: {xyzzy: 1}", "1: 2", "true: 1", "null: 1", "1.5: {2: 1}"]
 )
 def test_a_key_like_no_other_is_refused_too(recipe, content):
     path = recipe(content)
@@ -269,7 +269,8 @@ def float_of(text):
 
 
 @pytest.mark.parametrize(
-    "key", ["seed", "task", "runs_dir", "data.source", "data.shuffle", "train.batch_size", "sample.prompt", "model.preset"]
+    "key",
+    ["seed", "task", "runs_dir", "data.source", "data.shuffle", "train.batch_size", "model.preset"],
 )
 def test_null_is_refused_where_there_must_be_a_value(recipe, key):
     section, _, leaf = key.rpartition(".")
@@ -347,7 +348,10 @@ def test_a_file_that_is_no_recipe_is_one_line_that_names_it(recipe, content, exp
 IDENTITY = {
     *("task", "seed", "train.batch_size"),
     *(f"tokenizer.{field}" for field in ("kind", "vocab_size", "path")),
-    *(f"data.{name}" for name in ("source", "validation_source", "validation_fraction", "sampling", "stride", "shuffle")),
+    *(
+        f"data.{name}"
+        for name in ("source", "validation_source", "validation_fraction", "sampling", "stride", "shuffle")
+    ),
     *(f"optimizer.{name}" for name in ("learning_rate", "schedule", "warmup_steps", "decay_steps", "weight_decay")),
     *(f"optimizer.{name}" for name in ("final_learning_rate", "beta1", "beta2", "eps", "clip_norm")),
     *(f"model.{name}" for name in ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers", "drop_rate")),

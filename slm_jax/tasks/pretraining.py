@@ -1,6 +1,7 @@
 """Pretraining: predict the next token of running text."""
 
 import math
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from slm_jax.tokenizer import tokenizer_from_dict
 from slm_jax.training.hardware import best_dtype
 from slm_jax.training.loop import Task
 from slm_jax.training.step import Batch, LossFn, Sums
+
+PROMPT_TOKENS = 8  # of the validation text, to start a sample with
 
 
 def build(config: RunConfig, tokenizer: dict[str, Any] | None = None, stop: Callable[[], None] | None = None) -> Task:
@@ -64,7 +67,7 @@ def build(config: RunConfig, tokenizer: dict[str, Any] | None = None, stop: Call
         fingerprint=corpus.fingerprint(),
         bytes_per_token=corpus.bytes_per_token,
         sample=_sampler(config, model, corpus),
-        next_commands=_next_commands(config),
+        next_commands=_next_commands(config, corpus),
     )
 
 
@@ -106,7 +109,10 @@ def _sampler(config: RunConfig, model: GPTModel, corpus: Corpus) -> Callable[[Pa
     cfg, tokenizer = config.sample, corpus.tokenizer
     if not cfg.every:
         return None
-    prompt = tokenizer.encode(cfg.prompt) or [tokenizer.eot_id]
+    try:
+        prompt = tokenizer.encode(_prompt(config, corpus)) or [tokenizer.eot_id]
+    except InputError as error:
+        raise InputError(f"sample.prompt: {error}") from None
     if len(prompt) > model.cfg.context_length:
         raise InputError(
             f"sample.prompt has {len(prompt)} tokens, more than the context of {model.cfg.context_length}; shorten it"
@@ -130,11 +136,20 @@ def _sampler(config: RunConfig, model: GPTModel, corpus: Corpus) -> Callable[[Pa
     return sample
 
 
-def _next_commands(config: RunConfig) -> tuple[str, ...]:
+def _prompt(config: RunConfig, corpus: Corpus) -> str:
+    """Return the configured prompt, or the first tokens of the validation text, which any tokenizer knows."""
+    if config.sample.prompt is not None:
+        return config.sample.prompt
+    ids = corpus.validation[:PROMPT_TOKENS].tolist()
+    end = ids.index(corpus.tokenizer.eot_id) if corpus.tokenizer.eot_id in ids else len(ids)
+    return corpus.tokenizer.decode(ids[:end])
+
+
+def _next_commands(config: RunConfig, corpus: Corpus) -> tuple[str, ...]:
     folder = Path(config.runs_dir) / config.name
     steps = (config.train.steps or 0) * 2
     more = f" --train.steps {steps}" if steps else ""
     return (
-        f'slm-jax generate --run {folder} --prompt "{config.sample.prompt.strip() or "The"}"',
+        f"slm-jax generate --run {folder} --prompt {shlex.quote(_prompt(config, corpus))}",
         f"slm-jax train --config {folder}/config.yaml{more}",
     )

@@ -115,7 +115,7 @@ class Trainer:
         self.folder = start.run
         self.start = start
         self.first_step = start.step or 0
-        self.identity = {**identity(config, task.model_config), "data.fingerprint": task.fingerprint}
+        self.identity = {**identity(config, task.model_config), "data.sha256": task.fingerprint}
         self.mesh = make_mesh(config.mesh)
         self.optimizer = make_optimizer(config.optimizer)
         self.schedule = make_schedule(config.optimizer, task.total_steps)
@@ -237,7 +237,7 @@ class Trainer:
                     previous = None
                     self._report(checkpoints, state, step, batches)
                     self.lap = Lap(step, time.monotonic())
-                if step == self.task.total_steps:
+                if step >= self.task.total_steps:
                     break
                 state, metrics = self.train_step(state, self.frozen, put_batch(self.mesh, next(batches)))
                 step += 1
@@ -258,7 +258,13 @@ class Trainer:
         if self.start.step is None:
             shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
             return jax.jit(self._initial_state, out_shardings=shardings)()
-        self.progress.note(f"going on from step {self.first_step:,} of {self.folder.path}")
+        if self.first_step >= self.task.total_steps:
+            self.progress.note(
+                f"{self.folder.path} has done its {self.first_step:,} steps: raise --train.steps to go on, or start "
+                "anew with --run NAME"
+            )
+        else:
+            self.progress.note(f"going on from step {self.first_step:,} of {self.folder.path}")
         return checkpoints.restore(self.start.step, self.abstract_state)
 
     def _batches(self, step: int) -> grain.DatasetIterator:

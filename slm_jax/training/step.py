@@ -11,7 +11,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from slm_jax.model import Params
 
@@ -30,10 +30,11 @@ class TrainState(flax.struct.PyTreeNode):
         key: of dropout; a step uses ``fold_in(key, step)``.
     """
 
-    step: Int[Array, ""]
-    trainable: Params
+    # Not checked for shapes: JAX puts avals, shardings and shape structs into the same class.
+    step: Any
+    trainable: Any
     opt_state: Any
-    key: jax.Array
+    key: Any
 
 
 class StepMetrics(NamedTuple):

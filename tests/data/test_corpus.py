@@ -1,0 +1,303 @@
+"""What must hold between a source and two splits: no token in both, documents apart, ids that mean what they say."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slm_jax.config import DataConfig, TokenizerConfig
+from slm_jax.data.corpus import (
+    END_OF_TEXT,
+    Corpus,
+    encode_documents,
+    load_corpus,
+    split_at_end_of_text,
+    split_documents,
+)
+from slm_jax.errors import InputError
+from slm_jax.tokenizer import BPETokenizer, CharTokenizer, SimpleTokenizer
+
+CHAR, SIMPLE = TokenizerConfig(kind="char"), TokenizerConfig(kind="simple")
+BPE = TokenizerConfig(kind="bpe", vocab_size=300)
+KINDS = pytest.mark.parametrize("kind", [CHAR, BPE], ids=["char", "bpe"])
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    """Write a text file; return its source."""
+
+    def write(text, name="text.txt"):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        return f"text:{tmp_path / name}"
+
+    return write
+
+
+def documents_of(tokens, tokenizer):
+    """Decode what stands between the end-of-text ids."""
+    cuts = np.flatnonzero(np.asarray(tokens) == tokenizer.eot_id)
+    return [tokenizer.decode(part[part != tokenizer.eot_id].tolist()) for part in np.split(np.asarray(tokens), cuts)]
+
+
+def letters(n):
+    """A text in which each character stands once."""
+    return "".join(chr(0x4E00 + i) for i in range(n))
+
+
+# The split
+
+
+@settings(max_examples=100, deadline=None)
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=12), fraction=st.floats(0.01, 0.99))
+def test_the_split_shares_nothing_and_has_the_fraction(lengths, fraction):
+    text, documents = letters(sum(lengths)), []
+    for length in lengths:
+        documents.append(text[:length])
+        text = text[length:]
+    train, validation = split_documents(documents, fraction)
+    trained, validated = "".join(train), "".join(validation)
+    assert not set(trained) & set(validated)
+    assert set(trained) | set(validated) == set(letters(sum(lengths)))
+    assert len(trained) + len(validated) == sum(lengths)
+    assert abs(len(validated) - fraction * sum(lengths)) <= 1
+    assert "" not in [*train, *validation]
+    # Nothing is torn but the document at the cut.
+    whole = [part for part in [*train, *validation] if part in documents]
+    assert len(whole) >= len(documents) - 1
+    assert (train, validation) == split_documents(documents, fraction)
+
+
+def test_the_end_of_a_single_document_validates():
+    assert split_documents([letters(10)], 0.3) == ([letters(10)[:7]], [letters(10)[7:]])
+
+
+def test_both_splits_of_many_documents_are_alike():
+    """A plain cut at the end would put one half of an ordered source in one split."""
+    documents = ["a" * 10] * 100 + ["b" * 10] * 100
+    _, validation = split_documents(documents, 0.5)
+    assert 0.35 < "".join(validation).count("a") / 1000 < 0.65
+
+
+@KINDS
+def test_a_corpus_is_the_text_cut_once(text_file, kind):
+    text = letters(50) * 3 + "the end"
+    corpus = load_corpus(DataConfig(text_file(text), validation_fraction=0.2), kind)
+    decode = corpus.tokenizer.decode
+    train, validation = decode(corpus.train.tolist()), decode(corpus.validation.tolist())
+    assert train + validation == text
+    assert len(validation) == pytest.approx(0.2 * len(text), abs=1)
+    assert corpus.bytes_per_token == pytest.approx(len(validation.encode()) / corpus.validation.size)
+
+
+def test_a_second_source_is_all_of_the_validation_split(text_file):
+    one, two = text_file("aaaa bbbb"), text_file("abab", "other.txt")
+    corpus = load_corpus(DataConfig(one, validation_source=two), CHAR)
+    assert corpus.tokenizer.decode(corpus.train.tolist()) == "aaaa bbbb"
+    assert corpus.tokenizer.decode(corpus.validation.tolist()) == "abab"
+
+
+def test_the_tokenizer_learns_from_the_training_split_only(text_file):
+    text = "the cat sat " * 200 + "zzzzqqqq" * 100
+    corpus = load_corpus(DataConfig(text_file(text), validation_fraction=0.25), BPE)
+    assert corpus.tokenizer.to_dict() == BPETokenizer.train(text[: int(len(text) * 0.75)], vocab_size=300).to_dict()
+    words = load_corpus(DataConfig(text_file("one two three four"), validation_fraction=0.3), SIMPLE)
+    assert isinstance(words.tokenizer, SimpleTokenizer)
+    assert words.validation.tolist()[-1] == words.tokenizer.vocab_size - 1  # four: unknown
+
+
+def test_a_runs_own_tokenizer_is_used(text_file):
+    saved = CharTokenizer().build_vocab("abcdefgh ")
+    corpus = load_corpus(DataConfig(text_file("bad cab bead")), BPE, saved=saved)
+    assert corpus.tokenizer is saved
+    with pytest.raises(InputError, match="not in the vocabulary"):
+        load_corpus(DataConfig(text_file("xyz " * 9)), BPE, saved=saved)
+
+
+# Documents
+
+
+@pytest.mark.parametrize("kind", [CHAR, SIMPLE, BPE], ids=["char", "simple", "bpe"])
+def test_documents_are_separated_and_nothing_else_is_special(tmp_path, kind):
+    documents = ["alpha beta", "gamma beta", "delta beta", "theta beta"]  # of one length: none is cut in two
+    for i, document in enumerate(documents):
+        (tmp_path / f"{i}.txt").write_text(document)
+    corpus = load_corpus(DataConfig(f"text:{tmp_path}/*.txt", validation_fraction=0.5), kind)
+    eot = corpus.tokenizer.eot_id
+    found = []
+    for tokens in (corpus.train, corpus.validation):
+        assert eot not in (tokens[0], tokens[-1])
+        assert (tokens == eot).sum() == 1
+        found += documents_of(tokens, corpus.tokenizer)
+    if kind is not SIMPLE:  # to which the validation split's first words are unknown
+        assert sorted(found) == sorted(documents)
+
+
+@KINDS
+def test_a_literal_end_of_text_separates_documents(text_file, kind):
+    text = f"{END_OF_TEXT}first one{END_OF_TEXT}\n\n{END_OF_TEXT}second{END_OF_TEXT}{END_OF_TEXT}third{END_OF_TEXT}"
+    assert split_at_end_of_text([text, "fourth"]) == ["first one", "second", "third", "fourth"]
+    source = DataConfig(text_file(text), validation_source=text_file("one more", "v.txt"))
+    corpus = load_corpus(source, kind)
+    assert documents_of(corpus.train, corpus.tokenizer) == ["first one", "second", "third"]
+    assert corpus.tokenizer.eot_id not in (corpus.train[0], corpus.train[-1])
+
+
+@pytest.mark.parametrize("kind", [CHAR, SIMPLE, BPE], ids=["char", "simple", "bpe"])
+@pytest.mark.parametrize(
+    "text", ["a <|endoftext|", "a endoftext|> b", "a<| endoftext |>b", "<|ENDOFTEXT|>", "<|endof text|>", "<|unk|>x"]
+)
+def test_what_only_looks_like_it_is_text(text_file, kind, text):
+    source = DataConfig(text_file(text), validation_source=text_file("ab", "v.txt"))
+    corpus = load_corpus(source, kind)
+    assert corpus.tokenizer.eot_id not in corpus.train
+    if kind is not SIMPLE:
+        assert corpus.tokenizer.decode(corpus.train.tolist()) == text
+
+
+@KINDS
+def test_end_of_text_inside_a_word_cuts_the_word(text_file, kind):
+    """It is never half a word and half an id: the pieces are documents of their own, even where they would join."""
+    source = DataConfig(text_file("<|endof<|endoftext|>text|>"), validation_source=text_file("ab", "v.txt"))
+    corpus = load_corpus(source, kind)
+    assert documents_of(corpus.train, corpus.tokenizer) == ["<|endof", "text|>"]
+    assert (corpus.train == corpus.tokenizer.eot_id).sum() == 1
+
+
+def test_documents_without_a_token_leave_no_separator():
+    """White space at the cut between the splits is no word of the word tokenizer."""
+    words = SimpleTokenizer().build_vocab("a b")
+    for documents in (["\n", "a", " ", "b", "\n"], ["a", "b"]):
+        assert encode_documents(documents, words).tolist() == [0, words.eot_id, 1]
+    assert encode_documents(["\n"], words).size == 0
+    assert encode_documents([], words).size == 0
+
+
+def test_ids_take_two_bytes_where_they_fit():
+    small, large = (CharTokenizer().build_vocab("".join(map(chr, range(0x20000, 0x20000 + n)))) for n in (9, 2**16))
+    assert encode_documents([chr(0x20000)], small).dtype == np.uint16
+    ids = encode_documents([chr(0x20000 + 2**16 - 1), chr(0x20000)], large)
+    assert ids.tolist() == [2**16 - 1, 2**16, 0]
+
+
+# Fingerprint
+
+
+def test_every_token_changes_the_fingerprint():
+    tokens = np.arange(12, dtype=np.uint16)
+    corpus = Corpus(tokens[:8], tokens[8:], CharTokenizer().build_vocab("abc"), None)
+    seen = {corpus.fingerprint()}
+    for i in range(12):
+        changed = tokens.copy()
+        changed[i] += 1
+        seen.add(dataclasses.replace(corpus, train=changed[:8], validation=changed[8:]).fingerprint())
+    seen |= {dataclasses.replace(corpus, train=tokens[:n], validation=tokens[n:]).fingerprint() for n in (7, 9)}
+    seen.add(dataclasses.replace(corpus, train=tokens[1:8]).fingerprint())
+    seen.add(dataclasses.replace(corpus, train=tokens[:8][::-1]).fingerprint())
+    assert len(seen) == 17
+    wider = dataclasses.replace(corpus, train=tokens[:8].astype(np.uint32))  # how ids are stored makes no difference
+    assert wider.fingerprint() == corpus.fingerprint()
+
+
+def test_the_fingerprint_of_a_long_text_covers_all_of_it():
+    tokens = np.zeros(3 * 2**20 + 5, np.uint16)
+    corpus = Corpus(tokens, tokens[:1], CharTokenizer().build_vocab("abc"), None)
+    for i in (0, 2**20, 2**21 + 1, 3 * 2**20 + 4):
+        changed = tokens.copy()
+        changed[i] = 1
+        assert dataclasses.replace(corpus, train=changed).fingerprint() != corpus.fingerprint()
+
+
+def test_the_same_source_has_the_same_fingerprint(text_file):
+    source = DataConfig(text_file("some text, and some more of it\n" * 20))
+    assert load_corpus(source, BPE).fingerprint() == load_corpus(source, BPE).fingerprint()
+    other = dataclasses.replace(source, validation_fraction=0.2)
+    assert load_corpus(other, BPE).fingerprint() != load_corpus(source, BPE).fingerprint()
+
+
+# Token files
+
+
+@pytest.fixture
+def token_file(tmp_path):
+    """Write a file of uint16 ids; return its source."""
+
+    def write(ids, name="ids.bin"):
+        np.asarray(ids, "<u2").tofile(tmp_path / name)
+        return f"tokens:{tmp_path / name}"
+
+    return write
+
+
+@pytest.fixture
+def saved_tokenizer(tmp_path):
+    """A tokenizer of nine characters and end-of-text, in a file."""
+    return TokenizerConfig(path=str(CharTokenizer().build_vocab("abcdefghi").save(tmp_path / "tokenizer.json")))
+
+
+def test_a_token_file_is_split_without_sharing_a_token(token_file, saved_tokenizer):
+    ids = [0, 1, 2, 9, 3, 4, 5, 6, 7, 8]
+    corpus = load_corpus(DataConfig(token_file(ids), validation_fraction=0.3), saved_tokenizer)
+    assert [*corpus.train, *corpus.validation] == ids
+    assert len(corpus.validation) == 3
+    assert corpus.bytes_per_token is None
+    assert corpus.tokenizer.vocab_size == 10
+    source = DataConfig(token_file(ids), validation_source=token_file([3, 1], "val.bin"))
+    assert load_corpus(source, saved_tokenizer).train.tolist() == ids
+    assert load_corpus(source, saved_tokenizer).validation.tolist() == [3, 1]
+
+
+def test_a_token_file_of_another_vocabulary_is_refused(token_file, saved_tokenizer):
+    for source in (
+        DataConfig(token_file([1, 2, 10, 3])),
+        DataConfig(token_file([1], "good.bin"), validation_source=token_file([1, 2, 10, 3])),
+    ):
+        with pytest.raises(InputError, match=r"ids\.bin: token 2 has id 10, but the vocabulary has 10") as error:
+            load_corpus(source, saved_tokenizer)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "char", "simple"])
+def test_no_tokenizer_can_be_trained_on_ids(token_file, kind):
+    with pytest.raises(InputError, match=rf"no {kind} tokenizer can be trained") as error:
+        load_corpus(DataConfig(token_file([1, 2])), TokenizerConfig(kind=kind))
+    assert "--tokenizer.kind gpt2" in str(error.value)
+
+
+def test_text_and_ids_do_not_mix(token_file, text_file, saved_tokenizer):
+    ids, text = token_file([1, 2]), text_file("abc")
+    for source in (DataConfig(ids, validation_source=text), DataConfig(text, validation_source=ids)):
+        with pytest.raises(InputError, match="one is tokens, the other text") as error:
+            load_corpus(source, saved_tokenizer)
+        assert ids in str(error.value)
+        assert text in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("text", ["", "  \n\n", END_OF_TEXT, f"\n{END_OF_TEXT}\n{END_OF_TEXT}"])
+@pytest.mark.parametrize("kind", [CHAR, SIMPLE, BPE], ids=["char", "simple", "bpe"])
+def test_an_empty_text_is_refused(text_file, text, kind):
+    with pytest.raises(InputError, match="empty text") as error:
+        load_corpus(DataConfig(text_file(text)), kind)
+    assert "\n" not in str(error.value)
+
+
+def test_a_stop_is_asked_for_between_the_phases(text_file):
+    class Stopped(Exception):
+        pass
+
+    def stop():
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        load_corpus(DataConfig(text_file("abc" * 50)), CHAR, stop=stop)
+
+
+def test_shakespeare_is_cut_where_nanogpt_cuts_it(named_data):
+    corpus = load_corpus(DataConfig("named:tinyshakespeare"), CHAR)
+    assert (corpus.train.size, corpus.validation.size) == (1_003_854, 111_540)  # nanoGPT's data/shakespeare_char
+    assert corpus.tokenizer.vocab_size == 65 + 1

@@ -1,0 +1,170 @@
+"""Every YAML under configs/ parses, says what it promises, and makes a training step of its real shapes."""
+
+import dataclasses
+import math
+import os
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from slm_jax.config import RunConfig, parse_args
+from slm_jax.errors import MissingInputError
+from slm_jax.model import count_params
+from slm_jax.tasks import pretraining
+from slm_jax.tokenizer import get_tokenizer
+from slm_jax.training.optimizer import make_optimizer, make_schedule
+from slm_jax.training.step import TrainState, make_eval_step, make_train_step
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+RECIPES = sorted(CONFIGS.rglob("*.yaml"))
+MAX_PARAMETERS = 5_000_000  # what is run here and not only lowered
+
+
+def read(name: str) -> RunConfig:
+    return parse_args(["--config", str(CONFIGS / f"{name}.yaml")])
+
+
+def available(config: RunConfig) -> None:
+    """Skip what needs files that are not on this machine; nothing is downloaded in the tests."""
+    sources = (config.data.source, config.data.validation_source or "")
+    if any(source.startswith("named:") for source in sources):
+        folder = os.environ.get("SLM_JAX_DATA")
+        if not folder or not (Path(folder) / "tinyshakespeare.txt").is_file():
+            pytest.skip("SLM_JAX_DATA does not point at the named texts")
+    if config.tokenizer.kind == "gpt2":
+        if "TIKTOKEN_CACHE_DIR" not in os.environ:
+            pytest.skip("TIKTOKEN_CACHE_DIR does not point at GPT-2's tokenizer")
+        try:
+            get_tokenizer("gpt2").encode("a")
+        except MissingInputError:
+            pytest.skip("GPT-2's tokenizer is not in TIKTOKEN_CACHE_DIR")
+
+
+def test_there_are_recipes():
+    assert {"tiny", "shakespeare_char", "verdict"} <= {path.stem for path in RECIPES}
+    assert not list(CONFIGS.rglob("*.yml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_parses_and_names_its_run(path):
+    config = parse_args(["--config", str(path)])
+    assert config.name == path.stem
+    assert config.folder == Path("runs") / path.stem
+    assert f"--config configs/{path.name}" in path.read_text() or path.stem == "tiny"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_makes_a_training_step(path):
+    """With its own data, tokenizer, model and batches: two steps where that is quick, else lowered only."""
+    # As a loop of layers, which compiles several times faster; that it is the same model is tested elsewhere.
+    config = parse_args(["--config", str(path), "--model.unroll", "false"])
+    available(config)
+    task = pretraining.build(config)
+    assert task.total_steps > 1
+    optimizer = make_optimizer(config.optimizer)
+    schedule = make_schedule(config.optimizer, task.total_steps)
+
+    def initial_state(key):
+        params = task.init_params(key)
+        return TrainState(jnp.int32(0), params, optimizer.init(params), key)
+
+    key = jax.random.key(config.seed)
+    state = jax.eval_shape(initial_state, key)
+    batch = task.train_batches[0]
+    assert batch["inputs"].shape == (config.train.batch_size, task.model_config.context_length)
+    assert batch["inputs"].max() < task.model_config.vocab_size
+    train_step = jax.jit(make_train_step(task.loss_fn, optimizer, schedule, config.train.accumulate))
+    lowered = train_step.lower(state, {}, batch)
+    new_state, metrics = lowered.out_info
+    assert jax.tree.map(shape_of, new_state) == jax.tree.map(shape_of, state)
+    assert metrics.loss.shape == ()
+
+    validation = next(iter(task.validation_batches()))
+    assert len(validation["inputs"]) == (config.train.eval_batch_size or config.train.batch_size)
+    sums = jax.eval_shape(make_eval_step(task.loss_fn), state.trainable, {}, validation)
+    assert [total.shape for total in sums] == [(), ()]
+
+    if count_params(task.model_config) <= MAX_PARAMETERS:
+        state, step = jax.jit(initial_state)(key), lowered.compile()
+        losses = []
+        for i in range(2):
+            state, metrics = step(state, {}, jax.tree.map(jnp.asarray, task.train_batches[i]))
+            losses.append(float(metrics.loss))
+            assert not metrics.skipped
+        uniform = math.log(task.model_config.vocab_size)
+        assert losses == pytest.approx([uniform, uniform], abs=0.3)  # a new model knows nothing
+        assert int(state.step) == 2
+
+
+def shape_of(leaf):
+    return leaf.shape, leaf.dtype
+
+
+# What a recipe promises
+
+
+def test_tiny_needs_nothing_but_python():
+    config = read("tiny")
+    assert config.data.source == "builtin:python-docs"
+    assert config.tokenizer.kind == "bpe"
+    assert dataclasses.replace(config, run=None) == RunConfig()
+
+
+def test_shakespeare_is_nanogpts_recipe_for_a_cpu():
+    config = read("shakespeare_char")
+    cfg = config.gpt_config(66)
+    assert (cfg.n_layers, cfg.n_heads, cfg.emb_dim, cfg.context_length, cfg.drop_rate) == (4, 4, 128, 64, 0.0)
+    assert (config.train.batch_size, config.train.steps, config.train.epochs) == (12, 2000, None)
+    assert config.train.accumulate == 1
+    assert (config.data.source, config.data.sampling) == ("named:tinyshakespeare", "random")
+    assert config.data.validation_fraction == 0.1
+    assert config.tokenizer.kind == "char"
+    assert (cfg.bias, cfg.tie_weights) == (False, True)
+    # nanoGPT's config/train_shakespeare_char.py and the arguments that its README gives for a CPU
+    optimizer = config.optimizer
+    assert (optimizer.weight_decay, optimizer.beta1, optimizer.beta2, optimizer.clip_norm) == (0.1, 0.9, 0.99, 1.0)
+    assert (optimizer.schedule, optimizer.warmup_steps, optimizer.decay_steps) == ("cosine", 100, 2000)
+
+
+def test_verdict_is_the_books_chapter_5():
+    config = read("verdict")
+    cfg = config.gpt_config(50_257)
+    assert (cfg.n_layers, cfg.n_heads, cfg.emb_dim, cfg.context_length, cfg.drop_rate) == (12, 12, 768, 256, 0.1)
+    assert (cfg.tie_weights, cfg.qkv_bias) == (False, False)
+    assert count_params(dataclasses.replace(cfg, context_length=1024)) == 163_009_536
+    assert (config.train.batch_size, config.train.epochs, config.train.steps) == (2, 10, None)
+    optimizer = config.optimizer
+    assert (optimizer.learning_rate, optimizer.weight_decay, optimizer.schedule) == (4e-4, 0.1, "constant")
+    assert (optimizer.beta1, optimizer.beta2, optimizer.clip_norm) == (
+        0.9,
+        0.999,
+        None,
+    )  # torch's defaults, no clipping
+    assert (config.data.source, config.tokenizer.kind) == ("named:the-verdict", "gpt2")
+    assert config.data.sampling == "stride"
+
+
+def test_epochs_become_steps(named_data):
+    config = read("verdict")
+    available(config)
+    task = pretraining.build(config)
+    # 5,145 tokens, nine tenths of the characters to train on: 18 windows of 256 in nine batches of two
+    assert task.total_steps == 90
+    assert task.tokens_per_step == 512
+
+
+def test_a_recipes_step_lowers_for_accelerators(named_data):
+    """On a machine that has none, in the dtype that would be chosen there."""
+    config = read("shakespeare_char")
+    task = pretraining.build(dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16")))
+    optimizer = make_optimizer(config.optimizer)
+    step = make_train_step(task.loss_fn, optimizer, make_schedule(config.optimizer, task.total_steps))
+    params = jax.eval_shape(task.init_params, jax.random.key(0))
+    state = jax.eval_shape(
+        partial(TrainState, jnp.int32(0)), params, jax.eval_shape(optimizer.init, params), jax.random.key(0)
+    )
+    for platform in ("tpu", "cuda"):
+        assert jax.jit(step).trace(state, {}, task.train_batches[0]).lower(lowering_platforms=(platform,))

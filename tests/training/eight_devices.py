@@ -1,0 +1,190 @@
+"""Train a small GPT on 8 pretend devices in several ways and print what came out as JSON; see test_sharding.py.
+
+Run as a program of its own, because the devices are pretended before JAX starts:
+    XLA_FLAGS=--xla_force_host_platform_device_count=8 NPROC=16 python eight_devices.py FOLDER
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from slm_jax.config import MeshConfig, OptimizerConfig
+from slm_jax.errors import InputError
+from slm_jax.model import GPTConfig, GPTModel, init_params
+from slm_jax.tasks.pretraining import make_loss_fn
+from slm_jax.training.checkpoint import Checkpoints
+from slm_jax.training.optimizer import make_optimizer, make_schedule
+from slm_jax.training.sharding import batch_sharding, check_batch_size, make_mesh, put_batch, state_shardings
+from slm_jax.training.step import TrainState, make_eval_step, make_train_step
+
+BATCH, SEQ, VOCAB, STEPS = 16, 8, 64, 5
+MESHES = {"data=8": MeshConfig(), "data=4,fsdp=2": MeshConfig(data=4, fsdp=2), "fsdp=8": MeshConfig(fsdp=8)}
+OPTIMIZER = OptimizerConfig(learning_rate=3e-3, warmup_steps=2)
+
+
+def model(drop_rate: float) -> GPTModel:
+    return GPTModel(
+        GPTConfig(
+            vocab_size=VOCAB, context_length=SEQ, emb_dim=64, n_heads=2, n_layers=2, drop_rate=drop_rate, unroll=False
+        )
+    )
+
+
+def batches() -> list[dict[str, np.ndarray]]:
+    """Random tokens; row i counts its first i/2 + 1 targets."""
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(STEPS):
+        tokens = rng.integers(VOCAB, size=(BATCH, SEQ + 1)).astype(np.int32)
+        weights = (np.arange(SEQ)[None, :] <= np.arange(BATCH)[:, None] // 2).astype(np.float32)
+        found.append({"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights})
+    return found
+
+
+def initial_state() -> TrainState:
+    params = init_params(model(0.0).cfg, jax.random.key(0))
+    return TrainState(jnp.int32(0), params, make_optimizer(OPTIMIZER).init(params), jax.random.key(1))
+
+
+def train_step(accumulate: int, drop_rate: float):
+    return make_train_step(
+        make_loss_fn(model(drop_rate)), make_optimizer(OPTIMIZER), make_schedule(OPTIMIZER, STEPS), accumulate
+    )
+
+
+def train_on_one(accumulate: int, drop_rate: float) -> list[float]:
+    """The losses of the steps, and of an evaluation after them, on one device without any mesh."""
+    state = jax.jit(initial_state)()
+    step = jax.jit(train_step(accumulate, drop_rate))
+    losses = []
+    for batch in batches():
+        state, metrics = step(state, {}, batch)
+        losses.append(float(metrics.loss))
+    return [*losses, evaluate(state, batches()[0])]
+
+
+def evaluate(state: TrainState, batch: dict) -> float:
+    loss, weight = jax.jit(make_eval_step(make_loss_fn(model(0.0))))(state.trainable, {}, batch)
+    return float(loss) / float(weight)
+
+
+def train_on_mesh(cfg: MeshConfig, accumulate: int, drop_rate: float) -> tuple[list[float], TrainState]:
+    """The same on a mesh, put together as the loop does it."""
+    mesh = make_mesh(cfg)
+    check_batch_size(mesh, BATCH, accumulate)
+    shardings = state_shardings(mesh, jax.eval_shape(initial_state))
+    state = jax.jit(initial_state, out_shardings=shardings)()
+    step = jax.jit(train_step(accumulate, drop_rate), donate_argnums=0, out_shardings=(shardings, None))
+    losses = []
+    for batch in batches():
+        state, metrics = step(state, {}, put_batch(mesh, batch))
+        losses.append(float(metrics.loss))
+    return [*losses, evaluate(state, put_batch(mesh, batches()[0]))], state
+
+
+def train_with_pmap() -> list[float]:
+    """Data parallelism written out: each device's sums, ``psum`` over all, one update that all make alike."""
+    loss_fn, optimizer, schedule = make_loss_fn(model(0.0)), make_optimizer(OPTIMIZER), make_schedule(OPTIMIZER, STEPS)
+
+    def step(count, params, opt_state, batch):
+        def loss_and_weight(params):
+            return loss_fn(params, {}, batch, None)[:2]
+
+        (loss, weight), grads = jax.value_and_grad(loss_and_weight, has_aux=True)(params)
+        loss, weight, grads = jax.lax.psum((loss, weight, grads), "devices")
+        grads = jax.tree.map(lambda g: g / weight, grads)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        updates = jax.tree.map(lambda u: -schedule(count) * u, updates)
+        return optax.apply_updates(params, updates), opt_state, loss / weight
+
+    parallel = jax.pmap(step, axis_name="devices", in_axes=(None, 0, 0, 0))
+    state = jax.jit(initial_state)()
+    params, opt_state = jax.tree.map(
+        lambda leaf: np.broadcast_to(leaf, (8, *leaf.shape)), (state.trainable, state.opt_state)
+    )
+    losses = []
+    for count, batch in enumerate(batches()):
+        batch = {name: value.reshape(8, BATCH // 8, *value.shape[1:]) for name, value in batch.items()}
+        params, opt_state, loss = parallel(count, params, opt_state, batch)
+        assert len(set(np.asarray(loss).tolist())) == 1
+        losses.append(float(loss[0]))
+    return losses
+
+
+def shard_shapes(tree) -> dict[str, list]:
+    """Of each leaf its shape and those of the parts that the devices hold."""
+    return {
+        jax.tree_util.keystr(path): [list(leaf.shape), sorted({s.data.shape for s in leaf.addressable_shards})]
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def bits(tree) -> list[str]:
+    return [np.asarray(leaf).tobytes().hex() for leaf in jax.tree.leaves(tree)]
+
+
+def abstract(state: TrainState, shardings) -> TrainState:
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
+
+
+def raw(state: TrainState) -> TrainState:
+    return state.replace(key=jax.random.key_data(state.key))
+
+
+def refusal(function, *args) -> str:
+    try:
+        function(*args)
+    except InputError as error:
+        return str(error)
+    return "not refused"
+
+
+def main(folder: Path) -> None:
+    assert jax.device_count() == 8
+    result: dict = {"one": {}, "mesh": {}, "shards": {}}
+    for accumulate in (1, 2):
+        result["one"][f"accumulate={accumulate}"] = train_on_one(accumulate, 0.1)
+        for name, cfg in MESHES.items():
+            losses, state = train_on_mesh(cfg, accumulate, 0.1)
+            result["mesh"][f"{name} accumulate={accumulate}"] = losses
+            result["shards"][f"{name} accumulate={accumulate}"] = {
+                "params": shard_shapes(state.trainable), "opt_state": shard_shapes(state.opt_state)
+            }  # fmt: skip
+    result["pmap"] = train_with_pmap()
+    result["jit"] = train_on_mesh(MeshConfig(), 1, 0.0)[0][:STEPS]
+
+    # What one device saved (test_sharding.py did), restored onto a mesh; and what a mesh saved, for one device.
+    for name, cfg in MESHES.items():
+        mesh = make_mesh(cfg)
+        shapes = jax.eval_shape(initial_state)
+        like = abstract(shapes, state_shardings(mesh, shapes))
+        with Checkpoints(folder / "from_one") as checkpoints:
+            restored = checkpoints.restore(3, like)
+        result[f"restored on {name}"] = {"bits": bits(raw(restored)), "shards": shard_shapes(restored.trainable)}
+        assert jax.tree.map(lambda x: x.sharding, restored) == jax.tree.map(lambda x: x.sharding, like)
+    with Checkpoints(folder / "from_eight") as checkpoints:
+        checkpoints.save(state, {"data": {}}, 1.0)
+    result["saved by eight"] = {"step": int(state.step), "bits": bits(raw(state))}
+
+    result["refusals"] = {
+        "product": refusal(make_mesh, MeshConfig(data=3, fsdp=2)),
+        "fsdp": refusal(make_mesh, MeshConfig(fsdp=3)),
+        "batch": refusal(check_batch_size, make_mesh(MeshConfig()), 12),
+        "accumulate": refusal(check_batch_size, make_mesh(MeshConfig()), 24, 2),
+    }
+    placed = put_batch(make_mesh(MeshConfig(fsdp=2)), {"x": np.arange(16)})["x"]
+    result["batch"] = {
+        "whole": np.asarray(placed).tolist(),
+        "shards": [np.asarray(shard.data).tolist() for shard in placed.addressable_shards],
+        "as asked": placed.sharding == batch_sharding(make_mesh(MeshConfig(fsdp=2))),
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

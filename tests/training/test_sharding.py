@@ -1,0 +1,308 @@
+"""What must hold of many devices and many processes: the losses of one, parameters really split, one run folder."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import eight_devices
+import jax
+import numpy as np
+import pytest
+
+from slm_jax.config import MeshConfig, RunConfig
+from slm_jax.errors import InputError
+from slm_jax.training.checkpoint import Checkpoints
+from slm_jax.training.sharding import check_batch_size, host_rows, initialize_distributed, make_mesh, state_shardings
+
+ROOT = Path(__file__).parents[2]
+MESHES = ("data=8", "data=4,fsdp=2", "fsdp=8")
+
+
+def environment(**changes):
+    """This process's environment, importing this checkout, without what tells of devices and other processes."""
+    told = ("XLA_FLAGS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "JAX_COORDINATOR_ADDRESS")
+    env = {name: value for name, value in os.environ.items() if name not in told}
+    return {**env, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **changes}
+
+
+@pytest.fixture(scope="module")
+def state_of_one():
+    """A state after some steps on one device."""
+    state = jax.jit(eight_devices.initial_state)()
+    step = jax.jit(eight_devices.train_step(1, 0.0))
+    for batch in eight_devices.batches()[:3]:
+        state, _ = step(state, {}, batch)
+    return state
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("eight")
+
+
+@pytest.fixture(scope="module")
+def eight(folder, state_of_one):
+    """What eight_devices.py printed. NPROC: without more threads than devices the collectives can deadlock."""
+    with Checkpoints(folder / "from_one") as checkpoints:
+        checkpoints.save(state_of_one, {"data": {}}, None)
+    env = environment(XLA_FLAGS="--xla_force_host_platform_device_count=8", NPROC="16")
+    worker = Path(eight_devices.__file__)
+    done = subprocess.run([sys.executable, worker, folder], env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("mesh", MESHES)
+def test_eight_devices_give_the_losses_of_one(eight, mesh, accumulate):
+    """With dropout: it too depends on the step alone, not on the mesh."""
+    one = eight["one"][f"accumulate={accumulate}"]
+    assert len(set(one)) == len(one) == eight_devices.STEPS + 1
+    np.testing.assert_allclose(eight["mesh"][f"{mesh} accumulate={accumulate}"], one, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_pmap_step_gives_the_losses_of_the_jitted_one(eight):
+    assert len(eight["jit"]) == eight_devices.STEPS
+    np.testing.assert_allclose(eight["pmap"], eight["jit"], rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mesh", "parts"), [("data=8", 1), ("data=4,fsdp=2", 2), ("fsdp=8", 8)])
+@pytest.mark.parametrize("tree", ["params", "opt_state"])
+def test_parameters_and_optimizer_state_are_split_along_fsdp(eight, mesh, parts, tree):
+    """After training: each device holds its share of every large leaf, and all of the small ones."""
+    for accumulate in (1, 2):
+        leaves = eight["shards"][f"{mesh} accumulate={accumulate}"][tree]
+        assert any("qkv" in name for name in leaves)
+        split = 0
+        for name, (shape, shards) in leaves.items():
+            large = np.prod(shape) >= 4096
+            assert len(shards) == 1, f"{name}: unequal parts"
+            assert np.prod(shards[0]) == np.prod(shape) // (parts if large else 1), name
+            split += large
+        assert split >= 5 * (2 if tree == "opt_state" else 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES)
+def test_what_one_device_saved_is_restored_on_eight(eight, state_of_one, mesh):
+    restored = eight[f"restored on {mesh}"]
+    assert restored["bits"] == eight_devices.bits(eight_devices.raw(state_of_one))
+    shape, shards = next(leaf for name, leaf in restored["shards"].items() if "qkv" in name and "kernel" in name)
+    assert np.prod(shape) // np.prod(shards[0]) == {"data=8": 1, "data=4,fsdp=2": 2, "fsdp=8": 8}[mesh]
+
+
+@pytest.mark.slow
+def test_what_eight_devices_saved_is_restored_on_one(eight, folder, state_of_one):
+    saved = eight["saved by eight"]
+    shapes = jax.eval_shape(eight_devices.initial_state)
+    like = eight_devices.abstract(shapes, state_shardings(make_mesh(MeshConfig()), shapes))
+    with Checkpoints(folder / "from_eight") as checkpoints:
+        restored = checkpoints.restore(saved["step"], like)
+    assert int(restored.step) == saved["step"] == eight_devices.STEPS
+    assert eight_devices.bits(eight_devices.raw(restored)) == saved["bits"]
+
+
+@pytest.mark.slow
+def test_a_batch_is_split_over_both_axes_in_order(eight):
+    assert eight["batch"]["whole"] == list(range(16))
+    assert sorted(eight["batch"]["shards"]) == [[i, i + 1] for i in range(0, 16, 2)]
+    assert eight["batch"]["as asked"]
+
+
+@pytest.mark.slow
+def test_meshes_and_batches_that_do_not_fit_eight_devices_are_refused(eight):
+    refusals = eight["refusals"]
+    assert "mesh.data 3 times mesh.fsdp 2" in refusals["product"]
+    assert "8 devices" in refusals["product"]
+    assert "mesh.fsdp 3" in refusals["fsdp"]
+    assert "train.batch_size is 12" in refusals["batch"]
+    assert "multiple of 8" in refusals["batch"]
+    assert "multiple of 16" in refusals["accumulate"]
+
+
+def test_a_mesh_of_another_size_than_the_devices_is_refused():
+    with pytest.raises(InputError, match=r"mesh\.data 2 times mesh\.fsdp 1.*1 devices"):
+        make_mesh(MeshConfig(data=2))
+    with pytest.raises(InputError, match=r"mesh\.fsdp 2"):
+        make_mesh(MeshConfig(fsdp=2))
+
+
+def test_tensor_parallelism_is_refused_for_now():
+    with pytest.raises(InputError, match=r"mesh\.tensor is 2"):
+        RunConfig(mesh=MeshConfig(tensor=2))
+
+
+def test_a_batch_that_micro_batches_cannot_share_is_refused():
+    mesh = make_mesh(MeshConfig())
+    check_batch_size(mesh, 6, 3)
+    with pytest.raises(InputError, match=r"train\.batch_size is 6.*multiple of 4"):
+        check_batch_size(mesh, 6, 4)
+
+
+def test_on_one_device_everything_is_whole():
+    mesh = make_mesh(MeshConfig())
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 1}
+    shapes = {"large": jax.ShapeDtypeStruct((64, 128), "float32"), "step": jax.ShapeDtypeStruct((), "int32")}
+    assert all(sharding.is_fully_replicated for sharding in jax.tree.leaves(state_shardings(mesh, shapes)))
+
+
+def test_the_processes_rows_are_the_batch_cut_in_order(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    rows = []
+    for index in range(4):
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        rows += list(range(12))[host_rows(12)]
+    assert rows == list(range(12))
+
+
+# Several processes
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """What jax.distributed.initialize was called with."""
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **kwargs: calls.append((args, kwargs)))
+    return calls
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {},
+        {"SLURM_NTASKS": "1"},
+        {"SLURM_NTASKS": ""},
+        {"OMPI_COMM_WORLD_SIZE": "1"},
+        {"TPU_WORKER_HOSTNAMES": "localhost"},
+        {"JAX_NUM_PROCESSES": "2"},
+    ],
+    ids=str,
+)
+def test_one_process_stays_alone(joined, environ):
+    assert initialize_distributed(environ) is False
+    assert joined == []
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"SLURM_NTASKS": "2"},
+        {"OMPI_COMM_WORLD_SIZE": "4"},
+        {"TPU_WORKER_HOSTNAMES": "10.0.0.1,10.0.0.2"},
+        {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234"},
+    ],
+    ids=str,
+)
+def test_a_job_that_jax_can_detect_is_joined(joined, environ):
+    assert initialize_distributed(environ) is True
+    assert joined == [((), {})]
+
+
+def test_a_job_that_is_spelt_out_is_joined_as_told(joined):
+    environ = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234", "JAX_NUM_PROCESSES": "3", "JAX_PROCESS_ID": "2"}
+    assert initialize_distributed(environ) is True
+    assert joined == [(("10.0.0.1:1234", 3, 2), {})]
+
+
+@pytest.mark.parametrize("process_id", [None, "first"])
+def test_a_job_that_is_spelt_out_wrongly_is_refused(joined, process_id):
+    environ = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234", "JAX_NUM_PROCESSES": "3"}
+    if process_id is not None:
+        environ["JAX_PROCESS_ID"] = process_id
+    with pytest.raises(InputError, match="JAX_PROCESS_ID"):
+        initialize_distributed(environ)
+    assert joined == []
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def start_training(text, folder, log, steps, **env):
+    """Start ``python -m slm_jax train`` of a very small model; its output goes to a file, so that no pipe fills."""
+    options = {
+        "data.source": f"text:{text}",
+        "tokenizer.kind": "char",
+        "model.n_layers": 1,
+        "model.n_heads": 2,
+        "model.emb_dim": 16,
+        "model.context_length": 16,
+        "model.drop_rate": 0.1,
+        "optimizer.warmup_steps": 2,
+        "train.steps": steps,
+        "train.batch_size": 4,
+        "train.eval_every": 3,
+        "train.log_every": 1,
+        "checkpoint.every": 3,
+        "sample.every": 3,
+        "sample.max_new_tokens": 8,
+        "optimizer.decay_steps": 6,
+        "runs_dir": folder,
+        "run": "small",
+    }
+    args = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    with log.open("w") as out:
+        return subprocess.Popen(
+            [sys.executable, "-m", "slm_jax", "train", *args],
+            env=environment(**env),
+            stdout=out,
+            stderr=out,
+            cwd=folder,
+        )
+
+
+def train_in_two_processes(text, folder, steps):
+    address = f"127.0.0.1:{free_port()}"
+    logs = [folder / f"process{index}.log" for index in range(2)]
+    processes = [
+        start_training(
+            text, folder, logs[index], steps,
+            JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(index),
+        )
+        for index in range(2)
+    ]  # fmt: skip
+    try:
+        status = [process.wait(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert status == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
+    return logs
+
+
+def read_losses(run):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["split"]) for row in rows], [row["loss"] for row in rows]
+
+
+@pytest.mark.slow
+def test_two_processes_make_one_run_with_the_losses_of_one_process(tmp_path):
+    """A run of six steps in two halves, the second resumed; against one process that does it without a break."""
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog; the dog sleeps on. " * 20)
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir(), two.mkdir()
+    alone = start_training(text, one, one / "log", 6)
+    assert alone.wait(timeout=120) == 0, (one / "log").read_text()[-3000:]
+    logs = train_in_two_processes(text, two, 3)
+    assert logs[1].read_text().count("step") == 0  # only the first process talks
+    train_in_two_processes(text, two, 6)
+
+    assert {path.name for path in two.iterdir() if path.is_dir()} == {"small"}
+    assert {p.name for p in (two / "small").iterdir()} == {p.name for p in (one / "small").iterdir()}
+    rows, losses = read_losses(one / "small")
+    rows_of_two, losses_of_two = read_losses(two / "small")
+    assert rows_of_two == rows
+    assert sum(split == "train" for _, split in rows) == 6
+    np.testing.assert_allclose(losses_of_two, losses, rtol=1e-5)
+    assert json.loads((two / "small/summary.json").read_text())["environment"]["processes"] == 2
+    saved = [sorted(p.name for p in (run / "small/checkpoints").iterdir()) for run in (one, two)]
+    assert saved[0] == saved[1]
