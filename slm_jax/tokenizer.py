@@ -14,9 +14,7 @@ import operator
 import os
 import re
 import reprlib
-import socket
 import tempfile
-import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
@@ -24,9 +22,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_checkable
 from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
 
 from slm_jax.errors import InputError, MissingInputError
+from slm_jax.network import check_reachable
 
 if TYPE_CHECKING:
     import tiktoken
@@ -507,23 +505,8 @@ def _training_pieces(text: str | Iterable[str], length: int = 1 << 16) -> Iterat
 
 
 def _reachable(url: str, seconds: float = 1.5) -> bool:
-    """Whether the host of `url`, or the proxy that leads to it, takes a connection within `seconds`."""
-    connected = threading.Event()
-
-    def connect() -> None:
-        target = urlsplit(url)
-        proxy = getproxies().get(target.scheme) or getproxies().get("all")
-        if proxy and not proxy_bypass(target.hostname or ""):
-            target = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-        try:
-            port = target.port or (443 if target.scheme == "https" else 80)
-            socket.create_connection((target.hostname or "", port), timeout=seconds).close()
-        except (OSError, ValueError):
-            return
-        connected.set()
-
-    # A name lookup cannot be given a timeout, so it may outlive this call in a daemon thread.
-    thread = threading.Thread(target=connect, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return connected.is_set()
+    try:
+        check_reachable(url, seconds)
+    except OSError:
+        return False
+    return True

@@ -3,15 +3,12 @@
 import difflib
 import hashlib
 import os
-import socket
 import tempfile
-import threading
-import time
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import urlsplit
 
 from slm_jax.errors import InputError, MissingInputError
+from slm_jax.network import check_reachable
 
 CONNECT_SECONDS = 4.0  # to look up and reach the server; without a network a name lookup alone can hang for minutes
 READ_SECONDS = 20.0  # without one byte from a server that was reached
@@ -125,8 +122,8 @@ def _download(name: str, entry: NamedFile, destination: Path) -> None:
     digest = hashlib.sha256()
     try:
         with os.fdopen(handle, "wb") as file:
-            left = _check_reachable(entry.url)
-            with requests.get(entry.url, stream=True, timeout=(left, READ_SECONDS)) as response:
+            check_reachable(entry.url, CONNECT_SECONDS)
+            with requests.get(entry.url, stream=True, timeout=(CONNECT_SECONDS, READ_SECONDS)) as response:
                 response.raise_for_status()
                 for chunk in response.iter_content(1 << 16):
                     digest.update(chunk)
@@ -145,34 +142,3 @@ def _download(name: str, entry: NamedFile, destination: Path) -> None:
         ) from error
     finally:
         Path(temporary).unlink(missing_ok=True)
-
-
-def _check_reachable(url: str) -> float:
-    """Raise an OSError unless the server, or the proxy that leads to it, answers soon; returns the seconds left.
-
-    requests bounds neither the name lookup nor the sum of its tries at a server's addresses, so this tries first,
-    in a thread that is left behind if it hangs.
-    """
-    from requests.utils import get_environ_proxies, prepend_scheme_if_needed, select_proxy
-
-    proxy = select_proxy(url, get_environ_proxies(url))
-    server = urlsplit(prepend_scheme_if_needed(proxy, "http") if proxy else url)
-    port = server.port or {"http": 80, "https": 443}.get(server.scheme, 1080)  # 1080: SOCKS
-    address = (server.hostname or "", port)
-    outcome: list[OSError | None] = []
-
-    def connect() -> None:
-        try:
-            socket.create_connection(address, timeout=CONNECT_SECONDS).close()
-            outcome.append(None)
-        except OSError as error:
-            outcome.append(error)
-
-    start = time.monotonic()
-    thread = threading.Thread(target=connect, daemon=True)
-    thread.start()
-    thread.join(CONNECT_SECONDS)
-    error = outcome[0] if outcome else TimeoutError(f"no answer from {address[0]} in {CONNECT_SECONDS:g} s")
-    if error:
-        raise error
-    return max(1.0, CONNECT_SECONDS - (time.monotonic() - start))
