@@ -33,7 +33,7 @@ class TokenizerConfig:
     """
 
     kind: Literal["bpe", "char", "simple", "gpt2"] = "bpe"
-    vocab_size: int = 1_024
+    vocab_size: int = 4_096
     path: str | None = None
 
 
@@ -76,7 +76,7 @@ class OptimizerConfig:
         clip_norm: the global norm that gradients are clipped to; null: no clipping.
     """
 
-    learning_rate: float = 2e-3
+    learning_rate: float = 4e-3
     schedule: Literal["cosine", "constant", "wsd"] = "cosine"
     warmup_steps: int = 100
     decay_steps: int | None = None
@@ -98,16 +98,16 @@ class TrainConfig:
         batch_size: sequences an optimizer step, over all devices.
         accumulate: micro-batches that a batch is cut into, to save memory; divides batch_size.
         eval_every: steps from one evaluation of the whole validation split to the next.
-        eval_batch_size: sequences at a time in evaluation; default: batch_size.
+        eval_batch_size: sequences at a time in evaluation; null: batch_size.
         log_every: steps from one line of metrics.jsonl to the next.
     """
 
-    steps: int | None = 1_000
+    steps: int | None = 800
     epochs: float | None = None
-    batch_size: int = 16
+    batch_size: int = 8
     accumulate: int = 1
-    eval_every: int = 250
-    eval_batch_size: int | None = None
+    eval_every: int = 200
+    eval_batch_size: int | None = 32
     log_every: int = 10
 
 
@@ -120,7 +120,7 @@ class CheckpointConfig:
         keep: how many of the latest are kept, apart from the one of the lowest validation loss.
     """
 
-    every: int = 250
+    every: int = 200
     keep: int = 2
 
 
@@ -151,7 +151,7 @@ class SampleConfig:
         top_k: how many of the likeliest tokens are drawn from; null: all.
     """
 
-    every: int = 250
+    every: int = 200
     prompt: str | None = None
     max_new_tokens: int = 100
     temperature: float = 0.8

@@ -90,7 +90,7 @@ class GPTConfig:
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "tiny": {"vocab_size": 1_024, "context_length": 128, "emb_dim": 128, "n_heads": 4, "n_layers": 4},
+    "tiny": {"vocab_size": 4_096, "context_length": 128, "emb_dim": 128, "n_heads": 4, "n_layers": 4},
     "mini": {"vocab_size": 4_096, "context_length": 256, "emb_dim": 256, "n_heads": 8, "n_layers": 6},
     "gpt2-small": {"emb_dim": 768, "n_heads": 12, "n_layers": 12},
     "gpt2-medium": {"emb_dim": 1_024, "n_heads": 16, "n_layers": 24},
@@ -221,6 +221,8 @@ def _float32_logits(
     hidden: Float[Array, "batch seq emb"], kernel: Float[Array, "emb vocab"]
 ) -> Float[Array, "batch seq vocab"]:
     """Multiply in the operands' dtype and accumulate in float32: bf16 logits would round the loss away."""
+    if jax.default_backend() == "cpu":  # jax 0.7's CPU runtime has no such product; of float32 copies it is the same
+        hidden, kernel = hidden.astype(jnp.float32), kernel.astype(jnp.float32)
     return jnp.einsum("bse,ev->bsv", hidden, kernel, preferred_element_type=jnp.float32)
 
 

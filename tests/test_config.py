@@ -385,7 +385,7 @@ def test_identity_holds_the_resolved_model():
     [
         (["--seed", "1"], "seed is 1 now and was 0"),
         (["--model.n_layers", "3"], "model.n_layers is 3 now and was 4"),
-        (["--train.batch_size", "8"], "train.batch_size is 8 now and was 16"),
+        (["--train.batch_size", "7"], f"train.batch_size is 7 now and was {RunConfig().train.batch_size}"),
         (["--optimizer.clip_norm", "null"], "optimizer.clip_norm is None now and was 1.0"),
         (["--data.source", "text:a.txt"], "data.source is 'text:a.txt' now and was 'builtin:python-docs'"),
         (["--train.steps", "5", "--run", "b", "--model.remat", "full", "--checkpoint.every", "3"], None),

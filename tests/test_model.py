@@ -502,7 +502,7 @@ def test_packed_documents_are_computed_as_if_alone(attention):
     params = random_params(cfg)
     packed = forward(cfg)({"params": params}, TOKENS[:1], **PACKED)
     for start, length in zip(STARTS, LENGTHS, strict=True):
-        alone = forward(cfg)({"params": params}, TOKENS[:1, start : start + length])
+        alone = forward(SMALL)({"params": params}, TOKENS[:1, start : start + length])
         close(packed[:, start : start + length], alone)
 
 

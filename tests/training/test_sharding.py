@@ -32,7 +32,7 @@ def environment(**changes):
 def state_of_one():
     """A state after some steps on one device."""
     state = jax.jit(eight_devices.initial_state)()
-    step = jax.jit(eight_devices.train_step(1, 0.0))
+    step = jax.jit(eight_devices.train_step(1))
     for batch in eight_devices.batches()[:3]:
         state, _ = step(state, {}, batch)
     return state
@@ -59,7 +59,7 @@ def eight(folder, state_of_one):
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("mesh", MESHES)
 def test_eight_devices_give_the_losses_of_one(eight, mesh, accumulate):
-    """With dropout: it too depends on the step alone, not on the mesh."""
+    """With accumulation there is dropout too: it depends on the step alone, not on the mesh."""
     one = eight["one"][f"accumulate={accumulate}"]
     assert len(set(one)) == len(one) == eight_devices.STEPS + 1
     np.testing.assert_allclose(eight["mesh"][f"{mesh} accumulate={accumulate}"], one, rtol=1e-5)
@@ -67,8 +67,9 @@ def test_eight_devices_give_the_losses_of_one(eight, mesh, accumulate):
 
 @pytest.mark.slow
 def test_a_pmap_step_gives_the_losses_of_the_jitted_one(eight):
-    assert len(eight["jit"]) == eight_devices.STEPS
-    np.testing.assert_allclose(eight["pmap"], eight["jit"], rtol=1e-5)
+    jitted = eight["mesh"]["data=8 accumulate=1"][: eight_devices.STEPS]  # the last one is of an evaluation
+    assert len(eight["pmap"]) == eight_devices.STEPS
+    np.testing.assert_allclose(eight["pmap"], jitted, rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -85,7 +86,7 @@ def test_parameters_and_optimizer_state_are_split_along_fsdp(eight, mesh, parts,
             assert len(shards) == 1, f"{name}: unequal parts"
             assert np.prod(shards[0]) == np.prod(shape) // (parts if large else 1), name
             split += large
-        assert split >= 5 * (2 if tree == "opt_state" else 1)
+        assert split >= 4 * (2 if tree == "opt_state" else 1)
 
 
 @pytest.mark.slow
@@ -235,7 +236,6 @@ def start_training(text, folder, log, steps, **env):
         "model.n_heads": 2,
         "model.emb_dim": 16,
         "model.context_length": 16,
-        "model.drop_rate": 0.1,
         "optimizer.warmup_steps": 2,
         "train.steps": steps,
         "train.batch_size": 4,

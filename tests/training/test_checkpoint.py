@@ -1,0 +1,327 @@
+"""What must hold of checkpoints: bitwise whatever happens meanwhile, the right ones kept, damage found and named."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from slm_jax.errors import InputError, MissingInputError
+from slm_jax.training import checkpoint
+from slm_jax.training.checkpoint import (
+    CHECKSUMS,
+    Checkpoints,
+    best_step,
+    checkpoint_bytes,
+    find_damage,
+    load_params,
+    read_metadata,
+    saved_steps,
+)
+from slm_jax.training.step import TrainState
+
+OPTIMIZER = optax.adam(1e-3)
+
+
+def make_state(step=0, size=64):
+    params = {"block": {"kernel": jax.random.normal(jax.random.key(step), (size, size)), "bias": jnp.ones(size)}}
+    params["half"] = {"scale": jnp.full(4, 0.1, jnp.bfloat16)}
+    opt_state = jax.tree.map(lambda x: x + jnp.asarray(step, x.dtype), OPTIMIZER.init(params))
+    return TrainState(jnp.int32(step), params, opt_state, jax.random.key(7 + step))
+
+
+def shapes(state):
+    """What a state looks like before there is one, as the loop makes it."""
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.eval_shape(lambda: state)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract)
+
+
+def copy(state):
+    """A copy on the host; of a copy on the device, for a NumPy view of an array keeps it from being donated."""
+    return jax.tree.map(lambda x: np.asarray(jnp.copy(x)), state.replace(key=jax.random.key_data(state.key)))
+
+
+def assert_same_bits(actual, expected):
+    actual, expected = (jax.tree_util.tree_leaves_with_path(tree) for tree in (actual, expected))
+    assert [path for path, _ in actual] == [path for path, _ in expected]
+    for (path, a), (_, e) in zip(actual, expected, strict=True):
+        assert (a.dtype, a.shape, a.tobytes()) == (e.dtype, e.shape, e.tobytes()), jax.tree_util.keystr(path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "checkpoints"
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
+    """Checkpoints of the steps 10, 20 and 30, of which 20 has the lowest validation loss."""
+    folder = tmp_path_factory.mktemp("template") / "checkpoints"
+    with Checkpoints(folder, keep=3) as checkpoints:
+        for step, loss in ((10, 3.0), (20, 1.0), (30, 2.0)):
+            checkpoints.save(make_state(step), {"note": f"step {step}"}, loss)
+    return folder
+
+
+@pytest.fixture
+def saved(template, folder):
+    """A copy of them that may be damaged."""
+    return shutil.copytree(template, folder)
+
+
+@pytest.mark.parametrize("like", [shapes, lambda state: make_state(0)], ids=["shapes", "arrays"])
+def test_a_state_comes_back_bit_for_bit(template, like):
+    state = make_state(20)
+    with Checkpoints(template, keep=3) as checkpoints:
+        restored = checkpoints.restore(20, like(state))
+    assert_same_bits(copy(restored), copy(state))
+    assert jnp.issubdtype(restored.key.dtype, jax.dtypes.prng_key)
+    assert jax.random.uniform(restored.key) == jax.random.uniform(state.key)
+
+
+def test_steps_that_reuse_the_memory_do_not_change_what_is_being_saved(folder):
+    """Each state is donated to the next step as soon as ``save`` has returned, while its files are being written."""
+
+    def change(state):
+        values = jax.tree.map(lambda x: x * 1.5 + 1, (state.trainable, state.opt_state))
+        return state.replace(step=state.step + 1, trainable=values[0], opt_state=values[1])
+
+    change = jax.jit(change, donate_argnums=0)
+    state, expected = make_state(0, size=1024), {}
+    like = shapes(state)
+    with Checkpoints(folder, keep=20) as checkpoints:
+        for step in range(1, 21):
+            given, state = state, change(state)
+            assert given.trainable["block"]["kernel"].is_deleted()
+            if step % 4 == 0 or step == 1:
+                expected[step] = copy(state)
+                checkpoints.save(state, {}, None)
+    with Checkpoints(folder, keep=20) as checkpoints:
+        for step, values in expected.items():
+            assert_same_bits(copy(checkpoints.restore(step, like)), values)
+
+
+def test_the_latest_are_kept_and_the_best_apart_from_them(folder):
+    losses = {10: 3.0, 20: 1.0, 30: 2.0, 40: None, 50: 2.5, 60: None}
+    kept = {}
+    with Checkpoints(folder, keep=2) as checkpoints:
+        for step, loss in losses.items():
+            checkpoints.save(make_state(step), {}, loss)
+            checkpoints.wait()
+            kept[step] = saved_steps(folder)
+    assert kept == {10: [10], 20: [10, 20], 30: [20, 30], 40: [20, 30, 40], 50: [20, 40, 50], 60: [20, 50, 60]}
+    assert best_step(folder) == 20
+    with Checkpoints(folder, keep=1) as checkpoints:  # a run that goes on knows the losses of before
+        checkpoints.save(make_state(70), {}, 0.5)
+    assert saved_steps(folder) == [70]
+    assert best_step(folder) == 70
+
+
+def test_without_a_measured_loss_the_latest_counts_as_best(folder):
+    assert best_step(folder) is None
+    assert saved_steps(folder) == []
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.save(make_state(9), {}, None)
+        checkpoints.save(make_state(10), {}, None)
+    assert saved_steps(folder) == [9, 10]
+    assert best_step(folder) == 10
+
+
+def test_a_step_being_saved_is_among_the_saved_steps(folder):
+    with Checkpoints(folder) as checkpoints:
+        assert checkpoints.saved_steps() == []
+        checkpoints.save(make_state(10), {}, None)
+        assert checkpoints.saved_steps() == [10]
+
+
+def test_a_step_may_be_saved_anew(folder):
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.save(make_state(10), {"note": "first"}, 2.0)
+        other = make_state(3).replace(step=jnp.int32(10))
+        checkpoints.save(other, {"note": "second"}, 1.0)
+        checkpoints.wait()
+        assert find_damage(folder / "10") is None
+        assert read_metadata(folder, 10) == {"note": "second", "validation_loss": 1.0}
+        assert_same_bits(copy(checkpoints.restore(10, shapes(other))), copy(other))
+
+
+def test_metadata_come_back_as_they_were(folder):
+    metadata = {
+        "config": {"train": {"steps": 5, "epochs": None}, "run": "ünïcode ☃ \n", "rate": 0.1},
+        "tokenizer": {"vocab": ["a", "\ud7ff", '"'], "merges": [[1, 2]]},
+        "big": 2**60,
+    }
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.save(make_state(1), metadata, 1 / 3)
+    assert read_metadata(folder, 1) == {**metadata, "validation_loss": 1 / 3}
+
+
+def test_metadata_that_cannot_be_read_are_refused_by_name(saved):
+    path = saved / "20" / "_CHECKPOINT_METADATA"
+    path.write_text("{")
+    with pytest.raises(InputError, match=str(path)):
+        read_metadata(saved, 20)
+    with pytest.raises(InputError, match="99"):
+        read_metadata(saved, 99)
+
+
+# Damage
+
+
+def payload(step_folder, item):
+    """The largest file of an item."""
+    return max((p for p in (step_folder / item).rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize("item", ["params", "state"])
+@pytest.mark.parametrize(("spoil", "said"), [(flip, "damaged"), (truncate, "damaged"), (lambda p: p.unlink(), "missing")])
+def test_a_changed_file_is_found_and_named(saved, item, spoil, said):
+    assert find_damage(saved / "20") is None
+    path = payload(saved / "20", item)
+    spoil(path)
+    damage = find_damage(saved / "20")
+    assert damage is not None
+    assert str(path) in damage
+    assert said in damage
+    assert find_damage(saved / "30") is None
+    with pytest.raises(InputError, match=r"choose another step of 10, 20, 30"):
+        load_params(saved, 20, make_state().trainable)
+
+
+def test_every_file_of_a_checkpoint_has_a_checksum(template):
+    sums = json.loads((template / "20" / CHECKSUMS).read_text())
+    files = {str(p.relative_to(template / "20")) for p in (template / "20").rglob("*") if p.is_file()}
+    assert sums.keys() == files - {CHECKSUMS}
+    assert "_CHECKPOINT_METADATA" in sums
+
+
+def test_damaged_checksums_are_damage(saved):
+    (saved / "20" / CHECKSUMS).write_text("{")
+    assert CHECKSUMS in find_damage(saved / "20")
+
+
+def test_a_checkpoint_without_checksums_counts_as_whole(saved):
+    (saved / "20" / CHECKSUMS).unlink()
+    assert find_damage(saved / "20") is None
+    load_params(saved, 20, make_state().trainable)
+
+
+def test_a_kill_before_the_checksums_leaves_the_checkpoint_usable(folder, monkeypatch):
+    monkeypatch.setattr(checkpoint, "write_checksums", lambda folder: None)
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.save(make_state(10), {}, None)
+    assert saved_steps(folder) == [10]
+    assert find_damage(folder / "10") is None
+
+
+# Parameters alone
+
+
+def test_parameters_load_without_the_optimizer(saved):
+    """They do even where nothing else is left of the checkpoint."""
+    shutil.rmtree(saved / "20" / "state")
+    (saved / "20" / CHECKSUMS).unlink()
+    expected = make_state(20).trainable
+    like = jax.eval_shape(lambda: expected)
+    loaded = load_params(saved, 20, like)
+    assert_same_bits(jax.tree.map(np.asarray, loaded), jax.tree.map(np.asarray, expected))
+
+
+def test_a_step_that_is_not_there_is_refused_and_those_there_named(template, folder):
+    with pytest.raises(MissingInputError, match=r"no checkpoint of step 25; there are: 10, 20, 30"):
+        load_params(template, 25, make_state().trainable)
+    with pytest.raises(MissingInputError, match=r"there are: none"):
+        load_params(folder, 25, make_state().trainable)
+
+
+# Errors and interruptions
+
+
+@pytest.mark.parametrize("call", ["wait", "save", "leave"])
+def test_an_error_in_the_background_is_raised_by_the_next_call_and_once(folder, monkeypatch, call):
+    def fail(folder):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_checksums", fail)
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(make_state(1), {}, None)
+    with pytest.raises(OSError, match="No space left"):
+        {
+            "wait": checkpoints.wait,
+            "save": lambda: checkpoints.save(make_state(2), {}, None),
+            "leave": lambda: checkpoints.__exit__(None, None, None),
+        }[call]()
+    monkeypatch.undo()
+    checkpoints.wait()
+    if call != "leave":
+        checkpoints.save(make_state(3), {}, None)
+        checkpoints.__exit__(None, None, None)
+        assert 3 in saved_steps(folder)
+        assert find_damage(folder / "3") is None
+
+
+def test_leaving_waits_for_the_save_under_way(folder):
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.save(make_state(5, size=1024), {}, None)
+    assert saved_steps(folder) == [5]
+    assert (folder / "5" / CHECKSUMS).is_file()
+
+
+def test_a_disk_that_is_too_full_is_said_before_anything_is_written(folder, monkeypatch):
+    with Checkpoints(folder) as checkpoints:
+        usage = shutil.disk_usage(folder)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+        with pytest.raises(OSError, match="No space left") as raised:
+            checkpoints.save(make_state(5), {}, None)
+        assert raised.value.filename == str(folder)
+        monkeypatch.undo()
+        assert checkpoints.saved_steps() == []
+        checkpoints.save(make_state(6), {}, None)
+    assert saved_steps(folder) == [6]
+
+
+def test_what_an_interrupted_save_left_is_no_checkpoint_and_is_cleared_away(saved):
+    leftover = saved / "40.orbax-checkpoint-tmp"
+    shutil.copytree(saved / "30", leftover)
+    (saved / "50").write_text("not a folder")
+    (saved / "notes").mkdir()
+    assert saved_steps(saved) == [10, 20, 30]
+    assert best_step(saved) == 20
+    (saved / "50").unlink()
+    (saved / "notes").rmdir()
+    with Checkpoints(saved, keep=4) as checkpoints:
+        assert checkpoints.saved_steps() == [10, 20, 30]
+        checkpoints.save(make_state(40), {}, 4.0)
+    assert saved_steps(saved) == [10, 20, 30, 40]
+    assert not leftover.exists()
+
+
+def test_a_run_that_went_back_behind_damaged_checkpoints_keeps_what_it_saves_next(saved):
+    """20 and 30 are damaged, so the run goes on from 10: its step 15 is the latest, whatever the others' numbers."""
+    for step in (20, 30):
+        flip(payload(saved / str(step), "params"))
+    with Checkpoints(saved, keep=1) as checkpoints:
+        checkpoints.restore(10, shapes(make_state(10)))
+        checkpoints.save(make_state(15), {}, None)
+    assert 15 in saved_steps(saved)
+    assert find_damage(saved / "15") is None
+
+
+def test_the_size_of_a_checkpoint_is_that_of_its_arrays():
+    params = {"kernel": jax.ShapeDtypeStruct((3, 5), "float32"), "scale": jax.ShapeDtypeStruct((8,), "bfloat16")}
+    assert checkpoint_bytes(params, optax.sgd(0.1)) == 60 + 16
+    assert checkpoint_bytes(params, optax.scale_by_adam()) == 3 * (60 + 16) + 4
