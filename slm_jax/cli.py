@@ -123,7 +123,6 @@ def generate_command(args: Sequence[str]) -> int:
 
     use_compile_cache()
     run = load_run(options.run, options.step)
-    print(f"{run.folder}, checkpoint of step {run.step:,}", file=sys.stderr)
     prompt = run.tokenizer.encode(options.prompt) or [run.tokenizer.eot_id]
     context = run.model_config.context_length
     if len(prompt) > context:
@@ -138,6 +137,7 @@ def generate_command(args: Sequence[str]) -> int:
         eos_id=run.tokenizer.eot_id,
         key=jax.random.key(options.seed),
     )
+    print(f"{run.folder}, checkpoint of step {run.step:,}", file=sys.stderr)
     ids, shown = (list(prompt) if options.prompt else []), ""
     for column in columns:
         if column[0] == run.tokenizer.eot_id:

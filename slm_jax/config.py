@@ -287,9 +287,12 @@ def _check_numbers(config: RunConfig) -> None:
     for key in ("optimizer.learning_rate", "optimizer.eps", "optimizer.clip_norm", "train.epochs"):
         if values[key] is not None and not 0 < values[key] < float("inf"):
             raise InputError(f"{key} is {values[key]}; expected a number above 0")
-    for key in ("data.validation_fraction", "optimizer.beta1", "optimizer.beta2"):
-        if not 0 < values[key] < 1:
-            raise InputError(f"{key} is {values[key]}; expected a number between 0 and 1")
+    for key in ("optimizer.beta1", "optimizer.beta2"):
+        if not 0 <= values[key] < 1:
+            raise InputError(f"{key} is {values[key]}; expected a number of at least 0 and below 1")
+    if not 0 < values["data.validation_fraction"] < 1:
+        fraction = values["data.validation_fraction"]
+        raise InputError(f"data.validation_fraction is {fraction}; expected a number between 0 and 1")
     if config.mesh.data != -1 and config.mesh.data < 1:
         raise InputError(f"mesh.data is {config.mesh.data}; expected -1 (all devices) or at least 1")
     if not config.name.strip() or Path(config.name).is_absolute() or ".." in Path(config.name).parts:

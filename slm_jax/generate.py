@@ -71,10 +71,23 @@ def stream(
 ) -> Iterator[np.ndarray]:
     """Yield the next token of every prompt, int32 (batch,), until all have ended or ``max_new_tokens`` are made.
 
-    Arguments and errors are those of :func:`generate`.
+    Arguments and errors are those of :func:`generate`; errors are raised at once, not at the first token.
     """
     rows = [_as_row(row) for row in prompts]
     _check(model, rows, max_new_tokens, temperature, top_k, key)
+    return _stream(model, params, rows, max_new_tokens, temperature, top_k, eos_id, key)
+
+
+def _stream(
+    model: GPTModel,
+    params: Params,
+    rows: list[np.ndarray],
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    eos_id: int | None,
+    key: jax.Array | None,
+) -> Iterator[np.ndarray]:
     context = model.cfg.context_length
     lengths = jnp.array([min(row.size, context) for row in rows], jnp.int32)
     # The last `context` tokens of each row, filled up on the right, where causal attention never looks.

@@ -188,7 +188,9 @@ def truncate(path):
 
 
 @pytest.mark.parametrize("item", ["params", "state"])
-@pytest.mark.parametrize(("spoil", "said"), [(flip, "damaged"), (truncate, "damaged"), (lambda p: p.unlink(), "missing")])
+@pytest.mark.parametrize(
+    ("spoil", "said"), [(flip, "damaged"), (truncate, "damaged"), (lambda p: p.unlink(), "missing")]
+)
 def test_a_changed_file_is_found_and_named(saved, item, spoil, said):
     assert find_damage(saved / "20") is None
     path = payload(saved / "20", item)
