@@ -1,8 +1,8 @@
 """English text that every Python carries, so that a first training run needs no download.
 
-Two parts: the language reference behind `help("while")` (about half a megabyte) and the docstrings of the
-standard library (about a megabyte). What exactly is there depends on the Python version, so nothing should
-be measured against a fixed number on this text.
+Two parts: the language reference behind `help("while")` and the docstrings of the standard library; together about
+a megabyte of sentences. What exactly is there depends on the Python version, so nothing should be measured against a
+fixed number on this text.
 """
 
 import ast
@@ -21,22 +21,27 @@ from slm_jax.errors import MissingInputError
 SKIPPED_FOLDERS = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "encodings"}
 )
-SHORTEST_DOCSTRING = 80  # characters; shorter ones are mostly "Return the foo."
+
+SHORTEST_PARAGRAPH = 40  # characters
+LETTERS = 0.85  # the share of letters and spaces above which a paragraph is prose
 
 _UNDERLINE = re.compile(r"^[ \t]*([-=*~^#+])\1{3,}[ \t]*\n", re.MULTILINE)
+_SENTENCE = re.compile(r"[A-Z].*[.!?:]")
 
 
 @functools.cache
 def _documents() -> tuple[str, ...]:
     named = [*_topics(), *_modules(Path(sysconfig.get_paths()["stdlib"]))]
-    return tuple(text for _, text in sorted(named, key=lambda pair: (pair[0].lower(), pair)))
+    seen: set[str] = set()
+    texts = [_prose(text, seen) for _, text in sorted(named, key=lambda pair: (pair[0].lower(), pair))]
+    return tuple(filter(None, texts))
 
 
 def python_docs() -> list[str]:
     """The language reference, one document a topic, and the standard library's docstrings, one document a module.
 
     They are ordered by name, topics among modules, so that a part cut off the end for validation holds both kinds.
-    Text that would stand there twice is left out. Where the standard library comes without its source (an
+    Only prose is kept, and no paragraph twice. Where the standard library comes without its source (an
     embedded Python), the topics are all there is. The first call takes a second or two.
     """
     documents = list(_documents())
@@ -48,32 +53,40 @@ def python_docs() -> list[str]:
     return documents
 
 
+def _prose(text: str, seen: set[str]) -> str:
+    """Keep the paragraphs that are sentences and not ``seen`` before, each on a line of its own.
+
+    Code, grammars and tables are left out, and line breaks for 80 columns taken out: they say nothing, and a small
+    model that has to learn them learns less English. A paragraph that came twice could come in both splits.
+    """
+    paragraphs = (" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text))
+    fresh = [p for p in dict.fromkeys(paragraphs) if _is_prose(p) and p not in seen]
+    seen.update(fresh)
+    return "\n".join(fresh)
+
+
+def _is_prose(paragraph: str) -> bool:
+    letters = sum(character.isalpha() or character == " " for character in paragraph)
+    long_enough = len(paragraph) >= SHORTEST_PARAGRAPH
+    return long_enough and letters >= LETTERS * len(paragraph) and bool(_SENTENCE.fullmatch(paragraph))
+
+
 def _topics() -> Iterator[tuple[str, str]]:
-    """(name, text) of the language reference, less the topics that stand whole inside another one."""
+    """(name, text) of the language reference."""
     try:
-        found: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
+        yield from importlib.import_module("pydoc_data.topics").topics.items()
     except (ImportError, AttributeError):
         return
-    clean = {name: _UNDERLINE.sub("", text).strip() for name, text in found.items()}
-    kept: list[str] = []
-    for name, text in sorted(clean.items(), key=lambda pair: (-len(pair[1]), pair[0])):
-        if not any(text in longer for longer in kept):
-            kept.append(text)
-            yield name, text
 
 
 def _modules(stdlib: Path) -> Iterator[tuple[str, str]]:
     """(path, docstrings) of each public module below a folder; the source is parsed, nothing is imported."""
-    seen: set[str] = set()
     for path in sorted(_source_files(stdlib)):
         try:
             tree = ast.parse(path.read_bytes())
         except (OSError, SyntaxError, ValueError):
             continue  # no reason to stop: this text is whatever can be found
-        fresh = [text for text in _docstrings(tree) if len(text) >= SHORTEST_DOCSTRING and text not in seen]
-        seen.update(fresh)
-        if fresh:
-            yield path.relative_to(stdlib).as_posix(), "\n\n".join(dict.fromkeys(fresh))
+        yield path.relative_to(stdlib).as_posix(), "\n\n".join(_docstrings(tree))
 
 
 def _source_files(stdlib: Path) -> Iterator[Path]:
@@ -89,7 +102,7 @@ def _docstrings(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFun
     raw = ast.get_docstring(node, clean=False)
     # A docstring may spell half a surrogate pair ("\ud800"), which no UTF-8 file can hold.
     if raw and "\0" not in raw and not any("\ud800" <= character <= "\udfff" for character in raw):
-        yield _UNDERLINE.sub("", inspect.cleandoc(raw)).strip()
+        yield _UNDERLINE.sub("", inspect.cleandoc(raw))
     for child in node.body:
         if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             yield from _docstrings(child)

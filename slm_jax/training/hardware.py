@@ -1,13 +1,14 @@
 """What the devices can do: peak arithmetic, memory, and the dtype that suits them."""
 
 import os
+import re
 
 import jax
 
 from slm_jax.model import DType, GPTConfig, count_params
 
-# Dense bfloat16 (or, before it existed, float16) peak in FLOP/s by a part of the device's name, from the makers' data
-# sheets; the first match counts.
+# Dense bfloat16 (or, before it existed, float16) peak in FLOP/s by a part of the device's name that no digit follows,
+# from the makers' data sheets; the first match counts.
 PEAK_FLOPS = (
     ("H200", 989e12),
     ("H100 PCIe", 756e12),
@@ -36,8 +37,10 @@ def best_dtype(device: jax.Device | None = None) -> DType:
     device = device or jax.devices()[0]
     if device.platform == "tpu":
         return "bfloat16"
-    if device.platform in ("gpu", "cuda") and float(getattr(device, "compute_capability", 0)) >= 8.0:
-        return "bfloat16"
+    if device.platform in ("gpu", "cuda"):
+        capability = re.fullmatch(r"(\d+)\.\d+", str(getattr(device, "compute_capability", "")))  # AMD's: gfx942
+        if capability and int(capability[1]) >= 8:
+            return "bfloat16"
     return "float32"
 
 
@@ -46,7 +49,7 @@ def peak_flops(dtype: DType, device: jax.Device | None = None) -> float | None:
     device = device or jax.devices()[0]
     if dtype == "float32":
         return None
-    return next((peak for name, peak in PEAK_FLOPS if name in device.device_kind), None)
+    return next((peak for name, peak in PEAK_FLOPS if re.search(rf"{name}(?!\d)", device.device_kind)), None)
 
 
 def flops_per_token(cfg: GPTConfig) -> float:

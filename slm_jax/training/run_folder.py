@@ -77,7 +77,10 @@ class RunFolder:
 
     def has_sample(self, step: int) -> bool:
         """Return whether there is a sample of this step."""
-        return self.samples_file.is_file() and f"## Step {step}\n" in self.samples_file.read_text(encoding="utf-8")
+        if not self.samples_file.is_file():
+            return False
+        # At the start of a line: a sample's own text, which may say the same, is indented.
+        return re.search(rf"^## Step {step}$", self.samples_file.read_text(encoding="utf-8"), flags=re.M) is not None
 
     def cut_back(self, step: int) -> None:
         """Drop what was logged after a step, so that a resumed run's log reads as one unbroken run."""

@@ -84,10 +84,13 @@ def test_a_state_comes_back_bit_for_bit(template, like):
 
 
 def test_steps_that_reuse_the_memory_do_not_change_what_is_being_saved(folder):
-    """Each state is donated to the next step as soon as ``save`` has returned, while its files are being written."""
+    """Each state is donated to the next step as soon as ``save`` has returned, while its files are being written.
+
+    (On a CPU Orbax looks at the arrays without copying them; JAX then declines to reuse just those.)
+    """
 
     def change(state):
-        values = jax.tree.map(lambda x: x * 1.5 + 1, (state.trainable, state.opt_state))
+        values = jax.tree.map(lambda x: (x * 1.5 + 1).astype(x.dtype), (state.trainable, state.opt_state))
         return state.replace(step=state.step + 1, trainable=values[0], opt_state=values[1])
 
     change = jax.jit(change, donate_argnums=0)
@@ -96,7 +99,7 @@ def test_steps_that_reuse_the_memory_do_not_change_what_is_being_saved(folder):
     with Checkpoints(folder, keep=20) as checkpoints:
         for step in range(1, 21):
             given, state = state, change(state)
-            assert given.trainable["block"]["kernel"].is_deleted()
+            assert given.trainable["block"]["kernel"].is_deleted() or step - 1 in expected
             if step % 4 == 0 or step == 1:
                 expected[step] = copy(state)
                 checkpoints.save(state, {}, None)

@@ -1,5 +1,6 @@
 """What must hold of one optimizer step: accumulated = whole, a bad step changes nothing, keys by step, a true loss."""
 
+import itertools
 from functools import cache, partial
 
 import jax
@@ -189,7 +190,7 @@ def test_the_update_is_made_with_the_rate_of_the_step():
     states = [toy_state()]
     for _ in range(3):
         states.append(step(states[-1], {}, toy_batch())[0])
-    moved = [distance(a.trainable, b.trainable) > 0 for a, b in zip(states, states[1:], strict=False)]
+    moved = [distance(a.trainable, b.trainable) > 0 for a, b in itertools.pairwise(states)]
     assert moved == [True, False, True]
 
 

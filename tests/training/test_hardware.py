@@ -1,0 +1,105 @@
+"""What must hold of the arithmetic on devices: FLOPs counted by hand, a dtype that suits, peaks by the right name."""
+
+from unittest.mock import Mock
+
+import jax
+import pytest
+
+from slm_jax.model import GPTConfig
+from slm_jax.training.hardware import PEAK_FLOPS, best_dtype, device_memory, flops_per_token, peak_flops
+
+
+def device(platform, kind="", capability=None):
+    """Something that passes for a device of another machine."""
+    fake = Mock(spec=jax.Device)
+    fake.platform, fake.device_kind = platform, kind
+    if capability is not None:
+        fake.compute_capability = capability
+    return fake
+
+
+@pytest.mark.parametrize(
+    ("fake", "dtype"),
+    [
+        (device("gpu", "Tesla T4", "7.5"), "float32"),
+        (device("gpu", "Tesla V100-SXM2-16GB", "7.0"), "float32"),
+        (device("gpu", "NVIDIA A100-SXM4-40GB", "8.0"), "bfloat16"),
+        (device("gpu", "NVIDIA L4", "8.9"), "bfloat16"),
+        (device("cuda", "NVIDIA H100 80GB HBM3", "9.0"), "bfloat16"),
+        (device("gpu", "NVIDIA B200", "10.0"), "bfloat16"),
+        (device("gpu", "AMD Instinct MI300X", "gfx942"), "float32"),
+        (device("gpu", "another one"), "float32"),
+        (device("tpu", "TPU v5 lite"), "bfloat16"),
+        (device("cpu", "cpu"), "float32"),
+    ],
+    ids=lambda value: getattr(value, "device_kind", value),
+)
+def test_bfloat16_where_the_hardware_has_it(fake, dtype):
+    assert best_dtype(fake) == dtype
+
+
+def test_a_cpu_computes_in_float32():
+    assert best_dtype(jax.devices("cpu")[0]) == "float32"
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-40GB", 312e12),
+        ("NVIDIA A100 80GB PCIe", 312e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40S", 362e12),
+        ("Tesla T4", 65e12),
+        ("Tesla V100-SXM2-16GB", 125e12),
+        ("TPU v5 lite", 197e12),
+        ("TPU v5", 459e12),
+        ("TPU v5p", 459e12),
+        ("TPU v6 lite", 918e12),
+        ("TPU v4", 275e12),
+        # Not in the table: a part of a name must not pass for another.
+        ("NVIDIA L40", None),
+        ("NVIDIA T400 4GB", None),
+        ("NVIDIA GeForce RTX 4090", None),
+        ("cpu", None),
+    ],
+)
+def test_the_peak_is_that_of_the_device_and_no_other(kind, peak):
+    assert peak_flops("bfloat16", device("gpu", kind)) == peak
+
+
+def test_without_16_bits_no_peak_is_claimed():
+    assert peak_flops("float32", device("gpu", "NVIDIA H100 80GB HBM3")) is None
+
+
+def test_every_entry_of_the_table_can_be_reached():
+    """The first match counts, so a longer name must stand before its part."""
+    for name, peak in PEAK_FLOPS:
+        assert peak_flops("bfloat16", device("gpu", name)) == peak
+
+
+def test_flops_per_token_by_hand():
+    """Two blocks of width 6 over a context of 4, with ten tokens."""
+    block = (6 + 6) + (6 * 18 + 18) + (6 * 6 + 6) + (6 + 6) + (6 * 24 + 24) + (24 * 6 + 6)
+    n_params = 10 * 6 + 2 * block + (6 + 6)  # one 10 × 6 product at the head; positions are looked up
+    attention = 12 * 2 * 6 * 4
+    cfg = {"vocab_size": 10, "context_length": 4, "emb_dim": 6, "n_heads": 2, "n_layers": 2}
+    assert flops_per_token(GPTConfig(**cfg)) == 6 * n_params + attention
+    assert flops_per_token(GPTConfig(**cfg, tie_weights=False)) == 6 * n_params + attention
+
+
+def test_flops_per_token_of_gpt2_small():
+    """124,439,808 parameters less 1,024 × 768 positions, and 12 layers · 768 · 1,024 of attention."""
+    cfg = GPTConfig()
+    assert flops_per_token(cfg) == 6 * (124_439_808 - 786_432) + 12 * 12 * 768 * 1024
+
+
+def test_memory_is_what_the_device_or_the_machine_offers():
+    assert device_memory(jax.devices("cpu")[0]) > 2**20
+    gpu = device("gpu", "NVIDIA H100 80GB HBM3")
+    gpu.memory_stats.return_value = {"bytes_limit": 60_000_000_000, "bytes_in_use": 1}
+    assert device_memory(gpu) == 60_000_000_000
+    gpu.memory_stats.return_value = None
+    assert device_memory(gpu) is None

@@ -1,0 +1,57 @@
+"""What must hold of the pictures: a real PNG of the whole log, and no drawing library until one is drawn."""
+
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from slm_jax.training.plots import draw_loss
+
+ROOT = Path(__file__).parents[2]
+TRAIN = [{"step": step, "split": "train", "loss": 3.0 / step} for step in range(1, 20)]
+VALIDATION = [{"step": step, "split": "val", "loss": 4.0 / (step + 1)} for step in (0, 10, 19)]
+NOT_FINITE = [{"step": 5, "split": split, "loss": None} for split in ("train", "val")]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [TRAIN + VALIDATION, TRAIN, VALIDATION[:1], NOT_FINITE + TRAIN + NOT_FINITE],
+    ids=["both", "training", "one evaluation", "with gaps"],
+)
+def test_a_png_is_written(tmp_path, rows):
+    path = tmp_path / "loss.png"
+    draw_loss(rows, path, "a: loss by step")
+    content = path.read_bytes()
+    assert content.startswith(b"\x89PNG\r\n\x1a\n")
+    assert content[12:16] == b"IHDR"
+    width, height = struct.unpack(">II", content[16:24])
+    assert min(width, height) > 200
+    assert content.endswith(b"IEND\xaeB`\x82")
+    assert [p.name for p in tmp_path.iterdir()] == ["loss.png"]
+
+
+def test_the_picture_follows_the_log(tmp_path):
+    pictures = []
+    for rows in (TRAIN, TRAIN + VALIDATION, TRAIN[:10] + VALIDATION):
+        draw_loss(rows, tmp_path / "loss.png", "a")
+        pictures.append((tmp_path / "loss.png").read_bytes())
+    assert len(set(pictures)) == 3
+
+
+@pytest.mark.parametrize("rows", [[], NOT_FINITE], ids=["nothing", "nothing finite"])
+def test_with_nothing_to_draw_there_is_no_file(tmp_path, rows):
+    draw_loss(rows, tmp_path / "loss.png", "a")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_importing_the_library_imports_no_drawing_nor_other_frameworks():
+    program = (
+        "import sys, slm_jax, slm_jax.training.loop, slm_jax.tasks.pretraining\n"
+        "print([n for n in ('matplotlib', 'tensorflow', 'tensorflow_datasets', 'torch') if n in sys.modules])"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

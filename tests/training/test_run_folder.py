@@ -1,0 +1,156 @@
+"""What must hold of a run's folder: a log that reads as one unbroken run, whatever was cut off or said in it."""
+
+import json
+import math
+from pathlib import Path
+
+import jax
+import pytest
+
+from slm_jax.errors import InputError
+from slm_jax.training.run_folder import RunFolder
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = RunFolder(tmp_path / "runs" / "a")
+    folder.create()
+    return folder
+
+
+def row(step, split="train", **more):
+    return {"step": step, "split": split, "loss": 1.0 / (step + 1), **more}
+
+
+def test_metrics_are_one_json_object_a_line_in_order(run):
+    assert run.metrics() == []
+    rows = [row(1), row(1, "val", perplexity=2.5), row(2, mfu=None)]
+    for r in rows:
+        run.add_metrics(r)
+    assert [json.loads(line) for line in run.metrics_file.read_text().splitlines()] == rows
+    assert run.metrics() == rows
+    assert run.metrics("val") == [rows[1]]
+    assert run.metrics("train") == [rows[0], rows[2]]
+
+
+def test_what_json_has_no_number_for_becomes_null(run):
+    run.add_metrics({"step": 3, "split": "train", "loss": math.nan, "grad_norm": math.inf, "perplexity": -math.inf})
+    line = run.metrics_file.read_text()
+    parsed = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert parsed == {"step": 3, "split": "train", "loss": None, "grad_norm": None, "perplexity": None}
+
+
+@pytest.mark.parametrize("torn", ['{"step": 3, "spl', "{", '{"step": 3, "split": "train", "loss": 1.'])
+def test_a_last_line_that_was_cut_off_is_left_out_and_cleared_away(run, torn):
+    rows = [row(1), row(2)]
+    for r in rows:
+        run.add_metrics(r)
+    with run.metrics_file.open("a") as file:
+        file.write(torn)
+    assert run.metrics() == rows
+    run.cut_back(10)
+    run.add_metrics(row(3))
+    assert run.metrics() == [*rows, row(3)]
+
+
+def test_a_last_line_without_its_line_end_counts(run):
+    run.add_metrics(row(1))
+    run.metrics_file.write_text(run.metrics_file.read_text().rstrip("\n"))
+    run.cut_back(1)
+    run.add_metrics(row(2))
+    assert run.metrics() == [row(1), row(2)]
+
+
+def test_cutting_back_drops_what_came_after_the_step(run):
+    rows = [row(0, "val"), row(1), row(2), row(2, "val"), row(3), row(4, "val")]
+    for r in rows:
+        run.add_metrics(r)
+    for step in (1, 2, 4):
+        run.add_sample(step, f"text {step}")
+    run.cut_back(2)
+    assert run.metrics() == rows[:4]
+    assert [run.has_sample(step) for step in (1, 2, 4)] == [True, True, False]
+    run.cut_back(-1)
+    assert run.metrics() == []
+    assert not any(run.has_sample(step) for step in (1, 2, 4))
+
+
+def test_cutting_back_what_is_not_there_is_no_error(run):
+    run.cut_back(5)
+    assert run.metrics() == []
+    assert not run.has_sample(5)
+
+
+def test_cutting_back_to_the_end_changes_nothing(run):
+    for r in (row(0, "val"), row(1), row(2, grad_norm=math.inf)):
+        run.add_metrics(r)
+    run.add_sample(2, "a\n\n  b ☃")
+    before = run.metrics_file.read_bytes(), run.samples_file.read_bytes()
+    run.cut_back(2)
+    assert (run.metrics_file.read_bytes(), run.samples_file.read_bytes()) == before
+
+
+def test_a_sample_may_say_what_it_likes_even_headings(run):
+    """Text that looks like the file's own headings neither hides a sample nor makes one, nor is cut in two."""
+    texts = {
+        3: "Before\n## Step 5\nafter",
+        5: "## Step 9\n\n## Step 4\r\n## Step 7\u2028## Step 8\x0c## Step 6",
+        10: "the last",
+    }
+    run.add_sample(3, texts[3])
+    assert not run.has_sample(5)
+    for step in (5, 10):
+        run.add_sample(step, texts[step])
+    whole = run.samples_file.read_text(encoding="utf-8")
+    assert [step for step in range(12) if run.has_sample(step)] == [3, 5, 10]
+    run.cut_back(10)
+    assert run.samples_file.read_text(encoding="utf-8") == whole
+    run.cut_back(6)
+    kept = run.samples_file.read_text(encoding="utf-8")
+    assert whole.startswith(kept)
+    assert "after" in kept
+    assert all(f"## Step {step}" in kept for step in (4, 6, 7, 8, 9))
+    assert "the last" not in kept
+    run.cut_back(4)
+    assert [step for step in range(12) if run.has_sample(step)] == [3]
+
+
+def test_an_empty_sample_counts_as_one(run):
+    run.add_sample(5, "")
+    assert run.has_sample(5)
+    assert not run.has_sample(50)
+
+
+def test_a_file_is_replaced_in_one_step(run, monkeypatch):
+    run.write_text("config.yaml", "old ☃")
+
+    def fail(self, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="No space"):
+        run.write_text("config.yaml", "new")
+    assert (run.path / "config.yaml").read_text(encoding="utf-8") == "old ☃"
+
+
+def test_hosts_other_than_the_first_write_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    run = RunFolder(tmp_path / "a")
+    run.create()
+    run.add_metrics(row(1))
+    run.add_sample(1, "text")
+    run.write_text("config.yaml", "text")
+    run.cut_back(0)
+    assert not run.path.exists()
+    assert run.metrics() == []
+
+
+def test_a_place_that_cannot_be_written_is_refused_by_name(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=rf"{tmp_path}/file/a: cannot write there.*--runs_dir"):
+        RunFolder(tmp_path / "file" / "a").create()
+
+
+def test_creating_leaves_nothing_behind(run):
+    run.create()
+    assert list(run.path.iterdir()) == []
