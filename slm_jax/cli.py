@@ -1,7 +1,7 @@
 """The commands: ``slm-jax COMMAND``, also ``python -m slm_jax`` and ``train.py``.
 
-Exit status 0 means that the work was done; 2 that the user can mend it, with one line on stderr; 130 or 143 that a
-signal stopped it, with everything saved.
+Exit status 0 means that the work was done; 2 that the user can mend it, with one line on stderr; 1 that training
+diverged; 130 or 143 that a signal stopped it, with everything saved.
 """
 
 import argparse
@@ -45,6 +45,9 @@ def main(args: Sequence[str] | None = None) -> int:
         return commands[args[0]](args[1:])
     except InputError as error:
         return _fail(args[0], str(error))
+    except BrokenPipeError:  # who read the output has had enough, such as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT):
             raise
@@ -77,7 +80,7 @@ def train_command(args: Sequence[str]) -> int:
             initialize_distributed()
             start = find_start(config)
             task = pretraining.build(config, start.tokenizer, stop.check)
-            console = Console(quiet=not start.run.writes)
+            console = Console(quiet=not start.folder.writes)
             train(config, task, start, stop, console)
         except Interrupted as interruption:
             return _fail("train", f"stopped by {interruption}", status=128 + interruption.signum)
@@ -105,7 +108,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 def generate_command(args: Sequence[str]) -> int:
     """Write text with a trained run; see ``slm-jax generate --help``."""
-    parser = OneLineParser(prog="slm-jax generate", description="Write text with a trained run.")
+    parser = OneLineParser(prog="slm-jax generate", description="Write text with a trained run.", allow_abbrev=False)
     parser.add_argument("--run", required=True, help="the run's folder, such as runs/tiny")
     parser.add_argument("--step", help="which checkpoint: a step, best or latest (default: best)", default="best")
     parser.add_argument("--prompt", default="", help="what the text starts with (default: the start of a document)")
@@ -114,6 +117,8 @@ def generate_command(args: Sequence[str]) -> int:
     parser.add_argument("--top-k", type=int, default=50, help="draw from the likeliest K; 0: from all (default: 50)")
     parser.add_argument("--seed", type=int, default=0, help="of the random draws (default: 0)")
     options = parser.parse_args(list(args))
+    if not 0 <= options.seed < 2**32:
+        raise InputError(f"seed is {options.seed}; expected at least 0 and below 2**32")
 
     import jax
 

@@ -65,7 +65,7 @@ class OptimizerConfig:
     Attributes:
         learning_rate: the peak rate.
         schedule: cosine (after the warmup, down to the final rate), constant, or wsd (warmup, stable, decay).
-        warmup_steps: steps from 0 to the peak rate.
+        warmup_steps: steps in which the rate rises linearly to the peak.
         decay_steps: wsd: length of the final decay (default: a tenth of all steps); cosine: where the decay ends
             (default: the last step).
         final_learning_rate: the rate at the end of a decay; default: a tenth of the peak.
@@ -438,6 +438,10 @@ def first_difference(saved: dict[str, Any], wanted: dict[str, Any]) -> str | Non
     """Describe the first key in which two identities differ; None where they agree."""
     for key in [*wanted, *(key for key in saved if key not in wanted)]:
         if saved.get(key) != wanted.get(key):
+            if key == "data.sha256":
+                return (
+                    "the text behind data.source is not the same (a file changed, or for builtin: the Python version)"
+                )
             return f"{key} is {wanted.get(key)!r} now and was {saved.get(key)!r}"
     return None
 

@@ -60,6 +60,8 @@ def load_run(folder: str | Path, step: int | str = "best") -> Run:
             f"{checkpoints}: no checkpoint of step {chosen}; there are {', '.join(map(str, steps))}"
         )
     metadata = read_metadata(checkpoints, chosen)
-    cfg = GPTConfig(**{**metadata["model"], "dtype": best_dtype()})
+    # Its shape, not how it was executed: that was for another device, perhaps.
+    execution = {"dtype": best_dtype(), "attention": "auto", "remat": "none", "unroll": None}
+    cfg = GPTConfig(**{**metadata["model"], **execution})
     params = load_params(checkpoints, chosen, param_shapes(cfg))
     return Run(folder, chosen, cfg, params, tokenizer_from_dict(metadata["tokenizer"]))

@@ -9,9 +9,7 @@ import numpy as np
 from slm_jax.config import DataConfig, TokenizerConfig
 from slm_jax.data.sources import is_token_source, read_documents, read_tokens
 from slm_jax.errors import InputError
-from slm_jax.tokenizer import BPETokenizer, CharTokenizer, SimpleTokenizer, Tokenizer, get_tokenizer
-
-END_OF_TEXT = "<|endoftext|>"
+from slm_jax.tokenizer import END_OF_TEXT, BPETokenizer, CharTokenizer, SimpleTokenizer, Tokenizer, get_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +51,12 @@ def load_corpus(
         data: sources and split.
         tokenizer: what to use or train.
         saved: the tokenizer of a run that goes on; used instead of ``tokenizer``.
-        stop: called between the phases; may raise to stop early.
+        stop: called now and then; may raise to stop early.
 
     Raises:
         InputError: a source or tokenizer that cannot be used; token ids outside the vocabulary.
     """
+    check = stop or (lambda: None)
     if any(map(is_token_source, filter(None, (data.source, data.validation_source)))):
         return _load_token_files(data, tokenizer, saved)
     train_documents = split_at_end_of_text(read_documents(data.source))
@@ -66,10 +65,8 @@ def load_corpus(
     else:
         validation_documents = split_at_end_of_text(read_documents(data.validation_source))
     used = saved or make_tokenizer(tokenizer, train_documents, validation_documents)
-    if stop:
-        stop()
-    train = encode_documents(train_documents, used)
-    validation = encode_documents(validation_documents, used)
+    train = encode_documents(train_documents, used, check)
+    validation = encode_documents(validation_documents, used, check)
     size = sum(len(document.encode()) for document in validation_documents)
     return Corpus(train, validation, used, size / max(1, validation.size))
 
@@ -136,11 +133,15 @@ def make_tokenizer(config: TokenizerConfig, train: list[str], validation: list[s
     return BPETokenizer.train(train, vocab_size=config.vocab_size)
 
 
-def encode_documents(documents: list[str], tokenizer: Tokenizer) -> np.ndarray:
-    """Encode documents into one array of ids, uint16 where they fit, with the end-of-text id between documents."""
+def encode_documents(documents: list[str], tokenizer: Tokenizer, stop: Callable[[], None] = lambda: None) -> np.ndarray:
+    """Encode documents into one array of ids, uint16 where they fit, with the end-of-text id between documents.
+
+    ``stop`` is called for each document and may raise.
+    """
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     pieces: list[np.ndarray] = []
     for document in documents:
+        stop()
         ids = tokenizer.encode(document)
         if not ids:  # white space at the cut between the splits, which is no word
             continue

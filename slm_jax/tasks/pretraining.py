@@ -146,9 +146,10 @@ def _prompt(config: RunConfig, corpus: Corpus) -> str:
 
 
 def _next_commands(config: RunConfig, corpus: Corpus) -> tuple[str, ...]:
-    folder = Path(config.runs_dir) / config.name
-    steps = (config.train.steps or 0) * 2
-    more = f" --train.steps {steps}" if steps else ""
+    folder = shlex.quote(str(Path(config.runs_dir) / config.name))
+    more = "" if config.train.steps is None else f" --train.steps {2 * config.train.steps}"
+    if config.train.epochs is not None:
+        more += f" --train.epochs {2 * config.train.epochs:g}"
     return (
         f"slm-jax generate --run {folder} --prompt {shlex.quote(_prompt(config, corpus))}",
         f"slm-jax train --config {folder}/config.yaml{more}",

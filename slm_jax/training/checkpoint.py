@@ -24,6 +24,7 @@ from slm_jax.model import Params
 from slm_jax.training.step import TrainState
 
 CHECKSUMS = "sha256.json"
+METADATA = "_CHECKPOINT_METADATA"  # Orbax's name
 
 
 class Checkpoints:
@@ -130,15 +131,15 @@ def _validation_loss(metrics: dict[str, float]) -> float:
 
 
 def saved_steps(folder: Path) -> list[int]:
-    """Return the steps that have a committed checkpoint, ascending."""
+    """Return the steps that have a committed checkpoint, ascending; one that was being deleted is none."""
     if not folder.is_dir():
         return []
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal() and path.is_dir())
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal() and (path / METADATA).is_file())
 
 
 def read_metadata(folder: Path, step: int) -> dict[str, Any]:
     """Return what :meth:`Checkpoints.save` was given beside the state, ``validation_loss`` included."""
-    path = folder / str(step) / "_CHECKPOINT_METADATA"
+    path = folder / str(step) / METADATA
     try:
         metadata = json.loads(path.read_text())["custom_metadata"]
     except (OSError, ValueError, KeyError) as error:

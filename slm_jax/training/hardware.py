@@ -1,7 +1,9 @@
 """What the devices can do: peak arithmetic, memory, and the dtype that suits them."""
 
+import contextlib
 import os
 import re
+from pathlib import Path
 
 import jax
 
@@ -24,8 +26,8 @@ PEAK_FLOPS = (
     ("TPU v5e", 197e12),
     ("TPU v5", 459e12),
     ("TPU v4", 275e12),
-    ("TPU v3", 123e12),
-    ("TPU v2", 45e12),
+    ("TPU v3", 61.5e12),  # a chip of v3 or v2 is two devices
+    ("TPU v2", 22.5e12),
 )
 
 
@@ -64,12 +66,20 @@ def flops_per_token(cfg: GPTConfig) -> float:
 
 
 def device_memory(device: jax.Device | None = None) -> int | None:
-    """Return the bytes that one device offers; on a CPU, the machine's free memory; None where it is not known."""
+    """Return the bytes that one device offers; on a CPU, its share of the memory; None where it is not known."""
     device = device or jax.devices()[0]
     if device.platform == "cpu":
-        try:
-            return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        except (ValueError, OSError, AttributeError):
-            return None
+        memory = _machine_memory()
+        return memory and memory // jax.local_device_count()
     stats = device.memory_stats() or {}
     return stats.get("bytes_limit")
+
+
+def _machine_memory() -> int | None:
+    """Return the bytes that programs can still get, caches that give way included; elsewhere than on Linux, all."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    with contextlib.suppress(ValueError, OSError, AttributeError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None

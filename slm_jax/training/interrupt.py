@@ -1,6 +1,7 @@
 """SIGINT and SIGTERM as a request to stop: the loop saves and leaves at its next step; a second one ends at once."""
 
 import signal
+import sys
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -39,12 +40,14 @@ class StopRequest:
 
     def _note(self, signum: int, _frame: FrameType | None) -> None:
         self.signum = signum
+        if signum == signal.SIGINT:
+            print("\nstopping as soon as all is saved; Ctrl-C again ends at once", file=sys.stderr, flush=True)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def check(self) -> None:
-        """Raise :class:`Interrupted` if a signal has come."""
-        if self.signum is not None:
+        """Raise :class:`Interrupted` if a signal has come; several processes only stop together (:meth:`agreed`)."""
+        if self.signum is not None and jax.process_count() == 1:
             raise Interrupted(self.signum)
 
     def agreed(self, step: int) -> bool:

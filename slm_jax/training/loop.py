@@ -4,30 +4,27 @@ Everything it does is a function of (configuration, seed, step): a run that is k
 hands the device the next step before it reads the numbers of the last one.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
-import os
-import platform
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import flax
 import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from rich.console import Console
 
 from slm_jax.config import RunConfig, dump_config, identity, to_dict
 from slm_jax.errors import InputError
-from slm_jax.model import GPTConfig, Params, count_params
+from slm_jax.model import GPTConfig, Params
 from slm_jax.training import hardware
-from slm_jax.training.checkpoint import Checkpoints, checkpoint_bytes
+from slm_jax.training.checkpoint import Checkpoints, checkpoint_bytes, saved_steps
 from slm_jax.training.interrupt import Interrupted, StopRequest
 from slm_jax.training.optimizer import make_optimizer, make_schedule
 from slm_jax.training.plots import draw_loss
@@ -42,9 +39,14 @@ from slm_jax.training.sharding import (
 )
 from slm_jax.training.start import Start
 from slm_jax.training.step import Batch, LossFn, StepMetrics, TrainState, make_eval_step, make_train_step
+from slm_jax.training.summary import environment, summarize, tell_end
 
 MAX_SKIPPED = 3  # steps in a row without finite gradients after which training stops
 PLOT_INTERVAL = 30.0  # seconds between two drawings of loss.png
+SAVE_MEMORY = (
+    "raise --train.accumulate, lower --train.batch_size, --train.eval_batch_size or --model.context_length, or set "
+    "--model.remat full"
+)
 
 
 class TrainingDiverged(RuntimeError):
@@ -100,11 +102,26 @@ def train(config: RunConfig, task: Task, start: Start, stop: StopRequest, consol
         TrainingDiverged: three steps in a row without finite gradients.
     """
     trainer = Trainer(config, task, start, stop, console)
-    trainer.prepare()
-    with Checkpoints(start.run.checkpoints, config.checkpoint.keep) as checkpoints, trainer.progress:
-        trainer.run(checkpoints)
-    trainer.draw()
-    return trainer.finish()
+    if trainer.is_done():
+        return trainer.summary
+    trainer.check()
+    with start.folder.lock(), out_of_memory_as_input_error():
+        trainer.prepare()
+        with Checkpoints(start.folder.checkpoints, config.checkpoint.keep) as checkpoints, trainer.progress:
+            trainer.run(checkpoints)
+        trainer.draw()
+        return trainer.finish()
+
+
+@contextlib.contextmanager
+def out_of_memory_as_input_error() -> Iterator[None]:
+    """Turn the device's error about its memory into a line that says what to change."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise InputError(f"the device is out of memory; {SAVE_MEMORY}") from None
 
 
 class Trainer:
@@ -112,7 +129,7 @@ class Trainer:
 
     def __init__(self, config: RunConfig, task: Task, start: Start, stop: StopRequest, console: Console):
         self.config, self.task, self.stop, self.console = config, task, stop, console
-        self.folder = start.run
+        self.folder = start.folder
         self.start = start
         self.first_step = start.step or 0
         self.identity = {**identity(config, task.model_config), "data.sha256": task.fingerprint}
@@ -121,46 +138,68 @@ class Trainer:
         self.schedule = make_schedule(config.optimizer, task.total_steps)
         self.progress = ProgressLine(console, task.total_steps, self.first_step)
         self.frozen: Params = {}
+        self.param_shapes = jax.eval_shape(task.init_params, jax.random.key(0))
         self.peak_flops = hardware.peak_flops(task.model_config.dtype)
         self.flops_per_token = hardware.flops_per_token(task.model_config)
         self.skipped_in_a_row = 0
         self.noticed_overfitting = False
         self.began = self.last_drawn = time.monotonic()
 
-    def prepare(self) -> None:
-        """Check everything that can be checked, write the run's description, and compile.
+    def is_done(self) -> bool:
+        """Return whether the run has done its steps already, and say so; nothing is compiled or written then."""
+        if self.first_step < self.task.total_steps or not (self.folder.path / "summary.json").exists():
+            return False
+        self.start.check_identity(self.identity)
+        self.summary = json.loads((self.folder.path / "summary.json").read_text())
+        self.progress.note(
+            f"{self.folder.path} has done its {self.first_step:,} steps: raise --train.steps or --train.epochs to go "
+            "on, or start anew with --run NAME"
+        )
+        return True
+
+    def check(self) -> None:
+        """Check everything that can be checked before the run's folder is changed.
 
         Raises:
-            InputError: what is wrong, before anything is compiled.
+            InputError: another run is there; the devices cannot share the batch; it cannot be written; a full disk.
         """
+        self.start.check_identity(self.identity)
+        check_batch_size(self.mesh, self.config.train.batch_size, self.config.train.accumulate)
+        self.folder.create()
+        self._check_disk()
+
+    def prepare(self) -> None:
+        """Write the run's description, cut its log back to where it starts, and compile."""
         config, task = self.config, self.task
         for warning in self.start.warnings:
             self.progress.note(f"warning: {warning}")
-        self.start.check_identity(self.identity)
-        check_batch_size(self.mesh, config.train.batch_size, config.train.accumulate)
-        self.folder.create()
-        param_shapes = jax.eval_shape(task.init_params, jax.random.key(0))
-        self._check_disk(checkpoint_bytes(param_shapes, self.optimizer))
-
-        self.folder.cut_back(-1 if self.start.step is None else self.first_step)
-        past = self.folder.metrics()
-        self.validation = {row["step"]: row["loss"] for row in past if row["split"] == "val"}
+        kept_until = -1 if self.start.step is None else self.first_step
+        self.folder.cut_back(kept_until)
+        self.folder.set_aside_after(kept_until)
+        # Filtered once more: on another host the file may not have been cut yet.
+        past = [row for row in self.folder.metrics() if row["step"] <= kept_until]
+        self.sampled = {step for step in self.folder.sampled_steps() if step <= kept_until}
+        self.validation = {row["step"]: _or_infinite(row["loss"]) for row in past if row["split"] == "val"}
         self.seconds_before = max((row["seconds"] for row in past), default=0.0)
-        self.folder.write_text("config.yaml", dump_config(dataclasses.replace(config, run=config.name)))
+        described = dataclasses.replace(config, run=config.name, resume="auto")
+        self.folder.write_text("config.yaml", dump_config(described))
         if self.folder.writes:
             task.save_tokenizer(self.folder.path / "tokenizer")
-        self.console.print(parameter_table(param_shapes))
+        self.console.print(parameter_table(self.param_shapes))
         self._compile()
         self.stop.check()
 
-    def _check_disk(self, bytes_each: int) -> None:
-        needed = bytes_each * (self.config.checkpoint.keep + 2)  # the latest, the best, and the one being written
+    def _check_disk(self) -> None:
+        bytes_each = checkpoint_bytes(self.param_shapes, self.optimizer)
+        # The latest, the best and the one being written, less those that are there already.
+        missing = self.config.checkpoint.keep + 2 - len(saved_steps(self.folder.checkpoints))
+        needed = bytes_each * max(1, missing)
         free = shutil.disk_usage(self.folder.path).free if self.folder.writes else needed
         if free < needed:
             raise InputError(
-                f"{self.folder.path}: {format_bytes(free)} free, but {self.config.checkpoint.keep + 2} checkpoints of "
-                f"{format_bytes(bytes_each)} need {format_bytes(needed)}; free some, lower --checkpoint.keep, or "
-                "choose another place with --runs_dir"
+                f"{self.folder.path}: {format_bytes(free)} free, but checkpoints of {format_bytes(bytes_each)} need "
+                f"{format_bytes(needed)} more; free some, lower --checkpoint.keep, or choose another place with "
+                "--runs_dir"
             )
 
     def _compile(self) -> None:
@@ -193,11 +232,8 @@ class Trainer:
         }
 
     def _check_memory(self, seconds: float) -> None:
-        memory = self.train_step.memory_analysis()
-        if memory is None:
-            return
-        needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-        needed += memory.output_size_in_bytes - memory.alias_size_in_bytes
+        """Say what a step takes of a device, and refuse what does not fit."""
+        needed = max(_device_bytes(self.train_step), _device_bytes(self.eval_step))
         there = hardware.device_memory()
         device = jax.devices()[0]
         self.progress.note(
@@ -207,8 +243,7 @@ class Trainer:
         if there is not None and needed > there:
             raise InputError(
                 f"a training step needs {format_bytes(needed)} on each device and there are {format_bytes(there)}; "
-                "raise --train.accumulate, lower --train.batch_size or --model.context_length, or set "
-                "--model.remat full"
+                f"{SAVE_MEMORY}"
             )
 
     def _initial_state(self) -> TrainState:
@@ -258,13 +293,7 @@ class Trainer:
         if self.start.step is None:
             shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
             return jax.jit(self._initial_state, out_shardings=shardings)()
-        if self.first_step >= self.task.total_steps:
-            self.progress.note(
-                f"{self.folder.path} has done its {self.first_step:,} steps: raise --train.steps to go on, or start "
-                "anew with --run NAME"
-            )
-        else:
-            self.progress.note(f"going on from step {self.first_step:,} of {self.folder.path}")
+        self.progress.note(f"going on from step {self.first_step:,} of {self.folder.path}")
         return checkpoints.restore(self.start.step, self.abstract_state)
 
     def _batches(self, step: int) -> grain.DatasetIterator:
@@ -287,7 +316,8 @@ class Trainer:
         if (step % cfg.train.eval_every == 0 or last) and step not in self.validation:
             best = self._evaluate(state, step)
         sample_due = cfg.sample.every and step and (step % cfg.sample.every == 0 or last)
-        if self.task.sample and sample_due and not self.folder.has_sample(step):
+        if self.task.sample and sample_due and step not in self.sampled:
+            self.sampled.add(step)
             key = jax.random.fold_in(purpose_key(cfg.seed, "sampling"), step)
             self.folder.add_sample(step, self.task.sample(state.trainable, key))
         self.stop.check()
@@ -320,7 +350,7 @@ class Trainer:
         self.folder.add_metrics(row)
         self.progress.validation(row)
         best = loss < min(self.validation.values(), default=math.inf)
-        self.validation[step] = loss
+        self.validation[step] = _or_infinite(loss)
         self._notice_overfitting()
         return best
 
@@ -349,7 +379,7 @@ class Trainer:
             raise TrainingDiverged(
                 f"loss or gradients were not finite in the {MAX_SKIPPED} steps up to {step:,}; parameters are still "
                 f"those of step {step - MAX_SKIPPED:,}: lower --optimizer.learning_rate, lengthen "
-                "--optimizer.warmup_steps or lower --optimizer.clip_norm"
+                "--optimizer.warmup_steps or lower --optimizer.clip_norm, and start anew with --run NAME"
             )
 
     def _log(self, step: int, metrics: StepMetrics) -> None:
@@ -402,53 +432,13 @@ class Trainer:
 
     def finish(self) -> dict[str, Any]:
         """Write ``summary.json``; say what was written, where, and what to try next."""
-        summary = self._summary()
-        self.folder.write_text("summary.json", json.dumps(summary, indent=1) + "\n")
-        if not self.folder.writes:
-            return summary
-        best, loss = summary["best_step"], summary["best_validation_loss"]
-        self.progress.note(
-            f"done: {summary['step']:,} steps, {summary['tokens']:,} tokens in {format_duration(summary['seconds'])}; "
-            f"lowest validation loss {loss:.4f} at step {best:,}"
+        summary = summarize(
+            self.config, self.task.model_config, self.folder, self.validation, self._seconds(), self.mesh.size
         )
-        self.progress.note(f"written to {self.folder.path}:")
-        for name, what in RUN_FILES.items():
-            if (self.folder.path / name).exists():
-                self.progress.note(f"  {name:<14} {what}")
-        self.progress.note("try next:")
-        for command in self.task.next_commands:
-            self.progress.note(f"  {command}")
+        if self.folder.writes:
+            self.folder.write_text("summary.json", json.dumps(summary, indent=1) + "\n")
+            tell_end(self.progress, self.folder, summary, self.task.next_commands)
         return summary
-
-    def _summary(self) -> dict[str, Any]:
-        train = self.folder.metrics("train")
-        best = min(self.validation, key=lambda step: self.validation[step], default=None)
-        rates = [row["tokens_per_second"] for row in train]
-        return {
-            "run": self.config.name,
-            "task": self.config.task,
-            "step": self.task.total_steps,
-            "tokens": self.task.total_steps * self.task.tokens_per_step,
-            "parameters": count_params(self.task.model_config),
-            "training_loss": train[-1]["loss"] if train else None,
-            "validation_loss": self.validation.get(self.task.total_steps),
-            "best_step": best,
-            "best_validation_loss": None if best is None else self.validation[best],
-            "seconds": round(self._seconds(), 1),
-            "tokens_per_second": float(np.median(rates)) if rates else None,
-            "environment": environment(self.mesh.size),
-        }
-
-
-RUN_FILES = {
-    "config.yaml": "the run's configuration, every key",
-    "metrics.jsonl": "losses, learning rate, gradient norm and speed, one JSON object a line",
-    "loss.png": "the loss curves",
-    "samples.md": "text sampled while training",
-    "summary.json": "the figures of the whole run",
-    "tokenizer": "the tokenizer",
-    "checkpoints": "the latest checkpoints and the best",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -464,19 +454,19 @@ def fill_rows(values: np.ndarray, rows: int) -> np.ndarray:
     return np.concatenate([values, np.zeros((rows - len(values), *values.shape[1:]), values.dtype)])
 
 
-def environment(n_devices: int) -> dict[str, Any]:
-    """Return what the numbers of a run depend on beside its configuration."""
-    return {
-        "device": jax.devices()[0].device_kind,
-        "devices": n_devices,
-        "processes": jax.process_count(),
-        "threads": os.cpu_count(),
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "flax": flax.__version__,
-        "optax": optax.__version__,
-    }
-
-
 def _perplexity(loss: float) -> float:
     return math.exp(min(loss, 700.0)) if math.isfinite(loss) else loss
+
+
+def _or_infinite(loss: float | None) -> float:
+    """Return a loss that compares: one that was not a number, null in the log, is worse than any other."""
+    return loss if loss is not None and math.isfinite(loss) else math.inf
+
+
+def _device_bytes(compiled: Any) -> int:
+    """Return what XLA says a compiled step takes of one device; 0 where it does not say."""
+    memory = compiled.memory_analysis()
+    if memory is None:
+        return 0
+    parts = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
+    return parts - memory.alias_size_in_bytes

@@ -17,7 +17,6 @@ class ProgressLine:
     def __init__(self, console: Console, total_steps: int, first_step: int = 0):
         self.console = console
         self._total = total_steps
-        self._first = first_step
         self._validation_loss: float | None = None
         self._last_plain = -math.inf
         self._live: Progress | None = None

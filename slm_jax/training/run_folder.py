@@ -1,14 +1,22 @@
 """A run's folder: its metrics, samples and summary, cut back to a checkpoint's step when the run goes on."""
 
+import contextlib
 import json
 import math
 import re
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from slm_jax.errors import InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 class RunFolder:
@@ -41,6 +49,35 @@ class RunFolder:
             raise InputError(
                 f"{self.path}: cannot write there ({error.strerror}); choose another place with --runs_dir"
             ) from None
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep a second process from training in the same folder at the same time.
+
+        Raises:
+            InputError: one does already.
+        """
+        if not self.writes or fcntl is None:
+            yield
+            return
+        with (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(
+                    f"{self.path} is being trained by another process; wait for it, or choose another name with --run"
+                ) from None
+            except OSError:  # a file system without locks, such as some mounted drives
+                pass
+            yield
+
+    def set_aside_after(self, step: int) -> None:
+        """Rename the checkpoints after a step, which are damaged, so that training can write them again."""
+        if not self.writes or not self.checkpoints.is_dir():
+            return
+        for path in list(self.checkpoints.iterdir()):
+            if path.name.isdecimal() and int(path.name) > step:
+                path.replace(path.with_name(f"{path.name}.damaged-{time.time_ns()}"))
 
     def write_text(self, name: str, text: str) -> None:
         """Replace a file of the folder in one step."""
@@ -75,12 +112,12 @@ class RunFolder:
                 break
         return [row for row in rows if split in (None, row["split"])]
 
-    def has_sample(self, step: int) -> bool:
-        """Return whether there is a sample of this step."""
+    def sampled_steps(self) -> set[int]:
+        """Return the steps that have a sample."""
         if not self.samples_file.is_file():
-            return False
+            return set()
         # At the start of a line: a sample's own text, which may say the same, is indented.
-        return re.search(rf"^## Step {step}$", self.samples_file.read_text(encoding="utf-8"), flags=re.M) is not None
+        return {int(step) for step in re.findall(r"^## Step (\d+)$", self.samples_file.read_text("utf-8"), flags=re.M)}
 
     def cut_back(self, step: int) -> None:
         """Drop what was logged after a step, so that a resumed run's log reads as one unbroken run."""

@@ -21,8 +21,8 @@ BATCH_SPEC = PartitionSpec(("data", "fsdp"))
 def initialize_distributed(environ: Mapping[str, str] = os.environ) -> bool:
     """Join the other processes of a multi-host job where the environment tells of one; return whether it did.
 
-    Told by: ``JAX_COORDINATOR_ADDRESS`` (with ``JAX_NUM_PROCESSES`` and ``JAX_PROCESS_ID``), a Slurm or Open MPI job of
-    several tasks, or a TPU pod's list of workers.
+    Told by: ``JAX_COORDINATOR_ADDRESS`` (with ``JAX_NUM_PROCESSES`` and ``JAX_PROCESS_ID``), ``srun`` or Open MPI with
+    several tasks, or a list of several TPU workers (``TPU_WORKER_HOSTNAMES``).
     """
     address = environ.get("JAX_COORDINATOR_ADDRESS")
     if address and "JAX_NUM_PROCESSES" in environ:
@@ -35,7 +35,9 @@ def initialize_distributed(environ: Mapping[str, str] = os.environ) -> bool:
             ) from None
         jax.distributed.initialize(address, n_processes, process_id)
         return True
-    several_tasks = any(int(environ.get(name, "1") or 1) > 1 for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"))
+    # Inside srun only: in the shell of a batch job there is one process, whatever the job may still start.
+    slurm = environ.get("SLURM_NTASKS", "1") if "SLURM_STEP_NODELIST" in environ else "1"
+    several_tasks = any(size.isdecimal() and int(size) > 1 for size in (slurm, environ.get("OMPI_COMM_WORLD_SIZE", "")))
     if address or several_tasks or "," in environ.get("TPU_WORKER_HOSTNAMES", ""):
         jax.distributed.initialize()
         return True

@@ -14,13 +14,13 @@ class Start:
     """Where a run starts.
 
     Attributes:
-        run: its folder.
+        folder: the run's.
         step: the checkpoint to go on from; None: from nothing.
         metadata: what that checkpoint says of its run; empty without one.
         warnings: what a person should know, a line each.
     """
 
-    run: RunFolder
+    folder: RunFolder
     step: int | None
     metadata: dict[str, Any]
     warnings: tuple[str, ...] = ()
@@ -39,7 +39,7 @@ class Start:
         difference = first_difference(self.metadata["identity"], identity) if self.step is not None else None
         if difference:
             raise InputError(
-                f"{self.run.path} holds another run: {difference}; change it back, or start anew with --run NAME"
+                f"{self.folder.path} holds another run: {difference}; change it back, or start anew with --run NAME"
             )
 
 
@@ -73,4 +73,6 @@ def find_start(config: RunConfig) -> Start:
         warnings.append(f"{damage}; going back to an earlier checkpoint")
     if steps:
         raise InputError(f"{run.checkpoints}: every checkpoint is damaged ({damage}); start anew with --run NAME")
-    return Start(run, None, {})
+    if run.metrics("train"):
+        warnings.append(f"{run.path} has a log but no checkpoint; the run begins anew, and so does its log")
+    return Start(run, None, {}, tuple(warnings))

@@ -69,16 +69,16 @@ def test_cutting_back_drops_what_came_after_the_step(run):
         run.add_sample(step, f"text {step}")
     run.cut_back(2)
     assert run.metrics() == rows[:4]
-    assert [run.has_sample(step) for step in (1, 2, 4)] == [True, True, False]
+    assert [step in run.sampled_steps() for step in (1, 2, 4)] == [True, True, False]
     run.cut_back(-1)
     assert run.metrics() == []
-    assert not any(run.has_sample(step) for step in (1, 2, 4))
+    assert not any(step in run.sampled_steps() for step in (1, 2, 4))
 
 
 def test_cutting_back_what_is_not_there_is_no_error(run):
     run.cut_back(5)
     assert run.metrics() == []
-    assert not run.has_sample(5)
+    assert 5 not in run.sampled_steps()
 
 
 def test_cutting_back_to_the_end_changes_nothing(run):
@@ -98,11 +98,11 @@ def test_a_sample_may_say_what_it_likes_even_headings(run):
         10: "the last",
     }
     run.add_sample(3, texts[3])
-    assert not run.has_sample(5)
+    assert 5 not in run.sampled_steps()
     for step in (5, 10):
         run.add_sample(step, texts[step])
     whole = run.samples_file.read_text(encoding="utf-8")
-    assert [step for step in range(12) if run.has_sample(step)] == [3, 5, 10]
+    assert [step for step in range(12) if step in run.sampled_steps()] == [3, 5, 10]
     run.cut_back(10)
     assert run.samples_file.read_text(encoding="utf-8") == whole
     run.cut_back(6)
@@ -112,13 +112,13 @@ def test_a_sample_may_say_what_it_likes_even_headings(run):
     assert all(f"## Step {step}" in kept for step in (4, 6, 7, 8, 9))
     assert "the last" not in kept
     run.cut_back(4)
-    assert [step for step in range(12) if run.has_sample(step)] == [3]
+    assert [step for step in range(12) if step in run.sampled_steps()] == [3]
 
 
 def test_an_empty_sample_counts_as_one(run):
     run.add_sample(5, "")
-    assert run.has_sample(5)
-    assert not run.has_sample(50)
+    assert 5 in run.sampled_steps()
+    assert 50 not in run.sampled_steps()
 
 
 def test_a_file_is_replaced_in_one_step(run, monkeypatch):

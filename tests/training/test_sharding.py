@@ -18,6 +18,7 @@ from slm_jax.training.checkpoint import Checkpoints
 from slm_jax.training.sharding import check_batch_size, host_rows, initialize_distributed, make_mesh, state_shardings
 
 ROOT = Path(__file__).parents[2]
+QUICK = "--xla_backend_optimization_level=0"  # less time in LLVM; how work is spread is decided before that
 MESHES = ("data=8", "data=4,fsdp=2", "fsdp=8")
 
 
@@ -48,7 +49,7 @@ def eight(folder, state_of_one):
     """What eight_devices.py printed. NPROC: without more threads than devices the collectives can deadlock."""
     with Checkpoints(folder / "from_one") as checkpoints:
         checkpoints.save(state_of_one, {"data": {}}, None)
-    env = environment(XLA_FLAGS="--xla_force_host_platform_device_count=8", NPROC="16")
+    env = environment(XLA_FLAGS=f"--xla_force_host_platform_device_count=8 {QUICK}", NPROC="16")
     worker = Path(eight_devices.__file__)
     done = subprocess.run([sys.executable, worker, folder], env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -252,7 +253,7 @@ def start_training(text, folder, log, steps, **env):
     with log.open("w") as out:
         return subprocess.Popen(
             [sys.executable, "-m", "slm_jax", "train", *args],
-            env=environment(**env),
+            env=environment(XLA_FLAGS=QUICK, **env),
             stdout=out,
             stderr=out,
             cwd=folder,

@@ -19,7 +19,7 @@ BATCH, SEQ, VOCAB = 8, 12, 29
 
 
 def gpt(**overrides):
-    fields = {"vocab_size": VOCAB, "context_length": SEQ, "emb_dim": 16, "n_heads": 2, "n_layers": 2, "unroll": False}
+    fields = {"vocab_size": VOCAB, "context_length": SEQ, "emb_dim": 16, "n_heads": 2, "n_layers": 1}
     return GPTModel(GPTConfig(**{**fields, **overrides}))
 
 

@@ -1,0 +1,84 @@
+"""What is said and written when a run ends."""
+
+import os
+import platform
+from collections.abc import Sequence
+from typing import Any
+
+import flax
+import jax
+import numpy as np
+import optax
+
+from slm_jax.config import RunConfig
+from slm_jax.model import GPTConfig, count_params
+from slm_jax.training.progress import ProgressLine, format_duration
+from slm_jax.training.run_folder import RunFolder
+
+RUN_FILES = {
+    "config.yaml": "the run's configuration, every key",
+    "metrics.jsonl": "losses, learning rate, gradient norm and speed, one JSON object a line",
+    "loss.png": "the loss curves",
+    "samples.md": "text sampled while training",
+    "summary.json": "the figures of the whole run",
+    "tokenizer": "the tokenizer",
+    "checkpoints": "the latest checkpoints and the best",
+}
+
+
+def summarize(
+    config: RunConfig,
+    model_config: GPTConfig,
+    folder: RunFolder,
+    validation: dict[int, float],
+    seconds: float,
+    n_devices: int,
+) -> dict[str, Any]:
+    """Return the figures of a finished run, JSON-able; losses in nats, ``validation`` by step."""
+    train = folder.metrics("train")
+    last = train[-1] if train else {"step": 0, "loss": None, "tokens": 0}
+    best = min(validation, key=lambda step: validation[step])
+    return {
+        "run": config.name,
+        "task": config.task,
+        "step": last["step"],
+        "tokens": last["tokens"],
+        "parameters": count_params(model_config),
+        "training_loss": last["loss"],
+        "validation_loss": validation[max(validation)],
+        "best_step": best,
+        "best_validation_loss": validation[best],
+        "seconds": round(seconds, 1),
+        "tokens_per_second": float(np.median([row["tokens_per_second"] for row in train])) if train else None,
+        "environment": environment(n_devices),
+    }
+
+
+def tell_end(progress: ProgressLine, folder: RunFolder, summary: dict[str, Any], next_commands: Sequence[str]) -> None:
+    """Print the end of a run: its best figure, what was written where, and what to try next."""
+    progress.note(
+        f"done: {summary['step']:,} steps, {summary['tokens']:,} tokens in {format_duration(summary['seconds'])}; "
+        f"lowest validation loss {summary['best_validation_loss']:.4f} at step {summary['best_step']:,}"
+    )
+    progress.note(f"written to {folder.path}:")
+    for name, what in RUN_FILES.items():
+        if (folder.path / name).exists():
+            progress.note(f"  {name:<14} {what}")
+    progress.note("try next:")
+    for command in next_commands:
+        progress.note(f"  {command}")
+
+
+def environment(n_devices: int) -> dict[str, Any]:
+    """Return what the numbers of a run depend on beside its configuration."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return {
+        "device": jax.devices()[0].device_kind,
+        "devices": n_devices,
+        "processes": jax.process_count(),
+        "threads": len(affinity(0)) if affinity else os.cpu_count(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "flax": flax.__version__,
+        "optax": optax.__version__,
+    }
