@@ -179,7 +179,7 @@ def joined(monkeypatch):
     [
         {},
         {"SLURM_NTASKS": "1"},
-        {"SLURM_NTASKS": ""},
+        {"SLURM_NTASKS": "2"},  # the shell of a batch job, outside srun
         {"OMPI_COMM_WORLD_SIZE": "1"},
         {"TPU_WORKER_HOSTNAMES": "localhost"},
         {"JAX_NUM_PROCESSES": "2"},
@@ -194,7 +194,7 @@ def test_one_process_stays_alone(joined, environ):
 @pytest.mark.parametrize(
     "environ",
     [
-        {"SLURM_NTASKS": "2"},
+        {"SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "node[1-2]"},
         {"OMPI_COMM_WORLD_SIZE": "4"},
         {"TPU_WORKER_HOSTNAMES": "10.0.0.1,10.0.0.2"},
         {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234"},
