@@ -5,6 +5,7 @@ along ``fsdp``. One device is a mesh of one.
 """
 
 import os
+import signal
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,15 +34,23 @@ def initialize_distributed(environ: Mapping[str, str] = os.environ) -> bool:
                 "JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES are set; expected whole numbers in JAX_NUM_PROCESSES "
                 "and JAX_PROCESS_ID too"
             ) from None
-        jax.distributed.initialize(address, n_processes, process_id)
+        _join(address, n_processes, process_id)
         return True
     # Inside srun only: in the shell of a batch job there is one process, whatever the job may still start.
     slurm = environ.get("SLURM_NTASKS", "1") if "SLURM_STEP_NODELIST" in environ else "1"
     several_tasks = any(size.isdecimal() and int(size) > 1 for size in (slurm, environ.get("OMPI_COMM_WORLD_SIZE", "")))
     if address or several_tasks or "," in environ.get("TPU_WORKER_HOSTNAMES", ""):
-        jax.distributed.initialize()
+        _join()
         return True
     return False
+
+
+def _join(*coordinates: Any) -> None:
+    """Join; JAX then notes SIGTERM for itself alone, and here it is given back to who handled it before."""
+    handler = signal.getsignal(signal.SIGTERM)
+    jax.distributed.initialize(*coordinates)
+    if handler is not None:  # one that Python knows
+        signal.signal(signal.SIGTERM, handler)
 
 
 def make_mesh(cfg: MeshConfig) -> Mesh:

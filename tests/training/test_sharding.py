@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 from slm_jax.config import MeshConfig, RunConfig
 from slm_jax.errors import InputError
 from slm_jax.training.checkpoint import Checkpoints
+from slm_jax.training.interrupt import StopRequest
 from slm_jax.training.sharding import check_batch_size, host_rows, initialize_distributed, make_mesh, state_shardings
 
 ROOT = Path(__file__).parents[2]
@@ -210,6 +212,29 @@ def test_a_job_that_is_spelt_out_is_joined_as_told(joined):
     environ = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234", "JAX_NUM_PROCESSES": "3", "JAX_PROCESS_ID": "2"}
     assert initialize_distributed(environ) is True
     assert joined == [(("10.0.0.1:1234", 3, 2), {})]
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"},
+        {"OMPI_COMM_WORLD_SIZE": "2"},
+    ],
+    ids=str,
+)
+def test_joining_does_not_take_sigterm_away(monkeypatch, environ):
+    """JAX's preemption service does; a job that the scheduler ends would then stop without saving."""
+
+    def initialize(*args):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    before = signal.getsignal(signal.SIGTERM)
+    with StopRequest() as stop:
+        initialize_distributed(environ)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signum == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 @pytest.mark.parametrize("process_id", [None, "first"])
