@@ -5,6 +5,7 @@ diverged; 130 or 143 that a signal stopped it, with everything saved.
 """
 
 import argparse
+import contextlib
 import errno
 import logging
 import os
@@ -14,6 +15,12 @@ from pathlib import Path
 from typing import NoReturn
 
 from slm_jax.errors import InputError
+
+# What is wrong with a place to write to, not with the program.
+_PLACE_ERRORS = (
+    *(errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EIO),
+    *(errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP),
+)
 
 COMMANDS = {
     "train": "pretrain a GPT: --config FILE.yaml, then --any.key value",
@@ -49,7 +56,7 @@ def main(args: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT):
+        if error.errno not in _PLACE_ERRORS:
             raise
         return _fail(args[0], f"{error.filename or 'file'}: {error.strerror}; what was saved before is kept")
     except KeyboardInterrupt:
@@ -95,7 +102,9 @@ def use_compile_cache() -> None:
 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slm_jax" / "xla"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
+        with contextlib.suppress(OSError):  # a cache that cannot be written only makes the next start slower
+            cache.mkdir(parents=True, exist_ok=True)
+            jax.config.update("jax_compilation_cache_dir", str(cache))
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -117,6 +126,8 @@ def generate_command(args: Sequence[str]) -> int:
     parser.add_argument("--top-k", type=int, default=50, help="draw from the likeliest K; 0: from all (default: 50)")
     parser.add_argument("--seed", type=int, default=0, help="of the random draws (default: 0)")
     options = parser.parse_args(list(args))
+    if options.top_k < 0:
+        raise InputError(f"top-k is {options.top_k}; expected at least 1, or 0 to draw from all tokens")
     if not 0 <= options.seed < 2**32:
         raise InputError(f"seed is {options.seed}; expected at least 0 and below 2**32")
 

@@ -3,7 +3,6 @@
 import math
 import shlex
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -146,11 +145,11 @@ def _prompt(config: RunConfig, corpus: Corpus) -> str:
 
 
 def _next_commands(config: RunConfig, corpus: Corpus) -> tuple[str, ...]:
-    folder = shlex.quote(str(Path(config.runs_dir) / config.name))
+    folder = shlex.quote(str(config.folder))
     more = "" if config.train.steps is None else f" --train.steps {2 * config.train.steps}"
     if config.train.epochs is not None:
         more += f" --train.epochs {2 * config.train.epochs:g}"
     return (
-        f"slm-jax generate --run {folder} --prompt {shlex.quote(_prompt(config, corpus))}",
-        f"slm-jax train --config {folder}/config.yaml{more}",
+        f"slm-jax generate --run {folder} --prompt {shlex.quote(' '.join(_prompt(config, corpus).split()))}",
+        f"slm-jax train --config {shlex.quote(str(config.folder / 'config.yaml'))}{more}",
     )

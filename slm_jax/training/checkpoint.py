@@ -142,7 +142,8 @@ def read_metadata(folder: Path, step: int) -> dict[str, Any]:
     path = folder / str(step) / METADATA
     try:
         metadata = json.loads(path.read_text())["custom_metadata"]
-    except (OSError, ValueError, KeyError) as error:
+        metadata["validation_loss"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not a checkpoint of slm_jax ({error!r}); choose another step") from None
     return metadata
 
@@ -170,7 +171,8 @@ def load_params(folder: Path, step: int, like: Params) -> Params:
         raise InputError(f"{damage}; choose another step of {', '.join(map(str, saved_steps(folder)))}")
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like)
-    return ocp.load_checkpointables(folder / str(step), {"params": abstract})["params"]
+    path = (folder / str(step)).resolve()  # Orbax takes absolute paths only
+    return ocp.load_checkpointables(path, {"params": abstract})["params"]
 
 
 def write_checksums(folder: Path) -> None:
@@ -184,11 +186,12 @@ def write_checksums(folder: Path) -> None:
 def find_damage(folder: Path) -> str | None:
     """Describe the first file of a checkpoint that is missing or changed; None if there is none.
 
-    A checkpoint without checksums (the process was killed just after it was committed) counts as whole.
+    Of a checkpoint without checksums (the process was killed just after it was committed) only the shape is looked at.
     """
     sums_file = folder / CHECKSUMS
     if not sums_file.is_file():
-        return None
+        needed = [folder / item / name for item in ("params", "state") for name in ("_METADATA", "manifest.ocdbt")]
+        return next((f"{path} is missing from the checkpoint" for path in needed if not path.is_file()), None)
     try:
         sums = json.loads(sums_file.read_text())
     except ValueError:

@@ -1,5 +1,6 @@
 """SIGINT and SIGTERM as a request to stop: the loop saves and leaves at its next step; a second one ends at once."""
 
+import os
 import signal
 import sys
 from types import FrameType, TracebackType
@@ -42,8 +43,8 @@ class StopRequest:
         self.signum = signum
         if signum == signal.SIGINT:
             print("\nstopping as soon as all is saved; Ctrl-C again ends at once", file=sys.stderr, flush=True)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, _end_now)
+        signal.signal(signal.SIGTERM, _end_now)
 
     def check(self) -> None:
         """Raise :class:`Interrupted` if a signal has come; several processes only stop together (:meth:`agreed`)."""
@@ -60,3 +61,10 @@ class StopRequest:
 
         votes = multihost_utils.process_allgather(self.signum is not None)
         return bool(votes.any())
+
+
+def _end_now(signum: int, _frame: FrameType | None) -> None:
+    """End without unwinding: an exception raised inside the compiler can crash; checkpoints are renamed when whole."""
+    if sys.stderr.isatty():
+        sys.stderr.write("\x1b[?25h")  # show the cursor that the live line hides
+    os._exit(128 + signum)

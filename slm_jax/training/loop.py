@@ -147,10 +147,13 @@ class Trainer:
 
     def is_done(self) -> bool:
         """Return whether the run has done its steps already, and say so; nothing is compiled or written then."""
-        if self.first_step < self.task.total_steps or not (self.folder.path / "summary.json").exists():
+        if self.first_step < self.task.total_steps:
             return False
         self.start.check_identity(self.identity)
-        self.summary = json.loads((self.folder.path / "summary.json").read_text())
+        try:
+            self.summary = json.loads((self.folder.path / "summary.json").read_text())
+        except (OSError, ValueError):  # stopped between its last step and its summary
+            return False
         self.progress.note(
             f"{self.folder.path} has done its {self.first_step:,} steps: raise --train.steps or --train.epochs to go "
             "on, or start anew with --run NAME"
@@ -180,7 +183,7 @@ class Trainer:
         past = [row for row in self.folder.metrics() if row["step"] <= kept_until]
         self.sampled = {step for step in self.folder.sampled_steps() if step <= kept_until}
         self.validation = {row["step"]: _or_infinite(row["loss"]) for row in past if row["split"] == "val"}
-        self.seconds_before = max((row["seconds"] for row in past), default=0.0)
+        self.seconds_before = max((row.get("seconds", 0.0) for row in past), default=0.0)
         described = dataclasses.replace(config, run=config.name, resume="auto")
         self.folder.write_text("config.yaml", dump_config(described))
         if self.folder.writes:
@@ -409,19 +412,20 @@ class Trainer:
         return self.seconds_before + time.monotonic() - self.began
 
     def _notice_overfitting(self) -> None:
-        """Say once when the validation loss has been rising for three evaluations while the training loss falls."""
-        if self.noticed_overfitting or len(self.validation) < 4:
+        """Say once when three evaluations in a row are clearly above the lowest while the training loss falls."""
+        lowest = min(self.validation.values())
+        recent = [self.validation[step] for step in sorted(self.validation)[-3:]]
+        if self.noticed_overfitting or len(self.validation) < 4 or min(recent) < 1.01 * lowest:
             return
         best = min(self.validation, key=lambda step: self.validation[step])
-        later = sorted(step for step in self.validation if step > best)
         train = [row for row in self.folder.metrics("train") if row["loss"] is not None]
         before = [row["loss"] for row in train if row["step"] <= best][-10:]
-        if len(later) < 3 or not before or np.mean([row["loss"] for row in train[-10:]]) >= np.mean(before):
+        if not before or np.mean([row["loss"] for row in train[-10:]]) >= np.mean(before):
             return
         self.noticed_overfitting = True
         self.progress.note(
             f"overfitting: the validation loss was lowest at step {best:,} ({self.validation[best]:.4f}) while the "
-            "training loss still falls; that step's checkpoint is kept. More text, dropout or fewer steps would help"
+            "training loss still falls; the checkpoint of the lowest is kept. More text, dropout or fewer steps help"
         )
 
     def draw(self) -> None:

@@ -5,10 +5,11 @@ import time
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TaskProgressColumn, TextColumn
 from rich.table import Table
 
 PLAIN_INTERVAL = 5.0  # seconds between two plain lines of training
+WIDE = 120  # columns from which there is room for a bar beside the figures
 
 
 class ProgressLine:
@@ -21,8 +22,9 @@ class ProgressLine:
         self._last_plain = -math.inf
         self._live: Progress | None = None
         if console.is_terminal and not console.quiet:
-            columns = (BarColumn(bar_width=16), TaskProgressColumn(), TextColumn("{task.description}"))
-            self._live = Progress(*columns, console=console, refresh_per_second=4)
+            wide = console.width >= WIDE
+            bar: tuple[ProgressColumn, ...] = (BarColumn(bar_width=16), TaskProgressColumn()) if wide else ()
+            self._live = Progress(*bar, TextColumn("{task.description}"), console=console, refresh_per_second=4)
             self._task = self._live.add_task("compiling", total=total_steps, completed=first_step)
 
     def __enter__(self) -> "ProgressLine":
@@ -41,7 +43,7 @@ class ProgressLine:
             self._live.update(self._task, completed=row["step"], description=text)
         elif time.monotonic() - self._last_plain >= PLAIN_INTERVAL:
             self._last_plain = time.monotonic()
-            self.note(text)
+            self.note(f"step {text}")
 
     def validation(self, row: dict[str, Any]) -> None:
         """Show an evaluation."""
@@ -53,14 +55,13 @@ class ProgressLine:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _line(self, row: dict[str, Any], seconds_per_step: float) -> str:
-        parts = [f"step {row['step']:,}/{self._total:,}", f"loss {row['loss']:.4f}"]
+        left = format_duration(seconds_per_step * (self._total - row["step"]))
+        parts = [f"{row['step']:,}/{self._total:,}", f"{left} left", f"loss {row['loss']:.3f}"]
         if self._validation_loss is not None:
-            parts.append(f"val {self._validation_loss:.4f}")
-        parts.append(f"lr {row['learning_rate']:.2e}")
-        parts.append(f"{row['tokens_per_second']:,.0f} tok/s")
+            parts.append(f"val {self._validation_loss:.3f}")
+        parts += [f"lr {row['learning_rate']:.1e}", f"{row['tokens_per_second']:,.0f} tok/s"]
         if row.get("mfu") is not None:
-            parts.append(f"MFU {row['mfu']:.1%}")
-        parts.append(f"{format_duration(seconds_per_step * (self._total - row['step']))} left")
+            parts.append(f"MFU {row['mfu']:.0%}")
         return " · ".join(parts)
 
 

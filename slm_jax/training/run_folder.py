@@ -101,15 +101,18 @@ class RunFolder:
                 file.write(f"## Step {step}\n\n{body}\n\n")
 
     def metrics(self, split: str | None = None) -> list[dict[str, Any]]:
-        """Return the lines of one split, or all; a last line that was cut off is left out."""
+        """Return the lines of one split, or all, up to the first that is damaged or was cut off."""
         if not self.metrics_file.is_file():
             return []
         rows = []
-        for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
+        for line in self.metrics_file.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                rows.append(json.loads(line))
+                row = json.loads(line)
             except ValueError:
                 break
+            if not isinstance(row, dict) or not {"step", "split"} <= row.keys():
+                break
+            rows.append(row)
         return [row for row in rows if split in (None, row["split"])]
 
     def sampled_steps(self) -> set[int]:
@@ -117,7 +120,10 @@ class RunFolder:
         if not self.samples_file.is_file():
             return set()
         # At the start of a line: a sample's own text, which may say the same, is indented.
-        return {int(step) for step in re.findall(r"^## Step (\d+)$", self.samples_file.read_text("utf-8"), flags=re.M)}
+        return {int(step) for step in re.findall(r"^## Step (\d+)$", self._samples(), flags=re.M)}
+
+    def _samples(self) -> str:
+        return self.samples_file.read_text(encoding="utf-8", errors="replace")
 
     def cut_back(self, step: int) -> None:
         """Drop what was logged after a step, so that a resumed run's log reads as one unbroken run."""
@@ -126,6 +132,6 @@ class RunFolder:
         kept = [row for row in self.metrics() if row["step"] <= step]
         self.write_text("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
         if self.samples_file.is_file():
-            sections = re.split(r"^(?=## Step \d+$)", self.samples_file.read_text(encoding="utf-8"), flags=re.M)
+            sections = re.split(r"^(?=## Step \d+$)", self._samples(), flags=re.M)
             texts = [s for s in sections if (m := re.match(r"## Step (\d+)\n", s)) and int(m[1]) <= step]
             self.write_text("samples.md", "".join(texts))

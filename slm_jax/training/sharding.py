@@ -64,7 +64,7 @@ def make_mesh(cfg: MeshConfig) -> Mesh:
     if data * cfg.fsdp != n_devices:
         raise InputError(
             f"mesh.data {cfg.data} times mesh.fsdp {cfg.fsdp} does not make the {n_devices} devices that there are; "
-            "expected a product of that, or mesh.data -1"
+            f"expected a product of {n_devices} (mesh.data -1 takes what mesh.fsdp leaves, if that divides them)"
         )
     return jax.make_mesh((data, cfg.fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 

@@ -68,8 +68,11 @@ def find_start(config: RunConfig) -> Start:
     warnings: list[str] = []
     for step in reversed(steps):
         damage = find_damage(run.checkpoints / str(step))
-        if damage is None:
-            return Start(run, step, read_metadata(run.checkpoints, step), tuple(warnings))
+        try:
+            if damage is None:
+                return Start(run, step, read_metadata(run.checkpoints, step), tuple(warnings))
+        except InputError as error:
+            damage = str(error)
         warnings.append(f"{damage}; going back to an earlier checkpoint")
     if steps:
         raise InputError(f"{run.checkpoints}: every checkpoint is damaged ({damage}); start anew with --run NAME")

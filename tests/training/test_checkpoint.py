@@ -237,8 +237,9 @@ def test_a_kill_before_the_checksums_leaves_the_checkpoint_usable(folder, monkey
 
 
 def test_parameters_load_without_the_optimizer(saved):
-    """They do even where nothing else is left of the checkpoint."""
-    shutil.rmtree(saved / "20" / "state")
+    """They do even where no array of the optimizer is left."""
+    for path in (saved / "20" / "state").rglob("d/*"):
+        path.write_bytes(b"")
     (saved / "20" / CHECKSUMS).unlink()
     expected = make_state(20).trainable
     like = jax.eval_shape(lambda: expected)

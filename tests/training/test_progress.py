@@ -31,9 +31,7 @@ def test_where_there_is_no_terminal_a_line_is_plain_text():
         line.train(row(20, mfu=0.4321), 0.5)
     first, second = shown(out).splitlines()
     assert first == "step 0: validation loss 4.5000, perplexity 90.02"
-    assert second == (
-        "step 20/1,000 · loss 2.3457 · val 4.5000 · lr 1.00e-03 · 12,346 tok/s · MFU 43.2% · 8 min 10 s left"
-    )
+    assert second == "step 20/1,000 · 8 min 10 s left · loss 2.346 · val 4.500 · lr 1.0e-03 · 12,346 tok/s · MFU 43%"
     assert "\x1b" not in shown(out)
 
 
@@ -72,7 +70,7 @@ def test_in_a_terminal_the_line_is_live():
         line.note("a line [of] its own")
     text = shown(out)
     assert "\x1b[" in text
-    assert "step 20/1,000" in text
+    assert "20/1,000" in text
     assert "a line [of] its own" in text  # not taken for markup
 
 
