@@ -2,7 +2,10 @@
 
 import sys
 
-from slm_jax.cli import main
+try:
+    from slm_jax.cli import main
+except KeyboardInterrupt:  # Ctrl-C while JAX is being imported, when there is nothing to save yet
+    sys.exit(130)
 
 if __name__ == "__main__":
     raise SystemExit(main(["train", *sys.argv[1:]]))
