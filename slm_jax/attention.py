@@ -18,15 +18,16 @@ Sources: Vaswani et al., "Attention Is All You Need" (2017), section 3.2; Raschk
 
 import math
 from functools import partial
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.typing import Dtype, Initializer
 from jax import Array
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
+from slm_jax.cache import LayerCache, cached_attention
 from slm_jax.errors import InputError
 
 Implementation = Literal["auto", "xla", "cudnn", "explicit"]
@@ -309,6 +310,8 @@ class FusedMultiHeadAttention(nn.Module):
     def __call__(
         self, x: Array, *, mask: Array | None = ..., deterministic: bool = ..., return_weights: Literal[True]
     ) -> tuple[Array, Array]: ...
+    @overload
+    def __call__(self, x: Array, *, cache: LayerCache, start: Array | None) -> tuple[Array, LayerCache]: ...
 
     @nn.compact
     def __call__(
@@ -318,8 +321,13 @@ class FusedMultiHeadAttention(nn.Module):
         mask: Bool[Array, "#batch 1 seq seq"] | None = None,
         deterministic: bool = True,
         return_weights: bool = False,
-    ) -> Float[Array, "batch seq emb"] | tuple[Float[Array, "batch seq emb"], Float[Array, "batch heads seq seq"]]:
+        cache: LayerCache | None = None,
+        start: Int[Array, "batch"] | None = None,
+    ) -> Float[Array, "batch seq emb"] | tuple[Float[Array, "batch seq emb"], Any]:
         """Return the layer's output (batch, seq, emb), or with `return_weights` the pair (output, weights).
+
+        With a `cache`, which holds `start` tokens of each row, the tokens go on from those, and the result is the pair
+        (output, extended cache).
 
         `mask` is True where attention is allowed, and only ever takes away from what the causal mask allows: packed
         documents pass `segment_ids[:, None, :, None] == segment_ids[:, None, None, :]`. Whatever it says, a token may
@@ -341,7 +349,9 @@ class FusedMultiHeadAttention(nn.Module):
         chosen = choose_implementation(
             self.implementation, q.dtype, head_dim, dropping or return_weights, mask is not None and seq % 2 == 1
         )
-        if chosen == "explicit":
+        if cache is not None and start is not None:
+            context, cache = cached_attention(q, k, v, cache, start)
+        elif chosen == "explicit":
             key = self.make_rng("dropout") if dropping else None
             context, weights = causal_attention(q, k, v, mask=mask, dropout_rate=self.drop_rate, dropout_key=key)
         else:
@@ -350,6 +360,8 @@ class FusedMultiHeadAttention(nn.Module):
         output = dense(self.emb_dim, use_bias=self.out_bias, kernel_init=self.out_kernel_init, name="out_proj")(
             context.reshape(batch, seq, self.emb_dim)
         )
+        if cache is not None:
+            return output, cache
         return (output, weights) if return_weights else output
 
 

@@ -8,6 +8,7 @@ Sources: Radford et al. 2019 (GPT-2); the book's chapter 4.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
@@ -18,6 +19,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from slm_jax.attention import FusedMultiHeadAttention
+from slm_jax.cache import KVCache, LayerCache
 from slm_jax.errors import InputError
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -48,6 +50,8 @@ class GPTConfig:
         attention: how attention is computed; ``auto`` takes the fastest that this device and call allow.
         unroll: whether the stack of blocks is compiled layer by layer rather than as a loop; None: on a CPU, where
             that is faster.
+        unpadded_vocab_size: ids from here to ``vocab_size`` only round the vocabulary up, as nanoGPT's 50,304 does,
+            and are never sampled; None: no such ids.
     """
 
     vocab_size: int = 50_257
@@ -64,6 +68,7 @@ class GPTConfig:
     remat: Remat = "none"
     attention: AttentionKind = "auto"
     unroll: bool | None = None
+    unpadded_vocab_size: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers"):
@@ -82,6 +87,11 @@ class GPTConfig:
             value = getattr(self, name)
             if not isinstance(value, bool) and not (name == "unroll" and value is None):
                 raise InputError(f"model.{name} is {value!r}; expected true or false")
+        unpadded = self.unpadded_vocab_size
+        if unpadded is not None and (type(unpadded) is not int or not 1 <= unpadded <= self.vocab_size):
+            raise InputError(
+                f"model.unpadded_vocab_size is {unpadded!r}; expected 1 to model.vocab_size {self.vocab_size}, or null"
+            )
         choices = (("dtype", DType), ("param_dtype", DType), ("remat", Remat), ("attention", AttentionKind))
         for name, options in choices:
             if getattr(self, name) not in get_args(options):
@@ -178,9 +188,14 @@ class TransformerBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch seq emb"], mask: Bool[Array, "batch 1 seq seq"] | None, deterministic: bool
-    ) -> tuple[Float[Array, "batch seq emb"], None]:
-        """Map (batch, seq, emb) to the same shape; the second result is ``nn.scan``'s empty output."""
+        self,
+        x: Float[Array, "batch seq emb"],
+        cache: LayerCache | None,
+        start: Int[Array, "batch"] | None,
+        mask: Bool[Array, "batch 1 seq seq"] | None,
+        deterministic: bool,
+    ) -> tuple[Float[Array, "batch seq emb"], LayerCache | None]:
+        """Map (batch, seq, emb) to the same shape; the second result is the block's cache, extended, if it has one."""
         cfg = self.cfg
         norm: dict[str, Any] = {"use_bias": cfg.bias, "dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
         dropout = nn.Dropout(cfg.drop_rate, deterministic=deterministic)
@@ -197,10 +212,14 @@ class TransformerBlock(nn.Module):
             implementation=cfg.attention,
             name="attn",
         )
-        attended = attention(LayerNorm(**norm, name="norm1")(x), mask=mask, deterministic=deterministic)
+        normed = LayerNorm(**norm, name="norm1")(x)
+        if cache is None:
+            attended = attention(normed, mask=mask, deterministic=deterministic)
+        else:
+            attended, cache = attention(normed, cache=cache, start=start)
         x = x + dropout(attended)
         x = x + dropout(FeedForward(cfg, name="ff")(LayerNorm(**norm, name="norm2")(x)))
-        return x, None
+        return x, cache
 
 
 class OutHead(nn.Module):
@@ -224,6 +243,23 @@ def _float32_logits(
     if jax.default_backend() == "cpu":  # jax 0.7's CPU runtime has no such product; of float32 copies it is the same
         hidden, kernel = hidden.astype(jnp.float32), kernel.astype(jnp.float32)
     return jnp.einsum("bse,ev->bsv", hidden, kernel, preferred_element_type=jnp.float32)
+
+
+def init_cache(cfg: GPTConfig, params: Params, batch_size: int, capacity: int) -> KVCache:
+    """Make an empty cache for ``capacity`` tokens a row, in the segments that ``params`` (arrays or shapes) has.
+
+    Raises:
+        InputError: a capacity beyond the model's context.
+    """
+    if not 1 <= capacity <= cfg.context_length:
+        raise InputError(f"a cache of {capacity} tokens; expected 1 to the model's context of {cfg.context_length}")
+
+    def empty(n_blocks: int) -> LayerCache:
+        shape = (n_blocks, batch_size * cfg.n_heads, capacity, cfg.emb_dim // cfg.n_heads)
+        return LayerCache(jnp.zeros(shape, cfg.dtype), jnp.zeros(shape, cfg.dtype))
+
+    blocks = {name: empty(length) for name, length in _segment_lengths(params).items()}
+    return KVCache(blocks, jnp.zeros(batch_size, jnp.int32))
 
 
 class GPTModel(nn.Module):
@@ -263,23 +299,30 @@ class GPTModel(nn.Module):
         positions: Int[Array, "batch seq"] | None = None,
         segment_ids: Int[Array, "batch seq"] | None = None,
         deterministic: bool = True,
-    ) -> Float[Array, "batch seq vocab"]:
+        cache: KVCache | None = None,
+    ) -> Float[Array, "batch seq vocab"] | tuple[Float[Array, "batch seq vocab"], KVCache]:
         """Compute the logits of the token after each position.
 
         Args:
             tokens: int32 (batch, seq), every id below ``vocab_size`` (ids are not checked on the device).
-            positions: index into the position embedding; default 0, 1, 2 …
+            positions: index into the position embedding; default 0, 1, 2 …, or on from what the cache holds.
             segment_ids: documents packed into one row; a token attends only within its own.
             deterministic: False applies dropout.
+            cache: what came before (:func:`init_cache`); the tokens go on from there, and must fit in
+                (``cache.lengths`` + seq at most its capacity: that is not checked on the device).
 
         Returns:
-            float32 (batch, seq, vocab_size).
+            float32 (batch, seq, vocab_size); with a cache (logits, the cache extended by these tokens).
 
         Raises:
-            InputError: more tokens than ``context_length``.
+            InputError: more tokens than ``context_length`` or the cache's capacity; a cache together with
+                ``segment_ids`` or dropout.
         """
-        hidden = self.hidden(tokens, positions=positions, segment_ids=segment_ids, deterministic=deterministic)
-        return self.logits(hidden)
+        options: dict[str, Any] = {"positions": positions, "segment_ids": segment_ids, "deterministic": deterministic}
+        if cache is None:
+            return self.logits(self.hidden(tokens, **options))
+        hidden, cache = self.hidden(tokens, cache=cache, **options)
+        return self.logits(hidden), cache
 
     def hidden(
         self,
@@ -288,28 +331,47 @@ class GPTModel(nn.Module):
         positions: Int[Array, "batch seq"] | None = None,
         segment_ids: Int[Array, "batch seq"] | None = None,
         deterministic: bool = True,
-    ) -> Float[Array, "batch seq emb"]:
-        """Compute the hidden states after the final norm, (batch, seq, emb_dim); arguments as for the whole model."""
+        cache: KVCache | None = None,
+    ) -> Any:
+        """Compute the hidden states after the final norm, (batch, seq, emb_dim); arguments as for the whole model.
+
+        With a cache the result is (hidden, cache).
+        """
         seq = tokens.shape[1]
-        if seq > self.cfg.context_length:
-            raise InputError(
-                f"{seq} tokens are more than the model's context of {self.cfg.context_length}; "
-                "shorten the input or use a model with a larger context_length"
-            )
+        _check_tokens_fit(self.cfg, seq, cache)
+        if cache is not None and (segment_ids is not None or (self.cfg.drop_rate and not deterministic)):
+            raise InputError("a cache is for generation: expected no segment_ids with it, and deterministic=True")
         if positions is None:
-            positions = jnp.arange(seq)[None, :]
+            positions = jnp.arange(seq)[None, :] + (0 if cache is None else cache.lengths[:, None])
         x = self.tok_emb(tokens) + self.pos_emb(positions)
         x = self.drop(x, deterministic=deterministic)
         mask = None if segment_ids is None else segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+        if cache is None:
+            for name in self.segment_names:
+                x, _ = getattr(self, name)(x, None, None, mask, deterministic)
+            return self.final_norm(x)
+        blocks = {}
         for name in self.segment_names:
-            x, _ = getattr(self, name)(x, mask, deterministic)
-        return self.final_norm(x)
+            x, blocks[name] = getattr(self, name)(x, cache.blocks[name], cache.lengths, None, True)
+        return self.final_norm(x), KVCache(blocks, cache.lengths + seq)
 
     def logits(self, hidden: Float[Array, "batch seq emb"]) -> Float[Array, "batch seq vocab"]:
         """Map hidden states (batch, seq, emb_dim) to float32 logits (batch, seq, vocab_size)."""
         if self.cfg.tie_weights:
             return _float32_logits(hidden, self.tok_emb.embedding.astype(self.cfg.dtype).T)
         return self.out_head(hidden)
+
+
+def _check_tokens_fit(cfg: GPTConfig, seq: int, cache: KVCache | None) -> None:
+    if seq > cfg.context_length:
+        raise InputError(
+            f"{seq} tokens are more than the model's context of {cfg.context_length}; "
+            "shorten the input or use a model with a larger context_length"
+        )
+    if cache is not None:
+        capacity = jax.tree.leaves(cache.blocks)[0].shape[-2]
+        if seq > capacity:
+            raise InputError(f"{seq} tokens are more than the cache's capacity of {capacity}; make a larger one")
 
 
 def _block_stack(cfg: GPTConfig, length: int) -> nn.Module:
@@ -319,12 +381,12 @@ def _block_stack(cfg: GPTConfig, length: int) -> nn.Module:
     if cfg.remat != "none":
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if cfg.remat == "dots" else None
         # Inside a loop the compiler cannot merge the recomputation with the forward pass; unrolled it could.
-        block = nn.remat(block, policy=policy, prevent_cse=unroll, static_argnums=(3,))
+        block = nn.remat(block, policy=policy, prevent_cse=unroll, static_argnums=(5,))
     stack = nn.scan(
         block,
         variable_axes={"params": 0, "intermediates": 0},
         split_rngs={"params": True, "dropout": True},
-        in_axes=(nn.broadcast, nn.broadcast),
+        in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
         length=length,
         unroll=length if unroll else 1,
     )
@@ -337,19 +399,35 @@ def _segment_lengths(params: Mapping[str, Any]) -> dict[str, int]:
     return {name: jax.tree.leaves(params[name])[0].shape[0] for name in names}
 
 
-def split_blocks(params: Params, first: int) -> Params:
-    """Cut the stack of blocks in two segments, ``blocks_0`` (the first ``first``) and ``blocks_1`` (the others).
+def split_blocks(params: Params, *cuts: int) -> Params:
+    """Cut the stack of blocks in consecutive segments, ``blocks_0``, ``blocks_1`` …, each cut after so many blocks.
 
-    The model runs either form. Freezing everything but ``blocks_1`` and what follows it saves the backward pass
+    The model runs any such form. Freezing everything but ``blocks_1`` and what follows it saves the backward pass
     through ``blocks_0``: hand the two parts over as separate trees and differentiate one of them.
     """
     length = jax.tree.leaves(params["blocks"])[0].shape[0]
-    if not 0 < first < length:
-        raise InputError(f"cannot cut {length} blocks after block {first}; expected 1 to {length - 1}")
-    rest = {name: value for name, value in params.items() if name != "blocks"}
-    head = jax.tree.map(lambda leaf: leaf[:first], params["blocks"])
-    tail = jax.tree.map(lambda leaf: leaf[first:], params["blocks"])
-    return {**rest, "blocks_0": head, "blocks_1": tail}
+    bounds = [0, *cuts, length]
+    for cut, end in itertools.pairwise(bounds):
+        if not cut < end:
+            raise InputError(f"cannot cut {length} blocks after {list(cuts)}; expected ascending, 1 to {length - 1}")
+    segments = {
+        f"blocks_{i}": jax.tree.map(lambda leaf, start=start, end=end: leaf[start:end], params["blocks"])
+        for i, (start, end) in enumerate(itertools.pairwise(bounds))
+    }
+    return {**{name: value for name, value in params.items() if name != "blocks"}, **segments}
+
+
+def unstack_blocks(params: Params) -> Params:
+    """Give each block arrays of its own: what generates fastest, as no token then cuts the stack up anew."""
+    lengths = _segment_lengths(params).values()
+    if "blocks" not in params and set(lengths) == {1}:
+        return params
+    return _unstack(params if "blocks" in params else join_blocks(params))
+
+
+@jax.jit
+def _unstack(params: Params) -> Params:
+    return split_blocks(params, *range(1, jax.tree.leaves(params["blocks"])[0].shape[0]))
 
 
 def join_blocks(params: Params) -> Params:

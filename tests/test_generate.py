@@ -10,8 +10,10 @@ import pytest
 
 import slm_jax
 from slm_jax.errors import InputError
-from slm_jax.generate import generate, sample_tokens, stream
-from slm_jax.model import GPTConfig, GPTModel, param_shapes
+from slm_jax.generate import generate, stream, stream_text
+from slm_jax.model import GPTConfig, GPTModel, param_shapes, split_blocks, unstack_blocks
+from slm_jax.sampling import Sampling
+from slm_jax.tokenizer import BPETokenizer, CharTokenizer
 
 CONTEXT, VOCAB = 6, 16
 CFG = GPTConfig(
@@ -46,7 +48,8 @@ def greedy(params, prompts, n, **more):
     return generate(MODEL, params, prompts, max_new_tokens=n, temperature=0.0, **more)
 
 
-PROMPTS = [[3], [1, 2, 3, 4], [9, 8, 7, 6, 5, 4], [5, 0, 1, 2, 11, 12, 13, 14, 15]]  # up to longer than the context
+GREEDY = Sampling(temperature=0.0)
+PROMPTS = [[3], [1, 2, 3, 4], [9, 8, 7, 6, 5, 4], [5, 0, 1, 2, 11]]  # one fills the context
 
 
 # Greedy
@@ -59,9 +62,9 @@ def test_greedy_is_the_naive_loop_even_past_the_context(params, prompt):
     assert len(set(ids[0, len(prompt) :].tolist())) > 1  # not one token over and over
 
 
-def test_only_the_last_context_tokens_count(params):
-    long = [7, 7, 7, *PROMPTS[2]]
-    assert greedy(params, [long], 8)[0][3:].tolist() == greedy(params, [PROMPTS[2]], 8)[0].tolist()
+@pytest.mark.parametrize("form", [lambda p: split_blocks(p, 1), unstack_blocks], ids=["two segments", "unstacked"])
+def test_the_form_of_the_stack_does_not_matter(params, form):
+    assert greedy(form(params), PROMPTS, 8)[1].tolist() == naive_greedy(params, PROMPTS[1], 8)
 
 
 def test_each_row_of_a_ragged_batch_is_as_if_alone(params):
@@ -124,7 +127,7 @@ def test_when_all_rows_have_ended_the_rest_is_the_end(params):
     ids = greedy(params, jnp.array([prompt, prompt]), 500, eos_id=eos)
     assert ids.shape == (2, len(prompt) + 500)
     assert (ids[:, len(prompt) :] == eos).all()
-    assert len(list(stream(MODEL, params, [prompt], max_new_tokens=500, temperature=0.0, eos_id=eos))) == 1
+    assert len(list(stream(MODEL, params, [prompt], GREEDY, max_new_tokens=500, eos_id=eos))) == 1
 
 
 def test_an_end_in_the_prompt_ends_nothing(params):
@@ -136,9 +139,9 @@ def test_an_end_in_the_prompt_ends_nothing(params):
 
 
 def test_a_stream_yields_a_token_a_row_as_they_come(params):
-    columns = list(stream(MODEL, params, PROMPTS, max_new_tokens=4, temperature=0.0))
-    assert [column.shape for column in columns] == [(4,)] * 4
-    rows = [row[len(prompt) :].tolist() for prompt, row in zip(PROMPTS, greedy(params, PROMPTS, 4), strict=True)]
+    columns = list(stream(MODEL, params, PROMPTS, GREEDY, max_new_tokens=9))
+    assert [column.shape for column in columns] == [(4,)] * 9
+    rows = [row[len(prompt) :].tolist() for prompt, row in zip(PROMPTS, greedy(params, PROMPTS, 9), strict=True)]
     assert np.stack(columns, axis=1).tolist() == rows
 
 
@@ -195,12 +198,6 @@ def test_top_k_of_one_is_greedy(params):
         assert one.tolist() == other.tolist()
 
 
-@pytest.mark.parametrize("top_k", [VOCAB, VOCAB + 1, 10_000])
-def test_top_k_of_all_is_none(top_k):
-    logits = jax.random.normal(KEY, (4, VOCAB))
-    assert (sample_tokens(logits, KEY, 1.0, top_k) == sample_tokens(logits, KEY, 1.0, None)).all()
-
-
 def test_a_low_temperature_is_nearly_greedy(params):
     sampled = generate(MODEL, params, [PROMPTS[1]], max_new_tokens=8, temperature=1e-4, key=KEY)
     assert sampled[0].tolist() == naive_greedy(params, PROMPTS[1], 8)
@@ -219,6 +216,138 @@ def test_the_same_key_gives_the_same_text(params):
     knows_nothing = jax.tree.map(jnp.zeros_like, params)  # so that only the draws tell one step from another
     ids = generate(MODEL, knows_nothing, [[0]], max_new_tokens=32, key=KEY)[0].tolist()
     assert len(set(ids[1:])) > 8
+
+
+def test_a_rows_draws_are_those_of_its_own_single_run(params):
+    keys = jax.random.split(KEY, len(PROMPTS))
+    options = {"max_new_tokens": 9, "temperature": 1.5, "top_k": 10, "repetition_penalty": 1.3}
+    together = generate(MODEL, params, PROMPTS, key=keys, **options)
+    for i, prompt in enumerate(PROMPTS):
+        alone = generate(MODEL, params, [prompt], key=keys[i : i + 1], **options)
+        assert together[i].tolist() == alone[0].tolist()
+    one_key = generate(MODEL, params, PROMPTS, key=KEY, **options)
+    third = generate(MODEL, params, [PROMPTS[2]], key=jax.random.fold_in(KEY, 2)[None], **options)
+    assert one_key[2].tolist() == third[0].tolist()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_ids_that_pad_the_vocabulary_are_never_chosen(params, temperature):
+    cfg = dataclasses.replace(CFG, unpadded_vocab_size=5)
+    kernel = params["out_head"]["kernel"].at[:, 5:].multiply(20)  # they would win
+    padded = {**params, "out_head": {"kernel": kernel}}
+    options = {"max_new_tokens": 20, "temperature": temperature, "repetition_penalty": 1.1, "key": KEY}
+    prompts = jnp.array([[1, 2, 3]] * 8)
+    assert generate(MODEL, padded, prompts, **options)[:, 3:].max() >= 5
+    assert generate(GPTModel(cfg), padded, prompts, **options)[:, 3:].max() < 5
+
+
+def test_a_penalty_remembers_the_prompt_and_what_was_written(params):
+    """Even what has slid out of the window."""
+    prompt = [1, 2, 3]
+    ids = list(prompt)
+    for _ in range(12):
+        logits = np.array(forward()({"params": params}, jnp.array([ids[-CONTEXT:]]))[0, -1])
+        for token in set(ids):
+            logits[token] = logits[token] / 1.5 if logits[token] > 0 else logits[token] * 1.5
+        ids.append(int(logits.argmax()))
+    assert greedy(params, [prompt], 12, repetition_penalty=1.5)[0].tolist() == ids
+    assert naive_greedy(params, prompt, 12) != ids
+
+
+# Past the context
+
+
+def test_stop_ends_each_row_when_its_context_is_full(params):
+    prompts = PROMPTS[:2] + PROMPTS[3:]
+    rows = greedy(params, prompts, 20, past_context="stop")
+    for prompt, row in zip(prompts, rows, strict=True):
+        assert row.tolist() == naive_greedy(params, prompt, CONTEXT - len(prompt))
+    assert greedy(params, jnp.array([[1, 2, 3]]), 20, past_context="stop").shape == (1, CONTEXT)
+    assert greedy(params, jnp.array([[1, 2, 3]]), 2, past_context="stop").shape == (1, 5)
+    columns = list(stream(MODEL, params, prompts, GREEDY, max_new_tokens=20, past_context="stop"))
+    assert len(columns) == CONTEXT - 1
+    assert columns[-1].tolist() == [rows[0][-1], -1, -1]  # the others have ended
+
+
+def test_few_programs_are_compiled_whatever_the_lengths(params):
+    """One for the steps from the cache, whatever prompt, number of tokens, temperature or form of the call."""
+    cfg = dataclasses.replace(CFG, context_length=128)
+    model = GPTModel(cfg)
+    longer = {**params, "pos_emb": {"embedding": jnp.zeros((128, CFG.emb_dim))}}
+    from slm_jax.generate import _Decoder
+
+    before = _Decoder.cached_steps._cache_size(), _Decoder.prefill._cache_size()
+    for length, n, temperature in ((1, 3, 1.0), (9, 20, 0.5), (16, 5, 2.0)):
+        generate(model, longer, [[1] * length], max_new_tokens=n, temperature=temperature, key=KEY)
+        list(stream(model, longer, [[1] * length], Sampling(temperature), max_new_tokens=n, key=KEY))
+    after = _Decoder.cached_steps._cache_size(), _Decoder.prefill._cache_size()
+    assert (after[0] - before[0], after[1] - before[1]) == (1, 1)
+
+
+# Text
+
+TEXT = "the cat sat on the mat. the dog sat on the log. "
+CHARS = CharTokenizer().build_vocab(TEXT + "é\n")
+
+
+@pytest.fixture(scope="module")
+def chars():
+    """A model over characters."""
+    cfg = GPTConfig(vocab_size=CHARS.vocab_size, context_length=16, emb_dim=16, n_heads=2, n_layers=1, unroll=False)
+    rng = np.random.default_rng(3)
+    params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.6, leaf.shape), leaf.dtype), param_shapes(cfg))
+    return GPTModel(cfg), params
+
+
+def written(chars, prompt="the ", n=60, seed=0, **more):
+    model, params = chars
+    key = jax.random.key(seed)
+    return list(stream_text(model, params, CHARS, prompt, Sampling(), max_new_tokens=n, key=key, **more))
+
+
+def test_text_comes_in_pieces_and_stops_at_a_stop_string(chars):
+    whole = "".join(written(chars))
+    assert len(whole) > 20
+    assert len(written(chars)) > 20
+    for start, length in ((3, 1), (5, 2), (10, 4)):
+        stop = whole[start : start + length]
+        pieces = written(chars, stop=("no such text", stop))
+        assert "".join(pieces) == whole[: whole.index(stop)]
+    # what only begins like a stop string is given back
+    assert "".join(written(chars, stop=(whole[4:8] + "\0", whole[-1] + "\0"))) == whole
+
+
+def test_text_ends_at_the_end_of_text_and_begins_anywhere(chars):
+    model, params = chars
+    eager = {**params, "tok_emb": {"embedding": params["tok_emb"]["embedding"].at[CHARS.eot_id].multiply(8)}}
+    lengths = {len("".join(written((model, eager), n=200, seed=seed))) for seed in range(6)}
+    assert min(lengths) < 150
+    assert len("".join(written(chars, prompt=""))) > 0
+    with pytest.raises(InputError, match="a stop string is empty"):
+        written(chars, stop=("",))
+
+
+def test_a_character_of_several_tokens_comes_whole():
+    tokenizer = BPETokenizer()  # bytes
+    cfg = GPTConfig(vocab_size=257, context_length=8, emb_dim=8, n_heads=1, n_layers=1, unroll=False)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), param_shapes(cfg))
+    euro = tokenizer.encode("€")
+    # Each position's embedding asks for one byte of the sign, over and over.
+    rows = np.zeros((8, 8))
+    head = np.zeros((257, 8))
+    for i, byte in enumerate(euro):
+        head[byte, i] = 1
+    for position in range(8):
+        rows[position, (position + 1) % 3] = 1
+    params = {
+        **zeros,
+        "pos_emb": {"embedding": jnp.asarray(rows, jnp.float32) * 100},
+        "tok_emb": {"embedding": jnp.asarray(head, jnp.float32)},
+        "final_norm": {"scale": jnp.ones(8), "bias": jnp.zeros(8)},
+    }
+    pieces = list(stream_text(GPTModel(cfg), params, tokenizer, "€", GREEDY, max_new_tokens=5, past_context="stop"))
+    assert "".join(pieces) == "€\ufffd"
+    assert pieces[0] == "€"
 
 
 # What is refused
@@ -245,7 +374,11 @@ def test_the_same_key_gives_the_same_text(params):
         ([[1]], {"temperature": float("nan")}, "temperature is nan"),
         ([[1]], {"temperature": float("inf")}, "temperature is inf"),
         ([[1]], {"top_k": 0}, "top_k is 0; expected at least 1"),
+        ([[1]], {"top_p": 0.0}, "top_p is 0.0; expected above 0"),
         ([[1]], {"temperature": 1.0, "key": None}, "sampling needs a key: pass key=jax.random.key(seed)"),
+        ([[1]], {"key": jax.random.split(KEY, 3)}, "key has the shape (3,); expected one key, or one for each of 1"),
+        ([[1], [0] * 7], {}, "prompt 1 has 7 tokens, more than the model's context of 6; shorten it"),
+        ([[0] * 6], {"past_context": "stop"}, "prompt 0 fills the model's context of 6 tokens"),
     ],
 )
 def test_bad_input_is_one_clear_line(params, prompts, more, expected):

@@ -1,0 +1,69 @@
+"""Keys and values of the tokens that a model has seen, so that the next ones need no second pass over them."""
+
+import math
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of the tokens seen so far, each (batch · heads, capacity, head_dim).
+
+    Batch and heads are one axis because XLA then writes a token in place and multiplies from there; with the axes
+    apart its CPU compiler copied the whole cache for every token (GPT-2 small, 1,024 tokens: 15 ms instead of 3).
+    """
+
+    keys: Array
+    values: Array
+
+
+def cached_attention(
+    q: Float[Array, "batch new heads head_dim"],
+    k: Float[Array, "batch new heads head_dim"],
+    v: Float[Array, "batch new heads head_dim"],
+    cache: LayerCache,
+    start: Int[Array, "batch"],
+) -> tuple[Float[Array, "batch new heads head_dim"], LayerCache]:
+    """Put new tokens into the cache, and attend from each to all of its row up to itself.
+
+    Args:
+        q, k, v: (batch, new, heads, head_dim), of the new tokens only.
+        cache: with room for them: start + new at most its capacity.
+        start: how many tokens of each row the cache holds, and so the position of the first new one.
+
+    Returns:
+        (context, cache): (batch, new, heads, head_dim), and the extended cache.
+    """
+    batch, new, heads, head_dim = q.shape
+    start = jnp.repeat(start, heads)  # of each row of the merged axis
+    q, k, v = (x.swapaxes(1, 2).reshape(batch * heads, new, head_dim) for x in (q, k, v))
+
+    def write(row: Array, tokens: Array, offset: Array) -> Array:
+        return jax.lax.dynamic_update_slice(row, tokens.astype(row.dtype), (offset, 0))
+
+    cache = LayerCache(jax.vmap(write)(cache.keys, k, start), jax.vmap(write)(cache.values, v, start))
+    positions = start[:, None] + jnp.arange(new)
+    allowed = jnp.arange(cache.keys.shape[1]) <= positions[:, :, None]
+    float32_or_wider = jnp.promote_types(q.dtype, jnp.float32)
+    scores = jnp.einsum("rqd,rkd->rqk", q, cache.keys, preferred_element_type=float32_or_wider) / math.sqrt(head_dim)
+    weights = jax.nn.softmax(jnp.where(allowed, scores, -jnp.inf), axis=-1).astype(v.dtype)
+    context = jnp.einsum("rqk,rkd->rqd", weights, cache.values)
+    return context.reshape(batch, heads, new, head_dim).swapaxes(1, 2), cache
+
+
+class KVCache(flax.struct.PyTreeNode):
+    """Keys and values of the tokens that a model has seen, so that the next ones need no second pass over them.
+
+    Attributes:
+        blocks: for each segment of the stack of blocks its :class:`LayerCache`, each leaf with the blocks as an
+            additional first axis.
+        lengths: int32 (batch,), how many tokens of each row are in it; the next ones get the positions from there on.
+            What lies behind is never attended to, so that lowering a length takes tokens back.
+    """
+
+    blocks: Any
+    lengths: Any
