@@ -6,20 +6,19 @@ often something is reported, and may change between two starts of a run.
 """
 
 import dataclasses
-import difflib
-import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Optional, get_args
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser
 
-from slm_jax.errors import InputError, MissingInputError
+from slm_jax.errors import InputError
 from slm_jax.model import PRESETS, DType, GPTConfig, get_gpt_config
+from slm_jax.options import check_at_least, check_seed, flatten, parse, recipe_files
 
-_GPT_FIELDS = [field for field in dataclasses.fields(GPTConfig) if field.name != "dtype"]
+# dtype has a choice more here; unpadded_vocab_size follows from the tokenizer.
+_GPT_FIELDS = [field for field in dataclasses.fields(GPTConfig) if field.name not in ("dtype", "unpadded_vocab_size")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +169,7 @@ def _make_model_section() -> Any:
     section = dataclasses.make_dataclass("ModelSection", fields, frozen=True)
     section.__module__ = __name__
     field_docs = (GPTConfig.__doc__ or "").partition("Attributes:\n")[2]
-    field_docs = re.sub(r"^ +dtype: .*\n", "", field_docs, flags=re.MULTILINE)
+    field_docs = re.sub(r"^( +)(dtype|unpadded_vocab_size): .*\n(\1 .*\n)*", "", field_docs, flags=re.MULTILINE)
     section.__doc__ = (
         "The model: a preset, and any of its fields replaced; null is the preset's value, or the tokenizer's.\n\n"
         "    Attributes:\n"
@@ -250,13 +249,14 @@ class RunConfig:
                 f"model.vocab_size is {overrides['vocab_size']}, but the tokenizer has {vocab_size} token ids; "
                 "leave it null or make it at least that"
             )
+        if overrides["vocab_size"] > vocab_size:
+            overrides["unpadded_vocab_size"] = vocab_size
         return get_gpt_config(section["preset"], dtype=dtype, **overrides)
 
 
 def _check_numbers(config: RunConfig) -> None:
     """Refuse numbers outside their range, naming key, value and range."""
     at_least: dict[str, float] = {
-        "seed": 0,
         "tokenizer.vocab_size": 1,
         "data.stride": 1,
         "optimizer.warmup_steps": 0,
@@ -278,12 +278,8 @@ def _check_numbers(config: RunConfig) -> None:
         "sample.top_k": 1,
     }
     values = flatten(to_dict(config))
-    for key, least in at_least.items():
-        if values[key] is not None and not least <= values[key] < float("inf"):
-            finite = " and finite" if values[key] == float("inf") else ""
-            raise InputError(f"{key} is {values[key]}; expected at least {least:g}{finite}")
-    if config.seed >= 2**32:
-        raise InputError(f"seed is {config.seed}; expected below 2**32, beyond which seeds repeat")
+    check_seed(config.seed)
+    check_at_least(values, at_least)
     for key in ("optimizer.learning_rate", "optimizer.eps", "optimizer.clip_norm", "train.epochs"):
         if values[key] is not None and not 0 < values[key] < float("inf"):
             raise InputError(f"{key} is {values[key]}; expected a number above 0")
@@ -295,8 +291,13 @@ def _check_numbers(config: RunConfig) -> None:
         raise InputError(f"data.validation_fraction is {fraction}; expected a number between 0 and 1")
     if config.mesh.data != -1 and config.mesh.data < 1:
         raise InputError(f"mesh.data is {config.mesh.data}; expected -1 (all devices) or at least 1")
-    if not config.name.strip() or Path(config.name).is_absolute() or ".." in Path(config.name).parts:
-        raise InputError(f"run is {config.name!r}; expected a folder name inside runs_dir, such as my-run")
+    check_run_name(config.name)
+
+
+def check_run_name(name: str) -> None:
+    """Refuse a run's name that is no folder inside the folder of runs."""
+    if not name.strip() or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise InputError(f"run is {name!r}; expected a folder name inside runs_dir, such as my-run")
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
@@ -304,102 +305,17 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def from_dict(values: dict[str, Any], where: str = "configuration") -> RunConfig:
-    """Build a configuration from nested plain data, as strictly as from a file; ``where`` is named in errors."""
-    parser = config_parser("config")
-    _check_keys(values, where)
-    try:
-        return _instantiate(parser, parser.parse_object(values))
-    except (ArgumentError, InputError) as error:
-        raise InputError(f"{where}: {_explain(error)}") from None
-
-
-def config_parser(prog: str) -> ArgumentParser:
-    """Return a parser for ``--config FILE.yaml`` and a dotted option for every key."""
-    parser = ArgumentParser(prog=prog, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="a recipe: YAML with any of the keys below")
-    parser.add_class_arguments(RunConfig)
-    return parser
-
-
-def parse_args(args: Sequence[str], prog: str = "slm-jax train") -> RunConfig:
-    """Read recipe files and overrides in the order they are given.
+def parse_args(args: Sequence[str]) -> RunConfig:
+    """Read recipe files and overrides in the order they are given; a run is named after the last recipe.
 
     Raises:
         InputError: an unknown key, a value of the wrong type or out of range; a file that is missing or not YAML.
     """
-    parser = config_parser(prog)
-    recipes = [Path(value) for option, value in itertools.pairwise(args) if option == "--config"]
-    recipes += [Path(arg.partition("=")[2]) for arg in args if arg.startswith("--config=")]
-    for recipe in recipes:
-        read_recipe(recipe)
-    try:
-        namespace = parser.parse_args(list(args))
-        config = _instantiate(parser, namespace)
-    except (ArgumentError, InputError) as error:
-        raise InputError(_locate(parser, recipes, error)) from None
-    if config.run is None and namespace.config:
-        config = dataclasses.replace(config, run=Path(str(namespace.config[-1])).stem)
+    config = parse(RunConfig, args, "slm-jax train")
+    recipes = recipe_files(RunConfig, args)
+    if config.run is None and recipes:
+        config = dataclasses.replace(config, run=recipes[-1].stem)
     return config
-
-
-def load_config(path: Path) -> RunConfig:
-    """Read a run's ``config.yaml``."""
-    return from_dict(read_recipe(path), str(path))
-
-
-def read_recipe(path: Path) -> dict[str, Any]:
-    """Read a YAML file of keys and values, and refuse what is not one of a run's keys.
-
-    Raises:
-        MissingInputError: no such file.
-        InputError: not UTF-8, not YAML, not keys and values, an unknown key.
-    """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise MissingInputError(f"{path}: {error.strerror}; expected a recipe, such as configs/tiny.yaml") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 at byte {error.start}; expected a YAML file") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: not valid YAML: {_one_line(error)}") from None
-    if not isinstance(values, dict):
-        found = "nothing" if values is None else f"{values!r:.60}"
-        raise InputError(f"{path}: expected keys and values, such as seed: 1, found {found}")
-    _check_keys(values, str(path))
-    return values
-
-
-def _check_keys(values: dict[Any, Any], where: str) -> None:
-    """Refuse what is not one of a run's keys, and null where there must be a value; ``where`` is named."""
-    known = to_dict(RunConfig())
-    for key, value in values.items():
-        if isinstance(known.get(key), dict) and not isinstance(value, dict):
-            raise InputError(
-                f"{where}: {key} is {value!r:.60}; expected keys such as {next(iter(known[key]))} below it"
-            )
-    for key in [*flatten(values), *(key for key, value in values.items() if value == {})]:
-        if key not in {*known, *flatten(known)}:
-            raise InputError(f"{where}: {_unknown_key(str(key))}")
-    required = _required(RunConfig())
-    for key, value in flatten(values).items():
-        if value is None and key in required:
-            raise InputError(
-                f"{where}: {key} is null; expected a value, such as {required[key]!r}; "
-                "leave the key out for the default"
-            )
-
-
-def _required(section: Any, prefix: str = "") -> dict[str, Any]:
-    """Return the keys that must have a value, with their defaults; the parser itself lets null pass in a file."""
-    required: dict[str, Any] = {}
-    for field in dataclasses.fields(section):
-        value = getattr(section, field.name)
-        if dataclasses.is_dataclass(value):
-            required.update(_required(value, f"{prefix}{field.name}."))
-        elif type(None) not in get_args(field.type):
-            required[prefix + field.name] = value
-    return required
 
 
 def dump_config(config: RunConfig) -> str:
@@ -407,18 +323,11 @@ def dump_config(config: RunConfig) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
-def flatten(values: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
-    """Turn nested dicts into one of dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return flat
-
-
 # What may differ between the two sides of a resume; every other key is a run's identity.
 _EXECUTION_SECTIONS = ("checkpoint.", "mesh.", "sample.")
 _EXECUTION_KEYS = {
     *("run", "runs_dir", "resume", "model.dtype", "model.remat", "model.attention", "model.unroll", "model.preset"),
+    "model.unpadded_vocab_size",  # follows from the tokenizer and model.vocab_size
     *("train.steps", "train.epochs", "train.accumulate", "train.eval_every", "train.eval_batch_size"),
     "train.log_every",
 }
@@ -444,55 +353,3 @@ def first_difference(saved: dict[str, Any], wanted: dict[str, Any]) -> str | Non
                 )
             return f"{key} is {wanted.get(key)!r} now and was {saved.get(key)!r}"
     return None
-
-
-def _instantiate(parser: ArgumentParser, namespace: Any) -> RunConfig:
-    values = parser.instantiate(namespace)
-    return RunConfig(**{field.name: values[field.name] for field in dataclasses.fields(RunConfig)})
-
-
-def _locate(parser: ArgumentParser, recipes: Sequence[Path], error: Exception) -> str:
-    """Say which recipe file an error came from, if one of them by itself is wrong in the same way."""
-    for recipe in recipes:
-        try:
-            _instantiate(parser, parser.parse_args(["--config", str(recipe)]))
-        except (ArgumentError, InputError) as in_file:
-            if _explain(in_file) == _explain(error):
-                return f"{recipe}: {_explain(in_file)}"
-    return _explain(error)
-
-
-def _explain(error: Exception) -> str:
-    """Turn the parser's error into one line: the key, its value and what was expected, or the nearest key."""
-    message = _one_line(error)
-    if option := re.search(r"[Uu]nrecognized arguments: --(?P<key>[\w.-]+)", message):
-        return _unknown_key(option["key"])
-    if word := re.search(r"[Uu]nrecognized arguments: (?P<word>[^-].*)", message):
-        return f"{word['word']!r} is not an option; expected --KEY VALUE, such as --train.steps 500"
-    if section := re.search(r'Parser key "(?P<key>\w+)": Unable to load config .(?P<value>.*?). - ', message):
-        return f"{section['key']} is {section['value']!r}; expected one of its keys, such as --train.steps 500"
-    if wrong := re.search(r'Parser key "(?P<key>[\w.]+)":.*(?:Got|Given) value: (?P<value>.*)', message):
-        return f"{wrong['key']} is {wrong['value']!r}; expected {_expected(message)}"
-    return message
-
-
-def _unknown_key(key: str) -> str:
-    known = list(flatten(to_dict(RunConfig())))
-    leaves = {name.rpartition(".")[2]: name for name in reversed(known)}
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    near += [leaves[leaf] for leaf in difflib.get_close_matches(key.rpartition(".")[2], leaves, n=1, cutoff=0.7)]
-    hint = f"did you mean {near[0]}?" if near else "see --help for all keys"
-    return f"unknown key {key}; {hint}"
-
-
-def _expected(message: str) -> str:
-    """Name the types that the parser's message lists, in words."""
-    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
-    named = [words[name] for name in re.findall(r"Expected a <class '(\w+)'>", message) if name in words]
-    for choices in re.findall(r"Literal\[(.*?)\]", message):
-        named.append("one of " + choices.replace("'", ""))
-    return " or ".join(dict.fromkeys(named)) or "another type"
-
-
-def _one_line(error: Exception) -> str:
-    return re.sub(r"\s+", " ", str(error)).strip()

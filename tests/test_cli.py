@@ -231,17 +231,39 @@ def test_generate_prints_the_prompt_and_goes_on(trained: Path, capsys: pytest.Ca
 
 
 def test_generate_takes_the_best_checkpoint_or_the_one_named(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for step in ("best", "latest", "30"):
-        assert cli.main(["generate", "--run", str(trained), "--step", step, "--max-new-tokens", "2"]) == 0
+    for name in (str(trained), f"{trained}@30"):
+        assert cli.main(["generate", "--run", name, "--max-new-tokens", "2"]) == 0
         assert "checkpoint of step 30" in capsys.readouterr().err
     run = ["generate", "--run", str(trained)]
-    fails(capsys, [*run, "--step", "7"], "no checkpoint of step 7", "20, 30")
-    fails(capsys, [*run, "--step", "x"], "expected a number, best or latest")
+    fails(capsys, ["generate", "--run", f"{trained}@7"], "no checkpoint of step 7", "20, 30")
     fails(capsys, [*run, "--temperature", "-1"], "temperature is -1.0")
-    fails(capsys, [*run, "--prompt", "a" * 17], "17 tokens, more than the context of 16")
+    fails(capsys, [*run, "--prompt", "a" * 17], "17 tokens, more than the model's context of 16")
     fails(capsys, [*run, "--prompt", "Ω"], "Ω")
-    fails(capsys, ["generate", "--run", str(trained.parent / "none")], "no run with checkpoints")
-    fails(capsys, ["generate"], "--run")
+    fails(capsys, ["generate", "--run", str(trained.parent / "none")], "no such file or folder", "a run")
+    fails(capsys, ["generate"], "--run is missing; expected a run's folder such as runs/tiny")
+
+
+def test_generate_writes_several_samples_from_a_prompt_file_up_to_a_stop(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "prompt.txt"
+    path.write_text("the cat\n", encoding="utf-8")
+    args = ["generate", "--run", str(trained), "--prompt-file", str(path), "--max-new-tokens", "12"]
+    assert cli.main([*args, "--num-samples", "3"]) == 0
+    headed = re.split(r"--- (\d) of 3 ---\n", capsys.readouterr().out)
+    assert headed[0::2][0] == ""
+    assert headed[1::2] == ["1", "2", "3"]
+    samples = headed[2::2]
+    assert all(sample.startswith("the cat") for sample in samples)
+    assert len(set(samples)) > 1
+    assert cli.main(args) == 0
+    assert capsys.readouterr().out == samples[0]
+    ends = [samples[0].removeprefix("the cat").rstrip("\n")[-1], "not in it"]
+    assert cli.main([*args, "--stop", ends[0], "--stop", ends[1]]) == 0
+    shorter = capsys.readouterr().out.removesuffix("\n")
+    assert samples[0].startswith(shorter + ends[0])
+    assert ends[0] not in shorter.removeprefix("the cat")
+    fails(capsys, ["generate", "--run", str(trained), "--prompt-file", str(tmp_path / "none")], "none: No such file")
 
 
 def test_damaged_checkpoints_are_noticed(
@@ -250,7 +272,7 @@ def test_damaged_checkpoints_are_noticed(
     assert cli.main(["train", *options(text_file, tmp_path)]) == 0
     run = tmp_path / "small"
     damage(run / "checkpoints" / "30")
-    fails(capsys, ["generate", "--run", str(run), "--step", "30"], "damaged", "SHA-256", "20, 30")
+    fails(capsys, ["generate", "--run", f"{run}@30"], "damaged", "SHA-256", "20, 30")
     assert cli.main(["train", *options(text_file, tmp_path)]) == 0
     assert "going back to an earlier checkpoint" in re.sub(r"\s+", " ", capsys.readouterr().out)
     assert metrics(run) == metrics(trained)
@@ -380,6 +402,17 @@ def test_help_lists_every_key_with_its_default(capsys: pytest.CaptureFixture[str
     out = re.sub(r"\s+", " ", capsys.readouterr().out)
     for key in ("--model.emb_dim", "--optimizer.learning_rate", "--train.epochs", "--resume", "default: 0.004"):
         assert key in out
+
+
+def test_every_command_has_help_at_once() -> None:
+    """No command's module is imported before it is called, and none needs more than its options for its help."""
+    script = "import sys; from slm_jax import cli; cli.main(['--help']); print(*sys.modules)"
+    listed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert not {"jsonargparse", "slm_jax.commands.train", "slm_jax.commands.generate"} & set(listed.split())
+    for name in cli.COMMANDS:
+        assert f"  {name} " in listed
+        with pytest.raises(SystemExit, match="0"):
+            cli.main([name, "--help"])
 
 
 def test_unknown_commands(capsys: pytest.CaptureFixture[str]) -> None:

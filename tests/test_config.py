@@ -1,6 +1,7 @@
 """What must hold of a run's configuration: what is read, what is refused and how, and what identifies a run."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -9,15 +10,13 @@ from slm_jax.config import (
     RunConfig,
     dump_config,
     first_difference,
-    flatten,
-    from_dict,
     identity,
-    load_config,
     parse_args,
     to_dict,
 )
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.model import GPTConfig
+from slm_jax.options import flatten
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -85,7 +84,6 @@ def test_floats_may_be_written_in_any_way(recipe, text):
     path = recipe(f"optimizer:\n  learning_rate: {text}\n  weight_decay: 1\n")
     for config in (
         parse_args(["--config", str(path)]),
-        load_config(path),
         parse_args(["--optimizer.learning_rate", text, "--optimizer.weight_decay", "1"]),
     ):
         assert config.optimizer.learning_rate == 0.001
@@ -94,9 +92,10 @@ def test_floats_may_be_written_in_any_way(recipe, text):
 
 
 def test_text_stays_text(recipe):
-    for prompt in ("5", "true", "{a: b}", "1: 2", "", "\n", "  ", "été"):
+    for prompt in ("5", "true", "{a: b}", "1: 2", "", "\n", "  ", "été", "# Title", "-x"):
         assert parse_args(["--sample.prompt", prompt]).sample.prompt == prompt
-    assert parse_args(["--config", str(recipe('sample: {prompt: "\\n"}'))]).sample.prompt == "\n"
+        path = recipe(f"sample: {json.dumps({'prompt': prompt})}")
+        assert parse_args(["--config", str(path)]).sample.prompt == prompt
 
 
 def test_null_is_for_what_may_be_left_open(recipe):
@@ -117,10 +116,8 @@ CHANGED += ["false", "--data.validation_source", "text:ü.txt", "--sample.prompt
 @pytest.mark.parametrize("args", [[], CHANGED], ids=["defaults", "changed"])
 def test_a_configuration_survives_plain_data_and_yaml(tmp_path, args):
     config = parse_args(args)
-    assert from_dict(to_dict(config)) == config
     path = tmp_path / "config.yaml"
     path.write_text(dump_config(config), encoding="utf-8")
-    assert load_config(path) == config
     assert dataclasses.replace(parse_args(["--config", str(path)]), run=config.run) == config
 
 
@@ -144,7 +141,7 @@ def test_a_dumped_configuration_names_every_key():
         ("optimizer.lerning_rate", "optimizer.learning_rate"),
         ("model.n_head", "model.n_heads"),
         ("batchsize", "train.batch_size"),
-        ("train.batch-size", "train.batch_size"),
+        ("trian.batch_size", "train.batch_size"),
         ("sede", "seed"),
     ],
 )
@@ -155,9 +152,6 @@ def test_a_misspelt_key_is_refused_with_the_nearest(recipe, key, nearest):
     section, _, leaf = key.rpartition(".")
     path = recipe(f"{section}:\n  {leaf}: 5\n" if section else f"{leaf}: 5\n")
     assert refused("--config", path) == f"{path}: {said}"
-    with pytest.raises(InputError, match=f"unknown key {key}; did you mean {nearest}") as error:
-        from_dict({section: {leaf: 5}} if section else {leaf: 5}, "there")
-    assert str(error.value).startswith("there: ")
 
 
 @pytest.mark.parametrize(
@@ -336,9 +330,6 @@ def test_a_file_that_is_no_recipe_is_one_line_that_names_it(recipe, content, exp
     said = refused("--config", path)
     assert said.startswith(f"{path}: ")
     assert expected in said
-    with pytest.raises(InputError) as error:
-        load_config(path)
-    assert str(error.value) == said
 
 
 # Identity and execution
@@ -402,6 +393,23 @@ def test_dtype_is_execution():
     assert identity(config, config.gpt_config(9, "float32")) == identity(config, config.gpt_config(9, "bfloat16"))
 
 
+def test_ids_beyond_the_tokenizer_are_only_padding():
+    config = parse_args(["--model.vocab_size", "128"])
+    assert config.gpt_config(100).unpadded_vocab_size == 100
+    assert config.gpt_config(128).unpadded_vocab_size is None
+    assert RunConfig().gpt_config(100).unpadded_vocab_size is None
+    assert refused("--model.unpadded_vocab_size", "100").startswith("unknown key model.unpadded_vocab_size")
+
+
+def test_a_run_from_before_padding_was_known_goes_on():
+    """Its identity, saved by then, has no such key."""
+    config = parse_args(["--model.vocab_size", "128"])
+    padded = config.gpt_config(100)
+    now = identity(config, padded)
+    assert now == identity(config, dataclasses.replace(padded, unpadded_vocab_size=None))
+    assert "model.unpadded_vocab_size" not in now
+
+
 def test_a_key_that_only_one_side_has_differs():
     assert first_difference({"a": 1}, {"a": 1, "b": 2}) == "b is 2 now and was None"
     assert first_difference({"a": 1, "b": 2}, {"a": 1}) == "b is None now and was 2"
@@ -410,7 +418,8 @@ def test_a_key_that_only_one_side_has_differs():
 
 def test_every_model_field_can_be_set():
     model_keys = {key.removeprefix("model.") for key in flatten(to_dict(RunConfig())) if key.startswith("model.")}
-    assert model_keys == {field.name for field in dataclasses.fields(GPTConfig)} | {"preset"}
+    fields = {field.name for field in dataclasses.fields(GPTConfig)} - {"unpadded_vocab_size"}
+    assert model_keys == fields | {"preset"}
     config = parse_args(["--model.n_layers", "2", "--model.drop_rate", "0.5", "--model.bias", "false"])
     cfg = config.gpt_config(50, "bfloat16")
     assert (cfg.n_layers, cfg.drop_rate, cfg.bias, cfg.dtype, cfg.emb_dim) == (2, 0.5, False, "bfloat16", 128)

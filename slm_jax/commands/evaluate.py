@@ -1,0 +1,118 @@
+"""``slm-jax evaluate``: measure a model."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from slm_jax.commands import use_compile_cache
+from slm_jax.errors import InputError
+from slm_jax.options import check_at_least, parse
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Measure a model on a text, on LAMBADA and on HellaSwag; the figures are printed as JSON.
+
+    Attributes:
+        run: a run's folder such as runs/tiny, or runs/tiny@800 for one of its checkpoints; or GPT-2 weights: a file,
+            a folder or a name such as gpt2.
+        tokenizer: gpt2, or a saved one: its file or folder, or a run's folder; null: the run's own, or GPT-2's.
+        n_heads: attention heads, where weights do not say how many.
+        source: a text to measure the loss on: builtin:python-docs, text:GLOB, named:NAME or tokens:FILE.bin.
+        split: which part of the source, split as pretraining splits it: all, train or validation.
+        validation_fraction: how much of the source is its validation split, 0 to 1.
+        context_length: tokens of a window; null: the model's.
+        stride: tokens from one window to the next, from 1 (slow, each token has the most to look back on) to the
+            context length; null: the context length.
+        lambada: jsonl:FILE with a text in each line, or tfds:lambada.
+        hellaswag: jsonl:FILE in the form of the original files, or tfds:hellaswag.
+        limit: only so many examples of LAMBADA and HellaSwag; null: all.
+        batch_size: sequences computed at a time.
+        out: a file for the JSON; null: it is printed.
+    """
+
+    run: str
+    tokenizer: str | None = None
+    n_heads: int | None = None
+    source: str | None = None
+    split: Literal["all", "train", "validation"] = "all"
+    validation_fraction: float = 0.1
+    context_length: int | None = None
+    stride: int | None = None
+    lambada: str | None = None
+    hellaswag: str | None = None
+    limit: int | None = None
+    batch_size: int = 8
+    out: str | None = None
+
+    def __post_init__(self) -> None:
+        limits = ("n_heads", "context_length", "stride", "limit", "batch_size")
+        check_at_least(vars(self), dict.fromkeys(limits, 1))
+        if not 0 < self.validation_fraction < 1:
+            raise InputError(f"validation_fraction is {self.validation_fraction}; expected a number between 0 and 1")
+        if self.source is self.lambada is self.hellaswag is None:
+            raise InputError("nothing to measure; expected --source, --lambada or --hellaswag")
+
+
+def main(args: Sequence[str]) -> int:
+    """Read the options and run; see ``slm-jax evaluate --help``."""
+    return run(parse(Options, args, "slm-jax evaluate"))
+
+
+def run(options: Options) -> int:
+    """Measure, and print or write the figures; return 0."""
+    from slm_jax.evaluation import to_dict
+    from slm_jax.model import GPTModel
+    from slm_jax.run import load_model
+    from slm_jax.tokenizer import get_tokenizer
+
+    use_compile_cache()
+    tokenizer = None if options.tokenizer is None else get_tokenizer(options.tokenizer)
+    loaded = load_model(options.run, tokenizer, n_heads=options.n_heads)
+    figures: dict[str, Any] = {"run": str(loaded.folder), "step": loaded.step}
+    for name, measure in _measurements(options).items():
+        print(f"{name} …", file=sys.stderr)
+        figures[name] = to_dict(measure(GPTModel(loaded.model_config), loaded.params, loaded.tokenizer))
+    text = json.dumps(figures, indent=2)
+    if options.out is None:
+        print(text)
+    else:
+        _write(Path(options.out), text + "\n")
+        print(f"{options.out} written", file=sys.stderr)
+    return 0
+
+
+def _measurements(options: Options) -> dict[str, Any]:
+    """Return what is to be measured by name, as functions of model, params and tokenizer."""
+    from functools import partial
+
+    from slm_jax.evaluation import evaluate_source, hellaswag, lambada
+
+    chosen: dict[str, Any] = {}
+    if options.source is not None:
+        chosen["text"] = partial(
+            evaluate_source,
+            source=options.source,
+            split=options.split,
+            validation_fraction=options.validation_fraction,
+            context_length=options.context_length,
+            stride=options.stride,
+            batch_size=options.batch_size,
+        )
+    for name, function, source in (("lambada", lambada, options.lambada), ("hellaswag", hellaswag, options.hellaswag)):
+        if source is not None:
+            chosen[name] = partial(function, source=source, batch_size=options.batch_size, limit=options.limit)
+    return chosen
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.partial")
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot write there ({error.strerror}); choose another place with --out") from None

@@ -1,0 +1,74 @@
+"""``slm-jax export``: hand a model to another program."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from slm_jax.options import check_at_least, parse
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Write a model for Hugging Face's transformers, for nanoGPT or for the book's code.
+
+    Attributes:
+        run: a run's folder such as runs/tiny, or runs/tiny@800 for one of its checkpoints; or GPT-2 weights: a file,
+            a folder or a name such as gpt2.
+        out: the folder to write; it must be new or empty.
+        format: huggingface (a folder for GPT2LMHeadModel), nanogpt or book (model.safetensors with their names).
+        tokenizer: gpt2, or a saved one: its file or folder, or a run's folder; null: the run's own, or GPT-2's.
+        n_heads: attention heads, where weights do not say how many.
+    """
+
+    run: str
+    out: str
+    format: Literal["huggingface", "nanogpt", "book"] = "huggingface"
+    tokenizer: str | None = None
+    n_heads: int | None = None
+
+    def __post_init__(self) -> None:
+        check_at_least(vars(self), {"n_heads": 1})
+
+
+def main(args: Sequence[str]) -> int:
+    """Read the options and run; see ``slm-jax export --help``."""
+    return run(parse(Options, args, "slm-jax export"))
+
+
+def run(options: Options) -> int:
+    """Write the folder, and say how to open it; return 0."""
+    from slm_jax.run import load_model
+    from slm_jax.tokenizer import get_tokenizer
+    from slm_jax.weights import save_gpt2
+
+    tokenizer = None if options.tokenizer is None else get_tokenizer(options.tokenizer)
+    loaded = load_model(options.run, tokenizer, n_heads=options.n_heads)
+    folder = save_gpt2(
+        loaded.model_config,
+        loaded.params,
+        options.out,
+        format=options.format,
+        tokenizer=loaded.tokenizer,
+        card=_figures(loaded.folder, loaded.step),
+    )
+    print(f"{options.out} written: {', '.join(sorted(path.name for path in folder.iterdir()))}")
+    if options.format == "huggingface":
+        print(f"open it with: transformers.GPT2LMHeadModel.from_pretrained({options.out!r})")
+    return 0
+
+
+def _figures(folder: Path, step: int | None) -> dict[str, Any]:
+    """Return what the model card says of a run's checkpoint; nothing for other weights."""
+    from slm_jax.training.checkpoint import read_metadata
+
+    if step is None:
+        return {}
+    metadata = read_metadata(folder / "checkpoints", step)
+    loss, config = metadata["validation_loss"], metadata["config"]
+    figures = {
+        "trained on": config.get("data", {}).get("source"),
+        "optimizer steps": f"{step:,}" if config else None,
+        "validation loss (nats a token)": None if loss is None else f"{loss:.4f}",
+    }
+    return {name: value for name, value in figures.items() if value is not None}

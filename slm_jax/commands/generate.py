@@ -1,0 +1,129 @@
+"""``slm-jax generate``: write text."""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from slm_jax.commands import use_compile_cache
+from slm_jax.errors import InputError, MissingInputError
+from slm_jax.options import check_at_least, check_seed, parse
+
+if TYPE_CHECKING:
+    from slm_jax.sampling import Sampling
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Write text with a trained run or GPT-2 weights.
+
+    Attributes:
+        run: a run's folder such as runs/tiny, or runs/tiny@800 for one of its checkpoints; or GPT-2 weights: a file,
+            a folder or a name such as gpt2.
+        tokenizer: gpt2, or a saved one: its file or folder, or a run's folder; null: the run's own, or GPT-2's.
+        n_heads: attention heads, where weights do not say how many.
+        prompt: what the text starts with; empty: the start of a document.
+        prompt_file: a UTF-8 file with the prompt instead; a line break at its end does not count.
+        num_samples: how many texts to write.
+        max_new_tokens: the most tokens to add to the prompt.
+        temperature: below 1 safer, above 1 wilder, 0 always the likeliest token.
+        top_k: how many of the likeliest tokens are drawn from; 0 or null: all.
+        top_p: draw from the likeliest tokens that together have this probability, above 0 to 1; null: all.
+        min_p: draw from tokens at least this share as likely as the likeliest, 0 to 1; null: all.
+        repetition_penalty: above 1 makes tokens that are already in the text less likely; null: none.
+        stop: a text that ends the writing; may be given several times.
+        past_context: when the model's context is full, slide goes on from the latest tokens, stop ends the text.
+        seed: decides the random draws.
+    """
+
+    run: str
+    tokenizer: str | None = None
+    n_heads: int | None = None
+    prompt: str = ""
+    prompt_file: str | None = None
+    num_samples: int = 1
+    max_new_tokens: int = 200
+    temperature: float = 0.8
+    top_k: int | None = 50
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    stop: tuple[str, ...] = ()
+    past_context: Literal["slide", "stop"] = "slide"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_at_least(vars(self), {"n_heads": 1, "num_samples": 1, "max_new_tokens": 1})
+        check_seed(self.seed)
+        self.sampling()
+        if self.prompt and self.prompt_file is not None:
+            raise InputError(f"prompt is {self.prompt!r:.60} and prompt_file {self.prompt_file}; expected only one")
+        if "" in self.stop:
+            raise InputError("stop is empty; expected text, such as a line break")
+
+    def sampling(self) -> "Sampling":
+        """Return how tokens are chosen."""
+        from slm_jax.sampling import Sampling
+
+        return Sampling(self.temperature, self.top_k or None, self.top_p, self.min_p, self.repetition_penalty)
+
+
+def main(args: Sequence[str]) -> int:
+    """Read the options and run; see ``slm-jax generate --help``."""
+    return run(parse(Options, args, "slm-jax generate"))
+
+
+def run(options: Options) -> int:
+    """Print each text as it is written; return 0."""
+    import jax
+
+    from slm_jax.generate import stream_text
+    from slm_jax.model import GPTModel, unstack_blocks
+    from slm_jax.run import load_model
+    from slm_jax.tokenizer import get_tokenizer
+
+    use_compile_cache()
+    prompt = options.prompt if options.prompt_file is None else read_prompt(Path(options.prompt_file))
+    tokenizer = None if options.tokenizer is None else get_tokenizer(options.tokenizer)
+    loaded = load_model(options.run, tokenizer, n_heads=options.n_heads)
+    params = unstack_blocks(loaded.params)
+    texts = [
+        stream_text(
+            GPTModel(loaded.model_config),
+            params,
+            loaded.tokenizer,
+            prompt,
+            options.sampling(),
+            max_new_tokens=options.max_new_tokens,
+            stop=options.stop,
+            past_context=options.past_context,
+            key=jax.random.fold_in(jax.random.key(options.seed), index),
+        )
+        for index in range(options.num_samples)
+    ]
+    checkpoint = "" if loaded.step is None else f", checkpoint of step {loaded.step:,}"
+    print(f"{loaded.folder}{checkpoint}", file=sys.stderr)
+    for number, pieces in enumerate(texts, start=1):
+        if options.num_samples > 1:
+            print(f"--- {number} of {options.num_samples} ---")
+        print(prompt, end="", flush=True)
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print()
+    return 0
+
+
+def read_prompt(path: Path) -> str:
+    """Read a prompt from a UTF-8 file, without the line break that editors put at its end.
+
+    Raises:
+        MissingInputError: no such file.
+        InputError: not UTF-8.
+    """
+    try:
+        return path.expanduser().read_text(encoding="utf-8").removesuffix("\n")
+    except OSError as error:
+        raise MissingInputError(f"{path}: {error.strerror}; expected a text file with the prompt") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 at byte {error.start}; expected a UTF-8 text file") from None

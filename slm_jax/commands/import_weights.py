@@ -1,0 +1,51 @@
+"""``slm-jax import``: GPT-2 weights of another program as a run."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from slm_jax.options import check_at_least, parse
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Make a run of GPT-2 weights: Hugging Face's, nanoGPT's, the book's, or gpt2, gpt2-medium, -large, -xl by name.
+
+    Attributes:
+        source: a file or folder of weights, or a name such as gpt2.
+        run: the new run's name; it must not exist.
+        runs_dir: where runs are kept.
+        tokenizer: gpt2, or a saved one: its file or folder, or a run's folder; null: the weights' own, or GPT-2's.
+        n_heads: attention heads, where weights do not say how many.
+    """
+
+    source: str
+    run: str
+    runs_dir: str = "runs"
+    tokenizer: str | None = None
+    n_heads: int | None = None
+
+    def __post_init__(self) -> None:
+        check_at_least(vars(self), {"n_heads": 1})
+
+
+def main(args: Sequence[str]) -> int:
+    """Read the options and run; see ``slm-jax import --help``."""
+    return run(parse(Options, args, "slm-jax import"))
+
+
+def run(options: Options) -> int:
+    """Write the run, and say what to do with it; return 0."""
+    from slm_jax.config import check_run_name
+    from slm_jax.model import count_params
+    from slm_jax.run import load_model, save_run
+    from slm_jax.tokenizer import get_tokenizer
+
+    check_run_name(options.run)
+    folder = Path(options.runs_dir).expanduser() / options.run
+    tokenizer = None if options.tokenizer is None else get_tokenizer(options.tokenizer)
+    loaded = load_model(options.source, tokenizer, n_heads=options.n_heads)
+    save_run(folder, loaded)
+    print(f"{folder} written: {count_params(loaded.model_config):,} parameters")
+    print(f"next: slm-jax generate --run {folder}")
+    return 0

@@ -1,0 +1,39 @@
+"""``slm-jax train``: pretrain a GPT."""
+
+import sys
+from collections.abc import Sequence
+
+from slm_jax.commands import use_compile_cache
+from slm_jax.config import RunConfig, parse_args
+
+
+def main(args: Sequence[str]) -> int:
+    """Read the options and run; see ``slm-jax train --help``."""
+    return run(parse_args(args))
+
+
+def run(options: RunConfig) -> int:
+    """Train, or go on with a run; return 0, 1 where training diverged, or 128 + the signal that stopped it."""
+    from rich.console import Console
+
+    from slm_jax.tasks import pretraining
+    from slm_jax.training.interrupt import Interrupted, StopRequest
+    from slm_jax.training.loop import TrainingDiverged, train
+    from slm_jax.training.sharding import initialize_distributed
+    from slm_jax.training.start import find_start
+
+    with StopRequest() as stop:
+        try:
+            use_compile_cache()
+            initialize_distributed()
+            start = find_start(options)
+            task = pretraining.build(options, start.tokenizer, stop.check)
+            console = Console(quiet=not start.folder.writes)
+            train(options, task, start, stop, console)
+        except Interrupted as interruption:
+            print(f"slm-jax train: stopped by {interruption}", file=sys.stderr)
+            return 128 + interruption.signum
+        except TrainingDiverged as diverged:
+            print(f"slm-jax train: {diverged}", file=sys.stderr)
+            return 1
+    return 0

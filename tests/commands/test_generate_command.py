@@ -1,0 +1,55 @@
+"""What must hold of ``slm-jax generate``'s options; tests/test_cli.py runs it on a trained model."""
+
+from pathlib import Path
+
+import pytest
+
+from slm_jax import cli
+from slm_jax.commands.generate import Options, read_prompt
+from slm_jax.errors import InputError
+from slm_jax.options import parse
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--num-samples", "0"], "num_samples is 0; expected at least 1"),
+        (["--max-new-tokens", "0"], "max_new_tokens is 0; expected at least 1"),
+        (["--temperature", "-1"], "temperature is -1.0; expected 0"),
+        (["--top-k", "-1"], "top_k is -1; expected at least 1"),
+        (["--top-p", "0"], "top_p is 0.0; expected above 0"),
+        (["--top-p", "1.1"], "top_p is 1.1; expected above 0 and at most 1"),
+        (["--min-p", "-0.1"], "min_p is -0.1; expected 0 to 1"),
+        (["--repetition-penalty", "0"], "repetition_penalty is 0.0; expected above 0"),
+        (["--past-context", "forget"], "past_context is 'forget'; expected one of slide, stop"),
+        (["--seed", "-1"], "seed is -1; expected at least 0"),
+        (["--stop", ""], "stop is empty; expected text"),
+        (["--prompt", "a", "--prompt-file", "b"], "prompt is 'a' and prompt_file b; expected only one"),
+        (["--step", "800"], "unknown key step; did you mean stop?"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_loaded(capsys, args, said):
+    assert cli.main(["generate", "--run", "none", *args]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"slm-jax generate: {said}")
+
+
+@pytest.mark.parametrize("top_k", ["0", "null"])
+def test_top_k_0_and_null_draw_from_all(top_k):
+    options = parse(Options, ["--run", "x", "--top-k", top_k], "slm-jax generate")
+    assert options.sampling().top_k is None
+    assert Options(run="x").sampling().top_k == 50
+
+
+def test_a_prompt_file_is_utf_8_without_its_last_line_break(tmp_path: Path):
+    path = tmp_path / "prompt.txt"
+    for content, prompt in (("é\n\nb\n", "é\n\nb"), ("a\n\n", "a\n"), (" a ", " a "), ("", "")):
+        path.write_bytes(content.encode())
+        assert read_prompt(path) == prompt
+    path.write_bytes(b"caf\xe9")
+    with pytest.raises(InputError, match=r"prompt.txt: not UTF-8 at byte 3; expected"):
+        read_prompt(path)
+    with pytest.raises(FileNotFoundError, match=r"none.txt: No such file or directory; expected a text file"):
+        read_prompt(tmp_path / "none.txt")
+    with pytest.raises(InputError, match="Is a directory"):
+        read_prompt(tmp_path)
