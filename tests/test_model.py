@@ -327,7 +327,7 @@ def test_a_split_stack_computes_the_same(first):
 
 @pytest.mark.parametrize("first", [0, 3, -1])
 def test_a_cut_outside_the_stack_is_refused(first):
-    with pytest.raises(InputError, match=rf"3 blocks after block {first}; expected 1 to 2"):
+    with pytest.raises(InputError, match=rf"cannot cut 3 blocks after \[{first}\]; expected ascending, 1 to 2"):
         split_blocks(random_params(SMALL), first)
 
 
@@ -438,7 +438,7 @@ def one_block(**replaced):
 def branch(params, batch=64):
     """What a block adds to its input, with dropout."""
     x, rngs = jnp.zeros((batch, 16, 24)), {"dropout": jax.random.key(1)}
-    apply = jax.jit(partial(TransformerBlock(DROPPED).apply, mask=None, deterministic=False))
+    apply = jax.jit(partial(TransformerBlock(DROPPED).apply, cache=None, start=None, mask=None, deterministic=False))
     added, _ = apply({"params": params}, x, rngs=rngs)
     return np.asarray(added)
 

@@ -1,0 +1,143 @@
+"""The log-probability of given tokens under a model: the one computation behind every evaluation."""
+
+import functools
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Float32, Int
+
+from slm_jax.errors import InputError
+from slm_jax.model import GPTModel, Params
+from slm_jax.tokenizer import Tokenizer
+
+Pair = tuple[Sequence[int], Sequence[int]]
+
+SHORTEST_BUCKET = 16  # tokens; below it a program of its own costs more than the padding
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def target_logprobs(
+    model: GPTModel, params: Params, inputs: Int[Array, "batch seq"], targets: Int[Array, "batch seq"]
+) -> tuple[Float32[Array, "batch seq"], Bool[Array, "batch seq"]]:
+    """Compute the log-probability (nats) of each target after its input, and whether no id is likelier."""
+    hidden = model.apply({"params": params}, inputs, method="hidden")
+
+    def score(row: tuple[Array, Array]) -> tuple[Array, Array]:
+        hidden, targets = row
+        logits = model.apply({"params": params}, hidden[None], method="logits")[0]
+        chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+        return chosen - jax.nn.logsumexp(logits, axis=-1), logits.argmax(axis=-1) == targets
+
+    return jax.lax.map(score, (hidden, targets))  # row by row: a whole batch of logits would fill the memory
+
+
+def continuation_logprobs(
+    model: GPTModel, params: Params, pairs: Sequence[Pair], batch_size: int = 8
+) -> tuple[Float[np.ndarray, " pairs"], Bool[np.ndarray, " pairs"]]:
+    """Score continuations of contexts, as EleutherAI's lm-evaluation-harness does (its ``loglikelihood``).
+
+    Of a pair that does not fit, the last tokens are kept: ``context_length`` of them go in, and the continuation's
+    last token is only a target. A continuation that is itself longer than the context, where the harness stops, is
+    scored in pieces of ``context_length``, each after all that fits before it.
+
+    Args:
+        model: the model.
+        params: its parameters.
+        pairs: (context ids, continuation ids), neither empty.
+        batch_size: pairs computed at a time.
+
+    Returns:
+        (logprobs, is_greedy), in the order of the pairs: the summed log-probability of each continuation in nats, and
+        whether each of its tokens is the likeliest after what precedes it.
+
+    Raises:
+        InputError: an empty context or continuation; an id outside the vocabulary; a model that gives NaN.
+    """
+    check_batch_size(batch_size)
+    rows = sorted(_rows(model, pairs), key=lambda row: len(row.ids), reverse=True)
+    logprobs, is_greedy = np.zeros(len(pairs)), np.ones(len(pairs), bool)
+    for width, group in itertools.groupby(rows, lambda row: _bucket_width(row, model.cfg.context_length)):
+        bucket = list(group)
+        for first in range(0, len(bucket), batch_size):
+            batch = bucket[first : first + batch_size]
+            inputs = np.zeros((batch_size, width), np.int32)
+            targets = np.zeros((batch_size, width), np.int32)
+            for i, row in enumerate(batch):
+                inputs[i, : len(row.ids) - 1], targets[i, : len(row.ids) - 1] = row.ids[:-1], row.ids[1:]
+            scores, hits = map(np.asarray, target_logprobs(model, params, inputs, targets))
+            for i, row in enumerate(batch):
+                scored = slice(len(row.ids) - 1 - row.n_scored, len(row.ids) - 1)
+                logprobs[row.pair] += scores[i, scored].sum(dtype=np.float64)
+                is_greedy[row.pair] &= hits[i, scored].all()
+    if not np.isfinite(logprobs).all():  # the largest of NaNs would be the first
+        raise InputError(
+            f"the model gives pair {np.argmin(np.isfinite(logprobs))} no finite probability: its weights are damaged, "
+            f"or too large for {model.cfg.dtype}; compute in float32, or take an earlier checkpoint"
+        )
+    return logprobs, is_greedy
+
+
+def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Pair:
+    """Encode a context and its continuation as the lm-evaluation-harness does.
+
+    White space at the context's end moves to the continuation, where a token begins with it; both are encoded as one
+    text and cut where the context's own tokens end. A context without tokens becomes the end-of-text id.
+    """
+    stripped = context.rstrip()
+    context_ids = tokenizer.encode(stripped) if stripped else []
+    continuation_ids = tokenizer.encode(context + continuation)[len(context_ids) :]
+    if not continuation_ids:
+        raise InputError(
+            f"the tokenizer makes no token of {continuation!r:.60} on its own; expected text that it encodes"
+        )
+    return context_ids or [tokenizer.eot_id], continuation_ids
+
+
+def is_truncated(model: GPTModel, pair: Pair) -> bool:
+    """Whether a pair is longer than what the model can look at."""
+    return len(pair[0]) + len(pair[1]) > model.cfg.context_length + 1
+
+
+def check_ids(ids: np.ndarray, vocab_size: int) -> None:
+    """Refuse ids that the model does not have: on the device they would silently become others."""
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        where = int(np.argmax((ids < 0) | (ids >= vocab_size)))
+        raise InputError(
+            f"token {where} has id {ids[where]}, outside the model's vocabulary of {vocab_size}; "
+            "use the tokenizer that the model was trained with"
+        )
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Refuse a batch of nothing."""
+    if batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}; expected at least 1")
+
+
+class _Row(NamedTuple):
+    """At most ``context_length`` + 1 ids, the last ``n_scored`` of which count for a pair."""
+
+    pair: int
+    ids: np.ndarray
+    n_scored: int
+
+
+def _rows(model: GPTModel, pairs: Sequence[Pair]) -> Iterable[_Row]:
+    context_length = model.cfg.context_length
+    for i, (context, continuation) in enumerate(pairs):
+        if not len(context) or not len(continuation):
+            raise InputError(f"pair {i} lacks a context or a continuation; expected at least one token of each")
+        ids = np.array([*context, *continuation], np.int64)
+        check_ids(ids, model.cfg.vocab_size)
+        for start in range(len(context), len(ids), context_length):
+            piece = ids[: start + context_length][-context_length - 1 :]
+            yield _Row(i, piece, min(context_length, len(ids) - start))
+
+
+def _bucket_width(row: _Row, context_length: int) -> int:
+    """Return the power of two that a row is padded to, so that few lengths are compiled for."""
+    return min(max(1 << (len(row.ids) - 2).bit_length(), SHORTEST_BUCKET), context_length)

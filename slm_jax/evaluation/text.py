@@ -1,0 +1,216 @@
+"""Loss, perplexity and bits per byte of a whole text."""
+
+import dataclasses
+import math
+from typing import Literal, get_args
+
+import numpy as np
+from jaxtyping import Integer
+
+from slm_jax.data.corpus import encode_documents, split_at_end_of_text, split_documents
+from slm_jax.data.sources import is_token_source, read_documents, read_tokens
+from slm_jax.errors import InputError, MissingInputError
+from slm_jax.evaluation.logprobs import check_batch_size, check_ids, target_logprobs
+from slm_jax.evaluation.results import perplexity
+from slm_jax.model import GPTModel, Params
+from slm_jax.tokenizer import Tokenizer
+
+Split = Literal["all", "train", "validation"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TextLoss:
+    """The cross-entropy of a text.
+
+    Attributes:
+        loss_sum: nats, over all targets.
+        n_targets: tokens that were predicted: all but the first.
+    """
+
+    loss_sum: float
+    n_targets: int
+
+    @property
+    def loss(self) -> float:
+        """Nats a target."""
+        return self.loss_sum / self.n_targets
+
+    @property
+    def perplexity(self) -> float:
+        """E to the power of the loss."""
+        return perplexity(self.loss)
+
+    def bits_per_byte(self, n_bytes: int) -> float:
+        """Return bits a byte, comparable between tokenizers; ``n_bytes``: of the text in UTF-8."""
+        return self.loss_sum / math.log(2) / n_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceLoss:
+    """The cross-entropy of a source, or of one split of it.
+
+    Attributes:
+        source: as it was named.
+        split: all, train or validation.
+        context_length: tokens of a window.
+        stride: tokens between windows' starts.
+        n_targets: tokens that were predicted: all but the first.
+        n_bytes: of the text in UTF-8; None where the source is tokens.
+        loss: nats a target.
+        perplexity: e to the power of the loss.
+        bits_per_byte: None where the source is tokens.
+    """
+
+    source: str
+    split: str
+    context_length: int
+    stride: int
+    n_targets: int
+    n_bytes: int | None
+    loss: float
+    perplexity: float
+    bits_per_byte: float | None
+
+
+def text_loss(
+    model: GPTModel,
+    params: Params,
+    tokens: Integer[np.ndarray, " tokens"],
+    *,
+    context_length: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 8,
+) -> TextLoss:
+    """Measure the loss of a text of any length, each token but the first a target exactly once.
+
+    A window of ``context_length`` tokens predicts as many targets, one token on; the next window starts ``stride``
+    tokens later, and of its targets only those count that none before had. A small stride gives each target more to
+    look back on (at least ``context_length - stride`` tokens) and costs as many times more.
+
+    Hugging Face's recipe ("Perplexity of fixed-length models") counts a window's last target among its
+    ``max_length`` tokens: it is this one with a ``context_length`` of ``max_length - 1``.
+
+    Args:
+        model: the model.
+        params: its parameters.
+        tokens: 1-D ids.
+        context_length: of a window; default: the model's.
+        stride: 1 to ``context_length``; default: ``context_length``, so that windows do not overlap.
+        batch_size: windows computed at a time.
+
+    Raises:
+        InputError: fewer than two tokens, an id outside the vocabulary, a number out of its range.
+    """
+    context_length, stride = _window(model, context_length, stride)
+    check_batch_size(batch_size)
+    tokens = np.asarray(tokens)
+    if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
+        raise InputError(f"tokens are {tokens.dtype} of shape {tokens.shape}; expected one row of whole-number ids")
+    if tokens.size < 2:
+        raise InputError(f"empty text: {tokens.size} tokens; expected at least 2, as the first is not predicted")
+    check_ids(tokens, model.cfg.vocab_size)
+    n_targets = tokens.size - 1
+    width = min(context_length, n_targets)
+    starts = np.arange(0, max(1, n_targets - context_length + stride), stride)
+    shape = (min(batch_size, len(starts)), width)
+    loss_sum = 0.0
+    for first in range(0, len(starts), batch_size):
+        inputs, targets, counts = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, bool)
+        for i, start in enumerate(starts[first : first + batch_size]):
+            window = tokens[start : start + width + 1]
+            n = window.size - 1
+            inputs[i, :n], targets[i, :n] = window[:-1], window[1:]
+            counts[i, context_length - stride if start else 0 : n] = True
+        logprobs, _ = target_logprobs(model, params, inputs, targets)
+        loss_sum -= float(np.asarray(logprobs)[counts].sum(dtype=np.float64))
+    return TextLoss(loss_sum, n_targets)
+
+
+def evaluate_source(
+    model: GPTModel,
+    params: Params,
+    tokenizer: Tokenizer,
+    source: str,
+    *,
+    split: Split = "all",
+    validation_fraction: float = 0.1,
+    context_length: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 8,
+) -> SourceLoss:
+    """Measure the loss of a source, or of a split of it.
+
+    Documents follow each other with the end-of-text id between them, and the splits are those that pretraining makes
+    of the same source with the same ``validation_fraction``.
+
+    Args:
+        model: the model.
+        params: its parameters.
+        tokenizer: that of the model.
+        source: as for pretraining: ``text:GLOB``, ``named:NAME``, ``builtin:python-docs``, ``tokens:FILE.bin``.
+        split: which part.
+        validation_fraction: how much of the source is the validation split; between 0 and 1.
+        context_length: of a window (:func:`text_loss`).
+        stride: tokens between windows' starts (:func:`text_loss`).
+        batch_size: windows computed at a time.
+
+    Raises:
+        InputError: a source that cannot be read, or that the tokenizer or the model cannot take.
+    """
+    if split not in get_args(Split):
+        raise InputError(f"split is {split!r}; expected one of {', '.join(get_args(Split))}")
+    if not 0 < validation_fraction < 1:
+        raise InputError(f"validation_fraction is {validation_fraction}; expected a number between 0 and 1")
+    context_length, stride = _window(model, context_length, stride)  # before a long read
+    check_batch_size(batch_size)
+    if is_token_source(source):
+        tokens, n_bytes = _token_split(source, tokenizer, split, validation_fraction), None
+    else:
+        tokens, n_bytes = _text_split(source, tokenizer, split, validation_fraction)
+    try:
+        measured = text_loss(model, params, tokens, context_length=context_length, stride=stride, batch_size=batch_size)
+    except InputError as error:
+        raise InputError(f"{source} (split {split}): {error}") from None
+    return SourceLoss(
+        source=source,
+        split=split,
+        context_length=context_length,
+        stride=stride,
+        n_targets=measured.n_targets,
+        n_bytes=n_bytes,
+        loss=measured.loss,
+        perplexity=measured.perplexity,
+        bits_per_byte=None if n_bytes is None else measured.bits_per_byte(n_bytes),
+    )
+
+
+def _token_split(source: str, tokenizer: Tokenizer, split: Split, validation_fraction: float) -> np.ndarray:
+    tokens = read_tokens(source, tokenizer.vocab_size)
+    cut = int(len(tokens) * (1 - validation_fraction))
+    return {"all": tokens, "train": tokens[:cut], "validation": tokens[cut:]}[split]
+
+
+def _text_split(source: str, tokenizer: Tokenizer, split: Split, validation_fraction: float) -> tuple[np.ndarray, int]:
+    """Return the ids and the number of UTF-8 bytes."""
+    documents = split_at_end_of_text(read_documents(source))
+    if split != "all":
+        train, validation = split_documents(documents, validation_fraction)
+        documents = train if split == "train" else validation
+    try:
+        tokens = encode_documents(documents, tokenizer)
+    except MissingInputError:
+        raise
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from None
+    return tokens, sum(len(document.encode()) for document in documents)
+
+
+def _window(model: GPTModel, context_length: int | None, stride: int | None) -> tuple[int, int]:
+    longest = model.cfg.context_length
+    context_length = longest if context_length is None else context_length
+    if not 1 <= context_length <= longest:
+        raise InputError(f"context_length is {context_length}; expected 1 to the model's {longest}")
+    stride = context_length if stride is None else stride
+    if not 1 <= stride <= context_length:
+        raise InputError(f"stride is {stride}; expected 1 to the context length of {context_length}")
+    return context_length, stride

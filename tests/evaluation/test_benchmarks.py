@@ -1,0 +1,238 @@
+"""What must hold of LAMBADA and HellaSwag: texts, choices and figures as the standard scoring has them."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from slm_jax.errors import InputError, MissingInputError
+from slm_jax.evaluation import benchmarks, hellaswag, lambada, to_dict
+from slm_jax.tokenizer import BPETokenizer, CharTokenizer, GPT2Tokenizer
+
+CHARS = "abcdefghij "  # with the end of text 12 ids
+
+
+@pytest.fixture
+def tokenizer():
+    return CharTokenizer().build_vocab(CHARS)
+
+
+@pytest.fixture
+def jsonl(tmp_path):
+    """Write objects, one a line; return the source."""
+
+    def write(*rows):
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return f"jsonl:{tmp_path / 'rows.jsonl'}"
+
+    return write
+
+
+@pytest.fixture
+def texts(monkeypatch):
+    """The texts of the pairs that are scored, context and continuation."""
+    seen = []
+
+    def spy(model, params, pairs, batch_size):
+        seen.extend((bpe.decode(context), bpe.decode(continuation)) for context, continuation in pairs)
+        return -np.arange(1.0, len(pairs) + 1), np.zeros(len(pairs), bool)
+
+    monkeypatch.setattr(benchmarks, "continuation_logprobs", spy)
+    bpe = BPETokenizer()  # bytes: what goes in can be read again
+    return seen
+
+
+# LAMBADA
+
+
+def test_lambada_s_perplexity_is_the_table_s(bigrams, tokenizer, jsonl):
+    rows = ["ab cd ef", "abc de g", "j", "a b c d e f g h i j a b c d e f"]
+    scores = []
+    for text in rows:
+        last = tokenizer.encode(" " + text.split(" ")[-1])
+        before = tokenizer.encode(text)[: -len(last)] or [tokenizer.eot_id]
+        scores.append(bigrams.score([*before, *last], len(last)))
+    result = lambada(bigrams.model, bigrams.params, tokenizer, jsonl(*({"text": text} for text in rows)))
+    assert result.perplexity == pytest.approx(math.exp(-np.mean(scores)), rel=1e-5)
+    assert (result.n_examples, result.n_truncated) == (4, 1)
+
+
+def test_a_hit_is_a_last_word_of_likeliest_tokens_only(bigrams_of, tokenizer, jsonl):
+    logits = np.zeros((len(CHARS) + 1, len(CHARS) + 1))
+    for before, after in ("b ", " c", "cd"):
+        logits[tokenizer.encode(before)[0], tokenizer.encode(after)[0]] = 1.0
+    table = bigrams_of(logits)
+    rows = ["ab c", "ab cd", "j b cd", "ab ce", "ab dd", "abc cd"]  # the last: no space is likely after c
+    result = lambada(table.model, table.params, tokenizer, jsonl(*({"text": text} for text in rows)))
+    assert result.acc == 3 / 6
+    assert result.acc_stderr == pytest.approx(math.sqrt(0.25 / 5))
+
+
+def test_lambada_s_target_is_the_last_word_with_its_space(transformer, jsonl, texts):
+    passages = ["I saw it. “No,” she said\nto Tom", "two  spaces", "one", " end \n"]
+    lambada(transformer.model, transformer.params, BPETokenizer(), jsonl(*({"text": text} for text in passages)))
+    assert texts == [
+        ("I saw it. “No,” she said\nto", " Tom"),
+        ("two", "  spaces"),
+        ("<|endoftext|>", " one"),
+        ("<|endoftext|>", " end"),
+    ]
+
+
+def test_the_number_of_examples_can_be_limited(bigrams, tokenizer, jsonl):
+    rows = [{"text": text} for text in ("ab cd", "ab ce", "cd fg")]
+    two = lambada(bigrams.model, bigrams.params, tokenizer, jsonl(*rows), limit=2)
+    assert two.n_examples == 2
+    assert two.perplexity == lambada(bigrams.model, bigrams.params, tokenizer, jsonl(*rows[:2])).perplexity
+
+
+# HellaSwag
+
+
+def example(**changes):
+    row = {"activity_label": "ab", "ctx_a": "cd", "ctx_b": "e", "endings": ["f", "g"], "label": 0}
+    return {key: value for key, value in {**row, **changes}.items() if value is not None}
+
+
+@pytest.mark.parametrize(
+    ("row", "context", "endings"),
+    [
+        (  # ActivityNet
+            example(activity_label="Roof", ctx_a="A man sits.", ctx_b="he", endings=[" is up. ", "eats"]),
+            "Roof: A man sits. He",
+            [" is up.", " eats"],
+        ),
+        (  # WikiHow
+            example(
+                activity_label="Home and Garden",
+                ctx_a="[header] How to rake [title] Get a rake. [step] Walk.",
+                ctx_b="",
+                endings=["[substeps] Buy [x]one.", "Rake [title] Leaves  [step] all."],
+            ),
+            "Home and Garden: How to rake. Get a rake. Walk.",
+            ["  Buy one.", " Rake. Leaves  all."],  # its two spaces are the harness's
+        ),
+        (example(ctx_b="THE MAN Ran"), "ab: cd The man ran", [" f", " g"]),
+        (example(ctx="cd the man", ctx_a=None, ctx_b=None), "ab: cd the man", [" f", " g"]),
+        (example(ctx="cd the man", ctx_b="the man"), "ab: cd The man", [" f", " g"]),
+    ],
+)
+def test_hellaswag_s_texts_are_the_harness_s(transformer, jsonl, texts, row, context, endings):
+    hellaswag(transformer.model, transformer.params, BPETokenizer(), jsonl(row))
+    assert texts == [(context, ending) for ending in endings]
+
+
+def test_acc_is_by_the_sum_and_acc_norm_by_the_character(bigrams_of, jsonl):
+    tokenizer = CharTokenizer().build_vocab("abcdefgE: ")
+    logits = np.zeros((11, 11))
+    f = tokenizer.encode("f")[0]
+    logits[f, f] = 3.0  # a run of f is likely, its first one no more than anything
+    table = bigrams_of(logits)
+    anything = -math.log(11)
+    g, run_of_f = 2 * anything, 2 * anything + 7 * table.logprobs[f, f]  # each after a space
+    assert g > run_of_f
+    assert g / 1 < run_of_f / 8
+    rows = [example(endings=["g", "ffffffff"], label=label) for label in (0, 1, 0, 0)]
+    result = hellaswag(table.model, table.params, tokenizer, jsonl(*rows), batch_size=3)
+    assert (result.acc, result.acc_norm, result.n_examples, result.n_truncated) == (0.75, 0.25, 4, 0)
+    assert result.acc_stderr == pytest.approx(math.sqrt(0.75 * 0.25 / 3))
+    assert result.acc_norm_stderr == pytest.approx(math.sqrt(0.75 * 0.25 / 3))
+
+
+def test_the_harness_s_length_has_no_leading_space(transformer, jsonl, monkeypatch):
+    monkeypatch.setattr(
+        benchmarks, "continuation_logprobs", lambda *_: (np.array([-1.0, -2.1]), np.zeros(2, bool))
+    )  # a character: -1/1 and -2.1/2; with the space -1/2 and -2.1/3
+    rows = example(endings=["f", "gg"], label=0)
+    assert hellaswag(transformer.model, transformer.params, BPETokenizer(), jsonl(rows)).acc_norm == 1
+    monkeypatch.setattr(benchmarks, "continuation_logprobs", lambda *_: (np.array([-1.0, -1.9]), np.zeros(2, bool)))
+    assert hellaswag(transformer.model, transformer.params, BPETokenizer(), jsonl(rows)).acc_norm == 0
+
+
+def test_examples_may_have_different_numbers_of_endings(transformer, jsonl, monkeypatch):
+    scores = np.array([-1.0, -2, -3, -2, -1, -3, -3, -3, -1])
+    monkeypatch.setattr(benchmarks, "continuation_logprobs", lambda *_: (scores, np.zeros(9, bool)))
+    rows = [example(endings=list("abcdefg"[:n]), label=label) for n, label in ((3, 0), (2, 1), (4, 3))]
+    assert hellaswag(transformer.model, transformer.params, BPETokenizer(), jsonl(*rows)).acc == 1
+
+
+def test_an_ending_that_is_only_brackets_is_never_the_choice(transformer, jsonl):
+    rows = example(endings=["[step]", "ab"], label=1)
+    result = hellaswag(transformer.model, transformer.params, CharTokenizer().build_vocab("abcdeE: "), jsonl(rows))
+    assert result.acc_norm == 1
+
+
+def test_one_example_has_no_standard_error(bigrams, tokenizer, jsonl):
+    result = lambada(bigrams.model, bigrams.params, tokenizer, jsonl({"text": "ab c"}))
+    assert math.isnan(result.acc_stderr)
+    assert json.loads(json.dumps(to_dict(result), allow_nan=False))["acc_stderr"] is None
+
+
+def test_contexts_that_are_too_long_are_scored_by_their_end(bigrams, tokenizer, jsonl):
+    long = lambada(bigrams.model, bigrams.params, tokenizer, jsonl({"text": "ab " * 50 + "cd"}))
+    short = lambada(bigrams.model, bigrams.params, tokenizer, jsonl({"text": "ab cd"}))
+    assert (long.n_truncated, short.n_truncated) == (1, 0)
+    assert long.perplexity == pytest.approx(short.perplexity, rel=1e-5)
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"texts": "a"}, "line 2: no field 'text' but texts"),
+        ({"text": 3}, "line 2: text is 3; expected text"),
+        ({"text": " \n"}, "line 2: text is empty"),
+        ({"text": "a z"}, "line 2: character 'z' at offset 2"),
+    ],
+)
+def test_mistakes_in_lambada_are_named_by_line(bigrams, tokenizer, jsonl, row, message):
+    with pytest.raises(InputError, match=f"rows.jsonl {message}"):
+        lambada(bigrams.model, bigrams.params, tokenizer, jsonl({"text": "a b"}, row))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"activity_label": None}, "no field 'activity_label' but ctx_a, ctx_b, endings, label; add it"),
+        ({"ctx_b": None}, "no field 'ctx_b'"),
+        ({"ctx_a": None}, "no field 'ctx_a'"),
+        ({"ctx_a": ["x"]}, r"ctx_a is \['x'\]; expected text"),
+        ({"endings": None}, "no field 'endings'"),
+        ({"endings": "fg"}, "endings is 'fg'; expected a list of at least two texts"),
+        ({"endings": ["f"]}, "endings is"),
+        ({"endings": ["f", 3]}, "endings is"),
+        ({"endings": ["f", " "]}, "endings is"),
+        ({"label": None}, "has no label; use a labelled split"),
+        ({"label": ""}, "has no label"),
+        ({"label": -1}, "has no label"),
+        ({"label": 2}, "label is 2; expected a number from 0 to 1"),
+        ({"label": "2"}, "label is '2'"),
+        ({"label": True}, "label is True"),
+        ({"label": 0.0}, "label is 0.0"),
+        ({"label": [1]}, r"label is \[1\]"),
+        ({"ctx_a": "xyz"}, "character 'x'"),
+    ],
+)
+def test_mistakes_in_hellaswag_are_named_by_line(bigrams, jsonl, changes, message):
+    tokenizer = CharTokenizer().build_vocab("abcdefgE: ")
+    with pytest.raises(InputError, match=f"rows.jsonl line 2: .*{message}") as error:
+        hellaswag(bigrams.model, bigrams.params, tokenizer, jsonl(example(), example(**changes)))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("label", [1, "1"])
+def test_labels_may_be_text(transformer, jsonl, texts, label):
+    row = example(endings=["fg", "f"], label=label)
+    assert hellaswag(transformer.model, transformer.params, BPETokenizer(), jsonl(row)).acc == 0  # the spy prefers 0
+
+
+def test_a_tokenizer_without_its_files_says_so(bigrams, jsonl, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    with pytest.raises(MissingInputError, match=r"^no files for GPT-2's tokenizer"):
+        lambada(bigrams.model, bigrams.params, GPT2Tokenizer(), jsonl({"text": "a b"}))

@@ -1,0 +1,233 @@
+"""What must hold of a text's loss: each token but the first counts once, after all that its window shows of it."""
+
+import json
+import math
+
+import jax
+import jaxtyping
+import numpy as np
+import pytest
+
+from slm_jax.config import DataConfig, TokenizerConfig
+from slm_jax.data.corpus import load_corpus
+from slm_jax.errors import InputError
+from slm_jax.evaluation import TextLoss, evaluate_source, text_loss, to_dict
+from slm_jax.model import GPTConfig, GPTModel, param_shapes
+from slm_jax.tokenizer import CharTokenizer
+
+CONTEXT, VOCAB = 20, 12
+TOKENS = np.random.default_rng(2).integers(0, VOCAB, 90).astype(np.uint16)
+
+
+def windowed(n_tokens, context_length, stride):
+    """By the definition: each target, and where the first window that has it starts."""
+    return [(target, stride * max(0, math.ceil((target - context_length) / stride))) for target in range(1, n_tokens)]
+
+
+# The definition
+
+
+@pytest.mark.parametrize(
+    ("n_tokens", "context_length", "stride"),
+    [
+        (90, 20, 20),
+        (90, 20, 7),
+        (90, 20, 1),
+        (61, 20, 20),
+        (62, 20, 20),
+        (60, 20, 19),
+        (41, 5, 3),
+        (12, 20, 4),
+        (2, 1, 1),
+    ],
+)
+def test_each_target_counts_once_after_what_its_first_window_shows(transformer, n_tokens, context_length, stride):
+    tokens = TOKENS[:n_tokens]
+    expected = -sum(
+        transformer.next_logprobs(tokens[start:target])[tokens[target]]
+        for target, start in windowed(n_tokens, context_length, stride)
+    )
+    found = text_loss(
+        transformer.model, transformer.params, tokens, context_length=context_length, stride=stride, batch_size=3
+    )
+    assert found.n_targets == n_tokens - 1
+    assert found.loss_sum == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("n_tokens", [2, 3, 20, 21, 22, 41, 46])
+def test_where_the_window_does_not_matter_the_loss_is_the_table_s(bigrams, n_tokens):
+    tokens = TOKENS[:n_tokens]
+    expected = -bigrams.score(tokens, n_tokens - 1)
+    for stride in (1, 6, 20):
+        loss = text_loss(bigrams.model, bigrams.params, tokens, stride=stride, batch_size=4)
+        assert loss.loss_sum == pytest.approx(expected, rel=1e-5)
+
+
+def test_windows_do_not_overlap_by_default_and_are_as_long_as_the_context(transformer, shapes):
+    model, params = transformer.model, transformer.params
+    default = text_loss(model, params, TOKENS)
+    assert default == text_loss(model, params, TOKENS, context_length=CONTEXT, stride=CONTEXT)
+    assert shapes[0] == (5, CONTEXT)  # 89 targets
+
+
+def test_more_to_look_back_on_changes_the_loss(transformer):
+    model, params = transformer.model, transformer.params
+    assert abs(text_loss(model, params, TOKENS, stride=1).loss - text_loss(model, params, TOKENS).loss) > 1e-3
+
+
+def test_the_batch_size_does_not_matter_and_one_shape_is_compiled(transformer, shapes):
+    losses = []
+    for batch_size in (1, 2, 4, 5, 64):
+        shapes.clear()
+        losses.append(text_loss(transformer.model, transformer.params, TOKENS, stride=9, batch_size=batch_size).loss)
+        assert len(set(shapes)) == 1
+    assert max(losses) - min(losses) < 1e-6
+
+
+# Figures
+
+
+def test_a_model_that_knows_nothing_has_the_logarithm_of_its_whole_vocabulary():
+    cfg = GPTConfig(
+        vocab_size=64, context_length=8, emb_dim=8, n_heads=1, n_layers=1, tie_weights=False, unpadded_vocab_size=50
+    )
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), param_shapes(cfg))
+    loss = text_loss(GPTModel(cfg), params, np.arange(41))
+    assert (loss.n_targets, loss.loss) == (40, pytest.approx(math.log(64), rel=1e-6))  # padding ids are in the softmax
+    assert loss.perplexity == pytest.approx(64, rel=1e-5)
+    assert loss.bits_per_byte(80) == pytest.approx(40 * 6 / 80, rel=1e-6)
+
+
+def test_figures_beyond_a_float_are_null_in_json():
+    assert TextLoss(2000.0, 2).perplexity == math.inf
+    found = to_dict(TextLoss(math.nan, 2))
+    assert json.loads(json.dumps(found, allow_nan=False)) == {"loss_sum": None, "n_targets": 2}
+
+
+# Sources
+
+
+@pytest.fixture
+def char_model(random_params):
+    """A tokenizer of characters, and a model for it."""
+    tokenizer = CharTokenizer().build_vocab("abcdefgé \n")
+    cfg = GPTConfig(vocab_size=tokenizer.vocab_size, context_length=8, emb_dim=8, n_heads=1, n_layers=1)
+    return GPTModel(cfg), random_params(cfg), tokenizer
+
+
+@pytest.fixture
+def text_source(tmp_path):
+    (tmp_path / "1.txt").write_text("abc é gé<|endoftext|>fed cab bad" * 3, encoding="utf-8")
+    (tmp_path / "2.txt").write_text("dada geg\n" * 9, encoding="utf-8")
+    return f"text:{tmp_path / '*.txt'}"
+
+
+@pytest.fixture
+def token_source(tmp_path):
+    np.array([1, 2, 3, 4, 5] * 30 + [6] * 13, "<u2").tofile(tmp_path / "ids.bin")
+    return f"tokens:{tmp_path / 'ids.bin'}"
+
+
+@pytest.mark.parametrize("kind", ["text", "tokens"])
+def test_splits_are_those_of_pretraining(char_model, text_source, token_source, kind):
+    model, params, tokenizer = char_model
+    source = text_source if kind == "text" else token_source
+    corpus = load_corpus(DataConfig(source=source, validation_fraction=0.3), TokenizerConfig(), saved=tokenizer)
+    for split in ("train", "validation"):
+        tokens = getattr(corpus, split)
+        result = evaluate_source(model, params, tokenizer, source, split=split, validation_fraction=0.3, stride=5)
+        assert result.n_targets == tokens.size - 1
+        assert result.loss == pytest.approx(text_loss(model, params, tokens, stride=5).loss, rel=1e-6)
+    if kind == "text":
+        assert result.n_bytes == pytest.approx(corpus.bytes_per_token * corpus.validation.size)
+        assert result.bits_per_byte == pytest.approx(result.loss * result.n_targets / math.log(2) / result.n_bytes)
+    else:
+        assert result.n_bytes is None
+        assert result.bits_per_byte is None
+
+
+def test_the_whole_of_a_source_has_the_end_of_text_between_documents(char_model, text_source):
+    model, params, tokenizer = char_model
+    documents = ["abc é gé", *["fed cab badabc é gé"] * 2, "fed cab bad", "dada geg\n" * 9]
+    ids = [tokenizer.encode(document) for document in documents]
+    joined = np.array([id_ for document in ids for id_ in [tokenizer.eot_id, *document]][1:])
+    result = evaluate_source(model, params, tokenizer, text_source)
+    assert result.loss == pytest.approx(text_loss(model, params, joined).loss, rel=1e-6)
+    assert result.n_bytes == sum(len(document.encode()) for document in documents)
+    assert (result.split, result.context_length, result.stride) == ("all", 8, 8)
+    assert json.loads(json.dumps(to_dict(result)))["perplexity"] == pytest.approx(math.exp(result.loss))
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stride": 0}, "stride is 0; expected 1 to the context length of 20"),
+        ({"stride": 21}, "stride is 21"),
+        ({"stride": 6, "context_length": 5}, "stride is 6; expected 1 to the context length of 5"),
+        ({"context_length": 0}, "context_length is 0; expected 1 to the model's 20"),
+        ({"context_length": 21}, "context_length is 21"),
+        ({"batch_size": 0}, "batch_size is 0"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(transformer, options, message):
+    with pytest.raises(InputError, match=message):
+        text_loss(transformer.model, transformer.params, TOKENS, **options)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ([], "empty text: 0 tokens"),
+        ([3], "1 tokens; expected at least 2"),
+        ([3, 12, 1], "token 1 has id 12, outside the model's vocabulary of 12"),
+        ([3, -1], "id -1"),
+    ],
+)
+def test_tokens_that_cannot_be_predicted_are_refused(transformer, tokens, message):
+    with pytest.raises(InputError, match=message):
+        text_loss(transformer.model, transformer.params, np.array(tokens, np.int64))
+
+
+@pytest.mark.parametrize("tokens", [np.zeros((1, 5), np.int32), np.zeros(5)])
+def test_tokens_that_are_no_row_of_ids_are_refused(transformer, monkeypatch, tokens):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # which would refuse them first
+    with pytest.raises(InputError, match=r"tokens are \w+ of shape \(.*\); expected one row"):
+        text_loss(transformer.model, transformer.params, tokens)
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [
+        ("text", {"validation_fraction": 1.0}, "validation_fraction is 1.0"),
+        ("text", {"stride": 0}, "stride is 0"),
+        ("empty", {}, "empty text"),
+        ("foreign", {}, "foreign.txt: character 'z' at offset 1"),
+        ("short", {"split": "validation"}, "split validation.*empty text: 1 tokens"),
+        ("absent", {}, "no such file"),
+    ],
+)
+def test_mistakes_with_a_source_are_named(char_model, text_source, tmp_path, source, options, message):
+    for name, text in (("empty", " \n"), ("foreign", "azb"), ("short", "abcdefg")):
+        (tmp_path / f"{name}.txt").write_text(text)
+    where = text_source if source == "text" else f"text:{tmp_path / source}.txt"
+    with pytest.raises(InputError, match=message) as error:
+        evaluate_source(*char_model, where, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_a_split_of_another_name_is_refused(char_model, text_source, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # which would refuse it first
+    with pytest.raises(InputError, match="split is 'test'; expected one of all, train, validation"):
+        evaluate_source(*char_model, text_source, split="test")
+
+
+def test_a_tokenizer_of_another_model_is_refused(char_model, text_source):
+    model, params, _ = char_model
+    larger = CharTokenizer().build_vocab("abcdefgé \nABCDEF")
+    with pytest.raises(
+        InputError, match=r"\*\.txt \(split all\): token \d+ has id \d+, outside the model's vocabulary"
+    ):
+        evaluate_source(model, params, larger, text_source)
