@@ -1,9 +1,23 @@
-"""A GPT from scratch in JAX: tokenizers, attention, models, pretraining, and text from what was trained."""
+"""A GPT from scratch in JAX: tokenizers, attention, models, pretraining, GPT-2 weights, and text from all of them."""
 
 from slm_jax.generate import generate
-from slm_jax.model import GPTConfig, GPTModel, get_gpt_config
-from slm_jax.run import Run, load_run
+from slm_jax.model import GPTConfig, GPTModel, get_gpt_config, init_cache, unstack_blocks
+from slm_jax.run import Run, load_model, load_run
 from slm_jax.tokenizer import get_tokenizer
+from slm_jax.weights import load_gpt2, save_gpt2
 
 __version__ = "0.1.0"
-__all__ = ["GPTConfig", "GPTModel", "Run", "generate", "get_gpt_config", "get_tokenizer", "load_run"]
+__all__ = [
+    "GPTConfig",
+    "GPTModel",
+    "Run",
+    "generate",
+    "get_gpt_config",
+    "get_tokenizer",
+    "init_cache",
+    "load_gpt2",
+    "load_model",
+    "load_run",
+    "save_gpt2",
+    "unstack_blocks",
+]

@@ -1,29 +1,39 @@
-"""A finished or unfinished run, read back from its folder."""
+"""A model with its tokenizer: a run, read back from its folder, or any GPT-2 weights."""
 
 import dataclasses
+import hashlib
+import json
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+
 from slm_jax.errors import InputError, MissingInputError
-from slm_jax.model import GPTConfig, Params, param_shapes
-from slm_jax.tokenizer import Tokenizer, tokenizer_from_dict
-from slm_jax.training.checkpoint import best_step, load_params, read_metadata, saved_steps
+from slm_jax.model import GPTConfig, Params
+from slm_jax.tokenizer import FILE_NAME, GPT2Tokenizer, Tokenizer, load_tokenizer, tokenizer_from_dict
+from slm_jax.training.checkpoint import Checkpoints
 from slm_jax.training.hardware import best_dtype
+from slm_jax.training.step import TrainState
+from slm_jax.weights.files import read_json
+from slm_jax.weights.load import find_weights, load_gpt2
+from slm_jax.weights.ours import find_checkpoint, read_checkpoint
+from slm_jax.weights.save import new_folder
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A model with its tokenizer, from one checkpoint.
+    """A model with its tokenizer.
 
     Attributes:
-        folder: the run's folder.
-        step: the checkpoint's step.
+        folder: the run's folder, or the weights' file or folder.
+        step: the checkpoint's step; None: weights that are no checkpoint of ours.
         model_config: the model's configuration, computing in this device's dtype.
         params: the model's parameters.
-        tokenizer: the run's tokenizer.
+        tokenizer: the model's tokenizer.
     """
 
     folder: Path
-    step: int
+    step: int | None
     model_config: GPTConfig
     params: Params
     tokenizer: Tokenizer
@@ -33,35 +43,104 @@ def load_run(folder: str | Path, step: int | str = "best") -> Run:
     """Load a run's model and tokenizer.
 
     Args:
-        folder: such as ``runs/tiny``.
+        folder: such as ``runs/tiny``, or ``runs/tiny@800`` with the step.
         step: a step, ``"best"`` (the lowest validation loss) or ``"latest"``.
 
     Raises:
         MissingInputError: no run there, or no checkpoint of that step.
         InputError: a damaged checkpoint; a step that is none.
     """
-    folder = Path(folder).expanduser()
-    checkpoints = folder / "checkpoints"
-    steps = saved_steps(checkpoints)
-    if not steps:
+    checkpoint = find_checkpoint(folder, step)
+    if checkpoint is None:
         raise MissingInputError(f"{folder}: no run with checkpoints there; expected a folder such as runs/tiny")
-    if step == "best":
-        chosen = best_step(checkpoints)
-        assert chosen is not None
-    elif step == "latest":
-        chosen = steps[-1]
-    else:
-        try:
-            chosen = int(step)
-        except ValueError:
-            raise InputError(f"step is {step!r}; expected a number, best or latest") from None
-    if chosen not in steps:
-        raise MissingInputError(
-            f"{checkpoints}: no checkpoint of step {chosen}; there are {', '.join(map(str, steps))}"
+    return _from_checkpoint(*checkpoint, None)
+
+
+def load_model(source: str | Path, tokenizer: Tokenizer | None = None, *, n_heads: int | None = None) -> Run:
+    """Load a model and its tokenizer from anything that :func:`slm_jax.weights.load_gpt2` takes.
+
+    Args:
+        source: a run, a checkpoint, a file or folder of weights, or a name such as ``gpt2``.
+        tokenizer: the model's; None: the run's, the one saved in the folder, or GPT-2's if the vocabulary is GPT-2's.
+        n_heads: attention heads, where the weights do not state them and are of none of OpenAI's four shapes.
+
+    Raises:
+        MissingInputError: nothing there, or a download that is not possible.
+        InputError: weights that are damaged or not GPT-2's; no tokenizer, or one with more ids than the model.
+    """
+    checkpoint = find_checkpoint(source)
+    if checkpoint is not None:
+        return _from_checkpoint(*checkpoint, tokenizer)
+    path = find_weights(source)
+    cfg, params = load_gpt2(path, n_heads=n_heads, dtype=best_dtype())
+    tokenizer = tokenizer or _find_tokenizer(path, cfg)
+    return Run(path, None, _with_vocabulary(cfg, tokenizer, path), params, tokenizer)
+
+
+def save_run(folder: Path, run: Run) -> None:
+    """Write a model as a run with one checkpoint, of step 0, which has no optimizer's state to go on with.
+
+    Raises:
+        InputError: a folder in use, or one that cannot be written.
+    """
+    state = TrainState(step=jnp.int32(0), trainable=run.params, opt_state=(), key=jax.random.key(0))
+    metadata = {
+        "config": {},
+        "model": dataclasses.asdict(run.model_config),
+        "identity": {"task": "imported weights"},  # equal to that of no training
+        "tokenizer": run.tokenizer.to_dict(),
+    }
+    with new_folder(folder) as partial:
+        run.tokenizer.save(partial / "tokenizer")
+        with Checkpoints(partial / "checkpoints") as checkpoints:
+            checkpoints.save(state, metadata)
+
+
+def _from_checkpoint(folder: Path, step: int, tokenizer: Tokenizer | None) -> Run:
+    cfg, params, metadata = read_checkpoint(folder, step, best_dtype())
+    tokenizer = tokenizer or tokenizer_from_dict(metadata["tokenizer"])
+    return Run(folder, step, _with_vocabulary(cfg, tokenizer, folder), params, tokenizer)
+
+
+def _with_vocabulary(cfg: GPTConfig, tokenizer: Tokenizer, path: Path) -> GPTConfig:
+    if tokenizer.vocab_size > cfg.vocab_size:
+        raise InputError(
+            f"{path}: the model has a vocabulary of {cfg.vocab_size} and the tokenizer of {tokenizer.vocab_size}; "
+            "pass the tokenizer that the model was trained with"
         )
-    metadata = read_metadata(checkpoints, chosen)
-    # Its shape, not how it was executed: that was for another device, perhaps.
-    execution = {"dtype": best_dtype(), "attention": "auto", "remat": "none", "unroll": None}
-    cfg = GPTConfig(**{**metadata["model"], **execution})
-    params = load_params(checkpoints, chosen, param_shapes(cfg))
-    return Run(folder, chosen, cfg, params, tokenizer_from_dict(metadata["tokenizer"]))
+    padded = tokenizer.vocab_size < cfg.vocab_size
+    return dataclasses.replace(cfg, unpadded_vocab_size=tokenizer.vocab_size if padded else None)
+
+
+# Of GPT-2's vocabulary, {token: id}: the JSON with sorted keys and no spaces.
+_GPT2_VOCABULARY = "e35d8b86ebd35ebd260d040aa455e09759f7e675f4dbb7f3d727516f27eca190"
+
+
+def _find_tokenizer(path: Path, cfg: GPTConfig) -> Tokenizer:
+    """Return the tokenizer that lies beside weights, or GPT-2's where nothing speaks against it."""
+    folder = path if path.is_dir() else path.parent
+    saved = folder / "tokenizer" / FILE_NAME
+    if saved.is_file():
+        return load_tokenizer(saved)
+    vocab_size = cfg.unpadded_vocab_size or cfg.vocab_size
+    if vocab_size != GPT2Tokenizer().vocab_size:
+        raise InputError(
+            f"{path}: no tokenizer with these weights, and a vocabulary of {vocab_size} is not GPT-2's; "
+            f"pass the tokenizer, or save it as {saved}"
+        )
+    vocabulary = _vocabulary(folder)
+    if vocabulary is not None:
+        canonical = json.dumps(vocabulary, sort_keys=True, separators=(",", ":"))
+        if hashlib.sha256(canonical.encode()).hexdigest() != _GPT2_VOCABULARY:
+            raise InputError(f"{folder}: its tokenizer is as large as GPT-2's and not GPT-2's; pass the tokenizer")
+    return GPT2Tokenizer()
+
+
+def _vocabulary(folder: Path) -> object:
+    """Return the vocabulary that Hugging Face's tokenizer files in a folder hold; None without such files."""
+    if (folder / "vocab.json").is_file():
+        return read_json(folder / "vocab.json")
+    if (folder / "tokenizer.json").is_file():
+        model = read_json(folder / "tokenizer.json").get("model")
+        return model.get("vocab") if isinstance(model, dict) else model
+    return None

@@ -1,0 +1,106 @@
+"""Hugging Face's GPT-2: names, configuration, and the files of a folder that ``transformers`` opens.
+
+Its ``Conv1D`` stores weights as (in, out), like ours. Source: ``transformers``, ``GPT2LMHeadModel`` and ``GPT2Config``.
+"""
+
+import re
+from typing import Any
+
+from slm_jax.errors import InputError
+from slm_jax.model import GPTConfig
+from slm_jax.weights.files import Tensor, TensorFiles, read_json
+from slm_jax.weights.names import NameMap, Slot, expand, shape_fields
+
+NAME = "Hugging Face"
+EMBEDDING = "wte.weight"
+HEAD = "lm_head.weight"
+TOP: NameMap = {
+    EMBEDDING: Slot("tok_emb/embedding"),
+    "wpe.weight": Slot("pos_emb/embedding"),
+    "ln_f.weight": Slot("final_norm/scale"),
+    "ln_f.bias": Slot("final_norm/bias"),
+    HEAD: Slot("out_head/kernel", transpose=True),
+}
+BLOCK: NameMap = {
+    "ln_1.weight": Slot("norm1/scale"),
+    "ln_1.bias": Slot("norm1/bias"),
+    "attn.c_attn.weight": Slot("attn/qkv/kernel"),
+    "attn.c_attn.bias": Slot("attn/qkv/bias"),
+    "attn.c_proj.weight": Slot("attn/out_proj/kernel"),
+    "attn.c_proj.bias": Slot("attn/out_proj/bias"),
+    "ln_2.weight": Slot("norm2/scale"),
+    "ln_2.bias": Slot("norm2/bias"),
+    "mlp.c_fc.weight": Slot("ff/fc/kernel"),
+    "mlp.c_fc.bias": Slot("ff/fc/bias"),
+    "mlp.c_proj.weight": Slot("ff/proj/kernel"),
+    "mlp.c_proj.bias": Slot("ff/proj/bias"),
+}
+# What changes the function that the model computes, and the only values that ours computes.
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "model_type": ("gpt2",),
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "layer_norm_epsilon": (1e-5,),
+    "add_cross_attention": (False,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+}
+_FIELDS = {
+    "vocab_size": "vocab_size",
+    "n_positions": "context_length",
+    "n_embd": "emb_dim",
+    "n_layer": "n_layers",
+    "n_head": "n_heads",
+    "num_attention_heads": "n_heads",
+}
+
+
+def clean(name: str) -> str | None:
+    """Return a tensor's name as the map has it; None for a buffer that is no weight."""
+    name = name.removeprefix("transformer.")
+    if re.fullmatch(r"h\.\d+\.attn\.(bias|masked_bias)", name):  # the causal mask; not attn.c_attn.bias
+        return None
+    return re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))
+
+
+def qkv_weight(files: TensorFiles) -> Tensor | None:
+    """Return some block's projection to query, key and value, whose shape tells (in, out) from (out, in)."""
+    found = (tensor for name, tensor in files.tensors.items() if re.fullmatch(r"h\.\d+\.attn\.c_attn\.weight", name))
+    return next(found, None)
+
+
+def recognise(files: TensorFiles) -> bool:
+    """Whether these cleaned tensors are GPT-2's with weights as (in, out)."""
+    weight = qkv_weight(files)
+    return weight is not None and (len(weight.shape) != 2 or weight.shape[0] < weight.shape[1])
+
+
+def shapes(files: TensorFiles) -> dict[str, Any]:
+    """Return the GPTConfig fields that the shapes tell: all but the number of heads."""
+    return {**shape_fields(files.shapes, EMBEDDING, "wpe.weight", "h"), "bias": True, "qkv_bias": True}
+
+
+def stated(files: TensorFiles) -> dict[str, Any]:
+    """Return the GPTConfig fields that ``config.json`` states; dropout is left to whoever trains on.
+
+    Raises:
+        InputError: a configuration that GPTModel does not compute.
+    """
+    file = files.file.parent / "config.json"
+    if not file.is_file():
+        return {}
+    content = read_json(file)
+    for key, allowed in _FIXED.items():
+        if key in content and content[key] not in allowed:
+            expected = " or ".join(map(repr, allowed))
+            raise InputError(f"{file}: {key} is {content[key]!r}; expected {expected}: slm_jax computes nothing else")
+    fields = {field: content[key] for key, field in _FIELDS.items() if content.get(key) is not None}
+    if content.get("n_inner") is not None and content["n_inner"] != 4 * files.shapes.get(EMBEDDING, (0, 0))[-1]:
+        raise InputError(f"{file}: n_inner is {content['n_inner']!r}; expected null or 4 times n_embd")
+    if content.get("tie_word_embeddings") is False:
+        fields["tie_weights"] = False
+    return fields
+
+
+def names(cfg: GPTConfig) -> NameMap:
+    """Return the name map of a model."""
+    return expand(cfg, TOP, BLOCK, "h.{}.")

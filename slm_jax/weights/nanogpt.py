@@ -1,0 +1,51 @@
+"""nanoGPT's ``ckpt.pt``: Hugging Face's names, with weights as PyTorch's ``Linear`` has them, (out, in).
+
+``bias=False`` drops every bias. Source: karpathy/nanoGPT, ``model.py`` and ``train.py``.
+"""
+
+import dataclasses
+from typing import Any
+
+from slm_jax.model import GPTConfig
+from slm_jax.weights import huggingface
+from slm_jax.weights.files import TensorFiles
+from slm_jax.weights.names import NameMap, expand
+
+NAME = "nanoGPT"
+EMBEDDING = huggingface.EMBEDDING
+HEAD = huggingface.HEAD
+_FIELDS = {
+    "vocab_size": "vocab_size",
+    "block_size": "context_length",
+    "n_embd": "emb_dim",
+    "n_head": "n_heads",
+    "n_layer": "n_layers",
+    "bias": "bias",
+}
+
+clean = huggingface.clean
+
+
+def recognise(files: TensorFiles) -> bool:
+    """Whether these cleaned tensors are GPT-2's with weights as (out, in)."""
+    return huggingface.qkv_weight(files) is not None and not huggingface.recognise(files)
+
+
+def shapes(files: TensorFiles) -> dict[str, Any]:
+    """Return the GPTConfig fields that the shapes tell: all but the number of heads."""
+    bias = any(name.endswith(".bias") for name in files.tensors)
+    return {**huggingface.shapes(files), "bias": bias}
+
+
+def stated(files: TensorFiles) -> dict[str, Any]:
+    """Return the GPTConfig fields that ``model_args`` states; dropout is left to whoever trains on."""
+    return {field: files.model_args[key] for key, field in _FIELDS.items() if key in files.model_args}
+
+
+def names(cfg: GPTConfig) -> NameMap:
+    """Return the name map of a model."""
+    block = {
+        name: dataclasses.replace(slot, transpose=slot.path.endswith("kernel"))
+        for name, slot in huggingface.BLOCK.items()
+    }
+    return expand(cfg, huggingface.TOP, block, "h.{}.")

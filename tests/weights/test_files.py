@@ -1,0 +1,220 @@
+"""What must hold of bad weights: one line that names the file, the tensor or key, and what to do."""
+
+import json
+import struct
+
+import numpy as np
+import pytest
+from foreign_files import CONFIG, VOCAB, WIDTH, book, huggingface, nanogpt, write, write_shards
+
+from slm_jax.errors import InputError, MissingInputError
+from slm_jax.weights import load_gpt2
+
+
+def refusal(source, kind=InputError, **kwargs):
+    with pytest.raises(InputError) as caught:
+        load_gpt2(source, **kwargs)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert isinstance(caught.value, kind)
+    return message
+
+
+def changed(**tensors):
+    """Hugging Face's tensors with some replaced, `None` taken out; underscores in front are dots."""
+    merged = huggingface() | {name.replace("__", "."): tensor for name, tensor in tensors.items()}
+    return {name: tensor for name, tensor in merged.items() if tensor is not None}
+
+
+def damaged(value):
+    tensor = huggingface()["h.1.mlp.c_fc.weight"]
+    tensor[3, 5] = value
+    return tensor
+
+
+@pytest.mark.parametrize(
+    ("tensors", "expected"),
+    [
+        (changed(h__1__ln_2__bias=None), "tensor h.1.ln_2.bias is missing"),
+        (
+            changed(h__0__mlp__c_fc__bias=None, h__1__mlp__c_fc__bias=None),
+            "h.0.mlp.c_fc.bias, h.1.mlp.c_fc.bias are mi",
+        ),
+        (changed(wte__weight=None), "wte.weight"),
+        (changed(h__0__attn__c_attn__weight=None), "tensor h.0.attn.c_attn.weight is missing"),
+        (changed(score__weight=np.ones((2, WIDTH), np.float32)), "tensor score.weight is unknown"),
+        (changed(h__0__attn__c_attn__bia=np.ones(3, np.float32)), "h.0.attn.c_attn.bia is unknown"),
+        (changed(h__1__ln_1__bias=np.ones(WIDTH + 1, np.float32)), f"h.1.ln_1.bias has the shape ({WIDTH + 1},)"),
+        (changed(h__1__mlp__c_fc__weight=damaged(0).T), "h.1.mlp.c_fc.weight has the shape"),
+        (changed(h__1__mlp__c_fc__weight=damaged(np.nan)), "h.1.mlp.c_fc.weight holds NaN"),
+        (changed(h__1__mlp__c_fc__weight=damaged(-np.inf)), "h.1.mlp.c_fc.weight holds NaN"),
+        (changed(h__0__ln_1__weight=np.ones(WIDTH, np.int32)), "h.0.ln_1.weight is I32"),
+        (changed(transformer__wpe__weight=huggingface()["wpe.weight"]), "wpe.weight"),
+        (changed(h__0__ln_1__gamma=np.ones(WIDTH, np.float32)), "h.0.ln_1.weight once"),
+        (changed(lm_head__weight=np.ones((VOCAB - 1, WIDTH), np.float32)), "lm_head.weight has the shape"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_wrong_tensor_is_named(tensors, expected, tmp_path):
+    message = refusal(write(tmp_path, tensors, CONFIG))
+    assert message.startswith(str(tmp_path / "model.safetensors"))
+    assert expected in message
+
+
+def test_what_a_narrower_dtype_cannot_hold_is_said(tmp_path):
+    folder = write(tmp_path, changed(h__1__mlp__c_fc__weight=damaged(1e6)), CONFIG)
+    assert "h.1.mlp.c_fc.weight is too large for float16" in refusal(folder, param_dtype="float16")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model_type", "llama"),
+        ("activation_function", "relu"),
+        ("layer_norm_epsilon", 1e-6),
+        ("n_inner", 3 * WIDTH),
+        ("add_cross_attention", True),
+        ("scale_attn_weights", False),
+        ("scale_attn_by_inverse_layer_idx", True),
+        ("vocab_size", VOCAB + 1),
+        ("n_layer", 3),
+        ("n_layer", 10**12),
+        ("n_embd", 24),
+        ("n_positions", "10"),
+        ("n_head", 5),
+        ("n_head", "3"),
+    ],
+)
+def test_a_configuration_that_is_not_computed_or_does_not_fit_is_named(key, value, tmp_path):
+    ours = {"n_layer": "n_layers", "n_embd": "emb_dim", "n_positions": "context_length", "n_head": "n_heads"}
+    message = refusal(write(tmp_path, huggingface(), CONFIG | {key: value}))
+    assert str(tmp_path) in message
+    assert ours.get(key, key) in message
+    assert str(value) in message
+
+
+def test_a_config_json_that_is_none(tmp_path):
+    folder = write(tmp_path, huggingface(), CONFIG)
+    for text in ("", "{", "[1]", '{"n_head": 3, "n_head": 4}', "[" * 100_000):
+        (folder / "config.json").write_text(text)
+        assert "config.json" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        ("transformer.h.0.attn.attn.weight", "LitGPT"),
+        ("transformer.h.0.norm_1.weight", "LitGPT"),
+        ("model.layers.0.self_attn.q_proj.weight", "LLaMA"),
+        ("layers.0.attention.wq.weight", "LLaMA"),
+        ("bert.encoder.layer.0.attention.self.query.weight", "BERT"),
+        ("roberta.encoder.layer.0.attention.self.query.weight", "BERT"),
+        ("distilbert.transformer.layer.0.attention.q_lin.weight", "DistilBERT"),
+        ("gpt_neox.layers.0.attention.query_key_value.weight", "NeoX"),
+        ("transformer.h.0.attn.attention.q_proj.weight", "GPT-Neo"),
+        ("transformer.h.0.attn.q_proj.weight", "GPT-J"),
+        ("model.decoder.layers.0.self_attn.q_proj.weight", "OPT"),
+        ("base_model.model.transformer.h.0.attn.c_attn.lora_A.weight", "LoRA"),
+        ("something.else", "something.else"),
+    ],
+)
+def test_other_models_are_refused_by_name(name, family, tmp_path):
+    message = refusal(write(tmp_path, {name: np.ones((4, 4), np.float32)}))
+    assert family in message
+    assert str(tmp_path) in message
+
+
+def test_config_json_names_a_model_whose_tensors_say_nothing(tmp_path):
+    assert "'mamba'" in refusal(write(tmp_path, {"x": np.ones(2, np.float32)}, {"model_type": "mamba"}))
+
+
+HEADER = b'{"wte.weight":{"dtype":"F32","shape":[2,2],"data_offsets":[0,16]}}'
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", "0 bytes"),
+        (b"\n<!DOCTYPE html><html><head><title>404</title></head></html>", "HTML page"),
+        (b"<html>hello</html>", "HTML page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n", "git lfs pull"),
+        (b"GGUF\x03\x00\x00\x00 and so on", "GGUF"),
+        (b"\x89HDF\r\n\x1a\n and so on", "HDF5"),
+        (b"just some text that is long enough", "neither a safetensors nor"),
+        (struct.pack("<Q", len(HEADER)) + HEADER + bytes(15), "damaged safetensors"),
+        (struct.pack("<Q", len(HEADER)) + HEADER + bytes(17), "damaged safetensors"),
+        (struct.pack("<Q", 1 << 50) + HEADER + bytes(16), "damaged safetensors"),
+        (struct.pack("<Q", len(HEADER)) + HEADER.replace(b"[2,2]", b"[2,3]") + bytes(16), "damaged safetensors"),
+        (struct.pack("<Q", len(HEADER)) + HEADER.replace(b"[0,16]", b"[8,24]") + bytes(24), "damaged safetensors"),
+        (struct.pack("<Q", len(HEADER)) + HEADER[:-2] + b"  " + bytes(16), "damaged safetensors"),
+    ],
+    ids=["empty", "html", "html2", "lfs", "gguf", "hdf5", "text", "short", "long", "huge", "shape", "offsets", "cut"],
+)
+def test_a_file_that_is_no_weights_is_named(content, expected, tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(content)
+    message = refusal(file)
+    assert message.startswith(str(file))
+    assert expected in message
+
+
+def test_what_is_not_there_is_named(tmp_path):
+    assert str(tmp_path / "none") in refusal(tmp_path / "none", MissingInputError)
+    assert "no weights in this folder" in refusal(tmp_path, MissingInputError)
+    (tmp_path / "tf_model.h5").touch()
+    assert "save_pretrained" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "shard", ["../model-00001-of-00002.safetensors", "/etc/model.safetensors", "a/b.safetensors", "c:x.safetensors", 7]
+)
+def test_an_index_cannot_lead_out_of_its_folder(shard, tmp_path):
+    folder = write_shards(tmp_path, huggingface())
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["wte.weight"] = shard
+    index.write_text(json.dumps(content))
+    message = refusal(folder)
+    assert message.startswith(str(index))
+    assert repr(shard) in message
+
+
+def test_shards_and_their_index_must_agree(tmp_path):
+    folder = write_shards(tmp_path / "a", huggingface())
+    first, second = sorted(folder.glob("*.safetensors"))
+    index = folder / "model.safetensors.index.json"
+    good = index.read_text()
+
+    index.write_text(good.replace('"h.0.ln_1.bias"', '"h.9.ln_1.bias"'))
+    assert "tensor h.9.ln_1.bias is not in it" in refusal(folder)
+    index.write_text(good.replace(f'"wte.weight": "{second.name}"', f'"wte.weight": "{first.name}"'))
+    assert f"{first}: tensor wte.weight is not in it" in refusal(folder)
+    index.write_text('{"weight_map": {}}')
+    assert "weight_map" in refusal(folder)
+    index.write_text(good)
+    kept = second.read_bytes()
+    second.unlink()
+    assert str(second) in refusal(folder, MissingInputError)
+    second.write_bytes(first.read_bytes())
+    assert "expected it once" in refusal(folder)
+    second.write_bytes(kept[:-1])
+    assert f"{second}: a damaged safetensors" in refusal(folder)
+
+
+def test_a_pickle_without_torch_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "torch", None)  # as if it were not installed
+    for name, content in (("ckpt.pt", b"PK\x03\x04" + bytes(60)), ("model.pth", b"\x80\x02}q\x00." + bytes(60))):
+        (tmp_path / name).write_bytes(content)
+        message = refusal(tmp_path / name)
+        assert name in message
+        assert "slm-jax[torch]" in message
+        assert "safetensors" in message
+
+
+def test_a_suffix_says_nothing(tmp_path):
+    write(tmp_path, nanogpt())
+    (tmp_path / "model.safetensors").rename(tmp_path / "weights.pt")
+    assert load_gpt2(tmp_path / "weights.pt", n_heads=3)[0].n_layers == 2
+    write(tmp_path, book())
+    (tmp_path / "model.safetensors").rename(tmp_path / "model.bin")
+    assert load_gpt2(tmp_path / "model.bin", n_heads=3)[0].n_layers == 2

@@ -1,0 +1,136 @@
+"""What must hold of weights by name: found here first, downloaded once, checked, and offline said at once."""
+
+import hashlib
+import http.server
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from foreign_files import CONFIG, huggingface, write
+
+from slm_jax.errors import InputError, MissingInputError
+from slm_jax.weights import load_gpt2
+from slm_jax.weights.hub import PINS
+
+MEDIUM = PINS["gpt2-medium"].revision
+
+
+@pytest.fixture(autouse=True)
+def nothing_here(tmp_path, monkeypatch):
+    """No data folder, an empty cache, and a server that refuses connections."""
+    from huggingface_hub import constants
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.delenv("SLM_JAX_DATA", raising=False)
+    monkeypatch.chdir(tmp_path)
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
+
+
+def put_in_cache(folder, repository, revision, content):
+    """A file as Hugging Face's cache keeps it: under its SHA-256, with a link from the snapshot."""
+    blob = folder / f"models--{repository.replace('/', '--')}" / "blobs" / hashlib.sha256(content).hexdigest()
+    blob.parent.mkdir(parents=True)
+    blob.write_bytes(content)
+    link = blob.parent.parent / "snapshots" / revision / "model.safetensors"
+    link.parent.mkdir(parents=True)
+    link.symlink_to(blob)
+    return blob
+
+
+@pytest.fixture
+def weights(tmp_path):
+    folder = write(tmp_path / "made", huggingface(width=12), {**CONFIG}, {"format": "pt"})
+    return (folder / "model.safetensors").read_bytes()
+
+
+def test_offline_is_said_in_one_line_at_once():
+    start = time.monotonic()
+    with pytest.raises(MissingInputError) as caught:
+        load_gpt2("gpt2-xl")
+    assert time.monotonic() - start < 5
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "gpt2-xl" in message
+    assert "$SLM_JAX_DATA/gpt2-xl" in message
+
+
+def test_a_path_of_that_name_goes_first_then_the_data_folder(tmp_path, monkeypatch):
+    write(tmp_path / "data" / "gpt2", huggingface(layers=1), CONFIG | {"n_layer": 1})
+    monkeypatch.setenv("SLM_JAX_DATA", str(tmp_path / "data"))
+    assert load_gpt2("gpt2")[0].n_layers == 1
+    assert load_gpt2("gpt2-small")[0].n_layers == 1
+    write(tmp_path / "gpt2", huggingface(), CONFIG)
+    assert load_gpt2("gpt2")[0].n_layers == 2
+
+
+@pytest.mark.parametrize("repository", ["openai-community/gpt2-medium", "gpt2-medium"])
+def test_what_is_in_the_cache_needs_no_network(repository, tmp_path, weights):
+    put_in_cache(tmp_path / "cache", repository, MEDIUM, weights)
+    assert load_gpt2("gpt2-medium", n_heads=3)[0].n_layers == 2
+
+
+def test_a_file_that_is_not_the_pinned_one_is_refused(tmp_path, weights):
+    blob = put_in_cache(tmp_path / "cache", "openai-community/gpt2", PINS["gpt2"].revision, weights)
+    with pytest.raises(InputError, match="SHA-256") as caught:
+        load_gpt2("gpt2")
+    assert str(blob) in str(caught.value)
+
+
+def test_a_file_that_changed_in_the_cache_is_refused(tmp_path, weights):
+    blob = put_in_cache(tmp_path / "cache", "openai-community/gpt2-medium", MEDIUM, weights)
+    blob.write_bytes(weights[:-1] + b"\x3f")
+    with pytest.raises(InputError, match="SHA-256"):
+        load_gpt2("gpt2-medium", n_heads=3)
+
+
+TWICE = """
+from slm_jax.weights import load_gpt2
+print([load_gpt2("gpt2-medium", n_heads=3)[0].n_layers for _ in range(2)])
+"""
+
+
+def test_a_name_is_downloaded_once_at_its_pinned_revision(tmp_path, weights):
+    requests = []
+
+    class Server(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            requests.append((self.command, self.path))
+            self.send_response(200)
+            self.send_header("ETag", f'"{hashlib.sha256(weights).hexdigest()}"')
+            self.send_header("X-Repo-Commit", MEDIUM)
+            self.send_header("Content-Length", str(len(weights)))
+            self.end_headers()
+
+        def do_GET(self):
+            self.do_HEAD()  # notes the command, too
+            self.wfile.write(weights)
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    place = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_CACHE": str(tmp_path / "cache")}
+    # A process of its own: the library reads its environment when it is imported.
+    environment = {**os.environ, **place, "HF_HUB_OFFLINE": "0", "JAX_PLATFORMS": "cpu"}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", TWICE], env=environment, capture_output=True, text=True, timeout=60
+        )
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert done.stdout == "[2, 2]\n", done.stderr
+    downloads = [path for command, path in requests if command == "GET" and path.endswith("model.safetensors")]
+    assert downloads == [f"/openai-community/gpt2-medium/resolve/{MEDIUM}/model.safetensors"]

@@ -1,0 +1,224 @@
+"""What must hold of writing: what comes back is what went out, bit for bit, and no folder is ever half written."""
+
+import json
+import os
+import stat
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from foreign_files import CONFIG, HEADS, VOCAB, WIDTH, book, huggingface, nanogpt, write
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+from slm_jax.errors import InputError
+from slm_jax.model import GPTConfig, GPTModel, param_shapes, split_blocks
+from slm_jax.tokenizer import CharTokenizer, GPT2Tokenizer
+from slm_jax.weights import load_gpt2, save_gpt2
+
+SMALL = {"vocab_size": 31, "context_length": 8, "emb_dim": 8, "n_heads": 2, "n_layers": 2}
+
+
+def model(**fields):
+    cfg = GPTConfig(**{**SMALL, **fields})
+    rng = np.random.default_rng(0)
+    return cfg, jax.tree.map(
+        lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape, np.float32) / 4, leaf.dtype), param_shapes(cfg)
+    )
+
+
+def logits(cfg, params):
+    tokens = jnp.arange(16, dtype=jnp.int32).reshape(2, 8)
+    return GPTModel(cfg).apply({"params": params}, tokens)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "format"),
+    [
+        (huggingface(prefix="transformer."), "huggingface"),
+        (
+            huggingface(prefix="transformer.") | {"lm_head.weight": np.full((VOCAB, WIDTH), 0.5, np.float32)},
+            "huggingface",
+        ),
+        (
+            {name: tensor.astype(np.float16) for name, tensor in huggingface(prefix="transformer.").items()},
+            "huggingface",
+        ),
+        (nanogpt(), "nanogpt"),
+        (nanogpt(bias=False), "nanogpt"),
+        (book(), "book"),
+        (book(qkv_bias=False), "book"),
+    ],
+    ids=["hf", "hf-untied", "hf-float16", "nanogpt", "nanogpt-nobias", "book", "book-no-qkv-bias"],
+)
+def test_foreign_to_ours_and_back_is_bitwise(tensors, format, tmp_path):
+    source = write(tmp_path / "in", tensors)
+    dtype = str(next(iter(tensors.values())).dtype)
+    cfg, params = load_gpt2(source, n_heads=HEADS, param_dtype=dtype)
+    written = load_file(save_gpt2(cfg, params, tmp_path / "out", format=format) / "model.safetensors")
+    assert {name: (t.dtype, t.shape, t.tobytes()) for name, t in written.items()} == {
+        name: (t.dtype, t.shape, t.tobytes()) for name, t in tensors.items()
+    }
+
+
+@pytest.mark.parametrize("format", ["huggingface", "nanogpt", "book"])
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"tie_weights": False}, {"bias": False}, {"qkv_bias": False}, {"param_dtype": "bfloat16"}],
+    ids=["plain", "untied", "no-bias", "no-qkv-bias", "bfloat16"],
+)
+def test_ours_to_foreign_and_back_is_bitwise_and_only_zeros_or_the_tied_head_are_added(fields, format, tmp_path):
+    cfg, params = model(**fields, unpadded_vocab_size=30, drop_rate=0.1)
+    if format == "nanogpt" and not cfg.tie_weights:
+        with pytest.raises(InputError, match="nanoGPT"):
+            save_gpt2(cfg, params, tmp_path / "out", format=format)
+        assert not (tmp_path / "out").exists()
+        return
+    folder = save_gpt2(cfg, params, tmp_path / "out", format=format)
+    again, loaded = load_gpt2(folder, param_dtype=cfg.param_dtype)
+    assert (again.n_heads, again.unpadded_vocab_size, again.drop_rate) == (2, 30, 0.1)
+    before, after = (flatten_dict(tree, sep="/") for tree in (params, loaded))
+    assert before.keys() <= after.keys()
+    for path, leaf in after.items():
+        head = before["tok_emb/embedding"].T if path == "out_head/kernel" else jnp.zeros(leaf.shape, cfg.param_dtype)
+        np.testing.assert_array_equal(leaf, before.get(path, head), err_msg=path, strict=True)
+
+
+def test_biases_added_as_zeros_leave_the_logits_as_they_were(tmp_path):
+    cfg, params = model(bias=False)
+    again, loaded = load_gpt2(save_gpt2(cfg, params, tmp_path / "out"))
+    assert again.bias
+    np.testing.assert_array_equal(logits(again, loaded), logits(cfg, params))
+
+
+def test_what_transformers_reads_beside_the_weights(tmp_path):
+    cfg, params = model(drop_rate=0.1)
+    folder = save_gpt2(cfg, params, tmp_path / "a" / "b", card={"validation loss": 1.25, "a|b": "c\nd"})
+    assert {path.name for path in folder.iterdir()} == {
+        "README.md", "config.json", "generation_config.json", "model.safetensors"
+    }  # fmt: skip
+    config = json.loads((folder / "config.json").read_text())
+    expected = {
+        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": 31, "n_positions": 8, "n_ctx": 8,
+        "n_embd": 8, "n_head": 2, "n_layer": 2, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
+        "tie_word_embeddings": True, "attn_pdrop": 0.1, "resid_pdrop": 0.1, "embd_pdrop": 0.1, "bos_token_id": None,
+        "eos_token_id": None, "torch_dtype": "float32",
+    }  # fmt: skip
+    assert config == expected
+    with safe_open(folder / "model.safetensors", "numpy") as opened:
+        assert opened.metadata()["format"] == "pt"
+        assert {name.split(".")[0] for name in opened.keys()} == {"transformer"}  # noqa: SIM118
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\n")
+    assert "| validation loss | 1.25 |\n| a\\|b | c d |" in card
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
+    assert len(modes) == 1, "the weights can be read by whoever can read the rest"
+
+
+def test_ids_that_only_pad_the_vocabulary_are_never_generated_elsewhere_either(tmp_path):
+    cfg, params = model(unpadded_vocab_size=28)
+    folder = save_gpt2(cfg, params, tmp_path / "out")
+    assert json.loads((folder / "generation_config.json").read_text())["suppress_tokens"] == [28, 29, 30]
+
+
+def test_the_tokenizer_goes_with_the_weights(tmp_path):
+    tokenizer = CharTokenizer("abcdefgh")
+    cfg, params = model(vocab_size=9)
+    for format in ("huggingface", "nanogpt", "book"):
+        folder = save_gpt2(cfg, params, tmp_path / format, format=format, tokenizer=tokenizer)
+        assert CharTokenizer.load(folder).to_dict() == tokenizer.to_dict()
+    config = json.loads((tmp_path / "huggingface" / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (8, 8)
+    with pytest.raises(InputError, match="27 ids"):
+        save_gpt2(cfg, params, tmp_path / "large", tokenizer=CharTokenizer("abcdefghijklmnopqrstuvwxyz"))
+    assert not (tmp_path / "large").exists()
+
+
+def test_gpt2s_tokenizer_as_transformers_reads_it(tmp_path):
+    if GPT2Tokenizer()._lacking():
+        pytest.skip("TIKTOKEN_CACHE_DIR has not GPT-2's two files")
+    from tokenizers import ByteLevelBPETokenizer
+
+    cfg, params = model(vocab_size=50_304, unpadded_vocab_size=50_257, emb_dim=2)
+    folder = save_gpt2(cfg, params, tmp_path / "out", tokenizer=GPT2Tokenizer())
+    other = ByteLevelBPETokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    text = "Every effort moves you.\n\n  Äpfel, 你好, it's 1234"
+    assert other.encode(text).ids == GPT2Tokenizer().encode(text)
+    assert json.loads((folder / "tokenizer_config.json").read_text())["eos_token"] == "<|endoftext|>"
+    assert json.loads((folder / "config.json").read_text())["eos_token_id"] == 50_256
+
+
+def test_a_flipped_bit_is_found_and_its_tensor_named(tmp_path):
+    file = save_gpt2(*model(), tmp_path / "out") / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    name = "transformer.h.1.mlp.c_proj.weight"
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    at = 8 + int.from_bytes(content[:8], "little") + header[name]["data_offsets"][0] + 7
+    content[at - 5] ^= 1  # a bit of the mantissa: the number stays finite
+    file.write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        load_gpt2(file)
+    assert str(caught.value).startswith(f"{file}: tensor {name} is damaged")
+
+
+def test_segments_are_written_as_one_stack(tmp_path):
+    cfg, params = model()
+    whole = save_gpt2(cfg, params, tmp_path / "whole") / "model.safetensors"
+    split = save_gpt2(cfg, split_blocks(params, 1), tmp_path / "split") / "model.safetensors"
+    one, other = load_file(whole), load_file(split)
+    assert {name: t.tobytes() for name, t in one.items()} == {name: t.tobytes() for name, t in other.items()}
+
+
+def entries(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_folder_in_use_is_left_alone(tmp_path):
+    used = write(tmp_path / "used", huggingface(), CONFIG)
+    before = {path.name: path.read_bytes() for path in used.iterdir()}
+    file = tmp_path / "file"
+    file.write_text("x")
+    for target in (used, file, file / "below"):
+        with pytest.raises(InputError) as caught:
+            save_gpt2(*model(), target)
+        assert str(target) in str(caught.value)
+        assert "\n" not in str(caught.value)
+    assert {path.name: path.read_bytes() for path in used.iterdir()} == before
+    assert entries(tmp_path) == ["file", "used"]
+    (tmp_path / "empty").mkdir()
+    assert load_gpt2(save_gpt2(*model(), tmp_path / "empty"))[0].n_heads == 2
+
+
+def test_nothing_is_left_of_a_save_that_failed(tmp_path):
+    cfg, params = model()
+    broken = jax.tree.map(lambda x: x, params)
+    broken["final_norm"]["scale"] = broken["final_norm"]["scale"].at[3].set(jnp.nan)
+    with pytest.raises(InputError, match="final_norm/scale holds NaN"):
+        save_gpt2(cfg, broken, tmp_path / "out")
+    del broken["pos_emb"]
+    with pytest.raises(InputError, match="pos_emb/embedding has the shape None"):
+        save_gpt2(cfg, broken, tmp_path / "out")
+    with pytest.raises(InputError, match="format is 'gguf'"):
+        save_gpt2.__wrapped__(cfg, params, tmp_path / "out", format="gguf")
+    assert entries(tmp_path) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a limit on file sizes")
+def test_a_disk_that_is_full_midway_leaves_nothing(tmp_path):
+    import resource
+    import signal
+
+    cfg, params = model(vocab_size=5_000)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        with pytest.raises(InputError, match="cannot be written") as caught:
+            save_gpt2(cfg, params, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert "\n" not in str(caught.value)
+    assert entries(tmp_path) == []
