@@ -1,0 +1,75 @@
+"""What must hold of ``slm-jax import`` and ``slm-jax export``: what goes in comes out, bit for bit."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from slm_jax import cli
+from slm_jax.run import load_run
+
+
+def bits(folder: Path) -> dict[str, bytes]:
+    return {name: tensor.tobytes() for name, tensor in load_file(folder / "model.safetensors").items()}
+
+
+def test_weights_become_a_run_and_come_out_again(weights, tmp_path, capsys):
+    runs = ["--runs-dir", str(tmp_path)]
+    assert cli.main(["import", "--source", str(weights), "--run", "mine", *runs]) == 0
+    out = capsys.readouterr().out
+    assert f"slm-jax generate --run {tmp_path / 'mine'}" in out
+    assert load_run(tmp_path / "mine").step == 0
+    assert cli.main(["generate", "--run", str(tmp_path / "mine"), "--prompt", "the ", "--max-new-tokens", "5"]) == 0
+    assert capsys.readouterr().out.startswith("the ")
+    assert cli.main(["export", "--run", str(tmp_path / "mine"), "--out", str(tmp_path / "back")]) == 0
+    assert "GPT2LMHeadModel.from_pretrained" in capsys.readouterr().out
+    assert bits(tmp_path / "back") == bits(weights)
+    for format in ("nanogpt", "book"):
+        out = tmp_path / format
+        assert cli.main(["export", "--run", str(weights), "--format", format, "--out", str(out)]) == 0
+        assert cli.main(["export", "--run", str(out), "--out", str(tmp_path / f"hf-{format}")]) == 0
+        for name, tensor in load_file(weights / "model.safetensors").items():
+            assert np.array_equal(load_file(tmp_path / f"hf-{format}" / "model.safetensors")[name], tensor)
+
+
+def test_nothing_is_overwritten_or_left_half_written(weights, tmp_path, capsys):
+    args = ["import", "--source", str(weights), "--run", "mine", "--runs-dir", str(tmp_path)]
+    assert cli.main(args) == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert cli.main(args) == 2
+    assert "choose" in capsys.readouterr().err
+    assert cli.main(["export", "--run", str(weights), "--out", str(tmp_path / "mine")]) == 2
+    assert "not an empty folder" in capsys.readouterr().err
+    assert cli.main(["import", "--source", str(tmp_path / "none"), "--run", "x", "--runs-dir", str(tmp_path)]) == 2
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_training_does_not_go_on_from_imported_weights(weights, tmp_path, capsys):
+    """They have no optimizer state and no data; and nothing of them is lost."""
+    runs = ["--runs-dir", str(tmp_path)]
+    assert cli.main(["import", "--source", str(weights), "--run", "mine", *runs]) == 0
+    capsys.readouterr()
+    text = tmp_path / "cats.txt"
+    text.write_text("the cat sat on the mat, " * 200)
+    source = ["--data.source", f"text:{text}", "--model.context_length", "16"]
+    assert cli.main(["train", "--run", "mine", "--runs_dir", str(tmp_path), *source]) == 2
+    assert "holds another run" in capsys.readouterr().err
+    assert load_run(tmp_path / "mine").step == 0
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["import", "--run", "x"], "--source is missing"),
+        (["import", "--source", "x"], "--run is missing"),
+        (["import", "--source", "x", "--run", "../y"], "run is '../y'; expected a folder name"),
+        (["export", "--run", "x"], "--out is missing"),
+        (["export", "--run", "x", "--out", "y", "--format", "gguf"], "expected one of huggingface, nanogpt, book"),
+    ],
+)
+def test_mistakes_are_one_line(capsys, args, said):
+    assert cli.main(args) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
