@@ -393,3 +393,22 @@ def test_tied_and_half_precision_models_generate(params):
     tied = {name: value for name, value in params.items() if name != "out_head"}
     ids = generate(GPTModel(cfg), tied, jnp.array([[1, 2]]), max_new_tokens=3, temperature=0.0)
     assert ids.shape == (1, 5)
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_every_part_lowers_for_accelerators(params, platform):
+    """On a machine that has none of them."""
+    from slm_jax.generate import _Decoder, _Rules, _start
+
+    decoder = _Decoder(GPTModel(dataclasses.replace(CFG, dtype="bfloat16")), 5, False)
+    text = _start(CFG, [np.array([1, 2])], keeps_seen=True)
+    sampling = Sampling(0.7, top_k=5, top_p=0.9, min_p=0.1, repetition_penalty=1.1)
+    rules = _Rules(sampling.numbers(), KEY[None], 3)
+    unstacked = unstack_blocks(params)
+    text, cache = jax.eval_shape(lambda p: decoder.prefill(p, text, rules, 6, 6), unstacked)
+    for traced in (
+        _Decoder.prefill.trace(decoder, unstacked, text, rules, 6, 6),
+        _Decoder.cached_steps.trace(decoder, unstacked, text, cache, rules, 4),
+        _Decoder.sliding_steps.trace(decoder, unstacked, text, rules, 4),
+    ):
+        assert "stablehlo" in traced.lower(lowering_platforms=(platform,)).as_text()

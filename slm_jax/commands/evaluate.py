@@ -4,6 +4,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,6 +65,9 @@ def main(args: Sequence[str]) -> int:
 
 def run(options: Options) -> int:
     """Measure, and print or write the figures; return 0."""
+    from rich.console import Console
+    from rich.progress import track
+
     from slm_jax.evaluation import to_dict
     from slm_jax.model import GPTModel
     from slm_jax.run import load_model
@@ -73,9 +77,10 @@ def run(options: Options) -> int:
     tokenizer = None if options.tokenizer is None else get_tokenizer(options.tokenizer)
     loaded = load_model(options.run, tokenizer, n_heads=options.n_heads)
     figures: dict[str, Any] = {"run": str(loaded.folder), "step": loaded.step}
+    model, console = GPTModel(loaded.model_config), Console(stderr=True)
     for name, measure in _measurements(options).items():
-        print(f"{name} …", file=sys.stderr)
-        figures[name] = to_dict(measure(GPTModel(loaded.model_config), loaded.params, loaded.tokenizer))
+        show = partial(track, description=name, console=console, transient=True)
+        figures[name] = to_dict(measure(model, loaded.params, loaded.tokenizer, track=show))
     text = json.dumps(figures, indent=2)
     if options.out is None:
         print(text)
@@ -87,8 +92,6 @@ def run(options: Options) -> int:
 
 def _measurements(options: Options) -> dict[str, Any]:
     """Return what is to be measured by name, as functions of model, params and tokenizer."""
-    from functools import partial
-
     from slm_jax.evaluation import evaluate_source, hellaswag, lambada
 
     chosen: dict[str, Any] = {}

@@ -6,7 +6,7 @@ import re
 import numpy as np
 
 from slm_jax.errors import InputError, MissingInputError
-from slm_jax.evaluation.logprobs import Pair, continuation_logprobs, encode_pair, is_truncated
+from slm_jax.evaluation.logprobs import Pair, Track, continuation_logprobs, encode_pair, is_truncated
 from slm_jax.evaluation.results import perplexity, standard_error
 from slm_jax.evaluation.rows import Row, read_rows
 from slm_jax.model import GPTModel, Params
@@ -65,6 +65,7 @@ def lambada(
     *,
     batch_size: int = 8,
     limit: int | None = None,
+    track: Track = iter,
 ) -> LambadaResult:
     """Score the prediction of each passage's last word (Paperno et al. 2016).
 
@@ -79,13 +80,14 @@ def lambada(
         source: ``jsonl:FILE`` with ``text`` in each line, or ``tfds:lambada[:SPLIT]`` (default: test).
         batch_size: passages computed at a time.
         limit: only so many from the start.
+        track: sees each batch go by, to show progress.
 
     Raises:
         InputError: a source that cannot be read, or a line that is not such an example.
     """
     rows = read_rows(source, "lambada", limit)
     pairs = [_lambada_pair(tokenizer, row) for row in rows]
-    logprobs, is_greedy = continuation_logprobs(model, params, pairs, batch_size)
+    logprobs, is_greedy = continuation_logprobs(model, params, pairs, batch_size, track)
     acc = float(is_greedy.mean())
     return LambadaResult(
         source=source,
@@ -105,6 +107,7 @@ def hellaswag(
     *,
     batch_size: int = 8,
     limit: int | None = None,
+    track: Track = iter,
 ) -> HellaSwagResult:
     """Score the choice among endings of a context (Zellers et al. 2019).
 
@@ -120,6 +123,7 @@ def hellaswag(
             in each line, or ``tfds:hellaswag[:SPLIT]`` (default: validation; the test split has no labels).
         batch_size: endings computed at a time.
         limit: only so many examples from the start.
+        track: sees each batch go by, to show progress.
 
     Raises:
         InputError: a source that cannot be read, or a line that is not such an example.
@@ -127,7 +131,7 @@ def hellaswag(
     rows = read_rows(source, "hellaswag", limit)
     examples = [_hellaswag_example(tokenizer, row) for row in rows]
     pairs = [pair for example in examples for pair in example.pairs]
-    logprobs, _ = continuation_logprobs(model, params, pairs, batch_size)
+    logprobs, _ = continuation_logprobs(model, params, pairs, batch_size, track)
     by_example = np.split(logprobs, np.cumsum([len(example.pairs) for example in examples])[:-1])
     scored = list(zip(by_example, examples, strict=True))
     acc = float(np.mean([scores.argmax() == example.label for scores, example in scored]))

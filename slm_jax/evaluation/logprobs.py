@@ -2,8 +2,8 @@
 
 import functools
 import itertools
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from slm_jax.model import GPTModel, Params
 from slm_jax.tokenizer import Tokenizer
 
 Pair = tuple[Sequence[int], Sequence[int]]
+Track = Callable[[Sequence[Any]], Iterable[Any]]  # gives the batches back one by one, such as rich.progress.track
 
 SHORTEST_BUCKET = 16  # tokens; below it a program of its own costs more than the padding
 
@@ -36,7 +37,7 @@ def target_logprobs(
 
 
 def continuation_logprobs(
-    model: GPTModel, params: Params, pairs: Sequence[Pair], batch_size: int = 8
+    model: GPTModel, params: Params, pairs: Sequence[Pair], batch_size: int = 8, track: Track = iter
 ) -> tuple[Float[np.ndarray, " pairs"], Bool[np.ndarray, " pairs"]]:
     """Score continuations of contexts, as EleutherAI's lm-evaluation-harness does (its ``loglikelihood``).
 
@@ -49,6 +50,7 @@ def continuation_logprobs(
         params: its parameters.
         pairs: (context ids, continuation ids), neither empty.
         batch_size: pairs computed at a time.
+        track: sees each batch go by, to show progress.
 
     Returns:
         (logprobs, is_greedy), in the order of the pairs: the summed log-probability of each continuation in nats, and
@@ -58,21 +60,16 @@ def continuation_logprobs(
         InputError: an empty context or continuation; an id outside the vocabulary; a model that gives NaN.
     """
     check_batch_size(batch_size)
-    rows = sorted(_rows(model, pairs), key=lambda row: len(row.ids), reverse=True)
     logprobs, is_greedy = np.zeros(len(pairs)), np.ones(len(pairs), bool)
-    for width, group in itertools.groupby(rows, lambda row: _bucket_width(row, model.cfg.context_length)):
-        bucket = list(group)
-        for first in range(0, len(bucket), batch_size):
-            batch = bucket[first : first + batch_size]
-            inputs = np.zeros((batch_size, width), np.int32)
-            targets = np.zeros((batch_size, width), np.int32)
-            for i, row in enumerate(batch):
-                inputs[i, : len(row.ids) - 1], targets[i, : len(row.ids) - 1] = row.ids[:-1], row.ids[1:]
-            scores, hits = map(np.asarray, target_logprobs(model, params, inputs, targets))
-            for i, row in enumerate(batch):
-                scored = slice(len(row.ids) - 1 - row.n_scored, len(row.ids) - 1)
-                logprobs[row.pair] += scores[i, scored].sum(dtype=np.float64)
-                is_greedy[row.pair] &= hits[i, scored].all()
+    for width, batch in track(list(_batches(model, pairs, batch_size))):
+        inputs, targets = np.zeros((2, batch_size, width), np.int32)
+        for i, row in enumerate(batch):
+            inputs[i, : len(row.ids) - 1], targets[i, : len(row.ids) - 1] = row.ids[:-1], row.ids[1:]
+        scores, hits = map(np.asarray, target_logprobs(model, params, inputs, targets))
+        for i, row in enumerate(batch):
+            scored = slice(len(row.ids) - 1 - row.n_scored, len(row.ids) - 1)
+            logprobs[row.pair] += scores[i, scored].sum(dtype=np.float64)
+            is_greedy[row.pair] &= hits[i, scored].all()
     if not np.isfinite(logprobs).all():  # the largest of NaNs would be the first
         raise InputError(
             f"the model gives pair {np.argmin(np.isfinite(logprobs))} no finite probability: its weights are damaged, "
@@ -124,6 +121,14 @@ class _Row(NamedTuple):
     pair: int
     ids: np.ndarray
     n_scored: int
+
+
+def _batches(model: GPTModel, pairs: Sequence[Pair], batch_size: int) -> Iterator[tuple[int, list[_Row]]]:
+    """Put rows of about the same length together, the longest first; give each batch with its width."""
+    rows = sorted(_rows(model, pairs), key=lambda row: len(row.ids), reverse=True)
+    for width, group in itertools.groupby(rows, lambda row: _bucket_width(row, model.cfg.context_length)):
+        bucket = list(group)
+        yield from ((width, bucket[first : first + batch_size]) for first in range(0, len(bucket), batch_size))
 
 
 def _rows(model: GPTModel, pairs: Sequence[Pair]) -> Iterable[_Row]:

@@ -10,7 +10,7 @@ from jaxtyping import Integer
 from slm_jax.data.corpus import encode_documents, split_at_end_of_text, split_documents
 from slm_jax.data.sources import is_token_source, read_documents, read_tokens
 from slm_jax.errors import InputError, MissingInputError
-from slm_jax.evaluation.logprobs import check_batch_size, check_ids, target_logprobs
+from slm_jax.evaluation.logprobs import Track, check_batch_size, check_ids, target_logprobs
 from slm_jax.evaluation.results import perplexity
 from slm_jax.model import GPTModel, Params
 from slm_jax.tokenizer import Tokenizer
@@ -80,6 +80,7 @@ def text_loss(
     context_length: int | None = None,
     stride: int | None = None,
     batch_size: int = 8,
+    track: Track = iter,
 ) -> TextLoss:
     """Measure the loss of a text of any length, each token but the first a target exactly once.
 
@@ -97,6 +98,7 @@ def text_loss(
         context_length: of a window; default: the model's.
         stride: 1 to ``context_length``; default: ``context_length``, so that windows do not overlap.
         batch_size: windows computed at a time.
+        track: sees each batch go by, to show progress.
 
     Raises:
         InputError: fewer than two tokens, an id outside the vocabulary, a number out of its range.
@@ -114,7 +116,7 @@ def text_loss(
     starts = np.arange(0, max(1, n_targets - context_length + stride), stride)
     shape = (min(batch_size, len(starts)), width)
     loss_sum = 0.0
-    for first in range(0, len(starts), batch_size):
+    for first in track(range(0, len(starts), batch_size)):
         inputs, targets, counts = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, bool)
         for i, start in enumerate(starts[first : first + batch_size]):
             window = tokens[start : start + width + 1]
@@ -137,6 +139,7 @@ def evaluate_source(
     context_length: int | None = None,
     stride: int | None = None,
     batch_size: int = 8,
+    track: Track = iter,
 ) -> SourceLoss:
     """Measure the loss of a source, or of a split of it.
 
@@ -153,6 +156,7 @@ def evaluate_source(
         context_length: of a window (:func:`text_loss`).
         stride: tokens between windows' starts (:func:`text_loss`).
         batch_size: windows computed at a time.
+        track: sees each batch go by, to show progress.
 
     Raises:
         InputError: a source that cannot be read, or that the tokenizer or the model cannot take.
@@ -168,7 +172,9 @@ def evaluate_source(
     else:
         tokens, n_bytes = _text_split(source, tokenizer, split, validation_fraction)
     try:
-        measured = text_loss(model, params, tokens, context_length=context_length, stride=stride, batch_size=batch_size)
+        measured = text_loss(
+            model, params, tokens, context_length=context_length, stride=stride, batch_size=batch_size, track=track
+        )
     except InputError as error:
         raise InputError(f"{source} (split {split}): {error}") from None
     return SourceLoss(

@@ -34,7 +34,7 @@ def texts(monkeypatch):
     """The texts of the pairs that are scored, context and continuation."""
     seen = []
 
-    def spy(model, params, pairs, batch_size):
+    def spy(model, params, pairs, batch_size, track):
         seen.extend((bpe.decode(context), bpe.decode(continuation)) for context, continuation in pairs)
         return -np.arange(1.0, len(pairs) + 1), np.zeros(len(pairs), bool)
 
