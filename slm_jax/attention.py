@@ -327,7 +327,7 @@ class FusedMultiHeadAttention(nn.Module):
         """Return the layer's output (batch, seq, emb), or with `return_weights` the pair (output, weights).
 
         With a `cache`, which holds `start` tokens of each row, the tokens go on from those, and the result is the pair
-        (output, extended cache).
+        (output, extended cache); there is no mask, dropout or choice of implementation then.
 
         `mask` is True where attention is allowed, and only ever takes away from what the causal mask allows: packed
         documents pass `segment_ids[:, None, :, None] == segment_ids[:, None, None, :]`. Whatever it says, a token may
@@ -345,17 +345,20 @@ class FusedMultiHeadAttention(nn.Module):
         qkv = qkv.reshape(batch, seq, 3, self.n_heads, head_dim)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
 
-        dropping = self.drop_rate > 0 and not deterministic
-        chosen = choose_implementation(
-            self.implementation, q.dtype, head_dim, dropping or return_weights, mask is not None and seq % 2 == 1
-        )
-        if cache is not None and start is not None:
+        weights = None
+        if cache is not None:
+            assert start is not None
             context, cache = cached_attention(q, k, v, cache, start)
-        elif chosen == "explicit":
-            key = self.make_rng("dropout") if dropping else None
-            context, weights = causal_attention(q, k, v, mask=mask, dropout_rate=self.drop_rate, dropout_key=key)
         else:
-            context = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation=chosen)
+            dropping = self.drop_rate > 0 and not deterministic
+            chosen = choose_implementation(
+                self.implementation, q.dtype, head_dim, dropping or return_weights, mask is not None and seq % 2 == 1
+            )
+            if chosen == "explicit":
+                key = self.make_rng("dropout") if dropping else None
+                context, weights = causal_attention(q, k, v, mask=mask, dropout_rate=self.drop_rate, dropout_key=key)
+            else:
+                context = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation=chosen)
 
         output = dense(self.emb_dim, use_bias=self.out_bias, kernel_init=self.out_kernel_init, name="out_proj")(
             context.reshape(batch, seq, self.emb_dim)

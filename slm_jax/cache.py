@@ -3,7 +3,6 @@
 import math
 from typing import Any, NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -30,6 +29,8 @@ def cached_attention(
 ) -> tuple[Float[Array, "batch new heads head_dim"], LayerCache]:
     """Put new tokens into the cache, and attend from each to all of its row up to itself.
 
+    A long prompt takes (batch · heads, new, capacity) float32 scores at once, as plain attention does.
+
     Args:
         q, k, v: (batch, new, heads, head_dim), of the new tokens only.
         cache: with room for them: start + new at most its capacity.
@@ -55,7 +56,7 @@ def cached_attention(
     return context.reshape(batch, heads, new, head_dim).swapaxes(1, 2), cache
 
 
-class KVCache(flax.struct.PyTreeNode):
+class KVCache(NamedTuple):
     """Keys and values of the tokens that a model has seen, so that the next ones need no second pass over them.
 
     Attributes:

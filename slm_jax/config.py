@@ -333,13 +333,19 @@ _EXECUTION_KEYS = {
 }
 
 
+# Keys that runs of earlier versions do not have, with the value that those had in effect.
+_LATER_KEYS = {"model.exact_gelu": False}
+
+
 def identity(config: RunConfig, model: GPTConfig) -> dict[str, Any]:
     """Return the keys that say what is trained on what, with the model's resolved shape."""
     values = flatten({**to_dict(config), "model": dataclasses.asdict(model)})
     return {
         key: value
         for key, value in values.items()
-        if key not in _EXECUTION_KEYS and not key.startswith(_EXECUTION_SECTIONS)
+        if key not in _EXECUTION_KEYS
+        and not key.startswith(_EXECUTION_SECTIONS)
+        and (key, value) not in _LATER_KEYS.items()
     }
 
 

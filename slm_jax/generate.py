@@ -87,8 +87,8 @@ def stream(
 ) -> Iterator[np.ndarray]:
     """Yield the next token of every prompt, int32 (batch,), until all have ended or ``max_new_tokens`` are made.
 
-    A row that has ended yields ``eos_id`` (-1 without one). Arguments and errors are those of :func:`generate`; errors
-    are raised at once, not at the first token.
+    A row that has ended yields ``eos_id`` (``NO_ID`` without one). Arguments and errors are those of :func:`generate`;
+    errors are raised at once, not at the first token.
     """
     rows = [_as_row(row) for row in prompts]
     columns = _decode(model, params, rows, sampling, max_new_tokens, eos_id, past_context, key, chunk=1)
@@ -136,7 +136,8 @@ def _pieces(
         if ends:
             yield text[: min(ends)]
             return
-        ready = len(text.rstrip("\ufffd")) - _held_back(text, stop)  # U+FFFD: bytes of a character that lacks some
+        whole = text.rstrip("\ufffd")  # the bytes of a character that lacks some
+        ready = len(whole) - _held_back(whole, stop)
         if ready > 0:
             yield text[:ready]
             shown, text = shown + ready, text[ready:]
@@ -196,7 +197,7 @@ def _decode(
         raise InputError("sampling needs a key: pass key=jax.random.key(seed), or temperature=0 for greedy")
     keys = None if sampling.is_greedy else _row_keys(key, len(rows))
     rules = _Rules(sampling.numbers(), keys, NO_ID if eos_id is None else eos_id)
-    decoder = _Decoder(model, sampling.top_k, past_context == "stop")
+    decoder = _Decoder(model, None if sampling.is_greedy else sampling.top_k, past_context == "stop")
     return decoder.portions(params, rows, rules, max_new_tokens, chunk or model.cfg.context_length)
 
 
@@ -214,30 +215,32 @@ class _Decoder:
         """Give new tokens in portions (batch, n), n at most ``chunk``, until all are made or every row has ended."""
         context = self.model.cfg.context_length
         longest = max(row.size for row in rows)
-        capacity = _round_up(min(longest + max_new_tokens, context), 128, context)
+        capacity = round_up(min(longest + max_new_tokens, context), 128, context)
         params = unstack_blocks(params)
         text = _start(self.model.cfg, rows, keeps_seen=rules.numbers["repetition_penalty"] is not None)
-        text, cache = self.prefill(params, text, rules, _round_up(longest, 16, capacity), capacity)
-        yield _last_tokens(text, 1)
-        n_made = 1
+        text, cache = self.prefill(params, text, rules, round_up(longest, 16, capacity), capacity)
         # A cached step puts the newest token of each row into the cache; when that of the longest has no room there,
         # it slides, or else it has ended and does not matter any more.
         n_cached = max_new_tokens if self.stop_when_full else min(max_new_tokens, context - longest + 1)
-        while n_made < max_new_tokens and not np.asarray(text.ended).all():
+        n_made = 0
+        while True:
+            made: _Text = jax.device_get(text._replace(seen=None))  # once a portion: it waits for the device
+            columns = made.lengths[:, None] + np.arange(n_made - made.n_new, 0)
+            yield np.take_along_axis(made.window, columns, axis=1)
+            n_made = int(made.n_new)
+            if n_made == max_new_tokens or made.ended.all():
+                return
             if n_made < n_cached:
                 text, cache = self.cached_steps(params, text, cache, rules, min(chunk, n_cached - n_made))
             else:
                 cache = None  # free its memory
                 text = self.sliding_steps(params, text, rules, min(chunk, max_new_tokens - n_made))
-            yield _last_tokens(text, int(text.n_new) - n_made)
-            n_made = int(text.n_new)
 
     @functools.partial(jax.jit, static_argnames=("self", "length", "capacity"))
     def prefill(self, params: Params, text: _Text, rules: _Rules, length: int, capacity: int) -> tuple[_Text, KVCache]:
         """Put the prompts, of at most ``length`` tokens, into a new cache in one pass, and add a token to each."""
         cache = init_cache(self.model.cfg, params, text.window.shape[0], capacity)
         hidden, cache = self._hidden(params, text.window[:, :length], cache=cache)
-        cache = cache.replace(lengths=text.lengths)  # what fills up the shorter prompts is not part of them
         return self._add_tokens(params, text, hidden, rules), cache
 
     @functools.partial(jax.jit, static_argnames=("self",), donate_argnames=("cache",))
@@ -248,7 +251,9 @@ class _Decoder:
 
         def step(carry: tuple[_Text, KVCache]) -> tuple[_Text, KVCache]:
             text, cache = carry
-            newest = jnp.take_along_axis(text.window, text.lengths[:, None] - 1, axis=1)
+            # All but the newest token are in it; what filled up a shorter prompt behind them is not part of the text.
+            cache = cache._replace(lengths=text.lengths - 1)
+            newest = jnp.take_along_axis(text.window, cache.lengths[:, None], axis=1)
             hidden, cache = self._hidden(params, newest, cache=cache)
             return self._add_tokens(params, text, hidden, rules), cache
 
@@ -310,19 +315,15 @@ def _start(cfg: GPTConfig, rows: list[np.ndarray], keeps_seen: bool) -> _Text:
     return _Text(window, lengths, np.zeros(len(rows), bool), seen if keeps_seen else None, np.int32(0))
 
 
-def _last_tokens(text: _Text, n: int) -> np.ndarray:
-    """Return the ``n`` newest tokens of each row, int32 (batch, n)."""
-    columns = np.asarray(text.lengths)[:, None] + np.arange(-n, 0)
-    return np.take_along_axis(np.asarray(text.window), columns, axis=1)
-
-
-def _round_up(n: int, least: int, most: int) -> int:
-    """Return the power of two from ``n`` on, so that few lengths are compiled for; from ``least`` to ``most``."""
+def round_up(n: int, least: int, most: int) -> int:
+    """Return the next power of two, so that few lengths are compiled for; at least ``least``, at most ``most``."""
     return min(max(1 << (n - 1).bit_length(), least), most)
 
 
 def _row_keys(key: Any, n_rows: int) -> jax.Array:
     """Return one key a row, which makes a row's draws its own."""
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):  # jax.random.PRNGKey's
+        key = jax.random.wrap_key_data(key)
     if key.ndim == 0:
         return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(n_rows))
     if key.shape != (n_rows,):
@@ -332,7 +333,10 @@ def _row_keys(key: Any, n_rows: int) -> jax.Array:
 
 def _as_row(prompt: Any) -> np.ndarray:
     """Return one prompt's ids as they are (a cast could turn them into others); an empty one has no type to keep."""
-    row = np.asarray(prompt)
+    try:
+        row = np.asarray(prompt)
+    except ValueError:  # lists of different lengths in it
+        row = np.array(None)
     if row.ndim != 1 or (row.size and not np.issubdtype(row.dtype, np.integer)):
         raise InputError(
             f"a prompt is {prompt!r:.60}; expected whole-number ids, one row a prompt: an array (batch, seq) or a list "
@@ -362,7 +366,7 @@ def _check(model: GPTModel, rows: list[np.ndarray], max_new_tokens: int, past_co
                 f"prompt {i} fills the model's context of {context} tokens, and past_context is stop; "
                 "shorten it, or let the window slide"
             )
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
+    if not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
+        raise InputError(f"max_new_tokens is {max_new_tokens}; expected at least 1, a whole number")
     if past_context not in get_args(PastContext):
         raise InputError(f"past_context is {past_context!r}; expected slide or stop")

@@ -44,6 +44,7 @@ class GPTConfig:
         qkv_bias: whether the query, key and value projections have a bias.
         tie_weights: whether the output head is the token embedding, transposed.
         bias: False drops every bias, those of the layer norms too.
+        exact_gelu: whether GELU is the error function's, as in nanoGPT, instead of GPT-2's tanh form.
         dtype: what activations and matrix products are computed in; logits are always float32.
         param_dtype: what parameters are stored in.
         remat: what the backward pass computes again instead of keeping: nothing, all but the matrix products, or all.
@@ -63,6 +64,7 @@ class GPTConfig:
     qkv_bias: bool = True
     tie_weights: bool = True
     bias: bool = True
+    exact_gelu: bool = False
     dtype: DType = "float32"
     param_dtype: DType = "float32"
     remat: Remat = "none"
@@ -83,7 +85,7 @@ class GPTConfig:
         rate = self.drop_rate
         if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < 1:
             raise InputError(f"model.drop_rate is {rate!r}; expected a number of at least 0 and below 1")
-        for name in ("qkv_bias", "tie_weights", "bias", "unroll"):
+        for name in ("qkv_bias", "tie_weights", "bias", "exact_gelu", "unroll"):
             value = getattr(self, name)
             if not isinstance(value, bool) and not (name == "unroll" and value is None):
                 raise InputError(f"model.{name} is {value!r}; expected true or false")
@@ -162,7 +164,7 @@ class LayerNorm(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Expand to four times the width, GELU (Hendrycks & Gimpel 2016, GPT-2's tanh form), and project back."""
+    """Expand to four times the width, GELU (Hendrycks & Gimpel 2016; GPT-2 has its tanh form), and project back."""
 
     cfg: GPTConfig
 
@@ -172,7 +174,7 @@ class FeedForward(nn.Module):
         cfg = self.cfg
         common: dict[str, Any] = {"use_bias": cfg.bias, "dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
         x = nn.Dense(4 * cfg.emb_dim, kernel_init=nn.initializers.normal(INIT_STD), name="fc", **common)(x)
-        x = nn.gelu(x, approximate=True)
+        x = nn.gelu(x, approximate=not cfg.exact_gelu)
         return nn.Dense(cfg.emb_dim, kernel_init=residual_init(cfg), name="proj", **common)(x)
 
 

@@ -9,15 +9,14 @@ import jax
 import jax.numpy as jnp
 
 from slm_jax.errors import InputError, MissingInputError
+from slm_jax.files import new_folder, read_json
 from slm_jax.model import GPTConfig, Params
 from slm_jax.tokenizer import FILE_NAME, GPT2Tokenizer, Tokenizer, load_tokenizer, tokenizer_from_dict
 from slm_jax.training.checkpoint import Checkpoints
 from slm_jax.training.hardware import best_dtype
 from slm_jax.training.step import TrainState
-from slm_jax.weights.files import read_json
 from slm_jax.weights.load import find_weights, load_gpt2
 from slm_jax.weights.ours import find_checkpoint, read_checkpoint
-from slm_jax.weights.save import new_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +52,7 @@ def load_run(folder: str | Path, step: int | str = "best") -> Run:
     checkpoint = find_checkpoint(folder, step)
     if checkpoint is None:
         raise MissingInputError(f"{folder}: no run with checkpoints there; expected a folder such as runs/tiny")
-    return _from_checkpoint(*checkpoint, None)
+    return _from_checkpoint(*checkpoint)
 
 
 def load_model(source: str | Path, tokenizer: Tokenizer | None = None, *, n_heads: int | None = None) -> Run:
@@ -70,7 +69,7 @@ def load_model(source: str | Path, tokenizer: Tokenizer | None = None, *, n_head
     """
     checkpoint = find_checkpoint(source)
     if checkpoint is not None:
-        return _from_checkpoint(*checkpoint, tokenizer)
+        return _from_checkpoint(*checkpoint, tokenizer, n_heads)
     path = find_weights(source)
     cfg, params = load_gpt2(path, n_heads=n_heads, dtype=best_dtype())
     tokenizer = tokenizer or _find_tokenizer(path, cfg)
@@ -96,8 +95,8 @@ def save_run(folder: Path, run: Run) -> None:
             checkpoints.save(state, metadata)
 
 
-def _from_checkpoint(folder: Path, step: int, tokenizer: Tokenizer | None) -> Run:
-    cfg, params, metadata = read_checkpoint(folder, step, best_dtype())
+def _from_checkpoint(folder: Path, step: int, tokenizer: Tokenizer | None = None, n_heads: int | None = None) -> Run:
+    cfg, params, metadata = read_checkpoint(folder, step, best_dtype(), n_heads=n_heads)
     tokenizer = tokenizer or tokenizer_from_dict(metadata["tokenizer"])
     return Run(folder, step, _with_vocabulary(cfg, tokenizer, folder), params, tokenizer)
 
@@ -113,7 +112,7 @@ def _with_vocabulary(cfg: GPTConfig, tokenizer: Tokenizer, path: Path) -> GPTCon
 
 
 # Of GPT-2's vocabulary, {token: id}: the JSON with sorted keys and no spaces.
-_GPT2_VOCABULARY = "e35d8b86ebd35ebd260d040aa455e09759f7e675f4dbb7f3d727516f27eca190"
+_GPT2_VOCAB_SHA256 = "e35d8b86ebd35ebd260d040aa455e09759f7e675f4dbb7f3d727516f27eca190"
 
 
 def _find_tokenizer(path: Path, cfg: GPTConfig) -> Tokenizer:
@@ -131,7 +130,7 @@ def _find_tokenizer(path: Path, cfg: GPTConfig) -> Tokenizer:
     vocabulary = _vocabulary(folder)
     if vocabulary is not None:
         canonical = json.dumps(vocabulary, sort_keys=True, separators=(",", ":"))
-        if hashlib.sha256(canonical.encode()).hexdigest() != _GPT2_VOCABULARY:
+        if hashlib.sha256(canonical.encode()).hexdigest() != _GPT2_VOCAB_SHA256:
             raise InputError(f"{folder}: its tokenizer is as large as GPT-2's and not GPT-2's; pass the tokenizer")
     return GPT2Tokenizer()
 

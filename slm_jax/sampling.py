@@ -10,11 +10,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from slm_jax.errors import InputError
 
+Number = Float[Array, ""] | np.float32 | float
 Numbers = dict[str, Any]
+LOWEST_TEMPERATURE = 1e-6  # logits over less than that are infinite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +39,12 @@ class Sampling:
     repetition_penalty: float | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            raise InputError(f"temperature is {self.temperature}; expected 0 (greedy) or above")
-        if self.top_k is not None and self.top_k < 1:
-            raise InputError(f"top_k is {self.top_k}; expected at least 1, or None for all tokens")
+        if self.temperature != 0 and not LOWEST_TEMPERATURE <= self.temperature < math.inf:
+            raise InputError(
+                f"temperature is {self.temperature}; expected 0 (greedy) or above, at least {LOWEST_TEMPERATURE:g}"
+            )
+        if self.top_k is not None and (not isinstance(self.top_k, int | np.integer) or self.top_k < 1):
+            raise InputError(f"top_k is {self.top_k}; expected a whole number of at least 1, or None for all tokens")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise InputError(f"top_p is {self.top_p}; expected above 0 and at most 1, or None for all tokens")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
@@ -56,7 +61,9 @@ class Sampling:
         """Return what compiled code takes as values, so that a change compiles nothing; None where switched off."""
         top_p = None if self.top_p == 1 else self.top_p  # all of them: no sum of probabilities is exactly 1
         drawn = {"temperature": self.temperature, "top_p": top_p, "min_p": self.min_p}
-        return {**(dict.fromkeys(drawn) if self.is_greedy else drawn), "repetition_penalty": self.repetition_penalty}
+        chosen = {**(dict.fromkeys(drawn) if self.is_greedy else drawn), "repetition_penalty": self.repetition_penalty}
+        # Of one type: Python's int and float, and NumPy's, would each be compiled for.
+        return {name: None if value is None else np.float32(value) for name, value in chosen.items()}
 
 
 def choose_tokens(
@@ -92,13 +99,13 @@ def choose_tokens(
 
 
 def penalize_repetition(
-    logits: Float[Array, "batch vocab"], seen: Bool[Array, "batch vocab"], penalty: Float[Array, ""] | float
+    logits: Float[Array, "batch vocab"], seen: Bool[Array, "batch vocab"], penalty: Number
 ) -> Float[Array, "batch vocab"]:
     """Divide the positive logits of tokens that were seen by the penalty, and multiply the negative ones."""
     return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def keep_top_p(logits: Float[Array, "batch vocab"], p: Float[Array, ""] | float) -> Float[Array, "batch vocab"]:
+def keep_top_p(logits: Float[Array, "batch vocab"], p: Number) -> Float[Array, "batch vocab"]:
     """Keep the fewest of the likeliest tokens that together have probability ``p``, at least one.
 
     Halves the interval of the smallest probability that is kept: sorting a vocabulary takes many times as long on a
@@ -117,6 +124,6 @@ def keep_top_p(logits: Float[Array, "batch vocab"], p: Float[Array, ""] | float)
     return jnp.where(probabilities < least, -jnp.inf, logits)
 
 
-def keep_min_p(logits: Float[Array, "batch vocab"], share: Float[Array, ""] | float) -> Float[Array, "batch vocab"]:
+def keep_min_p(logits: Float[Array, "batch vocab"], share: Number) -> Float[Array, "batch vocab"]:
     """Keep tokens whose probability is at least ``share`` of the likeliest one's."""
     return jnp.where(logits < logits.max(axis=-1, keepdims=True) + jnp.log(share), -jnp.inf, logits)

@@ -366,6 +366,13 @@ class GPT2Tokenizer(_TiktokenTokenizer):
             "needs no download (tokenizer.kind: bpe)"
         )
 
+    def files(self) -> dict[str, bytes]:
+        """OpenAI's two files, `vocab.bpe` and `encoder.json`, from tiktoken's cache or downloaded once."""
+        from tiktoken.load import read_file_cached
+
+        _ = self.encoding  # finds them, or says why not
+        return {name: read_file_cached(self._URL + name, digest) for name, digest in self._SHA256.items()}
+
     def to_dict(self) -> dict[str, Any]:
         """`{"kind": "gpt2"}`: nothing else varies."""
         return {"kind": self.kind}

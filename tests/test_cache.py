@@ -57,7 +57,7 @@ def test_rows_of_different_lengths(params):
     prompts = TOKENS.at[1, 4:].set(7)
     cache = init_cache(CFG, params, 2, 16)
     _, cache = MODEL.apply({"params": params}, prompts[:, :9], cache=cache)
-    cache = cache.replace(lengths=jnp.array([9, 4]))
+    cache = cache._replace(lengths=jnp.array([9, 4]))
     more = jnp.array([[1, 2, 3], [4, 5, 6]])
     logits, cache = MODEL.apply({"params": params}, more, cache=cache)
     assert cache.lengths.tolist() == [12, 7]

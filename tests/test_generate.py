@@ -10,7 +10,7 @@ import pytest
 
 import slm_jax
 from slm_jax.errors import InputError
-from slm_jax.generate import generate, stream, stream_text
+from slm_jax.generate import _pieces, generate, stream, stream_text
 from slm_jax.model import GPTConfig, GPTModel, param_shapes, split_blocks, unstack_blocks
 from slm_jax.sampling import Sampling
 from slm_jax.tokenizer import BPETokenizer, CharTokenizer
@@ -225,6 +225,8 @@ def test_a_rows_draws_are_those_of_its_own_single_run(params):
     for i, prompt in enumerate(PROMPTS):
         alone = generate(MODEL, params, [prompt], key=keys[i : i + 1], **options)
         assert together[i].tolist() == alone[0].tolist()
+    old_style = generate(MODEL, params, PROMPTS, key=jax.random.key_data(keys), **options)
+    assert [row.tolist() for row in old_style] == [row.tolist() for row in together]
     one_key = generate(MODEL, params, PROMPTS, key=KEY, **options)
     third = generate(MODEL, params, [PROMPTS[2]], key=jax.random.fold_in(KEY, 2)[None], **options)
     assert one_key[2].tolist() == third[0].tolist()
@@ -279,7 +281,7 @@ def test_few_programs_are_compiled_whatever_the_lengths(params):
     before = _Decoder.cached_steps._cache_size(), _Decoder.prefill._cache_size()
     for length, n, temperature in ((1, 3, 1.0), (9, 20, 0.5), (16, 5, 2.0)):
         generate(model, longer, [[1] * length], max_new_tokens=n, temperature=temperature, key=KEY)
-        list(stream(model, longer, [[1] * length], Sampling(temperature), max_new_tokens=n, key=KEY))
+        list(stream(model, longer, [[1] * length], Sampling(int(temperature) or 1), max_new_tokens=n, key=KEY))
     after = _Decoder.cached_steps._cache_size(), _Decoder.prefill._cache_size()
     assert (after[0] - before[0], after[1] - before[1]) == (1, 1)
 
@@ -327,6 +329,19 @@ def test_text_ends_at_the_end_of_text_and_begins_anywhere(chars):
         written(chars, stop=("",))
 
 
+def test_a_stop_string_may_begin_in_one_character_and_end_in_the_next():
+    tokenizer = BPETokenizer()  # bytes
+    for text, stop, expected in (
+        ("hi\n€ world", ("\n€",), "hi"),
+        ("a€b", ("€b", "zz"), "a"),
+        ("€€!", ("€!",), "€"),
+        ("abcabd", ("abd",), "abc"),
+        ("abd", ("abd",), ""),
+        ("aab", ("ab", "aab"), ""),
+    ):
+        assert "".join(_pieces(tokenizer, [], iter(text.encode()), stop)) == expected
+
+
 def test_a_character_of_several_tokens_comes_whole():
     tokenizer = BPETokenizer()  # bytes
     cfg = GPTConfig(vocab_size=257, context_length=8, emb_dim=8, n_heads=1, n_layers=1, unroll=False)
@@ -368,12 +383,13 @@ def test_a_character_of_several_tokens_comes_whole():
         ([1, 2, 3], {}, "a prompt is 1; expected whole-number ids, one row a prompt"),
         (np.array([1, 2, 3]), {}, "one row a prompt"),
         (["hello"], {}, "a prompt is 'hello'; expected whole-number ids"),
-        ([[1]], {"max_new_tokens": 0}, "max_new_tokens is 0; expected at least 1"),
+        ([[1, [2]]], {}, "a prompt is [1, [2]]; expected whole-number ids"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens is 0; expected at least 1, a whole number"),
         ([[1]], {"max_new_tokens": -2}, "max_new_tokens is -2"),
         ([[1]], {"temperature": -0.5}, "temperature is -0.5; expected 0 (greedy) or above"),
         ([[1]], {"temperature": float("nan")}, "temperature is nan"),
         ([[1]], {"temperature": float("inf")}, "temperature is inf"),
-        ([[1]], {"top_k": 0}, "top_k is 0; expected at least 1"),
+        ([[1]], {"top_k": 0}, "top_k is 0; expected a whole number of at least 1"),
         ([[1]], {"top_p": 0.0}, "top_p is 0.0; expected above 0"),
         ([[1]], {"temperature": 1.0, "key": None}, "sampling needs a key: pass key=jax.random.key(seed)"),
         ([[1]], {"key": jax.random.split(KEY, 3)}, "key has the shape (3,); expected one key, or one for each of 1"),

@@ -3,6 +3,10 @@
 import contextlib
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from slm_jax.run import Run
 
 
 def use_compile_cache() -> None:
@@ -14,3 +18,11 @@ def use_compile_cache() -> None:
         with contextlib.suppress(OSError):  # a cache that cannot be written only makes the next start slower
             cache.mkdir(parents=True, exist_ok=True)
             jax.config.update("jax_compilation_cache_dir", str(cache))
+
+
+def load(source: str, tokenizer: str | None, n_heads: int | None) -> "Run":
+    """Load the model that the options of a command name, with its tokenizer."""
+    from slm_jax.run import load_model
+    from slm_jax.tokenizer import get_tokenizer
+
+    return load_model(source, None if tokenizer is None else get_tokenizer(tokenizer), n_heads=n_heads)

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from slm_jax.commands import use_compile_cache
+from slm_jax.commands import load, use_compile_cache
 from slm_jax.errors import InputError
 from slm_jax.options import check_at_least, check_seed, parse
 
@@ -78,12 +78,9 @@ def main(args: Sequence[str]) -> int:
 
 def run(options: Options) -> int:
     """Answer each line of the standard input until it ends; return 0."""
-    from slm_jax.run import load_model
-    from slm_jax.tokenizer import get_tokenizer
 
     use_compile_cache()
-    tokenizer = None if options.tokenizer is None else get_tokenizer(options.tokenizer)
-    chat = Chat(load_model(options.run, tokenizer, n_heads=options.n_heads), options)
+    chat = Chat(load(options.run, options.tokenizer, options.n_heads), options)
     with contextlib.suppress(ImportError):  # arrow keys and history in input(), where there is readline
         import readline  # noqa: F401
     print("Type a message, /help for what else there is, /quit to leave.", file=sys.stderr)
@@ -165,6 +162,7 @@ class Chat:
             self._sampling,
             max_new_tokens=self._options.max_new_tokens,
             stop=(f"\n{self._options.you}:",),
+            past_context="stop",
             key=jax.random.fold_in(self._key, self._n_answers),
         )
         self._n_answers += 1
@@ -184,17 +182,19 @@ class Chat:
         """Return the text that the answer continues; the oldest turns go when it would leave no room for the answer."""
         context = self._model.cfg.context_length
         room = context - min(self._options.max_new_tokens, context // 2)
+        turns = list(self.turns)
         while True:
-            prompt = self._text([*self.turns, (message, "")])
+            prompt = self._text([*turns, (message, "")])
             n_tokens = len(self._tokenizer.encode(prompt))
             if n_tokens <= room:
+                self.turns = turns
                 return prompt
-            if not self.turns:
+            if not turns:
                 raise InputError(
                     f"the message makes {n_tokens} tokens, and the model's context of {context} has room for {room} "
                     "beside the answer; shorten it, or lower --max-new-tokens"
                 )
-            del self.turns[0]
+            del turns[0]
 
     def _text(self, turns: Sequence[tuple[str, str]]) -> str:
         you, model = self._options.you, self._options.model

@@ -8,8 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from slm_jax.commands import use_compile_cache
+from slm_jax.commands import load, use_compile_cache
 from slm_jax.errors import InputError
+from slm_jax.files import replace_text
 from slm_jax.options import check_at_least, parse
 
 
@@ -32,6 +33,7 @@ class Options:
         hellaswag: jsonl:FILE in the form of the original files, or tfds:hellaswag.
         limit: only so many examples of LAMBADA and HellaSwag; null: all.
         batch_size: sequences computed at a time.
+        dtype: what to compute in; only float32 gives the same figures on every machine.
         out: a file for the JSON; null: it is printed.
     """
 
@@ -47,6 +49,7 @@ class Options:
     hellaswag: str | None = None
     limit: int | None = None
     batch_size: int = 8
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     out: str | None = None
 
     def __post_init__(self) -> None:
@@ -65,22 +68,23 @@ def main(args: Sequence[str]) -> int:
 
 def run(options: Options) -> int:
     """Measure, and print or write the figures; return 0."""
+    import jax
     from rich.console import Console
     from rich.progress import track
 
     from slm_jax.evaluation import to_dict
     from slm_jax.model import GPTModel
-    from slm_jax.run import load_model
-    from slm_jax.tokenizer import get_tokenizer
 
     use_compile_cache()
-    tokenizer = None if options.tokenizer is None else get_tokenizer(options.tokenizer)
-    loaded = load_model(options.run, tokenizer, n_heads=options.n_heads)
-    figures: dict[str, Any] = {"run": str(loaded.folder), "step": loaded.step}
-    model, console = GPTModel(loaded.model_config), Console(stderr=True)
-    for name, measure in _measurements(options).items():
-        show = partial(track, description=name, console=console, transient=True)
-        figures[name] = to_dict(measure(model, loaded.params, loaded.tokenizer, track=show))
+    loaded = load(options.run, options.tokenizer, options.n_heads)
+    figures: dict[str, Any] = {"run": str(loaded.folder), "step": loaded.step, "dtype": options.dtype}
+    model = GPTModel(dataclasses.replace(loaded.model_config, dtype=options.dtype))
+    console = Console(stderr=True)
+    # Accelerators multiply float32 with fewer bits unless told not to.
+    with jax.default_matmul_precision("highest" if options.dtype == "float32" else "default"):
+        for name, measure in _measurements(options).items():
+            show = partial(track, description=name, console=console, transient=True)
+            figures[name] = to_dict(measure(model, loaded.params, loaded.tokenizer, track=show))
     text = json.dumps(figures, indent=2)
     if options.out is None:
         print(text)
@@ -114,8 +118,6 @@ def _measurements(options: Options) -> dict[str, Any]:
 def _write(path: Path, text: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.partial")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        replace_text(path, text)
     except OSError as error:
         raise InputError(f"{path}: cannot write there ({error.strerror}); choose another place with --out") from None

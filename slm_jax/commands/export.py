@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from slm_jax.commands import load
 from slm_jax.options import check_at_least, parse
 
 
@@ -38,12 +39,9 @@ def main(args: Sequence[str]) -> int:
 
 def run(options: Options) -> int:
     """Write the folder, and say how to open it; return 0."""
-    from slm_jax.run import load_model
-    from slm_jax.tokenizer import get_tokenizer
     from slm_jax.weights import save_gpt2
 
-    tokenizer = None if options.tokenizer is None else get_tokenizer(options.tokenizer)
-    loaded = load_model(options.run, tokenizer, n_heads=options.n_heads)
+    loaded = load(options.run, options.tokenizer, options.n_heads)
     folder = save_gpt2(
         loaded.model_config,
         loaded.params,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from slm_jax.commands import use_compile_cache
+from slm_jax.commands import load, use_compile_cache
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.options import check_at_least, check_seed, parse
 
@@ -80,18 +80,15 @@ def run(options: Options) -> int:
 
     from slm_jax.generate import stream_text
     from slm_jax.model import GPTModel, unstack_blocks
-    from slm_jax.run import load_model
-    from slm_jax.tokenizer import get_tokenizer
 
     use_compile_cache()
     prompt = options.prompt if options.prompt_file is None else read_prompt(Path(options.prompt_file))
-    tokenizer = None if options.tokenizer is None else get_tokenizer(options.tokenizer)
-    loaded = load_model(options.run, tokenizer, n_heads=options.n_heads)
-    params = unstack_blocks(loaded.params)
+    loaded = load(options.run, options.tokenizer, options.n_heads)
+    loaded = dataclasses.replace(loaded, params=unstack_blocks(loaded.params))
     texts = [
         stream_text(
             GPTModel(loaded.model_config),
-            params,
+            loaded.params,
             loaded.tokenizer,
             prompt,
             options.sampling(),

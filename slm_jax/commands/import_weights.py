@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+from slm_jax.commands import load
 from slm_jax.options import check_at_least, parse
 
 
@@ -38,13 +39,11 @@ def run(options: Options) -> int:
     """Write the run, and say what to do with it; return 0."""
     from slm_jax.config import check_run_name
     from slm_jax.model import count_params
-    from slm_jax.run import load_model, save_run
-    from slm_jax.tokenizer import get_tokenizer
+    from slm_jax.run import save_run
 
     check_run_name(options.run)
     folder = Path(options.runs_dir).expanduser() / options.run
-    tokenizer = None if options.tokenizer is None else get_tokenizer(options.tokenizer)
-    loaded = load_model(options.source, tokenizer, n_heads=options.n_heads)
+    loaded = load(options.source, options.tokenizer, options.n_heads)
     save_run(folder, loaded)
     print(f"{folder} written: {count_params(loaded.model_config):,} parameters")
     print(f"next: slm-jax generate --run {folder}")

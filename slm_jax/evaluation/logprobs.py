@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from slm_jax.errors import InputError
+from slm_jax.generate import round_up
 from slm_jax.model import GPTModel, Params
 from slm_jax.tokenizer import Tokenizer
 
@@ -24,7 +25,7 @@ SHORTEST_BUCKET = 16  # tokens; below it a program of its own costs more than th
 def target_logprobs(
     model: GPTModel, params: Params, inputs: Int[Array, "batch seq"], targets: Int[Array, "batch seq"]
 ) -> tuple[Float32[Array, "batch seq"], Bool[Array, "batch seq"]]:
-    """Compute the log-probability (nats) of each target after its input, and whether no id is likelier."""
+    """Compute the log-probability (nats) of each target after its input, and whether it is the argmax."""
     hidden = model.apply({"params": params}, inputs, method="hidden")
 
     def score(row: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -126,7 +127,8 @@ class _Row(NamedTuple):
 def _batches(model: GPTModel, pairs: Sequence[Pair], batch_size: int) -> Iterator[tuple[int, list[_Row]]]:
     """Put rows of about the same length together, the longest first; give each batch with its width."""
     rows = sorted(_rows(model, pairs), key=lambda row: len(row.ids), reverse=True)
-    for width, group in itertools.groupby(rows, lambda row: _bucket_width(row, model.cfg.context_length)):
+    context = model.cfg.context_length
+    for width, group in itertools.groupby(rows, lambda row: round_up(len(row.ids) - 1, SHORTEST_BUCKET, context)):
         bucket = list(group)
         yield from ((width, bucket[first : first + batch_size]) for first in range(0, len(bucket), batch_size))
 
@@ -141,8 +143,3 @@ def _rows(model: GPTModel, pairs: Sequence[Pair]) -> Iterable[_Row]:
         for start in range(len(context), len(ids), context_length):
             piece = ids[: start + context_length][-context_length - 1 :]
             yield _Row(i, piece, min(context_length, len(ids) - start))
-
-
-def _bucket_width(row: _Row, context_length: int) -> int:
-    """Return the power of two that a row is padded to, so that few lengths are compiled for."""
-    return min(max(1 << (len(row.ids) - 2).bit_length(), SHORTEST_BUCKET), context_length)

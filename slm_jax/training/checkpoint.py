@@ -20,6 +20,7 @@ import optax
 from orbax.checkpoint import v1 as ocp
 
 from slm_jax.errors import InputError, MissingInputError
+from slm_jax.files import replace_text
 from slm_jax.model import Params
 from slm_jax.training.step import TrainState
 
@@ -156,8 +157,14 @@ def best_step(folder: Path) -> int | None:
     return min(measured, key=lambda step: measured[step], default=steps[-1] if steps else None)
 
 
-def load_params(folder: Path, step: int, like: Params) -> Params:
+def load_params(folder: Path, step: int, like: Params, sharding: Any = None) -> Params:
     """Load only the parameters of a step, with the shapes and dtypes of ``like``.
+
+    Args:
+        folder: of the checkpoints.
+        step: which.
+        like: the params tree as arrays or shapes.
+        sharding: of every leaf, or a tree of them; None: the first device.
 
     Raises:
         MissingInputError: no such step.
@@ -169,8 +176,10 @@ def load_params(folder: Path, step: int, like: Params) -> Params:
     damage = find_damage(folder / str(step))
     if damage:
         raise InputError(f"{damage}; choose another step of {', '.join(map(str, saved_steps(folder)))}")
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like)
+    if not isinstance(sharding, dict):
+        sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        sharding = jax.tree.map(lambda _: sharding, like)
+    abstract = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), like, sharding)
     path = (folder / str(step)).resolve()  # Orbax takes absolute paths only
     return ocp.load_checkpointables(path, {"params": abstract})["params"]
 
@@ -178,9 +187,7 @@ def load_params(folder: Path, step: int, like: Params) -> Params:
 def write_checksums(folder: Path) -> None:
     """Write the SHA-256 of every file of a checkpoint beside them."""
     sums = {str(path.relative_to(folder)): _sha256(path) for path in _files(folder)}
-    partial = folder / f"{CHECKSUMS}.partial"
-    partial.write_text(json.dumps(sums, indent=1))
-    partial.replace(folder / CHECKSUMS)
+    replace_text(folder / CHECKSUMS, json.dumps(sums, indent=1))
 
 
 def find_damage(folder: Path) -> str | None:

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from slm_jax.errors import InputError
+from slm_jax.files import replace_text
 
 try:
     import fcntl
@@ -82,9 +83,7 @@ class RunFolder:
     def write_text(self, name: str, text: str) -> None:
         """Replace a file of the folder in one step."""
         if self.writes:
-            partial = self.path / f"{name}.partial"
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(self.path / name)
+            replace_text(self.path / name, text)
 
     def add_metrics(self, row: dict[str, Any]) -> None:
         """Append a line; numbers that JSON does not have become null."""

@@ -12,10 +12,11 @@ from slm_jax.weights.names import NameMap, Slot, expand, shape_fields
 
 NAME = "the book"
 EMBEDDING = "tok_emb.weight"
+POSITIONS = "pos_emb.weight"
 HEAD = "out_head.weight"
 _TOP: NameMap = {
     EMBEDDING: Slot("tok_emb/embedding"),
-    "pos_emb.weight": Slot("pos_emb/embedding"),
+    POSITIONS: Slot("pos_emb/embedding"),
     "final_norm.scale": Slot("final_norm/scale"),
     "final_norm.shift": Slot("final_norm/bias"),
     HEAD: Slot("out_head/kernel", transpose=True),
@@ -52,7 +53,7 @@ def recognise(files: TensorFiles) -> bool:
 
 def shapes(files: TensorFiles) -> dict[str, Any]:
     """Return the GPTConfig fields that the shapes tell: all but the number of heads."""
-    fields = shape_fields(files.shapes, EMBEDDING, "pos_emb.weight", "trf_blocks")
+    fields = shape_fields(files.shapes, EMBEDDING, POSITIONS, "trf_blocks")
     return {**fields, "bias": True, "qkv_bias": "trf_blocks.0.att.W_query.bias" in files.tensors, "tie_weights": False}
 
 

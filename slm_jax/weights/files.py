@@ -1,7 +1,6 @@
 """Files of tensors: safetensors, one or in shards, and PyTorch's pickles, told apart by their content."""
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -15,11 +14,14 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from slm_jax.errors import InputError, MissingInputError
+from slm_jax.files import read_json
 
 INDEX = "model.safetensors.index.json"
+OURS = "slm_jax"  # the key of what our own exports state in their metadata
 CHUNK_BYTES = 16 << 20
 _DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
-_AGAIN = "download or export it again"
+FLOATS = tuple(_DTYPES.values())
+AGAIN = "download or export it again"
 _WRONG_KIND = (
     (b"version https://git-lfs", "is a git-lfs pointer, not the weights; fetch them with: git lfs pull"),
     (b"<!doctype", "is an HTML page, not weights; download the file itself, not the page that shows it"),
@@ -124,11 +126,11 @@ def open_tensors(file: Path) -> TensorFiles:
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error.strerror or error}") from None
     if not start:
-        raise InputError(f"{file}: the file is empty (0 bytes); {_AGAIN}")
+        raise InputError(f"{file}: the file is empty (0 bytes); {AGAIN}")
     for magic, message in _WRONG_KIND:
         if start.lstrip().lower().startswith(magic):
             raise InputError(f"{file}: this {message}")
-    raise InputError(f"{file}: neither a safetensors nor a PyTorch file; {_AGAIN}")
+    raise InputError(f"{file}: neither a safetensors nor a PyTorch file; {AGAIN}")
 
 
 def _open_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -141,7 +143,7 @@ def _open_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                 tensors[name] = Tensor(file, name, tuple(rows.get_shape()), dtype, partial(_mapped, file, name))
             return tensors, dict(opened.metadata() or {})
     except SafetensorError as error:
-        raise InputError(f"{file}: a damaged safetensors file ({error}); {_AGAIN}") from None
+        raise InputError(f"{file}: a damaged safetensors file ({error}); {AGAIN}") from None
 
 
 @contextmanager
@@ -150,28 +152,10 @@ def _mapped(file: Path, name: str) -> Iterator[Any]:
         yield opened.get_slice(name)
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """Read a file that is one JSON object; a key that is there twice is refused."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        content = dict(pairs)
-        if len(content) < len(pairs):
-            raise ValueError("a key is there twice")
-        return content
-
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique)
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{file}: cannot be read as JSON ({error}); {_AGAIN}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{file}: expected one JSON object; {_AGAIN}")
-    return content
-
-
 def _open_shards(index: Path) -> TensorFiles:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{index}: no weight_map of tensors to files in it; {_AGAIN}")
+        raise InputError(f"{index}: no weight_map of tensors to files in it; {AGAIN}")
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
     for shard in dict.fromkeys(weight_map.values()):
@@ -188,7 +172,7 @@ def _open_shards(index: Path) -> TensorFiles:
     for name, shard in weight_map.items():
         if name not in tensors or tensors[name].file.name != shard:
             raise InputError(
-                f"{index.parent / shard}: tensor {name} is not in it, though {index.name} says so; {_AGAIN}"
+                f"{index.parent / shard}: tensor {name} is not in it, though {index.name} says so; {AGAIN}"
             )
     return TensorFiles(index, tensors, metadata)
 
@@ -228,7 +212,7 @@ def _open_torch(file: Path) -> TensorFiles:
         if not isinstance(value, torch.Tensor):
             raise InputError(f"{file}: {name!r} is a {type(value).__name__}, not a tensor; save model.state_dict()")
         dtype = str(value.dtype).removeprefix("torch.")
-        rows = _torch_rows(value) if dtype in _DTYPES.values() else None
+        rows = _torch_rows(value) if dtype in FLOATS else None
         tensors[str(name)] = Tensor(file, str(name), tuple(value.shape), dtype, partial(nullcontext, rows))
     return TensorFiles(file, tensors, {}, model_args if isinstance(model_args, dict) else {})
 

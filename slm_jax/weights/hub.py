@@ -74,9 +74,11 @@ def _download(name: str, pin: Pin) -> Path:
 
 def _verified(file: Path, pin: Pin) -> Path:
     expected = pin.sha256 or file.resolve().name  # the cache names a file by the SHA-256 that the server has for it
+    if not re.fullmatch(r"[0-9a-f]{64}", expected):  # a cache of copies, on a system without symbolic links
+        return file
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    if digest != expected and re.fullmatch(r"[0-9a-f]{64}", expected):
+    if digest != expected:
         raise InputError(
             f"{file}: its SHA-256 is {digest}; expected {expected}: delete {file.resolve()} and load it again"
         )

@@ -7,16 +7,18 @@ import re
 from typing import Any
 
 from slm_jax.errors import InputError
+from slm_jax.files import read_json
 from slm_jax.model import GPTConfig
-from slm_jax.weights.files import Tensor, TensorFiles, read_json
+from slm_jax.weights.files import Tensor, TensorFiles
 from slm_jax.weights.names import NameMap, Slot, expand, shape_fields
 
 NAME = "Hugging Face"
 EMBEDDING = "wte.weight"
+POSITIONS = "wpe.weight"
 HEAD = "lm_head.weight"
 TOP: NameMap = {
     EMBEDDING: Slot("tok_emb/embedding"),
-    "wpe.weight": Slot("pos_emb/embedding"),
+    POSITIONS: Slot("pos_emb/embedding"),
     "ln_f.weight": Slot("final_norm/scale"),
     "ln_f.bias": Slot("final_norm/bias"),
     HEAD: Slot("out_head/kernel", transpose=True),
@@ -38,7 +40,7 @@ BLOCK: NameMap = {
 # What changes the function that the model computes, and the only values that ours computes.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "model_type": ("gpt2",),
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu"),
     "layer_norm_epsilon": (1e-5,),
     "add_cross_attention": (False,),
     "scale_attn_weights": (True,),
@@ -76,7 +78,7 @@ def recognise(files: TensorFiles) -> bool:
 
 def shapes(files: TensorFiles) -> dict[str, Any]:
     """Return the GPTConfig fields that the shapes tell: all but the number of heads."""
-    return {**shape_fields(files.shapes, EMBEDDING, "wpe.weight", "h"), "bias": True, "qkv_bias": True}
+    return {**shape_fields(files.shapes, EMBEDDING, POSITIONS, "h"), "bias": True, "qkv_bias": True}
 
 
 def stated(files: TensorFiles) -> dict[str, Any]:
@@ -96,6 +98,7 @@ def stated(files: TensorFiles) -> dict[str, Any]:
     fields = {field: content[key] for key, field in _FIELDS.items() if content.get(key) is not None}
     if content.get("n_inner") is not None and content["n_inner"] != 4 * files.shapes.get(EMBEDDING, (0, 0))[-1]:
         raise InputError(f"{file}: n_inner is {content['n_inner']!r}; expected null or 4 times n_embd")
+    fields["exact_gelu"] = content.get("activation_function") == "gelu"
     if content.get("tie_word_embeddings") is False:
         fields["tie_weights"] = False
     return fields

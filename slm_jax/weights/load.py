@@ -3,9 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from slm_jax.errors import InputError
 from slm_jax.model import DType, GPTConfig, Params
 from slm_jax.weights.hub import PINS, find_by_name
 from slm_jax.weights.ours import find_checkpoint, read_checkpoint
@@ -45,10 +42,8 @@ def load_gpt2(
     checkpoint = find_checkpoint(source)
     if checkpoint is None:
         return read_weights(find_weights(source), n_heads, dtype, param_dtype, sharding)
-    cfg, params, _ = read_checkpoint(*checkpoint, dtype, param_dtype)
-    if n_heads is not None and n_heads != cfg.n_heads:
-        raise InputError(f"{source}: n_heads is given as {n_heads}, and the run has {cfg.n_heads}; leave it out")
-    return cfg, params if sharding is None else jax.device_put(params, sharding)
+    cfg, params, _ = read_checkpoint(*checkpoint, dtype, param_dtype, n_heads, sharding)
+    return cfg, params
 
 
 def find_weights(source: str | Path) -> Path:

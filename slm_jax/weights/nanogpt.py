@@ -8,11 +8,12 @@ from typing import Any
 
 from slm_jax.model import GPTConfig
 from slm_jax.weights import huggingface
-from slm_jax.weights.files import TensorFiles
+from slm_jax.weights.files import OURS, TensorFiles
 from slm_jax.weights.names import NameMap, expand
 
 NAME = "nanoGPT"
 EMBEDDING = huggingface.EMBEDDING
+POSITIONS = huggingface.POSITIONS
 HEAD = huggingface.HEAD
 _FIELDS = {
     "vocab_size": "vocab_size",
@@ -39,7 +40,9 @@ def shapes(files: TensorFiles) -> dict[str, Any]:
 
 def stated(files: TensorFiles) -> dict[str, Any]:
     """Return the GPTConfig fields that ``model_args`` states; dropout is left to whoever trains on."""
-    return {field: files.model_args[key] for key, field in _FIELDS.items() if key in files.model_args}
+    fields = {field: files.model_args[key] for key, field in _FIELDS.items() if key in files.model_args}
+    # nanoGPT computes no other GELU; what we wrote in its format says which one the model was trained with.
+    return fields if OURS in files.metadata else {**fields, "exact_gelu": True}
 
 
 def names(cfg: GPTConfig) -> NameMap:

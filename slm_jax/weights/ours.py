@@ -55,7 +55,12 @@ def _choose(checkpoints: Path, step: int | str) -> int:
 
 
 def read_checkpoint(
-    folder: Path, step: int, dtype: DType, param_dtype: DType | None = None
+    folder: Path,
+    step: int,
+    dtype: DType,
+    param_dtype: DType | None = None,
+    n_heads: int | None = None,
+    sharding: Any = None,
 ) -> tuple[GPTConfig, Params, dict[str, Any]]:
     """Load a checkpoint's model and what was saved beside it.
 
@@ -64,13 +69,17 @@ def read_checkpoint(
         step: of the checkpoint.
         dtype: what to compute in.
         param_dtype: what to hold parameters in; None: as they were trained.
+        n_heads: what the caller takes for the number of attention heads.
+        sharding: of every leaf, or a tree of them; None: JAX's default device.
 
     Raises:
-        InputError: a damaged checkpoint.
+        InputError: a damaged checkpoint; one with another number of heads.
     """
     metadata = read_metadata(folder / "checkpoints", step)
     # Its shape, not how it was executed: that was for another device, perhaps.
     execution = {"dtype": dtype, "attention": "auto", "remat": "none", "unroll": None}
     held = {} if param_dtype is None else {"param_dtype": param_dtype}
     cfg = GPTConfig(**{**metadata["model"], **execution, **held})
-    return cfg, load_params(folder / "checkpoints", step, param_shapes(cfg)), metadata
+    if n_heads not in (None, cfg.n_heads):
+        raise InputError(f"{folder}: n_heads is given as {n_heads}, and the run has {cfg.n_heads}; leave it out")
+    return cfg, load_params(folder / "checkpoints", step, param_shapes(cfg), sharding), metadata

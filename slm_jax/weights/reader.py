@@ -14,25 +14,24 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from slm_jax.errors import InputError
+from slm_jax.files import read_json
 from slm_jax.model import PRESETS, GPTConfig, Params
 from slm_jax.weights import book, huggingface, nanogpt
-from slm_jax.weights.files import Tensor, TensorFiles, find_file, open_tensors, read_json
+from slm_jax.weights.files import AGAIN, FLOATS, OURS, Tensor, TensorFiles, find_file, open_tensors
 from slm_jax.weights.foreign import describe
 from slm_jax.weights.names import NameMap, largest_first, leaf_shapes
 
-FLOATS = ("float16", "bfloat16", "float32", "float64")
-OURS = "slm_jax"  # the keys of our exports' metadata
-OURS_FIELDS = ("n_heads", "drop_rate", "unpadded_vocab_size")
+OURS_FIELDS = ("n_heads", "drop_rate", "exact_gelu", "unpadded_vocab_size")
 DIGESTS = "sha256"
-_AGAIN = "download or export it again"
 
 
-@runtime_checkable
+@runtime_checkable  # for the tests, which check every annotation
 class Format(Protocol):
     """What each foreign format's module has."""
 
     NAME: str
     EMBEDDING: str
+    POSITIONS: str
     HEAD: str
 
     def clean(self, name: str) -> str | None:
@@ -108,6 +107,7 @@ def _configure(
         if fields["tie_weights"]:
             rest = {name: tensor for name, tensor in files.tensors.items() if name != form.HEAD}
             files = dataclasses.replace(files, tensors=rest)
+    _check_found(files, form, fields)
     if fields.get("vocab_size") == 50_304 and "unpadded_vocab_size" not in fields:
         fields["unpadded_vocab_size"] = 50_257  # GPT-2's, rounded up as nanoGPT does
     try:
@@ -115,6 +115,15 @@ def _configure(
         return GPTConfig(**{**fields, **execution}), files
     except InputError as error:
         raise InputError(f"{files.file}: {error}") from None
+
+
+def _check_found(files: TensorFiles, form: Format, fields: Mapping[str, Any]) -> None:
+    """Refuse tensors that leave a size open, for which there would be no other to check them by."""
+    for field, name in (("emb_dim", form.EMBEDDING), ("context_length", form.POSITIONS)):
+        if not fields.get(field):
+            found = files.tensors.get(name)
+            problem = "is missing" if found is None else f"has the shape {found.shape}; expected two axes"
+            raise InputError(f"{files.file}: tensor {name} {problem}: the file is incomplete or damaged; {AGAIN}")
 
 
 def _our_metadata(files: TensorFiles) -> dict[str, Any]:
@@ -125,7 +134,7 @@ def _our_metadata(files: TensorFiles) -> dict[str, Any]:
         fields = json.loads(files.metadata[OURS])
         return {name: fields[name] for name in OURS_FIELDS}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{files.file}: the metadata {OURS!r} is damaged ({error!r}); {_AGAIN}") from None
+        raise InputError(f"{files.file}: the metadata {OURS!r} is damaged ({error!r}); {AGAIN}") from None
 
 
 def _heads(fields: Mapping[str, Any], given: int | None) -> int:
@@ -148,7 +157,13 @@ def _heads(fields: Mapping[str, Any], given: int | None) -> int:
 
 def _equal(left: Tensor, right: Tensor | None) -> bool:
     """Whether two tensors hold the same bits."""
-    if right is None or left.shape != right.shape or left.dtype != right.dtype or left.dtype not in FLOATS:
+    if (
+        right is None
+        or len(left.shape) != 2
+        or left.shape != right.shape
+        or left.dtype != right.dtype
+        or left.dtype not in FLOATS
+    ):
         return False
     return all(a.tobytes() == b.tobytes() for a, b in zip(left.chunks(), right.chunks(), strict=True))
 
@@ -156,7 +171,7 @@ def _equal(left: Tensor, right: Tensor | None) -> bool:
 def _check(files: TensorFiles, expected: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse missing and unknown tensors, wrong shapes and dtypes."""
     if missing := [name for name in expected if name not in files.tensors]:
-        raise InputError(f"{files.file}: {_list('tensor', missing)} missing; the file is incomplete: {_AGAIN}")
+        raise InputError(f"{files.file}: {_list('tensor', missing)} missing; the file is incomplete: {AGAIN}")
     if unknown := [tensor.name for name, tensor in files.tensors.items() if name not in expected]:
         raise InputError(
             f"{files.file}: {_list('tensor', unknown)} unknown to GPT-2; expected its {len(expected)} tensors only: "
@@ -167,7 +182,7 @@ def _check(files: TensorFiles, expected: Mapping[str, tuple[int, ...]]) -> None:
         if tensor.shape != shape:
             raise InputError(
                 f"{tensor.file}: tensor {tensor.name} has the shape {tensor.shape}; expected {shape}, "
-                f"as the configuration and the other tensors have it: {_AGAIN}"
+                f"as the configuration and the other tensors have it: {AGAIN}"
             )
         if tensor.dtype not in FLOATS:
             raise InputError(
@@ -227,7 +242,7 @@ def _fill(target: np.ndarray, tensor: Tensor, digests: Mapping[str, str]) -> Non
     if digests and digests.get(tensor.name) != digest.hexdigest():
         raise InputError(
             f"{tensor.file}: tensor {tensor.name} is damaged: its SHA-256 is not the one noted when it was written; "
-            f"{_AGAIN}"
+            f"{AGAIN}"
         )
 
 
@@ -240,7 +255,7 @@ def _digests(files: TensorFiles) -> dict[str, str]:
     except (KeyError, ValueError, RecursionError):
         digests = None
     if not isinstance(digests, dict) or not digests:
-        raise InputError(f"{files.file}: the metadata {DIGESTS!r} is damaged; {_AGAIN}")
+        raise InputError(f"{files.file}: the metadata {DIGESTS!r} is damaged; {AGAIN}")
     return digests
 
 

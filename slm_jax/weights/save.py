@@ -4,10 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
-import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -17,10 +14,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from slm_jax.errors import InputError
+from slm_jax.files import new_folder
 from slm_jax.model import GPTConfig, Params, join_blocks
 from slm_jax.tokenizer import GPT2Tokenizer, Tokenizer
+from slm_jax.weights.files import OURS
 from slm_jax.weights.names import NameMap, Slot, leaf_shapes
-from slm_jax.weights.reader import DIGESTS, FORMATS, OURS, OURS_FIELDS
+from slm_jax.weights.reader import DIGESTS, FORMATS, OURS_FIELDS
 from slm_jax.weights.transformers_folder import folder_files
 
 FormatName = Literal["huggingface", "nanogpt", "book"]
@@ -40,7 +39,8 @@ def save_gpt2(
     ``huggingface`` makes a folder that ``transformers`` opens as ``GPT2LMHeadModel``; ``nanogpt`` and ``book`` make one
     ``model.safetensors`` with the names of their state dicts. Tensors keep their dtype. What a format cannot leave
     out is filled in with equal logits: biases that the model lacks become zeros, and for the book, whose output
-    head is always its own, a tied one becomes a copy of the token embedding.
+    head is always its own, a tied one becomes a copy of the token embedding. nanoGPT's code computes the exact GELU
+    and the book's the tanh form, whatever the model had: there another form changes logits in the fourth digit.
 
     Args:
         cfg: the model's configuration.
@@ -134,27 +134,10 @@ def _write(file: Path, tensors: dict[str, np.ndarray], cfg: GPTConfig) -> None:
     metadata = {"format": "pt", OURS: json.dumps(fields), DIGESTS: json.dumps(digests)}
     file.touch()
     mode = file.stat().st_mode  # safetensors makes a file that only its owner can read
-    save_file(tensors, file, metadata)
+    try:
+        save_file(tensors, file, metadata)
+    except SafetensorError as error:  # a full disk, for one
+        raise OSError(str(error)) from None
     file.chmod(mode)
     with file.open("r+b") as stream:
         os.fsync(stream.fileno())
-
-
-@contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """Give a folder beside the target that becomes the target when all went well, and else disappears."""
-    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
-    try:
-        if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-            raise InputError(f"{target}: exists and is not an empty folder; choose a new folder or move this one away")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial.mkdir()
-        yield partial
-        if target.exists():
-            target.rmdir()
-        partial.rename(target)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{target}: cannot be written: {reason}; free space there or choose another folder") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from slm_jax.errors import InputError
+from slm_jax.errors import MissingInputError
 from slm_jax.model import GPTConfig, count_params
 from slm_jax.tokenizer import END_OF_TEXT, GPT2Tokenizer, Tokenizer
 
@@ -45,7 +45,7 @@ def _config(cfg: GPTConfig, dtype: str, tokenizer: Tokenizer | None) -> dict[str
         "n_embd": cfg.emb_dim,
         "n_head": cfg.n_heads,
         "n_layer": cfg.n_layers,
-        "activation_function": "gelu_new",
+        "activation_function": "gelu" if cfg.exact_gelu else "gelu_new",
         "layer_norm_epsilon": 1e-5,
         "tie_word_embeddings": cfg.tie_weights,
         "attn_pdrop": cfg.drop_rate,
@@ -68,15 +68,9 @@ def _generation_config(cfg: GPTConfig, tokenizer: Tokenizer | None) -> dict[str,
 
 def _tokenizer_files(cfg: GPTConfig) -> dict[str, bytes]:
     """Return GPT-2's tokenizer as ``transformers`` reads it: the files that tiktoken keeps; nothing without them."""
-    from tiktoken.load import read_file_cached
-
-    tokenizer = GPT2Tokenizer()
     try:
-        _ = tokenizer.encoding  # finds or downloads both files
-        vocab, merges = (
-            read_file_cached(tokenizer._URL + name, tokenizer._SHA256[name]) for name in ("encoder.json", "vocab.bpe")
-        )
-    except (InputError, OSError, ValueError):
+        files = GPT2Tokenizer().files()
+    except MissingInputError:
         return {}
     settings = {
         "tokenizer_class": "GPT2Tokenizer",
@@ -86,7 +80,11 @@ def _tokenizer_files(cfg: GPTConfig) -> dict[str, bytes]:
         "unk_token": END_OF_TEXT,
         "add_prefix_space": False,
     }
-    return {"vocab.json": vocab, "merges.txt": merges, "tokenizer_config.json": _json(settings).encode()}
+    return {
+        "vocab.json": files["encoder.json"],
+        "merges.txt": files["vocab.bpe"],
+        "tokenizer_config.json": _json(settings).encode(),
+    }
 
 
 def _card(cfg: GPTConfig, tokenizer: Tokenizer | None, has_files: bool, figures: Mapping[str, Any]) -> str:

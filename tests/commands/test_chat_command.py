@@ -66,6 +66,7 @@ def test_the_oldest_turns_go_when_there_is_no_room(model):
         InputError, match=r"the message makes \d+ tokens, and the model's context of 128 has room for 120"
     ):
         talk.answer("the cat " * 20)
+    assert len(talk.turns) >= 1  # nothing is forgotten for a message that is refused
 
 
 def test_commands(model):

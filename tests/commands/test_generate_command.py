@@ -16,7 +16,7 @@ from slm_jax.options import parse
         (["--num-samples", "0"], "num_samples is 0; expected at least 1"),
         (["--max-new-tokens", "0"], "max_new_tokens is 0; expected at least 1"),
         (["--temperature", "-1"], "temperature is -1.0; expected 0"),
-        (["--top-k", "-1"], "top_k is -1; expected at least 1"),
+        (["--top-k", "-1"], "top_k is -1; expected a whole number"),
         (["--top-p", "0"], "top_p is 0.0; expected above 0"),
         (["--top-p", "1.1"], "top_p is 1.1; expected above 0 and at most 1"),
         (["--min-p", "-0.1"], "min_p is -0.1; expected 0 to 1"),
