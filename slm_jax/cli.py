@@ -6,6 +6,7 @@ diverged; 130 or 143 that a signal stopped it, with everything saved.
 
 import errno
 import importlib
+import io
 import logging
 import os
 import sys
@@ -49,6 +50,8 @@ def main(args: Sequence[str] | None = None) -> int:
         return 2
     # Orbax logs whole tracebacks of errors that it raises too.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a console or pipe that lacks a character shows "?" for it
     try:
         status: int = importlib.import_module(COMMANDS[args[0]][0]).main(args[1:])
         return status

@@ -103,7 +103,7 @@ def stream_text(
     sampling: Sampling,
     *,
     max_new_tokens: int,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     past_context: PastContext = "slide",
     key: jax.Array | None = None,
 ) -> Iterator[str]:
@@ -112,14 +112,18 @@ def stream_text(
     An empty prompt is the start of a document. Characters of several tokens, and what may yet become a stop string,
     are held back until they are complete. Arguments and errors are otherwise those of :func:`generate`.
     """
-    if any(not text for text in stop):
+    stop = (stop,) if isinstance(stop, str) else tuple(stop)
+    if "" in stop:
         raise InputError("a stop string is empty; expected text, such as a line break")
     prompt_ids = tokenizer.encode(prompt)
+    n_ids = tokenizer.vocab_size
+    if n_ids < (model.cfg.unpadded_vocab_size or model.cfg.vocab_size):  # no text can be made of the others
+        model = GPTModel(dataclasses.replace(model.cfg, unpadded_vocab_size=n_ids))
     columns = stream(
         model, params, [prompt_ids or [tokenizer.eot_id]], sampling,
         max_new_tokens=max_new_tokens, eos_id=tokenizer.eot_id, past_context=past_context, key=key,
     )  # fmt: skip
-    return _pieces(tokenizer, prompt_ids, (int(column[0]) for column in columns), tuple(stop))
+    return _pieces(tokenizer, prompt_ids, (int(column[0]) for column in columns), stop)
 
 
 def _pieces(
@@ -192,13 +196,13 @@ def _decode(
     chunk: int | None,
 ) -> Iterator[np.ndarray]:
     """Check at once, then give new tokens in portions (batch, n): of ``chunk`` tokens, or as they come."""
-    _check(model, rows, max_new_tokens, past_context)
+    _check(model, params, rows, max_new_tokens, eos_id, past_context)
     if not sampling.is_greedy and key is None:
         raise InputError("sampling needs a key: pass key=jax.random.key(seed), or temperature=0 for greedy")
     keys = None if sampling.is_greedy else _row_keys(key, len(rows))
-    rules = _Rules(sampling.numbers(), keys, NO_ID if eos_id is None else eos_id)
+    rules = _Rules(sampling.numbers(), keys, np.int32(NO_ID if eos_id is None else eos_id))
     decoder = _Decoder(model, None if sampling.is_greedy else sampling.top_k, past_context == "stop")
-    return decoder.portions(params, rows, rules, max_new_tokens, chunk or model.cfg.context_length)
+    return decoder.portions(params, rows, rules, int(max_new_tokens), chunk or model.cfg.context_length)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,6 +326,8 @@ def round_up(n: int, least: int, most: int) -> int:
 
 def _row_keys(key: Any, n_rows: int) -> jax.Array:
     """Return one key a row, which makes a row's draws its own."""
+    if not isinstance(key, jax.Array):
+        raise InputError(f"key is {key!r}; expected a random key: jax.random.key(seed)")
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):  # jax.random.PRNGKey's
         key = jax.random.wrap_key_data(key)
     if key.ndim == 0:
@@ -345,15 +351,19 @@ def _as_row(prompt: Any) -> np.ndarray:
     return row
 
 
-def _check(model: GPTModel, rows: list[np.ndarray], max_new_tokens: int, past_context: str) -> None:
+def _check(
+    model: GPTModel, params: Params, rows: list[np.ndarray], max_new_tokens: int, eos_id: int | None, past_context: str
+) -> None:
+    if "tok_emb" not in params:
+        raise InputError('params has no "tok_emb"; expected the params tree, such as model.init(key, tokens)["params"]')
     if not rows or any(row.size == 0 for row in rows):
         raise InputError("the prompt is empty; expected at least one token, such as the end-of-text id")
-    context = model.cfg.context_length
+    context, n_ids = model.cfg.context_length, model.cfg.unpadded_vocab_size or model.cfg.vocab_size
     for i, row in enumerate(rows):
-        bad = row[(row < 0) | (row >= model.cfg.vocab_size)]
+        bad = row[(row < 0) | (row >= n_ids)]
         if bad.size:
             raise InputError(
-                f"prompt {i} has the token id {bad[0]}, outside the vocabulary of {model.cfg.vocab_size}; "
+                f"prompt {i} has the token id {bad[0]}, outside the vocabulary of {n_ids}; "
                 "was it encoded with another tokenizer?"
             )
         if row.size > context:
@@ -368,5 +378,7 @@ def _check(model: GPTModel, rows: list[np.ndarray], max_new_tokens: int, past_co
             )
     if not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
         raise InputError(f"max_new_tokens is {max_new_tokens}; expected at least 1, a whole number")
+    if eos_id is not None and not (isinstance(eos_id, int | np.integer) and 0 <= eos_id < n_ids):
+        raise InputError(f"eos_id is {eos_id}; expected an id below {n_ids}, such as the tokenizer's eot_id, or None")
     if past_context not in get_args(PastContext):
         raise InputError(f"past_context is {past_context!r}; expected slide or stop")

@@ -340,7 +340,7 @@ class GPTModel(nn.Module):
         With a cache the result is (hidden, cache).
         """
         seq = tokens.shape[1]
-        _check_tokens_fit(self.cfg, seq, cache)
+        _check_tokens_fit(self.cfg, tokens.shape, cache, self.segment_names)
         if cache is not None and (segment_ids is not None or (self.cfg.drop_rate and not deterministic)):
             raise InputError("a cache is for generation: expected no segment_ids with it, and deterministic=True")
         if positions is None:
@@ -364,16 +364,27 @@ class GPTModel(nn.Module):
         return self.out_head(hidden)
 
 
-def _check_tokens_fit(cfg: GPTConfig, seq: int, cache: KVCache | None) -> None:
+def _check_tokens_fit(
+    cfg: GPTConfig, shape: tuple[int, ...], cache: KVCache | None, segment_names: tuple[str, ...]
+) -> None:
+    batch, seq = shape
     if seq > cfg.context_length:
         raise InputError(
             f"{seq} tokens are more than the model's context of {cfg.context_length}; "
             "shorten the input or use a model with a larger context_length"
         )
-    if cache is not None:
-        capacity = jax.tree.leaves(cache.blocks)[0].shape[-2]
-        if seq > capacity:
-            raise InputError(f"{seq} tokens are more than the cache's capacity of {capacity}; make a larger one")
+    if cache is None:
+        return
+    if set(cache.blocks) != set(segment_names):
+        raise InputError(
+            f"the cache is for the segments {', '.join(cache.blocks)} and the params have {', '.join(segment_names)}; "
+            "make it with init_cache(cfg, params, ...) for these params"
+        )
+    rows, capacity = len(cache.lengths), jax.tree.leaves(cache.blocks)[0].shape[-2]
+    if batch != rows:
+        raise InputError(f"{batch} rows of tokens and a cache for {rows}; make it with batch_size={batch}")
+    if seq > capacity:
+        raise InputError(f"{seq} tokens are more than the cache's capacity of {capacity}; make a larger one")
 
 
 def _block_stack(cfg: GPTConfig, length: int) -> nn.Module:

@@ -12,7 +12,7 @@ from slm_jax.errors import InputError, MissingInputError
 from slm_jax.files import new_folder, read_json
 from slm_jax.model import GPTConfig, Params
 from slm_jax.tokenizer import FILE_NAME, GPT2Tokenizer, Tokenizer, load_tokenizer, tokenizer_from_dict
-from slm_jax.training.checkpoint import Checkpoints
+from slm_jax.training.checkpoint import Checkpoints, read_metadata
 from slm_jax.training.hardware import best_dtype
 from slm_jax.training.step import TrainState
 from slm_jax.weights.load import find_weights, load_gpt2
@@ -72,8 +72,20 @@ def load_model(source: str | Path, tokenizer: Tokenizer | None = None, *, n_head
         return _from_checkpoint(*checkpoint, tokenizer, n_heads)
     path = find_weights(source)
     cfg, params = load_gpt2(path, n_heads=n_heads, dtype=best_dtype())
-    tokenizer = tokenizer or _find_tokenizer(path, cfg)
+    tokenizer = tokenizer or _tokenizer_beside(path, cfg)
     return Run(path, None, _with_vocabulary(cfg, tokenizer, path), params, tokenizer)
+
+
+def find_tokenizer(source: str | Path, cfg: GPTConfig) -> Tokenizer:
+    """Return the tokenizer of a run, the one that lies beside weights, or GPT-2's where nothing speaks against it.
+
+    Raises:
+        InputError: there is none.
+    """
+    checkpoint = find_checkpoint(source)
+    if checkpoint is not None:
+        return tokenizer_from_dict(read_metadata(checkpoint[0] / "checkpoints", checkpoint[1])["tokenizer"])
+    return _tokenizer_beside(find_weights(source), cfg)
 
 
 def save_run(folder: Path, run: Run) -> None:
@@ -115,8 +127,7 @@ def _with_vocabulary(cfg: GPTConfig, tokenizer: Tokenizer, path: Path) -> GPTCon
 _GPT2_VOCAB_SHA256 = "e35d8b86ebd35ebd260d040aa455e09759f7e675f4dbb7f3d727516f27eca190"
 
 
-def _find_tokenizer(path: Path, cfg: GPTConfig) -> Tokenizer:
-    """Return the tokenizer that lies beside weights, or GPT-2's where nothing speaks against it."""
+def _tokenizer_beside(path: Path, cfg: GPTConfig) -> Tokenizer:
     folder = path if path.is_dir() else path.parent
     saved = folder / "tokenizer" / FILE_NAME
     if saved.is_file():

@@ -85,3 +85,7 @@ def test_what_does_not_fit_is_refused(params):
         MODEL.apply({"params": params}, TOKENS[:, :5], cache=cache)
     with pytest.raises(InputError, match="no segment_ids"):
         MODEL.apply({"params": params}, TOKENS[:, :4], cache=cache, segment_ids=jnp.zeros((2, 4), jnp.int32))
+    with pytest.raises(InputError, match="1 rows of tokens and a cache for 2; make it with batch_size=1"):
+        MODEL.apply({"params": params}, TOKENS[:1, :2], cache=cache)
+    with pytest.raises(InputError, match="the cache is for the segments blocks and the params have blocks_0, blocks_1"):
+        MODEL.apply({"params": unstack_blocks(params)}, TOKENS[:, :2], cache=cache)

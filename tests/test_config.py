@@ -346,7 +346,7 @@ IDENTITY = {
     *(f"optimizer.{name}" for name in ("learning_rate", "schedule", "warmup_steps", "decay_steps", "weight_decay")),
     *(f"optimizer.{name}" for name in ("final_learning_rate", "beta1", "beta2", "eps", "clip_norm")),
     *(f"model.{name}" for name in ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers", "drop_rate")),
-    *(f"model.{name}" for name in ("qkv_bias", "tie_weights", "bias", "param_dtype")),
+    *(f"model.{name}" for name in ("qkv_bias", "tie_weights", "bias", "exact_gelu", "param_dtype")),
 }
 # … against train.steps (and epochs), dtype, remat, mesh, cadence, logging, folders.
 EXECUTION = {
@@ -362,7 +362,8 @@ EXECUTION = {
 def test_every_key_is_of_one_kind():
     assert set(flatten(to_dict(RunConfig()))) == IDENTITY | EXECUTION
     assert not IDENTITY & EXECUTION
-    assert set(identity(RunConfig(), RunConfig().gpt_config(1024))) == IDENTITY
+    config = parse_args(["--model.exact_gelu", "true"])
+    assert set(identity(config, config.gpt_config(1024))) == IDENTITY
 
 
 def test_identity_holds_the_resolved_model():
@@ -408,6 +409,11 @@ def test_a_run_from_before_padding_was_known_goes_on():
     now = identity(config, padded)
     assert now == identity(config, dataclasses.replace(padded, unpadded_vocab_size=None))
     assert "model.unpadded_vocab_size" not in now
+
+
+def test_a_run_from_before_the_choice_of_gelu_goes_on():
+    """It had GPT-2's, and its identity has no such key."""
+    assert "model.exact_gelu" not in identity(RunConfig(), RunConfig().gpt_config(9))
 
 
 def test_a_key_that_only_one_side_has_differs():

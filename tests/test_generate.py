@@ -321,6 +321,7 @@ def test_text_comes_in_pieces_and_stops_at_a_stop_string(chars):
 
 def test_text_ends_at_the_end_of_text_and_begins_anywhere(chars):
     model, params = chars
+    assert written(chars, stop="at") == written(chars, stop=("at",))
     eager = {**params, "tok_emb": {"embedding": params["tok_emb"]["embedding"].at[CHARS.eot_id].multiply(8)}}
     lengths = {len("".join(written((model, eager), n=200, seed=seed))) for seed in range(6)}
     assert min(lengths) < 150
@@ -392,6 +393,8 @@ def test_a_character_of_several_tokens_comes_whole():
         ([[1]], {"top_k": 0}, "top_k is 0; expected a whole number of at least 1"),
         ([[1]], {"top_p": 0.0}, "top_p is 0.0; expected above 0"),
         ([[1]], {"temperature": 1.0, "key": None}, "sampling needs a key: pass key=jax.random.key(seed)"),
+        ([[1]], {"eos_id": VOCAB}, f"eos_id is {VOCAB}; expected an id below {VOCAB}"),
+        ([[1]], {"eos_id": -1}, "eos_id is -1"),
         ([[1]], {"key": jax.random.split(KEY, 3)}, "key has the shape (3,); expected one key, or one for each of 1"),
         ([[1], [0] * 7], {}, "prompt 1 has 7 tokens, more than the model's context of 6; shorten it"),
         ([[0] * 6], {"past_context": "stop"}, "prompt 0 fills the model's context of 6 tokens"),
@@ -402,6 +405,13 @@ def test_bad_input_is_one_clear_line(params, prompts, more, expected):
         generate(MODEL, params, prompts, **{"max_new_tokens": 2, "key": KEY, **more})
     assert expected in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_params_still_in_their_variables_are_refused(params):
+    with pytest.raises(
+        InputError, match=r"""expected the params tree, such as model.init\(key, tokens\)\["params"\]"""
+    ):
+        greedy({"params": params}, [[1]], 2)
 
 
 def test_tied_and_half_precision_models_generate(params):

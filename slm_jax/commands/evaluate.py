@@ -59,6 +59,8 @@ class Options:
             raise InputError(f"validation_fraction is {self.validation_fraction}; expected a number between 0 and 1")
         if self.source is self.lambada is self.hellaswag is None:
             raise InputError("nothing to measure; expected --source, --lambada or --hellaswag")
+        if self.out is not None and (not self.out or Path(self.out).is_dir()):
+            raise InputError(f"out is {self.out!r}; expected a file, such as figures.json")
 
 
 def main(args: Sequence[str]) -> int:
@@ -75,6 +77,7 @@ def run(options: Options) -> int:
     from slm_jax.evaluation import to_dict
     from slm_jax.model import GPTModel
 
+    _check_sources(options)
     use_compile_cache()
     loaded = load(options.run, options.tokenizer, options.n_heads)
     figures: dict[str, Any] = {"run": str(loaded.folder), "step": loaded.step, "dtype": options.dtype}
@@ -83,7 +86,7 @@ def run(options: Options) -> int:
     # Accelerators multiply float32 with fewer bits unless told not to.
     with jax.default_matmul_precision("highest" if options.dtype == "float32" else "default"):
         for name, measure in _measurements(options).items():
-            show = partial(track, description=name, console=console, transient=True)
+            show = partial(track, description=name, console=console, transient=True, disable=not console.is_terminal)
             figures[name] = to_dict(measure(model, loaded.params, loaded.tokenizer, track=show))
     text = json.dumps(figures, indent=2)
     if options.out is None:
@@ -92,6 +95,18 @@ def run(options: Options) -> int:
         _write(Path(options.out), text + "\n")
         print(f"{options.out} written", file=sys.stderr)
     return 0
+
+
+def _check_sources(options: Options) -> None:
+    """Find a mistake in the last source before the first is measured."""
+    from slm_jax.data.sources import parse_source
+    from slm_jax.evaluation.rows import read_rows
+
+    if options.source is not None:
+        parse_source(options.source)
+    for name in ("lambada", "hellaswag"):
+        if getattr(options, name) is not None:
+            read_rows(getattr(options, name), name, limit=1)
 
 
 def _measurements(options: Options) -> dict[str, Any]:

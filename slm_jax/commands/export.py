@@ -1,11 +1,11 @@
 """``slm-jax export``: hand a model to another program."""
 
 import dataclasses
+import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
-from slm_jax.commands import load
+from slm_jax.errors import InputError
 from slm_jax.options import check_at_least, parse
 
 
@@ -39,29 +39,34 @@ def main(args: Sequence[str]) -> int:
 
 def run(options: Options) -> int:
     """Write the folder, and say how to open it; return 0."""
-    from slm_jax.weights import save_gpt2
+    from slm_jax.run import find_tokenizer
+    from slm_jax.tokenizer import get_tokenizer
+    from slm_jax.weights import load_gpt2, save_gpt2
 
-    loaded = load(options.run, options.tokenizer, options.n_heads)
-    folder = save_gpt2(
-        loaded.model_config,
-        loaded.params,
-        options.out,
-        format=options.format,
-        tokenizer=loaded.tokenizer,
-        card=_figures(loaded.folder, loaded.step),
-    )
+    tokenizer = None if options.tokenizer is None else get_tokenizer(options.tokenizer)
+    cfg, params = load_gpt2(options.run, n_heads=options.n_heads)
+    if tokenizer is None:
+        try:
+            tokenizer = find_tokenizer(options.run, cfg)
+        except InputError as error:  # weights can do without
+            print(f"slm-jax export: the weights only: {error}", file=sys.stderr)
+    figures = _figures(options.run)
+    folder = save_gpt2(cfg, params, options.out, format=options.format, tokenizer=tokenizer, card=figures)
     print(f"{options.out} written: {', '.join(sorted(path.name for path in folder.iterdir()))}")
     if options.format == "huggingface":
         print(f"open it with: transformers.GPT2LMHeadModel.from_pretrained({options.out!r})")
     return 0
 
 
-def _figures(folder: Path, step: int | None) -> dict[str, Any]:
+def _figures(source: str) -> dict[str, Any]:
     """Return what the model card says of a run's checkpoint; nothing for other weights."""
     from slm_jax.training.checkpoint import read_metadata
+    from slm_jax.weights.ours import find_checkpoint
 
-    if step is None:
+    checkpoint = find_checkpoint(source)
+    if checkpoint is None:
         return {}
+    folder, step = checkpoint
     metadata = read_metadata(folder / "checkpoints", step)
     loss, config = metadata["validation_loss"], metadata["config"]
     figures = {

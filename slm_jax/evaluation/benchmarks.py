@@ -193,7 +193,7 @@ def _label(row: Row, n_endings: int) -> int:
     label = row.fields.get("label", "")
     if label in ("", -1, "-1"):
         raise InputError(f"{row.where}: the example has no label; use a labelled split, such as validation")
-    number = int(label) if isinstance(label, str) and label.isdecimal() else label
+    number = int(label) if isinstance(label, str) and label.isdecimal() and len(label) < 9 else label
     if type(number) is not int or not 0 <= number < n_endings:
         raise InputError(f"{row.where}: label is {label!r:.60}; expected a number from 0 to {n_endings - 1}")
     return number

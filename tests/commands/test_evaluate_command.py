@@ -58,11 +58,14 @@ def test_it_writes_to_a_file_or_says_why_not(weights, files, tmp_path, capsys):
         (["--source", "text:x", "--stride", "0"], "stride is 0; expected at least 1"),
         (["--source", "text:x", "--split", "test"], "split is 'test'; expected one of all, train, validation"),
         (["--lambada", "lambada.jsonl"], "lambada.jsonl"),
+        (["--source", "named:the-verdict", "--lambada", "jsonl:none.jsonl"], "none.jsonl: no such file"),
+        (["--source", "text:x", "--out", ""], "out is ''; expected a file"),
+        (["--source", "text:x", "--out", "."], "out is '.'; expected a file"),
         (["--source", "text:none.txt"], "none.txt: no such file"),
     ],
 )
 def test_mistakes_are_one_line(weights, capsys, args, said):
     assert cli.main(["evaluate", "--run", str(weights), *args]) == 2
-    line = capsys.readouterr().err.splitlines()[-1]
+    (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("slm-jax evaluate: ")
     assert said in line

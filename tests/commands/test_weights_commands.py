@@ -59,6 +59,19 @@ def test_training_does_not_go_on_from_imported_weights(weights, tmp_path, capsys
     assert load_run(tmp_path / "mine").step == 0
 
 
+def test_weights_without_a_tokenizer_can_be_converted(weights, tmp_path, capsys):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("model.safetensors", "config.json"):
+        (bare / name).write_bytes((weights / name).read_bytes())
+    assert cli.main(["export", "--run", str(bare), "--out", str(tmp_path / "out"), "--format", "nanogpt"]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the weights only" in line
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.safetensors"]
+    assert cli.main(["import", "--source", str(bare), "--run", "x", "--runs-dir", str(tmp_path)]) == 2
+    assert "pass the tokenizer" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [
