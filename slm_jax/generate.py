@@ -219,7 +219,7 @@ class _Decoder:
         """Give new tokens in portions (batch, n), n at most ``chunk``, until all are made or every row has ended."""
         context = self.model.cfg.context_length
         longest = max(row.size for row in rows)
-        capacity = round_up(min(longest + max_new_tokens, context), 128, context)
+        capacity = round_up(min(longest + max_new_tokens - 1, context), 128, context)  # the last is only made
         params = unstack_blocks(params)
         text = _start(self.model.cfg, rows, keeps_seen=rules.numbers["repetition_penalty"] is not None)
         text, cache = self.prefill(params, text, rules, round_up(longest, 16, capacity), capacity)
