@@ -14,6 +14,7 @@ from typing import Any, Literal, Optional, get_args
 import yaml
 
 from slm_jax.errors import InputError
+from slm_jax.files import user_path
 from slm_jax.model import PRESETS, DType, GPTConfig, get_gpt_config
 from slm_jax.options import check_at_least, check_seed, flatten, parse, recipe_files
 
@@ -238,7 +239,7 @@ class RunConfig:
     @property
     def folder(self) -> Path:
         """The run's folder."""
-        return Path(self.runs_dir).expanduser() / self.name
+        return user_path(self.runs_dir) / self.name
 
     def gpt_config(self, vocab_size: int, dtype: DType = "float32") -> GPTConfig:
         """Return the model's configuration for a tokenizer of ``vocab_size`` ids, computing in ``dtype``."""

@@ -1,14 +1,31 @@
 """Small files and new folders: read strictly, written whole or not at all."""
 
 import json
+import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from slm_jax.errors import InputError
+
+
+def user_path(text: str | Path) -> Path:
+    """Return the path that a user gave, ``~`` expanded, whether or not something is there.
+
+    Raises:
+        InputError: what can be no path, or cannot be looked at: an unknown ``~user``, a NUL, a loop of links.
+    """
+    try:
+        path = Path(text).expanduser()
+        with suppress(FileNotFoundError, NotADirectoryError):
+            path.stat()
+    except (RuntimeError, ValueError, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"{str(text)!r}: cannot be used as a path: {reason}; choose another") from None
+    return path
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -40,17 +57,43 @@ def replace_text(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-@contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """Give a folder beside the target that becomes the target when all went well, and else disappears."""
-    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
+def check_new_folder(target: str | Path) -> Path:
+    """Return the target, absolute, if :func:`new_folder` can make it; cheap, so that long work may begin with it.
+
+    Raises:
+        InputError: what is no new or empty folder, or is where nothing can be written.
+    """
+    target = user_path(target)
     try:
+        target = target.resolve()
+        if target == Path.cwd():
+            raise InputError(f"{target}: is the current folder; name a new one")
+        if os.path.ismount(target):
+            raise InputError(f"{target}: is the root of a file system; name a new folder in it")
         if target.exists() and not (target.is_dir() and not any(target.iterdir())):
             raise InputError(f"{target}: exists and is not an empty folder; choose a new folder or move this one away")
+        parent = next(parent for parent in target.parents if parent.exists())
+    except OSError as error:
+        raise InputError(f"{target}: cannot be looked at: {error.strerror}; choose another folder") from None
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise InputError(f"{target}: {parent} is no folder that can be written to; choose another folder")
+    return target
+
+
+@contextmanager
+def new_folder(target: str | Path) -> Iterator[Path]:
+    """Give a folder beside the target that becomes the target when all went well, and else disappears.
+
+    Raises:
+        InputError: as :func:`check_new_folder`, and whatever keeps the folder from being written.
+    """
+    target = check_new_folder(target)
+    partial = target.with_name(f".{uuid.uuid4().hex}.partial")  # short: beside a name of any length it fits
+    try:
         target.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir()
         yield partial
-        if target.exists():
+        if os.name == "nt" and target.exists():  # elsewhere a rename replaces an empty folder in one step
             target.rmdir()
         partial.rename(target)
     except InputError:  # a MissingInputError is an OSError, too

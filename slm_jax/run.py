@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +85,7 @@ def find_tokenizer(source: str | Path, cfg: GPTConfig) -> Tokenizer:
     """
     checkpoint = find_checkpoint(source)
     if checkpoint is not None:
-        return tokenizer_from_dict(read_metadata(checkpoint[0] / "checkpoints", checkpoint[1])["tokenizer"])
+        return _saved_tokenizer(read_metadata(checkpoint[0] / "checkpoints", checkpoint[1]))
     return _tokenizer_beside(find_weights(source), cfg)
 
 
@@ -109,8 +110,12 @@ def save_run(folder: Path, run: Run) -> None:
 
 def _from_checkpoint(folder: Path, step: int, tokenizer: Tokenizer | None = None, n_heads: int | None = None) -> Run:
     cfg, params, metadata = read_checkpoint(folder, step, best_dtype(), n_heads=n_heads)
-    tokenizer = tokenizer or tokenizer_from_dict(metadata["tokenizer"])
+    tokenizer = tokenizer or _saved_tokenizer(metadata)
     return Run(folder, step, _with_vocabulary(cfg, tokenizer, folder), params, tokenizer)
+
+
+def _saved_tokenizer(metadata: dict[str, Any]) -> Tokenizer:
+    return tokenizer_from_dict(metadata.get("tokenizer") or {})
 
 
 def _with_vocabulary(cfg: GPTConfig, tokenizer: Tokenizer, path: Path) -> GPTConfig:

@@ -248,6 +248,19 @@ def test_the_feed_forward_is_gpt2s_tanh_gelu_between_two_products():
     close(FeedForward(cfg).apply({"params": ff}, jnp.asarray(x)), expected)
 
 
+def test_the_exact_gelu_is_that_of_the_error_function():
+    cfg = dataclasses.replace(SMALL, exact_gelu=True)
+    ff = jax.tree.map(lambda leaf: leaf[0], random_params(cfg)["blocks"]["ff"])
+    x = np.random.default_rng(2).normal(0, 2, (2, 5, 24)).astype(np.float32)
+    p = flat(jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), ff))
+    wide = x @ p["fc/kernel"] + p["fc/bias"]
+    activated = 0.5 * wide * (1 + np.vectorize(math.erf)(wide / math.sqrt(2)))
+    expected = activated @ p["proj/kernel"] + p["proj/bias"]
+    close(FeedForward(cfg).apply({"params": ff}, jnp.asarray(x)), expected)
+    with pytest.raises(AssertionError):  # the tolerance tells the two forms apart
+        close(FeedForward(SMALL).apply({"params": ff}, jnp.asarray(x)), expected)
+
+
 # Causality
 
 

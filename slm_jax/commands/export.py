@@ -39,10 +39,12 @@ def main(args: Sequence[str]) -> int:
 
 def run(options: Options) -> int:
     """Write the folder, and say how to open it; return 0."""
+    from slm_jax.files import check_new_folder
     from slm_jax.run import find_tokenizer
     from slm_jax.tokenizer import get_tokenizer
     from slm_jax.weights import load_gpt2, save_gpt2
 
+    check_new_folder(options.out)
     tokenizer = None if options.tokenizer is None else get_tokenizer(options.tokenizer)
     cfg, params = load_gpt2(options.run, n_heads=options.n_heads)
     if tokenizer is None:
@@ -68,7 +70,7 @@ def _figures(source: str) -> dict[str, Any]:
         return {}
     folder, step = checkpoint
     metadata = read_metadata(folder / "checkpoints", step)
-    loss, config = metadata["validation_loss"], metadata["config"]
+    loss, config = metadata["validation_loss"], metadata.get("config") or {}
     figures = {
         "trained on": config.get("data", {}).get("source"),
         "optimizer steps": f"{step:,}" if config else None,

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
 from slm_jax.commands import load
 from slm_jax.options import check_at_least, parse
@@ -38,11 +37,13 @@ def main(args: Sequence[str]) -> int:
 def run(options: Options) -> int:
     """Write the run, and say what to do with it; return 0."""
     from slm_jax.config import check_run_name
+    from slm_jax.files import check_new_folder, user_path
     from slm_jax.model import count_params
     from slm_jax.run import save_run
 
     check_run_name(options.run)
-    folder = Path(options.runs_dir).expanduser() / options.run
+    folder = user_path(options.runs_dir) / options.run
+    check_new_folder(folder)
     loaded = load(options.source, options.tokenizer, options.n_heads)
     save_run(folder, loaded)
     print(f"{folder} written: {count_params(loaded.model_config):,} parameters")

@@ -8,6 +8,7 @@ commits a checkpoint by renaming it, so one that exists is whole; it keeps no ch
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import threading
@@ -143,8 +144,10 @@ def read_metadata(folder: Path, step: int) -> dict[str, Any]:
     path = folder / str(step) / METADATA
     try:
         metadata = json.loads(path.read_text())["custom_metadata"]
-        metadata["validation_loss"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        loss = metadata["validation_loss"]
+        if isinstance(loss, bool) or not isinstance(loss, float | int | None):
+            raise TypeError(f"validation_loss is {loss!r}")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: not a checkpoint of slm_jax ({error!r}); choose another step") from None
     return metadata
 
@@ -153,7 +156,7 @@ def best_step(folder: Path) -> int | None:
     """Return the step with the lowest validation loss; without any, the latest; None without checkpoints."""
     steps = saved_steps(folder)
     losses = {step: read_metadata(folder, step)["validation_loss"] for step in steps}
-    measured = {step: float(loss) for step, loss in losses.items() if loss is not None}
+    measured = {step: loss for step, loss in losses.items() if loss is not None and not math.isnan(loss)}
     return min(measured, key=lambda step: measured[step], default=steps[-1] if steps else None)
 
 
@@ -168,20 +171,24 @@ def load_params(folder: Path, step: int, like: Params, sharding: Any = None) -> 
 
     Raises:
         MissingInputError: no such step.
-        InputError: the files differ from their checksums.
+        InputError: the files differ from their checksums, cannot be read, or hold other shapes.
     """
     if step not in saved_steps(folder):
         there = ", ".join(map(str, saved_steps(folder))) or "none"
         raise MissingInputError(f"{folder}: no checkpoint of step {step}; there are: {there}")
-    damage = find_damage(folder / str(step))
-    if damage:
-        raise InputError(f"{damage}; choose another step of {', '.join(map(str, saved_steps(folder)))}")
+    another = f"choose another step of {', '.join(map(str, saved_steps(folder)))}"
+    if damage := find_damage(folder / str(step)):
+        raise InputError(f"{damage}; {another}")
     if not isinstance(sharding, dict):
         sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
         sharding = jax.tree.map(lambda _: sharding, like)
     abstract = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), like, sharding)
     path = (folder / str(step)).resolve()  # Orbax takes absolute paths only
-    return ocp.load_checkpointables(path, {"params": abstract})["params"]
+    try:
+        return ocp.load_checkpointables(path, {"params": abstract})["params"]
+    except Exception as error:  # of any kind: without checksums Orbax runs into whatever the files hold
+        cause = " ".join(str(error.__cause__ or error).split())[:200]
+        raise InputError(f"{path}: its parameters cannot be loaded ({cause}); {another}") from None
 
 
 def write_checksums(folder: Path) -> None:
@@ -201,7 +208,9 @@ def find_damage(folder: Path) -> str | None:
         return next((f"{path} is missing from the checkpoint" for path in needed if not path.is_file()), None)
     try:
         sums = json.loads(sums_file.read_text())
-    except ValueError:
+    except (ValueError, RecursionError):
+        sums = None
+    if not isinstance(sums, dict) or METADATA not in sums:
         return f"{sums_file} is damaged"
     for name, expected in sums.items():
         path = folder / name

@@ -3,6 +3,8 @@
 import dataclasses
 import math
 import re
+import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -24,8 +26,10 @@ FLOATS = tuple(_DTYPES.values())
 AGAIN = "download or export it again"
 _WRONG_KIND = (
     (b"version https://git-lfs", "is a git-lfs pointer, not the weights; fetch them with: git lfs pull"),
-    (b"<!doctype", "is an HTML page, not weights; download the file itself, not the page that shows it"),
-    (b"<html", "is an HTML page, not weights; download the file itself, not the page that shows it"),
+    (
+        (b"<!doctype", b"<html", b"<head", b"<!--"),
+        "is an HTML page, not weights; download the file itself, not the page that shows it",
+    ),
     (b"gguf", "is a GGUF file, which slm_jax does not read; expected safetensors or a PyTorch file"),
     (b"\x89hdf", "is an HDF5 file of TensorFlow, which slm_jax does not read; expected safetensors or a PyTorch file"),
 )
@@ -73,6 +77,11 @@ class TensorFiles:
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
     model_args: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in self.tensors:
+            if not name.isprintable():  # it would break up the errors that name it
+                raise InputError(f"{self.file}: a tensor is called {name!r}; expected the names of a GPT-2: {AGAIN}")
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -127,8 +136,9 @@ def open_tensors(file: Path) -> TensorFiles:
         raise InputError(f"{file}: cannot be read: {error.strerror or error}") from None
     if not start:
         raise InputError(f"{file}: the file is empty (0 bytes); {AGAIN}")
+    start = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     for magic, message in _WRONG_KIND:
-        if start.lstrip().lower().startswith(magic):
+        if start.startswith(magic):
             raise InputError(f"{file}: this {message}")
     raise InputError(f"{file}: neither a safetensors nor a PyTorch file; {AGAIN}")
 
@@ -143,7 +153,8 @@ def _open_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                 tensors[name] = Tensor(file, name, tuple(rows.get_shape()), dtype, partial(_mapped, file, name))
             return tensors, dict(opened.metadata() or {})
     except SafetensorError as error:
-        raise InputError(f"{file}: a damaged safetensors file ({error}); {AGAIN}") from None
+        cause = " ".join(str(error).split())
+        raise InputError(f"{file}: a damaged safetensors file ({cause}); {AGAIN}") from None
 
 
 @contextmanager
@@ -156,11 +167,15 @@ def _open_shards(index: Path) -> TensorFiles:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index}: no weight_map of tensors to files in it; {AGAIN}")
+    for name, shard in weight_map.items():
+        valid = isinstance(shard, str) and re.fullmatch(r"[^/\\:]+\.safetensors", shard) and shard.isprintable()
+        if not valid or not name.isprintable():
+            raise InputError(
+                f"{index}: weight_map has {shard!r} for {name!r}; expected a .safetensors file in the same folder"
+            )
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
     for shard in dict.fromkeys(weight_map.values()):
-        if not isinstance(shard, str) or not re.fullmatch(r"[^/\\:]+\.safetensors", shard):
-            raise InputError(f"{index}: weight_map names {shard!r}; expected a .safetensors file in the same folder")
         if not (index.parent / shard).is_file():
             raise MissingInputError(f"{index.parent / shard}: this shard is missing; {index.name} lists it")
         found = open_tensors(index.parent / shard)
@@ -191,9 +206,14 @@ def _open_torch(file: Path) -> TensorFiles:
             "pip install -U torch"
         )
     with file.open("rb") as stream:
-        mmap = stream.read(2) == b"PK"  # PyTorch's own format before 1.6 cannot be mapped
+        zipped = stream.read(2) == b"PK"
+    if zipped:
+        _check_crc(file)
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # PyTorch's own format, of before 1.6, cannot be mapped.
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # of any kind: unpickling runs into whatever the bytes lead to
         unsafe = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it holds objects ({unsafe[1]}), which may run code" if unsafe else "it is damaged or no state dict"
@@ -211,15 +231,31 @@ def _open_torch(file: Path) -> TensorFiles:
     for name, value in content.items():
         if not isinstance(value, torch.Tensor):
             raise InputError(f"{file}: {name!r} is a {type(value).__name__}, not a tensor; save model.state_dict()")
+        if value.layout != torch.strided or value.is_nested or value.is_meta:
+            raise InputError(f"{file}: tensor {name} is sparse, nested or without values; save it dense: to_dense()")
         dtype = str(value.dtype).removeprefix("torch.")
         rows = _torch_rows(value) if dtype in FLOATS else None
         tensors[str(name)] = Tensor(file, str(name), tuple(value.shape), dtype, partial(nullcontext, rows))
     return TensorFiles(file, tensors, {}, model_args if isinstance(model_args, dict) else {})
 
 
+def _check_crc(file: Path) -> None:
+    """Refuse a zip file of which a bit has flipped: PyTorch does not look."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+    except OSError:
+        raise
+    except Exception:  # of any kind: whatever the bytes lead to
+        damaged = "its list of contents"
+    if damaged:
+        raise InputError(f"{file}: damaged: {damaged!r} in it is not as it was written; {AGAIN}")
+
+
 def _torch_rows(tensor: Any) -> np.ndarray:
     import torch
 
+    tensor = tensor.detach().resolve_neg()
     if tensor.dtype == torch.bfloat16:  # NumPy has none: the same bits
-        return tensor.detach().contiguous().view(torch.int16).numpy().view(jnp.bfloat16.dtype)
-    return tensor.detach().numpy()
+        return tensor.contiguous().view(torch.int16).numpy().view(jnp.bfloat16.dtype)
+    return tensor.numpy()

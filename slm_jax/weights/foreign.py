@@ -29,6 +29,6 @@ def describe(names: Iterable[str], model_type: object = None) -> str:
         for name in names:
             if re.match(pattern, name):
                 return f"{family}: tensor {name}"
-    if isinstance(model_type, str) and model_type != "gpt2":
+    if model_type not in (None, "gpt2"):
         return f"model_type {model_type!r} in config.json"
     return f"no model that slm_jax knows: tensor {names[0]}" if names else "no tensors at all"

@@ -55,13 +55,16 @@ def find_by_name(name: str) -> Path:
 
 
 def _download(name: str, pin: Pin) -> Path:
+    import requests
     from huggingface_hub import constants, hf_hub_download
 
     repository = f"openai-community/{name}"
     try:
         if constants.HF_HUB_OFFLINE:
             raise OSError("HF_HUB_OFFLINE is set")
-        check_reachable(constants.ENDPOINT, 3)
+        check_reachable(constants.ENDPOINT, 2)
+        # One that takes connections and does not answer (a captive portal) would be tried for minutes.
+        requests.head(f"{constants.ENDPOINT}/{repository}/resolve/{pin.revision}/{FILE}", timeout=2)
         return Path(hf_hub_download(repository, FILE, revision=pin.revision))
     except Exception as error:  # of the download's own libraries, which change with its version
         cause = " ".join(str(error).split())[:200]

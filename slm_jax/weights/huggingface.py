@@ -9,7 +9,7 @@ from typing import Any
 from slm_jax.errors import InputError
 from slm_jax.files import read_json
 from slm_jax.model import GPTConfig
-from slm_jax.weights.files import Tensor, TensorFiles
+from slm_jax.weights.files import TensorFiles
 from slm_jax.weights.names import NameMap, Slot, expand, shape_fields
 
 NAME = "Hugging Face"
@@ -39,12 +39,12 @@ BLOCK: NameMap = {
 }
 # What changes the function that the model computes, and the only values that ours computes.
 _FIXED: dict[str, tuple[Any, ...]] = {
-    "model_type": ("gpt2",),
     "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu"),
     "layer_norm_epsilon": (1e-5,),
     "add_cross_attention": (False,),
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
+    "tie_word_embeddings": (True, False),
 }
 _FIELDS = {
     "vocab_size": "vocab_size",
@@ -64,16 +64,17 @@ def clean(name: str) -> str | None:
     return re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))
 
 
-def qkv_weight(files: TensorFiles) -> Tensor | None:
-    """Return some block's projection to query, key and value, whose shape tells (in, out) from (out, in)."""
-    found = (tensor for name, tensor in files.tensors.items() if re.fullmatch(r"h\.\d+\.attn\.c_attn\.weight", name))
-    return next(found, None)
+def widening(files: TensorFiles) -> list[bool]:
+    """Return of each weight that makes vectors wider whether it is (in, out), as here, and not (out, in)."""
+    pattern = re.compile(r"h\.\d+\.(attn\.c_attn|mlp\.c_fc)\.weight")
+    shapes = [tensor.shape for name, tensor in files.tensors.items() if pattern.fullmatch(name)]
+    return [len(shape) != 2 or shape[0] < shape[1] for shape in shapes]
 
 
 def recognise(files: TensorFiles) -> bool:
-    """Whether these cleaned tensors are GPT-2's with weights as (in, out)."""
-    weight = qkv_weight(files)
-    return weight is not None and (len(weight.shape) != 2 or weight.shape[0] < weight.shape[1])
+    """Whether these cleaned tensors are GPT-2's with weights as (in, out): most of them, as one may be wrong."""
+    found = widening(files)
+    return bool(found) and 2 * sum(found) >= len(found)
 
 
 def shapes(files: TensorFiles) -> dict[str, Any]:
@@ -95,11 +96,16 @@ def stated(files: TensorFiles) -> dict[str, Any]:
         if key in content and content[key] not in allowed:
             expected = " or ".join(map(repr, allowed))
             raise InputError(f"{file}: {key} is {content[key]!r}; expected {expected}: slm_jax computes nothing else")
-    fields = {field: content[key] for key, field in _FIELDS.items() if content.get(key) is not None}
-    if content.get("n_inner") is not None and content["n_inner"] != 4 * files.shapes.get(EMBEDDING, (0, 0))[-1]:
+    fields: dict[str, Any] = {}
+    for key, field in _FIELDS.items():
+        value = content.get(key)
+        if value is not None and fields.setdefault(field, value) != value:
+            raise InputError(f"{file}: n_head is {fields[field]!r} and {key} {value!r}; expected one or the other")
+    emb_dim = shapes(files).get("emb_dim")
+    if emb_dim and content.get("n_inner") not in (None, 4 * emb_dim):
         raise InputError(f"{file}: n_inner is {content['n_inner']!r}; expected null or 4 times n_embd")
     fields["exact_gelu"] = content.get("activation_function") == "gelu"
-    if content.get("tie_word_embeddings") is False:
+    if not content.get("tie_word_embeddings", True):
         fields["tie_weights"] = False
     return fields
 

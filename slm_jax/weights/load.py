@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from slm_jax.files import user_path
 from slm_jax.model import DType, GPTConfig, Params
 from slm_jax.weights.hub import PINS, find_by_name
 from slm_jax.weights.ours import find_checkpoint, read_checkpoint
@@ -49,5 +50,5 @@ def load_gpt2(
 def find_weights(source: str | Path) -> Path:
     """Return the file or folder of weights that a path or a name stands for, downloading it if need be."""
     name = _ALIASES.get(str(source), str(source))
-    path = Path(source).expanduser()
+    path = user_path(source)
     return path if path.exists() or name not in PINS else find_by_name(name)

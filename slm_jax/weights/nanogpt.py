@@ -6,6 +6,7 @@
 import dataclasses
 from typing import Any
 
+from slm_jax.errors import InputError
 from slm_jax.model import GPTConfig
 from slm_jax.weights import huggingface
 from slm_jax.weights.files import OURS, TensorFiles
@@ -29,7 +30,7 @@ clean = huggingface.clean
 
 def recognise(files: TensorFiles) -> bool:
     """Whether these cleaned tensors are GPT-2's with weights as (out, in)."""
-    return huggingface.qkv_weight(files) is not None and not huggingface.recognise(files)
+    return bool(huggingface.widening(files)) and not huggingface.recognise(files)
 
 
 def shapes(files: TensorFiles) -> dict[str, Any]:
@@ -39,8 +40,18 @@ def shapes(files: TensorFiles) -> dict[str, Any]:
 
 
 def stated(files: TensorFiles) -> dict[str, Any]:
-    """Return the GPTConfig fields that ``model_args`` states; dropout is left to whoever trains on."""
+    """Return the GPTConfig fields that ``model_args`` states; dropout is left to whoever trains on.
+
+    Raises:
+        InputError: a value of another type.
+    """
     fields = {field: files.model_args[key] for key, field in _FIELDS.items() if key in files.model_args}
+    for field, value in fields.items():
+        if not isinstance(value, int):
+            raise InputError(
+                f"{files.file}: model_args has a {type(value).__name__} for {field}; expected a whole number, or true "
+                "or false for bias: save the model with nanoGPT's train.py"
+            )
     # nanoGPT computes no other GELU; what we wrote in its format says which one the model was trained with.
     return fields if OURS in files.metadata else {**fields, "exact_gelu": True}
 

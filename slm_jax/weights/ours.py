@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from slm_jax.errors import InputError, MissingInputError
+from slm_jax.files import user_path
 from slm_jax.model import DType, GPTConfig, Params, param_shapes
-from slm_jax.training.checkpoint import METADATA, best_step, load_params, read_metadata, saved_steps
+from slm_jax.training.checkpoint import METADATA, best_step, find_damage, load_params, read_metadata, saved_steps
 
 
 def find_checkpoint(source: str | Path, step: int | str = "best") -> tuple[Path, int] | None:
@@ -18,9 +19,9 @@ def find_checkpoint(source: str | Path, step: int | str = "best") -> tuple[Path,
 
     Raises:
         MissingInputError: a run without checkpoints, or without one of that step.
-        InputError: a step that is none.
+        InputError: a step that is none; what can be no path.
     """
-    path = Path(source).expanduser()
+    path = user_path(source)
     if not path.exists() and "@" in path.name:
         name, _, step = path.name.rpartition("@")
         path = path.with_name(name) if name else path
@@ -75,11 +76,17 @@ def read_checkpoint(
     Raises:
         InputError: a damaged checkpoint; one with another number of heads.
     """
-    metadata = read_metadata(folder / "checkpoints", step)
+    checkpoint = folder / "checkpoints" / str(step)
+    metadata = read_metadata(checkpoint.parent, step)
     # Its shape, not how it was executed: that was for another device, perhaps.
     execution = {"dtype": dtype, "attention": "auto", "remat": "none", "unroll": None}
     held = {} if param_dtype is None else {"param_dtype": param_dtype}
-    cfg = GPTConfig(**{**metadata["model"], **execution, **held})
+    try:
+        cfg = GPTConfig(**{**metadata["model"], **execution, **held})
+        shapes = param_shapes(cfg)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        problem = find_damage(checkpoint) or f"{checkpoint}: its metadata describe no model of slm_jax ({error!r})"
+        raise InputError(f"{problem}; choose another step") from None
     if n_heads not in (None, cfg.n_heads):
         raise InputError(f"{folder}: n_heads is given as {n_heads}, and the run has {cfg.n_heads}; leave it out")
-    return cfg, load_params(folder / "checkpoints", step, param_shapes(cfg), sharding), metadata
+    return cfg, load_params(checkpoint.parent, step, shapes, sharding), metadata

@@ -59,19 +59,35 @@ def read_weights(
     """Read weights of any foreign format; arguments and errors are those of ``load_gpt2``."""
     files = open_tensors(find_file(path))
     form, files = _recognise(files)
-    cfg, files = _configure(form, files, n_heads, {"dtype": dtype, "param_dtype": param_dtype})
-    name_map = form.names(cfg)
-    shapes = leaf_shapes(cfg)
-    _check(files, {name: slot.foreign_shape(shapes[slot.path]) for name, slot in name_map.items()})
+    fields, files = _fields(form, files)
+    try:
+        cfg = GPTConfig(**{**fields, "n_heads": 1, "dtype": dtype, "param_dtype": param_dtype})
+        name_map = form.names(cfg)
+        shapes = leaf_shapes(cfg)
+    except InputError as error:
+        raise InputError(f"{files.file}: {error}") from None
+    # First the shapes, which do not depend on the heads: who is asked for their number has a GPT-2.
+    _check(form, files, {name: slot.foreign_shape(shapes[slot.path]) for name, slot in name_map.items()})
+    try:
+        cfg = dataclasses.replace(cfg, n_heads=_heads(fields, n_heads))
+    except InputError as error:
+        raise InputError(f"{files.file}: {error}") from None
     return cfg, _read(files, name_map, shapes, cfg.param_dtype, sharding)
 
 
+def _bare(name: str) -> str:
+    """Take off what torch.compile and data parallelism put in front of a name."""
+    return re.sub(r"^(_orig_mod\.|module\.)+", "", name)
+
+
 def _recognise(files: TensorFiles) -> tuple[Format, TensorFiles]:
-    for form in FORMATS.values():
+    config = files.file.parent / "config.json"
+    model_type = read_json(config).get("model_type") if config.is_file() else None
+    for form in FORMATS.values() if model_type in (None, "gpt2") else ():
         cleaned: dict[str, Tensor] = {}
         twice = None
         for name, tensor in files.tensors.items():
-            new = form.clean(re.sub(r"^(_orig_mod\.|module\.)+", "", name))  # of torch.compile and data parallelism
+            new = form.clean(_bare(name))
             if new in cleaned:
                 twice = f"{tensor.file}: tensors {cleaned[new].name} and {name} are the same; expected {new} once"
             elif new is not None:
@@ -80,18 +96,14 @@ def _recognise(files: TensorFiles) -> tuple[Format, TensorFiles]:
             if twice:
                 raise InputError(twice)
             return form, dataclasses.replace(files, tensors=cleaned)
-    config = files.file.parent / "config.json"
-    model_type = read_json(config).get("model_type") if config.is_file() else None
     raise InputError(
-        f"{files.file}: not GPT-2 but {describe(files.tensors, model_type)}; expected the weights of a GPT-2 in "
-        "the names of Hugging Face, nanoGPT or the book"
+        f"{files.file}: not GPT-2 but {describe(map(_bare, files.tensors), model_type)}; expected the weights of a "
+        "GPT-2 in the names of Hugging Face, nanoGPT or the book"
     )
 
 
-def _configure(
-    form: Format, files: TensorFiles, n_heads: int | None, execution: dict[str, Any]
-) -> tuple[GPTConfig, TensorFiles]:
-    """Make the configuration; a head that only repeats the embedding is taken out of the tensors."""
+def _fields(form: Format, files: TensorFiles) -> tuple[dict[str, Any], TensorFiles]:
+    """Return the GPTConfig fields; a head that only repeats the embedding is taken out of the tensors."""
     ours = _our_metadata(files)
     stated, seen = {**ours, **form.stated(files)}, form.shapes(files)
     for field, value in seen.items():
@@ -110,11 +122,7 @@ def _configure(
     _check_found(files, form, fields)
     if fields.get("vocab_size") == 50_304 and "unpadded_vocab_size" not in fields:
         fields["unpadded_vocab_size"] = 50_257  # GPT-2's, rounded up as nanoGPT does
-    try:
-        fields["n_heads"] = _heads(fields, n_heads)
-        return GPTConfig(**{**fields, **execution}), files
-    except InputError as error:
-        raise InputError(f"{files.file}: {error}") from None
+    return fields, files
 
 
 def _check_found(files: TensorFiles, form: Format, fields: Mapping[str, Any]) -> None:
@@ -123,7 +131,15 @@ def _check_found(files: TensorFiles, form: Format, fields: Mapping[str, Any]) ->
         if not fields.get(field):
             found = files.tensors.get(name)
             problem = "is missing" if found is None else f"has the shape {found.shape}; expected two axes"
-            raise InputError(f"{files.file}: tensor {name} {problem}: the file is incomplete or damaged; {AGAIN}")
+            (spelled,) = _spelled([name], form, files)
+            raise InputError(f"{files.file}: tensor {spelled} {problem}: the file is incomplete or damaged; {AGAIN}")
+
+
+def _spelled(names: list[str], form: Format, files: TensorFiles) -> list[str]:
+    """Return names with what the file puts in front of the others."""
+    fronts = [tensor.name.removesuffix(new) for new, tensor in files.tensors.items() if tensor.name.endswith(new)]
+    front = max(fronts, key=len, default="")
+    return [name if name == form.HEAD else front + name for name in names]
 
 
 def _our_metadata(files: TensorFiles) -> dict[str, Any]:
@@ -168,9 +184,9 @@ def _equal(left: Tensor, right: Tensor | None) -> bool:
     return all(a.tobytes() == b.tobytes() for a, b in zip(left.chunks(), right.chunks(), strict=True))
 
 
-def _check(files: TensorFiles, expected: Mapping[str, tuple[int, ...]]) -> None:
+def _check(form: Format, files: TensorFiles, expected: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse missing and unknown tensors, wrong shapes and dtypes."""
-    if missing := [name for name in expected if name not in files.tensors]:
+    if missing := _spelled([name for name in expected if name not in files.tensors], form, files):
         raise InputError(f"{files.file}: {_list('tensor', missing)} missing; the file is incomplete: {AGAIN}")
     if unknown := [tensor.name for name, tensor in files.tensors.items() if name not in expected]:
         raise InputError(

@@ -8,16 +8,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from slm_jax.errors import InputError
-from slm_jax.files import new_folder
+from slm_jax.files import check_new_folder, new_folder
 from slm_jax.model import GPTConfig, Params, join_blocks
 from slm_jax.tokenizer import GPT2Tokenizer, Tokenizer
-from slm_jax.weights.files import OURS
+from slm_jax.weights.files import FLOATS, OURS
 from slm_jax.weights.names import NameMap, Slot, leaf_shapes
 from slm_jax.weights.reader import DIGESTS, FORMATS, OURS_FIELDS
 from slm_jax.weights.transformers_folder import folder_files
@@ -64,10 +65,10 @@ def save_gpt2(
         raise InputError("nanoGPT has no output head of its own, which this model has; expected format huggingface")
     if tokenizer is not None and tokenizer.vocab_size > cfg.vocab_size:
         raise InputError(f"the tokenizer has {tokenizer.vocab_size} ids; the model's vocab_size is {cfg.vocab_size}")
+    target = check_new_folder(folder)
     leaves = _leaves(cfg, params)
     cfg, leaves = _complete(cfg, leaves, format)
     tensors = _tensors(leaves, _names(cfg, format))
-    target = Path(folder).expanduser().resolve()
     with new_folder(target) as partial:
         if format == "huggingface":
             dtype = str(leaves["tok_emb/embedding"].dtype)
@@ -81,6 +82,15 @@ def save_gpt2(
 
 def _leaves(cfg: GPTConfig, params: Params) -> dict[str, np.ndarray]:
     """Bring the parameters to the host, checked against the configuration."""
+    if "params" in params or not any(name.startswith("blocks") for name in params):
+        raise InputError(
+            f"params has the entries {', '.join(map(str, params)) or 'none'}; expected a model's params tree: "
+            'model.init(...)["params"]'
+        )
+    for path, leaf in flatten_dict(params, sep="/").items():
+        if not isinstance(leaf, jax.Array | np.ndarray) or str(leaf.dtype) not in FLOATS:
+            kind = f"{type(leaf).__name__} of {getattr(leaf, 'dtype', 'no dtype')}"
+            raise InputError(f"parameter {path} is a {kind}; expected an array of one of {', '.join(FLOATS)}")
     flat = flatten_dict(params if "blocks" in params else join_blocks(params), sep="/")
     expected = leaf_shapes(cfg)
     found = {path: leaf.shape for path, leaf in flat.items()}

@@ -172,6 +172,23 @@ def test_metadata_that_cannot_be_read_are_refused_by_name(saved):
         read_metadata(saved, 99)
 
 
+@pytest.mark.parametrize("loss", ["1.0", [1], {}, True])
+def test_a_validation_loss_that_is_no_number_is_refused_by_name(loss, saved):
+    path = saved / "20" / "_CHECKPOINT_METADATA"
+    content = json.loads(path.read_text())
+    content["custom_metadata"]["validation_loss"] = loss
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=rf"{path}.*choose another step"):
+        best_step(saved)
+
+
+def test_a_loss_that_diverged_is_not_the_lowest(folder):
+    with Checkpoints(folder, keep=5) as checkpoints:
+        for step, loss in ((10, float("nan")), (20, 2.0), (30, 3.0)):
+            checkpoints.save(make_state(step), {}, loss)
+    assert best_step(folder) == 20
+
+
 # Damage
 
 
@@ -215,8 +232,9 @@ def test_every_file_of_a_checkpoint_has_a_checksum(template):
 
 
 def test_damaged_checksums_are_damage(saved):
-    (saved / "20" / CHECKSUMS).write_text("{")
-    assert CHECKSUMS in find_damage(saved / "20")
+    for text in ("{", "[]", "{}", "7", "[" * 100_000):
+        (saved / "20" / CHECKSUMS).write_text(text)
+        assert CHECKSUMS in find_damage(saved / "20")
 
 
 def test_a_checkpoint_without_checksums_counts_as_whole(saved):
@@ -234,6 +252,26 @@ def test_a_kill_before_the_checksums_leaves_the_checkpoint_usable(folder, monkey
 
 
 # Parameters alone
+
+
+@pytest.mark.parametrize("name", ["_METADATA", "manifest.ocdbt", "largest"])
+@pytest.mark.parametrize("left", [0, 0.5])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's other reads, given up
+def test_parameters_that_are_damaged_are_said_also_without_checksums(saved, name, left):
+    (saved / "20" / CHECKSUMS).unlink()
+    path = payload(saved / "20", "params") if name == "largest" else saved / "20" / "params" / name
+    path.write_bytes(path.read_bytes()[: int(left * path.stat().st_size)])
+    with pytest.raises(InputError, match=rf"{saved / '20'}: .*choose another step of 10, 20, 30") as caught:
+        load_params(saved, 20, make_state().trainable)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("part", [{"half": {"scale": jnp.ones(3)}}, {"half": {}}, {"more": {"scale": jnp.ones(4)}}])
+def test_parameters_of_another_model_are_refused(template, part):
+    with pytest.raises(InputError, match=rf"{template / '20'}: .*choose another step") as caught:
+        load_params(template, 20, make_state().trainable | part)
+    assert "\n" not in str(caught.value)
 
 
 def test_parameters_load_without_the_optimizer(saved):

@@ -81,7 +81,7 @@ def write(folder: Path, tensors, config=None, metadata=None) -> Path:
     if config is not None:
         (folder / "config.json").write_text(json.dumps(config))
     # safetensors writes memory as it lies, not as it is strided
-    tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    tensors = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
     save_file(tensors, folder / "model.safetensors", metadata)
     return folder
 

@@ -61,6 +61,51 @@ def test_a_wrong_tensor_is_named(tensors, expected, tmp_path):
     assert expected in message
 
 
+def test_a_lacking_tensor_is_called_as_the_file_calls_the_others(tmp_path):
+    for prefix in ("transformer.", "_orig_mod.transformer."):
+        tensors = huggingface(prefix=prefix)
+        for lacking in ("h.1.ln_2.bias", "wte.weight"):
+            rest = {name: tensor for name, tensor in tensors.items() if name != prefix + lacking}
+            assert f"tensor {prefix}{lacking} is missing" in refusal(write(tmp_path, rest, CONFIG))
+    head = CONFIG | {"tie_word_embeddings": False}
+    assert "tensor lm_head.weight is missing" in refusal(write(tmp_path, huggingface(prefix="transformer."), head))
+
+
+@pytest.mark.parametrize("config", [CONFIG, None])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_turned_projection_is_named_before_anyone_is_asked_for_heads(config, layers, tmp_path):
+    tensors = huggingface(layers=layers)
+    tensors["h.0.attn.c_attn.weight"] = tensors["h.0.attn.c_attn.weight"].T
+    message = refusal(write(tmp_path, tensors, config and config | {"n_layer": layers}))
+    assert f"h.0.attn.c_attn.weight has the shape ({3 * WIDTH}, {WIDTH})" in message
+
+
+@pytest.mark.parametrize("name", ["wte.weight", "wpe.weight", "h.0.attn.c_attn.weight", "ln_f.bias", "lm_head.weight"])
+def test_a_tensor_without_axes_is_named(name, tmp_path):
+    folder = write(tmp_path, huggingface(), CONFIG | {"n_inner": 4 * WIDTH})
+    assert load_gpt2(folder)
+    tensors = huggingface() | {name: np.float32(1).reshape(())}
+    assert f"tensor {name} has the shape ()" in refusal(write(tmp_path, tensors, CONFIG | {"n_inner": 4 * WIDTH}))
+
+
+@pytest.mark.parametrize("tensors", [huggingface(), nanogpt(), book()], ids=["hf", "nanogpt", "book"])
+def test_another_model_with_these_names_is_refused(tensors, tmp_path):
+    message = refusal(write(tmp_path, tensors, {"model_type": "gpt_bigcode"}), n_heads=3)
+    assert "model_type 'gpt_bigcode'" in message
+
+
+def test_names_that_would_break_up_a_line_are_escaped(tmp_path):
+    assert r"called 'h.0\nx'" in refusal(write(tmp_path, huggingface() | {"h.0\nx": np.ones(2, np.float32)}, CONFIG))
+    assert r"called 'a\x1b[1m'" in refusal(write(tmp_path, {"a\x1b[1m": np.ones(2, np.float32)}))
+
+
+@pytest.mark.parametrize("path", ["~nobody-of-this-name/x", "a\0b", "loop", "x" * 300, "\ud800"])
+def test_what_can_be_no_path_is_said(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    assert repr(path) in refusal(path)
+
+
 def test_what_a_narrower_dtype_cannot_hold_is_said(tmp_path):
     folder = write(tmp_path, changed(h__1__mlp__c_fc__weight=damaged(1e6)), CONFIG)
     assert "h.1.mlp.c_fc.weight is too large for float16" in refusal(folder, param_dtype="float16")
@@ -83,6 +128,9 @@ def test_what_a_narrower_dtype_cannot_hold_is_said(tmp_path):
         ("n_positions", "10"),
         ("n_head", 5),
         ("n_head", "3"),
+        ("num_attention_heads", 4),
+        ("tie_word_embeddings", "false"),
+        ("tie_word_embeddings", None),
     ],
 )
 def test_a_configuration_that_is_not_computed_or_does_not_fit_is_named(key, value, tmp_path):
@@ -115,6 +163,8 @@ def test_a_config_json_that_is_none(tmp_path):
         ("transformer.h.0.attn.q_proj.weight", "GPT-J"),
         ("model.decoder.layers.0.self_attn.q_proj.weight", "OPT"),
         ("base_model.model.transformer.h.0.attn.c_attn.lora_A.weight", "LoRA"),
+        ("_orig_mod.transformer.h.0.attn.attn.weight", "LitGPT"),
+        ("module.model.layers.0.self_attn.q_proj.weight", "LLaMA"),
         ("something.else", "something.else"),
     ],
 )
@@ -137,6 +187,9 @@ HEADER = b'{"wte.weight":{"dtype":"F32","shape":[2,2],"data_offsets":[0,16]}}'
         (b"", "0 bytes"),
         (b"\n<!DOCTYPE html><html><head><title>404</title></head></html>", "HTML page"),
         (b"<html>hello</html>", "HTML page"),
+        (b"\xef\xbb\xbf<!DOCTYPE html><html></html>", "HTML page"),
+        (b"<!-- saved from -->\n<html></html>", "HTML page"),
+        (b"<HEAD><title>Sign in</title></HEAD>", "HTML page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n", "git lfs pull"),
         (b"GGUF\x03\x00\x00\x00 and so on", "GGUF"),
         (b"\x89HDF\r\n\x1a\n and so on", "HDF5"),
@@ -148,7 +201,24 @@ HEADER = b'{"wte.weight":{"dtype":"F32","shape":[2,2],"data_offsets":[0,16]}}'
         (struct.pack("<Q", len(HEADER)) + HEADER.replace(b"[0,16]", b"[8,24]") + bytes(24), "damaged safetensors"),
         (struct.pack("<Q", len(HEADER)) + HEADER[:-2] + b"  " + bytes(16), "damaged safetensors"),
     ],
-    ids=["empty", "html", "html2", "lfs", "gguf", "hdf5", "text", "short", "long", "huge", "shape", "offsets", "cut"],
+    ids=[
+        "empty",
+        "html",
+        "html2",
+        "bom",
+        "comment",
+        "head",
+        "lfs",
+        "gguf",
+        "hdf5",
+        "text",
+        "short",
+        "long",
+        "huge",
+        "shape",
+        "offsets",
+        "cut",
+    ],
 )
 def test_a_file_that_is_no_weights_is_named(content, expected, tmp_path):
     file = tmp_path / "model.safetensors"
@@ -166,7 +236,19 @@ def test_what_is_not_there_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "shard", ["../model-00001-of-00002.safetensors", "/etc/model.safetensors", "a/b.safetensors", "c:x.safetensors", 7]
+    "shard",
+    [
+        "../model-00001-of-00002.safetensors",
+        "/etc/model.safetensors",
+        "a/b.safetensors",
+        "c:x.safetensors",
+        "a\nb.safetensors",
+        "a\0.safetensors",
+        7,
+        None,
+        ["x.safetensors"],
+        {"x": "y"},
+    ],
 )
 def test_an_index_cannot_lead_out_of_its_folder(shard, tmp_path):
     folder = write_shards(tmp_path, huggingface())

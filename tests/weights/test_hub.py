@@ -65,6 +65,18 @@ def test_offline_is_said_in_one_line_at_once():
     assert "$SLM_JAX_DATA/gpt2-xl" in message
 
 
+def test_a_server_that_takes_connections_and_never_answers_is_given_up(monkeypatch):
+    from huggingface_hub import constants
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        start = time.monotonic()
+        with pytest.raises(MissingInputError, match=r"gpt2-xl.*timed out") as caught:
+            load_gpt2("gpt2-xl")
+        assert time.monotonic() - start < 5
+    assert "\n" not in str(caught.value)
+
+
 def test_a_path_of_that_name_goes_first_then_the_data_folder(tmp_path, monkeypatch):
     write(tmp_path / "data" / "gpt2", huggingface(layers=1), CONFIG | {"n_layer": 1})
     monkeypatch.setenv("SLM_JAX_DATA", str(tmp_path / "data"))

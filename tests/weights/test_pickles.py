@@ -1,5 +1,8 @@
 """What must hold of PyTorch's files, where PyTorch is there to read them: safely, or not at all."""
 
+import warnings
+import zipfile
+
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
@@ -45,6 +48,11 @@ def test_nanogpts_checkpoint(bias, tmp_path):
     torch.save(content, tmp_path / "ckpt.pt")
     with pytest.raises(InputError, match="n_layers 7"):
         load_gpt2(tmp_path)
+    for value, kind in ((torch.ones(2, 2), "Tensor"), ([2], "list"), ("2", "str"), (None, "NoneType")):
+        content["model_args"] = args | {"n_head": value}
+        torch.save(content, tmp_path / "ckpt.pt")
+        with pytest.raises(InputError, match=f"model_args has a {kind} for n_heads"):
+            load_gpt2(tmp_path)
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -98,3 +106,54 @@ def test_what_is_no_state_dict_is_named(tmp_path):
     torch.save(quantised, file)
     with pytest.raises(InputError, match=r"h\.0\.ln_1\.bias is int8"):
         load_gpt2(file, n_heads=HEADS)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensor: tensor.to_sparse(),
+        lambda tensor: tensor.to_sparse_csr(),
+        lambda tensor: tensor.to("meta"),
+        lambda tensor: torch.nested.nested_tensor(list(tensor)),
+        lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.quint8),
+    ],
+    ids=["sparse", "csr", "meta", "nested", "quantised"],
+)
+def test_a_tensor_that_is_not_dense_numbers_is_named(change, tmp_path, capfd):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tensors = as_torch(nanogpt())
+        tensors["transformer.wpe.weight"] = change(tensors["transformer.wpe.weight"])
+        torch.save(tensors, tmp_path / "ckpt.pt")
+    capfd.readouterr()
+    with pytest.raises(InputError) as caught:
+        load_gpt2(tmp_path, n_heads=HEADS)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert capfd.readouterr().err == ""
+    assert "transformer.wpe.weight" in message or "weights_only" in message
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_view_that_negates_is_read_as_what_it_shows(dtype, tmp_path):
+    tensors = as_torch(nanogpt())
+    shown = tensors["transformer.wpe.weight"].to(getattr(torch, dtype))
+    negated = torch._neg_view(shown)
+    assert negated.is_neg()
+    torch.save(tensors | {"transformer.wpe.weight": negated}, tmp_path / "ckpt.pt")
+    _, params = load_gpt2(tmp_path, n_heads=HEADS)
+    np.testing.assert_array_equal(params["pos_emb"]["embedding"], -shown.float().numpy())
+
+
+def test_a_flipped_bit_in_a_zip_file_is_found(tmp_path):
+    torch.save(as_torch(nanogpt()), tmp_path / "ckpt.pt")
+    with zipfile.ZipFile(tmp_path / "ckpt.pt") as archive:
+        tensors = [member for member in archive.infolist() if "/data/" in member.filename]
+        content = archive.read(max(tensors, key=lambda member: member.file_size))
+    whole = (tmp_path / "ckpt.pt").read_bytes()
+    at = whole.index(content) + len(content) // 2 // 4 * 4
+    (tmp_path / "ckpt.pt").write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    with pytest.raises(InputError, match=r"ckpt\.pt: damaged: .*data/") as caught:
+        load_gpt2(tmp_path, n_heads=HEADS)
+    assert "\n" not in str(caught.value)

@@ -84,9 +84,8 @@ def with_buffers(tensors):
         with_buffers(huggingface()),
         huggingface() | {"lm_head.weight": huggingface()["wte.weight"]},
         {f"_orig_mod.{name}": tensor for name, tensor in huggingface().items()},
-        {f"module._orig_mod.{name}": tensor for name, tensor in nanogpt().items()},
     ],
-    ids=["prefix", "gamma-beta", "buffers", "tied-head", "compiled", "nanogpt"],
+    ids=["prefix", "gamma-beta", "buffers", "tied-head", "compiled"],
 )
 def test_other_spellings_are_the_same_model(tensors, tmp_path, reference):
     cfg, params = load_gpt2(write(tmp_path, tensors, CONFIG), n_heads=HEADS)
@@ -114,9 +113,25 @@ def test_the_book_is_the_same_model_with_a_head_of_its_own(qkv_bias, tmp_path, r
     assert_same(flatten_dict(params, sep="/"), expected)
 
 
+def test_nanogpt_is_the_same_model_with_the_exact_gelu(tmp_path, reference):
+    tensors = {f"module._orig_mod.{name}": tensor for name, tensor in nanogpt().items()}
+    cfg, params = load_gpt2(write(tmp_path, tensors), n_heads=HEADS)
+    assert cfg == dataclasses.replace(reference[0], exact_gelu=True)
+    assert_same(params, reference[1])
+
+
+@pytest.mark.parametrize(
+    ("activation", "exact"), [("gelu", True), ("gelu_new", False), ("gelu_pytorch_tanh", False), (None, False)]
+)
+def test_config_json_says_which_gelu(activation, exact, tmp_path):
+    config = {key: value for key, value in CONFIG.items() if key != "activation_function"}
+    config |= {} if activation is None else {"activation_function": activation}
+    assert load_gpt2(write(tmp_path, huggingface(), config))[0].exact_gelu is exact
+
+
 def test_nanogpt_without_biases(tmp_path, reference):
     cfg, params = load_gpt2(write(tmp_path, nanogpt(bias=False)), n_heads=HEADS)
-    assert cfg == dataclasses.replace(reference[0], bias=False)
+    assert cfg == dataclasses.replace(reference[0], bias=False, exact_gelu=True)
     without = {path: leaf for path, leaf in flatten_dict(reference[1], sep="/").items() if not path.endswith("bias")}
     assert_same(flatten_dict(params, sep="/"), without)
 

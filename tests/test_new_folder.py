@@ -1,0 +1,106 @@
+"""What must hold of new folders: there whole or not at all, and refused before work begins where they cannot be."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from slm_jax.errors import InputError
+from slm_jax.files import check_new_folder, new_folder, user_path
+
+
+def fill(target, between=lambda: None):
+    """Make a folder with one file; something happens before it is done."""
+    with new_folder(target) as partial:
+        (partial / "file").write_text("ours")
+        between()
+
+
+def refusal(target):
+    """The same from both; nothing may have been made."""
+    with pytest.raises(InputError) as early:
+        check_new_folder(target)
+    with pytest.raises(InputError) as late:
+        fill(target, lambda: pytest.fail("it began to write"))
+    assert str(early.value) == str(late.value)
+    assert "\n" not in str(early.value)
+    return str(early.value)
+
+
+def test_a_path_is_what_it_says_and_need_not_exist(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert user_path("~/runs/x@best") == tmp_path / "runs" / "x@best"
+    assert user_path(Path("a/b")) == Path("a/b")
+    (tmp_path / "file").touch()
+    assert user_path(tmp_path / "file" / "below") == tmp_path / "file" / "below"
+    (tmp_path / "dangling").symlink_to("nowhere")
+    assert user_path(tmp_path / "dangling") == tmp_path / "dangling"
+
+
+@pytest.mark.parametrize("text", ["~nobody-of-this-name/x", "a\0b", "loop", "loop/x", "x" * 300])
+def test_what_can_be_no_path_is_said(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(InputError) as caught:
+        user_path(text)
+    assert repr(text) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert repr(text) in refusal(text)
+
+
+def test_a_folder_becomes_the_target_when_all_went_well(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("linked")
+    for name in ("new", "a/b/c", "empty", "link", "long" * 60):
+        with new_folder(tmp_path / name) as partial:
+            (partial / "file").write_text(name)
+            assert not (tmp_path / name / "file").exists()
+        assert (tmp_path / name / "file").read_text() == name
+    assert (tmp_path / "linked" / "file").is_file()
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), InputError("no"), KeyboardInterrupt()])
+def test_nothing_is_left_of_what_failed_and_an_empty_target_stays(error, tmp_path):
+    (tmp_path / "empty").mkdir()
+
+    def fail():
+        raise error
+
+    with pytest.raises(InputError if isinstance(error, OSError) else type(error)):
+        fill(tmp_path / "empty", fail)
+    assert [path.name for path in tmp_path.rglob("*")] == ["empty"]
+
+
+def test_what_came_to_be_in_the_meantime_is_left_alone(tmp_path):
+    def another():
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "file").write_text("theirs")
+
+    with pytest.raises(InputError, match="cannot be written"):
+        fill(tmp_path / "out", another)
+    assert (tmp_path / "out" / "file").read_text() == "theirs"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_target_in_use_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "x").touch()
+    for name in ("file", "used"):
+        assert refusal(tmp_path / name).startswith(f"{tmp_path / name}: exists")
+    assert "no folder" in refusal(tmp_path / "file" / "below" / "it")
+
+
+def test_a_target_that_is_no_place_for_a_folder_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    for target in (".", "", "../empty", tmp_path / "empty"):
+        assert "is the current folder" in refusal(target)
+    assert "root of a file system" in refusal(Path(tmp_path.anchor))
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
+def test_where_nothing_can_be_written_is_said_before_work_begins(tmp_path):
+    (tmp_path / "closed").mkdir(mode=0o500)
+    assert "can be written to" in refusal(tmp_path / "closed" / "new")

@@ -1,0 +1,89 @@
+"""What must hold of our own checkpoints as weights: what is damaged is said in one line, whatever it is."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from slm_jax.errors import InputError
+from slm_jax.model import GPTConfig, init_params
+from slm_jax.run import Run, save_run
+from slm_jax.tokenizer import CharTokenizer
+from slm_jax.training.checkpoint import CHECKSUMS, METADATA, write_checksums
+from slm_jax.weights import load_gpt2
+
+CFG = GPTConfig(vocab_size=5, context_length=4, emb_dim=8, n_heads=2, n_layers=1, unroll=True)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A run with one checkpoint, of step 0."""
+    folder = tmp_path_factory.mktemp("runs") / "made"
+    params = init_params(CFG, jax.random.key(0))
+    save_run(folder, Run(folder, None, CFG, params, CharTokenizer("abcd")))
+    return folder, params
+
+
+@pytest.fixture
+def step(made, tmp_path):
+    """The checkpoint's folder, in a copy of the run."""
+    return shutil.copytree(made[0], tmp_path / "run") / "checkpoints" / "0"
+
+
+def change(step, edit):
+    """Edit the metadata's content."""
+    content = json.loads((step / METADATA).read_text())
+    edit(content["custom_metadata"])
+    (step / METADATA).write_text(json.dumps(content))
+
+
+def refusal(step):
+    with pytest.raises(InputError) as caught:
+        load_gpt2(step.parent.parent)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(step) in message
+    assert "choose another step" in message
+    return message
+
+
+def test_a_run_is_weights(made, step):
+    cfg, params = load_gpt2(step.parent.parent)
+    assert dataclasses.replace(cfg, unroll=True) == CFG
+    jax.tree.map(np.testing.assert_array_equal, params, made[1])
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda metadata: metadata.pop("model"),
+        lambda metadata: metadata.update(model=[1]),
+        lambda metadata: metadata["model"].update(rotary=True),
+        lambda metadata: metadata["model"].update(n_heads=3),
+        lambda metadata: metadata["model"].update(n_layers="1"),
+        lambda metadata: metadata["model"].update(n_layers=2),
+        lambda metadata: metadata["model"].update(emb_dim=16),
+        lambda metadata: metadata["model"].update(vocab_size=10**30),
+        lambda metadata: metadata["model"].update(bias=False),
+        lambda metadata: metadata.update(validation_loss="low"),
+    ],
+    ids=["none", "list", "field", "heads", "text", "layers", "width", "huge", "bias", "loss"],
+)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's other reads, given up
+def test_metadata_that_were_edited_are_refused(edit, step):
+    change(step, edit)
+    refusal(step)  # by their checksum, mostly
+    write_checksums(step)
+    refusal(step)
+    (step / CHECKSUMS).unlink()
+    refusal(step)
+
+
+def test_changed_metadata_are_called_damaged_before_they_are_believed(step):
+    change(step, lambda metadata: metadata["model"].update(rotary=True))
+    assert f"{step / METADATA} is damaged" in refusal(step)
+    write_checksums(step)
+    assert "rotary" in refusal(step)
