@@ -56,10 +56,10 @@ def test_rows_of_different_lengths(params):
     """A short prompt beside a long one: what fills it up is overwritten before anything attends to it."""
     prompts = TOKENS.at[1, 4:].set(7)
     cache = init_cache(CFG, params, 2, 16)
-    _, cache = MODEL.apply({"params": params}, prompts[:, :9], cache=cache)
+    _, cache = extend(MODEL)(params, prompts[:, :9], cache)
     cache = cache._replace(lengths=jnp.array([9, 4]))
     more = jnp.array([[1, 2, 3], [4, 5, 6]])
-    logits, cache = MODEL.apply({"params": params}, more, cache=cache)
+    logits, cache = extend(MODEL)(params, more, cache)
     assert cache.lengths.tolist() == [12, 7]
     for row, length in enumerate((9, 4)):
         alone = jnp.concatenate([prompts[row, :length], more[row]])[None]
