@@ -52,6 +52,8 @@ def main(args: Sequence[str] | None = None) -> int:
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a console or pipe that lacks a character shows "?" for it
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # the tokenizer refuses bytes that are no text, in one line
     try:
         status: int = importlib.import_module(COMMANDS[args[0]][0]).main(args[1:])
         return status

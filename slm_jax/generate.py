@@ -63,7 +63,7 @@ def generate(
             of its range; no key to sample with.
     """
     ragged = isinstance(prompts, Sequence)
-    rows = [_as_row(row) for row in (prompts if ragged else np.asarray(prompts))]  # one transfer from a device
+    rows = [_as_row(row) for row in (prompts if ragged else np.atleast_1d(prompts))]  # one transfer from a device
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     chunks = _decode(model, params, rows, sampling, max_new_tokens, eos_id, past_context, key, chunk=None)
     added = np.concatenate(list(chunks), axis=1)
@@ -326,10 +326,11 @@ def round_up(n: int, least: int, most: int) -> int:
 
 def _row_keys(key: Any, n_rows: int) -> jax.Array:
     """Return one key a row, which makes a row's draws its own."""
-    if not isinstance(key, jax.Array):
-        raise InputError(f"key is {key!r}; expected a random key: jax.random.key(seed)")
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):  # jax.random.PRNGKey's
-        key = jax.random.wrap_key_data(key)
+    try:
+        if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):  # jax.random.PRNGKey's
+            key = jax.random.wrap_key_data(key)
+    except (AttributeError, TypeError):
+        raise InputError(f"key is {key!r:.60}; expected a random key: jax.random.key(seed)") from None
     if key.ndim == 0:
         return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(n_rows))
     if key.shape != (n_rows,):
@@ -344,9 +345,10 @@ def _as_row(prompt: Any) -> np.ndarray:
     except ValueError:  # lists of different lengths in it
         row = np.array(None)
     if row.ndim != 1 or (row.size and not np.issubdtype(row.dtype, np.integer)):
+        shown = " ".join(repr(prompt).split())
         raise InputError(
-            f"a prompt is {prompt!r:.60}; expected whole-number ids, one row a prompt: an array (batch, seq) or a list "
-            "of lists, even for a single prompt"
+            f"a prompt is {shown:.60}; expected whole-number ids, one row a prompt: an array (batch, seq) or a list of "
+            "lists, even for a single prompt"
         )
     return row
 

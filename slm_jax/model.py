@@ -292,7 +292,7 @@ class GPTModel(nn.Module):
         segments = _segment_lengths(self.variables.get("params", {})) or {"blocks": cfg.n_layers}
         for name, length in segments.items():
             setattr(self, name, _block_stack(cfg, length))
-        self.segment_names = tuple(segments)
+        self.segments = segments
 
     def __call__(
         self,
@@ -340,7 +340,7 @@ class GPTModel(nn.Module):
         With a cache the result is (hidden, cache).
         """
         seq = tokens.shape[1]
-        _check_tokens_fit(self.cfg, tokens.shape, cache, self.segment_names)
+        _check_tokens_fit(self.cfg, tokens.shape, cache, self.segments)
         if cache is not None and (segment_ids is not None or (self.cfg.drop_rate and not deterministic)):
             raise InputError("a cache is for generation: expected no segment_ids with it, and deterministic=True")
         if positions is None:
@@ -349,11 +349,11 @@ class GPTModel(nn.Module):
         x = self.drop(x, deterministic=deterministic)
         mask = None if segment_ids is None else segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
         if cache is None:
-            for name in self.segment_names:
+            for name in self.segments:
                 x, _ = getattr(self, name)(x, None, None, mask, deterministic)
             return self.final_norm(x)
         blocks = {}
-        for name in self.segment_names:
+        for name in self.segments:
             x, blocks[name] = getattr(self, name)(x, cache.blocks[name], cache.lengths, None, True)
         return self.final_norm(x), KVCache(blocks, cache.lengths + seq)
 
@@ -365,7 +365,7 @@ class GPTModel(nn.Module):
 
 
 def _check_tokens_fit(
-    cfg: GPTConfig, shape: tuple[int, ...], cache: KVCache | None, segment_names: tuple[str, ...]
+    cfg: GPTConfig, shape: tuple[int, ...], cache: KVCache | None, segments: Mapping[str, int]
 ) -> None:
     batch, seq = shape
     if seq > cfg.context_length:
@@ -375,16 +375,20 @@ def _check_tokens_fit(
         )
     if cache is None:
         return
-    if set(cache.blocks) != set(segment_names):
-        raise InputError(
-            f"the cache is for the segments {', '.join(cache.blocks)} and the params have {', '.join(segment_names)}; "
-            "make it with init_cache(cfg, params, ...) for these params"
-        )
     rows, capacity = len(cache.lengths), jax.tree.leaves(cache.blocks)[0].shape[-2]
     if batch != rows:
         raise InputError(f"{batch} rows of tokens and a cache for {rows}; make it with batch_size={batch}")
     if seq > capacity:
         raise InputError(f"{seq} tokens are more than the cache's capacity of {capacity}; make a larger one")
+    shapes = {
+        name: (n_blocks, rows * cfg.n_heads, capacity, cfg.emb_dim // cfg.n_heads)
+        for name, n_blocks in segments.items()
+    }
+    if {name: layer.keys.shape for name, layer in cache.blocks.items()} != shapes:
+        raise InputError(
+            f"the cache has the segments {', '.join(cache.blocks)} and the params {', '.join(segments)}, or it is of "
+            "another shape of model; make it with init_cache(cfg, params, ...) for these"
+        )
 
 
 def _block_stack(cfg: GPTConfig, length: int) -> nn.Module:

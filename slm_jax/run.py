@@ -115,7 +115,7 @@ def _from_checkpoint(folder: Path, step: int, tokenizer: Tokenizer | None = None
 
 
 def _saved_tokenizer(metadata: dict[str, Any]) -> Tokenizer:
-    return tokenizer_from_dict(metadata.get("tokenizer") or {})
+    return tokenizer_from_dict(metadata.get("tokenizer", {}))
 
 
 def _with_vocabulary(cfg: GPTConfig, tokenizer: Tokenizer, path: Path) -> GPTConfig:

@@ -87,5 +87,8 @@ def test_what_does_not_fit_is_refused(params):
         MODEL.apply({"params": params}, TOKENS[:, :4], cache=cache, segment_ids=jnp.zeros((2, 4), jnp.int32))
     with pytest.raises(InputError, match="1 rows of tokens and a cache for 2; make it with batch_size=1"):
         MODEL.apply({"params": params}, TOKENS[:1, :2], cache=cache)
-    with pytest.raises(InputError, match="the cache is for the segments blocks and the params have blocks_0, blocks_1"):
+    with pytest.raises(InputError, match="the cache has the segments blocks and the params blocks_0, blocks_1"):
         MODEL.apply({"params": unstack_blocks(params)}, TOKENS[:, :2], cache=cache)
+    wider = GPTModel(GPTConfig(**{**CFG.__dict__, "n_heads": 1}))
+    with pytest.raises(InputError, match="another shape of model"):
+        wider.apply({"params": params}, TOKENS[:, :2], cache=cache)

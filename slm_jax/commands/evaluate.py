@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -10,7 +11,7 @@ from typing import Any, Literal
 
 from slm_jax.commands import load, use_compile_cache
 from slm_jax.errors import InputError
-from slm_jax.files import replace_text
+from slm_jax.files import replace_text, user_path
 from slm_jax.options import check_at_least, parse
 
 
@@ -59,8 +60,6 @@ class Options:
             raise InputError(f"validation_fraction is {self.validation_fraction}; expected a number between 0 and 1")
         if self.source is self.lambada is self.hellaswag is None:
             raise InputError("nothing to measure; expected --source, --lambada or --hellaswag")
-        if self.out is not None and (not self.out or Path(self.out).is_dir()):
-            raise InputError(f"out is {self.out!r}; expected a file, such as figures.json")
 
 
 def main(args: Sequence[str]) -> int:
@@ -78,6 +77,7 @@ def run(options: Options) -> int:
     from slm_jax.model import GPTModel
 
     _check_sources(options)
+    out = None if options.out is None else _check_out(options.out)
     use_compile_cache()
     loaded = load(options.run, options.tokenizer, options.n_heads)
     figures: dict[str, Any] = {"run": str(loaded.folder), "step": loaded.step, "dtype": options.dtype}
@@ -89,10 +89,10 @@ def run(options: Options) -> int:
             show = partial(track, description=name, console=console, transient=True, disable=not console.is_terminal)
             figures[name] = to_dict(measure(model, loaded.params, loaded.tokenizer, track=show))
     text = json.dumps(figures, indent=2)
-    if options.out is None:
+    if out is None:
         print(text)
     else:
-        _write(Path(options.out), text + "\n")
+        _write(out, text + "\n")
         print(f"{options.out} written", file=sys.stderr)
     return 0
 
@@ -106,7 +106,18 @@ def _check_sources(options: Options) -> None:
         parse_source(options.source)
     for name in ("lambada", "hellaswag"):
         if getattr(options, name) is not None:
-            read_rows(getattr(options, name), name, limit=1)
+            read_rows(getattr(options, name), name, options.limit)
+
+
+def _check_out(out: str) -> Path:
+    """Refuse a file that cannot be written before anything is measured."""
+    path = user_path(out).resolve()
+    if not out or path.is_dir():
+        raise InputError(f"out is {out!r}; expected a file, such as figures.json")
+    parent = next(parent for parent in path.parents if parent.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise InputError(f"{path}: cannot write there ({parent}); choose another place with --out")
+    return path
 
 
 def _measurements(options: Options) -> dict[str, Any]:

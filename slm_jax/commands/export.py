@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from slm_jax.errors import InputError
-from slm_jax.options import check_at_least, parse
+from slm_jax.options import check_at_least, flatten, parse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,9 +70,9 @@ def _figures(source: str) -> dict[str, Any]:
         return {}
     folder, step = checkpoint
     metadata = read_metadata(folder / "checkpoints", step)
-    loss, config = metadata["validation_loss"], metadata.get("config") or {}
+    loss, config = metadata["validation_loss"], metadata.get("config", {})
     figures = {
-        "trained on": config.get("data", {}).get("source"),
+        "trained on": flatten(config).get("data.source"),
         "optimizer steps": f"{step:,}" if config else None,
         "validation loss (nats a token)": None if loss is None else f"{loss:.4f}",
     }

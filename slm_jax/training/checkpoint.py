@@ -147,6 +147,9 @@ def read_metadata(folder: Path, step: int) -> dict[str, Any]:
         loss = metadata["validation_loss"]
         if isinstance(loss, bool) or not isinstance(loss, float | int | None):
             raise TypeError(f"validation_loss is {loss!r}")
+        for key in ("config", "model", "tokenizer"):
+            if not isinstance(metadata.get(key, {}), dict):
+                raise TypeError(f"{key} is {metadata[key]!r:.40}")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: not a checkpoint of slm_jax ({error!r}); choose another step") from None
     return metadata

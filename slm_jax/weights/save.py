@@ -82,7 +82,11 @@ def save_gpt2(
 
 def _leaves(cfg: GPTConfig, params: Params) -> dict[str, np.ndarray]:
     """Bring the parameters to the host, checked against the configuration."""
-    if "params" in params or not any(name.startswith("blocks") for name in params):
+    if not isinstance(params, Mapping):
+        raise InputError(
+            f"params is a {type(params).__name__}; expected a model's params tree: save_gpt2(cfg, params, …)"
+        )
+    if "params" in params or not any(str(name).startswith("blocks") for name in params):
         raise InputError(
             f"params has the entries {', '.join(map(str, params)) or 'none'}; expected a model's params tree: "
             'model.init(...)["params"]'

@@ -107,6 +107,15 @@ def test_the_command_answers_each_line_and_survives_mistakes(weights, capsys, mo
     assert capsys.readouterr().out == ""
 
 
+def test_bytes_that_are_no_text_are_refused_and_the_conversation_goes_on(weights, capsys, monkeypatch):
+    stdin = io.TextIOWrapper(io.BytesIO(b"hi \xff\n/temperature\n"), encoding="utf-8", errors="strict")
+    monkeypatch.setattr("sys.stdin", stdin)
+    assert cli.main(["chat", "--run", str(weights)]) == 0
+    shown = capsys.readouterr()
+    assert "lone surrogate" in shown.err
+    assert "The temperature is 0.8." in shown.out
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [

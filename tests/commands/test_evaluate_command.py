@@ -61,6 +61,8 @@ def test_it_writes_to_a_file_or_says_why_not(weights, files, tmp_path, capsys):
         (["--source", "named:the-verdict", "--lambada", "jsonl:none.jsonl"], "none.jsonl: no such file"),
         (["--source", "text:x", "--out", ""], "out is ''; expected a file"),
         (["--source", "text:x", "--out", "."], "out is '.'; expected a file"),
+        (["--source", "text:x", "--out", f"{__file__}/x.json"], "choose another place with --out"),
+        (["--source", "text:x", "--out", "~nouser/x"], "cannot be used as a path"),
         (["--source", "text:none.txt"], "none.txt: no such file"),
     ],
 )
