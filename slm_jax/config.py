@@ -1,6 +1,7 @@
 """A run's configuration: frozen dataclasses, read from YAML and dotted command-line overrides, strictly.
 
-The defaults are the ``tiny`` recipe, so that training with no arguments at all works. Two kinds of key: *identity*
+The defaults are the ``tiny`` recipe, and those of fine-tuning ``classify_builtin``, so that training with no arguments
+at all works. Two kinds of key: *identity*
 keys say what is trained on what (they must agree for a resume); *execution* keys say for how long, where and how
 often something is reported, and may change between two starts of a run.
 """
@@ -42,17 +43,23 @@ class DataConfig:
     """What is trained on, and how it is cut.
 
     Attributes:
-        source: builtin:python-docs, text:GLOB, named:NAME or tokens:FILE.bin.
-        validation_source: a second source to validate on; default: the last part of the first.
+        source: text: builtin:python-docs, text:GLOB, named:NAME, tokens:FILE.bin; labelled texts:
+            builtin:prose-or-code, csv:FILE, tsv:FILE, jsonl:FILE, tfds:NAME, named:sms-spam; instructions:
+            builtin:docstrings, json:FILE, jsonl:FILE, tfds:NAME, named:instruction-data.
+        validation_source: a second source to validate on; default: a part of the first.
         validation_fraction: how much of the source validates when there is no second one, 0 to 1.
-        sampling: stride takes windows at fixed distances, every one once an epoch; random takes random offsets.
-        stride: tokens from one window to the next; default: the context length, so that windows do not overlap.
+        test_source: fine-tuning: a third source, to test on at the end; default: a part of the first.
+        test_fraction: fine-tuning: how much of the source tests when there is no test_source, 0 to 1.
+        sampling: text: stride takes windows at fixed distances, every one once an epoch; random takes random offsets.
+        stride: text: tokens from one window to the next; default: the context length, so that windows do not overlap.
         shuffle: whether stride windows come in a new random order each epoch.
     """
 
     source: str = "builtin:python-docs"
     validation_source: str | None = None
     validation_fraction: float = 0.1
+    test_source: str | None = None
+    test_fraction: float = 0.2
     sampling: Literal["random", "stride"] = "random"
     stride: int | None = None
     shuffle: bool = True
@@ -158,6 +165,75 @@ class SampleConfig:
     top_k: int | None = 50
 
 
+@dataclasses.dataclass(frozen=True)
+class LoRAConfig:
+    """Low-rank adapters (Hu et al. 2021), trained with ``trainable: lora`` beside frozen matrices.
+
+    Attributes:
+        rank: of the two small matrices that stand for one large change.
+        alpha: the change is multiplied by alpha / rank.
+        targets: patterns of the matrices that get an adapter: attn/q, attn/k, attn/v, attn/out_proj, ff/fc, ff/proj,
+            out_head, class_head. A classification head that none matches is trained whole.
+        drop_rate: dropout on what goes into an adapter.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    targets: tuple[str, ...] = ("attn/*", "ff/*")
+    drop_rate: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassificationConfig:
+    """Labelled texts, and the head that tells their classes.
+
+    Attributes:
+        text_column: the column or field of the text; null: text, or what a named or TFDS source calls it.
+        label_column: the column or field of the label; null: label.
+        columns: names of the columns of a csv: or tsv: file without a header line.
+        balance: downsample keeps as many texts of each class as of the rarest; class_weights weighs the loss.
+        split: how one source is split: stratified keeps the shares of the classes, random does not.
+        group_duplicates: whether equal texts stay in one split.
+        pooling: what the head sees of a text: its last token, the mean over its tokens, or its first token.
+        pad_to: batch pads to the longest text of a batch, rounded up to a power of two; longest to the longest
+            training text.
+        max_length: tokens after which a text is cut off; null: the model's context.
+    """
+
+    text_column: str | None = None
+    label_column: str | None = None
+    columns: tuple[str, ...] = ()
+    balance: Literal["none", "downsample", "class_weights"] = "none"
+    split: Literal["stratified", "random"] = "stratified"
+    group_duplicates: bool = True
+    pooling: Literal["last", "mean", "first"] = "last"
+    pad_to: Literal["batch", "longest"] = "batch"
+    max_length: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class InstructionConfig:
+    """Instructions with their responses, and how they become tokens.
+
+    Attributes:
+        template: alpaca, phi3, chatml, or a JSON file with one of your own.
+        split: how one source is split: random, or in file_order: training, test, validation.
+        mask_prompt: whether only responses are learned, not the instructions.
+        packing: whether several short examples share a row, each seeing only itself.
+        too_long: what happens to an example longer than max_length: drop it, or truncate its prompt from the front.
+        max_length: tokens of an example; null: the model's context.
+        responses: how many test instructions are answered before and after training; null: all.
+    """
+
+    template: str = "alpaca"
+    split: Literal["random", "file_order"] = "random"
+    mask_prompt: bool = True
+    packing: bool = False
+    too_long: Literal["drop", "truncate"] = "drop"
+    max_length: int | None = None
+    responses: int | None = None
+
+
 def _make_model_section() -> Any:
     """Make the dataclass of the model section: a preset, and GPTConfig's fields, each optional.
 
@@ -194,7 +270,11 @@ class RunConfig:
         run: the run's name and folder; default: the name of the recipe.
         runs_dir: where runs are kept.
         resume: auto goes on where the run stopped, if it exists; never refuses to; must insists.
-        model: the model.
+        base: what to start from: a run, run@step, GPT-2 weights or a name such as gpt2; null: a new model.
+        trainable: what of it is trained: all, the head, the last_block (with final norm and head), the last_n_blocks,
+            or low-rank adapters (lora).
+        trainable_blocks: of last_n_blocks.
+        model: the model; with a base only its dropout and how it is computed.
         tokenizer: the tokenizer.
         data: the data.
         optimizer: the optimizer.
@@ -202,13 +282,19 @@ class RunConfig:
         checkpoint: the checkpoints.
         mesh: the devices.
         sample: the samples.
+        lora: the adapters.
+        classification: fine-tuning on labelled texts.
+        instruction: fine-tuning on instructions.
     """
 
-    task: Literal["pretraining"] = "pretraining"
+    task: Literal["pretraining", "classification", "instruction"] = "pretraining"
     seed: int = 0
     run: str | None = None
     runs_dir: str = "runs"
     resume: Literal["auto", "never", "must"] = "auto"
+    base: str | None = None
+    trainable: Literal["all", "head", "last_block", "last_n_blocks", "lora"] = "all"
+    trainable_blocks: int = 2
     model: ModelSection = dataclasses.field(default_factory=ModelSection)
     tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
@@ -217,6 +303,9 @@ class RunConfig:
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
+    lora: LoRAConfig = dataclasses.field(default_factory=LoRAConfig)
+    classification: ClassificationConfig = dataclasses.field(default_factory=ClassificationConfig)
+    instruction: InstructionConfig = dataclasses.field(default_factory=InstructionConfig)
 
     def __post_init__(self) -> None:
         _check_numbers(self)
@@ -229,12 +318,20 @@ class RunConfig:
             )
         if self.mesh.tensor != 1:
             raise InputError(f"mesh.tensor is {self.mesh.tensor}; tensor parallelism is not there yet, expected 1")
+        if self.trainable != "all" and self.base is None:
+            raise InputError(
+                f"trainable is {self.trainable} and base is null; expected a base, as the rest of a new model would "
+                "stay random, or --trainable all"
+            )
+        if self.trainable == "lora" and not self.lora.targets:
+            raise InputError("lora.targets is empty; expected at least one pattern, such as attn/*")
         self.gpt_config(vocab_size=1)  # refuses now, before any text is read, a shape that no model can have
 
     @property
     def name(self) -> str:
         """The run's name."""
-        return "tiny" if self.run is None else self.run
+        default = {"pretraining": "tiny", "classification": "classify_builtin", "instruction": "sft_builtin"}
+        return default[self.task] if self.run is None else self.run
 
     @property
     def folder(self) -> Path:
@@ -277,19 +374,24 @@ def _check_numbers(config: RunConfig) -> None:
         "sample.max_new_tokens": 1,
         "sample.temperature": 0,
         "sample.top_k": 1,
+        "trainable_blocks": 1,
+        "lora.rank": 1,
+        "classification.max_length": 1,
+        "instruction.max_length": 2,
+        "instruction.responses": 0,
     }
     values = flatten(to_dict(config))
     check_seed(config.seed)
     check_at_least(values, at_least)
-    for key in ("optimizer.learning_rate", "optimizer.eps", "optimizer.clip_norm", "train.epochs"):
+    for key in ("optimizer.learning_rate", "optimizer.eps", "optimizer.clip_norm", "train.epochs", "lora.alpha"):
         if values[key] is not None and not 0 < values[key] < float("inf"):
             raise InputError(f"{key} is {values[key]}; expected a number above 0")
-    for key in ("optimizer.beta1", "optimizer.beta2"):
+    for key in ("optimizer.beta1", "optimizer.beta2", "lora.drop_rate"):
         if not 0 <= values[key] < 1:
             raise InputError(f"{key} is {values[key]}; expected a number of at least 0 and below 1")
-    if not 0 < values["data.validation_fraction"] < 1:
-        fraction = values["data.validation_fraction"]
-        raise InputError(f"data.validation_fraction is {fraction}; expected a number between 0 and 1")
+    for key in ("data.validation_fraction", "data.test_fraction"):
+        if not 0 < values[key] < 1:
+            raise InputError(f"{key} is {values[key]}; expected a number between 0 and 1")
     if config.mesh.data != -1 and config.mesh.data < 1:
         raise InputError(f"mesh.data is {config.mesh.data}; expected -1 (all devices) or at least 1")
     check_run_name(config.name)
@@ -301,19 +403,40 @@ def check_run_name(name: str) -> None:
         raise InputError(f"run is {name!r}; expected a folder name inside runs_dir, such as my-run")
 
 
+@dataclasses.dataclass(frozen=True)
+class FinetuneConfig(RunConfig):
+    """A run of fine-tuning: the same keys, with the defaults of the recipe ``classify_builtin``."""
+
+    task: Literal["pretraining", "classification", "instruction"] = "classification"
+    base: str | None = "runs/tiny"
+    trainable: Literal["all", "head", "last_block", "last_n_blocks", "lora"] = "last_block"
+    data: DataConfig = dataclasses.field(default_factory=lambda: DataConfig(source="builtin:prose-or-code"))
+    optimizer: OptimizerConfig = dataclasses.field(
+        default_factory=lambda: OptimizerConfig(learning_rate=1e-3, warmup_steps=20)
+    )
+    train: TrainConfig = dataclasses.field(
+        default_factory=lambda: TrainConfig(steps=300, batch_size=32, eval_every=100, eval_batch_size=64)
+    )
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=lambda: CheckpointConfig(every=100))
+
+
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """Return the configuration as nested plain data."""
     return dataclasses.asdict(config)
 
 
-def parse_args(args: Sequence[str]) -> RunConfig:
+def parse_args(args: Sequence[str], cls: type[RunConfig] = RunConfig) -> RunConfig:
     """Read recipe files and overrides in the order they are given; a run is named after the last recipe.
+
+    Args:
+        args: the words after the command.
+        cls: whose defaults hold: RunConfig's of pretraining, or FinetuneConfig's.
 
     Raises:
         InputError: an unknown key, a value of the wrong type or out of range; a file that is missing or not YAML.
     """
-    config = parse(RunConfig, args, "slm-jax train")
-    recipes = recipe_files(RunConfig, args)
+    config = parse(cls, args, "slm-jax train" if cls is RunConfig else "slm-jax finetune")
+    recipes = recipe_files(cls, args)
     if config.run is None and recipes:
         config = dataclasses.replace(config, run=recipes[-1].stem)
     return config
@@ -330,12 +453,12 @@ _EXECUTION_KEYS = {
     *("run", "runs_dir", "resume", "model.dtype", "model.remat", "model.attention", "model.unroll", "model.preset"),
     "model.unpadded_vocab_size",  # follows from the tokenizer and model.vocab_size
     *("train.steps", "train.epochs", "train.accumulate", "train.eval_every", "train.eval_batch_size"),
-    "train.log_every",
+    *("train.log_every", "instruction.responses"),
 }
 
 
 # Keys that runs of earlier versions do not have, with the value that those had in effect.
-_LATER_KEYS = {"model.exact_gelu": False}
+_LATER_KEYS = {"model.exact_gelu": False, "base": None, "trainable": "all"}
 
 
 def identity(config: RunConfig, model: GPTConfig) -> dict[str, Any]:
@@ -345,9 +468,21 @@ def identity(config: RunConfig, model: GPTConfig) -> dict[str, Any]:
         key: value
         for key, value in values.items()
         if key not in _EXECUTION_KEYS
-        and not key.startswith(_EXECUTION_SECTIONS)
+        and not key.startswith((*_EXECUTION_SECTIONS, *_unused_keys(config)))
         and (key, value) not in _LATER_KEYS.items()
     }
+
+
+def _unused_keys(config: RunConfig) -> list[str]:
+    """Return what the keys start with that mean nothing to this kind of run."""
+    used = {
+        "classification.": config.task == "classification",
+        "instruction.": config.task == "instruction",
+        "data.test_": config.task != "pretraining",
+        "lora.": config.trainable == "lora",
+        "trainable_blocks": config.trainable == "last_n_blocks",
+    }
+    return [prefix for prefix, is_used in used.items() if not is_used]
 
 
 def first_difference(saved: dict[str, Any], wanted: dict[str, Any]) -> str | None:
