@@ -29,6 +29,7 @@ from jaxtyping import Bool, Float, Int
 
 from slm_jax.cache import LayerCache, cached_attention
 from slm_jax.errors import InputError
+from slm_jax.lora import Adapter
 
 Implementation = Literal["auto", "xla", "cudnn", "explicit"]
 
@@ -343,7 +344,9 @@ class FusedMultiHeadAttention(nn.Module):
         dense = partial(nn.Dense, dtype=self.dtype, param_dtype=self.param_dtype)
         qkv = dense(3 * self.emb_dim, use_bias=self.qkv_bias, kernel_init=self.kernel_init, name="qkv")(x)
         qkv = qkv.reshape(batch, seq, 3, self.n_heads, head_dim)
-        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        q, k, v = (
+            Adapter(name=f"{name}_adapter")(qkv[:, :, i], x, deterministic) for i, name in enumerate(("q", "k", "v"))
+        )
 
         weights = None
         if cache is not None:
@@ -360,9 +363,9 @@ class FusedMultiHeadAttention(nn.Module):
             else:
                 context = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation=chosen)
 
-        output = dense(self.emb_dim, use_bias=self.out_bias, kernel_init=self.out_kernel_init, name="out_proj")(
-            context.reshape(batch, seq, self.emb_dim)
-        )
+        context = context.reshape(batch, seq, self.emb_dim)
+        out_proj = dense(self.emb_dim, use_bias=self.out_bias, kernel_init=self.out_kernel_init, name="out_proj")
+        output = Adapter(name="out_proj_adapter")(out_proj(context), context, deterministic)
         if cache is not None:
             return output, cache
         return (output, weights) if return_weights else output

@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from slm_jax.attention import FusedMultiHeadAttention
 from slm_jax.cache import KVCache, LayerCache
 from slm_jax.errors import InputError
+from slm_jax.lora import Adapter
 
 DType = Literal["float32", "bfloat16", "float16"]
 Remat = Literal["none", "dots", "full"]
@@ -169,13 +170,15 @@ class FeedForward(nn.Module):
     cfg: GPTConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch seq emb"]) -> Float[Array, "batch seq emb"]:
+    def __call__(self, x: Float[Array, "batch seq emb"], deterministic: bool = True) -> Float[Array, "batch seq emb"]:
         """Map (batch, seq, emb) to the same shape, each position by itself."""
         cfg = self.cfg
         common: dict[str, Any] = {"use_bias": cfg.bias, "dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
-        x = nn.Dense(4 * cfg.emb_dim, kernel_init=nn.initializers.normal(INIT_STD), name="fc", **common)(x)
+        fc = nn.Dense(4 * cfg.emb_dim, kernel_init=nn.initializers.normal(INIT_STD), name="fc", **common)
+        proj = nn.Dense(cfg.emb_dim, kernel_init=residual_init(cfg), name="proj", **common)
+        x = Adapter(name="fc_adapter")(fc(x), x, deterministic)
         x = nn.gelu(x, approximate=not cfg.exact_gelu)
-        return nn.Dense(cfg.emb_dim, kernel_init=residual_init(cfg), name="proj", **common)(x)
+        return Adapter(name="proj_adapter")(proj(x), x, deterministic)
 
 
 def residual_init(cfg: GPTConfig) -> nn.initializers.Initializer:
@@ -220,7 +223,7 @@ class TransformerBlock(nn.Module):
         else:
             attended, cache = attention(normed, cache=cache, start=start)
         x = x + dropout(attended)
-        x = x + dropout(FeedForward(cfg, name="ff")(LayerNorm(**norm, name="norm2")(x)))
+        x = x + dropout(FeedForward(cfg, name="ff")(LayerNorm(**norm, name="norm2")(x), deterministic))
         return x, cache
 
 
@@ -289,6 +292,7 @@ class GPTModel(nn.Module):
         self.final_norm = LayerNorm(use_bias=cfg.bias, dtype=cfg.dtype, param_dtype=cfg.param_dtype)
         if not cfg.tie_weights:
             self.out_head = OutHead(cfg)
+            self.out_head_adapter = Adapter()
         segments = _segment_lengths(self.variables.get("params", {})) or {"blocks": cfg.n_layers}
         for name, length in segments.items():
             setattr(self, name, _block_stack(cfg, length))
@@ -322,7 +326,7 @@ class GPTModel(nn.Module):
         """
         options: dict[str, Any] = {"positions": positions, "segment_ids": segment_ids, "deterministic": deterministic}
         if cache is None:
-            return self.logits(self.hidden(tokens, **options))
+            return self.logits(self.hidden(tokens, **options), deterministic=deterministic)
         hidden, cache = self.hidden(tokens, cache=cache, **options)
         return self.logits(hidden), cache
 
@@ -357,11 +361,13 @@ class GPTModel(nn.Module):
             x, blocks[name] = getattr(self, name)(x, cache.blocks[name], cache.lengths, None, True)
         return self.final_norm(x), KVCache(blocks, cache.lengths + seq)
 
-    def logits(self, hidden: Float[Array, "batch seq emb"]) -> Float[Array, "batch seq vocab"]:
+    def logits(
+        self, hidden: Float[Array, "batch seq emb"], *, deterministic: bool = True
+    ) -> Float[Array, "batch seq vocab"]:
         """Map hidden states (batch, seq, emb_dim) to float32 logits (batch, seq, vocab_size)."""
         if self.cfg.tie_weights:
             return _float32_logits(hidden, self.tok_emb.embedding.astype(self.cfg.dtype).T)
-        return self.out_head(hidden)
+        return self.out_head_adapter(self.out_head(hidden), hidden, deterministic)
 
 
 def _check_tokens_fit(

@@ -1,9 +1,7 @@
 """``save_gpt2``: a model as a folder that Hugging Face, nanoGPT or the book's code can read."""
 
 import dataclasses
-import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -11,8 +9,6 @@ from typing import Any, Literal, get_args
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from slm_jax.errors import InputError
 from slm_jax.files import check_new_folder, new_folder
@@ -20,7 +16,8 @@ from slm_jax.model import GPTConfig, Params, join_blocks
 from slm_jax.tokenizer import GPT2Tokenizer, Tokenizer
 from slm_jax.weights.files import FLOATS, OURS
 from slm_jax.weights.names import NameMap, Slot, leaf_shapes
-from slm_jax.weights.reader import DIGESTS, FORMATS, OURS_FIELDS
+from slm_jax.weights.native import write_tensors
+from slm_jax.weights.reader import FORMATS, OURS_FIELDS
 from slm_jax.weights.transformers_folder import folder_files
 
 FormatName = Literal["huggingface", "nanogpt", "book"]
@@ -143,15 +140,5 @@ def _tensors(leaves: Mapping[str, np.ndarray], names: NameMap) -> dict[str, np.n
 
 
 def _write(file: Path, tensors: dict[str, np.ndarray], cfg: GPTConfig) -> None:
-    digests = {name: hashlib.sha256(tensor.view(np.uint8).data).hexdigest() for name, tensor in tensors.items()}
     fields = {name: getattr(cfg, name) for name in OURS_FIELDS}
-    metadata = {"format": "pt", OURS: json.dumps(fields), DIGESTS: json.dumps(digests)}
-    file.touch()
-    mode = file.stat().st_mode  # safetensors makes a file that only its owner can read
-    try:
-        save_file(tensors, file, metadata)
-    except SafetensorError as error:  # a full disk, for one
-        raise OSError(str(error)) from None
-    file.chmod(mode)
-    with file.open("r+b") as stream:
-        os.fsync(stream.fileno())
+    write_tensors(file, tensors, {"format": "pt", OURS: json.dumps(fields)})
