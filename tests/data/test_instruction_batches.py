@@ -1,0 +1,322 @@
+"""What must hold of instruction batches: what is learned, that packing changes nothing, order as f(seed, step)."""
+
+import collections
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from slm_jax.data.instruction_batches import (
+    Tokens,
+    encode_examples,
+    instruction_batches,
+    instruction_eval_batches,
+    pack,
+)
+from slm_jax.data.instructions import Example
+from slm_jax.errors import InputError
+from slm_jax.model import GPTConfig, GPTModel
+from slm_jax.templates import TEMPLATES, Message, Template
+from slm_jax.tokenizer import BPETokenizer, CharTokenizer
+
+PLAIN = Template(user_start="Q:", user_end="\n", assistant_start="A:", assistant_end=".")  # a token a character
+CHARS = CharTokenizer().build_vocab("QA:.\nabcdefghijklmnopqrstuvwxyz")
+TRAINED_ON = "Below is an instruction that describes a task. ### Instruction: ### Response: <|im_end|> <|end|> " * 20
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return BPETokenizer.train(TRAINED_ON, vocab_size=320)
+
+
+def example(*turns, where="data.json entry 1"):
+    roles = ("user", "assistant") * (len(turns) // 2)
+    return Example(where, tuple(Message(role, turn) for role, turn in zip(roles, turns, strict=True)))
+
+
+def encode(*examples, mask_prompt=True, max_length=100, too_long="drop", tokenizer=CHARS, template=PLAIN):
+    options = {"mask_prompt": mask_prompt, "max_length": max_length, "too_long": too_long}
+    return encode_examples(examples, tokenizer, template, **options)
+
+
+def learned(tokens, tokenizer=CHARS):
+    return tokenizer.decode(tokens.ids[tokens.counts])
+
+
+def same(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        np.testing.assert_array_equal(one[name], other[name])
+
+
+# What is learned
+
+
+def test_only_the_response_and_the_end_of_the_text_are_learned():
+    (tokens,), notes = encode(example("abc", "xy"))
+    assert CHARS.decode(tokens.ids) == "Q:abc\nA:xy.<|endoftext|>"
+    assert tokens.counts.tolist() == [False] * 8 + [True] * 4
+    assert (tokens.ids == CHARS.eot_id).sum() == 1
+    assert notes == ()
+
+
+def test_without_masking_all_that_anything_comes_before_is_learned():
+    (tokens,), _ = encode(example("abc", "xy"), mask_prompt=False)
+    assert tokens.counts.tolist() == [False] + [True] * 11
+
+
+def test_each_response_of_a_conversation_is_learned():
+    (tokens,), _ = encode(example("ab", "x", "c", "yz"))
+    assert CHARS.decode(tokens.ids) == "Q:ab\nA:x.Q:c\nA:yz.<|endoftext|>"
+    assert np.flatnonzero(tokens.counts).tolist() == [7, 8, 15, 16, 17, 18]
+    assert learned(tokens) == "x.yz.<|endoftext|>"
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("answer", ["Plain.", " leads with a space", "ends in a line\n", "Zoë \U0001f40d\n\n1. two"])
+def test_what_counts_decodes_to_the_response_and_what_goes_in_first_is_the_prompt(bpe, name, answer):
+    template = TEMPLATES[name]
+    asked = Example("", (Message("user", "Count!", "x\n\n"), Message("assistant", answer)))
+    (tokens,), _ = encode(asked, tokenizer=bpe, template=template, max_length=500)
+    assert learned(tokens, bpe) == answer + template.assistant_end + "<|endoftext|>"
+    n_prompt = int(np.argmax(tokens.counts))
+    assert tokens.counts[n_prompt:].all()
+    assert tokens.ids[:n_prompt].tolist() == bpe.encode(template.prompt(asked.messages))
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_later_prompt_is_encoded_as_it_was_learned(bpe, name):
+    """Chat encodes the conversation so far as one text, training piece by piece."""
+    template, talk = TEMPLATES[name], example("Hello there", "Good day.", "And now?", "We go on.")
+    (tokens,), _ = encode(talk, tokenizer=bpe, template=template, max_length=500)
+    prompt = bpe.encode(template.prompt(talk.messages))
+    assert tokens.ids[: len(prompt)].tolist() == prompt
+
+
+def test_a_text_that_cannot_be_encoded_is_named():
+    with pytest.raises(InputError, match=r"^data.json entry 7: character 'Z' .*vocabulary"):
+        encode(example("Z", "x", where="data.json entry 7"))
+
+
+# Too long
+
+
+def test_max_length_counts_what_goes_in():
+    talk = example("abc", "xy")  # 12 tokens, of which 11 go in
+    (tokens,), notes = encode(talk, max_length=11)
+    assert (tokens.n_inputs, len(tokens.ids), notes) == (11, 12, ())
+    with pytest.raises(InputError, match=r"1 example, and they are longer than 10 tokens.*too_long truncate"):
+        encode(talk, max_length=10)
+
+
+def test_dropping_is_counted():
+    encoded, notes = encode(example("abc", "xy"), example("abcd", "xy"), example("a", "x"), max_length=11)
+    assert [learned(tokens) for tokens in encoded] == ["xy.<|endoftext|>", "x.<|endoftext|>"]
+    assert notes == ("left out 1 of 3 examples: they are longer than 11 tokens",)
+
+
+def test_truncating_cuts_the_prompt_only_and_is_counted():
+    talks = [example("abc", "xy"), example("abcdef", "xy"), example("a", "x")]
+    encoded, notes = encode(*talks, max_length=9, too_long="truncate")
+    assert [CHARS.decode(tokens.ids) for tokens in encoded] == [
+        "abc\nA:xy.<|endoftext|>",
+        "def\nA:xy.<|endoftext|>",
+        "Q:a\nA:x.<|endoftext|>",
+    ]
+    assert [learned(tokens) for tokens in encoded] == ["xy.<|endoftext|>"] * 2 + ["x.<|endoftext|>"]
+    assert max(len(tokens.ids) for tokens in encoded) == 10
+    assert notes == ("cut 7 tokens off the front of 2 of 3 examples: 9 may go in",)
+
+
+@pytest.mark.parametrize("mask_prompt", [True, False])
+def test_no_token_of_a_response_is_ever_cut_off(mask_prompt):
+    response = "uvwxyz"  # 8 tokens with what ends it
+    options = {"too_long": "truncate", "mask_prompt": mask_prompt}
+    (tokens,), _ = encode(example("abc", response), max_length=8, **options)
+    assert CHARS.decode(tokens.ids) == ":uvwxyz.<|endoftext|>"  # one token to tell the first from
+    assert tokens.counts.tolist() == [False] + [True] * 8
+    encoded, notes = encode(example("abc", response), example("a", "b"), max_length=7, **options)
+    assert [CHARS.decode(tokens.ids[-3:]) for tokens in encoded] == ["b.<|endoftext|>"]
+    assert notes[0] == "left out 1 of 2 examples: the response alone is longer than 7 tokens"
+    with pytest.raises(InputError, match=r"nothing to learn from: 1 example, and the response alone is longer than 7"):
+        encode(example("abc", response), max_length=7, **options)
+
+
+def test_a_long_conversation_loses_its_oldest_turns():
+    (tokens,), _ = encode(example("ab", "x", "c", "yz"), max_length=10, too_long="truncate")
+    assert CHARS.decode(tokens.ids) == ".Q:c\nA:yz.<|endoftext|>"
+    assert learned(tokens) == "yz.<|endoftext|>"
+
+
+# Batches
+
+
+def numbered(lengths):
+    """Examples of so many inputs; each token tells the example and the place, and the first half is masked."""
+    ids = [100 * i + np.arange(length + 1, dtype=np.int32) for i, length in enumerate(lengths, start=1)]
+    return [Tokens(one, np.arange(len(one)) > len(one) // 2) for one in ids]
+
+
+def test_a_batch_has_the_documented_names_types_and_widths():
+    batch = instruction_batches(numbered([5, 7, 20]), batch_size=3, width=None, limit=64, seed=0)[0]
+    expected = {
+        "inputs": ((3, 32), np.int32),
+        "targets": ((3, 32), np.int32),
+        "weights": ((3, 32), np.float32),
+    }
+    assert {name: (value.shape, value.dtype) for name, value in batch.items()} == expected
+    packed = instruction_batches([numbered([5, 7]), numbered([20])], batch_size=2, width=None, limit=64, seed=0)[0]
+    whole = {name: ((2, 32), dtype) for name, (_, dtype) in expected.items()}
+    positions = ((2, 32), np.int32)
+    assert {name: (value.shape, value.dtype) for name, value in packed.items()} == {
+        **whole, "segment_ids": positions, "positions": positions,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("longest", "limit", "width"), [(3, 64, 16), (16, 64, 16), (17, 64, 32), (40, 50, 50)])
+def test_a_batch_is_as_wide_as_its_longest_rounded_up(longest, limit, width):
+    rows = numbered([2, longest])
+    assert instruction_batches(rows, batch_size=2, width=None, limit=limit, seed=0)[0]["inputs"].shape == (2, width)
+    assert instruction_batches(rows, batch_size=2, width=48, limit=limit, seed=0)[0]["inputs"].shape == (2, 48)
+
+
+def test_padding_is_never_a_target():
+    (batch,) = instruction_eval_batches(numbered([4]), batch_size=2, width=8, limit=8)
+    np.testing.assert_array_equal(batch["inputs"], [[100, 101, 102, 103, 0, 0, 0, 0], [0] * 8])
+    np.testing.assert_array_equal(batch["targets"], [[101, 102, 103, 104, 0, 0, 0, 0], [0] * 8])
+    np.testing.assert_array_equal(batch["weights"], [[0, 0, 1, 1, 0, 0, 0, 0], [0] * 8])
+
+
+def test_a_packed_row_is_its_examples_side_by_side():
+    (batch,) = instruction_eval_batches([numbered([3, 2])], batch_size=1, width=8, limit=8)
+    np.testing.assert_array_equal(batch["inputs"], [[100, 101, 102, 200, 201, 0, 0, 0]])
+    np.testing.assert_array_equal(batch["targets"], [[101, 102, 103, 201, 202, 0, 0, 0]])
+    np.testing.assert_array_equal(batch["weights"], [[0, 0, 1, 0, 1, 0, 0, 0]])
+    np.testing.assert_array_equal(batch["segment_ids"], [[1, 1, 1, 2, 2, 0, 0, 0]])
+    np.testing.assert_array_equal(batch["positions"], [[0, 1, 2, 0, 1, 0, 0, 0]])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_evaluation_has_every_target_once(packed):
+    examples = numbered([5, 1, 9, 3, 3, 12, 7])
+    rows = pack(examples, 14, seed=0) if packed else examples
+    batches = list(instruction_eval_batches(rows, batch_size=3, width=None, limit=16))
+    assert {batch["inputs"].shape for batch in batches} == {(3, 16)}
+    seen = np.concatenate([batch["targets"][batch["weights"] == 1] for batch in batches])
+    expected = np.concatenate([example.ids[1:][example.counts[1:]] for example in examples])
+    assert sorted(seen.tolist()) == sorted(expected.tolist())
+    assert len(set(seen.tolist())) == len(seen)
+
+
+# Packing
+
+
+def test_packing_keeps_every_example_once_within_the_width_and_is_fixed_by_the_seed():
+    lengths = np.random.default_rng(0).integers(1, 33, size=200)
+    examples = numbered(lengths)
+    rows = pack(examples, 32, seed=3)
+    assert all(sum(example.n_inputs for example in row) <= 32 for row in rows)
+    drawn = [id(example) for row in rows for example in row]
+    assert sorted(drawn) == sorted(map(id, examples))
+    assert drawn == [id(example) for row in pack(examples, 32, seed=3) for example in row]
+    assert drawn != [id(example) for row in pack(examples, 32, seed=4) for example in row]
+    assert len(rows) <= 1.7 * np.ceil(lengths.sum() / 32)  # the bound of first fit
+
+
+def test_first_fit_leaves_no_two_rows_that_could_be_one():
+    rows = pack(numbered([10] * 9), 30, seed=0)
+    assert [len(row) for row in rows] == [3, 3, 3]
+
+
+def test_an_example_longer_than_a_row_is_refused():
+    with pytest.raises(InputError, match=r"an example of 9 tokens does not fit in a row of 8"):
+        pack(numbered([3, 9]), 8, seed=0)
+
+
+def test_a_packed_example_is_computed_as_if_it_were_alone(bpe):
+    talks = [example(f"Question {i}" * (i % 3 + 1), "Answer " * (i % 4 + 1)) for i in range(6)]
+    tokens, _ = encode(*talks, tokenizer=bpe, template=TEMPLATES["phi3"], max_length=256)
+    cfg = GPTConfig(vocab_size=bpe.vocab_size, context_length=256, emb_dim=16, n_heads=2, n_layers=2)
+    model = GPTModel(cfg)
+    params = jax.tree.map(  # biases and positions that are not near zero
+        lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(1), leaf.shape),
+        jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"],
+    )
+
+    @jax.jit
+    def run(inputs, **options):
+        with jax.default_matmul_precision("highest"):
+            return model.apply({"params": params}, inputs, **options)
+
+    def loss(batch, logits):
+        log_probabilities = jax.nn.log_softmax(logits)
+        picked = jnp.take_along_axis(log_probabilities, batch["targets"][..., None], axis=-1)[..., 0]
+        return float(-(picked * batch["weights"]).sum())
+
+    rows = pack(tokens, 256, seed=0)
+    assert max(map(len, rows)) > 2
+    (packed,) = instruction_eval_batches(rows, batch_size=len(rows), width=256, limit=256)
+    together = run(packed["inputs"], segment_ids=packed["segment_ids"], positions=packed["positions"])
+    total = 0.0
+    for row, row_logits in zip(sorted(rows, key=lambda row: sum(one.n_inputs for one in row)), together, strict=True):
+        start = 0
+        for one in row:
+            (alone,) = instruction_eval_batches([one], batch_size=1, width=256, limit=256)
+            logits = run(alone["inputs"])
+            total += loss(alone, logits)
+            expected = logits[0, : one.n_inputs]
+            difference = jnp.abs(row_logits[start : start + one.n_inputs] - expected).max() / jnp.abs(expected).max()
+            assert difference <= 1e-5
+            start += one.n_inputs
+    assert loss(packed, together) == pytest.approx(total, rel=1e-5)
+    mixed = run(  # what segment ids and positions are for
+        packed["inputs"],
+        segment_ids=np.ones_like(packed["segment_ids"]),
+        positions=np.broadcast_to(np.arange(256, dtype=np.int32), packed["positions"].shape),
+    )
+    assert loss(packed, mixed) != pytest.approx(total, rel=1e-3)
+
+
+# Order
+
+
+def first_tokens(dataset, steps):
+    return [int(first) for step in range(steps) for first in dataset[step]["inputs"][:, 0]]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_batch_is_a_function_of_seed_and_step(packed):
+    """However it is reached: by index, in any order, by iterating, or going on from a saved state."""
+    rows = pack(numbered([3, 9, 4, 17, 6, 2, 11]), 20, seed=1) if packed else numbered([3, 9, 4, 17, 6, 2, 11])
+    make = {"batch_size": 3, "width": None, "limit": 32, "seed": 5}
+    dataset = instruction_batches(rows, **make)
+    direct = [dataset[step] for step in range(10)]
+    again = instruction_batches(rows, **make)
+    for step in reversed(range(10)):
+        same(again[step], direct[step])
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+    iterator = iter(dataset.to_iter_dataset(options))
+    for step in range(6):
+        same(next(iterator), direct[step])
+    fresh = iter(instruction_batches(rows, **make).to_iter_dataset(options))
+    fresh.set_state(iterator.get_state())
+    for step in range(6, 10):
+        same(next(fresh), direct[step])
+    other = instruction_batches(rows, **{**make, "seed": 6})
+    assert first_tokens(other, 10) != first_tokens(dataset, 10)
+
+
+def test_each_epoch_has_every_row_once_in_another_order_and_batches_go_on_across_its_end():
+    dataset = instruction_batches(numbered([4] * 6), batch_size=4, width=8, limit=8, seed=0)
+    drawn = first_tokens(dataset, 30)
+    epochs = [tuple(drawn[i : i + 6]) for i in range(0, 120, 6)]
+    assert all(sorted(epoch) == [100, 200, 300, 400, 500, 600] for epoch in epochs)
+    assert len(set(epochs)) > 10
+    assert collections.Counter(drawn) == dict.fromkeys(range(100, 700, 100), 20)
+
+
+def test_a_single_row_fills_batches():
+    dataset = instruction_batches(numbered([4]), batch_size=2, width=8, limit=8, seed=0)
+    assert first_tokens(dataset, 2) == [100] * 4
