@@ -1,4 +1,4 @@
-"""``slm-jax evaluate``: measure a model."""
+"""``slm-jax evaluate``: measure a model, or the responses that one gave."""
 
 import dataclasses
 import json
@@ -7,21 +7,26 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from slm_jax.commands import load, use_compile_cache
 from slm_jax.errors import InputError
 from slm_jax.files import replace_text, user_path
 from slm_jax.options import check_at_least, parse
 
+if TYPE_CHECKING:
+    from slm_jax.evaluation import Response
+    from slm_jax.run import Run
+    from slm_jax.templates import Template
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Measure a model on a text, on LAMBADA and on HellaSwag; the figures are printed as JSON.
+    """Measure a model on a text, LAMBADA and HellaSwag, or responses to instructions; the figures are printed as JSON.
 
     Attributes:
         run: a run's folder such as runs/tiny, or runs/tiny@800 for one of its checkpoints; or GPT-2 weights: a file,
-            a folder or a name such as gpt2.
+            a folder or a name such as gpt2; null: only responses are measured.
         tokenizer: gpt2, or a saved one: its file or folder, or a run's folder; null: the run's own, or GPT-2's.
         n_heads: attention heads, where weights do not say how many.
         source: a text to measure the loss on: builtin:python-docs, text:GLOB, named:NAME or tokens:FILE.bin.
@@ -32,13 +37,15 @@ class Options:
             context length; null: the context length.
         lambada: jsonl:FILE with a text in each line, or tfds:lambada.
         hellaswag: jsonl:FILE in the form of the original files, or tfds:hellaswag.
+        responses: a JSON list of entries with output and model_response, such as a run's responses.json: how near they
+            are to each other; with a run also how likely that finds the outputs.
         limit: only so many examples of LAMBADA and HellaSwag; null: all.
         batch_size: sequences computed at a time.
         dtype: what to compute in; only float32 gives the same figures on every machine.
         out: a file for the JSON; null: it is printed.
     """
 
-    run: str
+    run: str | None = None
     tokenizer: str | None = None
     n_heads: int | None = None
     source: str | None = None
@@ -48,6 +55,7 @@ class Options:
     stride: int | None = None
     lambada: str | None = None
     hellaswag: str | None = None
+    responses: str | None = None
     limit: int | None = None
     batch_size: int = 8
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -58,8 +66,11 @@ class Options:
         check_at_least(vars(self), dict.fromkeys(limits, 1))
         if not 0 < self.validation_fraction < 1:
             raise InputError(f"validation_fraction is {self.validation_fraction}; expected a number between 0 and 1")
-        if self.source is self.lambada is self.hellaswag is None:
-            raise InputError("nothing to measure; expected --source, --lambada or --hellaswag")
+        needs_run = any(source is not None for source in (self.source, self.lambada, self.hellaswag))
+        if not needs_run and self.responses is None:
+            raise InputError("nothing to measure; expected --source, --lambada, --hellaswag or --responses")
+        if needs_run and self.run is None:
+            raise InputError("no model to measure; expected --run, such as runs/tiny (only --responses goes without)")
 
 
 def main(args: Sequence[str]) -> int:
@@ -69,25 +80,14 @@ def main(args: Sequence[str]) -> int:
 
 def run(options: Options) -> int:
     """Measure, and print or write the figures; return 0."""
-    import jax
-    from rich.console import Console
-    from rich.progress import track
-
-    from slm_jax.evaluation import to_dict
-    from slm_jax.model import GPTModel
+    from slm_jax.evaluation import read_responses, score_responses, to_dict
 
     _check_sources(options)
+    responses = None if options.responses is None else read_responses(user_path(options.responses))
     out = None if options.out is None else _check_out(options.out)
-    use_compile_cache()
-    loaded = load(options.run, options.tokenizer, options.n_heads)
-    figures: dict[str, Any] = {"run": str(loaded.folder), "step": loaded.step, "dtype": options.dtype}
-    model = GPTModel(dataclasses.replace(loaded.model_config, dtype=options.dtype))
-    console = Console(stderr=True)
-    # Accelerators multiply float32 with fewer bits unless told not to.
-    with jax.default_matmul_precision("highest" if options.dtype == "float32" else "default"):
-        for name, measure in _measurements(options).items():
-            show = partial(track, description=name, console=console, transient=True, disable=not console.is_terminal)
-            figures[name] = to_dict(measure(model, loaded.params, loaded.tokenizer, track=show))
+    figures = {} if options.run is None else _measure(options, options.run, responses)
+    if responses is not None:
+        figures["responses"] = {"source": options.responses, **to_dict(score_responses(responses))}
     text = json.dumps(figures, indent=2)
     if out is None:
         print(text)
@@ -95,6 +95,42 @@ def run(options: Options) -> int:
         _write(out, text + "\n")
         print(f"{options.out} written", file=sys.stderr)
     return 0
+
+
+def _measure(options: Options, source: str, responses: "list[Response] | None") -> dict[str, Any]:
+    """Return all figures of a model."""
+    import jax
+    from rich.console import Console
+    from rich.progress import track
+
+    from slm_jax.evaluation import reference_loss, to_dict
+    from slm_jax.model import GPTModel
+
+    use_compile_cache()
+    loaded = load(source, options.tokenizer, options.n_heads)
+    figures: dict[str, Any] = {"run": str(loaded.folder), "step": loaded.step, "dtype": options.dtype}
+    model = GPTModel(dataclasses.replace(loaded.model_config, dtype=options.dtype))
+    measurements = _measurements(options)
+    if responses is not None:
+        measurements["references"] = partial(
+            reference_loss, template=_template(loaded), entries=responses, batch_size=options.batch_size
+        )
+    console = Console(stderr=True)
+    # Accelerators multiply float32 with fewer bits unless told not to.
+    with jax.default_matmul_precision("highest" if options.dtype == "float32" else "default"):
+        for name, measure in measurements.items():
+            show = partial(track, description=name, console=console, transient=True, disable=not console.is_terminal)
+            figures[name] = to_dict(measure(model, loaded.params, loaded.tokenizer, track=show))
+    return figures
+
+
+def _template(loaded: "Run") -> "Template":
+    from slm_jax.templates import TEMPLATES
+
+    if loaded.template is not None:
+        return loaded.template
+    print(f"{loaded.folder}: was not trained on instructions; using the template alpaca", file=sys.stderr)
+    return TEMPLATES["alpaca"]
 
 
 def _check_sources(options: Options) -> None:

@@ -1,30 +1,37 @@
 """Pictures of a run. Matplotlib is imported only when one is drawn."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+TRAINING, VALIDATION, ACCURACY = "#9ab8d9", "#c2410c", "#4d7c0f"
 
 
-def draw_loss(rows: list[dict[str, Any]], path: Path, title: str) -> None:
+def draw_loss(rows: list[dict[str, Any]], path: Path, title: str, unit: str = "nats a token") -> None:
     """Draw training and validation loss over steps into a PNG; with no finite loss there is nothing to draw.
+
+    Where validation has an accuracy, it is drawn too, on an axis of its own on the right.
 
     Args:
         rows: lines of ``metrics.jsonl``.
         path: where to write.
         title: what to write above the picture.
+        unit: of the loss, such as "nats a text".
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    train = [(row["step"], row["loss"]) for row in rows if row["split"] == "train" and row["loss"] is not None]
-    validation = [(row["step"], row["loss"]) for row in rows if row["split"] == "val" and row["loss"] is not None]
+    train, validation = _points(rows, "train", "loss"), _points(rows, "val", "loss")
     if not train and not validation:
         return
     figure = Figure(figsize=(7, 4.2), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     if train:
-        axes.plot(*zip(*train, strict=True), color="#9ab8d9", linewidth=0.8, label="training (one batch)")
+        axes.plot(*zip(*train, strict=True), color=TRAINING, linewidth=0.8, label="training (one batch)")
     if validation:
-        axes.plot(*zip(*validation, strict=True), color="#c2410c", marker="o", markersize=3, label="validation (all)")
+        axes.plot(*zip(*validation, strict=True), color=VALIDATION, marker="o", markersize=3, label="validation (all)")
         best_step, best_loss = min(validation, key=lambda point: point[1])
         axes.annotate(
             f"{best_loss:.3f} at step {best_step:,}",
@@ -33,13 +40,42 @@ def draw_loss(rows: list[dict[str, Any]], path: Path, title: str) -> None:
             xytext=(-6, 10),
             ha="right",
             fontsize=8,
-            color="#c2410c",
+            color=VALIDATION,
         )
     axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats a token)")
-    axes.set_title(title, fontsize=10)
+    axes.set_ylabel(f"loss ({unit})")
+    axes.set_title(title, fontsize=10, parse_math=False)
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
+    lines = axes.get_lines() + _draw_accuracy(axes, _points(rows, "val", "accuracy"))
+    figure.legend(handles=lines, frameon=False, loc="outside lower center", ncols=len(lines), fontsize=9)
+    write_png(figure, path)
+
+
+def write_png(figure: "Figure", path: Path) -> None:
+    """Write a picture in one step: who reads the file sees the old one or the new one."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     partial = path.with_suffix(".partial.png")
     FigureCanvasAgg(figure).print_png(str(partial))
     partial.replace(path)
+
+
+def _points(rows: list[dict[str, Any]], split: str, key: str) -> list[tuple[int, float]]:
+    return [(row["step"], row[key]) for row in rows if row["split"] == split and row.get(key) is not None]
+
+
+def _draw_accuracy(axes: "Axes", points: list[tuple[int, float]]) -> list[Any]:
+    """Draw accuracy on a second axis; return the lines of it, for the legend."""
+    if not points:
+        return []
+    right = axes.twinx()
+    right.set_ylabel("accuracy")
+    right.set_ylim(0, 1.02)
+    return right.plot(
+        *zip(*points, strict=True),
+        color=ACCURACY,
+        linestyle="--",
+        marker="s",
+        markersize=3,
+        label="validation accuracy",
+    )

@@ -1,15 +1,23 @@
 """What must hold of ``slm-jax evaluate``: valid JSON with the figures that the functions give."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from slm_jax import cli
-from slm_jax.evaluation import evaluate_source, hellaswag, lambada, to_dict
-from slm_jax.model import GPTModel
+from slm_jax.evaluation import evaluate_source, hellaswag, lambada, read_responses, reference_loss, to_dict
+from slm_jax.model import GPTModel, init_params
 from slm_jax.run import load_model
+from slm_jax.templates import Template
+from slm_jax.tokenizer import CharTokenizer
+from slm_jax.training.checkpoint import Checkpoints
+from slm_jax.training.step import TrainState
+from slm_jax.weights import save_gpt2
 
 TEXT = "the cat sat on the mat, and the dog sat on the log. " * 9
 
@@ -21,6 +29,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "lambada.jsonl").write_text('{"text": "the cat sat on the mat"}\n{"text": "the dog sat on the log"}\n')
     row = {"activity_label": "sat", "ctx_a": "the cat", "ctx_b": "", "endings": ["sat.", "log.", "mat."], "label": 1}
     (folder / "hellaswag.jsonl").write_text(json.dumps(row) + "\n")
+    entries = [("the cat", "the cat"), ("on the mat", "the log"), ("log", "dog"), ("the dog sat on", "the dog")]
+    responses = [{"instruction": "sat", "output": output, "model_response": answer} for output, answer in entries]
+    (folder / "responses.json").write_text(json.dumps(responses))
     return folder
 
 
@@ -40,6 +51,57 @@ def test_it_prints_what_the_functions_measure(weights, files, capsys):
     assert math.isclose(math.exp(figures["text"]["loss"]), figures["text"]["perplexity"])
 
 
+def test_responses_are_scored_without_a_model(files, capsys):
+    assert cli.main(["evaluate", "--responses", str(files / "responses.json")]) == 0
+    (name, scores), *rest = json.loads(capsys.readouterr().out).items()
+    assert (name, rest) == ("responses", [])
+    assert scores["source"] == str(files / "responses.json")
+    assert (scores["n"], scores["exact_match"]) == (4, 0.25)
+    assert math.isclose(scores["rouge_l"], (1 + 0.4 + 0 + 4 / 6) / 4)
+
+
+TEMPLATE = Template(user_start="User: ", assistant_start=" Assistant: ")  # Alpaca's has letters unknown to this model
+
+
+@pytest.fixture
+def instructed(weights, tmp_path):
+    """The same weights as a run that was trained on instructions."""
+    run = load_model(weights)
+    metadata = {
+        "model": dataclasses.asdict(run.model_config),
+        "tokenizer": run.tokenizer.to_dict(),
+        "template": TEMPLATE.to_dict(),
+    }
+    state = TrainState(step=jnp.int32(0), trainable=run.params, opt_state=(), key=jax.random.key(0))
+    with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
+        checkpoints.save(state, metadata)
+    return tmp_path / "run"
+
+
+def test_a_model_measures_the_references_with_its_template(instructed, files, capsys):
+    args = ["evaluate", "--run", str(instructed), "--responses", str(files / "responses.json"), "--batch-size", "3"]
+    assert cli.main(args) == 0
+    captured = capsys.readouterr()
+    figures = json.loads(captured.out)
+    run = load_model(instructed)
+    entries = read_responses(files / "responses.json")
+    expected = reference_loss(GPTModel(run.model_config), run.params, run.tokenizer, TEMPLATE, entries, batch_size=3)
+    assert figures["references"] == to_dict(expected)
+    assert figures["responses"]["n"] == 4
+    assert captured.err == ""
+
+
+def test_a_model_that_knows_no_template_gets_alpacas(weights, files, tmp_path, capsys):
+    tokenizer = CharTokenizer().build_vocab("".join(map(chr, range(32, 127))) + "\n")
+    cfg = dataclasses.replace(load_model(weights).model_config, vocab_size=tokenizer.vocab_size, context_length=192)
+    folder = save_gpt2(cfg, init_params(cfg, jax.random.key(0)), tmp_path / "weights", tokenizer=tokenizer)
+    assert cli.main(["evaluate", "--run", str(folder), "--responses", str(files / "responses.json")]) == 0
+    captured = capsys.readouterr()
+    (line,) = captured.err.splitlines()
+    assert line == f"{folder}: was not trained on instructions; using the template alpaca"
+    assert json.loads(captured.out)["references"]["n_truncated"] == 0
+
+
 def test_it_writes_to_a_file_or_says_why_not(weights, files, tmp_path, capsys):
     args = ["evaluate", "--run", str(weights), "--source", f"text:{files / 'cats.txt'}"]
     assert cli.main([*args, "--out", str(tmp_path / "new" / "figures.json")]) == 0
@@ -53,7 +115,10 @@ def test_it_writes_to_a_file_or_says_why_not(weights, files, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        ([], "nothing to measure; expected --source, --lambada or --hellaswag"),
+        ([], "nothing to measure; expected --source, --lambada, --hellaswag or --responses"),
+        (["--responses", "none.json"], "none.json: no such file"),
+        (["--responses", "~nouser/x"], "cannot be used as a path"),
+        (["--responses", __file__], "test_evaluate_command.py: not JSON"),
         (["--source", "text:x", "--validation-fraction", "1"], "validation_fraction is 1.0; expected a number between"),
         (["--source", "text:x", "--stride", "0"], "stride is 0; expected at least 1"),
         (["--source", "text:x", "--split", "test"], "split is 'test'; expected one of all, train, validation"),
@@ -71,3 +136,11 @@ def test_mistakes_are_one_line(weights, capsys, args, said):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("slm-jax evaluate: ")
     assert said in line
+
+
+@pytest.mark.parametrize("source", ["--source", "--lambada", "--hellaswag"])
+def test_all_but_responses_needs_a_model(files, capsys, source):
+    args = ["evaluate", source, "text:x", "--responses", str(files / "responses.json")]
+    assert cli.main(args) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "no model to measure; expected --run" in line

@@ -8,22 +8,24 @@ from pathlib import Path
 
 import pytest
 
+from slm_jax.training import plots
 from slm_jax.training.plots import draw_loss
 
 ROOT = Path(__file__).parents[2]
 TRAIN = [{"step": step, "split": "train", "loss": 3.0 / step} for step in range(1, 20)]
 VALIDATION = [{"step": step, "split": "val", "loss": 4.0 / (step + 1)} for step in (0, 10, 19)]
+ACCURACY = [{**row, "accuracy": row["step"] / 20} for row in VALIDATION]
 NOT_FINITE = [{"step": 5, "split": split, "loss": None} for split in ("train", "val")]
 
 
 @pytest.mark.parametrize(
     "rows",
-    [TRAIN + VALIDATION, TRAIN, VALIDATION[:1], NOT_FINITE + TRAIN + NOT_FINITE],
-    ids=["both", "training", "one evaluation", "with gaps"],
+    [TRAIN + VALIDATION, TRAIN, VALIDATION[:1], NOT_FINITE + TRAIN + NOT_FINITE, TRAIN + ACCURACY],
+    ids=["both", "training", "one evaluation", "with gaps", "accuracy"],
 )
 def test_a_png_is_written(tmp_path, rows):
     path = tmp_path / "loss.png"
-    draw_loss(rows, path, "a: loss by step")
+    draw_loss(rows, path, "a: $loss_ by $step")
     content = path.read_bytes()
     assert content.startswith(b"\x89PNG\r\n\x1a\n")
     assert content[12:16] == b"IHDR"
@@ -35,10 +37,26 @@ def test_a_png_is_written(tmp_path, rows):
 
 def test_the_picture_follows_the_log(tmp_path):
     pictures = []
-    for rows in (TRAIN, TRAIN + VALIDATION, TRAIN[:10] + VALIDATION):
+    for rows in (TRAIN, TRAIN + VALIDATION, TRAIN[:10] + VALIDATION, TRAIN + ACCURACY, TRAIN + ACCURACY[:2]):
         draw_loss(rows, tmp_path / "loss.png", "a")
         pictures.append((tmp_path / "loss.png").read_bytes())
-    assert len(set(pictures)) == 3
+    assert len(set(pictures)) == 5
+
+
+def test_the_labels_say_what_is_drawn(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots, "write_png", lambda figure, path: figures.append(figure))
+    gaps = [{**row, "accuracy": None} for row in VALIDATION]
+    batches = [{**row, "accuracy": 0.5} for row in TRAIN]
+    draw_loss(batches + gaps, tmp_path / "loss.png", "a")
+    draw_loss(TRAIN + ACCURACY, tmp_path / "loss.png", "a", "nats a text")
+    labels = [[axes.get_ylabel() for axes in figure.axes] for figure in figures]
+    assert labels == [["loss (nats a token)"], ["loss (nats a text)", "accuracy"]]
+    (line,) = figures[1].axes[1].get_lines()
+    assert line.get_linestyle() == "--"
+    assert line.get_xydata().tolist() == [[row["step"], row["accuracy"]] for row in ACCURACY]
+    names = [text.get_text() for text in figures[1].legends[0].get_texts()]
+    assert names == ["training (one batch)", "validation (all)", "validation accuracy"]
 
 
 @pytest.mark.parametrize("rows", [[], NOT_FINITE], ids=["nothing", "nothing finite"])
@@ -49,7 +67,7 @@ def test_with_nothing_to_draw_there_is_no_file(tmp_path, rows):
 
 def test_importing_the_library_imports_no_drawing_nor_other_frameworks():
     program = (
-        "import sys, slm_jax, slm_jax.training.loop, slm_jax.tasks.pretraining\n"
+        "import sys, slm_jax, slm_jax.evaluation, slm_jax.training.loop, slm_jax.tasks.pretraining\n"
         "print([n for n in ('matplotlib', 'tensorflow', 'tensorflow_datasets', 'torch') if n in sys.modules])"
     )
     env = {**os.environ, "PYTHONPATH": str(ROOT)}

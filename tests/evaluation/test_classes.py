@@ -1,0 +1,121 @@
+"""What must hold of the figures of classes: scikit-learn's, readable as text and as a picture."""
+
+import json
+import struct
+
+import numpy as np
+import pytest
+
+from slm_jax.errors import InputError
+from slm_jax.evaluation.classes import class_figures, class_table, draw_confusion
+
+# scikit-learn 1.9.1, classification_report(true, predicted, labels=range(n), zero_division=0): precision, recall, F1
+# and support of each class, then accuracy and macro F1.
+REPORTS = [
+    (
+        [[140, 9], [4, 147]],
+        [[0.9722222222, 0.9395973154, 0.9556313993, 149], [0.9423076923, 0.9735099338, 0.9576547231, 151]],
+        (0.9566666667, 0.9566430612),
+    ),
+    (
+        [[5, 2, 0, 0], [1, 0, 0, 3], [0, 0, 0, 0], [2, 1, 0, 7]],  # class 2: neither texts nor predictions
+        [[0.625, 0.7142857143, 0.6666666667, 7], [0, 0, 0, 4], [0, 0, 0, 0], [0.7, 0.7, 0.7, 10]],
+        (0.5714285714, 0.3416666667),
+    ),
+    ([[3, 0], [2, 0]], [[0.6, 1.0, 0.75, 3], [0, 0, 0, 2]], (0.6, 0.375)),
+]
+
+
+def figures_of(confusion, classes=None):
+    return class_figures(np.array(confusion), classes or [f"class {i}" for i in range(len(confusion))])
+
+
+@pytest.mark.parametrize(("confusion", "by_class", "overall"), REPORTS)
+def test_figures_are_those_of_scikit_learn(confusion, by_class, overall):
+    figures = figures_of(confusion)
+    ours = [figures.precision, figures.recall, figures.f1, figures.support]
+    np.testing.assert_allclose(np.transpose(ours), by_class, atol=1e-9)
+    np.testing.assert_allclose([figures.accuracy, figures.macro_f1], overall, atol=1e-9)
+
+
+def test_json_holds_everything():
+    figures = figures_of([[5, 1], [0, 4]], ["ham", "spam"])
+    content = json.loads(json.dumps(figures.to_dict(), allow_nan=False))
+    assert content["classes"] == ["ham", "spam"]
+    assert content["confusion"] == [[5, 1], [0, 4]]
+    assert content["support"] == [6, 4]
+    assert content["accuracy"] == 0.9
+    for name in ("precision", "recall", "f1"):
+        assert content[name] == list(getattr(figures, name))
+    assert class_figures(np.array(content["confusion"]), content["classes"]).to_dict() == content
+
+
+def test_what_says_nothing_is_refused():
+    with pytest.raises(InputError, match="3 names of classes and a confusion matrix of 2"):
+        figures_of([[1, 0], [0, 1]], ["a", "b", "c"])
+    with pytest.raises(InputError, match="all zeros; expected at least one text"):
+        figures_of([[0, 0], [0, 0]])
+
+
+# As text
+
+
+def test_a_table_shows_each_class_and_the_matrix():
+    assert class_table(figures_of([[140, 9], [4, 147]], ["ham", "spam"])).splitlines() == [
+        "        precision  recall      F1  texts",
+        "0 ham      0.9722  0.9396  0.9556    149",
+        "1 spam     0.9423  0.9735  0.9577    151",
+        "",
+        "accuracy 0.9567, macro F1 0.9566",
+        "",
+        "true class (row) and predicted class (column), number of texts",
+        "          0   1",
+        "0 ham   140   9",
+        "1 spam    4 147",
+    ]
+
+
+@pytest.mark.parametrize("n_classes", [2, 5, 10])
+def test_a_table_fits_80_columns(n_classes):
+    confusion = np.arange(n_classes**2).reshape(n_classes, n_classes) + 9_000
+    table = class_table(figures_of(confusion, [f"{i}: a very long name of a class" for i in range(n_classes)]))
+    assert max(map(len, table.splitlines())) <= 80
+    for row in confusion:
+        assert " ".join(map(str, row)) in " ".join(table.split())
+
+
+def test_many_classes_are_listed_without_the_matrix():
+    lines = class_table(figures_of(np.full((11, 11), 7777))).splitlines()
+    assert lines[-1] == "(the confusion matrix of 11 classes is too wide to show here)"
+    assert sum("class" in line for line in lines) == 12
+    assert not any("7777" in line for line in lines)
+
+
+def test_a_name_stays_on_its_line():
+    lines = class_table(figures_of([[1, 0], [0, 1]], ["a\nb", "\tc"])).splitlines()
+    assert [line.split("  ")[0] for line in lines[1:3]] == ["0 a b", "1 c"]
+
+
+# As a picture
+
+
+@pytest.mark.parametrize("n_classes", [2, 6, 40])
+def test_a_picture_is_written(tmp_path, n_classes):
+    confusion = np.eye(n_classes, dtype=int) * 1234
+    names = [f"a $name_ of $a {i} that goes on" for i in range(n_classes)]  # would be an error as a formula
+    panels = {split: figures_of(confusion, names) for split in ("train", "validation", "test")}
+    draw_confusion(panels, tmp_path / "confusion.png", "a $_ b$")
+    content = (tmp_path / "confusion.png").read_bytes()
+    assert content.startswith(b"\x89PNG\r\n\x1a\n")
+    width, height = struct.unpack(">II", content[16:24])
+    assert width > height > 400
+    assert content.endswith(b"IEND\xaeB`\x82")
+    assert [path.name for path in tmp_path.iterdir()] == ["confusion.png"]
+
+
+def test_a_picture_follows_the_figures(tmp_path):
+    pictures = set()
+    for confusion in ([[5, 0], [0, 5]], [[5, 0], [1, 4]], [[50, 0], [0, 50]]):
+        draw_confusion({"test": figures_of(confusion)}, tmp_path / "confusion.png", "a")
+        pictures.add((tmp_path / "confusion.png").read_bytes())
+    assert len(pictures) == 3
