@@ -418,6 +418,7 @@ class FinetuneConfig(RunConfig):
         default_factory=lambda: TrainConfig(steps=300, batch_size=32, eval_every=100, eval_batch_size=64)
     )
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=lambda: CheckpointConfig(every=100))
+    sample: SampleConfig = dataclasses.field(default_factory=lambda: SampleConfig(every=100, temperature=0.0))
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:

@@ -50,9 +50,9 @@ class Adapter(nn.Module):
         """Return ``y``, changed; its last axis may be cut in heads."""
         if not self.has_variable("params", "lora_a"):
             return y
-        a, b, scale = (self.get_variable("params", name) for name in (*TRAINED, "lora_scale"))
+        a, b, scale = (jnp.asarray(self.get_variable("params", name)) for name in (*TRAINED, "lora_scale"))
         if self.has_variable("params", "lora_drop_rate") and not deterministic:
-            keep = 1 - self.get_variable("params", "lora_drop_rate")
+            keep = 1 - jnp.asarray(self.get_variable("params", "lora_drop_rate"))
             x = jnp.where(jax.random.bernoulli(self.make_rng("dropout"), keep, x.shape), x / keep.astype(x.dtype), 0)
         change = (x @ a.astype(x.dtype)) @ b.astype(x.dtype)
         return y + (change * scale.astype(x.dtype)).reshape(y.shape).astype(y.dtype)

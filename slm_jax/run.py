@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.files import new_folder, read_json
 from slm_jax.model import GPTConfig, Params
+from slm_jax.templates import Template
 from slm_jax.tokenizer import FILE_NAME, GPT2Tokenizer, Tokenizer, load_tokenizer, tokenizer_from_dict
 from slm_jax.training.checkpoint import Checkpoints, read_metadata
 from slm_jax.training.hardware import best_dtype
@@ -30,6 +31,7 @@ class Run:
         model_config: the model's configuration, computing in this device's dtype.
         params: the model's parameters.
         tokenizer: the model's tokenizer.
+        template: how the model was shown instructions; None: it was not.
     """
 
     folder: Path
@@ -37,6 +39,7 @@ class Run:
     model_config: GPTConfig
     params: Params
     tokenizer: Tokenizer
+    template: Template | None = None
 
 
 def load_run(folder: str | Path, step: int | str = "best") -> Run:
@@ -111,7 +114,8 @@ def save_run(folder: Path, run: Run) -> None:
 def _from_checkpoint(folder: Path, step: int, tokenizer: Tokenizer | None = None, n_heads: int | None = None) -> Run:
     cfg, params, metadata = read_checkpoint(folder, step, best_dtype(), n_heads=n_heads)
     tokenizer = tokenizer or _saved_tokenizer(metadata)
-    return Run(folder, step, _with_vocabulary(cfg, tokenizer, folder), params, tokenizer)
+    template = Template.from_dict(metadata["template"]) if "template" in metadata else None
+    return Run(folder, step, _with_vocabulary(cfg, tokenizer, folder), params, tokenizer, template)
 
 
 def _saved_tokenizer(metadata: dict[str, Any]) -> Tokenizer:

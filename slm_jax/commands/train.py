@@ -1,22 +1,26 @@
 """``slm-jax train``: pretrain a GPT."""
 
+import importlib
 import sys
 from collections.abc import Sequence
 
 from slm_jax.commands import use_compile_cache
 from slm_jax.config import RunConfig, parse_args
+from slm_jax.errors import InputError
 
 
 def main(args: Sequence[str]) -> int:
     """Read the options and run; see ``slm-jax train --help``."""
-    return run(parse_args(args))
+    options = parse_args(args)
+    if options.task != "pretraining":
+        raise InputError(f"task is {options.task}; expected pretraining here: the others are slm-jax finetune's")
+    return run(options)
 
 
 def run(options: RunConfig) -> int:
-    """Train, or go on with a run; return 0, 1 where training diverged, or 128 + the signal that stopped it."""
+    """Train, or go on with a run, of any task; return 0, 1 where it diverged, or 128 + the signal that stopped it."""
     from rich.console import Console
 
-    from slm_jax.tasks import pretraining
     from slm_jax.training.interrupt import Interrupted, StopRequest
     from slm_jax.training.loop import TrainingDiverged, train
     from slm_jax.training.sharding import initialize_distributed
@@ -27,7 +31,7 @@ def run(options: RunConfig) -> int:
             use_compile_cache()
             initialize_distributed()
             start = find_start(options)
-            task = pretraining.build(options, start.tokenizer, stop.check)
+            task = importlib.import_module(f"slm_jax.tasks.{options.task}").build(options, start, stop.check)
             console = Console(quiet=not start.folder.writes)
             train(options, task, start, stop, console)
         except Interrupted as interruption:

@@ -1,9 +1,9 @@
 """Pretraining: predict the next token of running text."""
 
+import functools
 import math
 import shlex
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,29 +15,31 @@ from slm_jax.data.windows import check_window, steps_per_epoch, train_batches, v
 from slm_jax.errors import InputError
 from slm_jax.generate import generate
 from slm_jax.model import GPTModel, Params, init_params
-from slm_jax.tokenizer import tokenizer_from_dict
-from slm_jax.training.hardware import best_dtype
-from slm_jax.training.loop import Task
+from slm_jax.tasks.base import find_base, new_base, prepare_params, save_files
+from slm_jax.trainable import merge_params
+from slm_jax.training.start import Start
 from slm_jax.training.step import Batch, LossFn, Sums
+from slm_jax.training.task import Task
 
 PROMPT_TOKENS = 8  # of the validation text, to start a sample with
 
 
-def build(config: RunConfig, tokenizer: dict[str, Any] | None = None, stop: Callable[[], None] | None = None) -> Task:
+def build(config: RunConfig, start: Start, stop: Callable[[], None] | None = None) -> Task:
     """Prepare pretraining: text, tokenizer, batches, model and loss.
 
     Args:
         config: the run's configuration.
-        tokenizer: that of a run that goes on, as plain data.
+        start: where the run starts.
         stop: called between the phases; may raise to stop early.
 
     Raises:
         InputError: data, tokenizer and model that do not fit together.
     """
-    saved = None if tokenizer is None else tokenizer_from_dict(tokenizer)
-    corpus = load_corpus(config.data, config.tokenizer, saved=saved, stop=stop)
-    dtype = best_dtype() if config.model.dtype == "auto" else config.model.dtype
-    cfg = config.gpt_config(corpus.tokenizer.vocab_size, dtype)
+    base = find_base(config, start)
+    corpus = load_corpus(config.data, config.tokenizer, saved=base.tokenizer if base else None, stop=stop)
+    base = base or new_base(config, corpus.tokenizer)
+    cfg = base.model_config
+    fields = prepare_params(config, start, base, functools.partial(init_params, cfg))
     model = GPTModel(cfg)
     batch_size, context = config.train.batch_size, cfg.context_length
     batches = train_batches(
@@ -52,8 +54,8 @@ def build(config: RunConfig, tokenizer: dict[str, Any] | None = None, stop: Call
     check_window(corpus.validation.size, context, "validation")
     eval_batch_size = config.train.eval_batch_size or batch_size
     return Task(
+        **fields,
         model_config=cfg,
-        init_params=lambda key: init_params(cfg, key),
         loss_fn=make_loss_fn(model),
         train_batches=batches,
         validation_batches=lambda: validation_batches(
@@ -62,7 +64,7 @@ def build(config: RunConfig, tokenizer: dict[str, Any] | None = None, stop: Call
         total_steps=_total_steps(config, corpus, context),
         tokens_per_step=batch_size * context,
         tokenizer=corpus.tokenizer.to_dict(),
-        save_tokenizer=corpus.tokenizer.save,
+        save=lambda folder: save_files(folder, base, fields),
         fingerprint=corpus.fingerprint(),
         bytes_per_token=corpus.bytes_per_token,
         sample=_sampler(config, model, corpus),
@@ -75,7 +77,7 @@ def make_loss_fn(model: GPTModel) -> LossFn:
 
     def loss_fn(trainable: Params, frozen: Params, batch: Batch, key: jax.Array | None) -> Sums:
         logits = model.apply(
-            {"params": {**frozen, **trainable}},
+            {"params": merge_params(frozen, trainable)},
             batch["inputs"],
             positions=batch.get("positions"),
             segment_ids=batch.get("segment_ids"),

@@ -6,12 +6,12 @@ hands the device the next step before it reads the numbers of the last one.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import grain
@@ -22,26 +22,30 @@ from rich.console import Console
 
 from slm_jax.config import RunConfig, dump_config, identity, to_dict
 from slm_jax.errors import InputError
-from slm_jax.model import GPTConfig, Params
+from slm_jax.model import Params
+from slm_jax.trainable import merge_params
 from slm_jax.training import hardware
-from slm_jax.training.checkpoint import Checkpoints, checkpoint_bytes, saved_steps
+from slm_jax.training.checkpoint import Checkpoints, best_step, checkpoint_bytes, load_params, saved_steps
 from slm_jax.training.interrupt import Interrupted, StopRequest
 from slm_jax.training.optimizer import make_optimizer, make_schedule
 from slm_jax.training.plots import draw_loss
-from slm_jax.training.progress import ProgressLine, format_bytes, format_duration, parameter_table
+from slm_jax.training.progress import ProgressLine, count_leaves, format_bytes, format_duration, parameter_table
 from slm_jax.training.sharding import (
     batch_sharding,
     check_batch_size,
     host_rows,
     make_mesh,
     put_batch,
+    put_params,
     state_shardings,
 )
 from slm_jax.training.start import Start
-from slm_jax.training.step import Batch, LossFn, StepMetrics, TrainState, make_eval_step, make_train_step
+from slm_jax.training.step import Batch, CompiledByShape, StepMetrics, TrainState, make_eval_step, make_train_step
 from slm_jax.training.summary import environment, summarize, tell_end
+from slm_jax.training.task import EvaluationSums, Moment, Task, purpose_key
 
 MAX_SKIPPED = 3  # steps in a row without finite gradients after which training stops
+BEFORE = "before.json"  # what was measured before the first step
 PLOT_INTERVAL = 30.0  # seconds between two drawings of loss.png
 SAVE_MEMORY = (
     "raise --train.accumulate, lower --train.batch_size, --train.eval_batch_size or --model.context_length, or set "
@@ -51,46 +55,6 @@ SAVE_MEMORY = (
 
 class TrainingDiverged(RuntimeError):
     """Loss or gradients were not finite for several steps in a row."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """What a stage of training gives to the loop.
-
-    Attributes:
-        model_config: the model's configuration.
-        init_params: from a key, the parameters to train.
-        loss_fn: see :mod:`slm_jax.training.step`; a key of None means no dropout.
-        train_batches: element ``i`` is the global batch of step ``i``.
-        validation_batches: the whole validation split once, in global batches.
-        total_steps: steps of the whole run.
-        tokens_per_step: tokens of a training batch.
-        tokenizer: as plain data, to travel with each checkpoint.
-        save_tokenizer: writes it into the run's folder.
-        fingerprint: of the data; a run goes on only with the same.
-        bytes_per_token: UTF-8 bytes that a validation token stands for, where that is known.
-        sample: from parameters and a key, a text; None: no samples.
-        next_commands: what to try when the run is done.
-    """
-
-    model_config: GPTConfig
-    init_params: Callable[[jax.Array], Params]
-    loss_fn: LossFn
-    train_batches: grain.MapDataset
-    validation_batches: Callable[[], Iterable[Batch]]
-    total_steps: int
-    tokens_per_step: int
-    tokenizer: dict[str, Any]
-    save_tokenizer: Callable[[Path], object]
-    fingerprint: str
-    bytes_per_token: float | None = None
-    sample: Callable[[Params, jax.Array], str] | None = None
-    next_commands: tuple[str, ...] = ()
-
-
-def purpose_key(seed: int, purpose: str) -> jax.Array:
-    """Return the key of one purpose: params, dropout or sampling (data order has its own generator)."""
-    return jax.random.fold_in(jax.random.key(seed), ("params", "dropout", "sampling").index(purpose))
 
 
 def train(config: RunConfig, task: Task, start: Start, stop: StopRequest, console: Console) -> dict[str, Any]:
@@ -137,9 +101,10 @@ class Trainer:
         self.optimizer = make_optimizer(config.optimizer)
         self.schedule = make_schedule(config.optimizer, task.total_steps)
         self.progress = ProgressLine(console, task.total_steps, self.first_step)
-        self.frozen: Params = {}
-        self.param_shapes = jax.eval_shape(task.init_params, jax.random.key(0))
-        self.peak_flops = hardware.peak_flops(task.model_config.dtype)
+        self.frozen = put_params(self.mesh, task.frozen)
+        self.param_shapes = jax.eval_shape(task.init_params or (lambda _: task.trainable), jax.random.key(0))
+        # What a frozen part saves is not in the formula of the FLOPs.
+        self.peak_flops = None if task.frozen else hardware.peak_flops(task.model_config.dtype)
         self.flops_per_token = hardware.flops_per_token(task.model_config)
         self.skipped_in_a_row = 0
         self.noticed_overfitting = False
@@ -150,9 +115,8 @@ class Trainer:
         if self.first_step < self.task.total_steps:
             return False
         self.start.check_identity(self.identity)
-        try:
-            self.summary = json.loads((self.folder.path / "summary.json").read_text())
-        except (OSError, ValueError):  # stopped between its last step and its summary
+        self.summary = self.folder.read_json("summary.json")
+        if self.summary is None:  # stopped between its last step and its summary
             return False
         self.progress.note(
             f"{self.folder.path} has done its {self.first_step:,} steps: raise --train.steps or --train.epochs to go "
@@ -187,8 +151,13 @@ class Trainer:
         described = dataclasses.replace(config, run=config.name, resume="auto")
         self.folder.write_text("config.yaml", dump_config(described))
         if self.folder.writes:
-            task.save_tokenizer(self.folder.path / "tokenizer")
+            task.save(self.folder.path)
+        for note in task.notes:
+            self.progress.note(note)
         self.console.print(parameter_table(self.param_shapes))
+        if task.frozen:
+            trained, frozen = count_leaves(self.param_shapes), count_leaves(task.frozen)
+            self.progress.note(f"trained: {trained:,} of {trained + frozen:,} parameters ({config.trainable})")
         self._compile()
         self.stop.check()
 
@@ -197,6 +166,8 @@ class Trainer:
         # The latest, the best and the one being written, less those that are there already.
         missing = self.config.checkpoint.keep + 2 - len(saved_steps(self.folder.checkpoints))
         needed = bytes_each * max(1, missing)
+        if self.start.step is None:
+            needed += sum(leaf.nbytes for leaf in jax.tree.leaves(self.task.frozen))
         free = shutil.disk_usage(self.folder.path).free if self.folder.writes else needed
         if free < needed:
             raise InputError(
@@ -208,35 +179,36 @@ class Trainer:
     def _compile(self) -> None:
         """Compile the training and evaluation steps for their exact shapes, and say what memory they take."""
         config, task = self.config, self.task
-        self.abstract_state = self._with_sharding(jax.eval_shape(self._initial_state))
+        self.abstract_state = self._with_sharding(jax.eval_shape(self._initial_state, self.param_shapes))
         batch = self._abstract_batch(config.train.batch_size)
         train_step = make_train_step(task.loss_fn, self.optimizer, self.schedule, config.train.accumulate)
         began = time.monotonic()
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
         jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
-        self.train_step = jitted.lower(self.abstract_state, self.frozen, batch).compile()
+        self.train_step = CompiledByShape(jitted, self.abstract_state, self.frozen)
+        train_step_bytes = _device_bytes(self.train_step.compile(batch))
         self.stop.check()
         # Rounded up to what the devices share evenly; rows that fill a batch have weight 0.
         rows = config.train.eval_batch_size or config.train.batch_size
         self.eval_batch_size = math.ceil(rows / self.mesh.size) * self.mesh.size
-        self.eval_step = (
-            jax.jit(make_eval_step(task.loss_fn))
-            .lower(self.abstract_state.trainable, self.frozen, self._abstract_batch(self.eval_batch_size))
-            .compile()
-        )
-        self._check_memory(time.monotonic() - began)
+        eval_step = jax.jit(make_eval_step(task.loss_fn))
+        self.eval_step = CompiledByShape(eval_step, self.abstract_state.trainable, self.frozen)
+        eval_step_bytes = _device_bytes(self.eval_step.compile(self._abstract_batch(self.eval_batch_size)))
+        self._check_memory(max(train_step_bytes, eval_step_bytes), time.monotonic() - began)
 
     def _abstract_batch(self, rows: int) -> Batch:
+        """Return the shapes of the widest batch."""
         example = self.task.train_batches[0]
         sharding = batch_sharding(self.mesh)
         return {
-            name: jax.ShapeDtypeStruct((rows, *value.shape[1:]), value.dtype, sharding=sharding)
+            name: jax.ShapeDtypeStruct(
+                (rows, *(self.task.longest or width for width in value.shape[1:])), value.dtype, sharding=sharding
+            )
             for name, value in example.items()
         }
 
-    def _check_memory(self, seconds: float) -> None:
+    def _check_memory(self, needed: int, seconds: float) -> None:
         """Say what a step takes of a device, and refuse what does not fit."""
-        needed = max(_device_bytes(self.train_step), _device_bytes(self.eval_step))
         there = hardware.device_memory()
         device = jax.devices()[0]
         self.progress.note(
@@ -249,8 +221,13 @@ class Trainer:
                 f"{SAVE_MEMORY}"
             )
 
-    def _initial_state(self) -> TrainState:
-        params = self.task.init_params(purpose_key(self.config.seed, "params"))
+    def _initial_params(self) -> Params:
+        if self.task.init_params is None:
+            return put_params(self.mesh, self.task.trainable)
+        shardings = state_shardings(self.mesh, self.param_shapes)
+        return jax.jit(self.task.init_params, out_shardings=shardings)(purpose_key(self.config.seed, "params"))
+
+    def _initial_state(self, params: Params) -> TrainState:
         key = purpose_key(self.config.seed, "dropout")
         return TrainState(jnp.int32(0), params, self.optimizer.init(params), key)
 
@@ -295,7 +272,7 @@ class Trainer:
     def _restore_or_init(self, checkpoints: Checkpoints) -> TrainState:
         if self.start.step is None:
             shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
-            return jax.jit(self._initial_state, out_shardings=shardings)()
+            return jax.jit(self._initial_state, out_shardings=shardings)(self._initial_params())
         self.progress.note(f"going on from step {self.first_step:,} of {self.folder.path}")
         return checkpoints.restore(self.start.step, self.abstract_state)
 
@@ -316,13 +293,16 @@ class Trainer:
         """Evaluate, sample and save, each if it is due at this step and has not been done."""
         cfg, last = self.config, step == self.task.total_steps
         best = False
+        if step == 0:
+            self._measure_before(state)
         if (step % cfg.train.eval_every == 0 or last) and step not in self.validation:
             best = self._evaluate(state, step)
-        sample_due = cfg.sample.every and step and (step % cfg.sample.every == 0 or last)
+        # Before the first step only a model that has a base has something to say.
+        sample_due = cfg.sample.every and (step or cfg.base) and (step % cfg.sample.every == 0 or last)
         if self.task.sample and sample_due and step not in self.sampled:
             self.sampled.add(step)
             key = jax.random.fold_in(purpose_key(cfg.seed, "sampling"), step)
-            self.folder.add_sample(step, self.task.sample(state.trainable, key))
+            self.folder.add_sample(step, self.task.sample(self._all_params(state.trainable), key))
         self.stop.check()
         saved = checkpoints.saved_steps()
         if best or ((step % cfg.checkpoint.every == 0 or last) and step not in saved):
@@ -332,20 +312,15 @@ class Trainer:
 
     def _evaluate(self, state: TrainState, step: int) -> bool:
         """Measure the mean loss over the whole validation split; return whether it is the lowest so far."""
-        sums = []
-        rows = host_rows(self.eval_batch_size)
-        for batch in self.task.validation_batches():
-            self.stop.check()
-            host_batch = {key: fill_rows(value, self.eval_batch_size)[rows] for key, value in batch.items()}
-            sums.append(self.eval_step(state.trainable, self.frozen, put_batch(self.mesh, host_batch)))
-        loss_sums, weight_sums = np.array(jax.device_get(sums), np.float64).T
-        loss = float(loss_sums.sum() / weight_sums.sum())
+        sums = self._evaluation_sums(state.trainable, self.task.validation_batches())
+        loss = sums.loss
         row = {
             "step": step,
             "split": "val",
             "loss": loss,
-            "perplexity": _perplexity(loss),
-            "tokens": int(weight_sums.sum()),
+            **({"perplexity": _perplexity(loss)} if self.task.unit == "token" else {}),
+            **(self.task.figures(sums) if self.task.figures else {}),
+            f"{self.task.unit}s": int(sums.weight_sum),
             "seconds": round(self._seconds(), 3),
         }
         if self.task.bytes_per_token:  # comparable between tokenizers, which the loss a token is not
@@ -357,6 +332,43 @@ class Trainer:
         self._notice_overfitting()
         return best
 
+    def _evaluation_sums(self, trainable: Params, batches: Iterable[Batch]) -> EvaluationSums:
+        """Evaluate every batch, and add up."""
+        sums = []
+        rows = host_rows(self.eval_batch_size)
+        for batch in batches:
+            self.stop.check()
+            host_batch = {key: fill_rows(value, self.eval_batch_size)[rows] for key, value in batch.items()}
+            sums.append(self.eval_step(trainable, self.frozen, put_batch(self.mesh, host_batch)))
+        each = jax.tree.map(lambda value: np.asarray(value, np.float64), jax.device_get(sums))
+        loss_sum, weight_sum, metrics = jax.tree.map(lambda *values: np.sum(values, axis=0), *each)
+        return EvaluationSums(float(loss_sum), float(weight_sum), metrics)
+
+    def _all_params(self, trainable: Params) -> Params:
+        return merge_params(self.frozen, trainable)
+
+    def _measure(self, trainable: Params, moment: Moment) -> dict[str, Any]:
+        """Let the task measure the model."""
+        assert self.task.measure is not None
+        evaluate = functools.partial(self._evaluation_sums, trainable)
+        folder = self.folder.path if self.folder.writes else None
+        return self.task.measure(self._all_params(trainable), evaluate, moment, folder)
+
+    def _measure_before(self, state: TrainState) -> None:
+        if self.task.measure and self.folder.read_json(BEFORE) is None:
+            self.folder.write_text(BEFORE, json.dumps(self._measure(state.trainable, "before")) + "\n")
+
+    def _measure_after(self) -> dict[str, Any]:
+        """Measure the best checkpoint, which is what everything takes that loads the run."""
+        if self.task.measure is None:
+            return {}
+        step = best_step(self.folder.checkpoints)
+        assert step is not None
+        shapes = self.abstract_state.trainable
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+        best = load_params(self.folder.checkpoints, step, shapes, shardings)
+        return {"before": self.folder.read_json(BEFORE), "after": self._measure(best, "after")}
+
     def _save(self, checkpoints: Checkpoints, state: TrainState, step: int, batches: grain.DatasetIterator) -> None:
         metadata = {
             "config": to_dict(self.config),
@@ -365,6 +377,7 @@ class Trainer:
             "tokenizer": self.task.tokenizer,
             "data": batches.get_state(),
             "environment": environment(self.mesh.size),
+            **self.task.metadata,
         }
         checkpoints.save(state, metadata, self.validation.get(step))
 
@@ -395,7 +408,7 @@ class Trainer:
             "step": step,
             "split": "train",
             "loss": loss,
-            "perplexity": _perplexity(loss),
+            **({"perplexity": _perplexity(loss)} if self.task.unit == "token" else {}),
             "learning_rate": float(metrics.learning_rate),
             "grad_norm": float(metrics.grad_norm),
             "tokens": step * self.task.tokens_per_step,
@@ -436,11 +449,17 @@ class Trainer:
 
     def finish(self) -> dict[str, Any]:
         """Write ``summary.json``; say what was written, where, and what to try next."""
-        summary = summarize(
-            self.config, self.task.model_config, self.folder, self.validation, self._seconds(), self.mesh.size
-        )
+        summary = {
+            **summarize(self.config, self.folder, self.validation, self._seconds(), self.mesh.size),
+            "parameters": count_leaves((self.param_shapes, self.task.frozen)),
+            "trained_parameters": count_leaves(self.param_shapes),
+            **self._measure_after(),
+        }
         if self.folder.writes:
             self.folder.write_text("summary.json", json.dumps(summary, indent=1) + "\n")
+            if self.task.report:
+                for line in self.task.report(summary["before"], summary["after"]):
+                    self.progress.note(line)
             tell_end(self.progress, self.folder, summary, self.task.next_commands)
         return summary
 

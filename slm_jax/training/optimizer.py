@@ -7,7 +7,7 @@ from slm_jax.config import OptimizerConfig
 from slm_jax.errors import InputError
 from slm_jax.model import Params
 
-DECAYED_LEAVES = ("kernel", "embedding")
+DECAYED_LEAVES = ("kernel", "embedding", "lora_a", "lora_b")
 
 
 def make_schedule(cfg: OptimizerConfig, total_steps: int) -> optax.Schedule:

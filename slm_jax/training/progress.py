@@ -4,6 +4,7 @@ import math
 import time
 from typing import Any
 
+import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TaskProgressColumn, TextColumn
 from rich.table import Table
@@ -48,7 +49,9 @@ class ProgressLine:
     def validation(self, row: dict[str, Any]) -> None:
         """Show an evaluation."""
         self._validation_loss = row["loss"]
-        self.note(f"step {row['step']:,}: validation loss {row['loss']:.4f}, perplexity {row['perplexity']:,.2f}")
+        figures = [f"{name} {row[name]:,.2f}" for name in ("perplexity",) if name in row]
+        figures += [f"{name} {row[name]:.2%}" for name in ("accuracy",) if name in row]
+        self.note(f"step {row['step']:,}: " + ", ".join([f"validation loss {row['loss']:.4f}", *figures]))
 
     def note(self, text: str) -> None:
         """Print a line of its own."""
@@ -97,6 +100,11 @@ def parameter_table(params: Any) -> Table:
     table.add_section()
     table.add_row("all", "", f"{total:,}")
     return table
+
+
+def count_leaves(params: Any) -> int:
+    """Return how many parameters a tree of arrays or shapes has."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
 def _leaves(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:

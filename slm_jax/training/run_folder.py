@@ -85,6 +85,13 @@ class RunFolder:
         if self.writes:
             replace_text(self.path / name, text)
 
+    def read_json(self, name: str) -> Any:
+        """Return what a JSON file of the folder holds; None where there is none that can be read."""
+        try:
+            return json.loads((self.path / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+
     def add_metrics(self, row: dict[str, Any]) -> None:
         """Append a line; numbers that JSON does not have become null."""
         if self.writes:

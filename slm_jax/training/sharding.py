@@ -103,6 +103,18 @@ def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Arra
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
 
 
+def put_params(mesh: Mesh, params: Any) -> Any:
+    """Place parameters that every process has whole on the devices, as :func:`state_shardings` says."""
+
+    def place(leaf: Any, sharding: NamedSharding) -> jax.Array:
+        if jax.process_count() == 1:
+            return jax.device_put(leaf, sharding)
+        whole = np.asarray(leaf)
+        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+    return jax.tree.map(place, params, state_shardings(mesh, params))
+
+
 def check_batch_size(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:
     """Refuse a batch that the devices cannot share evenly."""
     n_devices = mesh.size

@@ -114,11 +114,34 @@ def accumulated_gradients(
     return total
 
 
-def make_eval_step(loss_fn: LossFn) -> Callable[[Params, Params, Batch], tuple[Array, Array]]:
-    """Return ``eval_step(trainable, frozen, batch) -> (loss_sum, weight_sum)``, without dropout."""
+def make_eval_step(loss_fn: LossFn) -> Callable[[Params, Params, Batch], Sums]:
+    """Return ``eval_step(trainable, frozen, batch) -> (loss_sum, weight_sum, metrics)``, without dropout."""
 
-    def eval_step(trainable: Params, frozen: Params, batch: Batch) -> tuple[Array, Array]:
-        loss_sum, weight_sum, _ = loss_fn(trainable, frozen, batch, None)
-        return loss_sum, weight_sum
+    def eval_step(trainable: Params, frozen: Params, batch: Batch) -> Sums:
+        return loss_fn(trainable, frozen, batch, None)
 
     return eval_step
+
+
+class CompiledByShape:
+    """A step, compiled ahead of time once for each shape of batch that comes.
+
+    Args:
+        step: jitted; its last argument is the batch.
+        arguments: the others, as arrays or shapes with shardings.
+    """
+
+    def __init__(self, step: Any, *arguments: Any):
+        self._step, self._arguments = step, arguments
+        self._compiled: dict[tuple[Any, ...], Any] = {}
+
+    def compile(self, batch: Batch) -> Any:
+        """Return the step compiled for a batch's shapes (arrays or shapes with shardings)."""
+        shapes = tuple(sorted((name, value.shape) for name, value in batch.items()))
+        if shapes not in self._compiled:
+            self._compiled[shapes] = self._step.lower(*self._arguments, batch).compile()
+        return self._compiled[shapes]
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Run the step."""
+        return self.compile(arguments[-1])(*arguments)

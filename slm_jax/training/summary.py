@@ -11,7 +11,6 @@ import numpy as np
 import optax
 
 from slm_jax.config import RunConfig
-from slm_jax.model import GPTConfig, count_params
 from slm_jax.training.progress import ProgressLine, format_duration
 from slm_jax.training.run_folder import RunFolder
 
@@ -28,7 +27,6 @@ RUN_FILES = {
 
 def summarize(
     config: RunConfig,
-    model_config: GPTConfig,
     folder: RunFolder,
     validation: dict[int, float],
     seconds: float,
@@ -43,7 +41,6 @@ def summarize(
         "task": config.task,
         "step": last["step"],
         "tokens": last["tokens"],
-        "parameters": count_params(model_config),
         "training_loss": last["loss"],
         "validation_loss": validation[max(validation)],
         "best_step": best,

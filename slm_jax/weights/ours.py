@@ -3,10 +3,18 @@
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
+
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.files import user_path
 from slm_jax.model import DType, GPTConfig, Params, param_shapes
+from slm_jax.trainable import from_leaf_table, whole_params
 from slm_jax.training.checkpoint import METADATA, best_step, find_damage, load_params, read_metadata, saved_steps
+from slm_jax.weights.native import read_tree
+
+FROZEN = "frozen.safetensors"  # in a run's folder: the parameters that it does not train
 
 
 def find_checkpoint(source: str | Path, step: int | str = "best") -> tuple[Path, int] | None:
@@ -62,6 +70,7 @@ def read_checkpoint(
     param_dtype: DType | None = None,
     n_heads: int | None = None,
     sharding: Any = None,
+    classifier: bool = False,
 ) -> tuple[GPTConfig, Params, dict[str, Any]]:
     """Load a checkpoint's model and what was saved beside it.
 
@@ -72,9 +81,10 @@ def read_checkpoint(
         param_dtype: what to hold parameters in; None: as they were trained.
         n_heads: what the caller takes for the number of attention heads.
         sharding: of every leaf, or a tree of them; None: JAX's default device.
+        classifier: whether a classifier is expected, whose params have a class_head, or a language model.
 
     Raises:
-        InputError: a damaged checkpoint; one with another number of heads.
+        InputError: a damaged checkpoint; one with another number of heads; a model of the other kind.
     """
     checkpoint = folder / "checkpoints" / str(step)
     metadata = read_metadata(checkpoint.parent, step)
@@ -83,10 +93,41 @@ def read_checkpoint(
     held = {} if param_dtype is None else {"param_dtype": param_dtype}
     try:
         cfg = GPTConfig(**{**metadata["model"], **execution, **held})
-        shapes = param_shapes(cfg)
+        shapes = from_leaf_table(metadata["leaves"]) if "leaves" in metadata else param_shapes(cfg)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         problem = find_damage(checkpoint) or f"{checkpoint}: its metadata describe no model of slm_jax ({error!r})"
         raise InputError(f"{problem}; choose another step") from None
     if n_heads not in (None, cfg.n_heads):
         raise InputError(f"{folder}: n_heads is given as {n_heads}, and the run has {cfg.n_heads}; leave it out")
-    return cfg, load_params(checkpoint.parent, step, shapes, sharding), metadata
+    if classifier != ("classes" in metadata):
+        raise InputError(
+            f"{folder}: is no classifier; expected a run of slm-jax finetune with task: classification"
+            if classifier
+            else f"{folder}: is a classifier and writes no text; use slm-jax classify, or slm_jax.load_classifier"
+        )
+    if metadata.get("trainable", "all") == "all":
+        if param_dtype is not None:
+            shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, param_dtype), shapes)
+        return cfg, load_params(checkpoint.parent, step, shapes, sharding), metadata
+    trained = load_params(checkpoint.parent, step, shapes)
+    params = _with_frozen(folder, trained, cfg)
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, param_dtype), params)
+    return cfg, params if sharding is None else jax.device_put(params, sharding), metadata
+
+
+def _with_frozen(folder: Path, trained: Params, cfg: GPTConfig) -> Params:
+    """Return the whole model: what was trained, merged with what the run keeps of its base."""
+    file = folder / FROZEN
+    try:
+        params = whole_params(trained, read_tree(file))
+        found = {path: leaf.shape for path, leaf in flatten_dict(params, sep="/").items()}
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{file}: does not belong to the run's checkpoints ({error!r}); restore it") from None
+    for path, leaf in flatten_dict(param_shapes(cfg), sep="/").items():
+        if found.get(path) != leaf.shape and not (path.startswith("out_head") and "class_head" in params):
+            raise InputError(
+                f"{file}: with it {path} has the shape {found.get(path)}, expected {leaf.shape}; restore it"
+            )
+    return params

@@ -1,0 +1,39 @@
+"""``slm-jax finetune``: turn a pretrained GPT into a classifier, or teach it to follow instructions."""
+
+import sys
+from collections.abc import Sequence
+
+from slm_jax.commands import train
+from slm_jax.config import FinetuneConfig, RunConfig, dump_config, parse_args
+from slm_jax.errors import InputError
+from slm_jax.files import user_path
+
+
+def main(args: Sequence[str]) -> int:
+    """Read the options and run; see ``slm-jax finetune --help``."""
+    options = parse_args(args, FinetuneConfig)
+    if options.task == "pretraining":
+        raise InputError("task is pretraining; expected classification or instruction, or use slm-jax train")
+    return run(options)
+
+
+def run(options: RunConfig) -> int:
+    """Fine-tune, or go on with a run; return as ``slm-jax train`` does."""
+    first = _missing_base(options)
+    if first is not None:
+        print(f"{options.base} is not there yet: pretraining the tiny model first", file=sys.stderr)
+        if status := train.run(first):
+            return status
+    return train.run(options)
+
+
+def _missing_base(options: RunConfig) -> RunConfig | None:
+    """Return the run of the tiny recipe that has to come first; None where the base is there or is another."""
+    base = user_path(options.base or "")
+    if base.name != "tiny" or (options.folder / "checkpoints").exists():
+        return None
+    tiny = RunConfig(run="tiny", runs_dir=str(base.parent))
+    config_file = tiny.folder / "config.yaml"
+    begun = config_file.is_file() and config_file.read_text(encoding="utf-8") == dump_config(tiny)
+    unfinished = begun and not (tiny.folder / "summary.json").exists()
+    return tiny if unfinished or not base.exists() else None

@@ -1,0 +1,151 @@
+"""What fine-tuning starts from: a model with its tokenizer, and which of its parameters are trained."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from slm_jax.config import RunConfig
+from slm_jax.errors import InputError
+from slm_jax.model import GPTConfig, Params
+from slm_jax.run import find_tokenizer, load_model
+from slm_jax.tokenizer import Tokenizer, fingerprint, get_tokenizer, tokenizer_from_dict
+from slm_jax.trainable import leaf_table, split_params
+from slm_jax.training.hardware import best_dtype
+from slm_jax.training.start import Start
+from slm_jax.training.task import purpose_key
+from slm_jax.weights.native import read_tree, write_tree
+from slm_jax.weights.ours import FROZEN
+
+_EXECUTION = ("drop_rate", "remat", "attention", "unroll")  # what of a base may be changed
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """What a run starts from.
+
+    Attributes:
+        model_config: the model's, computing as this run does.
+        tokenizer: the model's.
+        params: its parameters; None: there are none yet (a new model), or a checkpoint has them (a run that goes on).
+    """
+
+    model_config: GPTConfig
+    tokenizer: Tokenizer
+    params: Params | None
+
+
+def find_base(config: RunConfig, start: Start) -> Base | None:
+    """Return what the run starts from: its own checkpoint or ``config.base``; None for a new model.
+
+    Raises:
+        InputError: a base that cannot be loaded, has another tokenizer than asked for, or another shape.
+    """
+    if start.step is not None:
+        tokenizer = tokenizer_from_dict(start.metadata["tokenizer"])
+        if config.base is None:  # the configuration has the whole shape, and is compared with the run's
+            return new_base(config, tokenizer)
+        return Base(_as_configured(GPTConfig(**start.metadata["model"]), config), tokenizer, None)
+    if config.base is None:
+        return None
+    given = _given_tokenizer(config)
+    loaded = load_model(config.base, given)
+    if given is not None:
+        _check_tokenizer(config.base, loaded.model_config, given)
+    return Base(_as_configured(loaded.model_config, config), loaded.tokenizer, loaded.params)
+
+
+def new_base(config: RunConfig, tokenizer: Tokenizer) -> Base:
+    """Return the base of a new model, which has no parameters yet."""
+    return Base(config.gpt_config(tokenizer.vocab_size, _dtype(config)), tokenizer, None)
+
+
+def prepare_params(config: RunConfig, start: Start, base: Base, init: Callable[[jax.Array], Params]) -> dict[str, Any]:
+    """Return the fields of a :class:`~slm_jax.training.task.Task` that say what is trained and what is kept of it.
+
+    Args:
+        config: the run's.
+        start: where the run starts.
+        base: what it starts from.
+        init: from a key, a new model's whole params tree, of which the base replaces what it has.
+
+    Raises:
+        InputError: parameters that cannot be split as asked for; a damaged file of frozen ones.
+    """
+    key = purpose_key(config.seed, "params")
+
+    def split(params: Params) -> tuple[Params, Params]:
+        return split_params(params, config, jax.random.fold_in(key, 1))
+
+    shapes = jax.eval_shape(init, key)
+    trainable, frozen = jax.eval_shape(split, shapes)
+    metadata = {"leaves": leaf_table(trainable), "trainable": config.trainable}
+    fields: dict[str, Any] = {"metadata": metadata, "trainable": trainable, "frozen": frozen}
+    if config.base is None:
+        return {"metadata": metadata, "frozen": {}, "init_params": init}
+    if start.step is None:
+        assert base.params is not None
+        new = {name for name in shapes if name not in base.params}
+        added = jax.jit(lambda key: {name: tree for name, tree in init(key).items() if name in new})(key)
+        trainable, frozen = split({name: base.params.get(name) or added[name] for name in shapes})
+        return {**fields, "trainable": trainable, "frozen": frozen}
+    if frozen:
+        file = start.folder.path / FROZEN
+        fields["frozen"] = read_tree(file)
+        if leaf_table(fields["frozen"]) != leaf_table(frozen):
+            raise InputError(f"{file}: is of another model than this run's; restore it, or start anew with --run NAME")
+    return fields
+
+
+def save_files(folder: Path, base: Base, task_fields: dict[str, Any]) -> None:
+    """Write tokenizer and frozen parameters into the run's folder, which is then whole without its base."""
+    base.tokenizer.save(folder / "tokenizer")
+    if task_fields["frozen"] and not (folder / FROZEN).exists():
+        write_tree(folder / FROZEN, task_fields["frozen"])
+
+
+def count_steps(config: RunConfig, n_rows: int) -> int:
+    """Return the steps of the run: as many as asked for, or as the epochs over ``n_rows`` take, whichever is less."""
+    limits = [config.train.steps] if config.train.steps is not None else []
+    if config.train.epochs is not None:
+        limits.append(math.ceil(config.train.epochs * n_rows / config.train.batch_size))
+    return min(limits)
+
+
+def _dtype(config: RunConfig) -> Any:
+    return best_dtype() if config.model.dtype == "auto" else config.model.dtype
+
+
+def _as_configured(cfg: GPTConfig, config: RunConfig) -> GPTConfig:
+    """Return a base's configuration with the run's execution; refuse a change of its shape."""
+    section = dataclasses.asdict(config.model)
+    for name, value in section.items():
+        if name in ("preset", "dtype", *_EXECUTION) or value is None:
+            continue
+        if value != getattr(cfg, name):
+            raise InputError(
+                f"model.{name} is {value}, and the base's is {getattr(cfg, name)}; leave it out: a base has its shape"
+            )
+    changes = {name: section[name] for name in _EXECUTION if section[name] is not None}
+    return dataclasses.replace(cfg, **changes, dtype=_dtype(config))
+
+
+def _given_tokenizer(config: RunConfig) -> Tokenizer | None:
+    if config.tokenizer.path is not None:
+        return get_tokenizer(config.tokenizer.path)
+    return get_tokenizer("gpt2") if config.tokenizer.kind == "gpt2" else None
+
+
+def _check_tokenizer(source: str, cfg: GPTConfig, given: Tokenizer) -> None:
+    try:
+        own = find_tokenizer(source, cfg)
+    except InputError:  # weights without one
+        return
+    if fingerprint(own) != fingerprint(given):
+        raise InputError(
+            f"base {source} was trained with another tokenizer than the one asked for; leave tokenizer.kind and "
+            "tokenizer.path out, or choose another base"
+        )

@@ -1,0 +1,190 @@
+"""Classification: tell the class of a text, with a small head in place of the next token's."""
+
+import functools
+import shlex
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from slm_jax.classifier import GPTClassifier
+from slm_jax.config import RunConfig
+from slm_jax.data.corpus import make_tokenizer
+from slm_jax.data.labelled import LabelledSplits, class_weights, load_labelled
+from slm_jax.data.text_batches import classification_batches, classification_eval_batches, encode_texts
+from slm_jax.errors import InputError
+from slm_jax.evaluation.classes import ClassFigures, class_figures, class_table, draw_confusion
+from slm_jax.model import GPTConfig, Params
+from slm_jax.tasks.base import count_steps, find_base, new_base, prepare_params, save_files
+from slm_jax.trainable import merge_params
+from slm_jax.training.start import Start
+from slm_jax.training.step import Batch, LossFn, Sums
+from slm_jax.training.task import Evaluate, EvaluationSums, Moment, Task
+
+SPLITS = ("train", "validation", "test")
+
+
+def build(config: RunConfig, start: Start, stop: Callable[[], None] | None = None) -> Task:
+    """Prepare fine-tuning on labelled texts: splits, base, batches, head and loss.
+
+    Args:
+        config: the run's configuration.
+        start: where the run starts.
+        stop: called between the phases; may raise to stop early.
+
+    Raises:
+        InputError: texts, labels and a base that cannot be used, or not together.
+    """
+    check = stop or (lambda: None)
+    section, train = config.classification, config.train
+    splits = load_labelled(config.data, section, config.seed)
+    check()
+    base = find_base(config, start)
+    if base is None:
+        texts = (list(splits.train.texts), list(splits.validation.texts))
+        base = new_base(config, make_tokenizer(config.tokenizer, *texts))
+    check()
+    cfg, n_classes = base.model_config, len(splits.classes)
+    longest = _longest(config, cfg)
+    encoded, notes = _encode(splits, base.tokenizer, longest, config)
+    check()
+    width = max(len(ids) for ids in encoded["train"]) if section.pad_to == "longest" else None
+    if width is not None:
+        encoded = {name: [ids[:width] for ids in texts] for name, texts in encoded.items()}
+    model = GPTClassifier(cfg, n_classes=n_classes, pooling=section.pooling)
+    weights = np.ones(n_classes, np.float32)
+    if section.balance == "class_weights":
+        weights = class_weights(splits.train.labels, n_classes)
+    fields = prepare_params(config, start, base, functools.partial(_init, model))
+    common: dict[str, Any] = {"width": width, "limit": longest}
+    batches = {
+        name: functools.partial(
+            classification_eval_batches,
+            encoded[name],
+            getattr(splits, name).labels,
+            batch_size=train.eval_batch_size or train.batch_size,
+            **common,
+        )
+        for name in SPLITS
+    }
+    figures = functools.partial(_figures, classes=splits.classes)
+    return Task(
+        **{
+            **fields,
+            "metadata": {**fields["metadata"], "classes": list(splits.classes), "pooling": section.pooling}
+            | {"max_length": width or longest},
+        },
+        model_config=cfg,
+        loss_fn=make_loss_fn(model),
+        train_batches=classification_batches(
+            encoded["train"],
+            splits.train.labels,
+            weights[splits.train.labels],
+            batch_size=train.batch_size,
+            seed=config.seed,
+            **common,
+        ),
+        validation_batches=batches["validation"],
+        longest=width or longest,
+        total_steps=count_steps(config, len(encoded["train"])),
+        tokens_per_step=round(train.batch_size * np.mean([len(ids) for ids in encoded["train"]])),
+        tokenizer=base.tokenizer.to_dict(),
+        save=lambda folder: save_files(folder, base, fields),
+        fingerprint=splits.fingerprint(),
+        unit="text",
+        figures=lambda sums: {"accuracy": figures(sums).accuracy},
+        measure=functools.partial(_measure, batches, figures),
+        report=_report(splits.classes),
+        notes=(*splits.notes, *notes),
+        next_commands=_next_commands(config),
+    )
+
+
+def make_loss_fn(model: GPTClassifier) -> LossFn:
+    """Return the loss of classification: cross-entropy in nats, summed over texts by their weight.
+
+    Its metrics are ``confusion`` (n_classes, n_classes): how many texts of each class (rows) were taken for which.
+    """
+
+    def loss_fn(trainable: Params, frozen: Params, batch: Batch, key: jax.Array | None) -> Sums:
+        logits: Any = model.apply(
+            {"params": merge_params(frozen, trainable)},
+            batch["inputs"],
+            batch["lengths"],
+            deterministic=key is None,
+            rngs=None if key is None else {"dropout": key},
+        )
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])
+        counted = (batch["weights"] > 0).astype(jnp.float32)
+        true = jax.nn.one_hot(batch["labels"], model.n_classes) * counted[:, None]
+        predicted = jax.nn.one_hot(logits.argmax(-1), model.n_classes)
+        return jnp.sum(losses * batch["weights"]), jnp.sum(batch["weights"]), {"confusion": true.T @ predicted}
+
+    return loss_fn
+
+
+def _init(model: GPTClassifier, key: jax.Array) -> Params:
+    return model.init(key, jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32))["params"]
+
+
+def _longest(config: RunConfig, cfg: GPTConfig) -> int:
+    length = config.classification.max_length or cfg.context_length
+    if length > cfg.context_length:
+        raise InputError(
+            f"classification.max_length is {length}, more than the model's context of {cfg.context_length}; "
+            "expected at most that"
+        )
+    return length
+
+
+def _encode(
+    splits: LabelledSplits, tokenizer: Any, longest: int, config: RunConfig
+) -> tuple[dict[str, list[np.ndarray]], list[str]]:
+    encoded, notes = {}, []
+    for name in SPLITS:
+        texts = getattr(splits, name).texts
+        encoded[name], n_truncated = encode_texts(texts, tokenizer, longest)
+        if n_truncated:
+            notes.append(f"{name}: {n_truncated:,} of {len(texts):,} texts cut off after {longest} tokens")
+    return encoded, notes
+
+
+def _figures(sums: EvaluationSums, classes: tuple[str, ...]) -> ClassFigures:
+    return class_figures(np.rint(sums.metrics["confusion"]).astype(np.int64), classes)
+
+
+def _measure(
+    batches: Mapping[str, Callable[[], Iterable[Batch]]],
+    figures: Callable[[EvaluationSums], ClassFigures],
+    _params: Params,
+    evaluate: Evaluate,
+    moment: Moment,
+    folder: Path | None,
+) -> dict[str, Any]:
+    """Return loss, accuracy and the figures of each class on all three splits; afterwards draw them, too."""
+    sums = {name: evaluate(split()) for name, split in batches.items()}
+    measured = {name: figures(split) for name, split in sums.items()}
+    if folder is not None and moment == "after":
+        draw_confusion(measured, folder / "confusion.png", f"{folder.name}: confusion")
+    return {name: {"loss": sums[name].loss, **measured[name].to_dict()} for name in SPLITS}
+
+
+def _report(classes: tuple[str, ...]) -> Callable[[dict[str, Any] | None, dict[str, Any]], list[str]]:
+    def report(before: dict[str, Any] | None, after: dict[str, Any]) -> list[str]:
+        lines = []
+        for name in SPLITS:
+            was = "" if before is None else f" (before training {before[name]['accuracy']:.2%})"
+            lines.append(f"{name}: accuracy {after[name]['accuracy']:.2%}{was}, loss {after[name]['loss']:.4f}")
+        confusion = np.array(after["test"]["confusion"])
+        return [*lines, "test:", *class_table(class_figures(confusion, classes)).splitlines()]
+
+    return report
+
+
+def _next_commands(config: RunConfig) -> tuple[str, ...]:
+    folder = shlex.quote(str(config.folder))
+    return (f'slm-jax classify --run {folder} "a text of yours"',)

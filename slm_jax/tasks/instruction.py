@@ -1,0 +1,273 @@
+"""Instruction following: predict the responses of a data set, shown through a template; pretraining's loss on them."""
+
+import functools
+import hashlib
+import json
+import math
+import shlex
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from slm_jax.config import RunConfig
+from slm_jax.data.corpus import make_tokenizer
+from slm_jax.data.instruction_batches import (
+    Row,
+    Tokens,
+    encode_examples,
+    instruction_batches,
+    instruction_eval_batches,
+    pack,
+)
+from slm_jax.data.instructions import Example, InstructionSplits, load_instructions
+from slm_jax.errors import InputError
+from slm_jax.evaluation.responses import Response, score_responses
+from slm_jax.files import replace_text
+from slm_jax.generate import generate
+from slm_jax.model import GPTConfig, GPTModel, Params, init_params, unstack_blocks
+from slm_jax.tasks.base import Base, count_steps, find_base, new_base, prepare_params, save_files
+from slm_jax.tasks.pretraining import make_loss_fn
+from slm_jax.templates import Message, Template, format_prompt, load_template
+from slm_jax.tokenizer import Tokenizer
+from slm_jax.training.start import Start
+from slm_jax.training.step import Batch
+from slm_jax.training.task import Evaluate, Moment, Task
+
+__all__ = ["answer", "build", "format_prompt"]
+
+ANSWERS_AT_A_TIME = 16
+
+
+def build(config: RunConfig, start: Start, stop: Callable[[], None] | None = None) -> Task:
+    """Prepare fine-tuning on instructions: splits, base, template, batches and loss.
+
+    Args:
+        config: the run's configuration.
+        start: where the run starts.
+        stop: called between the phases; may raise to stop early.
+
+    Raises:
+        InputError: instructions, a template and a base that cannot be used, or not together.
+    """
+    check = stop or (lambda: None)
+    section, train = config.instruction, config.train
+    template = load_template(section.template)
+    splits = load_instructions(config.data, section, config.seed)
+    check()
+    base = find_base(config, start)
+    if base is None:
+        texts = (_texts(splits.train, template), _texts(splits.validation, template))
+        base = new_base(config, make_tokenizer(config.tokenizer, *texts))
+    check()
+    cfg, tokenizer = base.model_config, base.tokenizer
+    longest = _longest(config, cfg)
+    encoded, notes = _encode(config, splits, tokenizer, template, longest)
+    check()
+    rows: dict[str, Sequence[Row]] = dict(encoded)
+    if section.packing:
+        rows = {name: pack(tokens, longest, config.seed) for name, tokens in encoded.items()}
+        notes.append(f"packed {len(encoded['train']):,} training examples into {len(rows['train']):,} rows")
+    width = longest if section.packing else None
+    model = GPTModel(cfg)
+    fields = prepare_params(config, start, base, functools.partial(init_params, cfg))
+    evaluation_batches = {
+        name: functools.partial(
+            instruction_eval_batches,
+            rows[name],
+            batch_size=train.eval_batch_size or train.batch_size,
+            width=width,
+            limit=longest,
+        )
+        for name in ("validation", "test")
+    }
+    respond = functools.partial(answer, model, tokenizer=tokenizer, template=template)
+    respond = functools.partial(respond, max_new_tokens=config.sample.max_new_tokens)
+    return Task(
+        **{**fields, "metadata": {**fields["metadata"], "template": template.to_dict()}},
+        model_config=cfg,
+        loss_fn=make_loss_fn(model),
+        train_batches=instruction_batches(
+            rows["train"], batch_size=train.batch_size, width=width, limit=longest, seed=config.seed
+        ),
+        validation_batches=evaluation_batches["validation"],
+        longest=longest,
+        total_steps=count_steps(config, len(rows["train"])),
+        tokens_per_step=round(train.batch_size * sum(t.n_inputs for t in encoded["train"]) / len(rows["train"])),
+        tokenizer=tokenizer.to_dict(),
+        save=lambda folder: _save(folder, base, fields, template),
+        fingerprint=_fingerprint(encoded),
+        sample=_sampler(config, respond, template, splits.validation[0]),
+        measure=functools.partial(_measure, evaluation_batches["test"], respond, splits.test[: section.responses]),
+        report=_report,
+        notes=(*splits.notes, *notes),
+        next_commands=_next_commands(config, splits),
+    )
+
+
+def answer(
+    model: GPTModel,
+    params: Params,
+    prompts: Sequence[Sequence[Message]],
+    *,
+    tokenizer: Tokenizer,
+    template: Template,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    key: jax.Array | None = None,
+) -> list[str]:
+    """Answer conversations, each as if it were alone; the answers end where the model or the template ends them.
+
+    Args:
+        model: the model.
+        params: its parameters, in any form that it runs.
+        prompts: the messages of each, the last the user's.
+        tokenizer: the model's.
+        template: how the model was shown conversations.
+        max_new_tokens: the most tokens of an answer. Of a prompt that leaves no room for them in the model's context,
+            half of the context at most, the beginning is left out.
+        temperature: 0 always takes the likeliest token.
+        top_k: how many of the likeliest tokens are drawn from; None: all.
+        key: of the draws.
+    """
+    context = model.cfg.context_length
+    room = context - min(max_new_tokens, context // 2)
+    ids = [tokenizer.encode(template.prompt(messages))[-room:] for messages in prompts]
+    params = unstack_blocks(params)
+    answers: list[str] = []
+    for first in range(0, len(ids), ANSWERS_AT_A_TIME):
+        batch = ids[first : first + ANSWERS_AT_A_TIME]
+        rows = generate(
+            model, params, batch,
+            max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, eos_id=tokenizer.eot_id,
+            past_context="stop", key=None if key is None else jax.random.fold_in(key, first),
+        )  # fmt: skip
+        added = [np.asarray(row)[len(ask) :] for row, ask in zip(rows, batch, strict=True)]
+        answers += [_answer(ids, tokenizer, template) for ids in added]
+    return answers
+
+
+def _answer(ids: np.ndarray, tokenizer: Tokenizer, template: Template) -> str:
+    """Return the text up to the end-of-text token or a text that ends an answer."""
+    ends = np.flatnonzero(ids == tokenizer.eot_id)
+    text = tokenizer.decode(ids[: ends[0]] if ends.size else ids)
+    for stop in template.stop:
+        text = text.partition(stop)[0]
+    return text.strip()
+
+
+def _texts(examples: Sequence[Example], template: Template) -> list[str]:
+    return ["".join(text for text, _ in template.pieces(example.messages)) for example in examples]
+
+
+def _longest(config: RunConfig, cfg: GPTConfig) -> int:
+    length = config.instruction.max_length or cfg.context_length
+    if length > cfg.context_length:
+        raise InputError(
+            f"instruction.max_length is {length}, more than the model's context of {cfg.context_length}; "
+            "expected at most that"
+        )
+    return length
+
+
+def _encode(
+    config: RunConfig, splits: InstructionSplits, tokenizer: Tokenizer, template: Template, longest: int
+) -> tuple[dict[str, list[Tokens]], list[str]]:
+    encoded, notes = {}, []
+    for name in ("train", "validation", "test"):
+        encoded[name], said = encode_examples(
+            getattr(splits, name),
+            tokenizer,
+            template,
+            mask_prompt=config.instruction.mask_prompt,
+            max_length=longest,
+            too_long=config.instruction.too_long,
+        )
+        notes += [f"{name}: {note}" for note in said]
+    return encoded, notes
+
+
+def _save(folder: Path, base: Base, fields: dict[str, Any], template: Template) -> None:
+    save_files(folder, base, fields)
+    replace_text(folder / "template.json", json.dumps(template.to_dict(), indent=1) + "\n")
+
+
+def _fingerprint(encoded: dict[str, list[Tokens]]) -> str:
+    digest = hashlib.sha256()
+    for name, examples in encoded.items():
+        digest.update(f"{name} {len(examples)}".encode())
+        for tokens in examples:
+            digest.update(
+                f" {len(tokens.ids)} ".encode() + tokens.ids.astype("<u4").tobytes() + tokens.counts.tobytes()
+            )
+    return digest.hexdigest()
+
+
+def _sampler(
+    config: RunConfig, respond: Callable[..., list[str]], template: Template, held_out: Example
+) -> Callable[[Params, jax.Array], str] | None:
+    """Return what answers one instruction while training: the configured one, or the first of the validation split."""
+    cfg = config.sample
+    if not cfg.every:
+        return None
+    asked = held_out.prompt if cfg.prompt is None else (Message("user", cfg.prompt),)
+
+    def sample(params: Params, key: jax.Array) -> str:
+        text = respond(params, [asked], temperature=cfg.temperature, top_k=cfg.top_k, key=key)[0]
+        return template.prompt(asked) + text
+
+    return sample
+
+
+def _measure(
+    test_batches: Callable[[], Iterable[Batch]],
+    respond: Callable[..., list[str]],
+    test: Sequence[Example],
+    params: Params,
+    evaluate: Evaluate,
+    moment: Moment,
+    folder: Path | None,
+) -> dict[str, Any]:
+    """Return the loss on the test split, and exact match and ROUGE-L of the answers, which go into a file."""
+    loss = evaluate(test_batches()).loss
+    figures: dict[str, Any] = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+    if test:
+        answers = respond(params, [example.prompt for example in test])
+        responses = [Response(e.where, e.messages, text) for e, text in zip(test, answers, strict=True)]
+        scores = score_responses(responses)
+        figures |= {"responses": scores.n, "exact_match": scores.exact_match, "rouge_l": scores.rouge_l}
+        if folder is not None:
+            name = "responses.json" if moment == "after" else "responses-before.json"
+            entries = [_entry(response) for response in responses]
+            replace_text(folder / name, json.dumps(entries, indent=1, ensure_ascii=False) + "\n")
+    return {"test": figures}
+
+
+def _entry(response: Response) -> dict[str, Any]:
+    """Return a response as the file has it, with the names of the entries that it answers."""
+    *asked, reference = response.messages
+    answered = {"output": reference.content, "model_response": response.response}
+    if len(asked) == 1:
+        return {"instruction": asked[0].content, "input": asked[0].input, **answered}
+    return {"messages": [{"role": message.role, "content": message.content} for message in asked], **answered}
+
+
+def _report(before: dict[str, Any] | None, after: dict[str, Any]) -> list[str]:
+    lines = []
+    for name, form in (("loss", ".4f"), ("perplexity", ",.2f"), ("exact_match", ".2%"), ("rouge_l", ".4f")):
+        if name in after["test"]:
+            was = f" (before training {before['test'][name]:{form}})" if before and name in before["test"] else ""
+            lines.append(f"test: {name.replace('_', ' ')} {after['test'][name]:{form}}{was}")
+    return lines
+
+
+def _next_commands(config: RunConfig, splits: InstructionSplits) -> tuple[str, ...]:
+    folder = shlex.quote(str(config.folder))
+    return (
+        f"slm-jax chat --run {folder} --temperature 0",
+        f"slm-jax evaluate --run {folder} --responses {shlex.quote(str(config.folder / 'responses.json'))}",
+        f"slm-jax export --run {folder} --out {shlex.quote(config.name + '-hf')}",
+    )
