@@ -1,17 +1,19 @@
-"""English text that every Python carries, so that a first training run needs no download.
+"""Texts that every Python carries, so that a first run needs no download: English, and paragraphs of prose or code.
 
-Two parts: the language reference behind `help("while")` and the docstrings of the standard library; together about
-a megabyte of sentences. What exactly is there depends on the Python version, so nothing should be measured against a
-fixed number on this text.
+The English has two parts: the language reference behind `help("while")` and the docstrings of the standard library;
+together about a megabyte of sentences. What exactly is there depends on the Python version, so nothing should be
+measured against a fixed number on this text.
 """
 
 import ast
 import functools
 import importlib
 import inspect
+import itertools
 import os
 import re
 import sysconfig
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,8 +27,13 @@ SKIPPED_FOLDERS = frozenset(
 SHORTEST_PARAGRAPH = 40  # characters
 LETTERS = 0.85  # the share of letters and spaces above which a paragraph is prose
 
+SHORTEST_TEXT, LONGEST_TEXT = 40, 400  # characters of a labelled paragraph
+MOST_PER_MODULE = 30  # labelled paragraphs of each class, so that no module has much of the whole
+LARGEST_MODULE = 50_000  # bytes; larger ones would take half of the time and give little more
+
 _UNDERLINE = re.compile(r"^[ \t]*([-=*~^#+])\1{3,}[ \t]*\n", re.MULTILINE)
 _SENTENCE = re.compile(r"[A-Z].*[.!?:]")
+_MARKS = re.compile(r"""^[ \t]*#+ ?|\A[a-zA-Z]?(""\"|\'{3})|(""\"|\'{3})\Z""", re.MULTILINE)
 
 
 @functools.cache
@@ -106,3 +113,76 @@ def _docstrings(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFun
     for child in node.body:
         if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             yield from _docstrings(child)
+
+
+@functools.cache
+def _labelled_paragraphs() -> tuple[tuple[str, str], ...]:
+    stdlib = Path(sysconfig.get_paths()["stdlib"])
+    seen: set[str] = set()
+    labelled: list[tuple[str, str]] = []
+    for path in sorted(_source_files(stdlib)):
+        found: dict[str, list[str]] = {"prose": [], "code": []}
+        for text, label in _paragraphs(path):
+            key = " ".join(text.split())
+            if SHORTEST_TEXT <= len(text) <= LONGEST_TEXT and key not in seen:
+                seen.add(key)
+                found[label].append(text)
+        n = min(MOST_PER_MODULE, *map(len, found.values()))
+        labelled += [(text, label) for label, texts in found.items() for text in texts[:n]]
+    return tuple(labelled)
+
+
+def prose_or_code() -> list[tuple[str, str]]:
+    """Paragraphs of the standard library's source, each with its class: "prose" or "code".
+
+    Prose is what docstrings and comments say in sentences, without quotes, comment signs and the last full stop; code
+    is statements without either. Paragraphs that are both or neither are left out, as are texts that came before; a
+    module gives as many of one class as of the other. The first call takes a second or two.
+    """
+    paragraphs = list(_labelled_paragraphs())
+    if not paragraphs:
+        raise MissingInputError(
+            "builtin:prose-or-code: this Python comes without the standard library's source under "
+            f"{sysconfig.get_paths()['stdlib']}; use labelled texts of your own: csv:FILE"
+        )
+    return paragraphs
+
+
+def _paragraphs(path: Path) -> Iterator[tuple[str, str]]:
+    """The (text, class) of those paragraphs of a source file that have one."""
+    try:
+        if path.stat().st_size > LARGEST_MODULE:
+            return
+        source = path.read_text(encoding="utf-8")
+        kinds = _line_kinds(source)
+    except (OSError, SyntaxError, ValueError):
+        return  # as in `_modules`
+    lines = source.split("\n")
+    for blank, numbers in itertools.groupby(range(len(lines)), lambda i: not lines[i].strip()):
+        paragraph = list(numbers)
+        kind = {kinds.get(i, "code") for i in paragraph}
+        text = textwrap.dedent("\n".join(lines[i] for i in paragraph)).strip()
+        if blank or "\0" in text:
+            continue
+        if kind == {"code"} and "#" not in text:
+            yield text, "code"
+        elif kind in ({"docstring"}, {"comment"}):
+            text = _MARKS.sub("", text).strip()
+            if _is_prose(" ".join(text.split())):
+                yield text.rstrip(".!?: \n"), "prose"  # almost no code ends so: the last token alone would tell
+
+
+def _line_kinds(source: str) -> dict[int, str]:
+    """What the lines of a source file are that are not plain code: comments, docstrings, or in other strings."""
+    kinds = {i: "comment" for i, line in enumerate(source.split("\n")) if line.lstrip().startswith("#")}
+    docstrings: set[int] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            docstrings.update(_line_numbers(node))
+        elif isinstance(node, ast.Constant | ast.JoinedStr) and node.lineno != node.end_lineno:
+            kinds |= dict.fromkeys(_line_numbers(node), "string")
+    return kinds | dict.fromkeys(docstrings, "docstring")
+
+
+def _line_numbers(node: ast.expr | ast.stmt) -> range:
+    return range(node.lineno - 1, node.end_lineno or node.lineno)

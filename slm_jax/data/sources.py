@@ -3,6 +3,7 @@
 import codecs
 import difflib
 import glob
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -28,17 +29,26 @@ _NOT_HEADERLESS = {
 _CHUNK = 1 << 22  # tokens checked at a time
 
 
-def parse_source(source: str) -> tuple[str, str]:
-    """Split "text:books/*.txt" into ("text", "books/*.txt"); an InputError unless the kind is one of `KINDS`."""
+def parse_source(source: str, kinds: Mapping[str, str] = KINDS) -> tuple[str, str]:
+    """Split "text:books/*.txt" into ("text", "books/*.txt").
+
+    Args:
+        source: what the user gave.
+        kinds: the kinds that are accepted, each with its form, such as "text:GLOB".
+
+    Raises:
+        InputError: no kind, or another, or nothing behind it.
+    """
+    accepted = ", ".join(kinds.values())
     kind, colon, rest = source.partition(":")
     if not colon or len(kind) == 1:  # a bare path; one letter is a Windows drive
-        raise InputError(f"source {source!r} has no kind{_suggest_kind(source)}; expected {_accepted()}")
-    if kind not in KINDS:
-        near = difflib.get_close_matches(kind.lower(), KINDS, n=1, cutoff=0.7)
+        raise InputError(f"source {source!r} has no kind{_suggest_kind(source, kinds)}; expected {accepted}")
+    if kind not in kinds:
+        near = difflib.get_close_matches(kind.lower(), kinds, n=1, cutoff=0.7)
         hint = f" (did you mean {near[0]}:{rest}?)" if near else ""
-        raise InputError(f"source {source!r}: no kind {kind!r} of text{hint}; expected {_accepted()}")
+        raise InputError(f"source {source!r}: no kind {kind!r} here{hint}; expected {accepted}")
     if not rest.strip():
-        raise InputError(f"source {source!r} says only the kind; expected {KINDS[kind]}")
+        raise InputError(f"source {source!r} says only the kind; expected {kinds[kind]}")
     return kind, rest
 
 
@@ -68,8 +78,8 @@ def read_documents(source: str) -> list[str]:
                 f"source {source!r} is labelled data, for fine-tuning; "
                 f"expected plain text: {', '.join(f'named:{name}' for name in plain_text_names())}"
             )
-        return [_read_text(named_file(rest))]
-    documents = [text for path in _matching_files(rest) if (text := _read_text(path)).strip()]
+        return [read_text(named_file(rest))]
+    documents = [text for path in _matching_files(rest) if (text := read_text(path)).strip()]
     if not documents:
         raise InputError(f"source {source!r}: empty text: no matching file holds more than white space")
     return documents
@@ -113,18 +123,11 @@ def read_tokens(path_source: str, vocab_size: int) -> UInt16[np.ndarray, " token
     return tokens
 
 
-def _accepted() -> str:
-    return ", ".join(KINDS.values())
-
-
-def _suggest_kind(bare: str) -> str:
-    if not bare.strip():
-        return ""
-    if bare in NAMED_FILES:
-        return f" (did you mean named:{bare}?)"
-    if bare in BUILTINS:
-        return f" (did you mean builtin:{bare}?)"
-    return f" (did you mean {'tokens' if bare.endswith('.bin') else 'text'}:{bare}?)"
+def _suggest_kind(bare: str, kinds: Mapping[str, str]) -> str:
+    known = "named" if bare in NAMED_FILES else "builtin" if f"builtin:{bare}" in kinds.values() else ""
+    ending = "tokens" if bare.endswith(".bin") else Path(bare).suffix[1:].lower()
+    near = [kind for kind in (known, ending, "text") if kind in kinds]
+    return f" (did you mean {near[0]}:{bare}?)" if near and bare.strip() else ""
 
 
 def _matching_files(pattern: str) -> list[Path]:
@@ -148,7 +151,12 @@ def _matching_files(pattern: str) -> list[Path]:
     return files
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8, without a byte order mark and with CR LF as LF.
+
+    Raises:
+        InputError: a file that cannot be read, or is in another encoding, or binary.
+    """
     try:
         data = path.read_bytes()
     except OSError as error:

@@ -1,0 +1,124 @@
+"""Labelled texts to batches, in an order that is f(seed, step).
+
+A batch is a dict of ``inputs`` (int32, (batch, width), padded with zeros on the right), ``lengths`` (int32, (batch,),
+at least 1), ``labels`` (int32, (batch,)) and ``weights`` (float32, (batch,), 0 for what fills the last batch).
+"""
+
+from collections.abc import Iterator, Sequence
+
+import grain
+import numpy as np
+from jaxtyping import Float32, Int32
+
+from slm_jax.data.windows import Batch
+from slm_jax.errors import InputError
+from slm_jax.tokenizer import Tokenizer
+
+SHORTEST_WIDTH = 16  # tokens; each width is a program to be compiled
+
+
+def encode_texts(
+    texts: Sequence[str], tokenizer: Tokenizer, max_length: int
+) -> tuple[list[Int32[np.ndarray, " tokens"]], int]:
+    """Return the token ids of each text, cut off after ``max_length``, and how many were cut.
+
+    Raises:
+        InputError: a text of which the tokenizer makes no token.
+    """
+    encoded = [np.array(tokenizer.encode(text), np.int32) for text in texts]
+    for text, ids in zip(texts, encoded, strict=True):
+        if not ids.size:
+            raise InputError(f"text {text!r:.60} has no token; expected at least one: leave the text out")
+    return [ids[:max_length] for ids in encoded], sum(ids.size > max_length for ids in encoded)
+
+
+def bucket_width(longest: int, limit: int) -> int:
+    """Return the width of a batch: ``longest`` rounded up to a power of two, at least 16, at most ``limit`` tokens."""
+    return min(limit, max(SHORTEST_WIDTH, 1 << (longest - 1).bit_length()))
+
+
+def classification_batches(
+    encoded: Sequence[Int32[np.ndarray, " _"]],
+    labels: Int32[np.ndarray, " texts"],
+    weights: Float32[np.ndarray, " texts"],
+    *,
+    batch_size: int,
+    width: int | None,
+    limit: int,
+    seed: int,
+) -> grain.MapDataset:
+    """Return the endless sequence of training batches; element ``i`` is the batch of step ``i``.
+
+    Each epoch has its own order. Batches go on across the end of an epoch, so no text is left out.
+
+    Args:
+        encoded: token ids of each text, 1 to ``limit``.
+        labels: the class of each text.
+        weights: of each text in the loss.
+        batch_size: texts of a batch.
+        width: tokens of a row; None: as its longest text, rounded up by `bucket_width`.
+        limit: the most tokens of a row.
+        seed: of the order.
+
+    Raises:
+        InputError: no text; a text longer than ``width`` or ``limit``.
+    """
+    _check_lengths(encoded, width, limit)
+
+    def make(texts: np.ndarray) -> Batch:
+        return _batch([encoded[i] for i in texts], labels[texts], weights[texts], width, limit)
+
+    order = grain.MapDataset.range(len(encoded)).seed(seed).shuffle().repeat()
+    return order.batch(batch_size).map(make)
+
+
+def classification_eval_batches(
+    encoded: Sequence[Int32[np.ndarray, " _"]],
+    labels: Int32[np.ndarray, " texts"],
+    *,
+    batch_size: int,
+    width: int | None,
+    limit: int,
+) -> Iterator[Batch]:
+    """Yield every text once, the shortest first, so that a batch's texts are alike in length.
+
+    Rows that fill the last batch have weight 0 and length 1.
+
+    Args:
+        encoded: token ids of each text, 1 to ``limit``.
+        labels: the class of each text.
+        batch_size: texts of a batch.
+        width: tokens of a row; None: as its longest text, rounded up by `bucket_width`.
+        limit: the most tokens of a row.
+
+    Raises:
+        InputError: no text; a text longer than ``width`` or ``limit``.
+    """
+    _check_lengths(encoded, width, limit)
+    order = np.argsort([ids.size for ids in encoded], kind="stable")
+    for first in range(0, len(order), batch_size):
+        texts = order[first : first + batch_size]
+        n_empty = batch_size - len(texts)
+        yield _batch(
+            [encoded[i] for i in texts] + [np.zeros(1, np.int32)] * n_empty,
+            np.pad(labels[texts], (0, n_empty)),
+            np.pad(np.ones(len(texts), np.float32), (0, n_empty)),
+            width,
+            limit,
+        )
+
+
+def _check_lengths(encoded: Sequence[np.ndarray], width: int | None, limit: int) -> None:
+    if not encoded:
+        raise InputError("no text to make batches of; expected at least one")
+    longest, most = max(ids.size for ids in encoded), limit if width is None else min(width, limit)
+    if longest > most:
+        raise InputError(f"a text of {longest} tokens does not fit rows of {most}; cut it off with encode_texts")
+
+
+def _batch(rows: Sequence[np.ndarray], labels: np.ndarray, weights: np.ndarray, width: int | None, limit: int) -> Batch:
+    lengths = np.array([ids.size for ids in rows], np.int32)
+    inputs = np.zeros((len(rows), width or bucket_width(int(lengths.max()), limit)), np.int32)
+    for row, ids in zip(inputs, rows, strict=True):
+        row[: ids.size] = ids
+    return {"inputs": inputs, "lengths": lengths, "labels": labels, "weights": weights}

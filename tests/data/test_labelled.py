@@ -1,0 +1,401 @@
+"""What must hold of labelled texts: every row checked, balanced, split by seed, and no text in two splits."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from slm_jax.config import ClassificationConfig, DataConfig
+from slm_jax.data.labelled import class_weights, load_labelled
+from slm_jax.errors import InputError, MissingInputError
+
+SPLITS = ("train", "validation", "test")
+
+
+def load(source, seed=0, *, data=None, **settings):
+    return load_labelled(DataConfig(source=source, **(data or {})), ClassificationConfig(**settings), seed)
+
+
+def write(path: Path, rows) -> str:
+    """Write (text, label) as a table; return the source."""
+    path.write_text("text,label\n" + "".join(f"{text},{label}\n" for text, label in rows), encoding="utf-8")
+    return f"csv:{path}"
+
+
+def numbered(**counts):
+    """Different texts, that many of each class."""
+    return [(f"{label} {i}", label) for label, n in counts.items() for i in range(n)]
+
+
+def pairs(split, classes):
+    return list(zip(split.texts, (classes[i] for i in split.labels), strict=True))
+
+
+def everything(splits):
+    return [pair for name in SPLITS for pair in pairs(getattr(splits, name), splits.classes)]
+
+
+def sizes(splits):
+    return tuple(len(getattr(splits, name).texts) for name in SPLITS)
+
+
+def message(error: pytest.ExceptionInfo[InputError]) -> str:
+    text = str(error.value)
+    assert "\n" not in text
+    assert len(text) < 700
+    return text
+
+
+# Sources
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl"])
+def test_every_kind_of_file_gives_the_same_texts(tmp_path, kind):
+    rows = [("a, b", "ham"), ("c", "spam"), ("é", "ham"), *numbered(ham=10, spam=10)]
+    path = tmp_path / f"rows.{kind}"
+    lines = {
+        "csv": ["label,text", *(f'{label},"{text}"' for text, label in rows)],
+        "tsv": ["label\ttext", *(f"{label}\t{text}" for text, label in rows)],
+        "jsonl": [json.dumps({"text": text, "label": label}) for text, label in rows],
+    }[kind]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    splits = load(f"{kind}:{path}")
+    assert Counter(everything(splits)) == Counter(rows)
+    assert splits.classes == ("ham", "spam")
+    assert splits.train.labels.dtype == np.int32
+
+
+def test_columns_can_be_named_and_a_table_can_be_without_a_header_line(tmp_path):
+    path = tmp_path / "rows.tsv"
+    path.write_text("".join(f"{label}\tx\t{text}\n" for text, label in numbered(ham=10, spam=10)))
+    splits = load(f"tsv:{path}", columns=("kind", "extra", "message"), text_column="message", label_column="kind")
+    assert sorted(everything(splits)) == sorted(numbered(ham=10, spam=10))
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [
+        ([2, 10, -1], ("-1", "2", "10")),
+        (["2", "10", "1"], ("1", "2", "10")),
+        (["2", "10", "b"], ("10", "2", "b")),
+        ([True, False], ("false", "true")),
+        ([" b ", "a"], ("a", "b")),
+    ],
+)
+def test_classes_are_the_distinct_labels_sorted(tmp_path, labels, classes):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"text": f"{label} {i}", "label": label} for label in labels for i in range(10)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    splits = load(f"jsonl:{path}")
+    assert splits.classes == classes
+    assert all(text.split()[0].lower() == label for text, label in everything(splits))
+
+
+def test_what_is_built_in_needs_no_file():
+    splits = load("builtin:prose-or-code")
+    assert splits.classes == ("code", "prose")
+    assert min(sizes(splits)) > 100
+
+
+# Splits
+
+
+def test_one_source_is_split_by_its_fractions_and_by_seed(tmp_path):
+    rows = numbered(ham=600, spam=894)
+    source = write(tmp_path / "rows.csv", rows)
+    first, again, other = (load(source, seed, split="random") for seed in (1, 1, 2))
+    assert sizes(first) == sizes(other) == (1045, 149, 300)
+    assert sorted(everything(first)) == sorted(rows)
+    assert everything(first) == everything(again) != everything(other)
+    assert first.fingerprint() == again.fingerprint() != other.fingerprint()
+
+
+def test_stratified_keeps_the_shares_of_the_classes(tmp_path):
+    splits = load(write(tmp_path / "rows.csv", numbered(a=100, b=20, c=10)), split="stratified")
+    counts = [np.bincount(getattr(splits, name).labels).tolist() for name in SPLITS]
+    assert counts == [[70, 14, 7], [10, 2, 1], [20, 4, 2]]
+
+
+def test_stratified_rounds_over_all_classes_not_in_each(tmp_path):
+    rows = numbered(**{f"class{i}": 5 for i in range(20)})
+    assert sizes(load(write(tmp_path / "rows.csv", rows), split="stratified")) == (70, 10, 20)
+
+
+def test_given_splits_are_whole_and_the_rest_comes_from_the_first(tmp_path):
+    train, validation, test = (
+        write(tmp_path / f"{name}.csv", [(f"{name} {text}", label) for text, label in numbered(a=20, b=20)])
+        for name in SPLITS
+    )
+    both = load(train, data={"validation_source": validation, "test_source": test})
+    assert sizes(both) == (40, 40, 40)
+    assert sizes(load(train, data={"validation_source": validation})) == (32, 40, 8)
+    assert sizes(load(train, data={"test_source": test})) == (36, 4, 40)
+    for name in SPLITS:
+        assert all(text.startswith(name) for text in getattr(both, name).texts)
+
+
+# Balance
+
+
+@pytest.mark.parametrize("split", ["stratified", "random"])
+def test_downsampling_keeps_as_many_of_each_class_as_of_the_rarest(tmp_path, split):
+    rows = numbered(a=50, b=20, c=30)
+    source = write(tmp_path / "rows.csv", rows)
+    splits = load(source, balance="downsample", split=split)
+    assert Counter(label for _, label in everything(splits)) == {"a": 20, "b": 20, "c": 20}
+    assert len(set(everything(splits)) & set(rows)) == 60
+    assert set(everything(splits)) != set(everything(load(source, 1, balance="downsample", split=split)))
+    assert any("40 texts of 100 left out, 20 of each class kept" in note for note in splits.notes)
+
+
+def test_downsampling_leaves_given_splits_alone(tmp_path):
+    train = write(tmp_path / "train.csv", numbered(a=50, b=20))
+    test = write(tmp_path / "test.csv", [(f"test {text}", label) for text, label in numbered(a=9, b=3)])
+    splits = load(train, balance="downsample", data={"test_source": test})
+    assert np.bincount(splits.test.labels).tolist() == [9, 3]
+    assert np.bincount(splits.train.labels).tolist() == [18, 18]
+
+
+def test_class_weights_are_inverse_to_the_counts_with_mean_1_over_the_texts():
+    labels = np.array([0] * 6 + [1] * 3 + [2], np.int32)
+    weights = class_weights(labels, 3)
+    np.testing.assert_allclose(weights * np.bincount(labels), [10 / 3] * 3, rtol=1e-6)
+    assert weights[labels].mean() == pytest.approx(1)
+    assert weights.dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"), [([0, 3], "labels from 0 to 3; expected from 0 to 2"), ([0, 2], "class 1 has no text")]
+)
+def test_class_weights_need_a_text_of_each_class(labels, expected):
+    with pytest.raises(InputError, match=expected):
+        class_weights(np.array(labels, np.int32), 3)
+
+
+# Equal texts
+
+
+def collapsed(split):
+    return {" ".join(text.split()) for text in split.texts}
+
+
+@pytest.fixture
+def repeated(tmp_path):
+    """A source in which each text is there two to four times, at times with other white space."""
+    rows = [
+        (f"{label} {i}" if k % 2 else f" {label}   {i}", label)
+        for label in "ab"
+        for i in range(40)
+        for k in range(2 + i % 3)
+    ]
+    return write(tmp_path / "rows.csv", rows), rows
+
+
+@pytest.mark.parametrize("split", ["stratified", "random"])
+def test_equal_texts_stay_in_one_split_and_are_counted(repeated, split):
+    source, rows = repeated
+    splits = load(source, split=split)
+    assert sorted(everything(splits)) == sorted(rows)
+    train, validation, test = (collapsed(getattr(splits, name)) for name in SPLITS)
+    assert not train & validation | train & test | validation & test
+    assert all(
+        abs(n - wanted) <= 12 for n, wanted in zip(sizes(splits), np.array([0.7, 0.1, 0.2]) * len(rows), strict=True)
+    )
+    assert f"duplicates: {len(rows)} texts in 80 groups of equal ones, none of them across splits" in splits.notes
+
+
+def test_without_grouping_equal_texts_may_be_in_two_splits_and_it_is_said(repeated):
+    source, rows = repeated
+    splits = load(source, split="random", group_duplicates=False)
+    assert sizes(splits) == (
+        int(0.7 * len(rows)),
+        int(0.1 * len(rows)),
+        len(rows) - int(0.7 * len(rows)) - int(0.1 * len(rows)),
+    )
+    across = sum(
+        sum(text in collapsed(getattr(splits, name)) for name in SPLITS) > 1
+        for text in {" ".join(t.split()) for t, _ in rows}
+    )
+    assert across > 0
+    assert any(f"80 groups of equal ones, {across} of them across splits" in note for note in splits.notes)
+
+
+def test_equal_texts_with_different_labels_are_said(tmp_path):
+    rows = [*numbered(a=20, b=20), ("same", "a"), ("same", "b"), ("a 0", "a")]
+    notes = load(write(tmp_path / "rows.csv", rows)).notes
+    assert any("4 texts in 2 groups" in note for note in notes)
+    assert any("1 group of equal texts with different labels, such as " in note and "line 4" in note for note in notes)
+
+
+def test_equal_texts_across_given_splits_are_refused_unless_allowed(tmp_path):
+    train = write(tmp_path / "train.csv", numbered(a=20, b=20))
+    test = write(tmp_path / "test.csv", [("new", "a"), (" a  3", "a"), ("b 1", "b"), ("more", "b")])
+    with pytest.raises(
+        InputError, match=r"test.csv line 3 \(test\) and \S*train.csv line 5 \(\w+\) are equal; 2 texts"
+    ) as e:
+        load(train, data={"test_source": test})
+    assert "classification.group_duplicates=false" in message(e)
+    splits = load(train, data={"test_source": test}, group_duplicates=False)
+    assert sizes(splits) == (36, 4, 4)
+    assert any("2 of them across splits" in note for note in splits.notes)
+
+
+def test_notes_say_how_many_texts_each_split_has_of_each_class(tmp_path):
+    splits = load(write(tmp_path / "rows.csv", numbered(ham=10, spam=20)))
+    assert splits.notes == (
+        "train: 21 texts (7 ham, 14 spam)", "validation: 3 texts (1 ham, 2 spam)", "test: 6 texts (2 ham, 4 spam)"
+    )  # fmt: skip
+
+
+# The SMS Spam Collection
+
+
+def test_the_books_protocol_gives_the_books_counts(named_data):
+    splits = load("named:sms-spam", 123, balance="downsample", split="random", group_duplicates=False)
+    assert splits.classes == ("ham", "spam")
+    assert sizes(splits) == (1045, 149, 300)
+    assert Counter(label for _, label in everything(splits)) == {"ham": 747, "spam": 747}
+
+
+@pytest.mark.parametrize("split", ["stratified", "random"])
+def test_no_message_is_in_two_splits(named_data, split):
+    splits = load("named:sms-spam", 123, balance="downsample", split=split)
+    train, validation, test = (collapsed(getattr(splits, name)) for name in SPLITS)
+    assert not train & validation | train & test | validation & test
+    assert Counter(label for _, label in everything(splits)) == {"ham": 747, "spam": 747}
+    assert np.abs(np.array(sizes(splits)) - (1045, 149, 300)).max() <= 10
+
+
+# TensorFlow Datasets
+
+
+@pytest.fixture
+def reviews(tmp_path, monkeypatch):
+    """A prepared data set of our own, in the manner of glue/sst2: classes with names, test labels kept secret."""
+    tfds = pytest.importorskip("tensorflow_datasets")
+    with tfds.core.registered.skip_registration():
+
+        class Builder(tfds.core.GeneratorBasedBuilder):
+            name, VERSION = "our_reviews", tfds.core.Version("1.0.0")
+
+            def _info(self):
+                label = tfds.features.ClassLabel(names=["negative", "neutral", "positive"])
+                features = {"sentence": tfds.features.Text(), "label": label, "stars": np.int32}
+                return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+            def _split_generators(self, _):
+                return {
+                    "train": self._generate_examples("train", 30),
+                    "validation": self._generate_examples("validation", 6),
+                    "test": self._generate_examples("test", 3),
+                }
+
+            def _generate_examples(self, split, n):
+                for i in range(n):
+                    label = -1 if split == "test" else i % 3
+                    yield i, {"sentence": f"Zoë {split} {i}", "label": label, "stars": i % 3 + 1}
+
+    Builder(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+
+
+def test_data_sets_of_tfds_name_their_text_and_their_classes(reviews):
+    splits = load("tfds:our_reviews", data={"validation_source": "tfds:our_reviews:validation"})
+    assert splits.classes == ("negative", "neutral", "positive")
+    assert sizes(splits) == (24, 6, 6)
+    for text, label in everything(splits):
+        assert text.startswith("Zoë ")
+        assert splits.classes[int(text.split()[2]) % 3] == label
+    stars = load("tfds:our_reviews:train[:12]+validation", label_column="stars")
+    assert stars.classes == ("1", "2", "3")
+    assert len(everything(stars)) == 18
+
+
+def test_secret_labels_and_missing_columns_are_named(reviews):
+    with pytest.raises(InputError, match=r"tfds:our_reviews:test example 0: label is -1, no label") as error:
+        load("tfds:our_reviews", data={"test_source": "tfds:our_reviews:test"})
+    assert "use another split" in message(error)
+    with pytest.raises(InputError, match=r"train example 0: no column 'review' but .*sentence"):
+        load("tfds:our_reviews", text_column="review")
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("spam.csv", r"did you mean csv:spam.csv\?"),
+        ("sms-spam", r"did you mean named:sms-spam\?"),
+        ("prose-or-code", r"did you mean builtin:prose-or-code\?"),
+        ("json:a.json", r"did you mean jsonl:a.json\?"),
+        ("text:a.txt", "no kind 'text' here; expected builtin:prose-or-code, csv:FILE"),
+        ("csv:", "says only the kind; expected csv:FILE"),
+        ("builtin:python-docs", "holds no labelled texts; expected builtin:prose-or-code"),
+        ("named:instruction-data", "holds no labelled texts; expected named:sms-spam"),
+    ],
+)
+def test_sources_of_another_kind_are_refused(source, expected):
+    with pytest.raises(InputError, match=expected) as error:
+        load(source)
+    message(error)
+
+
+GOOD = [("text", "label"), *numbered(a=10, b=10)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "expected"),
+    [
+        ([("message", "label"), ("x", "a")], {}, r"line 2: no column 'text' but message, label; set classification"),
+        (GOOD, {"label_column": "kind"}, r"line 2: no column 'kind' but text, label; set classification\.label_column"),
+        ([*GOOD, (" ", "a")], {}, "line 22: text is empty"),
+        ([*GOOD, ("x", "")], {}, "line 22: label is '', no label"),
+        ([("text", "label"), *numbered(a=10)], {}, r"one class only \('a'\)"),
+        ([*GOOD, ("x", "c")], {}, r"class 'c' has no text to train on \(1 of 3 classes\)"),
+        ([("text", "label"), *numbered(a=3, b=3)], {}, "the validation split has no text"),
+        ([("text", "label")], {}, "rows.csv: empty; expected at least one labelled text"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_a_file_are_named(tmp_path, rows, settings, expected):
+    path = tmp_path / "rows.csv"
+    path.write_text("".join(f"{a},{b}\n" for a, b in rows))
+    with pytest.raises(InputError, match=expected) as error:
+        load(f"csv:{path}", **settings)
+    message(error)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [(None, "no label"), (0.5, "label is 0.5; expected text, a whole"), ([1], r"label is \[1\]")]
+)
+def test_labels_of_other_types_are_refused(tmp_path, value, expected):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"text": "a", "label": value}))
+    with pytest.raises(InputError, match=rf"rows.jsonl line 1: .*{expected}") as error:
+        load(f"jsonl:{path}")
+    message(error)
+
+
+@pytest.mark.parametrize("name", ["validation", "test"])
+def test_a_label_never_seen_in_training_is_named(tmp_path, name):
+    train = write(tmp_path / "train.csv", numbered(a=20, b=20))
+    other = write(tmp_path / "other.csv", [("x", "a"), ("y", "c")])
+    with pytest.raises(
+        InputError, match=rf"other.csv line 3: label 'c' of the {name} split never .*expected one of a, b"
+    ):
+        load(train, data={f"{name}_source": other})
+
+
+def test_settings_that_cannot_be_are_refused(tmp_path):
+    source = write(tmp_path / "rows.csv", numbered(a=20, b=20))
+    with pytest.raises(InputError, match="leave nothing to train on") as error:
+        load(source, data={"validation_fraction": 0.5, "test_fraction": 0.5})
+    message(error)
+    with pytest.raises(InputError, match=r"classification.columns names columns of csv: and tsv: files"):
+        load("builtin:prose-or-code", columns=("text", "label"))
+    with pytest.raises(MissingInputError, match=r"absent.csv: no such file"):
+        load(f"csv:{tmp_path / 'absent.csv'}")
+    with pytest.raises(InputError, match="cannot be used as a path"):
+        load("csv:~nobody-of-this-name/a.csv")

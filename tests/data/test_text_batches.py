@@ -1,0 +1,143 @@
+"""What must hold of batches of labelled texts: every text as often as it should come, padded on the right."""
+
+import numpy as np
+import pytest
+
+from slm_jax.data.text_batches import bucket_width, classification_batches, classification_eval_batches, encode_texts
+from slm_jax.errors import InputError
+from slm_jax.tokenizer import CharTokenizer
+
+
+def texts(*lengths):
+    """Texts of these lengths; the first token of text i is 100 + i, the others 7."""
+    return [np.array([100 + i] + [7] * (n - 1), np.int32) for i, n in enumerate(lengths)]
+
+
+def labelled(encoded):
+    """Labels and weights that tell one text from another."""
+    n = len(encoded)
+    return np.arange(n, dtype=np.int32) % 3, 1 + np.arange(n, dtype=np.float32) / 8
+
+
+def check(batch, encoded, labels):
+    """Check that rows are what they should be; return which texts they hold (-1: filling)."""
+    rows = np.where(batch["inputs"][:, 0] >= 100, batch["inputs"][:, 0] - 100, -1)
+    for i, inputs, length, label in zip(rows, batch["inputs"], batch["lengths"], batch["labels"], strict=True):
+        ids = encoded[i] if i >= 0 else np.zeros(1)
+        assert length == len(ids)
+        np.testing.assert_array_equal(inputs[:length], ids)
+        assert not inputs[length:].any()
+        assert label == (labels[i] if i >= 0 else 0)
+    assert {key: value.dtype.name for key, value in batch.items()} == {
+        "inputs": "int32", "lengths": "int32", "labels": "int32", "weights": "float32"
+    }  # fmt: skip
+    return rows
+
+
+# Encoding
+
+
+def test_texts_longer_than_the_limit_are_cut_at_the_end_and_counted():
+    tokenizer = CharTokenizer().build_vocab("abc")
+    encoded, n_truncated = encode_texts(["abcabc", "ab", "abc"], tokenizer, 3)
+    assert [tokenizer.decode(ids) for ids in encoded] == ["abc", "ab", "abc"]
+    assert n_truncated == 1
+    assert all(ids.dtype == np.int32 for ids in encoded)
+
+
+def test_a_text_without_a_token_is_named():
+    with pytest.raises(InputError, match="text '' has no token"):
+        encode_texts(["a", ""], CharTokenizer().build_vocab("a"), 3)
+
+
+# Widths
+
+
+@pytest.mark.parametrize(
+    ("longest", "limit", "width"),
+    [(1, 64, 16), (16, 64, 16), (17, 64, 32), (32, 64, 32), (33, 64, 64), (33, 40, 40), (64, 64, 64), (5, 8, 8)],
+)
+def test_widths_are_powers_of_two_from_16_to_the_limit(longest, limit, width):
+    assert bucket_width(longest, limit) == width
+
+
+def test_a_batch_is_as_wide_as_its_own_longest_text_or_as_it_was_told():
+    encoded = texts(3, 30)
+    labels, weights = labelled(encoded)
+    free = classification_batches(encoded, labels, weights, batch_size=1, width=None, limit=64, seed=0)
+    assert {free[i]["inputs"].shape for i in range(4)} == {(1, 16), (1, 32)}
+    fixed = classification_batches(encoded, labels, weights, batch_size=1, width=30, limit=64, seed=0)
+    assert {fixed[i]["inputs"].shape for i in range(4)} == {(1, 30)}
+
+
+# Training
+
+
+def test_every_text_comes_once_an_epoch_in_a_new_order_and_batches_go_on_across_epochs():
+    encoded = texts(*range(1, 11))
+    labels, weights = labelled(encoded)
+    batches = classification_batches(encoded, labels, weights, batch_size=4, width=None, limit=64, seed=3)
+    order = []
+    for i in range(10):  # 40 texts: four epochs
+        rows = check(batches[i], encoded, labels)
+        np.testing.assert_array_equal(batches[i]["weights"], weights[rows])
+        order += rows.tolist()
+    epochs = [tuple(order[first : first + 10]) for first in range(0, 40, 10)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len(set(epochs)) == 4
+
+
+def test_a_batch_is_a_function_of_seed_and_step():
+    encoded = texts(*range(1, 11))
+    labels, weights = labelled(encoded)
+
+    def batch(seed, step):
+        batches = classification_batches(encoded, labels, weights, batch_size=4, width=None, limit=64, seed=seed)
+        return batches[step]["inputs"][:, 0].tolist()
+
+    assert batch(0, 7) == batch(0, 7)
+    assert batch(0, 7) != batch(1, 7)
+    iterated = iter(classification_batches(encoded, labels, weights, batch_size=4, width=None, limit=64, seed=0))
+    assert [next(iterated)["inputs"][:, 0].tolist() for _ in range(8)][7] == batch(0, 7)
+
+
+def test_a_batch_may_be_larger_than_the_texts_are_many():
+    encoded = texts(2, 3)
+    labels, weights = labelled(encoded)
+    batch = classification_batches(encoded, labels, weights, batch_size=5, width=None, limit=64, seed=0)[0]
+    assert set(check(batch, encoded, labels)) == {0, 1}
+
+
+# Evaluation
+
+
+@pytest.mark.parametrize("width", [None, 40])
+def test_every_text_is_evaluated_once_and_filling_counts_nothing(width):
+    encoded = texts(40, 3, 17, 3, 1)
+    labels, _ = labelled(encoded)
+    batches = list(classification_eval_batches(encoded, labels, batch_size=2, width=width, limit=64))
+    rows = np.concatenate([check(batch, encoded, labels) for batch in batches])
+    assert sorted(rows) == [-1, 0, 1, 2, 3, 4]
+    np.testing.assert_array_equal(np.concatenate([batch["weights"] for batch in batches]), rows >= 0)
+    assert [batch["inputs"].shape for batch in batches] == (
+        [(2, 16), (2, 32), (2, 64)] if width is None else [(2, width)] * 3
+    )
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(("width", "limit", "most"), [(None, 8, 8), (6, 8, 6), (16, 8, 8)])
+def test_texts_that_do_not_fit_are_refused(width, limit, most):
+    encoded = texts(2, 9)
+    labels, weights = labelled(encoded)
+    with pytest.raises(InputError, match=f"9 tokens does not fit rows of {most}"):
+        classification_batches(encoded, labels, weights, batch_size=2, width=width, limit=limit, seed=0)
+    with pytest.raises(InputError, match=f"9 tokens does not fit rows of {most}"):
+        next(classification_eval_batches(encoded, labels, batch_size=2, width=width, limit=limit))
+
+
+def test_nothing_makes_no_batch():
+    none = np.zeros(0, np.int32)
+    with pytest.raises(InputError, match="no text to make batches of"):
+        classification_batches([], none, none.astype(np.float32), batch_size=2, width=None, limit=8, seed=0)
