@@ -466,7 +466,7 @@ def identity(config: RunConfig, model: GPTConfig) -> dict[str, Any]:
     """Return the keys that say what is trained on what, with the model's resolved shape."""
     values = flatten({**to_dict(config), "model": dataclasses.asdict(model)})
     return {
-        key: value
+        key: list(value) if isinstance(value, tuple) else value  # as JSON has it
         for key, value in values.items()
         if key not in _EXECUTION_KEYS
         and not key.startswith((*_EXECUTION_SECTIONS, *_unused_keys(config)))

@@ -2,8 +2,9 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -63,7 +64,13 @@ def new_base(config: RunConfig, tokenizer: Tokenizer) -> Base:
     return Base(config.gpt_config(tokenizer.vocab_size, _dtype(config)), tokenizer, None)
 
 
-def prepare_params(config: RunConfig, start: Start, base: Base, init: Callable[[jax.Array], Params]) -> dict[str, Any]:
+def prepare_params(
+    config: RunConfig,
+    start: Start,
+    base: Base,
+    init: Callable[[jax.Array], Params],
+    metadata: Mapping[str, Any] = MappingProxyType({}),
+) -> dict[str, Any]:
     """Return the fields of a :class:`~slm_jax.training.task.Task` that say what is trained and what is kept of it.
 
     Args:
@@ -71,6 +78,7 @@ def prepare_params(config: RunConfig, start: Start, base: Base, init: Callable[[
         start: where the run starts.
         base: what it starts from.
         init: from a key, a new model's whole params tree, of which the base replaces what it has.
+        metadata: what the task wants to travel with each checkpoint.
 
     Raises:
         InputError: parameters that cannot be split as asked for; a damaged file of frozen ones.
@@ -82,7 +90,7 @@ def prepare_params(config: RunConfig, start: Start, base: Base, init: Callable[[
 
     shapes = jax.eval_shape(init, key)
     trainable, frozen = jax.eval_shape(split, shapes)
-    metadata = {"leaves": leaf_table(trainable), "trainable": config.trainable}
+    metadata = {**metadata, "leaves": leaf_table(trainable), "trainable": config.trainable}
     fields: dict[str, Any] = {"metadata": metadata, "trainable": trainable, "frozen": frozen}
     if config.base is None:
         return {"metadata": metadata, "frozen": {}, "init_params": init}

@@ -20,6 +20,7 @@ from slm_jax.errors import InputError
 from slm_jax.evaluation.classes import ClassFigures, class_figures, class_table, draw_confusion
 from slm_jax.model import GPTConfig, Params
 from slm_jax.tasks.base import count_steps, find_base, new_base, prepare_params, save_files
+from slm_jax.tokenizer import Tokenizer
 from slm_jax.trainable import merge_params
 from slm_jax.training.start import Start
 from slm_jax.training.step import Batch, LossFn, Sums
@@ -48,48 +49,29 @@ def build(config: RunConfig, start: Start, stop: Callable[[], None] | None = Non
         texts = (list(splits.train.texts), list(splits.validation.texts))
         base = new_base(config, make_tokenizer(config.tokenizer, *texts))
     check()
-    cfg, n_classes = base.model_config, len(splits.classes)
-    longest = _longest(config, cfg)
-    encoded, notes = _encode(splits, base.tokenizer, longest, config)
+    cfg, labels = base.model_config, {name: getattr(splits, name).labels for name in SPLITS}
+    encoded, longest, notes = _encode(splits, base.tokenizer, config, cfg)
     check()
-    width = max(len(ids) for ids in encoded["train"]) if section.pad_to == "longest" else None
-    if width is not None:
-        encoded = {name: [ids[:width] for ids in texts] for name, texts in encoded.items()}
-    model = GPTClassifier(cfg, n_classes=n_classes, pooling=section.pooling)
-    weights = np.ones(n_classes, np.float32)
-    if section.balance == "class_weights":
-        weights = class_weights(splits.train.labels, n_classes)
-    fields = prepare_params(config, start, base, functools.partial(_init, model))
-    common: dict[str, Any] = {"width": width, "limit": longest}
-    batches = {
-        name: functools.partial(
-            classification_eval_batches,
-            encoded[name],
-            getattr(splits, name).labels,
-            batch_size=train.eval_batch_size or train.batch_size,
-            **common,
-        )
+    model = GPTClassifier(cfg, n_classes=len(splits.classes), pooling=section.pooling)
+    metadata = {"classes": list(splits.classes), "pooling": section.pooling, "max_length": longest}
+    fields = prepare_params(config, start, base, functools.partial(_init, model), metadata)
+    shape: dict[str, Any] = {"width": longest if section.pad_to == "longest" else None, "limit": longest}
+    rows = train.eval_batch_size or train.batch_size
+    evaluation_batches = {
+        name: functools.partial(classification_eval_batches, encoded[name], labels[name], batch_size=rows, **shape)
         for name in SPLITS
     }
+    weights = _text_weights(labels["train"], len(splits.classes), section.balance)
     figures = functools.partial(_figures, classes=splits.classes)
     return Task(
-        **{
-            **fields,
-            "metadata": {**fields["metadata"], "classes": list(splits.classes), "pooling": section.pooling}
-            | {"max_length": width or longest},
-        },
+        **fields,
         model_config=cfg,
         loss_fn=make_loss_fn(model),
         train_batches=classification_batches(
-            encoded["train"],
-            splits.train.labels,
-            weights[splits.train.labels],
-            batch_size=train.batch_size,
-            seed=config.seed,
-            **common,
+            encoded["train"], labels["train"], weights, batch_size=train.batch_size, seed=config.seed, **shape
         ),
-        validation_batches=batches["validation"],
-        longest=width or longest,
+        validation_batches=evaluation_batches["validation"],
+        longest=longest,
         total_steps=count_steps(config, len(encoded["train"])),
         tokens_per_step=round(train.batch_size * np.mean([len(ids) for ids in encoded["train"]])),
         tokenizer=base.tokenizer.to_dict(),
@@ -97,8 +79,8 @@ def build(config: RunConfig, start: Start, stop: Callable[[], None] | None = Non
         fingerprint=splits.fingerprint(),
         unit="text",
         figures=lambda sums: {"accuracy": figures(sums).accuracy},
-        measure=functools.partial(_measure, batches, figures),
-        report=_report(splits.classes),
+        measure=functools.partial(_measure, evaluation_batches, figures),
+        report=functools.partial(_report, classes=splits.classes),
         notes=(*splits.notes, *notes),
         next_commands=_next_commands(config),
     )
@@ -131,26 +113,32 @@ def _init(model: GPTClassifier, key: jax.Array) -> Params:
     return model.init(key, jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32))["params"]
 
 
-def _longest(config: RunConfig, cfg: GPTConfig) -> int:
-    length = config.classification.max_length or cfg.context_length
-    if length > cfg.context_length:
+def _encode(
+    splits: LabelledSplits, tokenizer: Tokenizer, config: RunConfig, cfg: GPTConfig
+) -> tuple[dict[str, list[np.ndarray]], int, list[str]]:
+    """Return the token ids of each split's texts, the most that one may have, and what was cut off."""
+    longest = config.classification.max_length or cfg.context_length
+    if longest > cfg.context_length:
         raise InputError(
-            f"classification.max_length is {length}, more than the model's context of {cfg.context_length}; "
+            f"classification.max_length is {longest}, more than the model's context of {cfg.context_length}; "
             "expected at most that"
         )
-    return length
-
-
-def _encode(
-    splits: LabelledSplits, tokenizer: Any, longest: int, config: RunConfig
-) -> tuple[dict[str, list[np.ndarray]], list[str]]:
     encoded, notes = {}, []
-    for name in SPLITS:
+    for name in SPLITS:  # training first: its longest text may be what the others are cut off after
         texts = getattr(splits, name).texts
         encoded[name], n_truncated = encode_texts(texts, tokenizer, longest)
         if n_truncated:
             notes.append(f"{name}: {n_truncated:,} of {len(texts):,} texts cut off after {longest} tokens")
-    return encoded, notes
+        if name == "train" and config.classification.pad_to == "longest":
+            longest = max(map(len, encoded[name]))
+    return encoded, longest, notes
+
+
+def _text_weights(labels: np.ndarray, n_classes: int, balance: str) -> np.ndarray:
+    """Return the weight of each training text in the loss."""
+    if balance != "class_weights":
+        return np.ones(len(labels), np.float32)
+    return class_weights(labels, n_classes)[labels]
 
 
 def _figures(sums: EvaluationSums, classes: tuple[str, ...]) -> ClassFigures:
@@ -173,16 +161,13 @@ def _measure(
     return {name: {"loss": sums[name].loss, **measured[name].to_dict()} for name in SPLITS}
 
 
-def _report(classes: tuple[str, ...]) -> Callable[[dict[str, Any] | None, dict[str, Any]], list[str]]:
-    def report(before: dict[str, Any] | None, after: dict[str, Any]) -> list[str]:
-        lines = []
-        for name in SPLITS:
-            was = "" if before is None else f" (before training {before[name]['accuracy']:.2%})"
-            lines.append(f"{name}: accuracy {after[name]['accuracy']:.2%}{was}, loss {after[name]['loss']:.4f}")
-        confusion = np.array(after["test"]["confusion"])
-        return [*lines, "test:", *class_table(class_figures(confusion, classes)).splitlines()]
-
-    return report
+def _report(before: dict[str, Any] | None, after: dict[str, Any], classes: tuple[str, ...]) -> list[str]:
+    lines = []
+    for name in SPLITS:
+        was = "" if before is None else f" (before training {before[name]['accuracy']:.2%})"
+        lines.append(f"{name}: accuracy {after[name]['accuracy']:.2%}{was}, loss {after[name]['loss']:.4f}")
+    table = class_table(class_figures(np.array(after["test"]["confusion"]), classes))
+    return [*lines, "test:", *table.splitlines()]
 
 
 def _next_commands(config: RunConfig) -> tuple[str, ...]:

@@ -72,7 +72,8 @@ def build(config: RunConfig, start: Start, stop: Callable[[], None] | None = Non
         notes.append(f"packed {len(encoded['train']):,} training examples into {len(rows['train']):,} rows")
     width = longest if section.packing else None
     model = GPTModel(cfg)
-    fields = prepare_params(config, start, base, functools.partial(init_params, cfg))
+    metadata = {"template": template.to_dict()}
+    fields = prepare_params(config, start, base, functools.partial(init_params, cfg), metadata)
     evaluation_batches = {
         name: functools.partial(
             instruction_eval_batches,
@@ -86,7 +87,7 @@ def build(config: RunConfig, start: Start, stop: Callable[[], None] | None = Non
     respond = functools.partial(answer, model, tokenizer=tokenizer, template=template)
     respond = functools.partial(respond, max_new_tokens=config.sample.max_new_tokens)
     return Task(
-        **{**fields, "metadata": {**fields["metadata"], "template": template.to_dict()}},
+        **fields,
         model_config=cfg,
         loss_fn=make_loss_fn(model),
         train_batches=instruction_batches(

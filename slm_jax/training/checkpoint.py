@@ -183,7 +183,7 @@ def load_params(folder: Path, step: int, like: Params, sharding: Any = None) -> 
     if damage := find_damage(folder / str(step)):
         raise InputError(f"{damage}; {another}")
     if not isinstance(sharding, dict):
-        sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         sharding = jax.tree.map(lambda _: sharding, like)
     abstract = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), like, sharding)
     path = (folder / str(step)).resolve()  # Orbax takes absolute paths only

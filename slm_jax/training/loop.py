@@ -445,7 +445,8 @@ class Trainer:
         """Draw ``loss.png`` from the log."""
         self.last_drawn = time.monotonic()
         if self.folder.writes:
-            draw_loss(self.folder.metrics(), self.folder.path / "loss.png", f"{self.config.name}: loss by step")
+            title, unit = f"{self.config.name}: loss by step", f"nats a {self.task.unit}"
+            draw_loss(self.folder.metrics(), self.folder.path / "loss.png", title, unit)
 
     def finish(self) -> dict[str, Any]:
         """Write ``summary.json``; say what was written, where, and what to try next."""

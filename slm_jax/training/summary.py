@@ -19,8 +19,12 @@ RUN_FILES = {
     "metrics.jsonl": "losses, learning rate, gradient norm and speed, one JSON object a line",
     "loss.png": "the loss curves",
     "samples.md": "text sampled while training",
+    "confusion.png": "which class was taken for which",
+    "responses.json": "the answers to the test instructions",
     "summary.json": "the figures of the whole run",
     "tokenizer": "the tokenizer",
+    "template.json": "how instructions are shown to the model",
+    "frozen.safetensors": "the parameters that were not trained",
     "checkpoints": "the latest checkpoints and the best",
 }
 
@@ -60,7 +64,7 @@ def tell_end(progress: ProgressLine, folder: RunFolder, summary: dict[str, Any],
     progress.note(f"written to {folder.path}:")
     for name, what in RUN_FILES.items():
         if (folder.path / name).exists():
-            progress.note(f"  {name:<14} {what}")
+            progress.note(f"  {name:<19} {what}")
     progress.note("try next:")
     for command in next_commands:
         progress.note(f"  {command}")
