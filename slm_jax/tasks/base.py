@@ -108,10 +108,10 @@ def prepare_params(
     return fields
 
 
-def save_files(folder: Path, base: Base, task_fields: dict[str, Any]) -> None:
+def save_files(folder: Path, start: Start, base: Base, task_fields: dict[str, Any]) -> None:
     """Write tokenizer and frozen parameters into the run's folder, which is then whole without its base."""
     base.tokenizer.save(folder / "tokenizer")
-    if task_fields["frozen"] and not (folder / FROZEN).exists():
+    if start.step is None and task_fields["frozen"]:
         write_tree(folder / FROZEN, task_fields["frozen"])
 
 

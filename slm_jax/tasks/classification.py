@@ -15,7 +15,7 @@ from slm_jax.classifier import GPTClassifier
 from slm_jax.config import RunConfig
 from slm_jax.data.corpus import make_tokenizer
 from slm_jax.data.labelled import LabelledSplits, class_weights, load_labelled
-from slm_jax.data.text_batches import classification_batches, classification_eval_batches, encode_texts
+from slm_jax.data.text_batches import bucket_width, classification_batches, classification_eval_batches, encode_texts
 from slm_jax.errors import InputError
 from slm_jax.evaluation.classes import ClassFigures, class_figures, class_table, draw_confusion
 from slm_jax.model import GPTConfig, Params
@@ -71,11 +71,11 @@ def build(config: RunConfig, start: Start, stop: Callable[[], None] | None = Non
             encoded["train"], labels["train"], weights, batch_size=train.batch_size, seed=config.seed, **shape
         ),
         validation_batches=evaluation_batches["validation"],
-        longest=longest,
+        longest=shape["width"] or bucket_width(max(len(ids) for texts in encoded.values() for ids in texts), longest),
         total_steps=count_steps(config, len(encoded["train"])),
         tokens_per_step=round(train.batch_size * np.mean([len(ids) for ids in encoded["train"]])),
         tokenizer=base.tokenizer.to_dict(),
-        save=lambda folder: save_files(folder, base, fields),
+        save=lambda folder: save_files(folder, start, base, fields),
         fingerprint=splits.fingerprint(),
         unit="text",
         figures=lambda sums: {"accuracy": figures(sums).accuracy},

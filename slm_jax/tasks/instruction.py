@@ -23,6 +23,7 @@ from slm_jax.data.instruction_batches import (
     pack,
 )
 from slm_jax.data.instructions import Example, InstructionSplits, load_instructions
+from slm_jax.data.text_batches import bucket_width
 from slm_jax.errors import InputError
 from slm_jax.evaluation.responses import Response, score_responses
 from slm_jax.files import replace_text
@@ -94,17 +95,17 @@ def build(config: RunConfig, start: Start, stop: Callable[[], None] | None = Non
             rows["train"], batch_size=train.batch_size, width=width, limit=longest, seed=config.seed
         ),
         validation_batches=evaluation_batches["validation"],
-        longest=longest,
+        longest=width or bucket_width(max(t.n_inputs for tokens in encoded.values() for t in tokens), longest),
         total_steps=count_steps(config, len(rows["train"])),
         tokens_per_step=round(train.batch_size * sum(t.n_inputs for t in encoded["train"]) / len(rows["train"])),
         tokenizer=tokenizer.to_dict(),
-        save=lambda folder: _save(folder, base, fields, template),
+        save=lambda folder: _save(folder, start, base, fields, template),
         fingerprint=_fingerprint(encoded),
         sample=_sampler(config, respond, template, splits.validation[0]),
         measure=functools.partial(_measure, evaluation_batches["test"], respond, splits.test[: section.responses]),
         report=_report,
         notes=(*splits.notes, *notes),
-        next_commands=_next_commands(config, splits),
+        next_commands=_next_commands(config),
     )
 
 
@@ -191,8 +192,8 @@ def _encode(
     return encoded, notes
 
 
-def _save(folder: Path, base: Base, fields: dict[str, Any], template: Template) -> None:
-    save_files(folder, base, fields)
+def _save(folder: Path, start: Start, base: Base, fields: dict[str, Any], template: Template) -> None:
+    save_files(folder, start, base, fields)
     replace_text(folder / "template.json", json.dumps(template.to_dict(), indent=1) + "\n")
 
 
@@ -265,7 +266,7 @@ def _report(before: dict[str, Any] | None, after: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _next_commands(config: RunConfig, splits: InstructionSplits) -> tuple[str, ...]:
+def _next_commands(config: RunConfig) -> tuple[str, ...]:
     folder = shlex.quote(str(config.folder))
     return (
         f"slm-jax chat --run {folder} --temperature 0",

@@ -50,7 +50,7 @@ class Task:
         loss_fn: see :mod:`slm_jax.training.step`; a key of None means no dropout.
         train_batches: element ``i`` is the global batch of step ``i``.
         validation_batches: the whole validation split once, in global batches.
-        longest: the width of the widest batch; None: all are as wide as the first.
+        longest: the width of the widest batch of all splits; None: all are as wide as the first.
         total_steps: steps of the whole run.
         tokens_per_step: tokens of a training batch, on average.
         tokenizer: as plain data, to travel with each checkpoint.
