@@ -24,6 +24,7 @@ _PLACE_ERRORS = (
 COMMANDS = {
     "train": ("slm_jax.commands.train", "pretrain a GPT: --config FILE.yaml, then --any.key value"),
     "finetune": ("slm_jax.commands.finetune", "make a classifier or an assistant of a pretrained GPT"),
+    "classify": ("slm_jax.commands.classify", "tell the classes of texts with a fine-tuned run"),
     "generate": ("slm_jax.commands.generate", "write text with a trained run or GPT-2 weights"),
     "chat": ("slm_jax.commands.chat", "talk with a model in the terminal"),
     "evaluate": ("slm_jax.commands.evaluate", "measure loss and bits a byte of a text, LAMBADA, HellaSwag"),

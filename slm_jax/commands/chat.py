@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from slm_jax.commands import load, use_compile_cache
 from slm_jax.errors import InputError
 from slm_jax.options import check_at_least, check_seed, parse
+from slm_jax.templates import Message, Template, load_template
 
 if TYPE_CHECKING:
     from slm_jax.run import Run
@@ -30,9 +31,11 @@ class Options:
             a folder or a name such as gpt2.
         tokenizer: gpt2, or a saved one: its file or folder, or a run's folder; null: the run's own, or GPT-2's.
         n_heads: attention heads, where weights do not say how many.
-        introduction: text before the conversation, which the model always sees.
-        you: your name in the text that the model sees.
-        model: the model's name there.
+        template: how the conversation is written for the model: alpaca, phi3, chatml, a JSON file, or none for plain
+            text with names; null: as the run was shown instructions, or none.
+        introduction: text before the conversation, which the model always sees; with a template the system message.
+        you: your name in the text that the model sees, where there is no template; null: User.
+        model: the model's name there; null: Assistant.
         max_new_tokens: the most tokens of an answer.
         temperature: below 1 safer, above 1 wilder, 0 always the likeliest token.
         top_k: how many of the likeliest tokens are drawn from; 0 or null: all.
@@ -45,9 +48,10 @@ class Options:
     run: str
     tokenizer: str | None = None
     n_heads: int | None = None
+    template: str | None = None
     introduction: str = ""
-    you: str = "User"
-    model: str = "Assistant"
+    you: str | None = None
+    model: str | None = None
     max_new_tokens: int = 200
     temperature: float = 0.8
     top_k: int | None = 50
@@ -61,14 +65,29 @@ class Options:
         check_seed(self.seed)
         self.sampling()
         for key in ("you", "model"):
-            if not getattr(self, key).strip():
+            name = getattr(self, key)
+            if name is not None and not name.strip():
                 raise InputError(f"{key} is empty; expected a name")
+        self.conversation(None)
 
     def sampling(self) -> "Sampling":
         """Return how tokens are chosen."""
         from slm_jax.sampling import Sampling
 
         return Sampling(self.temperature, self.top_k or None, self.top_p, self.min_p, self.repetition_penalty)
+
+    def conversation(self, learned: Template | None) -> Template:
+        """Return how the conversation is written, where the model has learned to see it in a template or in none."""
+        template = learned
+        if self.template is not None:
+            template = None if self.template == "none" else load_template(self.template)
+        if template is None:
+            return Template(user_start=f"\n{self.you or 'User'}: ", assistant_start=f"\n{self.model or 'Assistant'}:")
+        if self.you or self.model:
+            raise InputError(
+                "you and model are names in plain text, and there is a template; leave them out or pass --template none"
+            )
+        return template
 
 
 def main(args: Sequence[str]) -> int:
@@ -122,6 +141,7 @@ class Chat:
         self._tokenizer = loaded.tokenizer
         self._options = options
         self._sampling = options.sampling()
+        self._template = options.conversation(loaded.template)
         self._key = jax.random.key(options.seed)
         self._n_answers = 0
         self.turns: list[tuple[str, str]] = []  # message and answer
@@ -161,7 +181,7 @@ class Chat:
             self._prompt(message),
             self._sampling,
             max_new_tokens=self._options.max_new_tokens,
-            stop=(f"\n{self._options.you}:",),
+            stop=self._template.stop,
             past_context="stop",
             key=jax.random.fold_in(self._key, self._n_answers),
         )
@@ -172,11 +192,11 @@ class Chat:
         answer = ""
         try:
             for piece in pieces:
-                shown = piece if answer else piece.lstrip()
-                answer += shown
+                shown = piece if answer.strip() else piece.lstrip()
+                answer += piece
                 yield shown
         finally:
-            self.turns.append((message, answer.rstrip()))
+            self.turns.append((message, answer.rstrip()))  # with the space before it: the model will see what it wrote
 
     def _prompt(self, message: str) -> str:
         """Return the text that the answer continues; the oldest turns go when it would leave no room for the answer."""
@@ -184,22 +204,24 @@ class Chat:
         room = context - min(self._options.max_new_tokens, context // 2)
         turns = list(self.turns)
         while True:
-            prompt = self._text([*turns, (message, "")])
+            prompt = self._text(turns, message)
             n_tokens = len(self._tokenizer.encode(prompt))
             if n_tokens <= room:
                 self.turns = turns
                 return prompt
             if not turns:
                 raise InputError(
-                    f"the message makes {n_tokens} tokens, and the model's context of {context} has room for {room} "
-                    "beside the answer; shorten it, or lower --max-new-tokens"
+                    f"the message, with what always stands around it, makes {n_tokens} tokens, and the model's context "
+                    f"of {context} has room for {room} beside the answer; shorten it, or lower --max-new-tokens"
                 )
             del turns[0]
 
-    def _text(self, turns: Sequence[tuple[str, str]]) -> str:
-        you, model = self._options.you, self._options.model
-        introduction = f"{self._options.introduction}\n" if self._options.introduction else ""
-        return introduction + "\n".join(f"{you}: {said}\n{model}: {answer}" for said, answer in turns).rstrip()
+    def _text(self, turns: Sequence[tuple[str, str]], message: str) -> str:
+        introduction = self._options.introduction
+        messages = [Message("system", introduction)] if introduction else []
+        for said, answer in turns:
+            messages += [Message("user", said), Message("assistant", answer)]
+        return self._template.prompt([*messages, Message("user", message)])
 
 
 def _number(text: str) -> float:

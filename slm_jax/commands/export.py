@@ -5,26 +5,27 @@ import sys
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from slm_jax.errors import InputError
+from slm_jax.errors import InputError, MissingInputError
 from slm_jax.options import check_at_least, flatten, parse
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Write a model for Hugging Face's transformers, for nanoGPT or for the book's code.
+    """Write a model for Hugging Face's transformers, for nanoGPT or for the book's code, or only its adapters.
 
     Attributes:
         run: a run's folder such as runs/tiny, or runs/tiny@800 for one of its checkpoints; or GPT-2 weights: a file,
             a folder or a name such as gpt2.
         out: the folder to write; it must be new or empty.
-        format: huggingface (a folder for GPT2LMHeadModel), nanogpt or book (model.safetensors with their names).
+        format: huggingface (a folder for GPT2LMHeadModel), nanogpt or book (model.safetensors with their names), or
+            adapter (what LoRA trained, alone: adapter.safetensors for slm_jax.lora.load_adapters).
         tokenizer: gpt2, or a saved one: its file or folder, or a run's folder; null: the run's own, or GPT-2's.
         n_heads: attention heads, where weights do not say how many.
     """
 
     run: str
     out: str
-    format: Literal["huggingface", "nanogpt", "book"] = "huggingface"
+    format: Literal["huggingface", "nanogpt", "book", "adapter"] = "huggingface"
     tokenizer: str | None = None
     n_heads: int | None = None
 
@@ -45,6 +46,8 @@ def run(options: Options) -> int:
     from slm_jax.weights import load_gpt2, save_gpt2
 
     check_new_folder(options.out)
+    if options.format == "adapter":
+        return _export_adapters(options.run, options.out)
     tokenizer = None if options.tokenizer is None else get_tokenizer(options.tokenizer)
     cfg, params = load_gpt2(options.run, n_heads=options.n_heads)
     if tokenizer is None:
@@ -57,6 +60,25 @@ def run(options: Options) -> int:
     print(f"{options.out} written: {', '.join(sorted(path.name for path in folder.iterdir()))}")
     if options.format == "huggingface":
         print(f"open it with: transformers.GPT2LMHeadModel.from_pretrained({options.out!r})")
+    return 0
+
+
+def _export_adapters(source: str, out: str) -> int:
+    """Write what LoRA trained of a run, without the model; return 0."""
+    from slm_jax.files import new_folder
+    from slm_jax.lora import save_adapters
+    from slm_jax.training.checkpoint import read_metadata
+    from slm_jax.weights.ours import find_checkpoint, read_adapters
+
+    checkpoint = find_checkpoint(source)
+    if checkpoint is None:
+        raise MissingInputError(f"{source}: no run with checkpoints there; expected one with trainable: lora")
+    adapters = read_adapters(*checkpoint)
+    with new_folder(out) as partial:
+        save_adapters(partial / "adapter.safetensors", adapters)
+    print(f"{out} written: adapter.safetensors")
+    if "classes" in read_metadata(checkpoint[0] / "checkpoints", checkpoint[1]):
+        print("the head of a classifier is no adapter: its classes are in the run only", file=sys.stderr)
     return 0
 
 

@@ -11,7 +11,9 @@ from slm_jax.errors import InputError, MissingInputError
 from slm_jax.options import check_at_least, check_seed, parse
 
 if TYPE_CHECKING:
+    from slm_jax.run import Run
     from slm_jax.sampling import Sampling
+    from slm_jax.templates import Template
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +27,9 @@ class Options:
         n_heads: attention heads, where weights do not say how many.
         prompt: what the text starts with; empty: the start of a document.
         prompt_file: a UTF-8 file with the prompt instead; a line break at its end does not count.
+        instruction: what to do, instead of a prompt; it is shown in the run's template, or Alpaca's if it has none,
+            and only the answer is printed.
+        input: what the instruction is about.
         num_samples: how many texts to write.
         max_new_tokens: the most tokens to add to the prompt.
         temperature: below 1 safer, above 1 wilder, 0 always the likeliest token.
@@ -42,6 +47,8 @@ class Options:
     n_heads: int | None = None
     prompt: str = ""
     prompt_file: str | None = None
+    instruction: str | None = None
+    input: str = ""
     num_samples: int = 1
     max_new_tokens: int = 200
     temperature: float = 0.8
@@ -59,6 +66,12 @@ class Options:
         self.sampling()
         if self.prompt and self.prompt_file is not None:
             raise InputError(f"prompt is {self.prompt!r:.60} and prompt_file {self.prompt_file}; expected only one")
+        if self.instruction is not None and (self.prompt or self.prompt_file is not None):
+            raise InputError(f"instruction is {self.instruction!r:.60} and there is a prompt; expected only one")
+        if self.instruction is not None and not self.instruction.strip():
+            raise InputError("instruction is empty; expected text")
+        if self.input and self.instruction is None:
+            raise InputError(f"input is {self.input!r:.60} without an instruction; expected --instruction, too")
         if "" in self.stop:
             raise InputError("stop is empty; expected text, such as a line break")
 
@@ -80,10 +93,16 @@ def run(options: Options) -> int:
 
     from slm_jax.generate import stream_text
     from slm_jax.model import GPTModel, unstack_blocks
+    from slm_jax.templates import Message
 
     use_compile_cache()
-    prompt = options.prompt if options.prompt_file is None else read_prompt(Path(options.prompt_file))
+    start = options.prompt if options.prompt_file is None else read_prompt(Path(options.prompt_file))
     loaded = load(options.run, options.tokenizer, options.n_heads)
+    prompt, stop = start, options.stop
+    if options.instruction is not None:
+        template = _template(loaded)
+        prompt = template.prompt([Message("user", options.instruction, options.input)])
+        stop = (*stop, *template.stop)
     loaded = dataclasses.replace(loaded, params=unstack_blocks(loaded.params))
     texts = [
         stream_text(
@@ -93,7 +112,7 @@ def run(options: Options) -> int:
             prompt,
             options.sampling(),
             max_new_tokens=options.max_new_tokens,
-            stop=options.stop,
+            stop=stop,
             past_context=options.past_context,
             key=jax.random.fold_in(jax.random.key(options.seed), index),
         )
@@ -104,11 +123,20 @@ def run(options: Options) -> int:
     for number, pieces in enumerate(texts, start=1):
         if options.num_samples > 1:
             print(f"--- {number} of {options.num_samples} ---")
-        print(prompt, end="", flush=True)
+        print(start, end="", flush=True)
         for piece in pieces:
             print(piece, end="", flush=True)
         print()
     return 0
+
+
+def _template(loaded: "Run") -> "Template":
+    from slm_jax.templates import TEMPLATES
+
+    if loaded.template is not None:
+        return loaded.template
+    print(f"{loaded.folder}: was not trained on instructions; using the template alpaca", file=sys.stderr)
+    return TEMPLATES["alpaca"]
 
 
 def read_prompt(path: Path) -> str:

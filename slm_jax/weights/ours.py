@@ -9,8 +9,9 @@ from flax.traverse_util import flatten_dict
 
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.files import user_path
+from slm_jax.lora import split_adapters
 from slm_jax.model import DType, GPTConfig, Params, param_shapes
-from slm_jax.trainable import from_leaf_table, whole_params
+from slm_jax.trainable import from_leaf_table, merge_params, whole_params
 from slm_jax.training.checkpoint import METADATA, best_step, find_damage, load_params, read_metadata, saved_steps
 from slm_jax.weights.native import read_tree
 
@@ -113,6 +114,24 @@ def read_checkpoint(
     params = _with_frozen(folder, trained, cfg)
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, param_dtype), params)
     return cfg, params if sharding is None else jax.device_put(params, sharding), metadata
+
+
+def read_adapters(folder: Path, step: int) -> Params:
+    """Load the adapters alone of a run that was trained with ``trainable: lora``, not merged with their matrices.
+
+    Args:
+        folder: the run's folder.
+        step: of the checkpoint.
+
+    Raises:
+        InputError: a run without adapters; a damaged checkpoint.
+    """
+    metadata = read_metadata(folder / "checkpoints", step)
+    trained = metadata.get("trainable", "all")
+    if trained != "lora":
+        raise InputError(f"{folder}: has no adapters, as trainable was {trained}; expected a run with trainable: lora")
+    params = load_params(folder / "checkpoints", step, from_leaf_table(metadata["leaves"]))
+    return split_adapters(merge_params(read_tree(folder / FROZEN), params))[1]
 
 
 def _with_frozen(folder: Path, trained: Params, cfg: GPTConfig) -> Params:

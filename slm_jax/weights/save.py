@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict
 
 from slm_jax.errors import InputError
 from slm_jax.files import check_new_folder, new_folder
+from slm_jax.lora import merge_adapters
 from slm_jax.model import GPTConfig, Params, join_blocks
 from slm_jax.tokenizer import GPT2Tokenizer, Tokenizer
 from slm_jax.weights.files import FLOATS, OURS
@@ -42,7 +43,7 @@ def save_gpt2(
 
     Args:
         cfg: the model's configuration.
-        params: its parameters.
+        params: its parameters; adapters among them are merged with their matrices.
         folder: where to write; must not exist, or be empty.
         format: ``huggingface``, ``nanogpt`` or ``book``.
         tokenizer: its files go into the folder: GPT-2's as ``transformers`` reads it (if tiktoken's files are at
@@ -92,7 +93,7 @@ def _leaves(cfg: GPTConfig, params: Params) -> dict[str, np.ndarray]:
         if not isinstance(leaf, jax.Array | np.ndarray) or str(leaf.dtype) not in FLOATS:
             kind = f"{type(leaf).__name__} of {getattr(leaf, 'dtype', 'no dtype')}"
             raise InputError(f"parameter {path} is a {kind}; expected an array of one of {', '.join(FLOATS)}")
-    flat = flatten_dict(params if "blocks" in params else join_blocks(params), sep="/")
+    flat = flatten_dict(merge_adapters(params if "blocks" in params else join_blocks(params)), sep="/")
     expected = leaf_shapes(cfg)
     found = {path: leaf.shape for path, leaf in flat.items()}
     if wrong := sorted(path for path in {*found, *expected} if found.get(path) != expected.get(path)):

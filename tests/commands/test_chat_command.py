@@ -1,5 +1,6 @@
 """What must hold of ``slm-jax chat``: it answers, remembers, forgets, and never ends on a mistake."""
 
+import dataclasses
 import io
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from slm_jax import cli
 from slm_jax.commands.chat import Chat, Options
 from slm_jax.errors import InputError
 from slm_jax.run import load_model
+from slm_jax.templates import TEMPLATES, Message, Template
 
 
 @pytest.fixture(scope="module")
@@ -16,8 +18,8 @@ def model(weights: Path):
     return load_model(weights)
 
 
-def chat(model, **more) -> Chat:
-    return Chat(model, Options(run="x", **{"max_new_tokens": 8, **more}))
+def chat(loaded, **more) -> Chat:
+    return Chat(loaded, Options(run="x", **{"max_new_tokens": 8, **more}))
 
 
 def say(chat: Chat, message: str) -> str:
@@ -29,9 +31,11 @@ def test_an_answer_continues_the_conversation_and_is_remembered(model):
     prompts = []
     encode = model.tokenizer.encode
     first = say(talk, "the cat")
-    assert talk.turns == [("the cat", first.rstrip())]
+    assert first == first.lstrip()
+    assert [(said, answer.strip()) for said, answer in talk.turns] == [("the cat", first.strip())]
     prompts.append(talk._prompt("the dog"))
-    assert prompts[0] == f"User: the cat\nAssistant: {first.rstrip()}".rstrip() + "\nUser: the dog\nAssistant:"
+    (turn,) = talk.turns  # as the model wrote it, with the space before it
+    assert prompts[0] == f"\nUser: the cat\nAssistant:{turn[1]}\nUser: the dog\nAssistant:"
     second = say(talk, "the dog")
     assert [message for message, _ in talk.turns] == ["the cat", "the dog"]
     # What it says depends on what was said before.
@@ -63,10 +67,81 @@ def test_the_oldest_turns_go_when_there_is_no_room(model):
     assert prompt.startswith("the log.\nUser: ")
     assert len(model.tokenizer.encode(prompt)) + 8 <= 128
     with pytest.raises(
-        InputError, match=r"the message makes \d+ tokens, and the model's context of 128 has room for 120"
+        InputError, match=r"the message, .*, makes \d+ tokens, and the model's context of 128 has room for 120"
     ):
         talk.answer("the cat " * 20)
     assert len(talk.turns) >= 1  # nothing is forgotten for a message that is refused
+
+
+@pytest.fixture(scope="module")
+def taught(model):
+    """A run that was shown instructions, in a template of few characters, all in its vocabulary."""
+    template = Template(
+        user_start="\nUser:",
+        assistant_start=" the",
+        assistant_end=" and.",
+        system_start="sat",
+        system_end=",",
+        input_start="",
+    )
+    return dataclasses.replace(model, template=template)
+
+
+def test_a_run_with_a_template_is_spoken_to_in_it(taught):
+    talk = chat(taught, introduction=" on the log")
+    first = say(talk, " cat")
+    assert not first.startswith(" ")
+    ((_, answer),) = talk.turns
+    assert talk._prompt(" dog") == taught.template.prompt(
+        [
+            Message("system", " on the log"),
+            Message("user", " cat"),
+            Message("assistant", answer),
+            Message("user", " dog"),
+        ]
+    )
+    assert chat(taught)._prompt(" dog") == "\nUser: dog the"  # without a system message
+    assert chat(taught, template="none")._prompt("dog") == "\nUser: dog\nAssistant:"
+    named = chat(taught, template="none", you="dog", model="cat")
+    assert named._prompt("dog") == "\ndog: dog\ncat:"
+    assert named._template.stop == ("\ndog:",)
+
+
+def test_the_template_ends_an_answer(taught):
+    """A stop that comes soon: a likely character of this model."""
+    plain = say(chat(taught, max_new_tokens=60), " cat")
+    end = plain[3]
+    soon = dataclasses.replace(taught, template=dataclasses.replace(taught.template, assistant_end=end))
+    assert say(chat(soon, max_new_tokens=60), " cat").rstrip() == plain.partition(end)[0].rstrip()
+
+
+def test_the_oldest_turns_go_in_a_template_too_and_its_introduction_stays(taught):
+    talk = chat(taught, introduction=" on the log")
+    for _ in range(8):
+        say(talk, " sat on the mat")
+    assert 1 <= len(talk.turns) < 8
+    prompt = talk._prompt(" the cat")
+    assert prompt.startswith("sat on the log,\nUser: sat on the mat the")
+    assert prompt.endswith("\nUser: the cat the")
+    assert len(taught.tokenizer.encode(prompt)) + 8 <= 128
+
+
+def test_a_template_can_be_named_or_read_from_a_file(model, tmp_path):
+    assert chat(model, template="alpaca")._template == TEMPLATES["alpaca"]
+    file = tmp_path / "mine.json"
+    file.write_text('{"user_start": "User ", "assistant_start": " A ", "assistant_end": "."}')
+    assert chat(model, template=str(file))._prompt("the dog") == "User the dog A "
+    with pytest.raises(InputError, match="no such file or built-in template"):
+        chat(model, template="nonsense")
+
+
+def test_names_are_refused_where_a_template_has_none(taught, capsys):
+    for more in ({"you": "Me"}, {"model": "It"}):
+        with pytest.raises(InputError, match=r"you and model are names in plain text, .* --template none"):
+            chat(taught, **more)
+    assert cli.main(["chat", "--run", "none", "--template", "phi3", "--you", "Me"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "leave them out or pass --template none" in line
 
 
 def test_commands(model):

@@ -25,6 +25,10 @@ from slm_jax.options import parse
         (["--seed", "-1"], "seed is -1; expected at least 0"),
         (["--stop", ""], "stop is empty; expected text"),
         (["--prompt", "a", "--prompt-file", "b"], "prompt is 'a' and prompt_file b; expected only one"),
+        (["--instruction", "a", "--prompt", "b"], "instruction is 'a' and there is a prompt; expected only one"),
+        (["--instruction", "a", "--prompt-file", "b"], "instruction is 'a' and there is a prompt; expected only one"),
+        (["--instruction", " "], "instruction is empty; expected text"),
+        (["--input", "a"], "input is 'a' without an instruction; expected --instruction"),
         (["--step", "800"], "unknown key step; did you mean stop?"),
     ],
 )
@@ -53,3 +57,27 @@ def test_a_prompt_file_is_utf_8_without_its_last_line_break(tmp_path: Path):
         read_prompt(tmp_path / "none.txt")
     with pytest.raises(InputError, match="Is a directory"):
         read_prompt(tmp_path)
+
+
+def generate(run: Path, *more: str) -> list[str]:
+    return ["generate", "--run", str(run), "--temperature", "0", "--max-new-tokens", "20", *more]
+
+
+def test_only_the_answer_to_an_instruction_is_printed_up_to_what_ends_it(instructed, capsys):
+    prompt = "User: the dog, sat\nAssistant: "
+    assert cli.main(generate(instructed, "--prompt", prompt)) == 0
+    assert capsys.readouterr().out == f"{prompt}cat.\n"
+    asked = ["--instruction", "the dog", "--input", "sat"]
+    assert cli.main(generate(instructed, *asked)) == 0
+    shown = capsys.readouterr()
+    assert shown.out == "cat\n"
+    assert "alpaca" not in shown.err
+    assert cli.main(generate(instructed, *asked, "--stop", "t")) == 0
+    assert capsys.readouterr().out == "ca\n"
+
+
+def test_a_model_without_a_template_is_shown_alpacas(weights, capsys):
+    assert cli.main(generate(weights, "--instruction", "cat")) == 2
+    said, refused = capsys.readouterr().err.splitlines()
+    assert said.endswith("was not trained on instructions; using the template alpaca")
+    assert "'B'" in refused  # the first letter of Alpaca's, which this model's tokenizer does not know

@@ -2,12 +2,15 @@
 
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from slm_jax import cli
+from slm_jax.lora import add_adapters, load_adapters, merge_adapters
 from slm_jax.run import load_run
+from slm_jax.weights import load_gpt2
 
 
 def bits(folder: Path) -> dict[str, bytes]:
@@ -72,6 +75,41 @@ def test_weights_without_a_tokenizer_can_be_converted(weights, tmp_path, capsys)
     assert "pass the tokenizer" in capsys.readouterr().err
 
 
+def test_adapters_leave_alone_and_come_back_to_their_base(weights, instructed, tmp_path, capsys):
+    out = tmp_path / "adapter"
+    assert cli.main(["export", "--run", str(instructed), "--format", "adapter", "--out", str(out)]) == 0
+    assert capsys.readouterr().out == f"{out} written: adapter.safetensors\n"
+    adapters = load_adapters(out / "adapter.safetensors")
+    n_adapted, n_whole = (
+        sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (adapters, load_gpt2(weights)[1])
+    )
+    assert n_adapted < n_whole
+    merged = merge_adapters(add_adapters(load_gpt2(weights)[1], adapters))
+    trained = load_gpt2(instructed)[1]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), merged, trained)
+    assert not np.allclose(
+        merged["blocks"]["ff"]["fc"]["kernel"], load_gpt2(weights)[1]["blocks"]["ff"]["fc"]["kernel"]
+    )
+
+
+def test_an_export_of_a_run_with_adapters_has_them_merged(weights, instructed, tmp_path):
+    assert cli.main(["export", "--run", str(instructed), "--out", str(tmp_path / "hf")]) == 0
+    assert load_file(tmp_path / "hf" / "model.safetensors").keys() == load_file(weights / "model.safetensors").keys()
+    expected = load_run(instructed).params
+    jax.tree.map(np.testing.assert_array_equal, load_gpt2(tmp_path / "hf")[1], expected)
+
+
+def test_what_has_no_adapters_exports_none(weights, classifier, tmp_path, capsys):
+    for source, said in (
+        (classifier, "has no adapters, as trainable was last_block; expected a run with trainable: lora"),
+        (weights, "no run with checkpoints there; expected one with trainable: lora"),
+    ):
+        assert cli.main(["export", "--run", str(source), "--format", "adapter", "--out", str(tmp_path / "out")]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line == f"slm-jax export: {source}: {said}"
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [
@@ -79,7 +117,10 @@ def test_weights_without_a_tokenizer_can_be_converted(weights, tmp_path, capsys)
         (["import", "--source", "x"], "--run is missing"),
         (["import", "--source", "x", "--run", "../y"], "run is '../y'; expected a folder name"),
         (["export", "--run", "x"], "--out is missing"),
-        (["export", "--run", "x", "--out", "y", "--format", "gguf"], "expected one of huggingface, nanogpt, book"),
+        (
+            ["export", "--run", "x", "--out", "y", "--format", "gguf"],
+            "expected one of huggingface, nanogpt, book, adapter",
+        ),
     ],
 )
 def test_mistakes_are_one_line(capsys, args, said):

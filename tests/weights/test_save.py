@@ -14,8 +14,10 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from slm_jax.errors import InputError
+from slm_jax.lora import adapter_constants, find_targets, init_adapters, merge_adapters
 from slm_jax.model import GPTConfig, GPTModel, param_shapes, split_blocks
 from slm_jax.tokenizer import CharTokenizer, GPT2Tokenizer
+from slm_jax.trainable import merge_params
 from slm_jax.weights import load_gpt2, save_gpt2
 
 SMALL = {"vocab_size": 31, "context_length": 8, "emb_dim": 8, "n_heads": 2, "n_layers": 2}
@@ -61,6 +63,20 @@ def test_foreign_to_ours_and_back_is_bitwise(tensors, format, tmp_path):
     assert {name: (t.dtype, t.shape, t.tobytes()) for name, t in written.items()} == {
         name: (t.dtype, t.shape, t.tobytes()) for name, t in tensors.items()
     }
+
+
+def test_adapters_are_merged_with_their_matrices(tmp_path):
+    cfg, base = model()
+    targets = find_targets(base, ("attn/*", "ff/*"))
+    adapters = jax.tree.map(lambda leaf: leaf + 0.1, init_adapters(jax.random.key(0), base, targets, rank=2))
+    params = merge_params(base, adapters, adapter_constants(base, targets, scale=2.0))
+    tokens = jnp.arange(8, dtype=jnp.int32)[None]
+    loaded = load_gpt2(save_gpt2(cfg, params, tmp_path / "out"))[1]
+    with jax.default_matmul_precision("highest"):
+        found, expected, before = (jax.jit(GPTModel(cfg).apply)({"params": p}, tokens) for p in (loaded, params, base))
+    assert not np.allclose(expected, before, atol=0.01)
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+    jax.tree.map(np.testing.assert_array_equal, loaded, merge_adapters(params))
 
 
 @pytest.mark.parametrize("format", ["huggingface", "nanogpt", "book"])

@@ -1,0 +1,108 @@
+"""``slm-jax classify``: tell the classes of texts."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from slm_jax.commands import use_compile_cache
+from slm_jax.errors import InputError, MissingInputError
+from slm_jax.options import check_at_least, parse
+
+if TYPE_CHECKING:
+    from slm_jax.classify import Prediction
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Print the class of each text, its probability and the text, with tabs between them, a line for each.
+
+    Words that belong to no option are texts; all after -- are. Without texts or a file the lines of the standard input
+    are the texts.
+
+    Attributes:
+        run: the folder of a run that was fine-tuned for classification, such as runs/classify_builtin, or
+            runs/classify_builtin@80 for one of its checkpoints.
+        text: a text; may be given several times, and without --text.
+        file: a UTF-8 file with a text in each line instead; blank lines are left out.
+        format: text, or json with all probabilities, an object in each line.
+        batch_size: texts computed at a time.
+    """
+
+    run: str
+    text: tuple[str, ...] = ()
+    file: str | None = None
+    format: Literal["text", "json"] = "text"
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        check_at_least(vars(self), {"batch_size": 1})
+        if self.text and self.file is not None:
+            raise InputError(f"text is {self.text[0]!r:.60} and file {self.file}; expected only one")
+
+
+def main(args: Sequence[str]) -> int:
+    """Read the options and run; see ``slm-jax classify --help``."""
+    return run(parse(Options, name_texts(args), "slm-jax classify"))
+
+
+def name_texts(args: Sequence[str]) -> list[str]:
+    """Write words that belong to no option as the option that they stand for, ``--text=WORD``."""
+    named: list[str] = []
+    words = iter(args)
+    for word in words:
+        if word == "--":
+            named += [f"--text={text}" for text in words]
+        elif word in ("-h", "--help") or (word.startswith("--") and "=" in word):
+            named.append(word)
+        elif word.startswith("--"):
+            named += [word, *(value for value in [next(words, None)] if value is not None)]
+        else:
+            named.append(f"--text={word}")
+    return named
+
+
+def run(options: Options) -> int:
+    """Print a line for each text; return 0."""
+    from slm_jax.classify import load_classifier
+
+    use_compile_cache()
+    texts = options.text or _lines(options.file)
+    classifier = load_classifier(options.run)
+    predictions = classifier(texts, options.batch_size)
+    if n_truncated := sum(prediction.truncated for prediction in predictions):
+        print(f"{n_truncated:,} of {len(texts):,} texts cut off after {classifier.max_length} tokens", file=sys.stderr)
+    for text, prediction in zip(texts, predictions, strict=True):
+        print(_shown(text, prediction, options.format))
+    return 0
+
+
+def _shown(text: str, prediction: "Prediction", format: str) -> str:
+    if format == "json":
+        return json.dumps({"text": text, **dataclasses.asdict(prediction)})
+    return f"{prediction.label}\t{prediction.probability:.4f}\t{' '.join(text.split())}"
+
+
+def _lines(file: str | None) -> list[str]:
+    """Return the texts in a file or the standard input, one a line; say how many lines are blank."""
+    if file is None and sys.stdin.isatty():
+        raise InputError('no text; expected texts, such as slm-jax classify --run RUN "a text", --file or a pipe')
+    lines = sys.stdin.read().split("\n") if file is None else _read(Path(file)).split("\n")
+    lines = lines[:-1] if lines[-1] == "" else lines
+    texts = [line for line in lines if line.strip()]
+    if not texts:
+        raise InputError(f"{file or 'standard input'}: no text; expected one in each line")
+    if n_blank := len(lines) - len(texts):
+        print(f"{file or 'standard input'}: left out {n_blank:,} blank of {len(lines):,} lines", file=sys.stderr)
+    return texts
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.expanduser().read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise MissingInputError(f"{path}: {error.strerror}; expected a text file with a text in each line") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 at byte {error.start}; expected a UTF-8 text file") from None

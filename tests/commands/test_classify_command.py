@@ -1,0 +1,151 @@
+"""What must hold of ``slm-jax classify``: a line for each text, from wherever the texts come."""
+
+import io
+import json
+
+import pytest
+
+import slm_jax
+from slm_jax import cli
+from slm_jax.commands.classify import Options, name_texts
+from slm_jax.options import parse
+
+CATS, DOGS = "the cat sat on the mat", "the dog sat on the log"
+
+
+def classify(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[list[str], list[str]]:
+    """Run the command; return the lines that it printed and those on stderr."""
+    assert cli.main(["classify", *args]) == 0
+    shown = capsys.readouterr()
+    return shown.out.splitlines(), shown.err.splitlines()
+
+
+def test_texts_are_words_that_belong_to_no_option(classifier, capsys):
+    expected = [
+        f"{prediction.label}\t{prediction.probability:.4f}\t{text}"
+        for text, prediction in zip((CATS, DOGS), slm_jax.load_classifier(classifier)([CATS, DOGS]), strict=True)
+    ]
+    assert [line.partition("\t")[0] for line in expected] == ["cat", "dog"]
+    run = str(classifier)
+    for args in (
+        ("--run", run, CATS, DOGS),
+        (CATS, DOGS, "--run", run),
+        (CATS, f"--run={run}", "--", DOGS),
+        ("--run", run, "--text", CATS, "--text", DOGS),
+    ):
+        assert classify(capsys, *args) == (expected, [])
+
+
+def test_words_are_told_from_options():
+    assert name_texts(["a b", "--run", "x", "-1", "", "--format=json", "--", "--run", "--"]) == [
+        *("--text=a b", "--run", "x", "--text=-1", "--text=", "--format=json", "--text=--run", "--text=--")
+    ]
+    assert name_texts(["--run"]) == ["--run"]
+    assert name_texts(["--help", "-h"]) == ["--help", "-h"]
+
+
+def test_a_text_is_taken_as_it_was_typed(classifier, capsys):
+    texts = ["the cat: {the}", "[cat, dog]", "# the", "null", "", "the\ncat\t sat", "é 🐈", "-1", "--run", "--"]
+    options = parse(Options, name_texts(["--run", "x", "--", *texts]), "slm-jax classify")
+    assert options.text == tuple(texts)
+    (line,), _ = classify(capsys, "--run", str(classifier), "the\ncat sat")
+    assert line.endswith("\tthe cat sat")  # a line for a text
+
+
+def test_json_has_all_probabilities(classifier, capsys):
+    lines, said = classify(capsys, "--run", str(classifier), "--format", "json", "the cat", DOGS + ", and the cat")
+    assert said == ["1 of 2 texts cut off after 24 tokens"]
+    rows = [json.loads(line) for line in lines]
+    assert [set(row) for row in rows] == [{"text", "label", "probability", "probabilities", "truncated"}] * 2
+    assert [row["truncated"] for row in rows] == [False, True]
+    for row in rows:
+        assert row["probabilities"][row["label"]] == row["probability"]
+        assert sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-6)
+
+
+def test_lines_of_a_file_or_of_the_standard_input(classifier, tmp_path, capsys, monkeypatch):
+    run = ["--run", str(classifier)]
+    expected, _ = classify(capsys, *run, CATS, DOGS)
+    file = tmp_path / "texts.txt"
+    for content, n_blank in (
+        (f"{CATS}\n{DOGS}\n", ""),
+        (f"\ufeff{CATS}\r\n \n\n{DOGS}", "left out 2 blank of 4 lines"),
+    ):
+        file.write_bytes(content.encode())
+        lines, said = classify(capsys, *run, "--file", str(file))
+        assert lines == expected
+        assert said == ([f"{file}: {n_blank}"] if n_blank else [])
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{CATS}\n\n{DOGS}\n"))
+    assert classify(capsys, *run) == (expected, ["standard input: left out 1 blank of 3 lines"])
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def refused(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    assert cli.main(list(args)) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    (line,) = shown.err.splitlines()
+    return line.removeprefix(f"slm-jax {args[0]}: ")
+
+
+def test_without_a_text_it_says_how_to_give_one(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.stdin", Terminal(""))
+    assert refused(capsys, "classify", "--run", "x").startswith("no text; expected texts, such as")
+    monkeypatch.setattr("sys.stdin", io.StringIO(" \n"))
+    assert refused(capsys, "classify", "--run", "x").startswith("standard input: no text")
+    (tmp_path / "empty.txt").touch()
+    file = str(tmp_path / "empty.txt")
+    assert refused(capsys, "classify", "--run", "x", "--file", file).startswith(f"{file}: no text")
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["cat"], "--run is missing; expected the folder of a run"),
+        (["--run"], "--run has no value"),
+        (["--run", "x", "cat"], "x: no run with checkpoints there"),
+        (["--run", "x", "--batch-size", "0", "cat"], "batch_size is 0; expected at least 1"),
+        (["--run", "x", "--format", "xml", "cat"], "format is 'xml'; expected one of text, json"),
+        (["--run", "x", "--file", "y", "cat"], "text is 'cat' and file y; expected only one"),
+        (["--run", "x", "--files", "y", "cat"], "unknown key files; did you mean file?"),
+        (["--run", "x", "--file", "none.txt"], "none.txt: No such file or directory; expected a text file"),
+    ],
+)
+def test_mistakes_are_one_line(capsys, args, said):
+    assert refused(capsys, "classify", *args).startswith(said)
+
+
+def test_a_file_that_is_no_text_is_refused(capsys, tmp_path):
+    file = tmp_path / "latin1.txt"
+    file.write_bytes(b"caf\xe9\n")
+    assert refused(capsys, "classify", "--run", "x", "--file", str(file)) == (
+        f"{file}: not UTF-8 at byte 3; expected a UTF-8 text file"
+    )
+
+
+def test_a_text_that_cannot_be_read_is_named(classifier, capsys, monkeypatch):
+    run = ["classify", "--run", str(classifier)]
+    assert refused(capsys, *run, "the cat", "") == "a text is ''; expected text that is not empty"
+    assert refused(capsys, *run, "the cat", "the Cat").startswith("text 'the Cat': character 'C' at offset 4")
+    stdin = io.TextIOWrapper(io.BytesIO(b"the cat\nhi \xff\n"), encoding="utf-8", errors="strict")
+    monkeypatch.setattr("sys.stdin", stdin)
+    assert "lone surrogate" in refused(capsys, *run)
+
+
+def test_a_classifier_writes_no_text_and_a_model_of_text_tells_no_class(classifier, instructed, capsys, tmp_path):
+    run, out = str(classifier), tmp_path / "out"
+    for args in (
+        ["generate", "--run", run],
+        ["chat", "--run", run],
+        ["export", "--run", run, "--out", str(out)],
+        ["evaluate", "--run", run, "--source", "builtin:python-docs"],
+    ):
+        assert "is a classifier and writes no text; use slm-jax classify" in refused(capsys, *args)
+    assert not out.exists()
+    assert "is no classifier; expected a run of slm-jax finetune" in refused(
+        capsys, "classify", "--run", str(instructed), "a"
+    )
