@@ -104,6 +104,7 @@ def save_run(folder: Path, run: Run) -> None:
         "model": dataclasses.asdict(run.model_config),
         "identity": {"task": "imported weights"},  # equal to that of no training
         "tokenizer": run.tokenizer.to_dict(),
+        **({} if run.template is None else {"template": run.template.to_dict()}),
     }
     with new_folder(folder) as partial:
         run.tokenizer.save(partial / "tokenizer")

@@ -2,11 +2,13 @@
 
 import contextlib
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from slm_jax.run import Run
+    from slm_jax.templates import Template
 
 
 def use_compile_cache() -> None:
@@ -26,3 +28,13 @@ def load(source: str, tokenizer: str | None, n_heads: int | None) -> "Run":
     from slm_jax.tokenizer import get_tokenizer
 
     return load_model(source, None if tokenizer is None else get_tokenizer(tokenizer), n_heads=n_heads)
+
+
+def template_of(loaded: "Run") -> "Template":
+    """Return the template that a model was shown instructions in; say so where it was not, and take Alpaca's."""
+    from slm_jax.templates import TEMPLATES
+
+    if loaded.template is not None:
+        return loaded.template
+    print(f"{loaded.folder}: was not trained on instructions; using the template alpaca", file=sys.stderr)
+    return TEMPLATES["alpaca"]

@@ -9,15 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from slm_jax.commands import load, use_compile_cache
+from slm_jax.commands import load, template_of, use_compile_cache
 from slm_jax.errors import InputError
 from slm_jax.files import replace_text, user_path
 from slm_jax.options import check_at_least, parse
 
 if TYPE_CHECKING:
     from slm_jax.evaluation import Response
-    from slm_jax.run import Run
-    from slm_jax.templates import Template
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +111,7 @@ def _measure(options: Options, source: str, responses: "list[Response] | None") 
     measurements = _measurements(options)
     if responses is not None:
         measurements["references"] = partial(
-            reference_loss, template=_template(loaded), entries=responses, batch_size=options.batch_size
+            reference_loss, template=template_of(loaded), entries=responses, batch_size=options.batch_size
         )
     console = Console(stderr=True)
     # Accelerators multiply float32 with fewer bits unless told not to.
@@ -122,15 +120,6 @@ def _measure(options: Options, source: str, responses: "list[Response] | None") 
             show = partial(track, description=name, console=console, transient=True, disable=not console.is_terminal)
             figures[name] = to_dict(measure(model, loaded.params, loaded.tokenizer, track=show))
     return figures
-
-
-def _template(loaded: "Run") -> "Template":
-    from slm_jax.templates import TEMPLATES
-
-    if loaded.template is not None:
-        return loaded.template
-    print(f"{loaded.folder}: was not trained on instructions; using the template alpaca", file=sys.stderr)
-    return TEMPLATES["alpaca"]
 
 
 def _check_sources(options: Options) -> None:

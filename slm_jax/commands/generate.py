@@ -6,14 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from slm_jax.commands import load, use_compile_cache
+from slm_jax.commands import load, template_of, use_compile_cache
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.options import check_at_least, check_seed, parse
 
 if TYPE_CHECKING:
-    from slm_jax.run import Run
     from slm_jax.sampling import Sampling
-    from slm_jax.templates import Template
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +98,7 @@ def run(options: Options) -> int:
     loaded = load(options.run, options.tokenizer, options.n_heads)
     prompt, stop = start, options.stop
     if options.instruction is not None:
-        template = _template(loaded)
+        template = template_of(loaded)
         prompt = template.prompt([Message("user", options.instruction, options.input)])
         stop = (*stop, *template.stop)
     loaded = dataclasses.replace(loaded, params=unstack_blocks(loaded.params))
@@ -128,15 +126,6 @@ def run(options: Options) -> int:
             print(piece, end="", flush=True)
         print()
     return 0
-
-
-def _template(loaded: "Run") -> "Template":
-    from slm_jax.templates import TEMPLATES
-
-    if loaded.template is not None:
-        return loaded.template
-    print(f"{loaded.folder}: was not trained on instructions; using the template alpaca", file=sys.stderr)
-    return TEMPLATES["alpaca"]
 
 
 def read_prompt(path: Path) -> str:

@@ -269,7 +269,7 @@ def _report(before: dict[str, Any] | None, after: dict[str, Any]) -> list[str]:
 def _next_commands(config: RunConfig) -> tuple[str, ...]:
     folder = shlex.quote(str(config.folder))
     return (
-        f"slm-jax chat --run {folder} --temperature 0",
+        f"slm-jax chat --run {folder} --temperature 0 --max-new-tokens {config.sample.max_new_tokens}",
         f"slm-jax evaluate --run {folder} --responses {shlex.quote(str(config.folder / 'responses.json'))}",
         f"slm-jax export --run {folder} --out {shlex.quote(config.name + '-hf')}",
     )
