@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
@@ -72,39 +71,40 @@ def find_targets(params: Params, patterns: tuple[str, ...]) -> list[str]:
     return [target for target in there if any(fnmatchcase(target, pattern) for pattern in patterns)]
 
 
-def init_adapters(key: jax.Array, params: Params, targets: list[str], rank: int) -> Params:
-    """Make the trained part of adapters: A uniform within ±1/√in, B zero, in the matrices' dtype.
+def init_adapters(
+    key: jax.Array, params: Params, targets: tuple[str, ...], *, rank: int, alpha: float, drop_rate: float = 0.0
+) -> Params:
+    """Make new adapters: A uniform within ±1/√in, B zero, in the matrices' dtype; and their constants.
 
     Args:
         key: of A.
         params: the model's, arrays or shapes, the blocks in one stack.
-        targets: what :func:`find_targets` gave.
+        targets: patterns of the matrices that get one (:func:`find_targets`).
         rank: of the change.
+        alpha: the change is multiplied by alpha / rank.
+        drop_rate: dropout on what goes into an adapter; at 0 there is none.
+
+    Returns:
+        The adapters alone; :func:`add_adapters` puts them into a params tree.
+
+    Raises:
+        InputError: a pattern that names none.
     """
     flat = flatten_dict(params, sep="/")
+    constants = {"lora_scale": alpha / rank, **({"lora_drop_rate": drop_rate} if drop_rate else {})}
     adapters = {}
-    for i, target in enumerate(TARGETS):
-        if target not in targets:
-            continue
+    for target in find_targets(params, targets):
         path, third = TARGETS[target]
         *stack, n_in, n_out = flat[path].shape
         n_out = n_out if third is None else n_out // 3
-        bound = 1 / math.sqrt(n_in)
-        shape, dtype = (*stack, n_in, rank), flat[path].dtype
-        a = jax.random.uniform(jax.random.fold_in(key, i), shape, dtype, -bound, bound)
-        adapters[_place(target)] = {"lora_a": a, "lora_b": jnp.zeros((*stack, rank, n_out), dtype)}
+        dtype, bound = flat[path].dtype, 1 / math.sqrt(n_in)
+        own_key = jax.random.fold_in(key, list(TARGETS).index(target))  # whatever the other targets are
+        adapters[_place(target)] = {
+            "lora_a": jax.random.uniform(own_key, (*stack, n_in, rank), dtype, -bound, bound),
+            "lora_b": jnp.zeros((*stack, rank, n_out), dtype),
+            **{name: jnp.full(stack, value, jnp.float32) for name, value in constants.items()},
+        }
     return unflatten_dict(adapters, sep="/")
-
-
-def adapter_constants(params: Params, targets: list[str], scale: float, drop_rate: float = 0.0) -> Params:
-    """Return what adapters hold beside A and B: their scale, alpha / rank, and the rate of their dropout, if any."""
-    flat = flatten_dict(params, sep="/")
-    values = {"lora_scale": scale, **({"lora_drop_rate": drop_rate} if drop_rate else {})}
-    constants = {}
-    for target in targets:
-        stack = flat[TARGETS[target][0]].shape[:-2]
-        constants[_place(target)] = {name: np.full(stack, value, np.float32) for name, value in values.items()}
-    return unflatten_dict(constants, sep="/")
 
 
 def merge_adapters(params: Params) -> Params:

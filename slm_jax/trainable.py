@@ -5,20 +5,22 @@ no optimizer state. The forms that training uses lead back to the one tree of th
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from slm_jax.config import LoRAConfig, RunConfig
 from slm_jax.errors import InputError
-from slm_jax.lora import adapter_constants, find_targets, init_adapters, merge_adapters
+from slm_jax.lora import TRAINED, init_adapters, merge_adapters
 from slm_jax.model import Params, join_blocks, split_blocks
+
+if TYPE_CHECKING:  # who loads weights needs no command line
+    import slm_jax.config
 
 HEADS = ("class_head", "out_head")
 
 
-def split_params(params: Params, config: RunConfig, key: jax.Array) -> tuple[Params, Params]:
+def split_params(params: Params, config: "slm_jax.config.RunConfig", key: jax.Array) -> tuple[Params, Params]:
     """Split a model's whole params tree as ``trainable`` says; return (trainable, frozen).
 
     Args:
@@ -57,13 +59,18 @@ def _split_names(params: Params, trained: set[str]) -> tuple[Params, Params]:
     return parts
 
 
-def _split_lora(params: Params, config: LoRAConfig, key: jax.Array) -> tuple[Params, Params]:
+def _split_lora(params: Params, config: "slm_jax.config.LoRAConfig", key: jax.Array) -> tuple[Params, Params]:
     """Freeze everything but the adapters, and but a new classification head that has none."""
-    targets = find_targets(params, config.targets)
-    adapters = init_adapters(key, params, targets, config.rank)
-    constants = adapter_constants(params, targets, config.alpha / config.rank, config.drop_rate)
-    trainable, frozen = _split_names(params, {"class_head"} - set(targets))
-    return merge_params(trainable, adapters), merge_params(frozen, constants)
+    adapters = init_adapters(
+        key, params, config.targets, rank=config.rank, alpha=config.alpha, drop_rate=config.drop_rate
+    )
+    trains_head = "class_head_adapter" not in adapters
+    parts: tuple[Params, Params] = ({}, {})
+    for path, leaf in flatten_dict(merge_params(params, adapters), sep="/").items():
+        is_trained = path.endswith(TRAINED) or (trains_head and path.startswith("class_head/"))
+        parts[not is_trained][path] = leaf
+    trainable, frozen = (unflatten_dict(part, sep="/") for part in parts)
+    return trainable, frozen
 
 
 def merge_params(*trees: Params) -> Params:

@@ -347,7 +347,19 @@ IDENTITY = {
     *(f"optimizer.{name}" for name in ("final_learning_rate", "beta1", "beta2", "eps", "clip_norm")),
     *(f"model.{name}" for name in ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers", "drop_rate")),
     *(f"model.{name}" for name in ("qkv_bias", "tie_weights", "bias", "exact_gelu", "param_dtype")),
+    *("base", "trainable"),
 }
+# What else identifies a run of fine-tuning: its test split, and the sections that its kind of training reads.
+TEST_SPLIT = {"data.test_source", "data.test_fraction"}
+CLASSIFICATION = {
+    *(f"classification.{name}" for name in ("text_column", "label_column", "columns", "balance", "split")),
+    *(f"classification.{name}" for name in ("group_duplicates", "pooling", "pad_to", "max_length")),
+}
+INSTRUCTION = {
+    f"instruction.{name}" for name in ("template", "split", "mask_prompt", "packing", "too_long", "max_length")
+}
+LORA = {f"lora.{name}" for name in ("rank", "alpha", "targets", "drop_rate")}
+LAST_N_BLOCKS = {"trainable_blocks"}
 # … against train.steps (and epochs), dtype, remat, mesh, cadence, logging, folders.
 EXECUTION = {
     *("run", "runs_dir", "resume"),
@@ -356,14 +368,53 @@ EXECUTION = {
     *(f"checkpoint.{name}" for name in ("every", "keep")),
     *(f"mesh.{name}" for name in ("data", "fsdp", "tensor")),
     *(f"sample.{name}" for name in ("every", "prompt", "max_new_tokens", "temperature", "top_k")),
+    "instruction.responses",
 }
+# Absent where they have the value that they had before they could be chosen.
+LATER = {"--model.exact_gelu": "true", "--base": "runs/x", "--trainable": "last_block"}
 
 
 def test_every_key_is_of_one_kind():
-    assert set(flatten(to_dict(RunConfig()))) == IDENTITY | EXECUTION
-    assert not IDENTITY & EXECUTION
-    config = parse_args(["--model.exact_gelu", "true"])
-    assert set(identity(config, config.gpt_config(1024))) == IDENTITY
+    kinds = (IDENTITY, TEST_SPLIT, CLASSIFICATION, INSTRUCTION, LORA, LAST_N_BLOCKS, EXECUTION)
+    assert set(flatten(to_dict(RunConfig()))) == set().union(*kinds)
+    assert sum(map(len, kinds)) == len(set().union(*kinds))
+
+
+@pytest.mark.parametrize(
+    ("args", "keys"),
+    [
+        ({}, set()),
+        ({"--task": "classification"}, TEST_SPLIT | CLASSIFICATION),
+        ({"--task": "instruction"}, TEST_SPLIT | INSTRUCTION),
+        ({"--task": "instruction", "--trainable": "lora"}, TEST_SPLIT | INSTRUCTION | LORA),
+        ({"--trainable": "last_n_blocks"}, LAST_N_BLOCKS),
+    ],
+    ids=str,
+)
+def test_a_run_is_identified_by_what_its_kind_of_training_reads(args, keys):
+    config = parse_args([part for pair in {**LATER, **args}.items() for part in pair])
+    assert set(identity(config, config.gpt_config(1024))) == IDENTITY | keys
+
+
+def test_what_a_run_does_not_read_makes_no_other_run_of_it():
+    """So that runs from before these sections go on; what it does read makes one."""
+    assert identity(RunConfig(), RunConfig().gpt_config(9)).keys() == IDENTITY - {key.lstrip("-") for key in LATER}
+    for task, other, own in (
+        ("classification", "--instruction.packing", "--classification.group_duplicates"),
+        ("instruction", "--classification.group_duplicates", "--instruction.packing"),
+    ):
+        configs = [parse_args(["--task", task, *more]) for more in ([], [other, "true"], [own, "true"], [own, "false"])]
+        ids = [identity(config, config.gpt_config(9)) for config in configs]
+        assert ids[0] == ids[1]
+        assert ids[2] != ids[3]
+
+
+def test_an_identity_is_as_json_gives_it_back():
+    """It is compared with what a checkpoint's metadata say."""
+    args = ["--base", "b", "--trainable", "lora", "--task", "classification", "--classification.columns", "a"]
+    config = parse_args(args)
+    now = identity(config, config.gpt_config(9))
+    assert json.loads(json.dumps(now)) == now
 
 
 def test_identity_holds_the_resolved_model():

@@ -1,6 +1,7 @@
 """Every YAML under configs/ parses, says what it promises, and makes a training step of its real shapes."""
 
 import dataclasses
+import importlib
 import math
 import os
 from functools import partial
@@ -9,13 +10,16 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+import yaml
 
-from slm_jax.config import RunConfig, parse_args
+from slm_jax.config import FinetuneConfig, RunConfig, parse_args
 from slm_jax.errors import MissingInputError
-from slm_jax.model import count_params
+from slm_jax.model import count_params, get_gpt_config, init_params
+from slm_jax.run import Run, save_run
 from slm_jax.tasks import pretraining
-from slm_jax.tokenizer import get_tokenizer
+from slm_jax.tokenizer import BPETokenizer, get_tokenizer
 from slm_jax.training.optimizer import make_optimizer, make_schedule
+from slm_jax.training.start import find_start
 from slm_jax.training.step import TrainState, make_eval_step, make_train_step
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -23,13 +27,28 @@ RECIPES = sorted(CONFIGS.rglob("*.yaml"))
 MAX_PARAMETERS = 5_000_000  # what is run here and not only lowered
 
 
-def read(name: str) -> RunConfig:
-    return parse_args(["--config", str(CONFIGS / f"{name}.yaml")])
+def read(name: str, *more: str) -> RunConfig:
+    path = CONFIGS / f"{name}.yaml"
+    task = yaml.safe_load(path.read_text()).get("task", "pretraining")
+    return parse_args(["--config", str(path), *more], RunConfig if task == "pretraining" else FinetuneConfig)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A small new model in place of what fine-tuning starts from."""
+    tokenizer = BPETokenizer.train("the cat sat on the mat, and the dog sat on the log. " * 9, vocab_size=300)
+    cfg = get_gpt_config("tiny", vocab_size=tokenizer.vocab_size, context_length=2048, emb_dim=32, n_layers=2)
+    params = jax.jit(init_params, static_argnums=0)(cfg, jax.random.key(0))
+    folder = tmp_path_factory.mktemp("base") / "new"
+    save_run(folder, Run(folder, None, cfg, params, tokenizer))
+    return folder
 
 
 def available(config: RunConfig) -> None:
     """Skip what needs files that are not on this machine; nothing is downloaded in the tests."""
     sources = (config.data.source, config.data.validation_source or "")
+    if any(source.startswith("tfds:") for source in sources):
+        pytest.skip("a data set of TensorFlow Datasets would be downloaded")
     if any(source.startswith("named:") for source in sources):
         folder = os.environ.get("SLM_JAX_DATA")
         if not folder or not (Path(folder) / "tinyshakespeare.txt").is_file():
@@ -50,53 +69,65 @@ def test_there_are_recipes():
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_parses_and_names_its_run(path):
-    config = parse_args(["--config", str(path)])
+    config = read(path.stem)
     assert config.name == path.stem
     assert config.folder == Path("runs") / path.stem
     assert f"--config configs/{path.name}" in path.read_text() or path.stem == "tiny"
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_makes_a_training_step(path):
+def test_a_recipe_makes_a_training_step(path, request, tmp_path):
     """With its own data, tokenizer, model and batches: two steps where that is quick, else lowered only."""
     # As a loop of layers, which compiles several times faster; that it is the same model is tested elsewhere.
-    config = parse_args(["--config", str(path), "--model.unroll", "false"])
+    config = read(path.stem, "--model.unroll", "false", "--runs_dir", str(tmp_path))
     available(config)
-    task = pretraining.build(config)
+    if config.base is not None:
+        config = dataclasses.replace(config, base=str(request.getfixturevalue("base")))
+    task = importlib.import_module(f"slm_jax.tasks.{config.task}").build(config, find_start(config))
     assert task.total_steps > 1
     optimizer = make_optimizer(config.optimizer)
     schedule = make_schedule(config.optimizer, task.total_steps)
 
     def initial_state(key):
-        params = task.init_params(key)
+        params = task.init_params(key) if task.init_params else task.trainable
         return TrainState(jnp.int32(0), params, optimizer.init(params), key)
 
     key = jax.random.key(config.seed)
     state = jax.eval_shape(initial_state, key)
     batch = task.train_batches[0]
-    assert batch["inputs"].shape == (config.train.batch_size, task.model_config.context_length)
+    rows, width = batch["inputs"].shape
+    assert rows == config.train.batch_size
+    assert width == task.model_config.context_length or (task.longest is not None and width <= task.longest)
     assert batch["inputs"].max() < task.model_config.vocab_size
     train_step = jax.jit(make_train_step(task.loss_fn, optimizer, schedule, config.train.accumulate))
-    lowered = train_step.lower(state, {}, batch)
+    lowered = train_step.lower(state, task.frozen, batch)
     new_state, metrics = lowered.out_info
     assert jax.tree.map(shape_of, new_state) == jax.tree.map(shape_of, state)
     assert metrics.loss.shape == ()
 
     validation = next(iter(task.validation_batches()))
     assert len(validation["inputs"]) == (config.train.eval_batch_size or config.train.batch_size)
-    sums = jax.eval_shape(make_eval_step(task.loss_fn), state.trainable, {}, validation)
+    *sums, _ = jax.eval_shape(make_eval_step(task.loss_fn), state.trainable, task.frozen, validation)
     assert [total.shape for total in sums] == [(), ()]
 
     if count_params(task.model_config) <= MAX_PARAMETERS:
         state, step = jax.jit(initial_state)(key), lowered.compile()
         losses = []
         for i in range(2):
-            state, metrics = step(state, {}, jax.tree.map(jnp.asarray, task.train_batches[i]))
+            state, metrics = step(state, task.frozen, padded(task.train_batches[i], batch))
             losses.append(float(metrics.loss))
             assert not metrics.skipped
-        uniform = math.log(task.model_config.vocab_size)
+        uniform = math.log(len(task.metadata.get("classes", range(task.model_config.vocab_size))))
         assert losses == pytest.approx([uniform, uniform], abs=0.3)  # a new model knows nothing
         assert int(state.step) == 2
+
+
+def padded(batch, like):
+    """Make a batch as wide as another, with what does not count."""
+    return {
+        name: jnp.pad(value, [(0, other - own) for own, other in zip(value.shape, like[name].shape, strict=True)])
+        for name, value in batch.items()
+    }
 
 
 def shape_of(leaf):
@@ -147,19 +178,19 @@ def test_verdict_is_the_books_chapter_5():
     assert config.data.sampling == "stride"
 
 
-def test_epochs_become_steps(named_data):
-    config = read("verdict")
+def test_epochs_become_steps(named_data, tmp_path):
+    config = read("verdict", "--runs_dir", str(tmp_path))
     available(config)
-    task = pretraining.build(config)
+    task = pretraining.build(config, find_start(config))
     # 5,145 tokens, nine tenths of the characters to train on: 18 windows of 256 in nine batches of two
     assert task.total_steps == 90
     assert task.tokens_per_step == 512
 
 
-def test_a_recipes_step_lowers_for_accelerators(named_data):
+def test_a_recipes_step_lowers_for_accelerators(named_data, tmp_path):
     """On a machine that has none, in the dtype that would be chosen there."""
-    config = read("shakespeare_char")
-    task = pretraining.build(dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16")))
+    config = read("shakespeare_char", "--model.dtype", "bfloat16", "--runs_dir", str(tmp_path))
+    task = pretraining.build(config, find_start(config))
     optimizer = make_optimizer(config.optimizer)
     step = make_train_step(task.loss_fn, optimizer, make_schedule(config.optimizer, task.total_steps))
     params = jax.eval_shape(task.init_params, jax.random.key(0))

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from slm_jax.config import RunConfig
+from slm_jax.config import RunConfig, identity
 from slm_jax.errors import InputError
 from slm_jax.model import GPTConfig, Params
 from slm_jax.run import find_tokenizer, load_model
@@ -100,6 +100,8 @@ def prepare_params(
         added = jax.jit(lambda key: {name: tree for name, tree in init(key).items() if name in new})(key)
         trainable, frozen = split({name: base.params.get(name) or added[name] for name in shapes})
         return {**fields, "trainable": trainable, "frozen": frozen}
+    # Refused now: the files of a run of something else would be taken for damaged.
+    start.check_identity({**start.metadata["identity"], **identity(config, base.model_config)})
     if frozen:
         file = start.folder.path / FROZEN
         fields["frozen"] = read_tree(file)

@@ -13,13 +13,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from slm_jax.config import MeshConfig, OptimizerConfig
+from slm_jax.classifier import GPTClassifier
+from slm_jax.config import LoRAConfig, MeshConfig, OptimizerConfig, RunConfig
 from slm_jax.errors import InputError
 from slm_jax.model import GPTConfig, GPTModel, init_params
+from slm_jax.tasks import classification
 from slm_jax.tasks.pretraining import make_loss_fn
+from slm_jax.trainable import split_params
 from slm_jax.training.checkpoint import Checkpoints
 from slm_jax.training.optimizer import make_optimizer, make_schedule
-from slm_jax.training.sharding import batch_sharding, check_batch_size, make_mesh, put_batch, state_shardings
+from slm_jax.training.sharding import (
+    batch_sharding,
+    check_batch_size,
+    make_mesh,
+    put_batch,
+    put_params,
+    state_shardings,
+)
 from slm_jax.training.step import TrainState, make_eval_step, make_train_step
 
 BATCH, SEQ, VOCAB, STEPS = 16, 8, 64, 5
@@ -69,7 +79,7 @@ def train_on_one(accumulate: int) -> list[float]:
 
 
 def evaluate(state: TrainState, batch: dict) -> float:
-    loss, weight = jax.jit(make_eval_step(make_loss_fn(model(0.0))))(state.trainable, {}, batch)
+    loss, weight, _ = jax.jit(make_eval_step(make_loss_fn(model(0.0))))(state.trainable, {}, batch)
     return float(loss) / float(weight)
 
 
@@ -116,6 +126,47 @@ def train_with_pmap() -> list[float]:
     return losses
 
 
+def tune_with_lora(cfg: MeshConfig | None) -> dict:
+    """The losses of a classifier with adapters beside a frozen trunk, on a mesh (None: on one device)."""
+    tuned = GPTClassifier(model(0.0).cfg, n_classes=3)
+    shape = {"tokens": jnp.zeros((1, 1), jnp.int32), "lengths": jnp.ones(1, jnp.int32)}
+    params = jax.jit(tuned.init)(jax.random.key(0), **shape)["params"]
+    config = RunConfig(base="x", trainable="lora", lora=LoRAConfig(rank=64, targets=("*",)))
+    trainable, frozen = jax.tree.map(np.asarray, split_params(params, config, jax.random.key(2)))
+    step = make_train_step(
+        classification.make_loss_fn(tuned), make_optimizer(OPTIMIZER), make_schedule(OPTIMIZER, STEPS), 2
+    )
+    texts = [
+        {
+            "inputs": batch["inputs"],
+            "lengths": np.arange(BATCH, dtype=np.int32) // 2 + 1,
+            "labels": batch["targets"][:, 0] % 3,
+            "weights": batch["weights"].sum(1) / SEQ,
+        }
+        for batch in batches()
+    ]
+
+    def start(trainable) -> TrainState:
+        return TrainState(jnp.int32(0), trainable, make_optimizer(OPTIMIZER).init(trainable), jax.random.key(1))
+
+    losses = []
+    if cfg is None:
+        state, step = jax.jit(start)(trainable), jax.jit(step)
+        for batch in texts:
+            state, metrics = step(state, frozen, batch)
+            losses.append(float(metrics.loss))
+        return {"losses": losses}
+    mesh = make_mesh(cfg)
+    shardings = state_shardings(mesh, jax.eval_shape(start, trainable))
+    state = jax.jit(start, out_shardings=shardings)(put_params(mesh, trainable))
+    frozen = put_params(mesh, frozen)
+    step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    for batch in texts:
+        state, metrics = step(state, frozen, put_batch(mesh, batch))
+        losses.append(float(metrics.loss))
+    return {"losses": losses, "trainable": shard_shapes(state.trainable), "frozen": shard_shapes(frozen)}
+
+
 def shard_shapes(tree) -> dict[str, list]:
     """Of each leaf its shape and those of the parts that the devices hold."""
     return {
@@ -156,6 +207,7 @@ def main(folder: Path) -> None:
                 "params": shard_shapes(state.trainable), "opt_state": shard_shapes(state.opt_state)
             }  # fmt: skip
     result["pmap"] = train_with_pmap()
+    result["lora"] = {name: tune_with_lora(cfg) for name, cfg in (("one", None), *MESHES.items())}
 
     # What one device saved (test_sharding.py did), restored onto a mesh; and what a mesh saved, for one device.
     for name, cfg in MESHES.items():

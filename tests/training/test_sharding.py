@@ -77,6 +77,20 @@ def test_a_pmap_step_gives_the_losses_of_the_jitted_one(eight):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("mesh", "parts"), [("data=8", 1), ("data=4,fsdp=2", 2), ("fsdp=8", 8)])
+def test_a_classifier_with_adapters_trains_on_eight_devices_as_on_one(eight, mesh, parts):
+    """What is trained and what is frozen are both split."""
+    one, many = eight["lora"]["one"], eight["lora"][mesh]
+    assert len(set(one["losses"])) == len(one["losses"]) == eight_devices.STEPS
+    np.testing.assert_allclose(many["losses"], one["losses"], rtol=1e-5)
+    for tree in ("trainable", "frozen"):
+        large = {name: leaf for name, leaf in many[tree].items() if np.prod(leaf[0]) >= 4096}
+        assert len(large) >= 4
+        for name, (shape, shards) in large.items():
+            assert np.prod(shards[0]) == np.prod(shape) // parts, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mesh", "parts"), [("data=8", 1), ("data=4,fsdp=2", 2), ("fsdp=8", 8)])
 @pytest.mark.parametrize("tree", ["params", "opt_state"])
 def test_parameters_and_optimizer_state_are_split_along_fsdp(eight, mesh, parts, tree):
     """After training: each device holds its share of every large leaf, and all of the small ones."""

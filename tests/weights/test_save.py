@@ -14,10 +14,9 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from slm_jax.errors import InputError
-from slm_jax.lora import adapter_constants, find_targets, init_adapters, merge_adapters
+from slm_jax.lora import add_adapters, init_adapters, merge_adapters
 from slm_jax.model import GPTConfig, GPTModel, param_shapes, split_blocks
 from slm_jax.tokenizer import CharTokenizer, GPT2Tokenizer
-from slm_jax.trainable import merge_params
 from slm_jax.weights import load_gpt2, save_gpt2
 
 SMALL = {"vocab_size": 31, "context_length": 8, "emb_dim": 8, "n_heads": 2, "n_layers": 2}
@@ -67,9 +66,8 @@ def test_foreign_to_ours_and_back_is_bitwise(tensors, format, tmp_path):
 
 def test_adapters_are_merged_with_their_matrices(tmp_path):
     cfg, base = model()
-    targets = find_targets(base, ("attn/*", "ff/*"))
-    adapters = jax.tree.map(lambda leaf: leaf + 0.1, init_adapters(jax.random.key(0), base, targets, rank=2))
-    params = merge_params(base, adapters, adapter_constants(base, targets, scale=2.0))
+    adapters = init_adapters(jax.random.key(0), base, ("attn/*", "ff/*"), rank=2, alpha=4.0)
+    params = add_adapters(base, jax.tree.map(lambda leaf: leaf + 0.1, adapters))
     tokens = jnp.arange(8, dtype=jnp.int32)[None]
     loaded = load_gpt2(save_gpt2(cfg, params, tmp_path / "out"))[1]
     with jax.default_matmul_precision("highest"):
