@@ -415,10 +415,10 @@ class FinetuneConfig(RunConfig):
         default_factory=lambda: OptimizerConfig(learning_rate=1e-3, warmup_steps=20)
     )
     train: TrainConfig = dataclasses.field(
-        default_factory=lambda: TrainConfig(steps=300, batch_size=32, eval_every=100, eval_batch_size=64)
+        default_factory=lambda: TrainConfig(steps=150, batch_size=32, eval_every=50, eval_batch_size=64)
     )
-    checkpoint: CheckpointConfig = dataclasses.field(default_factory=lambda: CheckpointConfig(every=100))
-    sample: SampleConfig = dataclasses.field(default_factory=lambda: SampleConfig(every=100, temperature=0.0))
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=lambda: CheckpointConfig(every=50))
+    sample: SampleConfig = dataclasses.field(default_factory=lambda: SampleConfig(every=50, temperature=0.0))
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:

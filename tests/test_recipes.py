@@ -144,6 +144,11 @@ def test_tiny_needs_nothing_but_python():
     assert dataclasses.replace(config, run=None) == RunConfig()
 
 
+def test_classify_builtin_is_what_finetune_does_by_itself():
+    assert dataclasses.replace(read("classify_builtin"), run=None) == parse_args([], FinetuneConfig) == FinetuneConfig()
+    assert read("classify_builtin").name == FinetuneConfig().name == "classify_builtin"
+
+
 def test_shakespeare_is_nanogpts_recipe_for_a_cpu():
     config = read("shakespeare_char")
     cfg = config.gpt_config(66)
