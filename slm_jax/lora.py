@@ -12,7 +12,6 @@ Source: Hu et al. 2021.
 import math
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +20,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 
 from slm_jax.errors import InputError
+from slm_jax.param_file import Params, read_tree, write_tree
 
-Params = dict[str, Any]
 SUFFIX = "_adapter"
 TRAINED = ("lora_a", "lora_b")
 
@@ -118,19 +117,18 @@ def merge_adapters(params: Params) -> Params:
         a, b, scale = (jnp.asarray(parts[f"{place}/{name}"], jnp.float32) for name in (*TRAINED, "lora_scale"))
         with jax.default_matmul_precision("highest"):
             change = a @ b * scale[..., None, None]
-        if third is not None:
-            change = jnp.concatenate([change if i == third else jnp.zeros_like(change) for i in range(3)], axis=-1)
-        flat[path] = (jnp.asarray(flat[path], jnp.float32) + change).astype(flat[path].dtype)
+        columns = slice((third or 0) * b.shape[-1], (third or 0) * b.shape[-1] + b.shape[-1])
+        matrix = jnp.asarray(flat[path], jnp.float32).at[..., columns].add(change)
+        flat[path] = matrix.astype(flat[path].dtype)
     return unflatten_dict(flat, sep="/")
 
 
 def split_adapters(params: Params) -> tuple[Params, Params]:
     """Return the parameters without their adapters, and the adapters alone."""
-    parts: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
-    for path, leaf in flatten_dict(params, sep="/").items():
-        parts[f"{SUFFIX}/" in path][path] = leaf
-    base, adapters = (unflatten_dict(part, sep="/") for part in parts)
-    return base, adapters
+    flat = flatten_dict(params, sep="/")
+    adapters = {path: leaf for path, leaf in flat.items() if f"{SUFFIX}/" in path}
+    base = {path: leaf for path, leaf in flat.items() if path not in adapters}
+    return unflatten_dict(base, sep="/"), unflatten_dict(adapters, sep="/")
 
 
 def add_adapters(params: Params, adapters: Params) -> Params:
@@ -162,8 +160,6 @@ def save_adapters(file: str | Path, params: Params) -> Path:
     Raises:
         InputError: a tree without adapters.
     """
-    from slm_jax.weights.native import write_tree
-
     adapters = split_adapters(params)[1]
     if not adapters:
         raise InputError("params has no adapters; expected those of a model trained with trainable: lora")
@@ -176,12 +172,10 @@ def load_adapters(file: str | Path) -> Params:
     Raises:
         InputError: no such file, or one that is damaged or holds no adapters.
     """
-    from slm_jax.weights.native import read_tree
-
     adapters = read_tree(Path(file))
     needed = {*TRAINED, "lora_scale"}
-    places = {path.rpartition("/")[0] for path in flatten_dict(adapters, sep="/")}
     flat = flatten_dict(adapters, sep="/")
+    places = {path.rpartition("/")[0] for path in flat}
     known = {_place(target) for target in TARGETS}
     if not places or not places <= known or any(f"{place}/{name}" not in flat for place in places for name in needed):
         raise InputError(f"{file}: holds no adapters of slm_jax; expected a file that save_adapters wrote")

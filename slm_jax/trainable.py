@@ -53,10 +53,8 @@ def split_params(params: Params, config: "slm_jax.config.RunConfig", key: jax.Ar
 
 
 def _split_names(params: Params, trained: set[str]) -> tuple[Params, Params]:
-    parts: tuple[Params, Params] = ({}, {})
-    for name, tree in params.items():
-        parts[name not in trained][name] = tree
-    return parts
+    trainable = {name: tree for name, tree in params.items() if name in trained}
+    return trainable, {name: tree for name, tree in params.items() if name not in trained}
 
 
 def _split_lora(params: Params, config: "slm_jax.config.LoRAConfig", key: jax.Array) -> tuple[Params, Params]:
@@ -65,12 +63,14 @@ def _split_lora(params: Params, config: "slm_jax.config.LoRAConfig", key: jax.Ar
         key, params, config.targets, rank=config.rank, alpha=config.alpha, drop_rate=config.drop_rate
     )
     trains_head = "class_head_adapter" not in adapters
-    parts: tuple[Params, Params] = ({}, {})
-    for path, leaf in flatten_dict(merge_params(params, adapters), sep="/").items():
-        is_trained = path.endswith(TRAINED) or (trains_head and path.startswith("class_head/"))
-        parts[not is_trained][path] = leaf
-    trainable, frozen = (unflatten_dict(part, sep="/") for part in parts)
-    return trainable, frozen
+    flat = flatten_dict(merge_params(params, adapters), sep="/")
+    trained = {
+        path: leaf
+        for path, leaf in flat.items()
+        if path.endswith(TRAINED) or (trains_head and path.startswith("class_head/"))
+    }
+    frozen = {path: leaf for path, leaf in flat.items() if path not in trained}
+    return unflatten_dict(trained, sep="/"), unflatten_dict(frozen, sep="/")
 
 
 def merge_params(*trees: Params) -> Params:

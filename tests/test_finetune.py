@@ -17,12 +17,12 @@ from slm_jax import cli
 from slm_jax.commands import finetune
 from slm_jax.config import FinetuneConfig, RunConfig, dump_config
 from slm_jax.model import GPTModel
+from slm_jax.param_file import read_tree
 from slm_jax.run import load_run
 from slm_jax.tokenizer import CharTokenizer
 from slm_jax.trainable import from_leaf_table, merge_params
 from slm_jax.training.checkpoint import load_params, read_metadata, saved_steps
 from slm_jax.weights import load_gpt2
-from slm_jax.weights.native import read_tree
 from slm_jax.weights.ours import read_checkpoint
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789 .:QA\n"

@@ -27,10 +27,10 @@ from slm_jax.lora import (
     split_adapters,
 )
 from slm_jax.model import GPTConfig, GPTModel, init_cache, init_params, unstack_blocks
+from slm_jax.param_file import write_tree
 from slm_jax.tasks.pretraining import make_loss_fn
 from slm_jax.trainable import merge_params, split_params, whole_params
 from slm_jax.weights import load_gpt2, save_gpt2
-from slm_jax.weights.native import write_tree
 
 CFG = GPTConfig(vocab_size=29, context_length=16, emb_dim=12, n_heads=3, n_layers=2, tie_weights=False)
 RANK, ALPHA = 3, 7.0

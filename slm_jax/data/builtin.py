@@ -67,12 +67,13 @@ def _prose(text: str, seen: set[str]) -> str:
     model that has to learn them learns less English. A paragraph that came twice could come in both splits.
     """
     paragraphs = (" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text))
-    fresh = [p for p in dict.fromkeys(paragraphs) if _is_prose(p) and p not in seen]
+    fresh = [p for p in dict.fromkeys(paragraphs) if is_prose(p) and p not in seen]
     seen.update(fresh)
     return "\n".join(fresh)
 
 
-def _is_prose(paragraph: str) -> bool:
+def is_prose(paragraph: str) -> bool:
+    """Whether a paragraph is a sentence or more, mostly letters."""
     letters = sum(character.isalpha() or character == " " for character in paragraph)
     long_enough = len(paragraph) >= SHORTEST_PARAGRAPH
     return long_enough and letters >= LETTERS * len(paragraph) and bool(_SENTENCE.fullmatch(paragraph))
@@ -88,7 +89,7 @@ def _topics() -> Iterator[tuple[str, str]]:
 
 def _modules(stdlib: Path) -> Iterator[tuple[str, str]]:
     """(path, docstrings) of each public module below a folder; the source is parsed, nothing is imported."""
-    for path in sorted(_source_files(stdlib)):
+    for path in sorted(source_files(stdlib)):
         try:
             tree = ast.parse(path.read_bytes())
         except (OSError, SyntaxError, ValueError):
@@ -96,7 +97,8 @@ def _modules(stdlib: Path) -> Iterator[tuple[str, str]]:
         yield path.relative_to(stdlib).as_posix(), "\n\n".join(_docstrings(tree))
 
 
-def _source_files(stdlib: Path) -> Iterator[Path]:
+def source_files(stdlib: Path) -> Iterator[Path]:
+    """Yield the public modules below a folder, in no order."""
     for folder, subfolders, files in os.walk(stdlib):
         subfolders[:] = [name for name in subfolders if name not in SKIPPED_FOLDERS and not name.startswith("_")]
         for name in files:
@@ -120,7 +122,7 @@ def _labelled_paragraphs() -> tuple[tuple[str, str], ...]:
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     seen: set[str] = set()
     labelled: list[tuple[str, str]] = []
-    for path in sorted(_source_files(stdlib)):
+    for path in sorted(source_files(stdlib)):
         found: dict[str, list[str]] = {"prose": [], "code": []}
         for text, label in _paragraphs(path):
             key = " ".join(text.split())
@@ -168,7 +170,7 @@ def _paragraphs(path: Path) -> Iterator[tuple[str, str]]:
             yield text, "code"
         elif kind in ({"docstring"}, {"comment"}):
             text = _MARKS.sub("", text).strip()
-            if _is_prose(" ".join(text.split())):
+            if is_prose(" ".join(text.split())):
                 yield text.rstrip(".!?: \n"), "prose"  # almost no code ends so: the last token alone would tell
 
 

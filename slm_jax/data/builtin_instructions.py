@@ -10,7 +10,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from slm_jax.data.builtin import _is_prose, _source_files
+from slm_jax.data.builtin import is_prose, source_files
 from slm_jax.errors import MissingInputError
 
 INSTRUCTION = "Explain this function."
@@ -29,14 +29,14 @@ def docstring_entries() -> tuple[dict[str, str], ...]:
     """
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     explained: dict[str, str] = {}
-    for path in sorted(_source_files(stdlib)):
+    for path in sorted(source_files(stdlib)):
         try:
             tree = ast.parse(path.read_bytes())
         except (OSError, SyntaxError, ValueError):
             continue  # no reason to stop: these are whatever can be found
         for function in _functions(tree):
             paragraph = _first_paragraph(function)
-            if _is_prose(paragraph) and paragraph.isprintable():  # no half surrogate pairs, which some spell
+            if is_prose(paragraph) and paragraph.isprintable():  # no half surrogate pairs, which some spell
                 explained.setdefault(_signature(function), paragraph)
     if not explained:
         raise MissingInputError(

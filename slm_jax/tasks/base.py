@@ -12,13 +12,13 @@ import jax
 from slm_jax.config import RunConfig, identity
 from slm_jax.errors import InputError
 from slm_jax.model import GPTConfig, Params
+from slm_jax.param_file import read_tree, write_tree
 from slm_jax.run import find_tokenizer, load_model
 from slm_jax.tokenizer import Tokenizer, fingerprint, get_tokenizer, tokenizer_from_dict
 from slm_jax.trainable import leaf_table, split_params
 from slm_jax.training.hardware import best_dtype
 from slm_jax.training.start import Start
 from slm_jax.training.task import purpose_key
-from slm_jax.weights.native import read_tree, write_tree
 from slm_jax.weights.ours import FROZEN
 
 _EXECUTION = ("drop_rate", "remat", "attention", "unroll")  # what of a base may be changed

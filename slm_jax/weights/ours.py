@@ -11,9 +11,9 @@ from slm_jax.errors import InputError, MissingInputError
 from slm_jax.files import user_path
 from slm_jax.lora import split_adapters
 from slm_jax.model import DType, GPTConfig, Params, param_shapes
+from slm_jax.param_file import read_tree
 from slm_jax.trainable import from_leaf_table, merge_params, whole_params
 from slm_jax.training.checkpoint import METADATA, best_step, find_damage, load_params, read_metadata, saved_steps
-from slm_jax.weights.native import read_tree
 
 FROZEN = "frozen.safetensors"  # in a run's folder: the parameters that it does not train
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -12,14 +13,16 @@ from safetensors.numpy import save_file
 
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.files import user_path
-from slm_jax.model import Params
+
+Params = dict[str, Any]
 
 DIGESTS = "sha256"
 
 
 def write_tree(file: Path, tree: Params) -> Path:
     """Write a tree of arrays; the file is there whole, or not at all."""
-    tensors = {path: np.ascontiguousarray(leaf) for path, leaf in flatten_dict(tree, sep="/").items()}
+    # Not ascontiguousarray, which makes a scalar an array of one.
+    tensors = {path: np.asarray(leaf, order="C") for path, leaf in flatten_dict(tree, sep="/").items()}
     write_tensors(file, tensors, {})
     return file
 
