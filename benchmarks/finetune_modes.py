@@ -8,6 +8,8 @@ A classifier of two classes with random weights, its optimizer step compiled onc
 import argparse
 import statistics
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +17,13 @@ import numpy as np
 
 from slm_jax.classifier import GPTClassifier
 from slm_jax.config import FinetuneConfig, LoRAConfig, OptimizerConfig
-from slm_jax.model import get_gpt_config
+from slm_jax.model import Params, get_gpt_config
 from slm_jax.tasks.classification import make_loss_fn
 from slm_jax.trainable import split_params
 from slm_jax.training.hardware import best_dtype
 from slm_jax.training.optimizer import make_optimizer
 from slm_jax.training.progress import count_leaves
-from slm_jax.training.step import TrainState, make_train_step
+from slm_jax.training.step import Batch, TrainState, make_train_step
 
 MODES = ("all", "head", "last_block", "last_n_blocks", "lora")
 
@@ -62,7 +64,9 @@ def main() -> None:
         print(f"{mode:<14}{n_trained:>12,}  {spread:<22}{n_tokens / median * 1e3:>9,.0f}  {n_bytes / 1e6:>22,.0f}")
 
 
-def make_step(mode, model, params, batch, rank):
+def make_step(
+    mode: Any, model: GPTClassifier, params: Params, batch: Batch, rank: int
+) -> tuple[Callable[[], None], int, int]:
     """Compile a mode's step; return it as a function of nothing, its trained parameters, and the bytes it takes."""
     config = FinetuneConfig(trainable=mode, lora=LoRAConfig(rank=rank))
     trainable, frozen = split_params(params, config, jax.random.key(1))

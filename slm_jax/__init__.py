@@ -1,5 +1,6 @@
 """A GPT from scratch in JAX: tokenizers, attention, models, pretraining, fine-tuning, GPT-2 weights, text from them."""
 
+from slm_jax import lora, tasks
 from slm_jax.classifier import GPTClassifier
 from slm_jax.classify import load_classifier
 from slm_jax.generate import generate
@@ -22,6 +23,8 @@ __all__ = [
     "load_gpt2",
     "load_model",
     "load_run",
+    "lora",
     "save_gpt2",
+    "tasks",
     "unstack_blocks",
 ]

@@ -89,7 +89,7 @@ def test_a_recipe_makes_a_training_step(path, request, tmp_path):
     schedule = make_schedule(config.optimizer, task.total_steps)
 
     def initial_state(key):
-        params = task.init_params(key) if task.init_params else task.trainable
+        params = task.params.init(key) if task.params.init else task.params.trainable
         return TrainState(jnp.int32(0), params, optimizer.init(params), key)
 
     key = jax.random.key(config.seed)
@@ -100,21 +100,21 @@ def test_a_recipe_makes_a_training_step(path, request, tmp_path):
     assert width == task.model_config.context_length or (task.longest is not None and width <= task.longest)
     assert batch["inputs"].max() < task.model_config.vocab_size
     train_step = jax.jit(make_train_step(task.loss_fn, optimizer, schedule, config.train.accumulate))
-    lowered = train_step.lower(state, task.frozen, batch)
+    lowered = train_step.lower(state, task.params.frozen, batch)
     new_state, metrics = lowered.out_info
     assert jax.tree.map(shape_of, new_state) == jax.tree.map(shape_of, state)
     assert metrics.loss.shape == ()
 
     validation = next(iter(task.validation_batches()))
     assert len(validation["inputs"]) == (config.train.eval_batch_size or config.train.batch_size)
-    *sums, _ = jax.eval_shape(make_eval_step(task.loss_fn), state.trainable, task.frozen, validation)
+    *sums, _ = jax.eval_shape(make_eval_step(task.loss_fn), state.trainable, task.params.frozen, validation)
     assert [total.shape for total in sums] == [(), ()]
 
     if count_params(task.model_config) <= MAX_PARAMETERS:
         state, step = jax.jit(initial_state)(key), lowered.compile()
         losses = []
         for i in range(2):
-            state, metrics = step(state, task.frozen, padded(task.train_batches[i], batch))
+            state, metrics = step(state, task.params.frozen, padded(task.train_batches[i], batch))
             losses.append(float(metrics.loss))
             assert not metrics.skipped
         uniform = math.log(len(task.metadata.get("classes", range(task.model_config.vocab_size))))
@@ -198,7 +198,7 @@ def test_a_recipes_step_lowers_for_accelerators(named_data, tmp_path):
     task = pretraining.build(config, find_start(config))
     optimizer = make_optimizer(config.optimizer)
     step = make_train_step(task.loss_fn, optimizer, make_schedule(config.optimizer, task.total_steps))
-    params = jax.eval_shape(task.init_params, jax.random.key(0))
+    params = jax.eval_shape(task.params.init, jax.random.key(0))
     state = jax.eval_shape(
         partial(TrainState, jnp.int32(0)), params, jax.eval_shape(optimizer.init, params), jax.random.key(0)
     )

@@ -22,11 +22,12 @@ def run(options: RunConfig) -> int:
     from rich.console import Console
 
     from slm_jax.training.interrupt import Interrupted, StopRequest
-    from slm_jax.training.loop import TrainingDiverged, train
+    from slm_jax.training.loop import TrainingDiverged, out_of_memory_as_input_error, train
     from slm_jax.training.sharding import initialize_distributed
     from slm_jax.training.start import find_start
 
-    with StopRequest() as stop:
+    command = "slm-jax train" if options.task == "pretraining" else "slm-jax finetune"
+    with StopRequest() as stop, out_of_memory_as_input_error():
         try:
             use_compile_cache()
             initialize_distributed()
@@ -35,9 +36,9 @@ def run(options: RunConfig) -> int:
             console = Console(quiet=not start.folder.writes)
             train(options, task, start, stop, console)
         except Interrupted as interruption:
-            print(f"slm-jax train: stopped by {interruption}", file=sys.stderr)
+            print(f"{command}: stopped by {interruption}", file=sys.stderr)
             return 128 + interruption.signum
         except TrainingDiverged as diverged:
-            print(f"slm-jax train: {diverged}", file=sys.stderr)
+            print(f"{command}: {diverged}", file=sys.stderr)
             return 1
     return 0

@@ -2,9 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from types import MappingProxyType
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,14 +10,14 @@ import jax
 from slm_jax.config import RunConfig, identity
 from slm_jax.errors import InputError
 from slm_jax.model import GPTConfig, Params
-from slm_jax.param_file import read_tree, write_tree
+from slm_jax.param_file import read_tree
 from slm_jax.run import find_tokenizer, load_model
 from slm_jax.tokenizer import Tokenizer, fingerprint, get_tokenizer, tokenizer_from_dict
 from slm_jax.trainable import leaf_table, split_params
 from slm_jax.training.hardware import best_dtype
+from slm_jax.training.run_folder import FROZEN
 from slm_jax.training.start import Start
-from slm_jax.training.task import purpose_key
-from slm_jax.weights.ours import FROZEN
+from slm_jax.training.task import Parameters, purpose_key
 
 _EXECUTION = ("drop_rate", "remat", "attention", "unroll")  # what of a base may be changed
 
@@ -54,6 +52,8 @@ def find_base(config: RunConfig, start: Start) -> Base | None:
         return None
     given = _given_tokenizer(config)
     loaded = load_model(config.base, given)
+    if config.tokenizer.kind != "bpe" and given is None and loaded.tokenizer.to_dict()["kind"] != config.tokenizer.kind:
+        raise _another_tokenizer(config.base)
     if given is not None:
         _check_tokenizer(config.base, loaded.model_config, given)
     return Base(_as_configured(loaded.model_config, config), loaded.tokenizer, loaded.params)
@@ -64,60 +64,44 @@ def new_base(config: RunConfig, tokenizer: Tokenizer) -> Base:
     return Base(config.gpt_config(tokenizer.vocab_size, _dtype(config)), tokenizer, None)
 
 
-def prepare_params(
-    config: RunConfig,
-    start: Start,
-    base: Base,
-    init: Callable[[jax.Array], Params],
-    metadata: Mapping[str, Any] = MappingProxyType({}),
-) -> dict[str, Any]:
-    """Return the fields of a :class:`~slm_jax.training.task.Task` that say what is trained and what is kept of it.
+def prepare_params(config: RunConfig, start: Start, base: Base, init: Callable[[jax.Array], Params]) -> Parameters:
+    """Return what is trained of a model, and what is not.
 
     Args:
         config: the run's.
         start: where the run starts.
         base: what it starts from.
         init: from a key, a new model's whole params tree, of which the base replaces what it has.
-        metadata: what the task wants to travel with each checkpoint.
 
     Raises:
         InputError: parameters that cannot be split as asked for; a damaged file of frozen ones.
     """
+    if config.base is None:
+        return Parameters({}, {}, init)
     key = purpose_key(config.seed, "params")
 
     def split(params: Params) -> tuple[Params, Params]:
         return split_params(params, config, jax.random.fold_in(key, 1))
 
     shapes = jax.eval_shape(init, key)
-    trainable, frozen = jax.eval_shape(split, shapes)
-    metadata = {**metadata, "leaves": leaf_table(trainable), "trainable": config.trainable}
-    fields: dict[str, Any] = {"metadata": metadata, "trainable": trainable, "frozen": frozen}
-    if config.base is None:
-        return {"metadata": metadata, "frozen": {}, "init_params": init}
-    if start.step is None:
-        assert base.params is not None
+    if base.params is not None:
         new = {name for name in shapes if name not in base.params}
         added = jax.jit(lambda key: {name: tree for name, tree in init(key).items() if name in new})(key)
-        trainable, frozen = split({name: base.params.get(name) or added[name] for name in shapes})
-        return {**fields, "trainable": trainable, "frozen": frozen}
+        # To the host: what the devices hold of them while training is the loop's to place.
+        return Parameters(*jax.device_get(split({name: base.params.get(name) or added[name] for name in shapes})))
     # Refused now: the files of a run of something else would be taken for damaged.
     start.check_identity({**start.metadata["identity"], **identity(config, base.model_config)})
-    if frozen:
-        file = start.folder.path / FROZEN
-        fields["frozen"] = read_tree(file)
-        if leaf_table(fields["frozen"]) != leaf_table(frozen):
-            raise InputError(f"{file}: is of another model than this run's; restore it, or start anew with --run NAME")
-    return fields
+    trainable, frozen = jax.eval_shape(split, shapes)
+    if not frozen:
+        return Parameters(trainable, {})
+    file = start.folder.path / FROZEN
+    saved = read_tree(file)
+    if leaf_table(saved) != leaf_table(frozen):
+        raise InputError(f"{file}: is of another model than this run's; restore it, or start anew with --run NAME")
+    return Parameters(trainable, saved)
 
 
-def save_files(folder: Path, start: Start, base: Base, task_fields: dict[str, Any]) -> None:
-    """Write tokenizer and frozen parameters into the run's folder, which is then whole without its base."""
-    base.tokenizer.save(folder / "tokenizer")
-    if start.step is None and task_fields["frozen"]:
-        write_tree(folder / FROZEN, task_fields["frozen"])
-
-
-def count_steps(config: RunConfig, n_rows: int) -> int:
+def count_steps(config: RunConfig, n_rows: float) -> int:
     """Return the steps of the run: as many as asked for, or as the epochs over ``n_rows`` take, whichever is less."""
     limits = [config.train.steps] if config.train.steps is not None else []
     if config.train.epochs is not None:
@@ -155,7 +139,24 @@ def _check_tokenizer(source: str, cfg: GPTConfig, given: Tokenizer) -> None:
     except InputError:  # weights without one
         return
     if fingerprint(own) != fingerprint(given):
+        raise _another_tokenizer(source)
+
+
+def _another_tokenizer(source: str) -> InputError:
+    return InputError(
+        f"base {source} was trained with another tokenizer than the one asked for; leave tokenizer.kind and "
+        "tokenizer.path out, or choose another base"
+    )
+
+
+def longest_allowed(asked: int | None, key: str, cfg: GPTConfig) -> int:
+    """Return the most tokens that a row may have: what the key asks for, or the model's context.
+
+    Raises:
+        InputError: more than the context.
+    """
+    if asked is not None and asked > cfg.context_length:
         raise InputError(
-            f"base {source} was trained with another tokenizer than the one asked for; leave tokenizer.kind and "
-            "tokenizer.path out, or choose another base"
+            f"{key} is {asked}, more than the model's context of {cfg.context_length}; expected at most that"
         )
+    return asked or cfg.context_length

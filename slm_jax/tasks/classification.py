@@ -16,10 +16,9 @@ from slm_jax.config import RunConfig
 from slm_jax.data.corpus import make_tokenizer
 from slm_jax.data.labelled import LabelledSplits, class_weights, load_labelled
 from slm_jax.data.text_batches import bucket_width, classification_batches, classification_eval_batches, encode_texts
-from slm_jax.errors import InputError
 from slm_jax.evaluation.classes import ClassFigures, class_figures, class_table, draw_confusion
 from slm_jax.model import GPTConfig, Params
-from slm_jax.tasks.base import count_steps, find_base, new_base, prepare_params, save_files
+from slm_jax.tasks.base import count_steps, find_base, longest_allowed, new_base, prepare_params
 from slm_jax.tokenizer import Tokenizer
 from slm_jax.trainable import merge_params
 from slm_jax.training.start import Start
@@ -54,8 +53,7 @@ def build(config: RunConfig, start: Start, stop: Callable[[], None] | None = Non
     check()
     model = GPTClassifier(cfg, n_classes=len(splits.classes), pooling=section.pooling)
     metadata = {"classes": list(splits.classes), "pooling": section.pooling, "max_length": longest}
-    fields = prepare_params(config, start, base, functools.partial(_init, model), metadata)
-    shape: dict[str, Any] = {"width": longest if section.pad_to == "longest" else None, "limit": longest}
+    shape: dict[str, Any] = {"limit": longest, "bucketed": section.pad_to == "batch"}
     rows = train.eval_batch_size or train.batch_size
     evaluation_batches = {
         name: functools.partial(classification_eval_batches, encoded[name], labels[name], batch_size=rows, **shape)
@@ -64,18 +62,18 @@ def build(config: RunConfig, start: Start, stop: Callable[[], None] | None = Non
     weights = _text_weights(labels["train"], len(splits.classes), section.balance)
     figures = functools.partial(_figures, classes=splits.classes)
     return Task(
-        **fields,
         model_config=cfg,
+        params=prepare_params(config, start, base, functools.partial(_init, model)),
         loss_fn=make_loss_fn(model),
         train_batches=classification_batches(
             encoded["train"], labels["train"], weights, batch_size=train.batch_size, seed=config.seed, **shape
         ),
         validation_batches=evaluation_batches["validation"],
-        longest=shape["width"] or bucket_width(max(len(ids) for texts in encoded.values() for ids in texts), longest),
+        longest=bucket_width(max(len(ids) for texts in encoded.values() for ids in texts), longest),
         total_steps=count_steps(config, len(encoded["train"])),
         tokens_per_step=round(train.batch_size * np.mean([len(ids) for ids in encoded["train"]])),
-        tokenizer=base.tokenizer.to_dict(),
-        save=lambda folder: save_files(folder, start, base, fields),
+        tokenizer=base.tokenizer,
+        metadata=metadata,
         fingerprint=splits.fingerprint(),
         unit="text",
         figures=lambda sums: {"accuracy": figures(sums).accuracy},
@@ -117,12 +115,7 @@ def _encode(
     splits: LabelledSplits, tokenizer: Tokenizer, config: RunConfig, cfg: GPTConfig
 ) -> tuple[dict[str, list[np.ndarray]], int, list[str]]:
     """Return the token ids of each split's texts, the most that one may have, and what was cut off."""
-    longest = config.classification.max_length or cfg.context_length
-    if longest > cfg.context_length:
-        raise InputError(
-            f"classification.max_length is {longest}, more than the model's context of {cfg.context_length}; "
-            "expected at most that"
-        )
+    longest = longest_allowed(config.classification.max_length, "classification.max_length", cfg)
     encoded, notes = {}, []
     for name in SPLITS:  # training first: its longest text may be what the others are cut off after
         texts = getattr(splits, name).texts

@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import json
-import math
 import shlex
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -15,7 +14,6 @@ import numpy as np
 from slm_jax.config import RunConfig
 from slm_jax.data.corpus import make_tokenizer
 from slm_jax.data.instruction_batches import (
-    Row,
     Tokens,
     encode_examples,
     instruction_batches,
@@ -26,10 +24,11 @@ from slm_jax.data.instructions import Example, InstructionSplits, load_instructi
 from slm_jax.data.text_batches import bucket_width
 from slm_jax.errors import InputError
 from slm_jax.evaluation.responses import Response, score_responses
+from slm_jax.evaluation.results import perplexity
 from slm_jax.files import replace_text
 from slm_jax.generate import generate
-from slm_jax.model import GPTConfig, GPTModel, Params, init_params, unstack_blocks
-from slm_jax.tasks.base import Base, count_steps, find_base, new_base, prepare_params, save_files
+from slm_jax.model import GPTModel, Params, init_params, unstack_blocks
+from slm_jax.tasks.base import count_steps, find_base, longest_allowed, new_base, prepare_params
 from slm_jax.tasks.pretraining import make_loss_fn
 from slm_jax.templates import Message, Template, format_prompt, load_template
 from slm_jax.tokenizer import Tokenizer
@@ -64,44 +63,42 @@ def build(config: RunConfig, start: Start, stop: Callable[[], None] | None = Non
         base = new_base(config, make_tokenizer(config.tokenizer, *texts))
     check()
     cfg, tokenizer = base.model_config, base.tokenizer
-    longest = _longest(config, cfg)
+    longest = longest_allowed(section.max_length, "instruction.max_length", cfg)
     encoded, notes = _encode(config, splits, tokenizer, template, longest)
     check()
-    rows: dict[str, Sequence[Row]] = dict(encoded)
+    rows = {name: [[example] for example in tokens] for name, tokens in encoded.items()}
     if section.packing:
         rows = {name: pack(tokens, longest, config.seed) for name, tokens in encoded.items()}
         notes.append(f"packed {len(encoded['train']):,} training examples into {len(rows['train']):,} rows")
-    width = longest if section.packing else None
+    shape: dict[str, Any] = {"limit": longest, "bucketed": not section.packing, "packed": section.packing}
     model = GPTModel(cfg)
-    metadata = {"template": template.to_dict()}
-    fields = prepare_params(config, start, base, functools.partial(init_params, cfg), metadata)
     evaluation_batches = {
         name: functools.partial(
             instruction_eval_batches,
             rows[name],
             batch_size=train.eval_batch_size or train.batch_size,
-            width=width,
-            limit=longest,
+            **shape,
         )
         for name in ("validation", "test")
     }
-    respond = functools.partial(answer, model, tokenizer=tokenizer, template=template)
-    respond = functools.partial(respond, max_new_tokens=config.sample.max_new_tokens)
+    n_new = config.sample.max_new_tokens
+    respond = functools.partial(answer, model, tokenizer=tokenizer, template=template, max_new_tokens=n_new, stop=check)
     return Task(
-        **fields,
         model_config=cfg,
+        params=prepare_params(config, start, base, functools.partial(init_params, cfg)),
         loss_fn=make_loss_fn(model),
-        train_batches=instruction_batches(
-            rows["train"], batch_size=train.batch_size, width=width, limit=longest, seed=config.seed
-        ),
+        train_batches=instruction_batches(rows["train"], batch_size=train.batch_size, seed=config.seed, **shape),
         validation_batches=evaluation_batches["validation"],
-        longest=width or bucket_width(max(t.n_inputs for tokens in encoded.values() for t in tokens), longest),
+        longest=longest
+        if section.packing
+        else bucket_width(max(t.n_inputs for tokens in encoded.values() for t in tokens), longest),
         total_steps=count_steps(config, len(rows["train"])),
         tokens_per_step=round(train.batch_size * sum(t.n_inputs for t in encoded["train"]) / len(rows["train"])),
-        tokenizer=tokenizer.to_dict(),
-        save=lambda folder: _save(folder, start, base, fields, template),
+        tokenizer=tokenizer,
+        files={"template.json": json.dumps(template.to_dict(), indent=1) + "\n"},
+        metadata={"template": template.to_dict()},
         fingerprint=_fingerprint(encoded),
-        sample=_sampler(config, respond, template, splits.validation[0]),
+        sample=_sampler(config, respond, tokenizer, template, splits.validation[0]),
         measure=functools.partial(_measure, evaluation_batches["test"], respond, splits.test[: section.responses]),
         report=_report,
         notes=(*splits.notes, *notes),
@@ -120,6 +117,7 @@ def answer(
     temperature: float = 0.0,
     top_k: int | None = None,
     key: jax.Array | None = None,
+    stop: Callable[[], None] = lambda: None,
 ) -> list[str]:
     """Answer conversations, each as if it were alone; the answers end where the model or the template ends them.
 
@@ -134,6 +132,7 @@ def answer(
         temperature: 0 always takes the likeliest token.
         top_k: how many of the likeliest tokens are drawn from; None: all.
         key: of the draws.
+        stop: called for every few answers; may raise to stop early.
     """
     context = model.cfg.context_length
     room = context - min(max_new_tokens, context // 2)
@@ -141,6 +140,7 @@ def answer(
     params = unstack_blocks(params)
     answers: list[str] = []
     for first in range(0, len(ids), ANSWERS_AT_A_TIME):
+        stop()
         batch = ids[first : first + ANSWERS_AT_A_TIME]
         rows = generate(
             model, params, batch,
@@ -156,23 +156,13 @@ def _answer(ids: np.ndarray, tokenizer: Tokenizer, template: Template) -> str:
     """Return the text up to the end-of-text token or a text that ends an answer."""
     ends = np.flatnonzero(ids == tokenizer.eot_id)
     text = tokenizer.decode(ids[: ends[0]] if ends.size else ids)
-    for stop in template.stop:
-        text = text.partition(stop)[0]
+    for end in template.stop:
+        text = text.partition(end)[0]
     return text.strip()
 
 
 def _texts(examples: Sequence[Example], template: Template) -> list[str]:
     return ["".join(text for text, _ in template.pieces(example.messages)) for example in examples]
-
-
-def _longest(config: RunConfig, cfg: GPTConfig) -> int:
-    length = config.instruction.max_length or cfg.context_length
-    if length > cfg.context_length:
-        raise InputError(
-            f"instruction.max_length is {length}, more than the model's context of {cfg.context_length}; "
-            "expected at most that"
-        )
-    return length
 
 
 def _encode(
@@ -192,11 +182,6 @@ def _encode(
     return encoded, notes
 
 
-def _save(folder: Path, start: Start, base: Base, fields: dict[str, Any], template: Template) -> None:
-    save_files(folder, start, base, fields)
-    replace_text(folder / "template.json", json.dumps(template.to_dict(), indent=1) + "\n")
-
-
 def _fingerprint(encoded: dict[str, list[Tokens]]) -> str:
     digest = hashlib.sha256()
     for name, examples in encoded.items():
@@ -209,13 +194,21 @@ def _fingerprint(encoded: dict[str, list[Tokens]]) -> str:
 
 
 def _sampler(
-    config: RunConfig, respond: Callable[..., list[str]], template: Template, held_out: Example
+    config: RunConfig,
+    respond: Callable[..., list[str]],
+    tokenizer: Tokenizer,
+    template: Template,
+    held_out: Example,
 ) -> Callable[[Params, jax.Array], str] | None:
     """Return what answers one instruction while training: the configured one, or the first of the validation split."""
     cfg = config.sample
     if not cfg.every:
         return None
     asked = held_out.prompt if cfg.prompt is None else (Message("user", cfg.prompt),)
+    try:
+        tokenizer.encode(template.prompt(asked))  # refused now, not after an hour
+    except InputError as error:
+        raise InputError(f"sample.prompt: {error}") from None
 
     def sample(params: Params, key: jax.Array) -> str:
         text = respond(params, [asked], temperature=cfg.temperature, top_k=cfg.top_k, key=key)[0]
@@ -235,7 +228,7 @@ def _measure(
 ) -> dict[str, Any]:
     """Return the loss on the test split, and exact match and ROUGE-L of the answers, which go into a file."""
     loss = evaluate(test_batches()).loss
-    figures: dict[str, Any] = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+    figures: dict[str, Any] = {"loss": loss, "perplexity": perplexity(loss)}
     if test:
         answers = respond(params, [example.prompt for example in test])
         responses = [Response(e.where, e.messages, text) for e, text in zip(test, answers, strict=True)]

@@ -1,7 +1,6 @@
 """Pretraining: predict the next token of running text."""
 
 import functools
-import math
 import shlex
 from collections.abc import Callable
 
@@ -15,7 +14,7 @@ from slm_jax.data.windows import check_window, steps_per_epoch, train_batches, v
 from slm_jax.errors import InputError
 from slm_jax.generate import generate
 from slm_jax.model import GPTModel, Params, init_params
-from slm_jax.tasks.base import find_base, new_base, prepare_params, save_files
+from slm_jax.tasks.base import count_steps, find_base, new_base, prepare_params
 from slm_jax.trainable import merge_params
 from slm_jax.training.start import Start
 from slm_jax.training.step import Batch, LossFn, Sums
@@ -39,7 +38,6 @@ def build(config: RunConfig, start: Start, stop: Callable[[], None] | None = Non
     corpus = load_corpus(config.data, config.tokenizer, saved=base.tokenizer if base else None, stop=stop)
     base = base or new_base(config, corpus.tokenizer)
     cfg = base.model_config
-    fields = prepare_params(config, start, base, functools.partial(init_params, cfg))
     model = GPTModel(cfg)
     batch_size, context = config.train.batch_size, cfg.context_length
     batches = train_batches(
@@ -54,17 +52,16 @@ def build(config: RunConfig, start: Start, stop: Callable[[], None] | None = Non
     check_window(corpus.validation.size, context, "validation")
     eval_batch_size = config.train.eval_batch_size or batch_size
     return Task(
-        **fields,
         model_config=cfg,
+        params=prepare_params(config, start, base, functools.partial(init_params, cfg)),
         loss_fn=make_loss_fn(model),
         train_batches=batches,
         validation_batches=lambda: validation_batches(
             corpus.validation, context_length=context, batch_size=eval_batch_size
         ),
-        total_steps=_total_steps(config, corpus, context),
+        total_steps=count_steps(config, _windows_per_epoch(config, corpus, context)),
         tokens_per_step=batch_size * context,
-        tokenizer=corpus.tokenizer.to_dict(),
-        save=lambda folder: save_files(folder, start, base, fields),
+        tokenizer=corpus.tokenizer,
         fingerprint=corpus.fingerprint(),
         bytes_per_token=corpus.bytes_per_token,
         sample=_sampler(config, model, corpus),
@@ -90,19 +87,12 @@ def make_loss_fn(model: GPTModel) -> LossFn:
     return loss_fn
 
 
-def _total_steps(config: RunConfig, corpus: Corpus, context: int) -> int:
-    """Return the steps of the run: as many as asked for, or as the epochs take, whichever is less."""
-    limits = [config.train.steps] if config.train.steps is not None else []
-    if config.train.epochs is not None:
-        per_epoch = steps_per_epoch(
-            corpus.train.size,
-            context_length=context,
-            batch_size=config.train.batch_size,
-            sampling=config.data.sampling,
-            stride=config.data.stride,
-        )
-        limits.append(math.ceil(config.train.epochs * per_epoch))
-    return min(limits)
+def _windows_per_epoch(config: RunConfig, corpus: Corpus, context: int) -> float:
+    batch_size = config.train.batch_size
+    sampling, stride = config.data.sampling, config.data.stride
+    return batch_size * steps_per_epoch(
+        corpus.train.size, context_length=context, batch_size=batch_size, sampling=sampling, stride=stride
+    )
 
 
 def _sampler(config: RunConfig, model: GPTModel, corpus: Corpus) -> Callable[[Params, jax.Array], str] | None:

@@ -11,7 +11,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import grain
@@ -22,14 +22,18 @@ from rich.console import Console
 
 from slm_jax.config import RunConfig, dump_config, identity, to_dict
 from slm_jax.errors import InputError
+from slm_jax.lora import split_adapters
 from slm_jax.model import Params
-from slm_jax.trainable import merge_params
+from slm_jax.param_file import write_tree
+from slm_jax.trainable import leaf_table, merge_params
 from slm_jax.training import hardware
 from slm_jax.training.checkpoint import Checkpoints, best_step, checkpoint_bytes, load_params, saved_steps
+from slm_jax.training.evaluate import Evaluator
 from slm_jax.training.interrupt import Interrupted, StopRequest
 from slm_jax.training.optimizer import make_optimizer, make_schedule
 from slm_jax.training.plots import draw_loss
 from slm_jax.training.progress import ProgressLine, count_leaves, format_bytes, format_duration, parameter_table
+from slm_jax.training.run_folder import BEFORE, FROZEN
 from slm_jax.training.sharding import (
     batch_sharding,
     check_batch_size,
@@ -40,12 +44,11 @@ from slm_jax.training.sharding import (
     state_shardings,
 )
 from slm_jax.training.start import Start
-from slm_jax.training.step import Batch, CompiledByShape, StepMetrics, TrainState, make_eval_step, make_train_step
+from slm_jax.training.step import Batch, CompiledByShape, StepMetrics, TrainState, make_train_step
 from slm_jax.training.summary import environment, summarize, tell_end
-from slm_jax.training.task import EvaluationSums, Moment, Task, purpose_key
+from slm_jax.training.task import Moment, Task, purpose_key
 
 MAX_SKIPPED = 3  # steps in a row without finite gradients after which training stops
-BEFORE = "before.json"  # what was measured before the first step
 PLOT_INTERVAL = 30.0  # seconds between two drawings of loss.png
 SAVE_MEMORY = (
     "raise --train.accumulate, lower --train.batch_size, --train.eval_batch_size or --model.context_length, or set "
@@ -69,7 +72,7 @@ def train(config: RunConfig, task: Task, start: Start, stop: StopRequest, consol
     if trainer.is_done():
         return trainer.summary
     trainer.check()
-    with start.folder.lock(), out_of_memory_as_input_error():
+    with start.folder.lock():
         trainer.prepare()
         with Checkpoints(start.folder.checkpoints, config.checkpoint.keep) as checkpoints, trainer.progress:
             trainer.run(checkpoints)
@@ -101,11 +104,14 @@ class Trainer:
         self.optimizer = make_optimizer(config.optimizer)
         self.schedule = make_schedule(config.optimizer, task.total_steps)
         self.progress = ProgressLine(console, task.total_steps, self.first_step)
-        self.frozen = put_params(self.mesh, task.frozen)
-        self.param_shapes = jax.eval_shape(task.init_params or (lambda _: task.trainable), jax.random.key(0))
-        # What a frozen part saves is not in the formula of the FLOPs.
-        self.peak_flops = None if task.frozen else hardware.peak_flops(task.model_config.dtype)
+        params = task.params
+        self.param_shapes = jax.eval_shape(params.init or (lambda _: params.trainable), jax.random.key(0))
+        # The formula of the FLOPs is that of a whole language model's step.
+        of_known_flops = task.unit == "token" and not params.frozen
+        self.peak_flops = hardware.peak_flops(task.model_config.dtype) if of_known_flops else None
         self.flops_per_token = hardware.flops_per_token(task.model_config)
+        self.n_trained = count_leaves(self.param_shapes)
+        self.n_params = self.n_trained + count_leaves(split_adapters(params.frozen)[0])  # without adapters' constants
         self.skipped_in_a_row = 0
         self.noticed_overfitting = False
         self.began = self.last_drawn = time.monotonic()
@@ -116,7 +122,8 @@ class Trainer:
             return False
         self.start.check_identity(self.identity)
         self.summary = self.folder.read_json("summary.json")
-        if self.summary is None:  # stopped between its last step and its summary
+        # Else it was stopped between its last step and its summary.
+        if not self.summary or self.summary.get("step") != self.first_step:
             return False
         self.progress.note(
             f"{self.folder.path} has done its {self.first_step:,} steps: raise --train.steps or --train.epochs to go "
@@ -150,16 +157,27 @@ class Trainer:
         self.seconds_before = max((row.get("seconds", 0.0) for row in past), default=0.0)
         described = dataclasses.replace(config, run=config.name, resume="auto")
         self.folder.write_text("config.yaml", dump_config(described))
-        if self.folder.writes:
-            task.save(self.folder.path)
+        self._save_files()
+        self.frozen = put_params(self.mesh, task.params.frozen)
         for note in task.notes:
             self.progress.note(note)
         self.console.print(parameter_table(self.param_shapes))
-        if task.frozen:
-            trained, frozen = count_leaves(self.param_shapes), count_leaves(task.frozen)
-            self.progress.note(f"trained: {trained:,} of {trained + frozen:,} parameters ({config.trainable})")
+        if self.frozen:
+            self.progress.note(f"trained: {self.n_trained:,} of {self.n_params:,} parameters ({config.trainable})")
         self._compile()
         self.stop.check()
+
+    def _save_files(self) -> None:
+        """Write what the run needs to be whole without its base, and nothing of an earlier attempt is left."""
+        if not self.folder.writes:
+            return
+        self.task.tokenizer.save(self.folder.path / "tokenizer")
+        for name, text in self.task.files.items():
+            self.folder.write_text(name, text)
+        if self.start.step is None:
+            (self.folder.path / FROZEN).unlink(missing_ok=True)
+            if self.task.params.frozen:
+                write_tree(self.folder.path / FROZEN, self.task.params.frozen)
 
     def _check_disk(self) -> None:
         bytes_each = checkpoint_bytes(self.param_shapes, self.optimizer)
@@ -167,7 +185,7 @@ class Trainer:
         missing = self.config.checkpoint.keep + 2 - len(saved_steps(self.folder.checkpoints))
         needed = bytes_each * max(1, missing)
         if self.start.step is None:
-            needed += sum(leaf.nbytes for leaf in jax.tree.leaves(self.task.frozen))
+            needed += sum(leaf.nbytes for leaf in jax.tree.leaves(self.task.params.frozen))
         free = shutil.disk_usage(self.folder.path).free if self.folder.writes else needed
         if free < needed:
             raise InputError(
@@ -188,12 +206,10 @@ class Trainer:
         self.train_step = CompiledByShape(jitted, self.abstract_state, self.frozen)
         train_step_bytes = _device_bytes(self.train_step.compile(batch))
         self.stop.check()
-        # Rounded up to what the devices share evenly; rows that fill a batch have weight 0.
         rows = config.train.eval_batch_size or config.train.batch_size
-        self.eval_batch_size = math.ceil(rows / self.mesh.size) * self.mesh.size
-        eval_step = jax.jit(make_eval_step(task.loss_fn))
-        self.eval_step = CompiledByShape(eval_step, self.abstract_state.trainable, self.frozen)
-        eval_step_bytes = _device_bytes(self.eval_step.compile(self._abstract_batch(self.eval_batch_size)))
+        trainable = self.abstract_state.trainable
+        self.evaluate = Evaluator(task.loss_fn, self.mesh, trainable, self.frozen, rows, self.stop.check)
+        eval_step_bytes = _device_bytes(self.evaluate.compile(self._abstract_batch(self.evaluate.rows)))
         self._check_memory(max(train_step_bytes, eval_step_bytes), time.monotonic() - began)
 
     def _abstract_batch(self, rows: int) -> Batch:
@@ -222,10 +238,11 @@ class Trainer:
             )
 
     def _initial_params(self) -> Params:
-        if self.task.init_params is None:
-            return put_params(self.mesh, self.task.trainable)
+        params = self.task.params
+        if params.init is None:
+            return put_params(self.mesh, params.trainable)
         shardings = state_shardings(self.mesh, self.param_shapes)
-        return jax.jit(self.task.init_params, out_shardings=shardings)(purpose_key(self.config.seed, "params"))
+        return jax.jit(params.init, out_shardings=shardings)(purpose_key(self.config.seed, "params"))
 
     def _initial_state(self, params: Params) -> TrainState:
         key = purpose_key(self.config.seed, "dropout")
@@ -272,7 +289,7 @@ class Trainer:
     def _restore_or_init(self, checkpoints: Checkpoints) -> TrainState:
         if self.start.step is None:
             shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
-            return jax.jit(self._initial_state, out_shardings=shardings)(self._initial_params())
+            return jax.jit(self._initial_state, out_shardings=shardings, donate_argnums=0)(self._initial_params())
         self.progress.note(f"going on from step {self.first_step:,} of {self.folder.path}")
         return checkpoints.restore(self.start.step, self.abstract_state)
 
@@ -293,7 +310,7 @@ class Trainer:
         """Evaluate, sample and save, each if it is due at this step and has not been done."""
         cfg, last = self.config, step == self.task.total_steps
         best = False
-        if step == 0:
+        if step == 0 and self.start.step is None:  # so that it lies beside the first checkpoint
             self._measure_before(state)
         if (step % cfg.train.eval_every == 0 or last) and step not in self.validation:
             best = self._evaluate(state, step)
@@ -312,7 +329,7 @@ class Trainer:
 
     def _evaluate(self, state: TrainState, step: int) -> bool:
         """Measure the mean loss over the whole validation split; return whether it is the lowest so far."""
-        sums = self._evaluation_sums(state.trainable, self.task.validation_batches())
+        sums = self.evaluate(state.trainable, self.task.validation_batches())
         loss = sums.loss
         row = {
             "step": step,
@@ -332,30 +349,18 @@ class Trainer:
         self._notice_overfitting()
         return best
 
-    def _evaluation_sums(self, trainable: Params, batches: Iterable[Batch]) -> EvaluationSums:
-        """Evaluate every batch, and add up."""
-        sums = []
-        rows = host_rows(self.eval_batch_size)
-        for batch in batches:
-            self.stop.check()
-            host_batch = {key: fill_rows(value, self.eval_batch_size)[rows] for key, value in batch.items()}
-            sums.append(self.eval_step(trainable, self.frozen, put_batch(self.mesh, host_batch)))
-        each = jax.tree.map(lambda value: np.asarray(value, np.float64), jax.device_get(sums))
-        loss_sum, weight_sum, metrics = jax.tree.map(lambda *values: np.sum(values, axis=0), *each)
-        return EvaluationSums(float(loss_sum), float(weight_sum), metrics)
-
     def _all_params(self, trainable: Params) -> Params:
         return merge_params(self.frozen, trainable)
 
     def _measure(self, trainable: Params, moment: Moment) -> dict[str, Any]:
         """Let the task measure the model."""
         assert self.task.measure is not None
-        evaluate = functools.partial(self._evaluation_sums, trainable)
+        evaluate = functools.partial(self.evaluate, trainable)
         folder = self.folder.path if self.folder.writes else None
         return self.task.measure(self._all_params(trainable), evaluate, moment, folder)
 
     def _measure_before(self, state: TrainState) -> None:
-        if self.task.measure and self.folder.read_json(BEFORE) is None:
+        if self.task.measure:
             self.folder.write_text(BEFORE, json.dumps(self._measure(state.trainable, "before")) + "\n")
 
     def _measure_after(self) -> dict[str, Any]:
@@ -374,7 +379,9 @@ class Trainer:
             "config": to_dict(self.config),
             "model": dataclasses.asdict(self.task.model_config),
             "identity": self.identity,
-            "tokenizer": self.task.tokenizer,
+            "tokenizer": self.task.tokenizer.to_dict(),
+            "trainable": self.config.trainable,
+            "leaves": leaf_table(self.param_shapes),
             "data": batches.get_state(),
             "environment": environment(self.mesh.size),
             **self.task.metadata,
@@ -452,8 +459,8 @@ class Trainer:
         """Write ``summary.json``; say what was written, where, and what to try next."""
         summary = {
             **summarize(self.config, self.folder, self.validation, self._seconds(), self.mesh.size),
-            "parameters": count_leaves((self.param_shapes, self.task.frozen)),
-            "trained_parameters": count_leaves(self.param_shapes),
+            "parameters": self.n_params,
+            "trained_parameters": self.n_trained,
             **self._measure_after(),
         }
         if self.folder.writes:
@@ -471,11 +478,6 @@ class Lap:
 
     step: int
     began: float
-
-
-def fill_rows(values: np.ndarray, rows: int) -> np.ndarray:
-    """Fill a batch up with rows of zeros, which have weight 0."""
-    return np.concatenate([values, np.zeros((rows - len(values), *values.shape[1:]), values.dtype)])
 
 
 def _perplexity(loss: float) -> float:

@@ -20,6 +20,10 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 
+BEFORE = "before.json"  # what a task measured before the first step
+FROZEN = "frozen.safetensors"  # the parameters that a run does not train
+
+
 class RunFolder:
     """Writes what a run leaves behind; on hosts other than the first it writes nothing.
 

@@ -25,6 +25,8 @@ def initialize_distributed(environ: Mapping[str, str] = os.environ) -> bool:
     Told by: ``JAX_COORDINATOR_ADDRESS`` (with ``JAX_NUM_PROCESSES`` and ``JAX_PROCESS_ID``), ``srun`` or Open MPI with
     several tasks, or a list of several TPU workers (``TPU_WORKER_HOSTNAMES``).
     """
+    if jax.distributed.is_initialized():  # by an earlier run of this process
+        return True
     address = environ.get("JAX_COORDINATOR_ADDRESS")
     if address and "JAX_NUM_PROCESSES" in environ:
         try:

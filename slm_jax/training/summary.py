@@ -12,7 +12,7 @@ import optax
 
 from slm_jax.config import RunConfig
 from slm_jax.training.progress import ProgressLine, format_duration
-from slm_jax.training.run_folder import RunFolder
+from slm_jax.training.run_folder import FROZEN, RunFolder
 
 RUN_FILES = {
     "config.yaml": "the run's configuration, every key",
@@ -24,7 +24,7 @@ RUN_FILES = {
     "summary.json": "the figures of the whole run",
     "tokenizer": "the tokenizer",
     "template.json": "how instructions are shown to the model",
-    "frozen.safetensors": "the parameters that were not trained",
+    FROZEN: "the parameters that were not trained",
     "checkpoints": "the latest checkpoints and the best",
 }
 

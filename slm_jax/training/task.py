@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from slm_jax.model import GPTConfig, Params
+from slm_jax.tokenizer import Tokenizer
 from slm_jax.training.step import Batch, LossFn
 
 Moment = Literal["before", "after"]
@@ -39,22 +40,35 @@ Evaluate = Callable[[Iterable[Batch]], EvaluationSums]
 
 
 @dataclasses.dataclass(frozen=True)
+class Parameters:
+    """What is trained and what is not.
+
+    Attributes:
+        trainable: the parameters to train, where they do not come from a key: arrays, or shapes in a run that goes on.
+        frozen: the parameters that are not trained.
+        init: from a key, a new model's parameters to train; None: ``trainable`` are there already.
+    """
+
+    trainable: Params
+    frozen: Params
+    init: Callable[[jax.Array], Params] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Task:
     """A stage of training: batches, parameters, loss, and what is measured and kept.
 
     Attributes:
         model_config: the model's configuration.
-        init_params: from a key, a new model's parameters to train; None: ``trainable`` are there already.
-        trainable: the parameters to train where they do not come from a key: arrays, or shapes in a run that goes on.
-        frozen: the parameters that are not trained.
+        params: the model's parameters.
         loss_fn: see :mod:`slm_jax.training.step`; a key of None means no dropout.
         train_batches: element ``i`` is the global batch of step ``i``.
         validation_batches: the whole validation split once, in global batches.
         longest: the width of the widest batch of all splits; None: all are as wide as the first.
         total_steps: steps of the whole run.
         tokens_per_step: tokens of a training batch, on average.
-        tokenizer: as plain data, to travel with each checkpoint.
-        save: writes tokenizer and whatever else every later use needs into the run's folder.
+        tokenizer: the model's, to travel with the run.
+        files: more small text files for the run's folder, by name.
         metadata: what else travels with each checkpoint, JSON-able.
         fingerprint: of the data; a run goes on only with the same.
         bytes_per_token: UTF-8 bytes that a validation token stands for, where that is known.
@@ -70,17 +84,15 @@ class Task:
     """
 
     model_config: GPTConfig
+    params: Parameters
     loss_fn: LossFn
     train_batches: grain.MapDataset
     validation_batches: Callable[[], Iterable[Batch]]
     total_steps: int
     tokens_per_step: int
-    tokenizer: dict[str, Any]
-    save: Callable[[Path], object]
+    tokenizer: Tokenizer
     fingerprint: str
-    init_params: Callable[[jax.Array], Params] | None = None
-    trainable: Params = dataclasses.field(default_factory=dict)
-    frozen: Params = dataclasses.field(default_factory=dict)
+    files: Mapping[str, str] = dataclasses.field(default_factory=dict)
     longest: int | None = None
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     bytes_per_token: float | None = None

@@ -14,8 +14,7 @@ from slm_jax.model import DType, GPTConfig, Params, param_shapes
 from slm_jax.param_file import read_tree
 from slm_jax.trainable import from_leaf_table, merge_params, whole_params
 from slm_jax.training.checkpoint import METADATA, best_step, find_damage, load_params, read_metadata, saved_steps
-
-FROZEN = "frozen.safetensors"  # in a run's folder: the parameters that it does not train
+from slm_jax.training.run_folder import FROZEN
 
 
 def find_checkpoint(source: str | Path, step: int | str = "best") -> tuple[Path, int] | None:

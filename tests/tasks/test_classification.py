@@ -163,10 +163,10 @@ def rows(n_a=20, n_b=10):
 
 def test_a_new_model_learns_without_a_base(tmp_path):
     task = make(config(tmp_path, rows()))
-    assert task.init_params is not None
-    assert task.frozen == {}
+    assert task.params.init is not None
+    assert task.params.frozen == {}
     assert task.metadata["classes"] == ["a", "b"]
-    trained = task.init_params(jax.random.key(0))
+    trained = task.params.init(jax.random.key(0))
     batch = jax.tree.map(jnp.asarray, task.train_batches[0])
     loss, weight, _ = jax.jit(task.loss_fn, static_argnums=3)(trained, {}, batch, None)
     assert float(loss / weight) == pytest.approx(np.log(2), abs=0.1)  # it knows nothing

@@ -55,9 +55,13 @@ def examples(n=BATCH, longest=30):
     return made
 
 
-def batch_of(examples, rows=BATCH, width=None):
-    batch = next(iter(instruction_eval_batches(examples, batch_size=rows, width=width, limit=32)))
-    return jax.tree.map(jnp.asarray, batch)
+def batch_of(rows, batch_size=BATCH, packed=False):
+    batches = instruction_eval_batches(rows, batch_size=batch_size, limit=32, bucketed=not packed, packed=packed)
+    return jax.tree.map(jnp.asarray, next(iter(batches)))
+
+
+def alone(examples):
+    return [[example] for example in examples]
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +90,7 @@ def test_the_loss_is_the_cross_entropy_of_what_is_learned(params, evaluate):
         )
         losses = np.log(np.exp(logits[:-1]).sum(-1)) - logits[np.arange(len(tokens.ids) - 1), tokens.ids[1:]]
         total, n = total + losses[tokens.counts[1:]].sum(), n + tokens.counts[1:].sum()
-    loss, weight, _ = evaluate(params, {}, batch_of(examples()))
+    loss, weight, _ = evaluate(params, {}, batch_of(alone(examples())))
     assert float(weight) == n
     assert float(loss) == pytest.approx(total, rel=1e-6)
 
@@ -94,9 +98,10 @@ def test_the_loss_is_the_cross_entropy_of_what_is_learned(params, evaluate):
 def test_packed_examples_have_the_loss_that_each_has_alone(params, evaluate):
     rows = pack(examples(), 32, seed=0)
     assert len(rows) < BATCH
-    alone, packed = evaluate(params, {}, batch_of(examples())), evaluate(params, {}, batch_of(rows, width=32))
-    assert float(packed[1]) == float(alone[1])
-    assert float(packed[0]) == pytest.approx(float(alone[0]), rel=1e-6)
+    expected = evaluate(params, {}, batch_of(alone(examples())))
+    packed = evaluate(params, {}, batch_of(rows, packed=True))
+    assert float(packed[1]) == float(expected[1])
+    assert float(packed[0]) == pytest.approx(float(expected[0]), rel=1e-6)
 
 
 # Accumulation
@@ -104,7 +109,7 @@ def test_packed_examples_have_the_loss_that_each_has_alone(params, evaluate):
 
 @pytest.mark.parametrize("packed", [False, True], ids=["alone", "packed"])
 def test_accumulated_gradients_are_those_of_the_whole_batch(params, packed):
-    batch = batch_of(pack(examples(24), 32, 0)[:BATCH], width=32) if packed else batch_of(examples())
+    batch = batch_of(pack(examples(24), 32, 0)[:BATCH], packed=True) if packed else batch_of(alone(examples()))
     assert len(set(np.asarray(batch["weights"]).sum(1).tolist())) > 3  # uneven
     grads_of = {
         n: jax.jit(
@@ -120,7 +125,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(params, packed):
 
 
 def test_parameters_after_ten_steps_do_not_depend_on_accumulation(params):
-    batches = instruction_batches(examples(20), batch_size=BATCH, width=32, limit=32, seed=0)
+    batches = instruction_batches(alone(examples(20)), batch_size=BATCH, limit=32, bucketed=False, packed=False, seed=0)
     optimizer, ends = optax.identity(), {}
     for accumulate in (1, 2, 4, 8):
         step = jax.jit(make_train_step(make_loss_fn(MODEL), optimizer, lambda step: 0.1, accumulate))
@@ -236,7 +241,7 @@ def trained(params):
         prompt = TOKENIZER.encode(TEMPLATE.prompt([Message("user", question)]))
         ids = [*prompt, *TOKENIZER.encode(reply + "\n"), eot]
         made.append(Tokens(np.array(ids, np.int32), np.arange(len(ids)) >= len(prompt)))
-    batch = batch_of(made, rows=4, width=16)
+    batch = batch_of(alone(made), batch_size=4)
     optimizer = optax.scale_by_adam()
     start = jax.jit(partial(init_params, CFG))(jax.random.key(0))
     state = TrainState(jnp.int32(0), start, optimizer.init(start), jax.random.key(0))
