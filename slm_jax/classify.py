@@ -69,21 +69,24 @@ class Classifier:
         Raises:
             InputError: one text instead of a list of them; a text that is empty or that the tokenizer cannot encode.
         """
-        from slm_jax.data.text_batches import classification_eval_batches  # Grain takes most of a second
+        from slm_jax.data.text_batches import classification_eval_batches, encode_text  # Grain takes most of a second
 
         if isinstance(texts, str):
             raise InputError(f"texts is {texts!r:.60}; expected a list of texts, even for a single one")
         if batch_size < 1:
             raise InputError(f"batch_size is {batch_size}; expected at least 1")
-        encoded = [self._encode(text) for text in texts]
+        for text in texts:
+            if not isinstance(text, str) or not text.strip():
+                raise InputError(f"a text is {text!r:.60}; expected text that is not empty")
+        encoded = [encode_text(text, self._tokenizer) for text in texts]
         if not encoded:
             return []
         batches = classification_eval_batches(
             [ids[: self.max_length] for ids in encoded],
             np.arange(len(encoded), dtype=np.int32),  # not classes: which text a row is, as rows are sorted by length
             batch_size=round_up(len(encoded), 1, batch_size),
-            width=None,
             limit=self.max_length,
+            bucketed=True,
         )
         rows = np.zeros((len(encoded), len(self.classes)), np.float32)
         for batch in batches:
@@ -91,17 +94,6 @@ class Classifier:
             found = self._probabilities(self._params, batch["inputs"], batch["lengths"])
             rows[batch["labels"][real]] = np.asarray(found)[real]
         return [self._prediction(row, len(ids) > self.max_length) for row, ids in zip(rows, encoded, strict=True)]
-
-    def _encode(self, text: str) -> Int[np.ndarray, " tokens"]:
-        if not isinstance(text, str) or not text.strip():
-            raise InputError(f"a text is {text!r:.60}; expected text that is not empty")
-        try:
-            ids = self._tokenizer.encode(text)
-        except InputError as error:
-            raise InputError(f"text {text!r:.60}: {error}") from None
-        if not ids:
-            raise InputError(f"text {text!r:.60} has no token; expected at least one: leave the text out")
-        return np.array(ids, np.int32)
 
     def _prediction(self, row: Float[np.ndarray, " classes"], truncated: bool) -> Prediction:
         probabilities = dict(zip(self.classes, row.tolist(), strict=True))

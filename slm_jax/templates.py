@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast, get_args
 
 from slm_jax.errors import InputError, MissingInputError
+from slm_jax.fields import get_text
 from slm_jax.files import read_json, user_path
 
 Role = Literal["system", "user", "assistant"]
@@ -194,9 +195,9 @@ def entry_messages(entry: Mapping[str, Any], where: str) -> tuple[Message, ...]:
         return _chat(entry["messages"], where)
     is_dolly = "response" in entry and "output" not in entry
     about, answer = ("context", "response") if is_dolly else ("input", "output")
-    instruction = _text(entry, "instruction", where)
-    question = Message("user", instruction, _text(entry, about, where, may_be_empty=True) if about in entry else "")
-    return (question, Message("assistant", _text(entry, answer, where))) if answer in entry else (question,)
+    instruction = _filled(entry, "instruction", where)
+    question = Message("user", instruction, get_text(entry, about, where) if about in entry else "")
+    return (question, Message("assistant", _filled(entry, answer, where))) if answer in entry else (question,)
 
 
 def _chat(messages: Any, where: str) -> tuple[Message, ...]:
@@ -205,27 +206,21 @@ def _chat(messages: Any, where: str) -> tuple[Message, ...]:
     turns: list[Message] = []
     for number, message in enumerate(messages, start=1):
         at = f"{where}, message {number}"
-        role = _text(message, "role", at)
+        role = _filled(message, "role", at)
         if role not in get_args(Role):
             raise InputError(f"{at}: role is {role!r:.60}; expected one of {', '.join(get_args(Role))}")
         if role == "system" and number > 1:
             raise InputError(f"{at}: a system message after others; expected it first")
-        turns.append(Message(cast(Role, role), _text(message, "content", at)))
+        turns.append(Message(cast(Role, role), _filled(message, "content", at)))
     asked = turns[:-1] if turns and turns[-1].role == "assistant" else turns
     if not any(turn.role == "user" for turn in asked):
         raise InputError(f"{where}: no message of a user to answer; expected role user before the last answer")
     return tuple(turns)
 
 
-def _text(fields: Mapping[str, Any], name: str, where: str, may_be_empty: bool = False) -> str:
-    """Return a field that must be text."""
-    if name not in fields:
-        raise InputError(f"{where}: no field {name!r} but {', '.join(map(str, fields)) or 'none'}; add it")
-    text = fields[name]
-    if not isinstance(text, str):
-        raise InputError(f"{where}: {name} is {text!r:.60}; expected text")
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise InputError(f"{where}: {name} has half a surrogate pair, which is no character; take it out")
-    if not text.strip() and not may_be_empty:
+def _filled(fields: Mapping[str, Any], name: str, where: str) -> str:
+    """Return a field that must be text and not empty."""
+    text = get_text(fields, name, where)
+    if not text.strip():
         raise InputError(f"{where}: {name} is empty; expected text, or leave the entry out")
     return text

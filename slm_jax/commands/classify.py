@@ -4,11 +4,11 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from slm_jax.commands import use_compile_cache
-from slm_jax.errors import InputError, MissingInputError
+from slm_jax.errors import InputError
+from slm_jax.files import user_path
 from slm_jax.options import check_at_least, parse
 
 if TYPE_CHECKING:
@@ -87,9 +87,11 @@ def _shown(text: str, prediction: "Prediction", format: str) -> str:
 
 def _lines(file: str | None) -> list[str]:
     """Return the texts in a file or the standard input, one a line; say how many lines are blank."""
+    from slm_jax.data.sources import read_text
+
     if file is None and sys.stdin.isatty():
         raise InputError('no text; expected texts, such as slm-jax classify --run RUN "a text", --file or a pipe')
-    lines = sys.stdin.read().split("\n") if file is None else _read(Path(file)).split("\n")
+    lines = (sys.stdin.read() if file is None else read_text(user_path(file))).split("\n")
     lines = lines[:-1] if lines[-1] == "" else lines
     texts = [line for line in lines if line.strip()]
     if not texts:
@@ -97,12 +99,3 @@ def _lines(file: str | None) -> list[str]:
     if n_blank := len(lines) - len(texts):
         print(f"{file or 'standard input'}: left out {n_blank:,} blank of {len(lines):,} lines", file=sys.stderr)
     return texts
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.expanduser().read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise MissingInputError(f"{path}: {error.strerror}; expected a text file with a text in each line") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 at byte {error.start}; expected a UTF-8 text file") from None

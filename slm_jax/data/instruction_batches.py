@@ -40,7 +40,7 @@ class Tokens:
 
 
 TooLong = Literal["drop", "truncate"]
-Row = Tokens | list[Tokens]  # one example, or what shares a row
+Row = list[Tokens]  # the examples that share a row
 
 
 # Encoding
@@ -129,14 +129,14 @@ def _without_front(tokens: Tokens, n: int) -> Tokens:
 # Packing
 
 
-def pack(tokens: Sequence[Tokens], width: int, seed: int) -> list[list[Tokens]]:
+def pack(tokens: Sequence[Tokens], width: int, seed: int) -> list[Row]:
     """Put examples together in rows of at most ``width`` inputs: each, in a random order, in the first that has room.
 
     Raises:
         InputError: an example that is longer than a row.
     """
     room = np.full(len(tokens), width)
-    rows: list[list[Tokens]] = []
+    rows: list[Row] = []
     for i in np.random.default_rng(seed).permutation(len(tokens)):
         example = tokens[i]
         if example.n_inputs > width:
@@ -153,54 +153,53 @@ def pack(tokens: Sequence[Tokens], width: int, seed: int) -> list[list[Tokens]]:
 
 
 def instruction_batches(
-    rows: Sequence[Row], *, batch_size: int, width: int | None, limit: int, seed: int
+    rows: Sequence[Row], *, batch_size: int, limit: int, bucketed: bool, packed: bool, seed: int
 ) -> grain.MapDataset:
     """Return the endless sequence of training batches; element ``i`` is the batch of step ``i``.
 
     Args:
-        rows: examples, or what :func:`pack` made of them.
+        rows: the examples of each, one or what :func:`pack` put together.
         batch_size: rows of a batch. Batches go on across the end of an epoch, so no row is left out.
-        width: of every batch; None: of each the width of its longest row, rounded up to a power of two.
         limit: the most that a batch may be wide.
+        bucketed: whether a batch is only as wide as its longest row, rounded up by `bucket_width`; or else ``limit``.
+        packed: whether rows may have several examples, so that batches say with ``segment_ids`` and ``positions``
+            where they are.
         seed: of the order, which is new each epoch.
     """
     order = grain.MapDataset.range(len(rows)).seed(seed).shuffle().repeat().batch(batch_size)
-    return order.map(lambda indices: _batch([rows[int(i)] for i in indices], batch_size, width, limit))
+    return order.map(lambda indices: _batch([rows[int(i)] for i in indices], batch_size, limit, bucketed, packed))
 
 
-def instruction_eval_batches(rows: Sequence[Row], *, batch_size: int, width: int | None, limit: int) -> Iterator[Batch]:
+def instruction_eval_batches(
+    rows: Sequence[Row], *, batch_size: int, limit: int, bucketed: bool, packed: bool
+) -> Iterator[Batch]:
     """Yield every row once, sorted by length to save padding; what fills the last batch has weight 0.
 
     Arguments as for :func:`instruction_batches`.
     """
     ordered = sorted(rows, key=_row_length)
     for first in range(0, len(ordered), batch_size):
-        yield _batch(ordered[first : first + batch_size], batch_size, width, limit)
+        yield _batch(ordered[first : first + batch_size], batch_size, limit, bucketed, packed)
 
 
-def _batch(rows: Sequence[Row], batch_size: int, width: int | None, limit: int) -> Batch:
-    width = width or bucket_width(max(map(_row_length, rows)), limit)
-    ids = ("inputs", "targets", "segment_ids", "positions")
-    batch = {name: np.zeros((batch_size, width), np.int32) for name in ids}
+def _batch(rows: Sequence[Row], batch_size: int, limit: int, bucketed: bool, packed: bool) -> Batch:
+    width = bucket_width(max(map(_row_length, rows)), limit) if bucketed else limit
+    names = ("inputs", "targets", "segment_ids", "positions") if packed else ("inputs", "targets")
+    batch = {name: np.zeros((batch_size, width), np.int32) for name in names}
     batch["weights"] = np.zeros((batch_size, width), np.float32)
     for r, row in enumerate(rows):
         start = 0
-        for segment, example in enumerate(_examples_of(row), start=1):
+        for segment, example in enumerate(row, start=1):
             at = np.s_[r, start : start + example.n_inputs]
             batch["inputs"][at] = example.ids[:-1]
             batch["targets"][at] = example.ids[1:]
             batch["weights"][at] = example.counts[1:]
-            batch["segment_ids"][at] = segment
-            batch["positions"][at] = np.arange(example.n_inputs)
+            if packed:
+                batch["segment_ids"][at] = segment
+                batch["positions"][at] = np.arange(example.n_inputs)
             start += example.n_inputs
-    if isinstance(rows[0], Tokens):  # the model needs neither where each row is one example
-        del batch["segment_ids"], batch["positions"]
     return batch
 
 
-def _examples_of(row: Row) -> list[Tokens]:
-    return [row] if isinstance(row, Tokens) else row
-
-
 def _row_length(row: Row) -> int:
-    return sum(example.n_inputs for example in _examples_of(row))
+    return sum(example.n_inputs for example in row)

@@ -1,9 +1,7 @@
 """Instructions with responses: from where they are to three splits."""
 
-import difflib
 import itertools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +10,8 @@ from slm_jax.config import DataConfig, InstructionConfig
 from slm_jax.data.builtin_instructions import docstring_entries
 from slm_jax.data.named import NAMED_FILES, named_file
 from slm_jax.data.rows import Row, read_json, read_jsonl, read_tfds
+from slm_jax.data.sources import parse_source
+from slm_jax.data.splits import first_places, grouped, share, shared, split_fractions
 from slm_jax.errors import InputError
 from slm_jax.files import user_path
 from slm_jax.templates import Message, entry_messages
@@ -71,13 +71,14 @@ def load_instructions(data: DataConfig, cfg: InstructionConfig, seed: int) -> In
     examples = read_examples(data.source)
     notes = []
     if cfg.split == "random":
-        groups = _by_prompt([examples[i] for i in np.random.default_rng(seed).permutation(len(examples))])
+        shuffled = [examples[i] for i in np.random.default_rng(seed).permutation(len(examples))]
+        groups = grouped(shuffled, map(_prompt, shuffled))
         splits = _bring_together(_cut(list(itertools.chain(*groups)), data))
         if n_repeated := len(examples) - len(groups):
             notes.append(f"{n_repeated:,} of them repeat the prompt of another, and are in the same split as that")
     else:
         splits = _cut(examples, data)
-        if n_shared := _count_shared(splits):
+        if n_shared := len(shared(splits, _prompt)):
             notes.append(f"{n_shared:,} of them repeat the prompt of one in another split, as the file's order decides")
     given = [name for name in ("validation", "test") if getattr(data, f"{name}_source")]
     for name in given:
@@ -110,13 +111,7 @@ def read_examples(source: str) -> list[Example]:
 
 
 def _read_rows(source: str) -> list[Row]:
-    kind, colon, rest = source.partition(":")
-    if not colon or kind not in SOURCES or not rest.strip():
-        written = kind.lower() if colon else Path(kind).suffix[1:]
-        near = difflib.get_close_matches(written, SOURCES, n=1)
-        hint = f" (did you mean {near[0]}:{rest or kind}?)" if near and near[0] != kind else ""
-        expected = ", ".join(SOURCES.values())
-        raise InputError(f"source {source!r} is no source of instructions{hint}; expected {expected}")
+    kind, rest = parse_source(source, SOURCES)
     if kind == "builtin":
         if rest != "docstrings":
             raise InputError(f"source {source!r}: no instructions of that name; expected builtin:docstrings")
@@ -137,7 +132,7 @@ def _example(row: Row) -> Example:
     if messages[-1].role != "assistant":
         if "messages" in row.fields:
             raise InputError(f"{row.where}: the last message is of role {messages[-1].role}; expected the assistant's")
-        row.field("output")  # is missing
+        raise InputError(f"{row.where}: no field 'output' but {', '.join(row.fields):.200}; add it")
     return Example(row.where, messages)
 
 
@@ -146,16 +141,10 @@ def _example(row: Row) -> Example:
 
 def _cut(examples: list[Example], data: DataConfig) -> dict[str, list[Example]]:
     """Cut the examples in three parts; none for a split that has its own source."""
+    validation, test = split_fractions(data)
     n = len(examples)
-    validation = 0.0 if data.validation_source else data.validation_fraction
-    test = 0.0 if data.test_source else data.test_fraction
-    if validation + test >= 1:
-        raise InputError(
-            f"data.validation_fraction {validation} and data.test_fraction {test} leave nothing to train on; "
-            "expected a sum below 1"
-        )
-    n_test = _share(n, test)
-    n_train = _share(n, 1 - validation - test) if validation else n - n_test
+    n_test = share(n, test)
+    n_train = share(n, 1 - validation - test) if validation else n - n_test
     return {
         "train": examples[:n_train],
         "validation": examples[n_train + n_test :],
@@ -163,49 +152,26 @@ def _cut(examples: list[Example], data: DataConfig) -> dict[str, list[Example]]:
     }
 
 
-def _share(n: int, fraction: float) -> int:
-    return int(round(n * fraction, 6))  # a fraction such as 1 - 0.1 - 0.2 is a little off
-
-
-def _by_prompt(examples: Sequence[Example]) -> list[list[Example]]:
-    """Put examples with the same prompt together, at the place of the first."""
-    groups: dict[Prompt, list[Example]] = {}
-    for example in examples:
-        groups.setdefault(example.prompt, []).append(example)
-    return list(groups.values())
-
-
-def _first_split(splits: dict[str, list[Example]]) -> dict[Prompt, str]:
-    first: dict[Prompt, str] = {}
-    for name, split in splits.items():
-        for example in split:
-            first.setdefault(example.prompt, name)
-    return first
-
-
-def _count_shared(splits: dict[str, list[Example]]) -> int:
-    first = _first_split(splits)
-    return sum(first[example.prompt] != name for name, split in splits.items() for example in split)
+def _prompt(example: Example) -> Prompt:
+    return example.prompt
 
 
 def _bring_together(splits: dict[str, list[Example]]) -> dict[str, list[Example]]:
     """Move each example to the first split that has its prompt."""
-    first = _first_split(splits)
+    first = first_places(splits, _prompt)
     together: dict[str, list[Example]] = {name: [] for name in splits}
     for example in itertools.chain(*splits.values()):
-        together[first[example.prompt]].append(example)
+        together[first[example.prompt][0]].append(example)
     return together
 
 
 def _check_apart(splits: dict[str, list[Example]], given: Sequence[str]) -> None:
     """Refuse a prompt of a given split that is in another split, too."""
-    first: dict[Prompt, tuple[str, str]] = {}
-    shared = []
-    for name, split in splits.items():
-        for example in split:
-            other, where = first.setdefault(example.prompt, (name, example.where))
-            if other != name and (name in given or other in given):
-                shared.append(f"{example.where} ({name}) has the same prompt as {where} ({other})")
-    if shared:
-        more = f" ({len(shared):,} such in all)" if len(shared) > 1 else ""
-        raise InputError(f"{shared[0]}{more}; expected no prompt in two splits: take it out of one")
+    pairs = [(one, two) for one, two in shared(splits, _prompt) if one[0] in given or two[0] in given]
+    if pairs:
+        (first_name, first), (name, example) = pairs[0]
+        more = f" ({len(pairs):,} such in all)" if len(pairs) > 1 else ""
+        raise InputError(
+            f"{example.where} ({name}) has the same prompt as {first.where} ({first_name}){more}; expected no prompt "
+            "in two splits: take it out of one"
+        )

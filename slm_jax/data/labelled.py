@@ -3,10 +3,9 @@
 import dataclasses
 import hashlib
 import json
-import math
 import re
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +16,7 @@ from slm_jax.data.builtin import prose_or_code
 from slm_jax.data.named import named_file
 from slm_jax.data.rows import Row, read_jsonl, read_table, read_tfds, tfds_builder
 from slm_jax.data.sources import parse_source
+from slm_jax.data.splits import grouped, share, shared, split_fractions
 from slm_jax.errors import InputError
 from slm_jax.files import user_path
 
@@ -208,7 +208,7 @@ def _sorted_classes(labels: set[str]) -> tuple[str, ...]:
 
 def _downsample(items: list[_Item], rng: np.random.Generator) -> tuple[list[_Item], str]:
     """Keep as many texts of each class as of the rarest, in the order of the source."""
-    classes = _grouped(range(len(items)), [item.label for item in items])
+    classes = grouped(range(len(items)), [item.label for item in items])
     rarest = min(map(len, classes))
     kept = np.sort(np.concatenate([rng.permutation(members)[:rarest] for members in classes]))
     note = f"balance: {_texts(len(items) - len(kept))} of {len(items)} left out, {rarest} of each class kept"
@@ -219,15 +219,9 @@ def _split(
     items: list[_Item], data: DataConfig, cfg: ClassificationConfig, rng: np.random.Generator
 ) -> dict[str, list[_Item]]:
     """Split a source's texts by the fractions of those splits that have no source of their own."""
-    validation = 0.0 if data.validation_source else data.validation_fraction
-    test = 0.0 if data.test_source else data.test_fraction
-    if validation + test >= 1:
-        raise InputError(
-            f"data.validation_fraction {validation:g} and data.test_fraction {test:g} leave nothing to train on; "
-            "expected a sum below 1"
-        )
-    units = _grouped(items, [item.key if cfg.group_duplicates else i for i, item in enumerate(items)])
-    strata = _grouped(units, [unit[0].label for unit in units]) if cfg.split == "stratified" else [units]
+    validation, test = split_fractions(data)
+    units = grouped(items, [item.key if cfg.group_duplicates else i for i, item in enumerate(items)])
+    strata = grouped(units, [unit[0].label for unit in units]) if cfg.split == "stratified" else [units]
     splits: dict[str, list[_Item]] = {"train": [], "validation": [], "test": []}
     end = 0
     for stratum in strata:
@@ -243,19 +237,8 @@ def _split(
 
 
 def _share(fraction: float, begin: int, end: int) -> int:
-    """Return how many of the texts from ``begin`` to ``end`` a split gets, its fraction being exact over all strata.
-
-    Without the last digits of a float: 1 - 0.1 - 0.2 is a little more than 0.7, and other sums are a little less.
-    """
-    return math.floor(end * fraction + 1e-6) - math.floor(begin * fraction + 1e-6)
-
-
-def _grouped(members: Iterable[Any], keys: Iterable[Hashable]) -> list[list[Any]]:
-    """Return lists of the members with equal keys, in the order in which the keys first occur."""
-    groups: dict[Hashable, list[Any]] = {}
-    for member, key in zip(members, keys, strict=True):
-        groups.setdefault(key, []).append(member)
-    return list(groups.values())
+    """Return how many of the texts from ``begin`` to ``end`` a split gets, its fraction being exact over all strata."""
+    return share(end, fraction) - share(begin, fraction)
 
 
 def _check_splits(splits: dict[str, list[_Item]], classes: Sequence[str], keep_apart: bool) -> None:
@@ -283,17 +266,11 @@ def _check_splits(splits: dict[str, list[_Item]], classes: Sequence[str], keep_a
 
 def _check_apart(splits: dict[str, list[_Item]]) -> None:
     """Refuse equal texts in two splits: in one that was given, they cannot be moved."""
-    seen: dict[str, tuple[str, _Item]] = {}
-    shared = []
-    for name, items in splits.items():
-        for item in items:
-            first_name, first = seen.setdefault(item.key, (name, item))
-            if first_name != name:
-                shared.append(f"{item.where} ({name}) and {first.where} ({first_name}) are equal")
-    if shared:
+    if pairs := shared(splits, lambda item: item.key):
+        (first_name, first), (name, item) = pairs[0]
         raise InputError(
-            f"{shared[0]}; {_texts(len(shared))} in a second split, expected none: take them out, "
-            "or allow it with classification.group_duplicates=false"
+            f"{item.where} ({name}) and {first.where} ({first_name}) are equal; {_texts(len(pairs))} in a second "
+            "split, expected none: take them out, or allow it with classification.group_duplicates=false"
         )
 
 
@@ -308,7 +285,7 @@ def _describe(name: str, items: list[_Item], classes: Sequence[str]) -> str:
 def _describe_duplicates(splits: dict[str, list[_Item]]) -> list[str]:
     """Say how many texts equal another one, whether across splits, and whether under another label."""
     placed = [(name, item) for name, items in splits.items() for item in items]
-    groups = [group for group in _grouped(placed, [item.key for _, item in placed]) if len(group) > 1]
+    groups = [group for group in grouped(placed, [item.key for _, item in placed]) if len(group) > 1]
     if not groups:
         return []
     across = sum(len({name for name, _ in group}) > 1 for group in groups)

@@ -16,6 +16,7 @@ import numpy as np
 
 from slm_jax.data.sources import read_text
 from slm_jax.errors import InputError, MissingInputError
+from slm_jax.fields import get_field, get_text
 from slm_jax.network import check_reachable
 
 CONNECT_SECONDS = 4.0  # offline, TensorFlow Datasets itself would try for minutes
@@ -40,18 +41,11 @@ class Row(NamedTuple):
 
     def text(self, name: str) -> str:
         """Return a field that must be text."""
-        value = self.field(name)
-        if not isinstance(value, str):
-            raise InputError(f"{self.where}: {name} is {value!r:.60}; expected text")
-        if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-            raise InputError(f"{self.where}: {name} has half a surrogate pair, which is no character; take it out")
-        return value
+        return get_text(self.fields, name, self.where)
 
     def field(self, name: str) -> Any:
         """Return a field that must be there."""
-        if name not in self.fields:
-            raise InputError(f"{self.where}: no field {name!r} but {', '.join(self.fields) or 'none':.200}; add it")
-        return self.fields[name]
+        return get_field(self.fields, name, self.where)
 
 
 # Files

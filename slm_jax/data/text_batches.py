@@ -17,18 +17,30 @@ from slm_jax.tokenizer import Tokenizer
 SHORTEST_WIDTH = 16  # tokens; each width is a program to be compiled
 
 
+def encode_text(text: str, tokenizer: Tokenizer) -> Int32[np.ndarray, " tokens"]:
+    """Return the token ids of a text.
+
+    Raises:
+        InputError: a text that the tokenizer cannot encode, or of which it makes no token.
+    """
+    try:
+        ids = tokenizer.encode(text)
+    except InputError as error:
+        raise InputError(f"text {text!r:.60}: {error}") from None
+    if not ids:
+        raise InputError(f"text {text!r:.60} has no token; expected at least one: leave the text out")
+    return np.array(ids, np.int32)
+
+
 def encode_texts(
     texts: Sequence[str], tokenizer: Tokenizer, max_length: int
 ) -> tuple[list[Int32[np.ndarray, " tokens"]], int]:
     """Return the token ids of each text, cut off after ``max_length``, and how many were cut.
 
     Raises:
-        InputError: a text of which the tokenizer makes no token.
+        InputError: as :func:`encode_text`.
     """
-    encoded = [np.array(tokenizer.encode(text), np.int32) for text in texts]
-    for text, ids in zip(texts, encoded, strict=True):
-        if not ids.size:
-            raise InputError(f"text {text!r:.60} has no token; expected at least one: leave the text out")
+    encoded = [encode_text(text, tokenizer) for text in texts]
     return [ids[:max_length] for ids in encoded], sum(ids.size > max_length for ids in encoded)
 
 
@@ -43,8 +55,8 @@ def classification_batches(
     weights: Float32[np.ndarray, " texts"],
     *,
     batch_size: int,
-    width: int | None,
     limit: int,
+    bucketed: bool,
     seed: int,
 ) -> grain.MapDataset:
     """Return the endless sequence of training batches; element ``i`` is the batch of step ``i``.
@@ -56,17 +68,17 @@ def classification_batches(
         labels: the class of each text.
         weights: of each text in the loss.
         batch_size: texts of a batch.
-        width: tokens of a row; None: as its longest text, rounded up by `bucket_width`.
         limit: the most tokens of a row.
+        bucketed: whether a batch is only as wide as its longest text, rounded up by `bucket_width`; or else ``limit``.
         seed: of the order.
 
     Raises:
-        InputError: no text; a text longer than ``width`` or ``limit``.
+        InputError: no text; a text longer than ``limit``.
     """
-    _check_lengths(encoded, width, limit)
+    _check_lengths(encoded, limit)
 
     def make(texts: np.ndarray) -> Batch:
-        return _batch([encoded[i] for i in texts], labels[texts], weights[texts], width, limit)
+        return _batch([encoded[i] for i in texts], labels[texts], weights[texts], limit, bucketed)
 
     order = grain.MapDataset.range(len(encoded)).seed(seed).shuffle().repeat()
     return order.batch(batch_size).map(make)
@@ -77,8 +89,8 @@ def classification_eval_batches(
     labels: Int32[np.ndarray, " texts"],
     *,
     batch_size: int,
-    width: int | None,
     limit: int,
+    bucketed: bool,
 ) -> Iterator[Batch]:
     """Yield every text once, the shortest first, so that a batch's texts are alike in length.
 
@@ -88,13 +100,13 @@ def classification_eval_batches(
         encoded: token ids of each text, 1 to ``limit``.
         labels: the class of each text.
         batch_size: texts of a batch.
-        width: tokens of a row; None: as its longest text, rounded up by `bucket_width`.
         limit: the most tokens of a row.
+        bucketed: whether a batch is only as wide as its longest text, rounded up by `bucket_width`; or else ``limit``.
 
     Raises:
-        InputError: no text; a text longer than ``width`` or ``limit``.
+        InputError: no text; a text longer than ``limit``.
     """
-    _check_lengths(encoded, width, limit)
+    _check_lengths(encoded, limit)
     order = np.argsort([ids.size for ids in encoded], kind="stable")
     for first in range(0, len(order), batch_size):
         texts = order[first : first + batch_size]
@@ -103,22 +115,23 @@ def classification_eval_batches(
             [encoded[i] for i in texts] + [np.zeros(1, np.int32)] * n_empty,
             np.pad(labels[texts], (0, n_empty)),
             np.pad(np.ones(len(texts), np.float32), (0, n_empty)),
-            width,
             limit,
+            bucketed,
         )
 
 
-def _check_lengths(encoded: Sequence[np.ndarray], width: int | None, limit: int) -> None:
+def _check_lengths(encoded: Sequence[np.ndarray], limit: int) -> None:
     if not encoded:
         raise InputError("no text to make batches of; expected at least one")
-    longest, most = max(ids.size for ids in encoded), limit if width is None else min(width, limit)
-    if longest > most:
-        raise InputError(f"a text of {longest} tokens does not fit rows of {most}; cut it off with encode_texts")
+    longest = max(ids.size for ids in encoded)
+    if longest > limit:
+        raise InputError(f"a text of {longest} tokens does not fit rows of {limit}; cut it off with encode_texts")
 
 
-def _batch(rows: Sequence[np.ndarray], labels: np.ndarray, weights: np.ndarray, width: int | None, limit: int) -> Batch:
+def _batch(rows: Sequence[np.ndarray], labels: np.ndarray, weights: np.ndarray, limit: int, bucketed: bool) -> Batch:
     lengths = np.array([ids.size for ids in rows], np.int32)
-    inputs = np.zeros((len(rows), width or bucket_width(int(lengths.max()), limit)), np.int32)
+    width = bucket_width(int(lengths.max()), limit) if bucketed else limit
+    inputs = np.zeros((len(rows), width), np.int32)
     for row, ids in zip(inputs, rows, strict=True):
         row[: ids.size] = ids
     return {"inputs": inputs, "lengths": lengths, "labels": labels, "weights": weights}

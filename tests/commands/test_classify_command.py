@@ -112,7 +112,7 @@ def test_without_a_text_it_says_how_to_give_one(capsys, monkeypatch, tmp_path):
         (["--run", "x", "--format", "xml", "cat"], "format is 'xml'; expected one of text, json"),
         (["--run", "x", "--file", "y", "cat"], "text is 'cat' and file y; expected only one"),
         (["--run", "x", "--files", "y", "cat"], "unknown key files; did you mean file?"),
-        (["--run", "x", "--file", "none.txt"], "none.txt: No such file or directory; expected a text file"),
+        (["--run", "x", "--file", "none.txt"], "none.txt: no such file (looked from"),
     ],
 )
 def test_mistakes_are_one_line(capsys, args, said):
@@ -122,9 +122,8 @@ def test_mistakes_are_one_line(capsys, args, said):
 def test_a_file_that_is_no_text_is_refused(capsys, tmp_path):
     file = tmp_path / "latin1.txt"
     file.write_bytes(b"caf\xe9\n")
-    assert refused(capsys, "classify", "--run", "x", "--file", str(file)) == (
-        f"{file}: not UTF-8 at byte 3; expected a UTF-8 text file"
-    )
+    said = refused(capsys, "classify", "--run", "x", "--file", str(file))
+    assert said.startswith(f"{file}: not UTF-8: byte 3 (line 1) is 0xe9")
 
 
 def test_a_text_that_cannot_be_read_is_named(classifier, capsys, monkeypatch):

@@ -45,6 +45,10 @@ def learned(tokens, tokenizer=CHARS):
     return tokenizer.decode(tokens.ids[tokens.counts])
 
 
+def rows_of(examples):
+    return [[example] for example in examples]
+
+
 def same(one, other):
     assert one.keys() == other.keys()
     for name in one:
@@ -152,6 +156,9 @@ def test_a_long_conversation_loses_its_oldest_turns():
 
 # Batches
 
+ALONE = {"bucketed": True, "packed": False}
+PACKED = {"bucketed": False, "packed": True}
+
 
 def numbered(lengths):
     """Examples of so many inputs; each token tells the example and the place, and the first half is masked."""
@@ -160,37 +167,38 @@ def numbered(lengths):
 
 
 def test_a_batch_has_the_documented_names_types_and_widths():
-    batch = instruction_batches(numbered([5, 7, 20]), batch_size=3, width=None, limit=64, seed=0)[0]
+    batch = instruction_batches(rows_of(numbered([5, 7, 20])), batch_size=3, limit=64, seed=0, **ALONE)[0]
     expected = {
         "inputs": ((3, 32), np.int32),
         "targets": ((3, 32), np.int32),
         "weights": ((3, 32), np.float32),
     }
     assert {name: (value.shape, value.dtype) for name, value in batch.items()} == expected
-    packed = instruction_batches([numbered([5, 7]), numbered([20])], batch_size=2, width=None, limit=64, seed=0)[0]
-    whole = {name: ((2, 32), dtype) for name, (_, dtype) in expected.items()}
-    positions = ((2, 32), np.int32)
+    packed = instruction_batches([numbered([5, 7]), numbered([20])], batch_size=2, limit=40, seed=0, **PACKED)[0]
+    whole = {name: ((2, 40), dtype) for name, (_, dtype) in expected.items()}
+    positions = ((2, 40), np.int32)
     assert {name: (value.shape, value.dtype) for name, value in packed.items()} == {
         **whole, "segment_ids": positions, "positions": positions,
     }  # fmt: skip
 
 
 @pytest.mark.parametrize(("longest", "limit", "width"), [(3, 64, 16), (16, 64, 16), (17, 64, 32), (40, 50, 50)])
-def test_a_batch_is_as_wide_as_its_longest_rounded_up(longest, limit, width):
-    rows = numbered([2, longest])
-    assert instruction_batches(rows, batch_size=2, width=None, limit=limit, seed=0)[0]["inputs"].shape == (2, width)
-    assert instruction_batches(rows, batch_size=2, width=48, limit=limit, seed=0)[0]["inputs"].shape == (2, 48)
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_batch_is_as_wide_as_its_longest_rounded_up_or_as_the_limit(longest, limit, width, packed):
+    make = {"rows": rows_of(numbered([2, longest])), "batch_size": 2, "limit": limit, "packed": packed, "seed": 0}
+    assert instruction_batches(bucketed=True, **make)[0]["inputs"].shape == (2, width)
+    assert instruction_batches(bucketed=False, **make)[0]["inputs"].shape == (2, limit)
 
 
 def test_padding_is_never_a_target():
-    (batch,) = instruction_eval_batches(numbered([4]), batch_size=2, width=8, limit=8)
+    (batch,) = instruction_eval_batches(rows_of(numbered([4])), batch_size=2, limit=8, **ALONE)
     np.testing.assert_array_equal(batch["inputs"], [[100, 101, 102, 103, 0, 0, 0, 0], [0] * 8])
     np.testing.assert_array_equal(batch["targets"], [[101, 102, 103, 104, 0, 0, 0, 0], [0] * 8])
     np.testing.assert_array_equal(batch["weights"], [[0, 0, 1, 1, 0, 0, 0, 0], [0] * 8])
 
 
 def test_a_packed_row_is_its_examples_side_by_side():
-    (batch,) = instruction_eval_batches([numbered([3, 2])], batch_size=1, width=8, limit=8)
+    (batch,) = instruction_eval_batches([numbered([3, 2])], batch_size=1, limit=8, **PACKED)
     np.testing.assert_array_equal(batch["inputs"], [[100, 101, 102, 200, 201, 0, 0, 0]])
     np.testing.assert_array_equal(batch["targets"], [[101, 102, 103, 201, 202, 0, 0, 0]])
     np.testing.assert_array_equal(batch["weights"], [[0, 0, 1, 0, 1, 0, 0, 0]])
@@ -201,8 +209,8 @@ def test_a_packed_row_is_its_examples_side_by_side():
 @pytest.mark.parametrize("packed", [False, True])
 def test_evaluation_has_every_target_once(packed):
     examples = numbered([5, 1, 9, 3, 3, 12, 7])
-    rows = pack(examples, 14, seed=0) if packed else examples
-    batches = list(instruction_eval_batches(rows, batch_size=3, width=None, limit=16))
+    rows = pack(examples, 14, seed=0) if packed else rows_of(examples)
+    batches = list(instruction_eval_batches(rows, batch_size=3, limit=16, **(PACKED if packed else ALONE)))
     assert {batch["inputs"].shape for batch in batches} == {(3, 16)}
     seen = np.concatenate([batch["targets"][batch["weights"] == 1] for batch in batches])
     expected = np.concatenate([example.ids[1:][example.counts[1:]] for example in examples])
@@ -257,13 +265,13 @@ def test_a_packed_example_is_computed_as_if_it_were_alone(bpe):
 
     rows = pack(tokens, 256, seed=0)
     assert max(map(len, rows)) > 2
-    (packed,) = instruction_eval_batches(rows, batch_size=len(rows), width=256, limit=256)
+    (packed,) = instruction_eval_batches(rows, batch_size=len(rows), limit=256, **PACKED)
     together = run(packed["inputs"], segment_ids=packed["segment_ids"], positions=packed["positions"])
     total = 0.0
     for row, row_logits in zip(sorted(rows, key=lambda row: sum(one.n_inputs for one in row)), together, strict=True):
         start = 0
         for one in row:
-            (alone,) = instruction_eval_batches([one], batch_size=1, width=256, limit=256)
+            (alone,) = instruction_eval_batches([[one]], batch_size=1, limit=256, bucketed=False, packed=False)
             logits = run(alone["inputs"])
             total += loss(alone, logits)
             expected = logits[0, : one.n_inputs]
@@ -289,8 +297,9 @@ def first_tokens(dataset, steps):
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_batch_is_a_function_of_seed_and_step(packed):
     """However it is reached: by index, in any order, by iterating, or going on from a saved state."""
-    rows = pack(numbered([3, 9, 4, 17, 6, 2, 11]), 20, seed=1) if packed else numbered([3, 9, 4, 17, 6, 2, 11])
-    make = {"batch_size": 3, "width": None, "limit": 32, "seed": 5}
+    examples = numbered([3, 9, 4, 17, 6, 2, 11])
+    rows = pack(examples, 20, seed=1) if packed else rows_of(examples)
+    make = {"batch_size": 3, "limit": 32, "seed": 5, **(PACKED if packed else ALONE)}
     dataset = instruction_batches(rows, **make)
     direct = [dataset[step] for step in range(10)]
     again = instruction_batches(rows, **make)
@@ -309,7 +318,7 @@ def test_a_batch_is_a_function_of_seed_and_step(packed):
 
 
 def test_each_epoch_has_every_row_once_in_another_order_and_batches_go_on_across_its_end():
-    dataset = instruction_batches(numbered([4] * 6), batch_size=4, width=8, limit=8, seed=0)
+    dataset = instruction_batches(rows_of(numbered([4] * 6)), batch_size=4, limit=8, seed=0, **ALONE)
     drawn = first_tokens(dataset, 30)
     epochs = [tuple(drawn[i : i + 6]) for i in range(0, 120, 6)]
     assert all(sorted(epoch) == [100, 200, 300, 400, 500, 600] for epoch in epochs)
@@ -318,5 +327,5 @@ def test_each_epoch_has_every_row_once_in_another_order_and_batches_go_on_across
 
 
 def test_a_single_row_fills_batches():
-    dataset = instruction_batches(numbered([4]), batch_size=2, width=8, limit=8, seed=0)
+    dataset = instruction_batches(rows_of(numbered([4])), batch_size=2, limit=8, seed=0, **ALONE)
     assert first_tokens(dataset, 2) == [100] * 4

@@ -128,9 +128,11 @@ def test_a_bad_line_of_json_lines_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("data.json", r"instructions \(did you mean json:data.json\?\); expected json:FILE, jsonl:FILE, tfds:NAME"),
+        ("data.json", r"no kind \(did you mean json:data.json\?\); expected json:FILE, jsonl:FILE, tfds:NAME"),
         ("jsno:data.json", r"did you mean json:data.json\?"),
-        ("json:", r"is no source of instructions"),
+        ("instruction-data", r"did you mean named:instruction-data\?"),
+        ("text:data.txt", r"no kind 'text' here; expected json:FILE"),
+        ("json:", r"says only the kind; expected json:FILE"),
         ("named:sms-spam", r"holds no instructions; expected named:instruction-data"),
         ("named:alpaca", r"no such name; expected named:instruction-data"),
         ("builtin:python-docs", r"expected builtin:docstrings"),

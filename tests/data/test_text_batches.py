@@ -45,9 +45,14 @@ def test_texts_longer_than_the_limit_are_cut_at_the_end_and_counted():
     assert all(ids.dtype == np.int32 for ids in encoded)
 
 
-def test_a_text_without_a_token_is_named():
-    with pytest.raises(InputError, match="text '' has no token"):
-        encode_texts(["a", ""], CharTokenizer().build_vocab("a"), 3)
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("", "text '' has no token"), ("aZ" * 99, r"text '(aZ){29}a: character 'Z' at offset 1 is not in the vocabulary")],
+)
+def test_a_text_that_cannot_be_encoded_is_named(text, said):
+    with pytest.raises(InputError, match=f"^{said}") as error:
+        encode_texts(["a", text], CharTokenizer().build_vocab("a"), 3)
+    assert "\n" not in str(error.value)
 
 
 # Widths
@@ -64,9 +69,9 @@ def test_widths_are_powers_of_two_from_16_to_the_limit(longest, limit, width):
 def test_a_batch_is_as_wide_as_its_own_longest_text_or_as_it_was_told():
     encoded = texts(3, 30)
     labels, weights = labelled(encoded)
-    free = classification_batches(encoded, labels, weights, batch_size=1, width=None, limit=64, seed=0)
+    free = classification_batches(encoded, labels, weights, batch_size=1, limit=64, bucketed=True, seed=0)
     assert {free[i]["inputs"].shape for i in range(4)} == {(1, 16), (1, 32)}
-    fixed = classification_batches(encoded, labels, weights, batch_size=1, width=30, limit=64, seed=0)
+    fixed = classification_batches(encoded, labels, weights, batch_size=1, limit=30, bucketed=False, seed=0)
     assert {fixed[i]["inputs"].shape for i in range(4)} == {(1, 30)}
 
 
@@ -76,7 +81,7 @@ def test_a_batch_is_as_wide_as_its_own_longest_text_or_as_it_was_told():
 def test_every_text_comes_once_an_epoch_in_a_new_order_and_batches_go_on_across_epochs():
     encoded = texts(*range(1, 11))
     labels, weights = labelled(encoded)
-    batches = classification_batches(encoded, labels, weights, batch_size=4, width=None, limit=64, seed=3)
+    batches = classification_batches(encoded, labels, weights, batch_size=4, limit=64, bucketed=True, seed=3)
     order = []
     for i in range(10):  # 40 texts: four epochs
         rows = check(batches[i], encoded, labels)
@@ -92,52 +97,52 @@ def test_a_batch_is_a_function_of_seed_and_step():
     labels, weights = labelled(encoded)
 
     def batch(seed, step):
-        batches = classification_batches(encoded, labels, weights, batch_size=4, width=None, limit=64, seed=seed)
+        batches = classification_batches(encoded, labels, weights, batch_size=4, limit=64, bucketed=True, seed=seed)
         return batches[step]["inputs"][:, 0].tolist()
 
     assert batch(0, 7) == batch(0, 7)
     assert batch(0, 7) != batch(1, 7)
-    iterated = iter(classification_batches(encoded, labels, weights, batch_size=4, width=None, limit=64, seed=0))
+    iterated = iter(classification_batches(encoded, labels, weights, batch_size=4, limit=64, bucketed=True, seed=0))
     assert [next(iterated)["inputs"][:, 0].tolist() for _ in range(8)][7] == batch(0, 7)
 
 
 def test_a_batch_may_be_larger_than_the_texts_are_many():
     encoded = texts(2, 3)
     labels, weights = labelled(encoded)
-    batch = classification_batches(encoded, labels, weights, batch_size=5, width=None, limit=64, seed=0)[0]
+    batch = classification_batches(encoded, labels, weights, batch_size=5, limit=64, bucketed=True, seed=0)[0]
     assert set(check(batch, encoded, labels)) == {0, 1}
 
 
 # Evaluation
 
 
-@pytest.mark.parametrize("width", [None, 40])
-def test_every_text_is_evaluated_once_and_filling_counts_nothing(width):
+@pytest.mark.parametrize(
+    ("limit", "bucketed", "widths"), [(64, True, [16, 32, 64]), (40, True, [16, 32, 40]), (40, False, [40, 40, 40])]
+)
+def test_every_text_is_evaluated_once_and_filling_counts_nothing(limit, bucketed, widths):
     encoded = texts(40, 3, 17, 3, 1)
     labels, _ = labelled(encoded)
-    batches = list(classification_eval_batches(encoded, labels, batch_size=2, width=width, limit=64))
+    batches = list(classification_eval_batches(encoded, labels, batch_size=2, limit=limit, bucketed=bucketed))
     rows = np.concatenate([check(batch, encoded, labels) for batch in batches])
     assert sorted(rows) == [-1, 0, 1, 2, 3, 4]
     np.testing.assert_array_equal(np.concatenate([batch["weights"] for batch in batches]), rows >= 0)
-    assert [batch["inputs"].shape for batch in batches] == (
-        [(2, 16), (2, 32), (2, 64)] if width is None else [(2, width)] * 3
-    )
+    assert [batch["inputs"].shape for batch in batches] == [(2, width) for width in widths]
 
 
 # Mistakes
 
 
-@pytest.mark.parametrize(("width", "limit", "most"), [(None, 8, 8), (6, 8, 6), (16, 8, 8)])
-def test_texts_that_do_not_fit_are_refused(width, limit, most):
+@pytest.mark.parametrize("bucketed", [True, False])
+def test_texts_that_do_not_fit_are_refused(bucketed):
     encoded = texts(2, 9)
     labels, weights = labelled(encoded)
-    with pytest.raises(InputError, match=f"9 tokens does not fit rows of {most}"):
-        classification_batches(encoded, labels, weights, batch_size=2, width=width, limit=limit, seed=0)
-    with pytest.raises(InputError, match=f"9 tokens does not fit rows of {most}"):
-        next(classification_eval_batches(encoded, labels, batch_size=2, width=width, limit=limit))
+    with pytest.raises(InputError, match="9 tokens does not fit rows of 8"):
+        classification_batches(encoded, labels, weights, batch_size=2, limit=8, bucketed=bucketed, seed=0)
+    with pytest.raises(InputError, match="9 tokens does not fit rows of 8"):
+        next(classification_eval_batches(encoded, labels, batch_size=2, limit=8, bucketed=bucketed))
 
 
 def test_nothing_makes_no_batch():
     none = np.zeros(0, np.int32)
     with pytest.raises(InputError, match="no text to make batches of"):
-        classification_batches([], none, none.astype(np.float32), batch_size=2, width=None, limit=8, seed=0)
+        classification_batches([], none, none.astype(np.float32), batch_size=2, limit=8, bucketed=True, seed=0)
