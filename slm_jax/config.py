@@ -151,8 +151,8 @@ class SampleConfig:
     """Text sampled while training.
 
     Attributes:
-        every: steps from one sample to the next; 0: none.
-        prompt: what the sample starts with; null: the first tokens of the validation text.
+        every: steps from one sample to the next; 0: none. An instruction is answered at each evaluation instead.
+        prompt: what the sample starts with; null: the first tokens of the validation text, or its first instruction.
         max_new_tokens: its length in tokens.
         temperature: below 1 safer, above 1 wilder, 0 always the likeliest token.
         top_k: how many of the likeliest tokens are drawn from; null: all.
@@ -464,7 +464,8 @@ _LATER_KEYS = {"model.exact_gelu": False, "base": None, "trainable": "all"}
 
 def identity(config: RunConfig, model: GPTConfig) -> dict[str, Any]:
     """Return the keys that say what is trained on what, with the model's resolved shape."""
-    values = flatten({**to_dict(config), "model": dataclasses.asdict(model)})
+    base = None if config.base is None else str(Path(config.base))  # "./runs/x" is "runs/x"
+    values = flatten({**to_dict(config), "model": dataclasses.asdict(model), "base": base})
     return {
         key: list(value) if isinstance(value, tuple) else value  # as JSON has it
         for key, value in values.items()

@@ -1,8 +1,10 @@
 """A params tree, or a part of one, as one safetensors file: each leaf under its path, with its SHA-256."""
 
+import errno
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +41,11 @@ def write_tensors(file: Path, tensors: dict[str, np.ndarray], metadata: dict[str
     mode = partial.stat().st_mode  # safetensors makes a file that only its owner can read
     try:
         save_file(tensors, partial, {**metadata, DIGESTS: json.dumps(digests)})
-    except SafetensorError as error:  # a full disk, for one
+    except SafetensorError as error:  # a full disk, for one: it says which only in words
         partial.unlink(missing_ok=True)
-        raise OSError(str(error)) from None
+        number = re.search(r"os error (\d+)", str(error))
+        code = int(number[1]) if number else errno.EIO
+        raise OSError(code, os.strerror(code), str(file)) from None
     partial.chmod(mode)
     with partial.open("r+b") as stream:
         os.fsync(stream.fileno())
@@ -57,7 +61,7 @@ def read_tree(file: Path) -> Params:
     """
     file = user_path(file)
     if not file.is_file():
-        raise MissingInputError(f"{file}: no such file; expected parameters that slm_jax wrote")
+        raise MissingInputError(f"{file}: no such file; expected parameters that slm_jax wrote: restore it")
     try:
         with safe_open(file, "numpy") as tensors:
             digests = json.loads((tensors.metadata() or {})[DIGESTS])
@@ -72,6 +76,15 @@ def read_tree(file: Path) -> Params:
     if missing := sorted(digests.keys() - flat.keys()):
         raise InputError(f"{file}: {missing[0]} is missing; restore the file")
     return unflatten_dict(flat, sep="/")
+
+
+def tree_fingerprint(file: Path) -> str:
+    """Return a SHA-256 over what a file says of its leaves' contents; :func:`read_tree` checks that it is true."""
+    try:
+        with safe_open(file, "numpy") as tensors:
+            return hashlib.sha256((tensors.metadata() or {})[DIGESTS].encode()).hexdigest()
+    except (SafetensorError, OSError, KeyError) as error:
+        raise InputError(f"{file}: cannot be read as parameters of slm_jax ({error}); restore it") from None
 
 
 def _bytes(tensor: np.ndarray) -> memoryview:

@@ -389,7 +389,7 @@ def test_every_key_is_of_one_kind():
         ({"--task": "instruction", "--trainable": "lora"}, TEST_SPLIT | INSTRUCTION | LORA),
         ({"--trainable": "last_n_blocks"}, LAST_N_BLOCKS),
     ],
-    ids=str,
+    ids=["pretraining", "classification", "instruction", "lora", "last_n_blocks"],
 )
 def test_a_run_is_identified_by_what_its_kind_of_training_reads(args, keys):
     config = parse_args([part for pair in {**LATER, **args}.items() for part in pair])

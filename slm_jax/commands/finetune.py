@@ -1,5 +1,6 @@
 """``slm-jax finetune``: turn a pretrained GPT into a classifier, or teach it to follow instructions."""
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 
@@ -14,6 +15,8 @@ def main(args: Sequence[str]) -> int:
     options = parse_args(args, FinetuneConfig)
     if options.task == "pretraining":
         raise InputError("task is pretraining; expected classification or instruction, or use slm-jax train")
+    if options.task == "instruction" and options.data == FinetuneConfig().data:  # a classifier's, by default
+        options = dataclasses.replace(options, data=dataclasses.replace(options.data, source="builtin:docstrings"))
     return run(options)
 
 
@@ -21,6 +24,7 @@ def run(options: RunConfig) -> int:
     """Fine-tune, or go on with a run; return as ``slm-jax train`` does."""
     first = _missing_base(options)
     if first is not None:
+        _check_data(options)
         print(f"{options.base} is not there yet: pretraining the tiny model first", file=sys.stderr)
         if status := train.run(first):
             return status
@@ -29,11 +33,24 @@ def run(options: RunConfig) -> int:
 
 def _missing_base(options: RunConfig) -> RunConfig | None:
     """Return the run of the tiny recipe that has to come first; None where the base is there or is another."""
-    base = user_path(options.base or "")
-    if base.name != "tiny" or (options.folder / "checkpoints").exists():
+    tiny = RunConfig(run="tiny", runs_dir=options.runs_dir)
+    if user_path(options.base or "") != tiny.folder or (options.folder / "checkpoints").exists():
         return None
-    tiny = RunConfig(run="tiny", runs_dir=str(base.parent))
     config_file = tiny.folder / "config.yaml"
     begun = config_file.is_file() and config_file.read_text(encoding="utf-8") == dump_config(tiny)
     unfinished = begun and not (tiny.folder / "summary.json").exists()
-    return tiny if unfinished or not base.exists() else None
+    return tiny if unfinished or not tiny.folder.exists() else None
+
+
+def _check_data(options: RunConfig) -> None:
+    """Find a mistake in the data before the model is pretrained for it."""
+    if options.task == "classification":
+        from slm_jax.data.labelled import load_labelled
+
+        load_labelled(options.data, options.classification, options.seed)
+    else:
+        from slm_jax.data.instructions import load_instructions
+        from slm_jax.templates import load_template
+
+        load_template(options.instruction.template)
+        load_instructions(options.data, options.instruction, options.seed)

@@ -223,22 +223,24 @@ def _split(
     units = grouped(items, [item.key if cfg.group_duplicates else i for i, item in enumerate(items)])
     strata = grouped(units, [unit[0].label for unit in units]) if cfg.split == "stratified" else [units]
     splits: dict[str, list[_Item]] = {"train": [], "validation": [], "test": []}
-    end = 0
+    shares = {"train": 1 - validation - test, "validation": validation, "test": test}
+    placed = 0
     for stratum in strata:
-        begin, end = end, end + sum(map(len, stratum))
-        train_end = _share(1 - validation - test, begin, end)
-        test_begin = train_end + _share(validation, begin, end) if test else end - begin
-        done = 0
+        placed += sum(map(len, stratum))
+        # Over all classes so far: what a small one cannot give to a split, the next one does.
+        due = {name: placed * fraction for name, fraction in shares.items()}
         for i in rng.permutation(len(stratum)):
-            split = "train" if done < train_end else "validation" if done < test_begin else "test"
-            splits[split] += stratum[i]
-            done += len(stratum[i])
+            below = (name for name in shares if share(placed, shares[name]) > len(splits[name]))
+            name = next(below, None) or _rest(due, splits, cfg)
+            splits[name] += stratum[i]
     return splits
 
 
-def _share(fraction: float, begin: int, end: int) -> int:
-    """Return how many of the texts from ``begin`` to ``end`` a split gets, its fraction being exact over all strata."""
-    return share(end, fraction) - share(begin, fraction)
+def _rest(due: dict[str, float], splits: dict[str, list[_Item]], cfg: ClassificationConfig) -> str:
+    """Return the split of what is over when all are rounded down: the book's test split, or the one most below due."""
+    if cfg.split == "random" and due["test"]:
+        return "test"
+    return max(due, key=lambda name: due[name] - len(splits[name]))
 
 
 def _check_splits(splits: dict[str, list[_Item]], classes: Sequence[str], keep_apart: bool) -> None:

@@ -7,17 +7,18 @@ from typing import Any
 
 import jax
 
-from slm_jax.config import RunConfig, identity
+from slm_jax.config import ModelSection, RunConfig, identity
 from slm_jax.errors import InputError
 from slm_jax.model import GPTConfig, Params
-from slm_jax.param_file import read_tree
 from slm_jax.run import find_tokenizer, load_model
 from slm_jax.tokenizer import Tokenizer, fingerprint, get_tokenizer, tokenizer_from_dict
 from slm_jax.trainable import leaf_table, split_params
+from slm_jax.training.checkpoint import read_metadata
 from slm_jax.training.hardware import best_dtype
 from slm_jax.training.run_folder import FROZEN
 from slm_jax.training.start import Start
 from slm_jax.training.task import Parameters, purpose_key
+from slm_jax.weights.ours import find_checkpoint, read_frozen
 
 _EXECUTION = ("drop_rate", "remat", "attention", "unroll")  # what of a base may be changed
 
@@ -51,11 +52,12 @@ def find_base(config: RunConfig, start: Start) -> Base | None:
     if config.base is None:
         return None
     given = _given_tokenizer(config)
+    checkpoint = find_checkpoint(config.base)
+    if checkpoint is not None:
+        _check_run(config, read_metadata(checkpoint[0] / "checkpoints", checkpoint[1]), given)
     loaded = load_model(config.base, given)
-    if config.tokenizer.kind != "bpe" and given is None and loaded.tokenizer.to_dict()["kind"] != config.tokenizer.kind:
-        raise _another_tokenizer(config.base)
-    if given is not None:
-        _check_tokenizer(config.base, loaded.model_config, given)
+    if checkpoint is None and given is not None:
+        _check_beside(config.base, loaded.model_config, given)
     return Base(_as_configured(loaded.model_config, config), loaded.tokenizer, loaded.params)
 
 
@@ -94,10 +96,12 @@ def prepare_params(config: RunConfig, start: Start, base: Base, init: Callable[[
     trainable, frozen = jax.eval_shape(split, shapes)
     if not frozen:
         return Parameters(trainable, {})
-    file = start.folder.path / FROZEN
-    saved = read_tree(file)
+    saved = read_frozen(start.folder.path, start.metadata)
     if leaf_table(saved) != leaf_table(frozen):
-        raise InputError(f"{file}: is of another model than this run's; restore it, or start anew with --run NAME")
+        raise InputError(
+            f"{start.folder.path / FROZEN}: is of another model than this run's; restore it, or start anew with --run "
+            "NAME"
+        )
     return Parameters(trainable, saved)
 
 
@@ -116,6 +120,8 @@ def _dtype(config: RunConfig) -> Any:
 def _as_configured(cfg: GPTConfig, config: RunConfig) -> GPTConfig:
     """Return a base's configuration with the run's execution; refuse a change of its shape."""
     section = dataclasses.asdict(config.model)
+    if section["preset"] != ModelSection().preset:
+        raise InputError(f"model.preset is {section['preset']}, and a base has its own shape; leave it out")
     for name, value in section.items():
         if name in ("preset", "dtype", *_EXECUTION) or value is None:
             continue
@@ -133,16 +139,27 @@ def _given_tokenizer(config: RunConfig) -> Tokenizer | None:
     return get_tokenizer("gpt2") if config.tokenizer.kind == "gpt2" else None
 
 
-def _check_tokenizer(source: str, cfg: GPTConfig, given: Tokenizer) -> None:
+def _check_run(config: RunConfig, metadata: dict[str, Any], given: Tokenizer | None) -> None:
+    """Refuse, before its weights are read, a run that is a classifier or has another tokenizer than asked for."""
+    if "classes" in metadata:
+        raise InputError(f"base {config.base} is a classifier; choose the run that it was made from")
+    own, kind = tokenizer_from_dict(metadata.get("tokenizer", {})), config.tokenizer.kind
+    other_kind = kind != "bpe" and own.to_dict()["kind"] != kind  # bpe is also what nobody asked for
+    if other_kind or (given is not None and fingerprint(own) != fingerprint(given)):
+        raise _another_tokenizer(config.base)
+
+
+def _check_beside(source: str, cfg: GPTConfig, given: Tokenizer) -> None:
+    """Refuse another tokenizer than the one that lies beside weights."""
     try:
         own = find_tokenizer(source, cfg)
-    except InputError:  # weights without one
+    except InputError:  # there is none
         return
     if fingerprint(own) != fingerprint(given):
         raise _another_tokenizer(source)
 
 
-def _another_tokenizer(source: str) -> InputError:
+def _another_tokenizer(source: str | None) -> InputError:
     return InputError(
         f"base {source} was trained with another tokenizer than the one asked for; leave tokenizer.kind and "
         "tokenizer.path out, or choose another base"

@@ -22,12 +22,12 @@ from slm_jax.data.instruction_batches import (
 )
 from slm_jax.data.instructions import Example, InstructionSplits, load_instructions
 from slm_jax.data.text_batches import bucket_width
-from slm_jax.errors import InputError
+from slm_jax.errors import InputError, MissingInputError
 from slm_jax.evaluation.responses import Response, score_responses
 from slm_jax.evaluation.results import perplexity
 from slm_jax.files import replace_text
 from slm_jax.generate import generate
-from slm_jax.model import GPTModel, Params, init_params, unstack_blocks
+from slm_jax.model import GPTConfig, GPTModel, Params, init_params, unstack_blocks
 from slm_jax.tasks.base import count_steps, find_base, longest_allowed, new_base, prepare_params
 from slm_jax.tasks.pretraining import make_loss_fn
 from slm_jax.templates import Message, Template, format_prompt, load_template
@@ -54,7 +54,7 @@ def build(config: RunConfig, start: Start, stop: Callable[[], None] | None = Non
     """
     check = stop or (lambda: None)
     section, train = config.instruction, config.train
-    template = load_template(section.template)
+    template = _template(section.template, start)
     splits = load_instructions(config.data, section, config.seed)
     check()
     base = find_base(config, start)
@@ -72,16 +72,20 @@ def build(config: RunConfig, start: Start, stop: Callable[[], None] | None = Non
         notes.append(f"packed {len(encoded['train']):,} training examples into {len(rows['train']):,} rows")
     shape: dict[str, Any] = {"limit": longest, "bucketed": not section.packing, "packed": section.packing}
     model = GPTModel(cfg)
+    eval_rows = train.eval_batch_size or train.batch_size
     evaluation_batches = {
-        name: functools.partial(
-            instruction_eval_batches,
-            rows[name],
-            batch_size=train.eval_batch_size or train.batch_size,
-            **shape,
-        )
+        name: functools.partial(instruction_eval_batches, rows[name], batch_size=eval_rows, **shape)
         for name in ("validation", "test")
     }
     n_new = config.sample.max_new_tokens
+    room, asked = _room(cfg, n_new), splits.test[: section.responses]
+
+    def fits(example: Example) -> bool:
+        return len(tokenizer.encode(template.prompt(example.prompt))) <= room
+
+    if n_cut := len(asked) - sum(map(fits, asked)):
+        notes.append(f"test: {n_cut:,} of {len(asked):,} answers see only the last {room} tokens of their prompt")
+    held_out = next(filter(fits, splits.validation), splits.validation[0])
     respond = functools.partial(answer, model, tokenizer=tokenizer, template=template, max_new_tokens=n_new, stop=check)
     return Task(
         model_config=cfg,
@@ -98,12 +102,29 @@ def build(config: RunConfig, start: Start, stop: Callable[[], None] | None = Non
         files={"template.json": json.dumps(template.to_dict(), indent=1) + "\n"},
         metadata={"template": template.to_dict()},
         fingerprint=_fingerprint(encoded),
-        sample=_sampler(config, respond, tokenizer, template, splits.validation[0]),
-        measure=functools.partial(_measure, evaluation_batches["test"], respond, splits.test[: section.responses]),
+        sample=_sampler(config, respond, tokenizer, template, held_out),
+        measure=functools.partial(_measure, evaluation_batches["test"], respond, asked),
         report=_report,
         notes=(*splits.notes, *notes),
         next_commands=_next_commands(config),
     )
+
+
+def _template(name: str, start: Start) -> Template:
+    """Return the template: a run that goes on has its own, whatever became of the file that it came from."""
+    if "template" not in start.metadata:
+        return load_template(name)
+    saved = Template.from_dict(start.metadata["template"], "the run's template")
+    try:
+        wanted = load_template(name)
+    except MissingInputError:
+        return saved
+    if wanted != saved:
+        raise InputError(
+            f"{start.folder.path} holds another run: instruction.template {name} has changed; change it back, or start "
+            "anew with --run NAME"
+        )
+    return saved
 
 
 def answer(
@@ -134,8 +155,7 @@ def answer(
         key: of the draws.
         stop: called for every few answers; may raise to stop early.
     """
-    context = model.cfg.context_length
-    room = context - min(max_new_tokens, context // 2)
+    room = _room(model.cfg, max_new_tokens)
     ids = [tokenizer.encode(template.prompt(messages))[-room:] for messages in prompts]
     params = unstack_blocks(params)
     answers: list[str] = []
@@ -150,6 +170,11 @@ def answer(
         added = [np.asarray(row)[len(ask) :] for row, ask in zip(rows, batch, strict=True)]
         answers += [_answer(ids, tokenizer, template) for ids in added]
     return answers
+
+
+def _room(cfg: GPTConfig, max_new_tokens: int) -> int:
+    """Return how many tokens of a prompt leave room for an answer."""
+    return cfg.context_length - min(max_new_tokens, cfg.context_length // 2)
 
 
 def _answer(ids: np.ndarray, tokenizer: Tokenizer, template: Template) -> str:
@@ -204,6 +229,8 @@ def _sampler(
     cfg = config.sample
     if not cfg.every:
         return None
+    if cfg.prompt is not None and not cfg.prompt.strip():
+        raise InputError("sample.prompt is empty; expected an instruction, or null for one of the validation split")
     asked = held_out.prompt if cfg.prompt is None else (Message("user", cfg.prompt),)
     try:
         tokenizer.encode(template.prompt(asked))  # refused now, not after an hour
@@ -261,8 +288,9 @@ def _report(before: dict[str, Any] | None, after: dict[str, Any]) -> list[str]:
 
 def _next_commands(config: RunConfig) -> tuple[str, ...]:
     folder = shlex.quote(str(config.folder))
+    scoring = f"slm-jax evaluate --run {folder} --responses {shlex.quote(str(config.folder / 'responses.json'))}"
     return (
         f"slm-jax chat --run {folder} --temperature 0 --max-new-tokens {config.sample.max_new_tokens}",
-        f"slm-jax evaluate --run {folder} --responses {shlex.quote(str(config.folder / 'responses.json'))}",
+        *([scoring] if config.instruction.responses != 0 else []),
         f"slm-jax export --run {folder} --out {shlex.quote(config.name + '-hf')}",
     )

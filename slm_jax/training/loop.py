@@ -24,7 +24,7 @@ from slm_jax.config import RunConfig, dump_config, identity, to_dict
 from slm_jax.errors import InputError
 from slm_jax.lora import split_adapters
 from slm_jax.model import Params
-from slm_jax.param_file import write_tree
+from slm_jax.param_file import tree_fingerprint, write_tree
 from slm_jax.trainable import leaf_table, merge_params
 from slm_jax.training import hardware
 from slm_jax.training.checkpoint import Checkpoints, best_step, checkpoint_bytes, load_params, saved_steps
@@ -73,6 +73,7 @@ def train(config: RunConfig, task: Task, start: Start, stop: StopRequest, consol
         return trainer.summary
     trainer.check()
     with start.folder.lock():
+        start.check_unchanged()
         trainer.prepare()
         with Checkpoints(start.folder.checkpoints, config.checkpoint.keep) as checkpoints, trainer.progress:
             trainer.run(checkpoints)
@@ -112,6 +113,10 @@ class Trainer:
         self.flops_per_token = hardware.flops_per_token(task.model_config)
         self.n_trained = count_leaves(self.param_shapes)
         self.n_params = self.n_trained + count_leaves(split_adapters(params.frozen)[0])  # without adapters' constants
+        # An instruction is answered whenever the model is evaluated.
+        self.sample_every = config.sample.every and (
+            config.train.eval_every if config.task == "instruction" else config.sample.every
+        )
         self.skipped_in_a_row = 0
         self.noticed_overfitting = False
         self.began = self.last_drawn = time.monotonic()
@@ -169,15 +174,17 @@ class Trainer:
 
     def _save_files(self) -> None:
         """Write what the run needs to be whole without its base, and nothing of an earlier attempt is left."""
+        self.frozen_fingerprint = self.start.metadata.get("frozen_sha256")
         if not self.folder.writes:
             return
         self.task.tokenizer.save(self.folder.path / "tokenizer")
         for name, text in self.task.files.items():
             self.folder.write_text(name, text)
         if self.start.step is None:
-            (self.folder.path / FROZEN).unlink(missing_ok=True)
+            file = self.folder.path / FROZEN
+            file.unlink(missing_ok=True)
             if self.task.params.frozen:
-                write_tree(self.folder.path / FROZEN, self.task.params.frozen)
+                self.frozen_fingerprint = tree_fingerprint(write_tree(file, self.task.params.frozen))
 
     def _check_disk(self) -> None:
         bytes_each = checkpoint_bytes(self.param_shapes, self.optimizer)
@@ -303,7 +310,7 @@ class Trainer:
 
     def _due(self, step: int) -> bool:
         cfg = self.config
-        cadences = (cfg.train.eval_every, cfg.checkpoint.every, cfg.sample.every)
+        cadences = (cfg.train.eval_every, cfg.checkpoint.every, self.sample_every)
         return step == self.task.total_steps or any(every and step % every == 0 for every in cadences)
 
     def _report(self, checkpoints: Checkpoints, state: TrainState, step: int, batches: grain.DatasetIterator) -> None:
@@ -315,7 +322,8 @@ class Trainer:
         if (step % cfg.train.eval_every == 0 or last) and step not in self.validation:
             best = self._evaluate(state, step)
         # Before the first step only a model that has a base has something to say.
-        sample_due = cfg.sample.every and (step or cfg.base) and (step % cfg.sample.every == 0 or last)
+        every = self.sample_every
+        sample_due = every and (step or cfg.base) and (step % every == 0 or last)
         if self.task.sample and sample_due and step not in self.sampled:
             self.sampled.add(step)
             key = jax.random.fold_in(purpose_key(cfg.seed, "sampling"), step)
@@ -382,6 +390,7 @@ class Trainer:
             "tokenizer": self.task.tokenizer.to_dict(),
             "trainable": self.config.trainable,
             "leaves": leaf_table(self.param_shapes),
+            "frozen_sha256": self.frozen_fingerprint,
             "data": batches.get_state(),
             "environment": environment(self.mesh.size),
             **self.task.metadata,

@@ -18,12 +18,23 @@ class Start:
         step: the checkpoint to go on from; None: from nothing.
         metadata: what that checkpoint says of its run; empty without one.
         warnings: what a person should know, a line each.
+        saved: the steps that have a checkpoint, damaged or not.
     """
 
     folder: RunFolder
     step: int | None
     metadata: dict[str, Any]
     warnings: tuple[str, ...] = ()
+    saved: tuple[int, ...] = ()
+
+    def check_unchanged(self) -> None:
+        """Refuse to go on if another process has trained in the folder since it was looked at.
+
+        Raises:
+            InputError: there are other checkpoints now.
+        """
+        if self.folder.writes and tuple(saved_steps(self.folder.checkpoints)) != self.saved:
+            raise InputError(f"{self.folder.path}: another process has just trained this run; start again to go on")
 
     @property
     def tokenizer(self) -> dict[str, Any] | None:
@@ -70,7 +81,7 @@ def find_start(config: RunConfig) -> Start:
         damage = find_damage(run.checkpoints / str(step))
         try:
             if damage is None:
-                return Start(run, step, read_metadata(run.checkpoints, step), tuple(warnings))
+                return Start(run, step, read_metadata(run.checkpoints, step), tuple(warnings), tuple(steps))
         except InputError as error:
             damage = str(error)
         warnings.append(f"{damage}; going back to an earlier checkpoint")

@@ -65,7 +65,7 @@ def make_train_step(
         grads, loss_sum, weight_sum = accumulated_gradients(loss_fn, state.trainable, frozen, batch, key, accumulate)
         # One mean over all tokens of all micro-batches and hosts; a batch without targets has no loss to speak of.
         loss = loss_sum / weight_sum
-        grads = jax.tree.map(lambda g: g / weight_sum, grads)
+        grads = jax.tree.map(lambda g: (g / weight_sum).astype(g.dtype), grads)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 

@@ -11,7 +11,7 @@ from slm_jax.errors import InputError, MissingInputError
 from slm_jax.files import user_path
 from slm_jax.lora import split_adapters
 from slm_jax.model import DType, GPTConfig, Params, param_shapes
-from slm_jax.param_file import read_tree
+from slm_jax.param_file import read_tree, tree_fingerprint
 from slm_jax.trainable import from_leaf_table, merge_params, whole_params
 from slm_jax.training.checkpoint import METADATA, best_step, find_damage, load_params, read_metadata, saved_steps
 from slm_jax.training.run_folder import FROZEN
@@ -110,7 +110,7 @@ def read_checkpoint(
             shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, param_dtype), shapes)
         return cfg, load_params(checkpoint.parent, step, shapes, sharding), metadata
     trained = load_params(checkpoint.parent, step, shapes)
-    params = _with_frozen(folder, trained, cfg)
+    params = _with_frozen(folder, trained, cfg, metadata)
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, param_dtype), params)
     return cfg, params if sharding is None else jax.device_put(params, sharding), metadata
 
@@ -130,19 +130,34 @@ def read_adapters(folder: Path, step: int) -> Params:
     if trained != "lora":
         raise InputError(f"{folder}: has no adapters, as trainable was {trained}; expected a run with trainable: lora")
     params = load_params(folder / "checkpoints", step, from_leaf_table(metadata["leaves"]))
-    return split_adapters(merge_params(read_tree(folder / FROZEN), params))[1]
+    return split_adapters(merge_params(read_frozen(folder, metadata), params))[1]
 
 
-def _with_frozen(folder: Path, trained: Params, cfg: GPTConfig) -> Params:
-    """Return the whole model: what was trained, merged with what the run keeps of its base."""
+def read_frozen(folder: Path, metadata: dict[str, Any]) -> Params:
+    """Read the parameters that a run does not train, as NumPy arrays.
+
+    Args:
+        folder: the run's folder.
+        metadata: of the checkpoint that they go with.
+
+    Raises:
+        InputError: the file is missing, damaged, or another run's.
+    """
     file = folder / FROZEN
+    params = read_tree(file)
+    if metadata.get("frozen_sha256") not in (None, tree_fingerprint(file)):
+        raise InputError(f"{file}: is not what this run was trained with; restore it, or start anew with --run NAME")
+    return params
+
+
+def _with_frozen(folder: Path, trained: Params, cfg: GPTConfig, metadata: dict[str, Any]) -> Params:
+    """Return the whole model: what was trained, merged with what the run keeps of its base."""
+    file, frozen = folder / FROZEN, read_frozen(folder, metadata)
     try:
-        params = whole_params(trained, read_tree(file))
+        params = whole_params(trained, frozen)
         found = {path: leaf.shape for path, leaf in flatten_dict(params, sep="/").items()}
-    except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{file}: does not belong to the run's checkpoints ({error!r}); restore it") from None
+    except (KeyError, TypeError, ValueError):
+        raise InputError(f"{file}: does not belong to the run's checkpoints; restore it") from None
     for path, leaf in flatten_dict(param_shapes(cfg), sep="/").items():
         if found.get(path) != leaf.shape and not (path.startswith("out_head") and "class_head" in params):
             raise InputError(

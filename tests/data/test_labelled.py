@@ -118,9 +118,10 @@ def test_stratified_keeps_the_shares_of_the_classes(tmp_path):
     assert counts == [[70, 14, 7], [10, 2, 1], [20, 4, 2]]
 
 
-def test_stratified_rounds_over_all_classes_not_in_each(tmp_path):
-    rows = numbered(**{f"class{i}": 5 for i in range(20)})
-    assert sizes(load(write(tmp_path / "rows.csv", rows), split="stratified")) == (70, 10, 20)
+@pytest.mark.parametrize(("n_classes", "n_each", "expected"), [(20, 5, (70, 10, 20)), (60, 2, (84, 12, 24))])
+def test_stratified_rounds_over_all_classes_not_in_each(tmp_path, n_classes, n_each, expected):
+    rows = numbered(**{f"class{i}": n_each for i in range(n_classes)})
+    assert sizes(load(write(tmp_path / "rows.csv", rows), split="stratified")) == expected
 
 
 def test_given_splits_are_whole_and_the_rest_comes_from_the_first(tmp_path):
@@ -354,8 +355,8 @@ GOOD = [("text", "label"), *numbered(a=10, b=10)]
         ([*GOOD, (" ", "a")], {}, "line 22: text is empty"),
         ([*GOOD, ("x", "")], {}, "line 22: label is '', no label"),
         ([("text", "label"), *numbered(a=10)], {}, r"one class only \('a'\)"),
-        ([*GOOD, ("x", "c")], {}, r"class 'c' has no text to train on \(1 of 3 classes\)"),
-        ([("text", "label"), *numbered(a=3, b=3)], {}, "the validation split has no text"),
+        ([*GOOD, ("x", "c")], {"split": "random"}, r"class 'c' has no text to train on \(1 of 3 classes\)"),
+        ([("text", "label"), *numbered(a=2, b=2)], {}, "the validation split has no text"),
         ([("text", "label")], {}, "rows.csv: empty; expected at least one labelled text"),
     ],
 )  # fmt: skip
