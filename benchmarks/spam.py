@@ -19,7 +19,8 @@ import sys
 from pathlib import Path
 
 from slm_jax.commands import finetune
-from slm_jax.config import FinetuneConfig, parse_args
+from slm_jax.commands import train as train_command
+from slm_jax.config import FinetuneConfig, RunConfig, parse_args
 from slm_jax.errors import InputError
 
 RECIPE = Path(__file__).parent.parent / "configs" / "classify_spam.yaml"
@@ -37,6 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--new", action="store_true", help="train new models instead of fine-tuning runs_dir/tiny")
     options = parser.parse_args(arguments)
     base = str(Path(options.runs_dir) / "tiny")
+    if not Path(base).exists() and train_command.run(RunConfig(run="tiny", runs_dir=options.runs_dir)):
+        return 1
     start = ["--base", "null", "--tokenizer.path", base] if options.new else ["--base", base]
     try:
         for name, protocol in PROTOCOLS.items():

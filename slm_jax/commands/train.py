@@ -22,7 +22,8 @@ def run(options: RunConfig) -> int:
     from rich.console import Console
 
     from slm_jax.training.interrupt import Interrupted, StopRequest
-    from slm_jax.training.loop import TrainingDiverged, out_of_memory_as_input_error, train
+    from slm_jax.training.loop import TrainingDiverged, train
+    from slm_jax.training.memory import out_of_memory_as_input_error
     from slm_jax.training.sharding import initialize_distributed
     from slm_jax.training.start import find_start
 

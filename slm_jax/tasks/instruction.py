@@ -102,6 +102,7 @@ def build(config: RunConfig, start: Start, stop: Callable[[], None] | None = Non
         files={"template.json": json.dumps(template.to_dict(), indent=1) + "\n"},
         metadata={"template": template.to_dict()},
         fingerprint=_fingerprint(encoded),
+        samples_with_evaluation=True,
         sample=_sampler(config, respond, tokenizer, template, held_out),
         measure=functools.partial(_measure, evaluation_batches["test"], respond, asked),
         report=_report,

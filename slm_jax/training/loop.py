@@ -4,14 +4,12 @@ Everything it does is a function of (configuration, seed, step): a run that is k
 hands the device the next step before it reads the numbers of the last one.
 """
 
-import contextlib
 import dataclasses
 import functools
 import json
 import math
 import shutil
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import grain
@@ -30,6 +28,7 @@ from slm_jax.training import hardware
 from slm_jax.training.checkpoint import Checkpoints, best_step, checkpoint_bytes, load_params, saved_steps
 from slm_jax.training.evaluate import Evaluator
 from slm_jax.training.interrupt import Interrupted, StopRequest
+from slm_jax.training.memory import check_fits, device_bytes
 from slm_jax.training.optimizer import make_optimizer, make_schedule
 from slm_jax.training.plots import draw_loss
 from slm_jax.training.progress import ProgressLine, count_leaves, format_bytes, format_duration, parameter_table
@@ -50,10 +49,6 @@ from slm_jax.training.task import Moment, Task, purpose_key
 
 MAX_SKIPPED = 3  # steps in a row without finite gradients after which training stops
 PLOT_INTERVAL = 30.0  # seconds between two drawings of loss.png
-SAVE_MEMORY = (
-    "raise --train.accumulate, lower --train.batch_size, --train.eval_batch_size or --model.context_length, or set "
-    "--model.remat full"
-)
 
 
 class TrainingDiverged(RuntimeError):
@@ -81,17 +76,6 @@ def train(config: RunConfig, task: Task, start: Start, stop: StopRequest, consol
         return trainer.finish()
 
 
-@contextlib.contextmanager
-def out_of_memory_as_input_error() -> Iterator[None]:
-    """Turn the device's error about its memory into a line that says what to change."""
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise InputError(f"the device is out of memory; {SAVE_MEMORY}") from None
-
-
 class Trainer:
     """One run in this process: the compiled steps, the state, and what is due at which step."""
 
@@ -113,10 +97,8 @@ class Trainer:
         self.flops_per_token = hardware.flops_per_token(task.model_config)
         self.n_trained = count_leaves(self.param_shapes)
         self.n_params = self.n_trained + count_leaves(split_adapters(params.frozen)[0])  # without adapters' constants
-        # An instruction is answered whenever the model is evaluated.
-        self.sample_every = config.sample.every and (
-            config.train.eval_every if config.task == "instruction" else config.sample.every
-        )
+        every = config.train.eval_every if task.samples_with_evaluation else config.sample.every
+        self.sample_every = every if config.sample.every else 0
         self.skipped_in_a_row = 0
         self.noticed_overfitting = False
         self.began = self.last_drawn = time.monotonic()
@@ -211,13 +193,19 @@ class Trainer:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
         jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
         self.train_step = CompiledByShape(jitted, self.abstract_state, self.frozen)
-        train_step_bytes = _device_bytes(self.train_step.compile(batch))
+        train_step_bytes = device_bytes(self.train_step.compile(batch))
         self.stop.check()
         rows = config.train.eval_batch_size or config.train.batch_size
         trainable = self.abstract_state.trainable
         self.evaluate = Evaluator(task.loss_fn, self.mesh, trainable, self.frozen, rows, self.stop.check)
-        eval_step_bytes = _device_bytes(self.evaluate.compile(self._abstract_batch(self.evaluate.rows)))
-        self._check_memory(max(train_step_bytes, eval_step_bytes), time.monotonic() - began)
+        eval_step_bytes = device_bytes(self.evaluate.compile(self._abstract_batch(self.evaluate.rows)))
+        needed, there = max(train_step_bytes, eval_step_bytes), hardware.device_memory()
+        self.progress.note(
+            f"compiled for {self.mesh.size} × {jax.devices()[0].device_kind} in "
+            f"{format_duration(time.monotonic() - began)}: a step takes {format_bytes(needed)} a device"
+            + (f" of {format_bytes(there)}" if there else "")
+        )
+        check_fits(needed, there)
 
     def _abstract_batch(self, rows: int) -> Batch:
         """Return the shapes of the widest batch."""
@@ -229,20 +217,6 @@ class Trainer:
             )
             for name, value in example.items()
         }
-
-    def _check_memory(self, needed: int, seconds: float) -> None:
-        """Say what a step takes of a device, and refuse what does not fit."""
-        there = hardware.device_memory()
-        device = jax.devices()[0]
-        self.progress.note(
-            f"compiled for {self.mesh.size} × {device.device_kind} in {format_duration(seconds)}: a step takes "
-            f"{format_bytes(needed)} a device" + (f" of {format_bytes(there)}" if there else "")
-        )
-        if there is not None and needed > there:
-            raise InputError(
-                f"a training step needs {format_bytes(needed)} on each device and there are {format_bytes(there)}; "
-                f"{SAVE_MEMORY}"
-            )
 
     def _initial_params(self) -> Params:
         params = self.task.params
@@ -380,7 +354,12 @@ class Trainer:
         shapes = self.abstract_state.trainable
         shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
         best = load_params(self.folder.checkpoints, step, shapes, shardings)
-        return {"before": self.folder.read_json(BEFORE), "after": self._measure(best, "after")}
+        after = self._measure(best, "after")
+        figures = {name: value for name, value in after["test"].items() if isinstance(value, int | float)}
+        row = {"step": step, "split": "test", **figures}
+        if row not in self.folder.metrics("test"):
+            self.folder.add_metrics(row)
+        return {"before": self.folder.read_json(BEFORE), "after": after}
 
     def _save(self, checkpoints: Checkpoints, state: TrainState, step: int, batches: grain.DatasetIterator) -> None:
         metadata = {
@@ -496,12 +475,3 @@ def _perplexity(loss: float) -> float:
 def _or_infinite(loss: float | None) -> float:
     """Return a loss that compares: one that was not a number, null in the log, is worse than any other."""
     return loss if loss is not None and math.isfinite(loss) else math.inf
-
-
-def _device_bytes(compiled: Any) -> int:
-    """Return what XLA says a compiled step takes of one device; 0 where it does not say."""
-    memory = compiled.memory_analysis()
-    if memory is None:
-        return 0
-    parts = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
-    return parts - memory.alias_size_in_bytes

@@ -75,9 +75,10 @@ class Task:
         unit: what the loss is a mean over: tokens or texts.
         figures: from an evaluation's sums, what is logged beside the loss.
         sample: from all parameters and a key, a text; None: no samples.
+        samples_with_evaluation: whether a sample is made at each evaluation, and not at ``sample.every``.
         measure: measures the model before the first step and, at its best, after the last: from all parameters, a
             function that evaluates batches, the moment, and the run's folder (None on hosts that do not write), figures
-            for ``summary.json``; None: nothing.
+            by split for ``summary.json``, those of ``test`` among them; None: nothing.
         report: from what was measured before (None: unknown) and after, lines for a person.
         notes: what a person should know of the data, a line each.
         next_commands: what to try when the run is done.
@@ -99,6 +100,7 @@ class Task:
     unit: Literal["token", "text"] = "token"
     figures: Callable[[EvaluationSums], dict[str, float]] | None = None
     sample: Callable[[Params, jax.Array], str] | None = None
+    samples_with_evaluation: bool = False
     measure: Callable[[Params, Evaluate, Moment, Path | None], dict[str, Any]] | None = None
     report: Callable[[dict[str, Any] | None, dict[str, Any]], list[str]] | None = None
     notes: tuple[str, ...] = ()
