@@ -1,4 +1,5 @@
 """What must hold of fine-tuning as a person does it: what a run leaves, what it starts from, how it goes on."""
+# ruff: noqa: F811 (a fixture that is imported is also an argument)
 
 import json
 import shutil
@@ -10,102 +11,38 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from finetuning import (
+    MODES,
+    STEPS,
+    TASKS,
+    TEMPLATE,
+    fails,
+    instructions,
+    options,
+    place,  # noqa: F401
+    save_new,
+    tuned,  # noqa: F401
+)
 from flax.traverse_util import flatten_dict
 from orbax.checkpoint import v1 as ocp
 
-from slm_jax import cli
+from slm_jax import cli, load_classifier
 from slm_jax.commands import finetune
-from slm_jax.config import FinetuneConfig, RunConfig, dump_config
+from slm_jax.config import DataConfig, FinetuneConfig, InstructionConfig, RunConfig, dump_config
+from slm_jax.errors import InputError
+from slm_jax.lora import add_adapters, load_adapters, merge_adapters, split_adapters
 from slm_jax.model import GPTModel
-from slm_jax.param_file import read_tree
-from slm_jax.run import load_run
-from slm_jax.tokenizer import CharTokenizer
+from slm_jax.param_file import read_tree, write_tree
+from slm_jax.run import load_model, load_run
 from slm_jax.trainable import from_leaf_table, merge_params
 from slm_jax.training.checkpoint import load_params, read_metadata, saved_steps
 from slm_jax.weights import load_gpt2
 from slm_jax.weights.ours import read_checkpoint
 
-ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789 .:QA\n"
-TEMPLATE = {"user_start": "Q: ", "assistant_start": "\nA: ", "assistant_end": "\n"}
-TASKS, MODES = ("classification", "instruction"), ("all", "last_block", "lora")
 # Checkpoints are read here as they lie on the disk, without saying onto which devices.
 pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided when restoring")
-STEPS, KILLED_AT = 24, 11
+KILLED_AT = 11
 TIMES = ("seconds", "tokens_per_second", "mfu")
-
-
-def jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def labelled(n=60):
-    """Letters or digits."""
-    rng = np.random.default_rng(0)
-    signs = ("abcdefghij", "0123456789")
-    return [
-        {"text": "".join(rng.choice(list(signs[i % 2]), 6 + i % 7)), "label": ("letters", "digits")[i % 2]}
-        for i in range(n)
-    ]
-
-
-def instructions(n=20):
-    return [{"instruction": f"double {i}", "output": f"{2 * i}."} for i in range(n)]
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """Data of both tasks, a template, and a model that was pretrained for two steps."""
-    folder = tmp_path_factory.mktemp("finetune")
-    jsonl(folder / "classification.jsonl", labelled())
-    jsonl(folder / "instruction.jsonl", instructions())
-    (folder / "template.json").write_text(json.dumps(TEMPLATE))
-    (folder / "text.txt").write_text((ALPHABET + "\n") * 40)
-    options = {
-        "data.source": f"text:{folder / 'text.txt'}", "runs_dir": folder, "run": "base", "tokenizer.kind": "char",
-        "model.n_layers": 2, "model.emb_dim": 16, "model.n_heads": 2, "model.context_length": 32, "train.steps": 2,
-        "model.unroll": "false", "sample.every": 0, "optimizer.warmup_steps": 0,
-    }  # fmt: skip
-    assert cli.main(["train", *words(options)]) == 0
-    return folder
-
-
-def words(options):
-    return [part for key, value in options.items() for part in (f"--{key}", str(value))]
-
-
-def options(place, task, runs, trainable="last_block", **more):
-    """A run of seconds, with dropout, so that its keys matter."""
-    values = {
-        "task": task, "trainable": trainable, "base": place / "base", "runs_dir": runs, "run": "tuned",
-        "data.source": f"jsonl:{place / task}.jsonl", "instruction.template": place / "template.json",
-        "model.drop_rate": 0.1, "model.unroll": "false", "lora.rank": 2, "lora.drop_rate": 0.1,
-        "classification.pad_to": "longest", "classification.pooling": "mean",
-        "train.steps": STEPS, "train.batch_size": 4, "train.eval_every": 8,
-        "train.eval_batch_size": 8, "train.log_every": 1, "checkpoint.every": 6, "sample.every": 8,
-        "sample.max_new_tokens": 4, "optimizer.learning_rate": 0.01, "optimizer.warmup_steps": 1,
-        **{key.replace("__", "."): value for key, value in more.items()},
-    }  # fmt: skip
-    return words(values)
-
-
-@pytest.fixture(scope="module")
-def tuned(place, tmp_path_factory):
-    """Runs by task and by what is trained, each made once; what they started from is gone when they are done."""
-    made = {}
-
-    def make(task, trainable):
-        if (task, trainable) not in made:
-            runs = tmp_path_factory.mktemp(f"{task}-{trainable}")
-            shutil.copytree(place / "base", runs / "base")
-            arguments = options(place, task, runs, trainable, base=runs / "base")
-            assert cli.main(["finetune", *arguments]) == 0
-            shutil.rmtree(runs / "base")
-            made[task, trainable] = (runs / "tuned", arguments)
-        return made[task, trainable]
-
-    return make
-
 
 every = pytest.mark.parametrize(("task", "trainable"), [(task, mode) for task in TASKS for mode in MODES])
 
@@ -248,6 +185,31 @@ def test_what_is_exported_is_the_whole_model_merged(tuned, trainable, tmp_path):
     assert flat(exported).keys() == flat(load(run, "instruction")[1]).keys()
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_adapters_of_every_matrix_go_on_load_and_leave(place, tmp_path, task):
+    """Also of a head, which is no stack of matrices; a language model has one where its weights are not tied."""
+    save_new(tmp_path / "base", load_run(place / "base").tokenizer, tie_weights=False)
+    arguments = options(place, task, tmp_path, "lora", base=tmp_path / "base", lora__targets="*", sample__every=0)
+    for steps in ("2", "4"):
+        assert cli.main(["finetune", *arguments, "--train.steps", steps]) == 0
+    run = tmp_path / "tuned"
+    assert json.loads((run / "summary.json").read_text())["step"] == 4
+    if task == "classification":
+        assert load_classifier(run)(["abc"])[0].label in ("letters", "digits")
+    else:
+        assert load_model(run).step in (2, 4)
+
+    out = tmp_path / "adapter"
+    assert cli.main(["export", "--run", f"{run}@4", "--format", "adapter", "--out", str(out)]) == 0
+    base = split_adapters(read_tree(run / "frozen.safetensors"))[0]
+    merged = flat(merge_adapters(add_adapters(base, load_adapters(out / "adapter.safetensors"))))
+    loaded = flat(load(run, task)[1])
+    for path, leaf in loaded.items():
+        assert merged[path].tobytes() == leaf.tobytes(), path
+    head = {"classification": "class_head/kernel", "instruction": "out_head/kernel"}[task]
+    assert (merged[head] != flat(base)[head]).any()
+
+
 # Killed and resumed
 
 KILL = """
@@ -351,114 +313,52 @@ def test_another_run_is_not_gone_on_with(place, stopped, capsys, more, said):
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
-# Bad input
-
-
-def fails(arguments, capsys, *said):
-    """The command ends with 2 and one line on stderr that says all of ``said``."""
-    capsys.readouterr()
-    assert cli.main(arguments) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1, lines
-    for text in said:
-        assert text in lines[0]
-    assert "Traceback" not in lines[0]
-
-
-def label(i, **fields):
-    """The rows of classification, one of them changed."""
-    rows = labelled()
-    rows[i] = {**rows[i], **fields}
-    return rows
-
-
-BAD_TEXTS = {
-    "missing column": ([{"message": "a", "label": "x"}], {}, ["line 1", "no column 'text'", "message, label"]),
-    "empty text": (label(3, text=" "), {}, ["line 4", "text is empty"]),
-    "unlabelled row": (label(2, label=None), {}, ["line 3", "label is None", "no label"]),
-    "one class": ([{**row, "label": "one"} for row in labelled()], {}, ["one class only", "'one'"]),
-    "no such LoRA target": (labelled(), {"trainable": "lora", "lora.targets": "mlp/*"}, ["'mlp/*'", "attn/q"]),
-    "too many blocks": (labelled(), {"trainable": "last_n_blocks", "trainable_blocks": 3}, ["3", "has 2 blocks"]),
-    "a longer text than the context": (labelled(), {"classification.max_length": 33}, ["is 33", "context of 32"]),
-    "a letter that the base lacks": (label(1, text="\u03a9mega"), {}, ["\u03a9"]),
-    "too few texts": (labelled(3), {}, ["split has no text"]),
-    "another tokenizer": (labelled(), {"tokenizer.path": "OTHER"}, ["base", "another tokenizer"]),
-    "another shape": (labelled(), {"model.emb_dim": 32}, ["model.emb_dim is 32, and the base's is 16", "leave it out"]),
-    "no base": (labelled(), {"base": "nowhere/at-all"}, ["nowhere/at-all"]),
-    "no model": (labelled(), {"trainable": "all", "base": "DATA"}, ["data"]),
-}
-
-
-@pytest.mark.parametrize("bad", BAD_TEXTS)
-def test_bad_labelled_texts_and_bases_are_one_line(place, tmp_path, capsys, bad):
-    rows, more, said = BAD_TEXTS[bad]
-    data = jsonl(tmp_path / "data.jsonl", rows)
-    CharTokenizer(ALPHABET[:-1]).save(tmp_path / "other")
-    more = {key: {"OTHER": tmp_path / "other", "DATA": data}.get(value, value) for key, value in more.items()}
-    arguments = [*options(place, "classification", tmp_path / "runs", data__source=f"jsonl:{data}"), *words(more)]
+def test_frozen_parameters_of_another_run_are_refused(stopped, capsys):
+    """Of the same shapes, and whole."""
+    run, arguments = stopped
+    other = jax.tree.map(lambda leaf: leaf + 1, read_tree(run / "frozen.safetensors"))
+    write_tree(run / "frozen.safetensors", other)
+    said = ("frozen.safetensors: is not what this run was trained with", "restore it")
+    fails(["classify", "--run", str(run), "abc"], capsys, *said)
     fails(["finetune", *arguments], capsys, *said)
-    assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize(
-    ("split", "row", "said"),
-    [
-        ("test", {"text": "new 1", "label": "signs"}, ["test.jsonl line 1", "'signs'", "never occurs in training"]),
-        ("validation", labelled()[4], ["(validation) and", "(train) are equal", "group_duplicates=false"]),
-        ("test", {"text": "new 2"}, ["test.jsonl line 1", "no column 'label' but text"]),
-    ],
-    ids=["unseen label", "duplicate", "no labels"],
-)
-def test_bad_texts_of_given_splits_are_one_line(place, tmp_path, capsys, split, row, said):
-    more = {f"data__{split}_source": f"jsonl:{jsonl(tmp_path / f'{split}.jsonl', [row])}"}
-    fails(["finetune", *options(place, "classification", tmp_path / "runs", **more)], capsys, *said)
-    assert not (tmp_path / "runs").exists()
+# What is left of an earlier attempt
 
 
-BAD_INSTRUCTIONS = {
-    "no list": ({"instruction": "a", "output": "b"}, {}, ["one object with instruction, output", "no list"]),
-    "no object": ([{"instruction": "a", "output": "b"}, 3], {}, ["entry 2", "a number", "no JSON object"]),
-    "no output": ([{"instruction": "a"}], {}, ["entry 1", "no field 'output' but instruction"]),
-    "empty output": ([{"instruction": "a", "output": " "}], {}, ["entry 1", "output is empty"]),
-    "all too long": (
-        [{"instruction": "a" * (40 + i), "output": "b"} for i in range(20)],
-        {},
-        ["longer than 32 tokens"],
-    ),
-    "responses alone too long": (
-        [{"instruction": f"{i}", "output": "b" * 50} for i in range(20)],
-        {"instruction.too_long": "truncate"},
-        ["nothing to learn from", "the response alone is longer than 32 tokens"],
-    ),
-    "too few": (instructions(3), {}, ["split gets none of the 3 examples"]),
-    "no such template": (instructions(), {"instruction.template": "alpaka"}, ["'alpaka'", "alpaca"]),
-    "no base": (instructions(), {"base": "nowhere/at-all"}, ["nowhere/at-all"]),
-    "no such LoRA target": (instructions(), {"trainable": "lora", "lora.targets": "class_head"}, ["'class_head'"]),
-    "a tied head alone": (instructions(), {"trainable": "head"}, ["trainable is head", "tie_weights"]),
-}
+def test_a_summary_of_fewer_steps_is_not_taken_for_the_end(stopped):
+    run, arguments = stopped
+    arguments = [*arguments, "--train.steps", str(STEPS)]
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps({**summary, "step": STEPS - 1, "after": None}))
+    assert cli.main(["finetune", *arguments]) == 0
+    found = json.loads((run / "summary.json").read_text())
+    assert (found["step"], found["after"]) == (STEPS, summary["after"])
 
 
-@pytest.mark.parametrize("bad", BAD_INSTRUCTIONS)
-def test_bad_instructions_are_one_line(place, tmp_path, capsys, bad):
-    content, more, said = BAD_INSTRUCTIONS[bad]
-    data = tmp_path / "data.json"
-    data.write_text(json.dumps(content))
-    arguments = [*options(place, "instruction", tmp_path / "runs", data__source=f"json:{data}"), *words(more)]
-    fails(["finetune", *arguments], capsys, *said)
-    assert not (tmp_path / "runs").exists()
+def test_without_a_checkpoint_the_model_is_measured_anew(place, stopped):
+    run, arguments = stopped
+    before = json.loads((run / "before.json").read_text())
+    shutil.rmtree(run / "checkpoints")
+    (run / "before.json").write_text("{}")
+    assert cli.main(["finetune", *arguments, "--base", str(place / "base"), "--train.steps", "1"]) == 0
+    assert json.loads((run / "before.json").read_text()) == before
+    assert json.loads((run / "summary.json").read_text())["before"] == before
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_a_classifier_is_no_base(place, tuned, tmp_path, capsys, task):
-    run, _ = tuned("classification", "all")
-    fails(["finetune", *options(place, task, tmp_path / "runs", base=run)], capsys, "is a classifier")
-    assert not (tmp_path / "runs").exists()
+def test_a_run_has_its_own_template(place, tmp_path, capsys):
+    file = tmp_path / "template.json"
+    file.write_text(json.dumps(TEMPLATE))
+    arguments = options(place, "instruction", tmp_path, instruction__template=file, sample__every=0)
+    assert cli.main(["finetune", *arguments, "--train.steps", "2"]) == 0
+    own = (tmp_path / "tuned" / "template.json").read_bytes()
 
-
-def test_commands_send_each_other_their_tasks(place, tmp_path, capsys):
-    arguments = options(place, "classification", tmp_path / "runs")
-    fails(["train", *arguments], capsys, "task is classification", "slm-jax finetune")
-    fails(["finetune", *arguments, "--task", "pretraining"], capsys, "task is pretraining", "slm-jax train")
+    file.write_text(json.dumps({**TEMPLATE, "user_start": "A: "}))
+    fails(["finetune", *arguments, "--train.steps", "4"], capsys, f"instruction.template {file} has changed", "--run")
+    file.unlink()
+    assert cli.main(["finetune", *arguments, "--train.steps", "4"]) == 0
+    assert (tmp_path / "tuned" / "template.json").read_bytes() == own
+    assert load_run(tmp_path / "tuned").template.user_start == "Q: "
 
 
 # The tiny model that is not there yet
@@ -477,8 +377,24 @@ def test_the_tiny_model_is_pretrained_first_if_it_is_missing(tmp_path, monkeypat
 def test_it_goes_no_further_if_that_is_stopped(tmp_path, monkeypatch):
     begun = []
     monkeypatch.setattr(finetune.train, "run", lambda options: begun.append(options) or 130)
-    assert finetune.run(FinetuneConfig(base=str(tmp_path / "tiny"))) == 130
-    assert len(begun) == 1
+    assert finetune.run(FinetuneConfig(base=str(tmp_path / "tiny"), runs_dir=str(tmp_path))) == 130
+    assert begun == [RunConfig(run="tiny", runs_dir=str(tmp_path))]
+
+
+@pytest.mark.parametrize(
+    ("task", "more", "said"),
+    [
+        ("classification", {"data": DataConfig(source="csv:nowhere.csv")}, "nowhere.csv"),
+        ("instruction", {"data": DataConfig(source="json:nowhere.json")}, "nowhere.json"),
+        ("instruction", {"instruction": InstructionConfig(template="alpaka")}, "alpaka"),
+    ],
+)
+def test_a_mistake_in_the_data_is_found_before_that(tmp_path, monkeypatch, task, more, said):
+    begun = []
+    monkeypatch.setattr(finetune.train, "run", lambda options: begun.append(options) or 0)
+    with pytest.raises(InputError, match=said):
+        finetune.run(FinetuneConfig(task=task, base=str(tmp_path / "tiny"), runs_dir=str(tmp_path), **more))
+    assert begun == []
 
 
 def first(config):
@@ -486,7 +402,8 @@ def first(config):
 
 
 def test_no_other_base_is_made(tmp_path):
-    assert first(FinetuneConfig(base=str(tmp_path / "mine"))) is None
+    assert first(FinetuneConfig(base=str(tmp_path / "mine"), runs_dir=str(tmp_path))) is None
+    assert first(FinetuneConfig(base=str(tmp_path / "mine" / "tiny"), runs_dir=str(tmp_path))) is None
     assert first(FinetuneConfig(base=None, trainable="all")) is None
     assert first(FinetuneConfig(base="gpt2")) is None
 
@@ -506,3 +423,13 @@ def test_a_run_that_goes_on_needs_no_base(tmp_path):
     config = FinetuneConfig(base=str(tmp_path / "tiny"), runs_dir=str(tmp_path))
     (config.folder / "checkpoints").mkdir(parents=True)
     assert first(config) is None
+
+
+def test_instructions_alone_are_those_of_the_standard_library(monkeypatch):
+    begun = []
+    monkeypatch.setattr(finetune, "run", lambda options: begun.append(options) or 0)
+    assert finetune.main(["--task", "instruction"]) == 0
+    assert finetune.main([]) == 0
+    assert finetune.main(["--task", "instruction", "--data.source", "json:mine.json"]) == 0
+    sources = ["builtin:docstrings", "builtin:prose-or-code", "json:mine.json"]
+    assert [options.data.source for options in begun] == sources

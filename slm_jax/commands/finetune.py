@@ -15,7 +15,7 @@ def main(args: Sequence[str]) -> int:
     options = parse_args(args, FinetuneConfig)
     if options.task == "pretraining":
         raise InputError("task is pretraining; expected classification or instruction, or use slm-jax train")
-    if options.task == "instruction" and options.data == FinetuneConfig().data:  # a classifier's, by default
+    if options.task == "instruction" and options.data.source == FinetuneConfig().data.source:  # a classifier's
         options = dataclasses.replace(options, data=dataclasses.replace(options.data, source="builtin:docstrings"))
     return run(options)
 

@@ -13,7 +13,13 @@ from slm_jax.config import OptimizerConfig
 from slm_jax.model import GPTConfig, GPTModel, init_params
 from slm_jax.tasks.pretraining import make_loss_fn
 from slm_jax.training.optimizer import make_optimizer, make_schedule
-from slm_jax.training.step import TrainState, accumulated_gradients, make_eval_step, make_train_step
+from slm_jax.training.step import (
+    CompiledByShape,
+    TrainState,
+    accumulated_gradients,
+    make_eval_step,
+    make_train_step,
+)
 
 BATCH, SEQ, VOCAB = 8, 12, 29
 
@@ -311,6 +317,21 @@ def test_loss_and_metrics_are_float32_when_the_model_computes_in_bfloat16(params
     assert loss.dtype == jnp.float32
     assert float(loss / weight) != float(jnp.bfloat16(loss / weight))  # it holds more digits than bfloat16 has
     assert float(loss) == pytest.approx(float(exact), rel=1e-2)
+
+
+def test_parameters_in_bfloat16_stay_so_and_so_does_the_optimizers_state(params, batch):
+    """As the loop does it: compiled ahead of time for the first state, which takes no other dtypes."""
+    half = jax.tree.map(jnp.bfloat16, params)
+    optimizer = make_optimizer(OptimizerConfig())
+    state = TrainState(jnp.int32(0), half, optimizer.init(half), jax.random.key(0))
+    dtypes = jax.tree.map(lambda leaf: leaf.dtype, state)
+    train_step = make_train_step(make_loss_fn(gpt(param_dtype="bfloat16")), optimizer, SCHEDULE, 2)
+    compiled = CompiledByShape(jax.jit(train_step), jax.eval_shape(lambda: state), {})
+    for _ in range(2):
+        state, metrics = compiled(state, {}, batch)
+        assert not metrics.skipped
+        assert jax.tree.map(lambda leaf: leaf.dtype, state) == dtypes
+    assert distance(state.trainable, half) > 0
 
 
 # Other hardware
