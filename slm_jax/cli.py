@@ -27,7 +27,7 @@ COMMANDS = {
     "classify": ("slm_jax.commands.classify", "tell the classes of texts with a fine-tuned run"),
     "generate": ("slm_jax.commands.generate", "write text with a trained run or GPT-2 weights"),
     "chat": ("slm_jax.commands.chat", "talk with a model in the terminal"),
-    "evaluate": ("slm_jax.commands.evaluate", "measure loss and bits a byte of a text, LAMBADA, HellaSwag"),
+    "evaluate": ("slm_jax.commands.evaluate", "measure loss of a text, LAMBADA, HellaSwag, responses to instructions"),
     "import": ("slm_jax.commands.import_weights", "make a run of GPT-2 weights: Hugging Face's, nanoGPT's, the book's"),
     "export": ("slm_jax.commands.export", "write a model for transformers, nanoGPT or the book's code"),
 }

@@ -101,8 +101,8 @@ class TrainConfig:
 
     Attributes:
         steps: optimizer steps in all.
-        epochs: passes over the training tokens in all.
-        batch_size: sequences an optimizer step, over all devices.
+        epochs: passes over the training data in all.
+        batch_size: sequences (windows, texts or rows) an optimizer step, over all devices.
         accumulate: micro-batches that a batch is cut into, to save memory; divides batch_size.
         eval_every: steps from one evaluation of the whole validation split to the next.
         eval_batch_size: sequences at a time in evaluation; null: batch_size.
@@ -418,7 +418,7 @@ class FinetuneConfig(RunConfig):
         default_factory=lambda: TrainConfig(steps=150, batch_size=32, eval_every=50, eval_batch_size=64)
     )
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=lambda: CheckpointConfig(every=50))
-    sample: SampleConfig = dataclasses.field(default_factory=lambda: SampleConfig(every=50, temperature=0.0))
+    sample: SampleConfig = dataclasses.field(default_factory=lambda: SampleConfig(temperature=0.0))
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:

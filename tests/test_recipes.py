@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from slm_jax.config import FinetuneConfig, RunConfig, parse_args
+from slm_jax.data.named import NAMED_FILES
 from slm_jax.errors import MissingInputError
 from slm_jax.model import count_params, get_gpt_config, init_params
 from slm_jax.run import Run, save_run
@@ -49,10 +50,10 @@ def available(config: RunConfig) -> None:
     sources = (config.data.source, config.data.validation_source or "")
     if any(source.startswith("tfds:") for source in sources):
         pytest.skip("a data set of TensorFlow Datasets would be downloaded")
-    if any(source.startswith("named:") for source in sources):
+    for name in (source.removeprefix("named:") for source in sources if source.startswith("named:")):
         folder = os.environ.get("SLM_JAX_DATA")
-        if not folder or not (Path(folder) / "tinyshakespeare.txt").is_file():
-            pytest.skip("SLM_JAX_DATA does not point at the named texts")
+        if not folder or not (Path(folder) / NAMED_FILES[name].file).is_file():
+            pytest.skip(f"SLM_JAX_DATA does not point at a folder with {NAMED_FILES[name].file}")
     if config.tokenizer.kind == "gpt2":
         if "TIKTOKEN_CACHE_DIR" not in os.environ:
             pytest.skip("TIKTOKEN_CACHE_DIR does not point at GPT-2's tokenizer")

@@ -159,8 +159,8 @@ def _report(before: dict[str, Any] | None, after: dict[str, Any], classes: tuple
     for name in SPLITS:
         was = "" if before is None else f" (before training {before[name]['accuracy']:.2%})"
         lines.append(f"{name}: accuracy {after[name]['accuracy']:.2%}{was}, loss {after[name]['loss']:.4f}")
-    table = class_table(class_figures(np.array(after["test"]["confusion"]), classes))
-    return [*lines, "test:", *table.splitlines()]
+        lines += class_table(class_figures(np.array(after[name]["confusion"]), classes)).splitlines()
+    return lines
 
 
 def _next_commands(config: RunConfig) -> tuple[str, ...]:

@@ -20,7 +20,8 @@ RUN_FILES = {
     "loss.png": "the loss curves",
     "samples.md": "text sampled while training",
     "confusion.png": "which class was taken for which",
-    "responses.json": "the answers to the test instructions",
+    "responses-before.json": "the answers to the test instructions before training",
+    "responses.json": "the answers to them after it",
     "summary.json": "the figures of the whole run",
     "tokenizer": "the tokenizer",
     "template.json": "how instructions are shown to the model",
@@ -64,7 +65,7 @@ def tell_end(progress: ProgressLine, folder: RunFolder, summary: dict[str, Any],
     progress.note(f"written to {folder.path}:")
     for name, what in RUN_FILES.items():
         if (folder.path / name).exists():
-            progress.note(f"  {name:<19} {what}")
+            progress.note(f"  {name:<22}{what}")
     progress.note("try next:")
     for command in next_commands:
         progress.note(f"  {command}")
