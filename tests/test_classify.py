@@ -1,5 +1,6 @@
 """What must hold of a loaded classifier: it says of a text what was learned, whatever else it is asked."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from slm_jax.classify import Classifier
 from slm_jax.errors import InputError
 from slm_jax.model import GPTConfig, init_params
 from slm_jax.tokenizer import CharTokenizer
+from slm_jax.training.checkpoint import METADATA, write_checksums
 from slm_jax.weights import save_gpt2
 from slm_jax.weights.ours import read_checkpoint
 
@@ -66,6 +68,17 @@ def test_it_says_what_was_learned_in_the_order_of_the_texts(classifier):
         assert prediction.probability == max(prediction.probabilities.values())
         assert prediction.probability == prediction.probabilities[prediction.label]
     assert classifier([]) == []
+
+
+def test_it_is_that_of_the_lowest_validation_loss_unless_told_otherwise(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "copy")
+    checkpoint = copy / "checkpoints" / "20"
+    content = json.loads((checkpoint / METADATA).read_text())
+    content["custom_metadata"]["validation_loss"] = -1.0
+    (checkpoint / METADATA).write_text(json.dumps(content))
+    write_checksums(checkpoint)
+    default, lowest, latest = (slm_jax.load_classifier(source)(TEXTS) for source in (copy, f"{copy}@20", f"{copy}@40"))
+    assert default == lowest != latest
 
 
 def test_it_is_the_model_of_the_checkpoint(classifier, run):
