@@ -43,16 +43,20 @@ class DataConfig:
     """What is trained on, and how it is cut.
 
     Attributes:
-        source: text: builtin:python-docs, text:GLOB, named:NAME, tokens:FILE.bin; labelled texts:
-            builtin:prose-or-code, csv:FILE, tsv:FILE, jsonl:FILE, tfds:NAME, named:sms-spam; instructions:
-            builtin:docstrings, json:FILE, jsonl:FILE, tfds:NAME, named:instruction-data.
+        source: text: builtin:python-docs, text:GLOB, named:NAME, jsonl:GLOB, parquet:GLOB, tfds:NAME,
+            tokens:FILE.bin (slm-jax prepare writes them); labelled texts: builtin:prose-or-code, csv:FILE, tsv:FILE,
+            jsonl:FILE, tfds:NAME, named:sms-spam; instructions: builtin:docstrings, json:FILE, jsonl:FILE, tfds:NAME,
+            named:instruction-data.
         validation_source: a second source to validate on; default: a part of the first.
         validation_fraction: how much of the source validates when there is no second one, 0 to 1.
         test_source: fine-tuning: a third source, to test on at the end; default: a part of the first.
         test_fraction: fine-tuning: how much of the source tests when there is no test_source, 0 to 1.
         sampling: text: stride takes windows at fixed distances, every one once an epoch; random takes random offsets.
         stride: text: tokens from one window to the next; default: the context length, so that windows do not overlap.
-        shuffle: whether stride windows come in a new random order each epoch.
+        shuffle: whether stride windows, or packed rows, come in a new random order each epoch.
+        packing: text: whether rows are filled with documents, each seeing only itself, instead of windows over the
+            whole text; sampling and stride then mean nothing.
+        text_column: text: the column of the texts in jsonl:, parquet: and tfds: sources; null: text.
     """
 
     source: str = "builtin:python-docs"
@@ -63,6 +67,8 @@ class DataConfig:
     sampling: Literal["random", "stride"] = "random"
     stride: int | None = None
     shuffle: bool = True
+    packing: bool = False
+    text_column: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +113,7 @@ class TrainConfig:
         eval_every: steps from one evaluation of the whole validation split to the next.
         eval_batch_size: sequences at a time in evaluation; null: batch_size.
         log_every: steps from one line of metrics.jsonl to the next.
+        profile: FIRST:LAST, the steps whose profile is written to the run's folder; null: none.
     """
 
     steps: int | None = 800
@@ -116,6 +123,7 @@ class TrainConfig:
     eval_every: int = 200
     eval_batch_size: int | None = 32
     log_every: int = 10
+    profile: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,10 +133,29 @@ class CheckpointConfig:
     Attributes:
         every: steps from one checkpoint to the next.
         keep: how many of the latest are kept, apart from the one of the lowest validation loss.
+        mirror: a second folder for runs, such as a mounted drive's, that finished checkpoints are copied to, and from
+            which a run goes on where runs_dir does not have it; null: none.
     """
 
     every: int = 200
     keep: int = 2
+    mirror: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class LoggingConfig:
+    """Where the lines of metrics.jsonl go, too.
+
+    Attributes:
+        tensorboard: whether to the run's folder tensorboard (needs the extra tensorboard).
+        wandb: to Weights & Biases: online, offline (into the run's folder, for wandb sync), or disabled (needs the
+            extra wandb).
+        wandb_project: the project there.
+    """
+
+    tensorboard: bool = False
+    wandb: Literal["disabled", "offline", "online"] = "disabled"
+    wandb_project: str = "slm_jax"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,6 +298,8 @@ class RunConfig:
         runs_dir: where runs are kept.
         resume: auto goes on where the run stopped, if it exists; never refuses to; must insists.
         base: what to start from: a run, run@step, GPT-2 weights or a name such as gpt2; null: a new model.
+        base_optimizer: whether the state of the base's optimizer is taken over, too, so that training goes on smoothly;
+            for a base that is a run.
         trainable: what of it is trained: all, the head, the last_block (with final norm and head), the last_n_blocks,
             or low-rank adapters (lora).
         trainable_blocks: of last_n_blocks.
@@ -280,6 +309,7 @@ class RunConfig:
         optimizer: the optimizer.
         train: the training.
         checkpoint: the checkpoints.
+        logging: where metrics go, too.
         mesh: the devices.
         sample: the samples.
         lora: the adapters.
@@ -293,6 +323,7 @@ class RunConfig:
     runs_dir: str = "runs"
     resume: Literal["auto", "never", "must"] = "auto"
     base: str | None = None
+    base_optimizer: bool = False
     trainable: Literal["all", "head", "last_block", "last_n_blocks", "lora"] = "all"
     trainable_blocks: int = 2
     model: ModelSection = dataclasses.field(default_factory=ModelSection)
@@ -301,6 +332,7 @@ class RunConfig:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = dataclasses.field(default_factory=LoggingConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
     lora: LoRAConfig = dataclasses.field(default_factory=LoRAConfig)
@@ -446,54 +478,3 @@ def parse_args(args: Sequence[str], cls: type[RunConfig] = RunConfig) -> RunConf
 def dump_config(config: RunConfig) -> str:
     """Return the configuration as YAML, every key written out."""
     return yaml.safe_dump(to_dict(config), sort_keys=False)
-
-
-# What may differ between the two sides of a resume; every other key is a run's identity.
-_EXECUTION_SECTIONS = ("checkpoint.", "mesh.", "sample.")
-_EXECUTION_KEYS = {
-    *("run", "runs_dir", "resume", "model.dtype", "model.remat", "model.attention", "model.unroll", "model.preset"),
-    "model.unpadded_vocab_size",  # follows from the tokenizer and model.vocab_size
-    *("train.steps", "train.epochs", "train.accumulate", "train.eval_every", "train.eval_batch_size"),
-    *("train.log_every", "instruction.responses"),
-}
-
-
-# Keys that runs of earlier versions do not have, with the value that those had in effect.
-_LATER_KEYS = {"model.exact_gelu": False, "base": None, "trainable": "all"}
-
-
-def identity(config: RunConfig, model: GPTConfig) -> dict[str, Any]:
-    """Return the keys that say what is trained on what, with the model's resolved shape."""
-    base = None if config.base is None else str(Path(config.base))  # "./runs/x" is "runs/x"
-    values = flatten({**to_dict(config), "model": dataclasses.asdict(model), "base": base})
-    return {
-        key: list(value) if isinstance(value, tuple) else value  # as JSON has it
-        for key, value in values.items()
-        if key not in _EXECUTION_KEYS
-        and not key.startswith((*_EXECUTION_SECTIONS, *_unused_keys(config)))
-        and (key, value) not in _LATER_KEYS.items()
-    }
-
-
-def _unused_keys(config: RunConfig) -> list[str]:
-    """Return what the keys start with that mean nothing to this kind of run."""
-    used = {
-        "classification.": config.task == "classification",
-        "instruction.": config.task == "instruction",
-        "data.test_": config.task != "pretraining",
-        "lora.": config.trainable == "lora",
-        "trainable_blocks": config.trainable == "last_n_blocks",
-    }
-    return [prefix for prefix, is_used in used.items() if not is_used]
-
-
-def first_difference(saved: dict[str, Any], wanted: dict[str, Any]) -> str | None:
-    """Describe the first key in which two identities differ; None where they agree."""
-    for key in [*wanted, *(key for key in saved if key not in wanted)]:
-        if saved.get(key) != wanted.get(key):
-            if key == "data.sha256":
-                return (
-                    "the text behind data.source is not the same (a file changed, or for builtin: the Python version)"
-                )
-            return f"{key} is {wanted.get(key)!r} now and was {saved.get(key)!r}"
-    return None

@@ -7,8 +7,9 @@ from typing import Any
 
 import jax
 
-from slm_jax.config import ModelSection, RunConfig, identity
+from slm_jax.config import ModelSection, RunConfig
 from slm_jax.errors import InputError
+from slm_jax.identity import identity
 from slm_jax.model import GPTConfig, Params
 from slm_jax.run import find_tokenizer, load_model
 from slm_jax.tokenizer import Tokenizer, fingerprint, get_tokenizer, tokenizer_from_dict

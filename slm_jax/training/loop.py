@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from slm_jax.config import RunConfig, dump_config, identity, to_dict
+from slm_jax.config import RunConfig, dump_config, to_dict
 from slm_jax.errors import InputError
+from slm_jax.identity import identity
 from slm_jax.lora import split_adapters
 from slm_jax.model import Params
 from slm_jax.param_file import tree_fingerprint, write_tree

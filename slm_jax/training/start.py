@@ -3,8 +3,9 @@
 import dataclasses
 from typing import Any
 
-from slm_jax.config import RunConfig, first_difference
+from slm_jax.config import RunConfig
 from slm_jax.errors import InputError, MissingInputError
+from slm_jax.identity import first_difference
 from slm_jax.training.checkpoint import find_damage, read_metadata, saved_steps
 from slm_jax.training.run_folder import RunFolder
 

@@ -1,0 +1,67 @@
+"""What makes two starts of a run the same run: the keys that say what is trained on what."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from slm_jax.config import RunConfig, to_dict
+from slm_jax.model import GPTConfig
+from slm_jax.options import flatten
+
+# What may differ between the two sides of a resume; every other key is a run's identity.
+_EXECUTION_SECTIONS = ("checkpoint.", "logging.", "mesh.", "sample.")
+_EXECUTION_KEYS = {
+    *("run", "runs_dir", "resume", "model.dtype", "model.remat", "model.attention", "model.unroll", "model.preset"),
+    "model.unpadded_vocab_size",  # follows from the tokenizer and model.vocab_size
+    *("train.steps", "train.epochs", "train.accumulate", "train.eval_every", "train.eval_batch_size"),
+    *("train.log_every", "train.profile", "instruction.responses"),
+}
+
+
+# Keys that runs of earlier versions do not have, with the value that those had in effect.
+_LATER_KEYS = {
+    **{"model.exact_gelu": False, "base": None, "base_optimizer": False, "trainable": "all"},
+    **{"data.packing": False, "data.text_column": None},
+}
+
+
+def identity(config: RunConfig, model: GPTConfig) -> dict[str, Any]:
+    """Return the keys that say what is trained on what, with the model's resolved shape."""
+    base = None if config.base is None else str(Path(config.base))  # "./runs/x" is "runs/x"
+    values = flatten({**to_dict(config), "model": dataclasses.asdict(model), "base": base})
+    return {
+        key: list(value) if isinstance(value, tuple) else value  # as JSON has it
+        for key, value in values.items()
+        if key not in _EXECUTION_KEYS
+        and not key.startswith((*_EXECUTION_SECTIONS, *_unused_keys(config)))
+        and (key, value) not in _LATER_KEYS.items()
+    }
+
+
+def _unused_keys(config: RunConfig) -> list[str]:
+    """Return what the keys start with that mean nothing to this kind of run."""
+    packed = config.task == "pretraining" and config.data.packing
+    used = {
+        "classification.": config.task == "classification",
+        "instruction.": config.task == "instruction",
+        "data.test_": config.task != "pretraining",
+        "data.packing": config.task == "pretraining",
+        "data.text_column": config.task == "pretraining",
+        "data.sampling": not packed,
+        "data.stride": not packed,
+        "lora.": config.trainable == "lora",
+        "trainable_blocks": config.trainable == "last_n_blocks",
+    }
+    return [prefix for prefix, is_used in used.items() if not is_used]
+
+
+def first_difference(saved: dict[str, Any], wanted: dict[str, Any]) -> str | None:
+    """Describe the first key in which two identities differ; None where they agree."""
+    for key in [*wanted, *(key for key in saved if key not in wanted)]:
+        if saved.get(key) != wanted.get(key):
+            if key == "data.sha256":
+                return (
+                    "the text behind data.source is not the same (a file changed, or for builtin: the Python version)"
+                )
+            return f"{key} is {wanted.get(key)!r} now and was {saved.get(key)!r}"
+    return None
