@@ -113,7 +113,7 @@ class TrainConfig:
         eval_every: steps from one evaluation of the whole validation split to the next.
         eval_batch_size: sequences at a time in evaluation; null: batch_size.
         log_every: steps from one line of metrics.jsonl to the next.
-        profile: FIRST:LAST, the steps whose profile is written to the run's folder; null: none.
+        profile: FROM:TO, such as 100:105, the steps between which a profile is written to the run's folder; null: none.
     """
 
     steps: int | None = 800
@@ -426,7 +426,21 @@ def _check_numbers(config: RunConfig) -> None:
             raise InputError(f"{key} is {values[key]}; expected a number between 0 and 1")
     if config.mesh.data != -1 and config.mesh.data < 1:
         raise InputError(f"mesh.data is {config.mesh.data}; expected -1 (all devices) or at least 1")
+    if config.train.profile is not None:
+        parse_profile(config.train.profile)
     check_run_name(config.name)
+
+
+def parse_profile(steps: str) -> tuple[int, int]:
+    """Read ``100:105``: the five steps that lead from step 100 to step 105.
+
+    Raises:
+        InputError: anything else.
+    """
+    match = re.fullmatch(r"(\d{1,18}):(\d{1,18})", steps)
+    if match is None or int(match[1]) >= int(match[2]):
+        raise InputError(f"train.profile is {steps!r}; expected FROM:TO with FROM below TO, such as 100:105")
+    return int(match[1]), int(match[2])
 
 
 def check_run_name(name: str) -> None:

@@ -10,6 +10,21 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.par
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "then", "it", "saw", "that", "other", "who", "was", "not", "at"]
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text with enough order to learn from: 4,000 words in a fixed pseudo-random sequence."""
+    path = tmp_path_factory.mktemp("text") / "cats.txt"
+    state, words = 1, []
+    for _ in range(4000):
+        state = (state * 1103515245 + 12345) % 2**31
+        words.append(WORDS[(state >> 16) % len(WORDS)])
+    path.write_text(" ".join(words) + "\n", encoding="utf-8")
+    return path
+
+
 @pytest.fixture
 def named_data() -> Path:
     """The folder of the named texts; a test that needs it is skipped where it is absent."""

@@ -12,59 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from pretraining import metrics, options
 
 import slm_jax
 from slm_jax import cli
 from slm_jax.training import hardware, loop
 from slm_jax.training.checkpoint import saved_steps
-
-WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "then", "it", "saw", "that", "other", "who", "was", "not", "at"]
-
-
-@pytest.fixture(scope="session")
-def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A text with enough order to learn from: 4,000 words in a fixed pseudo-random sequence."""
-    path = tmp_path_factory.mktemp("text") / "cats.txt"
-    state, words = 1, []
-    for _ in range(4000):
-        state = (state * 1103515245 + 12345) % 2**31
-        words.append(WORDS[(state >> 16) % len(WORDS)])
-    path.write_text(" ".join(words) + "\n", encoding="utf-8")
-    return path
-
-
-def options(text: Path, runs: Path, **more: object) -> list[str]:
-    """A run of seconds: 30 steps of a model of two narrow blocks, with dropout and micro-batches."""
-    values = {
-        "data.source": f"text:{text}",
-        "runs_dir": runs,
-        "run": "small",
-        "tokenizer.kind": "char",
-        "model.n_layers": 2,
-        "model.emb_dim": 32,
-        "model.n_heads": 2,
-        "model.context_length": 16,
-        "model.drop_rate": 0.1,
-        "train.steps": 30,
-        "train.batch_size": 8,
-        "train.accumulate": 2,
-        "train.eval_every": 10,
-        "train.eval_batch_size": 64,
-        "train.log_every": 1,
-        "checkpoint.every": 10,
-        "sample.every": 15,
-        "sample.max_new_tokens": 10,
-        "optimizer.warmup_steps": 5,
-        "optimizer.learning_rate": 0.01,
-        **{key.replace("__", "."): value for key, value in more.items()},
-    }
-    return [part for key, value in values.items() for part in (f"--{key}", str(value))]
-
-
-def metrics(run: Path) -> list[dict[str, object]]:
-    """The log without what a clock decides."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second", "mfu")} for row in rows]
 
 
 @pytest.fixture(scope="module")

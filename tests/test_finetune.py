@@ -215,16 +215,16 @@ def test_adapters_of_every_matrix_go_on_load_and_leave(place, tmp_path, task):
 KILL = """
 import os, signal, sys
 from slm_jax import cli
-from slm_jax.training.loop import Trainer
+from slm_jax.training.record import RunRecord
 
-log = Trainer._log
+log = RunRecord.train
 
 def log_and_die(self, step, metrics):
     log(self, step, metrics)
     if step == {step}:
         os.kill(os.getpid(), signal.SIGKILL)
 
-Trainer._log = log_and_die
+RunRecord.train = log_and_die
 cli.main(sys.argv[1:])
 """
 

@@ -4,18 +4,18 @@ Everything it does is a function of (configuration, seed, step): a run that is k
 hands the device the next step before it reads the numbers of the last one.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
-import math
 import shutil
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import grain
 import jax
 import jax.numpy as jnp
-import numpy as np
 from rich.console import Console
 
 from slm_jax.config import RunConfig, dump_config, to_dict
@@ -29,10 +29,12 @@ from slm_jax.training import hardware
 from slm_jax.training.checkpoint import Checkpoints, best_step, checkpoint_bytes, load_params, saved_steps
 from slm_jax.training.evaluate import Evaluator
 from slm_jax.training.interrupt import Interrupted, StopRequest
+from slm_jax.training.loggers import check_loggers, open_loggers
 from slm_jax.training.memory import check_fits, device_bytes
 from slm_jax.training.optimizer import make_optimizer, make_schedule
-from slm_jax.training.plots import draw_loss
+from slm_jax.training.profile import StepProfile
 from slm_jax.training.progress import ProgressLine, count_leaves, format_bytes, format_duration, parameter_table
+from slm_jax.training.record import PLOT_INTERVAL, RunRecord
 from slm_jax.training.run_folder import BEFORE, FROZEN
 from slm_jax.training.sharding import (
     batch_sharding,
@@ -49,7 +51,6 @@ from slm_jax.training.summary import environment, summarize, tell_end
 from slm_jax.training.task import Moment, Task, purpose_key
 
 MAX_SKIPPED = 3  # steps in a row without finite gradients after which training stops
-PLOT_INTERVAL = 30.0  # seconds between two drawings of loss.png
 
 
 class TrainingDiverged(RuntimeError):
@@ -70,11 +71,12 @@ def train(config: RunConfig, task: Task, start: Start, stop: StopRequest, consol
     trainer.check()
     with start.folder.lock():
         start.check_unchanged()
-        trainer.prepare()
-        with Checkpoints(start.folder.checkpoints, config.checkpoint.keep) as checkpoints, trainer.progress:
-            trainer.run(checkpoints)
-        trainer.draw()
-        return trainer.finish()
+        with trainer.loggers():
+            trainer.prepare()
+            with Checkpoints(start.folder.checkpoints, config.checkpoint.keep) as checkpoints, trainer.progress:
+                trainer.run(checkpoints)
+            trainer.record.draw()
+            return trainer.finish()
 
 
 class Trainer:
@@ -90,19 +92,15 @@ class Trainer:
         self.optimizer = make_optimizer(config.optimizer)
         self.schedule = make_schedule(config.optimizer, task.total_steps)
         self.progress = ProgressLine(console, task.total_steps, self.first_step)
+        self.record = RunRecord(config, task, start.folder, self.progress, self.mesh.size)
+        self.profile = StepProfile(config.train.profile, start.folder.path, self.progress.note)
         params = task.params
         self.param_shapes = jax.eval_shape(params.init or (lambda _: params.trainable), jax.random.key(0))
-        # The formula of the FLOPs is that of a whole language model's step.
-        of_known_flops = task.unit == "token" and not params.frozen
-        self.peak_flops = hardware.peak_flops(task.model_config.dtype) if of_known_flops else None
-        self.flops_per_token = hardware.flops_per_token(task.model_config)
         self.n_trained = count_leaves(self.param_shapes)
         self.n_params = self.n_trained + count_leaves(split_adapters(params.frozen)[0])  # without adapters' constants
         every = config.train.eval_every if task.samples_with_evaluation else config.sample.every
         self.sample_every = every if config.sample.every else 0
         self.skipped_in_a_row = 0
-        self.noticed_overfitting = False
-        self.began = self.last_drawn = time.monotonic()
 
     def is_done(self) -> bool:
         """Return whether the run has done its steps already, and say so; nothing is compiled or written then."""
@@ -127,6 +125,7 @@ class Trainer:
         """
         self.start.check_identity(self.identity)
         check_batch_size(self.mesh, self.config.train.batch_size, self.config.train.accumulate)
+        check_loggers(self.config.logging)
         self.folder.create()
         self._check_disk()
 
@@ -135,14 +134,7 @@ class Trainer:
         config, task = self.config, self.task
         for warning in self.start.warnings:
             self.progress.note(f"warning: {warning}")
-        kept_until = -1 if self.start.step is None else self.first_step
-        self.folder.cut_back(kept_until)
-        self.folder.set_aside_after(kept_until)
-        # Filtered once more: on another host the file may not have been cut yet.
-        past = [row for row in self.folder.metrics() if row["step"] <= kept_until]
-        self.sampled = {step for step in self.folder.sampled_steps() if step <= kept_until}
-        self.validation = {row["step"]: _or_infinite(row["loss"]) for row in past if row["split"] == "val"}
-        self.seconds_before = max((row.get("seconds", 0.0) for row in past), default=0.0)
+        self.folder.set_aside_after(self._kept_until)
         described = dataclasses.replace(config, run=config.name, resume="auto")
         self.folder.write_text("config.yaml", dump_config(described))
         self._save_files()
@@ -154,6 +146,20 @@ class Trainer:
             self.progress.note(f"trained: {self.n_trained:,} of {self.n_params:,} parameters ({config.trainable})")
         self._compile()
         self.stop.check()
+
+    @contextlib.contextmanager
+    def loggers(self) -> Iterator[None]:
+        """Begin the run's record, with the loggers that it asks for open."""
+        loggers = open_loggers(self.config, self.folder.path, self._kept_until) if self.folder.writes else []
+        self.record.begin(self._kept_until, loggers)
+        with contextlib.ExitStack() as stack:
+            for logger in loggers:
+                stack.callback(logger.close)
+            yield
+
+    @property
+    def _kept_until(self) -> int:
+        return -1 if self.start.step is None else self.first_step
 
     def _save_files(self) -> None:
         """Write what the run needs to be whole without its base, and nothing of an earlier attempt is left."""
@@ -243,14 +249,15 @@ class Trainer:
         step = self.first_step
         batches = self._batches(step)
         previous: tuple[int, StepMetrics] | None = None
-        self.lap = Lap(step, time.monotonic())
+        self.record.start_lap(step)
         try:
             while True:
+                self.profile.at(step, functools.partial(jax.block_until_ready, state))
                 if self._due(step):
                     self._read(previous)
                     previous = None
                     self._report(checkpoints, state, step, batches)
-                    self.lap = Lap(step, time.monotonic())
+                    self.record.start_lap(step)
                 if step >= self.task.total_steps:
                     break
                 state, metrics = self.train_step(state, self.frozen, put_batch(self.mesh, next(batches)))
@@ -264,9 +271,11 @@ class Trainer:
             if step not in checkpoints.saved_steps():
                 self._save(checkpoints, state, step, batches)
             checkpoints.wait()
-            self.draw()
+            self.record.draw()
             self.progress.note(f"stopped at step {step:,}; the same command goes on from there")
             raise
+        finally:
+            self.profile.end()
 
     def _restore_or_init(self, checkpoints: Checkpoints) -> TrainState:
         if self.start.step is None:
@@ -294,43 +303,19 @@ class Trainer:
         best = False
         if step == 0 and self.start.step is None:  # so that it lies beside the first checkpoint
             self._measure_before(state)
-        if (step % cfg.train.eval_every == 0 or last) and step not in self.validation:
-            best = self._evaluate(state, step)
+        if (step % cfg.train.eval_every == 0 or last) and step not in self.record.validation:
+            best = self.record.evaluation(step, self.evaluate(state.trainable, self.task.validation_batches()))
         # Before the first step only a model that has a base has something to say.
         every = self.sample_every
         sample_due = every and (step or cfg.base) and (step % every == 0 or last)
-        if self.task.sample and sample_due and step not in self.sampled:
-            self.sampled.add(step)
+        if self.task.sample and sample_due and step not in self.record.sampled:
             key = jax.random.fold_in(purpose_key(cfg.seed, "sampling"), step)
-            self.folder.add_sample(step, self.task.sample(self._all_params(state.trainable), key))
+            self.record.sample(step, self.task.sample(self._all_params(state.trainable), key))
         self.stop.check()
         saved = checkpoints.saved_steps()
         if best or ((step % cfg.checkpoint.every == 0 or last) and step not in saved):
             self._save(checkpoints, state, step, batches)
-        if time.monotonic() - self.last_drawn > PLOT_INTERVAL:
-            self.draw()
-
-    def _evaluate(self, state: TrainState, step: int) -> bool:
-        """Measure the mean loss over the whole validation split; return whether it is the lowest so far."""
-        sums = self.evaluate(state.trainable, self.task.validation_batches())
-        loss = sums.loss
-        row = {
-            "step": step,
-            "split": "val",
-            "loss": loss,
-            **({"perplexity": _perplexity(loss)} if self.task.unit == "token" else {}),
-            **(self.task.figures(sums) if self.task.figures else {}),
-            f"{self.task.unit}s": int(sums.weight_sum),
-            "seconds": round(self._seconds(), 3),
-        }
-        if self.task.bytes_per_token:  # comparable between tokenizers, which the loss a token is not
-            row["bits_per_byte"] = loss / math.log(2) / self.task.bytes_per_token
-        self.folder.add_metrics(row)
-        self.progress.validation(row)
-        best = loss < min(self.validation.values(), default=math.inf)
-        self.validation[step] = _or_infinite(loss)
-        self._notice_overfitting()
-        return best
+        self.record.draw(at_least_every=PLOT_INTERVAL)
 
     def _all_params(self, trainable: Params) -> Params:
         return merge_params(self.frozen, trainable)
@@ -357,9 +342,7 @@ class Trainer:
         best = load_params(self.folder.checkpoints, step, shapes, shardings)
         after = self._measure(best, "after")
         figures = {name: value for name, value in after["test"].items() if isinstance(value, int | float)}
-        row = {"step": step, "split": "test", **figures}
-        if row not in self.folder.metrics("test"):
-            self.folder.add_metrics(row)
+        self.record.test(step, figures)
         return {"before": self.folder.read_json(BEFORE), "after": after}
 
     def _save(self, checkpoints: Checkpoints, state: TrainState, step: int, batches: grain.DatasetIterator) -> None:
@@ -375,7 +358,7 @@ class Trainer:
             "environment": environment(self.mesh.size),
             **self.task.metadata,
         }
-        checkpoints.save(state, metadata, self.validation.get(step))
+        checkpoints.save(state, metadata, self.record.validation.get(step))
 
     def _read(self, previous: tuple[int, StepMetrics] | None) -> None:
         """Read a step's numbers, which waits for that step; log and show them, and count skipped steps."""
@@ -384,7 +367,7 @@ class Trainer:
         step, metrics = previous[0], jax.device_get(previous[1])
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if metrics.skipped else 0
         if metrics.skipped or step % self.config.train.log_every == 0 or step == self.task.total_steps:
-            self._log(step, metrics)
+            self.record.train(step, metrics)
         if metrics.skipped:
             self.progress.note(f"step {step:,}: loss {metrics.loss}, gradient norm {metrics.grad_norm}: skipped")
         if self.skipped_in_a_row == MAX_SKIPPED:
@@ -394,60 +377,10 @@ class Trainer:
                 "--optimizer.warmup_steps or lower --optimizer.clip_norm, and start anew with --run NAME"
             )
 
-    def _log(self, step: int, metrics: StepMetrics) -> None:
-        elapsed = time.monotonic() - self.lap.began
-        steps = max(1, step - self.lap.step)
-        rate = steps * self.task.tokens_per_step / max(elapsed, 1e-9)
-        peak = self.peak_flops and self.peak_flops * self.mesh.size
-        loss = float(metrics.loss)
-        row = {
-            "step": step,
-            "split": "train",
-            "loss": loss,
-            **({"perplexity": _perplexity(loss)} if self.task.unit == "token" else {}),
-            "learning_rate": float(metrics.learning_rate),
-            "grad_norm": float(metrics.grad_norm),
-            "tokens": step * self.task.tokens_per_step,
-            "tokens_per_second": round(rate, 1),
-            "mfu": rate * self.flops_per_token / peak if peak else None,
-            "seconds": round(self._seconds(), 3),
-            **({"skipped": True} if metrics.skipped else {}),
-        }
-        self.folder.add_metrics(row)
-        self.progress.train(row, elapsed / steps)
-        self.lap = Lap(step, time.monotonic())
-
-    def _seconds(self) -> float:
-        return self.seconds_before + time.monotonic() - self.began
-
-    def _notice_overfitting(self) -> None:
-        """Say once when three evaluations in a row are clearly above the lowest while the training loss falls."""
-        lowest = min(self.validation.values())
-        recent = [self.validation[step] for step in sorted(self.validation)[-3:]]
-        if self.noticed_overfitting or len(self.validation) < 4 or min(recent) < 1.01 * lowest:
-            return
-        best = min(self.validation, key=lambda step: self.validation[step])
-        train = [row for row in self.folder.metrics("train") if row["loss"] is not None]
-        before = [row["loss"] for row in train if row["step"] <= best][-10:]
-        if not before or np.mean([row["loss"] for row in train[-10:]]) >= np.mean(before):
-            return
-        self.noticed_overfitting = True
-        self.progress.note(
-            f"overfitting: the validation loss was lowest at step {best:,} ({self.validation[best]:.4f}) while the "
-            "training loss still falls; the checkpoint of the lowest is kept. More text, dropout or fewer steps help"
-        )
-
-    def draw(self) -> None:
-        """Draw ``loss.png`` from the log."""
-        self.last_drawn = time.monotonic()
-        if self.folder.writes:
-            title, unit = f"{self.config.name}: loss by step", f"nats a {self.task.unit}"
-            draw_loss(self.folder.metrics(), self.folder.path / "loss.png", title, unit)
-
     def finish(self) -> dict[str, Any]:
         """Write ``summary.json``; say what was written, where, and what to try next."""
         summary = {
-            **summarize(self.config, self.folder, self.validation, self._seconds(), self.mesh.size),
+            **summarize(self.config, self.folder, self.record.validation, self.record.seconds(), self.mesh.size),
             "parameters": self.n_params,
             "trained_parameters": self.n_trained,
             **self._measure_after(),
@@ -459,20 +392,3 @@ class Trainer:
                     self.progress.note(line)
             tell_end(self.progress, self.folder, summary, self.task.next_commands)
         return summary
-
-
-@dataclasses.dataclass(frozen=True)
-class Lap:
-    """Since when, in steps and seconds, training has gone on without a pause for evaluation or saving."""
-
-    step: int
-    began: float
-
-
-def _perplexity(loss: float) -> float:
-    return math.exp(min(loss, 700.0)) if math.isfinite(loss) else loss
-
-
-def _or_infinite(loss: float | None) -> float:
-    """Return a loss that compares: one that was not a number, null in the log, is worse than any other."""
-    return loss if loss is not None and math.isfinite(loss) else math.inf

@@ -1,0 +1,47 @@
+"""The profile of a few steps: where their time goes, on the host and on the devices."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+from slm_jax.config import parse_profile
+
+FOLDER = "profile"  # in the run's folder
+
+
+class StepProfile:
+    """Profiles the steps that were asked for, once.
+
+    Args:
+        steps: FROM:TO; None: none.
+        folder: the run's.
+        note: tells a person where the profile is.
+    """
+
+    def __init__(self, steps: str | None, folder: Path, note: Callable[[str], None]):
+        self._steps = None if steps is None else parse_profile(steps)
+        self._folder, self._note = folder / FOLDER, note
+        self._running = False
+
+    def at(self, step: int, wait: Callable[[], None]) -> None:
+        """Begin or end at this step; ``wait`` returns when the devices have done all steps up to it."""
+        if self._steps is None:
+            return
+        if step == self._steps[0]:
+            wait()  # so that no step before is in it
+            jax.profiler.start_trace(str(self._folder), create_perfetto_trace=True)
+            self._running = True
+        elif step == self._steps[1] and self._running:
+            wait()
+            self.end()
+
+    def end(self) -> None:
+        """Write the profile, if one has begun: at its last step, or where the run ends before."""
+        if self._running:
+            self._running = False
+            jax.profiler.stop_trace()
+            self._note(
+                f"profile written to {self._folder}: open perfetto_trace.json.gz of it at ui.perfetto.dev, or the "
+                "folder with xprof"
+            )
