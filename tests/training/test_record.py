@@ -1,0 +1,193 @@
+"""What must hold of a run's record: what is logged of a step and an evaluation, and what a person is told."""
+
+import io
+import math
+
+import grain
+import jax.numpy as jnp
+import pytest
+from rich.console import Console
+
+from slm_jax.config import RunConfig
+from slm_jax.model import GPTConfig
+from slm_jax.tokenizer import CharTokenizer
+from slm_jax.training import hardware, record
+from slm_jax.training.progress import ProgressLine
+from slm_jax.training.record import RunRecord
+from slm_jax.training.run_folder import RunFolder
+from slm_jax.training.step import StepMetrics
+from slm_jax.training.task import EvaluationSums, Parameters, Task
+
+CFG = GPTConfig(vocab_size=3, context_length=4, emb_dim=8, n_heads=1, n_layers=1, dtype="bfloat16")
+
+
+class Kept:
+    """A logger that keeps what it is given."""
+
+    def __init__(self):
+        self.rows, self.texts = [], []
+
+    def metrics(self, row):
+        self.rows.append(row)
+
+    def text(self, name, text, step):
+        self.texts.append((name, text, step))
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The seconds that the record sees, set by hand."""
+    now = [100.0]
+    monkeypatch.setattr(record.time, "monotonic", lambda: now[0])
+    return now
+
+
+@pytest.fixture
+def make(tmp_path, clock, monkeypatch):
+    monkeypatch.setattr(hardware, "peak_flops", lambda dtype: 1e6)
+
+    def make(**task):
+        output = io.StringIO()
+        progress = ProgressLine(Console(file=output, width=200), 100)
+        fields = {
+            "model_config": CFG,
+            "params": Parameters({}, {}),
+            "loss_fn": lambda *_: None,
+            "train_batches": grain.MapDataset.range(1),
+            "validation_batches": lambda: [],
+            "total_steps": 100,
+            "tokens_per_step": 64,
+            "tokenizer": CharTokenizer("ab"),
+            "fingerprint": "",
+        }
+        run = RunRecord(RunConfig(), Task(**{**fields, **task}), RunFolder(tmp_path), progress, n_devices=2)
+        run.output = output
+        return run
+
+    return make
+
+
+def step_metrics(loss, skipped=False):
+    return StepMetrics(*map(jnp.float32, (loss, 64.0, 0.5, 1e-3)), jnp.array(skipped))
+
+
+def sums(loss, n=10):
+    return EvaluationSums(loss * n, n, {})
+
+
+def test_a_step_is_logged_with_its_speed(make, clock):
+    run, logger = make(), Kept()
+    run.begin(-1, [])
+    run._loggers = [logger]
+    run.start_lap(10)
+    clock[0] += 4.0
+    run.train(12, step_metrics(2.0))
+    (row,) = run.folder.metrics("train")
+    assert row == logger.rows[0] | {"mfu": pytest.approx(logger.rows[0]["mfu"])}
+    assert {**row, "learning_rate": 1e-3} == {
+        **{"step": 12, "split": "train", "loss": 2.0, "perplexity": pytest.approx(math.e**2), "grad_norm": 0.5},
+        **{"learning_rate": 1e-3, "tokens": 12 * 64, "tokens_per_second": 32.0, "seconds": 4.0},
+        "mfu": pytest.approx(32.0 * hardware.flops_per_token(CFG) / 2e6),  # of both devices
+    }
+
+
+def test_a_lap_begins_after_each_logged_step(make, clock):
+    run = make()
+    run.begin(-1, [])
+    run.start_lap(0)
+    for step, seconds in ((1, 1.0), (2, 2.0)):
+        clock[0] += seconds
+        run.train(step, step_metrics(1.0))
+    assert [row["tokens_per_second"] for row in run.folder.metrics("train")] == [64.0, 32.0]
+
+
+def test_a_skipped_step_says_so_and_has_no_loss(make, clock):
+    run = make()
+    run.begin(-1, [])
+    run.start_lap(0)
+    clock[0] += 1.0
+    run.train(1, step_metrics(math.nan, skipped=True))
+    (row,) = run.folder.metrics("train")
+    assert row["skipped"] is True
+    assert row["loss"] is row["perplexity"] is None
+
+
+def test_an_evaluation_is_the_best_only_when_its_loss_is_the_lowest(make):
+    run = make(bytes_per_token=2.0)
+    run.begin(-1, [])
+    assert [run.evaluation(step, sums(loss)) for step, loss in enumerate((3.0, math.nan, 2.0, 2.0))] == [
+        *(True, False, True, False)
+    ]
+    assert run.validation == {0: 3.0, 1: math.inf, 2: 2.0, 3: 2.0}
+    first = run.folder.metrics("val")[0]
+    assert first["bits_per_byte"] == pytest.approx(3.0 / math.log(2) / 2.0)
+    assert (first["tokens"], first["perplexity"]) == (10, pytest.approx(math.e**3))
+
+
+def test_what_is_a_loss_a_text_has_no_perplexity(make):
+    run = make(unit="text", figures=lambda sums: {"accuracy": 0.25})
+    run.begin(-1, [])
+    run.evaluation(0, sums(1.0))
+    (row,) = run.folder.metrics("val")
+    assert "perplexity" not in row
+    assert (row["accuracy"], row["texts"]) == (0.25, 10)
+
+
+def test_a_run_goes_on_with_its_own_past(make, clock):
+    run = make()
+    run.begin(-1, [])
+    run.start_lap(0)
+    for step in (1, 2, 3):
+        clock[0] += 10.0
+        run.train(step, step_metrics(1.0))
+        run.evaluation(step, sums(4.0 - step))
+        run.sample(step, "text")
+    again = make()
+    again.begin(2, [])
+    assert again.validation == {1: 3.0, 2: 2.0}
+    assert again.sampled == {1, 2}
+    clock[0] += 5.0
+    assert again.seconds() == 25.0
+    assert [row["step"] for row in again.folder.metrics("train")] == [1, 2]
+
+
+def test_a_sample_goes_to_every_logger(make):
+    run, logger = make(), Kept()
+    run.begin(-1, [])
+    run._loggers = [logger]
+    run.sample(7, "some text")
+    assert logger.texts == [("sample", "some text", 7)]
+    assert run.sampled == {7} == run.folder.sampled_steps()
+
+
+def test_the_test_split_is_logged_once(make):
+    run = make()
+    run.begin(-1, [])
+    for _ in range(2):
+        run.test(5, {"accuracy": 0.5})
+    assert run.folder.metrics("test") == [{"step": 5, "split": "test", "accuracy": 0.5}]
+
+
+@pytest.mark.parametrize(("training", "said"), [([3.0, 2.5, 2.0, 1.5, 1.0], 1), ([2.5, 2.5, 2.6, 2.7, 2.8], 0)])
+def test_overfitting_is_said_once_and_only_while_the_training_loss_falls(make, clock, training, said):
+    run = make()
+    run.begin(-1, [])
+    run.start_lap(0)
+    for step, (train, validation) in enumerate(zip(training, [3.0, 2.0, 2.1, 2.2, 2.3], strict=True), start=1):
+        clock[0] += 1.0
+        run.train(step, step_metrics(train))
+        run.evaluation(step, sums(validation))
+    run.evaluation(6, sums(2.4))
+    assert run.output.getvalue().count("overfitting: the validation loss was lowest at step 2") == said
+
+
+def test_the_picture_is_not_drawn_too_often(make, clock):
+    run = make()
+    run.begin(-1, [])
+    run.evaluation(0, sums(1.0))
+    picture = run.folder.path / "loss.png"
+    run.draw(at_least_every=30.0)
+    assert not picture.exists()
+    clock[0] += 31.0
+    run.draw(at_least_every=30.0)
+    assert picture.exists()
