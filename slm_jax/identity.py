@@ -40,15 +40,12 @@ def identity(config: RunConfig, model: GPTConfig) -> dict[str, Any]:
 
 def _unused_keys(config: RunConfig) -> list[str]:
     """Return what the keys start with that mean nothing to this kind of run."""
-    packed = config.task == "pretraining" and config.data.packing
     used = {
         "classification.": config.task == "classification",
         "instruction.": config.task == "instruction",
         "data.test_": config.task != "pretraining",
         "data.packing": config.task == "pretraining",
         "data.text_column": config.task == "pretraining",
-        "data.sampling": not packed,
-        "data.stride": not packed,
         "lora.": config.trainable == "lora",
         "trainable_blocks": config.trainable == "last_n_blocks",
     }
@@ -63,5 +60,6 @@ def first_difference(saved: dict[str, Any], wanted: dict[str, Any]) -> str | Non
                 return (
                     "the text behind data.source is not the same (a file changed, or for builtin: the Python version)"
                 )
-            return f"{key} is {wanted.get(key)!r} now and was {saved.get(key)!r}"
+            was, now = (values.get(key, _LATER_KEYS.get(key)) for values in (saved, wanted))
+            return f"{key} is {now!r} now and was {was!r}"
     return None

@@ -13,7 +13,10 @@ from slm_jax.options import flatten
 IDENTITY = {
     *("task", "seed", "train.batch_size"),
     *(f"tokenizer.{field}" for field in ("kind", "vocab_size", "path")),
-    *(f"data.{name}" for name in ("source", "validation_source", "validation_fraction", "shuffle")),
+    *(
+        f"data.{name}"
+        for name in ("source", "validation_source", "validation_fraction", "sampling", "stride", "shuffle")
+    ),
     *(f"optimizer.{name}" for name in ("learning_rate", "schedule", "warmup_steps", "decay_steps", "weight_decay")),
     *(f"optimizer.{name}" for name in ("final_learning_rate", "beta1", "beta2", "eps", "clip_norm")),
     *(f"model.{name}" for name in ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers", "drop_rate")),
@@ -21,7 +24,6 @@ IDENTITY = {
     *("base", "base_optimizer", "trainable"),
 }
 PRETRAINING = {"data.packing", "data.text_column"}
-WINDOWS = {"data.sampling", "data.stride"}
 # What else identifies a run of fine-tuning: its test split, and the sections that its kind of training reads.
 TEST_SPLIT = {"data.test_source", "data.test_fraction"}
 CLASSIFICATION = {
@@ -52,7 +54,7 @@ LATER = {
 
 
 def test_every_key_is_of_one_kind():
-    kinds = (IDENTITY, PRETRAINING, WINDOWS, TEST_SPLIT, CLASSIFICATION, INSTRUCTION, LORA, LAST_N_BLOCKS, EXECUTION)
+    kinds = (IDENTITY, PRETRAINING, TEST_SPLIT, CLASSIFICATION, INSTRUCTION, LORA, LAST_N_BLOCKS, EXECUTION)
     assert set(flatten(to_dict(RunConfig()))) == set().union(*kinds)
     assert sum(map(len, kinds)) == len(set().union(*kinds))
 
@@ -61,13 +63,12 @@ def test_every_key_is_of_one_kind():
     ("args", "keys"),
     [
         ({}, PRETRAINING),
-        ({"--data.packing": "false"}, {"data.text_column"} | WINDOWS),
-        ({"--task": "classification"}, WINDOWS | TEST_SPLIT | CLASSIFICATION),
-        ({"--task": "instruction"}, WINDOWS | TEST_SPLIT | INSTRUCTION),
-        ({"--task": "instruction", "--trainable": "lora"}, WINDOWS | TEST_SPLIT | INSTRUCTION | LORA),
+        ({"--task": "classification"}, TEST_SPLIT | CLASSIFICATION),
+        ({"--task": "instruction"}, TEST_SPLIT | INSTRUCTION),
+        ({"--task": "instruction", "--trainable": "lora"}, TEST_SPLIT | INSTRUCTION | LORA),
         ({"--trainable": "last_n_blocks"}, PRETRAINING | LAST_N_BLOCKS),
     ],
-    ids=["packed", "windows", "classification", "instruction", "lora", "last_n_blocks"],
+    ids=["pretraining", "classification", "instruction", "lora", "last_n_blocks"],
 )
 def test_a_run_is_identified_by_what_its_kind_of_training_reads(args, keys):
     config = parse_args([part for pair in {**LATER, **args}.items() for part in pair])
@@ -76,9 +77,7 @@ def test_a_run_is_identified_by_what_its_kind_of_training_reads(args, keys):
 
 def test_what_a_run_does_not_read_makes_no_other_run_of_it():
     """So that runs from before these sections go on; what it does read makes one."""
-    assert identity(RunConfig(), RunConfig().gpt_config(9)).keys() == (IDENTITY | WINDOWS) - {
-        key.lstrip("-") for key in LATER
-    }
+    assert identity(RunConfig(), RunConfig().gpt_config(9)).keys() == (IDENTITY) - {key.lstrip("-") for key in LATER}
     for task, other, own in (
         ("classification", "--instruction.packing", "--classification.group_duplicates"),
         ("instruction", "--classification.group_duplicates", "--instruction.packing"),
@@ -112,12 +111,19 @@ def test_identity_holds_the_resolved_model():
         (["--optimizer.clip_norm", "null"], "optimizer.clip_norm is None now and was 1.0"),
         (["--data.source", "text:a.txt"], "data.source is 'text:a.txt' now and was 'builtin:python-docs'"),
         (["--train.steps", "5", "--run", "b", "--model.remat", "full", "--checkpoint.every", "3"], None),
+        (["--data.packing", "true"], "data.packing is True now and was False"),
         (["--mesh.fsdp", "2", "--sample.prompt", "x", "--train.eval_every", "1", "--runs_dir", "/x"], None),
     ],
 )
 def test_the_first_difference_is_told_and_execution_is_none(args, difference):
     saved, wanted = (identity(config, config.gpt_config(1024)) for config in (RunConfig(), parse_args(args)))
     assert first_difference(saved, wanted) == difference
+
+
+def test_a_later_key_that_is_gone_again_is_told_with_its_default():
+    config = parse_args(["--data.packing", "true"])
+    saved, wanted = (identity(config, config.gpt_config(1024)) for config in (config, RunConfig()))
+    assert first_difference(saved, wanted) == "data.packing is False now and was True"
 
 
 def test_dtype_is_execution():
