@@ -56,7 +56,8 @@ class DataConfig:
         shuffle: whether stride windows, or packed rows, come in a new random order each epoch.
         packing: text: whether rows are filled with documents, each seeing only itself, instead of windows over the
             whole text; sampling and stride then mean nothing.
-        text_column: text: the column of the texts in jsonl:, parquet: and tfds: sources; null: text.
+        text_column: text: the column of the texts in jsonl:, parquet: and tfds: sources; null: text, or in tfds: the
+            only feature that is text.
     """
 
     source: str = "builtin:python-docs"

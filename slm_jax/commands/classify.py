@@ -87,7 +87,7 @@ def _shown(text: str, prediction: "Prediction", format: str) -> str:
 
 def _lines(file: str | None) -> list[str]:
     """Return the texts in a file or the standard input, one a line; say how many lines are blank."""
-    from slm_jax.data.sources import read_text
+    from slm_jax.data.text_files import read_text
 
     if file is None and sys.stdin.isatty():
         raise InputError('no text; expected texts, such as slm-jax classify --run RUN "a text", --file or a pipe')

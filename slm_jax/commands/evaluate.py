@@ -27,7 +27,8 @@ class Options:
             a folder or a name such as gpt2; null: only responses are measured.
         tokenizer: gpt2, or a saved one: its file or folder, or a run's folder; null: the run's own, or GPT-2's.
         n_heads: attention heads, where weights do not say how many.
-        source: a text to measure the loss on: builtin:python-docs, text:GLOB, named:NAME or tokens:FILE.bin.
+        source: a text to measure the loss on: builtin:python-docs, text:GLOB, jsonl:GLOB, parquet:GLOB, tfds:NAME,
+            named:NAME or tokens:FILE.bin.
         split: which part of the source, split as pretraining splits it: all, train or validation.
         validation_fraction: how much of the source is its validation split, 0 to 1.
         context_length: tokens of a window; null: the model's.

@@ -2,14 +2,31 @@
 
 import dataclasses
 import hashlib
+import json
+import shlex
 from collections.abc import Callable, Iterable
 
 import numpy as np
 
 from slm_jax.config import DataConfig, TokenizerConfig
-from slm_jax.data.sources import is_token_source, read_documents, read_tokens
+from slm_jax.data.documents import read_documents
+from slm_jax.data.sources import KINDS, is_token_source, parse_source
+from slm_jax.data.token_file import TokenFile, check_ids, open_token_file
 from slm_jax.errors import InputError
-from slm_jax.tokenizer import END_OF_TEXT, BPETokenizer, CharTokenizer, SimpleTokenizer, Tokenizer, get_tokenizer
+from slm_jax.tokenizer import (
+    END_OF_TEXT,
+    BPETokenizer,
+    CharTokenizer,
+    SimpleTokenizer,
+    Tokenizer,
+    fingerprint,
+    get_tokenizer,
+)
+
+_LONG = 200_000_000  # characters from which reading the text at each start is no longer reasonable
+# What to do about ids of another tokenizer than the model's, or than the one asked for.
+_MODELS = "prepare the text with the model's: slm-jax prepare --tokenizer RUN"
+_ASKED = "leave tokenizer.kind and tokenizer.path out, or prepare the text with the one asked for"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,15 +38,22 @@ class Corpus:
         validation: likewise, from text that ``train`` does not have.
         tokenizer: what the ids mean.
         bytes_per_token: UTF-8 bytes a validation token stands for; None where the source is tokens.
+        sha256: of each token file that both splits are made of; empty if one of them has none, or the source is text.
+        notes: what a person should know of the source, a line each.
     """
 
     train: np.ndarray
     validation: np.ndarray
     tokenizer: Tokenizer
     bytes_per_token: float | None
+    sha256: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def fingerprint(self) -> str:
-        """Return a SHA-256 over both splits: the same only where every token is the same."""
+        """Return a SHA-256 of both splits: the same only where every token is the same."""
+        if self.sha256:  # compared with the files as they were opened; tens of GB are not read a second time
+            cut = [*self.sha256, self.train.size, self.validation.size]
+            return hashlib.sha256(json.dumps(cut).encode()).hexdigest()
         digest = hashlib.sha256()
         for tokens in (self.train, self.validation):
             digest.update(str(tokens.size).encode())
@@ -59,35 +83,93 @@ def load_corpus(
     check = stop or (lambda: None)
     if any(map(is_token_source, filter(None, (data.source, data.validation_source)))):
         return _load_token_files(data, tokenizer, saved)
-    train_documents = split_at_end_of_text(read_documents(data.source))
+    train_documents = split_at_end_of_text(read_documents(data.source, data.text_column))
     if data.validation_source is None:
         train_documents, validation_documents = split_documents(train_documents, data.validation_fraction)
     else:
-        validation_documents = split_at_end_of_text(read_documents(data.validation_source))
+        validation_documents = split_at_end_of_text(read_documents(data.validation_source, data.text_column))
     used = saved or make_tokenizer(tokenizer, train_documents, validation_documents)
     train = encode_documents(train_documents, used, check)
     validation = encode_documents(validation_documents, used, check)
     size = sum(len(document.encode()) for document in validation_documents)
-    return Corpus(train, validation, used, size / max(1, validation.size))
+    n_characters = sum(map(len, train_documents)) + sum(map(len, validation_documents))
+    return Corpus(train, validation, used, size / max(1, validation.size), notes=_notes(data.source, n_characters))
 
 
-def _load_token_files(data: DataConfig, tokenizer: TokenizerConfig, saved: Tokenizer | None) -> Corpus:
-    if not all(map(is_token_source, filter(None, (data.source, data.validation_source)))):
+def open_tokens(source: str, tokenizer: Tokenizer) -> TokenFile:
+    """Open ``tokens:FILE.bin`` and make sure that its ids are those of a model's tokenizer.
+
+    Raises:
+        InputError: not such a source; a file that cannot be used, or was made with another tokenizer; bare ids outside
+            the vocabulary.
+    """
+    file = open_token_file(_token_path(source))
+    _check_tokenizer(source, file, tokenizer, "the model's", _MODELS)
+    return file
+
+
+def _load_token_files(data: DataConfig, config: TokenizerConfig, saved: Tokenizer | None) -> Corpus:
+    sources = [source for source in (data.source, data.validation_source) if source is not None]
+    if not all(map(is_token_source, sources)):
         raise InputError(
             f"data.source {data.source} and data.validation_source {data.validation_source}: one is tokens, the other "
             "text; expected both of the same kind"
         )
-    if saved is None and tokenizer.kind != "gpt2" and tokenizer.path is None:
+    files = [open_token_file(_token_path(source)) for source in sources]
+    tokenizer, whose, remedy = _choose_tokenizer(data.source, files[0].tokenizer, config, saved)
+    for source, file in zip(sources, files, strict=True):
+        _check_tokenizer(source, file, tokenizer, whose, remedy)
+    known = tuple(file.sha256 for file in files if file.sha256 is not None)
+    sha256 = known if len(known) == len(files) else ()
+    tokens = files[0].tokens
+    if len(files) > 1:
+        return Corpus(tokens, files[1].tokens, tokenizer, None, sha256)
+    cut = int(len(tokens) * (1 - data.validation_fraction))
+    return Corpus(tokens[:cut], tokens[cut:], tokenizer, None, sha256)
+
+
+def _choose_tokenizer(
+    source: str, own: Tokenizer | None, config: TokenizerConfig, saved: Tokenizer | None
+) -> tuple[Tokenizer, str, str]:
+    """Return the tokenizer of token ids, whose it is, and what to do about a file of another one."""
+    if saved is not None:
+        return saved, "the model's", _MODELS
+    if config.kind == "gpt2" or config.path is not None:
+        return make_tokenizer(config, [], []), "the one asked for", _ASKED
+    if own is None:
         raise InputError(
-            f"data.source {data.source} holds token ids, so no {tokenizer.kind} tokenizer can be trained on it; "
+            f"data.source {source} holds bare token ids, so no {config.kind} tokenizer can be trained on it; "
             "say which one made them: --tokenizer.kind gpt2, or --tokenizer.path FILE"
         )
-    used = saved or make_tokenizer(tokenizer, [], [])
-    tokens = read_tokens(data.source, used.vocab_size)
-    if data.validation_source is not None:
-        return Corpus(tokens, read_tokens(data.validation_source, used.vocab_size), used, None)
-    cut = int(len(tokens) * (1 - data.validation_fraction))
-    return Corpus(tokens[:cut], tokens[cut:], used, None)
+    if config.kind not in ("bpe", own.kind):  # bpe is also what nobody asked for
+        raise InputError(f"{source}: made with {_name(own)}, but tokenizer.kind is {config.kind}; {_ASKED}")
+    return own, "data.source's", "prepare both with the same one"
+
+
+def _check_tokenizer(source: str, file: TokenFile, tokenizer: Tokenizer, whose: str, remedy: str) -> None:
+    """Refuse ids of another tokenizer; of bare ids only the range can be checked."""
+    if file.tokenizer is None:
+        check_ids(file.tokens, tokenizer.vocab_size, _token_path(source))
+    elif fingerprint(file.tokenizer) != fingerprint(tokenizer):
+        raise InputError(f"{source}: made with {_name(file.tokenizer)}, but {whose} is {_name(tokenizer)}; {remedy}")
+
+
+def _name(tokenizer: Tokenizer) -> str:
+    return f"the {tokenizer.kind} tokenizer {fingerprint(tokenizer)[:8]}"
+
+
+def _token_path(source: str) -> str:
+    kind, path = parse_source(source)
+    if kind != "tokens":
+        raise InputError(f"source {source!r} holds text, expected token ids: {KINDS['tokens']}")
+    return path
+
+
+def _notes(source: str, n_characters: int) -> tuple[str, ...]:
+    if n_characters < _LONG:
+        return ()
+    text = f"{n_characters / 1e6:,.0f} million characters are read and encoded at each start"
+    return (f"{text}; once is enough: slm-jax prepare --source {shlex.quote(source)} --out FILE.bin",)
 
 
 def split_at_end_of_text(texts: Iterable[str]) -> list[str]:

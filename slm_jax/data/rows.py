@@ -1,12 +1,16 @@
 """Rows of data with named fields, from JSON, JSON Lines, tables and TensorFlow Datasets."""
 
+import contextlib
 import csv
 import difflib
 import importlib
+import importlib.util
 import io
+import itertools
 import json
 import os
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,14 +18,15 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from slm_jax.data.sources import read_text
+from slm_jax.data.text_files import iter_text, read_text, untold
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.fields import get_field, get_text
 from slm_jax.network import check_reachable
 
-CONNECT_SECONDS = 4.0  # offline, TensorFlow Datasets itself would try for minutes
+CONNECT_SECONDS = 3.5  # offline, TensorFlow Datasets itself would try for minutes
 TFDS_URL = "https://storage.googleapis.com"  # tried for a data set that does not say where it comes from
-
+# Where TensorFlow Datasets keeps builders that its list of names lacks until they are imported.
+_OLD_BUILDERS = ("text", "summarization", "question_answering", "translate", "text_simplification")
 
 _JSON_TYPES = {
     list: "a list",
@@ -51,23 +56,39 @@ class Row(NamedTuple):
 # Files
 
 
-def read_jsonl(path: Path, limit: int | None = None) -> list[Row]:
-    """Read the first ``limit`` objects (all, if None) of a file that has one a line; empty lines are none.
+def iter_jsonl(path: Path, told: Callable[[int], None] = untold) -> Iterator[Row]:
+    """Yield the objects of a file that has one a line, one at a time; empty lines are none.
+
+    Args:
+        path: the file; ``.gz`` and ``.zst`` are decompressed.
+        told: as for `iter_text`.
 
     Raises:
         InputError: a file that cannot be read, or is not UTF-8; a line that is no JSON object.
     """
-    rows: list[Row] = []
-    for number, line in enumerate(read_text(path).split("\n"), start=1):  # splitlines() would cut at U+2028, too
+    for number, line in enumerate(_lines(iter_text(path, told)), start=1):
         if line.strip():
             where = f"{path} line {number}"
             value = _parse_json(where, line, "one JSON object a line")
             if not isinstance(value, dict):
                 raise InputError(f"{where}: {line!r:.60} is no JSON object; expected one a line")
-            rows.append(Row(where, value))
-        if len(rows) == limit:
-            break
-    return rows
+            yield Row(where, value)
+
+
+def read_jsonl(path: Path, limit: int | None = None) -> list[Row]:
+    """Read the first ``limit`` objects (all, if None) of a file that has one a line; as `iter_jsonl`."""
+    return list(itertools.islice(iter_jsonl(path), limit))
+
+
+def _lines(pieces: Iterable[str]) -> Iterator[str]:
+    held: list[str] = []  # of a line that has not ended
+    for piece in pieces:
+        *ended, last = piece.split("\n")  # splitlines() would cut at U+2028, too
+        for line in ended:
+            yield "".join([*held, line])
+            held.clear()
+        held.append(last)
+    yield "".join(held)
 
 
 def read_json(path: Path) -> list[Row]:
@@ -170,14 +191,22 @@ def read_tfds(name: str, split: str, limit: int | None = None) -> list[Row]:
     Raises:
         MissingInputError: no such data set or split; without a network, within five seconds, one to be downloaded.
     """
-    builder = tfds_builder(name)
+    return list(itertools.islice(iter_tfds(tfds_builder(name), name, split), limit))
+
+
+def iter_tfds(builder: Any, name: str, split: str) -> Iterator[Row]:
+    """Yield the examples of a split of a prepared data set; each is read when it is asked for.
+
+    Raises:
+        MissingInputError: no such split, and which there are; files that are damaged.
+    """
     where = f"tfds:{name}:{split}"
     try:
         examples = builder.as_data_source(split)
+        for i in range(len(examples)):
+            yield Row(f"{where} example {i}", {key: _decoded(value) for key, value in examples[i].items()})
     except Exception as error:  # its errors have no narrower base
         raise _no_dataset(where, error) from error
-    n = len(examples) if limit is None else min(limit, len(examples))
-    return [Row(f"{where} example {i}", {key: _decoded(value) for key, value in examples[i].items()}) for i in range(n)]
 
 
 def tfds_builder(name: str) -> Any:
@@ -186,27 +215,70 @@ def tfds_builder(name: str) -> Any:
     Its ``info.features`` says what there is; what is a class has ``names``.
 
     Raises:
-        MissingInputError: as `read_tfds`.
+        MissingInputError: as `read_tfds`; also a data set that only TensorFlow or Apache Beam can prepare or read.
     """
     import tensorflow_datasets as tfds
 
-    module = name.partition("/")[0]
-    with suppress(ImportError):  # the older ones are registered by their import
-        importlib.import_module(f"tensorflow_datasets.text.{module}")
-    source = ""
+    for package in _OLD_BUILDERS:  # registered by their import
+        importlib.import_module(f"tensorflow_datasets.{package}")
     try:
         builder = tfds.builder(name, file_format="array_record", data_dir=os.environ.get("TFDS_DATA_DIR"))
-        if not (builder.data_path / "dataset_info.json").exists():
-            source = next(iter(builder.url_infos or ()), TFDS_URL)
-            check_reachable(source, CONNECT_SECONDS)
-            builder.download_and_prepare()
-    except tfds.core.DatasetNotFoundError:
-        near = difflib.get_close_matches(module, tfds.list_builders(with_community_datasets=False), n=3)
-        hint = f"did you mean {', '.join(near)}?" if near else "its names are listed at tensorflow.org/datasets"
-        raise MissingInputError(f"tfds:{name}: TensorFlow Datasets has nothing of that name; {hint}") from None
     except Exception as error:  # its errors have no narrower base
-        raise _no_dataset(f"tfds:{name}", error, urlsplit(source).netloc) from error
+        raise _no_builder(name, error) from error
+    if not (builder.data_path / "dataset_info.json").exists():
+        _prepare_tfds(builder, name)
     return builder
+
+
+def _prepare_tfds(builder: Any, name: str) -> None:
+    """Download a data set and write it as array records."""
+    import tensorflow_datasets as tfds
+
+    if isinstance(builder, tfds.core.BeamBasedBuilder) and importlib.util.find_spec("apache_beam") is None:
+        raise _needs(name, "Apache Beam")
+    source = next(iter(builder.url_infos or ()), TFDS_URL)
+    try:
+        check_reachable(source, CONNECT_SECONDS)
+        with contextlib.redirect_stdout(sys.stderr):
+            builder.download_and_prepare()
+    except Exception as error:  # its errors have no narrower base
+        if isinstance(error, ImportError) and "tensorflow" in str(error):
+            raise _needs(name, "TensorFlow") from error
+        raise _no_dataset(f"tfds:{name}", error, urlsplit(source).netloc) from error
+
+
+def _needs(name: str, library: str) -> MissingInputError:
+    return MissingInputError(
+        f"tfds:{name}: only {library} can prepare it, which is not installed; where it is, prepare it with "
+        "tfds build --file_format=array_record and copy it into TFDS_DATA_DIR (default ~/tensorflow_datasets), or "
+        "write its texts to a file for parquet: or jsonl:"
+    )
+
+
+def _no_builder(name: str, error: Exception) -> MissingInputError:
+    """Say what a name should have been, or how a data set should have been prepared."""
+    import tensorflow_datasets as tfds
+
+    dataset, _, config = name.partition("/")
+    if isinstance(error, tfds.core.DatasetNotFoundError):
+        near = difflib.get_close_matches(dataset, tfds.list_builders(with_community_datasets=False), n=3)
+        hint = f"did you mean {', '.join(near)}?" if near else "its names are listed at tensorflow.org/datasets"
+        return MissingInputError(f"tfds:{name}: TensorFlow Datasets has nothing of that name; {hint}")
+    if "does not match the file formats" in str(error):
+        return MissingInputError(
+            f"tfds:{name}: is prepared, but in a format that only TensorFlow reads ({' '.join(str(error).split())}); "
+            "prepare it again as array_record: tfds build --file_format=array_record"
+        )
+    with suppress(Exception):  # a name that no class has
+        known = list(tfds.builder_cls(dataset).builder_configs)
+        if config and config not in known:
+            near = difflib.get_close_matches(config, known, n=5, cutoff=0.5)
+            hint = f" (did you mean {', '.join(near)}?)" if near else ""
+            expected = f"one of {', '.join(known)}" if known else "none: leave it out"
+            return MissingInputError(
+                f"tfds:{name}: {dataset} has no configuration {config!r}{hint}; expected {expected:.300}"
+            )
+    return _no_dataset(f"tfds:{name}", error)
 
 
 def _no_dataset(where: str, error: Exception, host: str = "") -> MissingInputError:

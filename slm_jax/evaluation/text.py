@@ -7,8 +7,9 @@ from typing import Literal, get_args
 import numpy as np
 from jaxtyping import Integer
 
-from slm_jax.data.corpus import encode_documents, split_at_end_of_text, split_documents
-from slm_jax.data.sources import is_token_source, read_documents, read_tokens
+from slm_jax.data.corpus import encode_documents, open_tokens, split_at_end_of_text, split_documents
+from slm_jax.data.documents import read_documents
+from slm_jax.data.sources import is_token_source
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.evaluation.logprobs import Track, check_batch_size, check_ids, target_logprobs
 from slm_jax.evaluation.results import perplexity
@@ -191,7 +192,7 @@ def evaluate_source(
 
 
 def _token_split(source: str, tokenizer: Tokenizer, split: Split, validation_fraction: float) -> np.ndarray:
-    tokens = read_tokens(source, tokenizer.vocab_size)
+    tokens = open_tokens(source, tokenizer).tokens
     cut = int(len(tokens) * (1 - validation_fraction))
     return {"all": tokens, "train": tokens[:cut], "validation": tokens[cut:]}[split]
 

@@ -1,15 +1,19 @@
 """Pretraining: predict the next token of running text."""
 
+import dataclasses
 import functools
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
+import grain
 import jax
 import jax.numpy as jnp
 import optax
 
 from slm_jax.config import RunConfig
 from slm_jax.data.corpus import Corpus, load_corpus
+from slm_jax.data.packing import PackedRows, packed_batches, packed_validation_batches
 from slm_jax.data.windows import check_window, steps_per_epoch, train_batches, validation_batches
 from slm_jax.errors import InputError
 from slm_jax.generate import generate
@@ -39,33 +43,62 @@ def build(config: RunConfig, start: Start, stop: Callable[[], None] | None = Non
     base = base or new_base(config, corpus.tokenizer)
     cfg = base.model_config
     model = GPTModel(cfg)
-    batch_size, context = config.train.batch_size, cfg.context_length
-    batches = train_batches(
-        corpus.train,
-        context_length=context,
-        batch_size=batch_size,
-        sampling=config.data.sampling,
-        stride=config.data.stride,
-        shuffle=config.data.shuffle,
-        seed=config.seed,
-    )
-    check_window(corpus.validation.size, context, "validation")
-    eval_batch_size = config.train.eval_batch_size or batch_size
+    batches = (_packed if config.data.packing else _windows)(config, corpus, cfg.context_length)
     return Task(
         model_config=cfg,
         params=prepare_params(config, start, base, functools.partial(init_params, cfg)),
         loss_fn=make_loss_fn(model),
-        train_batches=batches,
-        validation_batches=lambda: validation_batches(
-            corpus.validation, context_length=context, batch_size=eval_batch_size
-        ),
-        total_steps=count_steps(config, _windows_per_epoch(config, corpus, context)),
-        tokens_per_step=batch_size * context,
+        train_batches=batches.train,
+        validation_batches=batches.validation,
+        total_steps=count_steps(config, batches.rows_per_epoch),
+        tokens_per_step=batches.tokens_per_step,
         tokenizer=corpus.tokenizer,
         fingerprint=corpus.fingerprint(),
         bytes_per_token=corpus.bytes_per_token,
         sample=_sampler(config, model, corpus),
+        notes=(*corpus.notes, *batches.notes),
         next_commands=_next_commands(config, corpus),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batches:
+    """Both splits cut into rows, and what that comes to."""
+
+    train: grain.MapDataset
+    validation: Callable[[], Iterable[Batch]]
+    rows_per_epoch: float
+    tokens_per_step: int
+    notes: tuple[str, ...] = ()
+
+
+def _windows(config: RunConfig, corpus: Corpus, context: int) -> _Batches:
+    data, batch_size = config.data, config.train.batch_size
+    cut: dict[str, Any] = {"context_length": context, "sampling": data.sampling, "stride": data.stride}
+    train = train_batches(corpus.train, batch_size=batch_size, shuffle=data.shuffle, seed=config.seed, **cut)
+    check_window(corpus.validation.size, context, "validation")
+    return _Batches(
+        train=train,
+        validation=lambda: validation_batches(
+            corpus.validation, context_length=context, batch_size=config.train.eval_batch_size or batch_size
+        ),
+        rows_per_epoch=batch_size * steps_per_epoch(corpus.train.size, batch_size=batch_size, **cut),
+        tokens_per_step=batch_size * context,
+    )
+
+
+def _packed(config: RunConfig, corpus: Corpus, context: int) -> _Batches:
+    batch_size, eot_id = config.train.batch_size, corpus.tokenizer.eot_id
+    for split, tokens in (("training", corpus.train), ("validation", corpus.validation)):
+        check_window(tokens.size, 1, split)
+    train, validation = PackedRows(corpus.train, eot_id, context), PackedRows(corpus.validation, eot_id, context)
+    alone = train.n_documents == 1
+    return _Batches(
+        train=packed_batches(train, batch_size=batch_size, shuffle=config.data.shuffle, seed=config.seed),
+        validation=lambda: packed_validation_batches(validation, batch_size=config.train.eval_batch_size or batch_size),
+        rows_per_epoch=len(train),
+        tokens_per_step=round(batch_size * train.tokens_per_row),
+        notes=(train.describe() + ("; there is only one: data.packing has nothing to keep apart" if alone else ""),),
     )
 
 
@@ -85,14 +118,6 @@ def make_loss_fn(model: GPTModel) -> LossFn:
         return jnp.sum(losses * batch["weights"]), jnp.sum(batch["weights"]), {}
 
     return loss_fn
-
-
-def _windows_per_epoch(config: RunConfig, corpus: Corpus, context: int) -> float:
-    batch_size = config.train.batch_size
-    sampling, stride = config.data.sampling, config.data.stride
-    return batch_size * steps_per_epoch(
-        corpus.train.size, context_length=context, batch_size=batch_size, sampling=sampling, stride=stride
-    )
 
 
 def _sampler(config: RunConfig, model: GPTModel, corpus: Corpus) -> Callable[[Params, jax.Array], str] | None:

@@ -1,6 +1,8 @@
 """What must hold between a source and two splits: no token in both, documents apart, ids that mean what they say."""
 
 import dataclasses
+import hashlib
+import json
 
 import numpy as np
 import pytest
@@ -8,16 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slm_jax.config import DataConfig, TokenizerConfig
+from slm_jax.data import corpus as corpus_module
 from slm_jax.data.corpus import (
     END_OF_TEXT,
     Corpus,
     encode_documents,
     load_corpus,
+    open_tokens,
     split_at_end_of_text,
     split_documents,
 )
+from slm_jax.data.token_file import write_token_file
 from slm_jax.errors import InputError
-from slm_jax.tokenizer import BPETokenizer, CharTokenizer, SimpleTokenizer
+from slm_jax.tokenizer import BPETokenizer, CharTokenizer, SimpleTokenizer, fingerprint
 
 CHAR, SIMPLE = TokenizerConfig(kind="char"), TokenizerConfig(kind="simple")
 BPE = TokenizerConfig(kind="bpe", vocab_size=300)
@@ -273,6 +278,136 @@ def test_text_and_ids_do_not_mix(token_file, text_file, saved_tokenizer):
         assert ids in str(error.value)
         assert text in str(error.value)
         assert "\n" not in str(error.value)
+
+
+# Prepared token files, which carry their tokenizer
+
+CHARS, OTHERS = CharTokenizer().build_vocab("abcdefghi"), CharTokenizer().build_vocab("abcdefghz")
+NOBODY_ASKED = TokenizerConfig()
+
+
+@pytest.fixture
+def prepared(tmp_path):
+    """Write a file of ids as `slm-jax prepare` does; return its source."""
+
+    def write(ids, tokenizer=CHARS, name="prepared.bin"):
+        with write_token_file(tmp_path / name, tokenizer, "text:somewhere") as file:
+            file.write(np.asarray(ids, np.uint16))
+        return f"tokens:{tmp_path / name}"
+
+    return write
+
+
+IDS = [0, 1, 2, 9, 3, 4, 5, 6, 7, 8]
+
+
+@pytest.mark.parametrize("asked", [NOBODY_ASKED, CHAR], ids=["nothing", "its kind"])
+def test_a_prepared_file_needs_no_tokenizer(prepared, asked):
+    corpus = load_corpus(DataConfig(prepared(IDS), validation_fraction=0.3), asked)
+    assert [*corpus.train, *corpus.validation] == IDS
+    assert len(corpus.validation) == 3
+    assert corpus.tokenizer.to_dict() == CHARS.to_dict()
+    assert isinstance(corpus.train, np.memmap)
+    with_second = DataConfig(prepared(IDS), validation_source=prepared([3, 1], name="val.bin"))
+    assert load_corpus(with_second, asked).validation.tolist() == [3, 1]
+
+
+def test_a_prepared_file_of_the_tokenizer_asked_for_or_saved_is_read(prepared, saved_tokenizer):
+    source = DataConfig(prepared(IDS))
+    assert load_corpus(source, saved_tokenizer).train.tolist() == IDS[:9]
+    assert load_corpus(source, NOBODY_ASKED, saved=CHARS).tokenizer is CHARS
+    assert open_tokens(source.source, CHARS).tokens.tolist() == IDS
+
+
+def refused(call, *said):
+    with pytest.raises(InputError) as error:
+        call()
+    message = str(error.value)
+    assert "\n" not in message
+    for text in said:
+        assert text in message
+
+
+def test_a_prepared_file_of_another_tokenizer_is_refused(prepared, tmp_path):
+    source = prepared(IDS)
+    one, other = fingerprint(CHARS)[:8], fingerprint(OTHERS)[:8]
+    data = DataConfig(source)
+    made = (source, f"made with the char tokenizer {one}")
+    the_other = f"is the char tokenizer {other}; "
+
+    path = str(OTHERS.save(tmp_path / "others.json"))
+    refused(
+        lambda: load_corpus(data, TokenizerConfig(path=path)), *made, f"the one asked for {the_other}leave tokenizer."
+    )
+    for kind in ("gpt2", "simple"):
+        refused(lambda kind=kind: load_corpus(data, TokenizerConfig(kind=kind)), *made, kind, "leave tokenizer.kind")
+    model = f"the model's {the_other}prepare the text with the model's: slm-jax prepare --tokenizer RUN"
+    refused(lambda: load_corpus(data, NOBODY_ASKED, saved=OTHERS), *made, model)
+    refused(lambda: open_tokens(source, OTHERS), *made, model)
+    validation = prepared(IDS, OTHERS, "val.bin")
+    refused(
+        lambda: load_corpus(DataConfig(source, validation_source=validation), NOBODY_ASKED),
+        f"{validation}: made with the char tokenizer {other}, but data.source's is the char tokenizer {one}",
+    )
+
+
+def test_a_bare_file_beside_a_prepared_one_is_read_with_its_tokenizer(prepared, token_file):
+    source = DataConfig(prepared(IDS), validation_source=token_file([3, 1]))
+    assert load_corpus(source, NOBODY_ASKED).validation.tolist() == [3, 1]
+    outside = DataConfig(prepared(IDS), validation_source=token_file([3, 10]))
+    refused(lambda: load_corpus(outside, NOBODY_ASKED), "token 1 has id 10, but the vocabulary has 10")
+    refused(lambda: load_corpus(dataclasses.replace(source, source=token_file([1])), NOBODY_ASKED), "bare token ids")
+
+
+def test_the_fingerprint_of_prepared_files_is_of_their_ids_and_the_cut(prepared):
+    """It is made from the SHA-256 of the files, without reading them again."""
+
+    def fingerprint_of(ids, fraction=0.3, validation=None):
+        data = DataConfig(prepared(ids), validation_fraction=fraction)
+        if validation is not None:
+            data = dataclasses.replace(data, validation_source=prepared(validation, name="val.bin"))
+        corpus = load_corpus(data, NOBODY_ASKED)
+        unread = np.zeros(0, np.uint16)
+        assert len(corpus.sha256) == (1 if validation is None else 2)
+        assert dataclasses.replace(corpus, sha256=()).fingerprint() != corpus.fingerprint()
+        assert dataclasses.replace(corpus, train=unread).fingerprint() != corpus.fingerprint()
+        return corpus.fingerprint()
+
+    assert fingerprint_of(IDS) == fingerprint_of(IDS)
+    others = [
+        fingerprint_of(IDS, 0.4), fingerprint_of([1, *IDS[1:]]), fingerprint_of([*IDS[:-1], 1]),
+        fingerprint_of(IDS[1:]), fingerprint_of(IDS, validation=[1, 2]), fingerprint_of(IDS, validation=[2, 1]),
+    ]  # fmt: skip
+    assert len({fingerprint_of(IDS), *others}) == 7
+
+
+def test_bare_files_keep_the_fingerprint_that_runs_of_earlier_versions_have(token_file, saved_tokenizer):
+    corpus = load_corpus(DataConfig(token_file(IDS), validation_fraction=0.3), saved_tokenizer)
+    parts = [np.array(IDS[:7], "<u4"), np.array(IDS[7:], "<u4")]
+    expected = hashlib.sha256(b"".join(str(len(part)).encode() + part.tobytes() for part in parts)).hexdigest()
+    assert corpus.fingerprint() == expected
+
+
+# Columns, long texts
+
+
+def test_texts_come_from_a_column(tmp_path):
+    for name, word in (("train", "abc"), ("val", "cab")):
+        lines = [json.dumps({"body": f"{word} {word}", "id": i}) for i in range(3)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    source = f"jsonl:{tmp_path}/train.jsonl"
+    data = DataConfig(source, validation_source=f"jsonl:{tmp_path}/val.jsonl", text_column="body")
+    corpus = load_corpus(data, CHAR)
+    assert documents_of(corpus.train, corpus.tokenizer) == ["abc abc"] * 3
+    assert documents_of(corpus.validation, corpus.tokenizer) == ["cab cab"] * 3
+    assert corpus.notes == ()
+
+
+def test_a_long_text_is_better_prepared(text_file, monkeypatch):
+    monkeypatch.setattr(corpus_module, "_LONG", 1000)
+    source = text_file("abc " * 300, "my text.txt")
+    (note,) = load_corpus(DataConfig(source), CHAR).notes
+    assert f"slm-jax prepare --source '{source}' --out FILE.bin" in note
 
 
 # What is refused

@@ -8,13 +8,13 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import numpy as np
 import pytest
 import requests
 
 from slm_jax.data import builtin, named, sources
+from slm_jax.data.documents import read_documents
 from slm_jax.data.named import NAMED_FILES, named_file
-from slm_jax.data.sources import is_token_source, parse_source, read_documents, read_tokens
+from slm_jax.data.sources import is_token_source, parse_source
 from slm_jax.errors import InputError, MissingInputError
 
 
@@ -134,13 +134,13 @@ def test_utf16_and_binary_files_are_refused(tmp_path, encoding):
 def test_an_unreadable_file(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("secret")
 
-    def refuse(path):
+    def refuse(path, mode):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)  # root may read everything, so a real one cannot be made
+    monkeypatch.setattr(Path, "open", refuse)  # root may read everything, so a real one cannot be made
     with pytest.raises(InputError, match=r"a\.txt: cannot be read: Permission denied"):
         read_documents(f"text:{tmp_path}/a.txt")
-    with pytest.raises(InputError, match=r"cannot be read: File name too long|no such file"):
+    with pytest.raises(InputError, match="File name too long"):
         read_documents("text:" + "x" * 5000)
 
 
@@ -155,61 +155,6 @@ def test_token_files_and_unknown_builtins_are_not_text():
         read_documents("tokens:train.bin")
     with pytest.raises(InputError, match="builtin:python-docs"):
         read_documents("builtin:python-doc")
-
-
-# tokens:
-
-
-def token_file(tmp_path: Path, ids: list[int]) -> Path:
-    path = tmp_path / "ids.bin"
-    path.write_bytes(b"".join(i.to_bytes(2, "little") for i in ids))
-    return path
-
-
-def test_token_files_are_mapped_and_read_only(tmp_path):
-    path = token_file(tmp_path, [0, 1, 258, 65535])
-    tokens = read_tokens(f"tokens:{path}", vocab_size=65536)
-    assert isinstance(tokens, np.memmap)
-    assert tokens.tolist() == [0, 1, 258, 65535]
-    with pytest.raises(ValueError, match="read-only"):
-        tokens[0] = 1
-
-
-@pytest.mark.parametrize("chunk", [1, 3, 4, 100])
-def test_the_first_id_outside_the_vocabulary_is_named(tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr(sources, "_CHUNK", chunk)
-    path = token_file(tmp_path, [5, 6, 9, 9, 9, 10, 3, 12])
-    assert len(read_tokens(f"tokens:{path}", vocab_size=13)) == 8
-    with pytest.raises(InputError) as error:
-        read_tokens(f"tokens:{path}", vocab_size=10)
-    for part in (str(path), "token 5 has id 10", "vocabulary has 10", "tokenizer"):
-        assert part in message(error)
-
-
-@pytest.mark.parametrize(
-    ("content", "expected"),
-    [
-        (b"", "empty"),
-        (b"\1\0\2", "3 bytes, an odd number"),
-        (b"\x93NUMPY\1\0 and so on ", r"\.npy"),
-        ((20240520).to_bytes(4, "little") + bytes(1020), r"llm\.c"),
-    ],
-)
-def test_files_that_are_not_bare_ids(tmp_path, content, expected):
-    path = tmp_path / "ids.bin"
-    path.write_bytes(content)
-    with pytest.raises(InputError, match=expected) as error:
-        read_tokens(f"tokens:{path}", vocab_size=50257)
-    assert str(path) in message(error)
-
-
-def test_token_paths_that_are_not_files(tmp_path):
-    with pytest.raises(MissingInputError, match=r"gone\.bin: no such file"):
-        read_tokens(f"tokens:{tmp_path}/gone.bin", vocab_size=10)
-    with pytest.raises(InputError, match="is a folder"):
-        read_tokens(f"tokens:{tmp_path}", vocab_size=10)
-    with pytest.raises(InputError, match="holds text"):
-        read_tokens("builtin:python-docs", vocab_size=10)
 
 
 # builtin:

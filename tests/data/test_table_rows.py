@@ -185,7 +185,14 @@ def test_without_a_network_it_says_so_at_once(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("imdb_review", "did you mean imdb_reviews"), ("glue/zz", "BuilderConfig zz not found"), ("../x", "failed")],
+    [
+        ("imdb_review", "did you mean imdb_reviews"),
+        ("wikipedai", r"did you mean .*wikipedia"),  # an old-style builder, which the list of names lacks at first
+        ("cnn_dailymails", "did you mean .*cnn_dailymail"),
+        ("glue/sst", r"glue has no configuration 'sst' \(did you mean sst2.*\); expected one of cola, sst2"),
+        ("piqa/zz", "piqa has no configuration 'zz'; expected none: leave it out"),
+        ("../x", "failed"),
+    ],
 )
 def test_names_that_are_none_are_refused(tmp_path, monkeypatch, name, expected):
     pytest.importorskip("tensorflow_datasets")

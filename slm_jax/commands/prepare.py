@@ -1,0 +1,250 @@
+"""``slm-jax prepare``: any source of text becomes a file of token ids, once."""
+
+import dataclasses
+import os
+import shlex
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from slm_jax.errors import InputError
+from slm_jax.files import user_path
+from slm_jax.options import check_at_least, parse
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from slm_jax.data.filters import Rules
+    from slm_jax.data.prepare import Prepared, Progress
+    from slm_jax.tokenizer import Tokenizer
+
+PLAIN_INTERVAL = 5.0  # seconds between two lines where there is no terminal
+_VOCAB_SIZE = 4_096
+_WITH_COLUMNS = ("jsonl", "parquet", "tfds")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Make a file of token ids of any text, once, however large; training takes it as --data.source tokens:FILE.bin.
+
+    Attributes:
+        source: the text: text:GLOB, jsonl:GLOB (both also .gz and .zst), parquet:GLOB, tfds:NAME[/CONFIG][:SPLIT],
+            named:NAME or builtin:python-docs.
+        out: the file to write, FILE.bin: ids of 2 bytes, or 4 if the vocabulary needs them; FILE.bin.json beside it
+            says what they are.
+        overwrite: whether to replace a file that is there.
+        text_column: the column of the texts in jsonl:, parquet: and tfds: sources; null: text.
+        tokenizer: gpt2, bpe (trained on the first 100 million characters of the source), or a saved one: its file or
+            folder, or a run's folder.
+        vocab_size: how many tokens a trained bpe has; null: 4096.
+        deduplicate: whether a document that is a copy of an earlier one is left out (about 100 bytes of memory each).
+        min_characters: shorter documents are left out.
+        max_symbol_ratio: documents of which a larger share of characters is neither letter nor digit nor white space
+            are left out, such as 0.3; null: none.
+        max_repeated_lines: documents of which a larger share of lines was there before are left out, such as 0.3;
+            null: none.
+        show: how many batches to print at the end, as the model will see them.
+        context_length: tokens of a row that is shown.
+        packing: whether rows are shown as with --data.packing true.
+    """
+
+    source: str
+    out: str
+    overwrite: bool = False
+    text_column: str | None = None
+    tokenizer: str = "gpt2"
+    vocab_size: int | None = None
+    deduplicate: bool = True
+    min_characters: int = 0
+    max_symbol_ratio: float | None = None
+    max_repeated_lines: float | None = None
+    show: int = 0
+    context_length: int = 64
+    packing: bool = False
+
+    def __post_init__(self) -> None:
+        limits = {"vocab_size": 257, "min_characters": 0, "max_symbol_ratio": 0, "max_repeated_lines": 0}
+        check_at_least(vars(self), {**limits, "show": 0, "context_length": 1})
+        if self.vocab_size is not None and self.tokenizer != "bpe":
+            raise InputError(f"vocab_size is {self.vocab_size}, but {self.tokenizer} has its own; add --tokenizer bpe")
+
+
+def main(args: Sequence[str]) -> int:
+    """Read the options and run; see ``slm-jax prepare --help``."""
+    return run(parse(Options, args, "slm-jax prepare"))
+
+
+def run(options: Options) -> int:
+    """Write the file and say what is in it; return 0, or 128 and the number of the signal that stopped it."""
+    with _Stop() as stop:
+        try:
+            return _run(options, stop)
+        except KeyboardInterrupt:
+            return 128 + (stop.signum or signal.SIGINT)
+
+
+def _run(options: Options, stop: "_Stop") -> int:
+    from rich.console import Console
+
+    from slm_jax.data.documents import source_bytes
+    from slm_jax.data.filters import Rules
+    from slm_jax.data.prepare import prepare
+
+    out = _check_out(options)
+    _check_source(options)
+    total = source_bytes(options.source)
+    rules = Rules(options.deduplicate, options.min_characters, options.max_symbol_ratio, options.max_repeated_lines)
+    progress_console = Console(stderr=True)
+    tokenizer = _tokenizer(options, progress_console)
+    with _Display(progress_console, total, stop) as display:
+        prepared = prepare(
+            options.source, out, tokenizer, text_column=options.text_column, rules=rules, report=display.report
+        )
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    _print_summary(console, options, prepared, rules)
+    if options.show:
+        from slm_jax.data.show import show_batches
+        from slm_jax.data.token_file import open_token_file
+
+        tokens = open_token_file(out).tokens
+        show_batches(
+            tokens,
+            tokenizer,
+            n=options.show,
+            context_length=options.context_length,
+            packing=options.packing,
+            console=console,
+        )
+    console.print(f"try next: slm-jax train --data.source {shlex.quote(f'tokens:{options.out}')}")
+    return 0
+
+
+class _Display:
+    """A bar in a terminal, a line now and then elsewhere; asks at each report whether to stop."""
+
+    def __init__(self, console: "Console", total_bytes: int | None, stop: "_Stop") -> None:
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+        self._console, self._total, self._stop = console, total_bytes, stop
+        self._start = self._last_plain = time.monotonic()
+        bar = (BarColumn(bar_width=24), TaskProgressColumn(), TimeRemainingColumn()) if total_bytes else ()
+        self._live = Progress(*bar, TextColumn("{task.description}"), console=console, disable=not console.is_terminal)
+        self._task = self._live.add_task("reading", total=total_bytes)
+
+    def __enter__(self) -> "_Display":
+        self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def report(self, progress: "Progress") -> None:
+        self._stop.check()
+        seconds = max(time.monotonic() - self._start, 1e-9)
+        text = (
+            f"{progress.documents:,} documents · {progress.tokens:,} tokens · {progress.tokens / seconds:,.0f} tokens/s"
+        )
+        if self._console.is_terminal:
+            self._live.update(self._task, completed=progress.bytes_read, description=text)
+        elif time.monotonic() - self._last_plain >= PLAIN_INTERVAL:
+            self._last_plain = time.monotonic()
+            share = f"{progress.bytes_read / self._total:.0%} · " if self._total else ""
+            self._console.print(share + text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _check_out(options: Options) -> Path:
+    """Refuse a file that cannot be written before anything is read."""
+    out = user_path(options.out).resolve()
+    if out.suffix != ".bin" or out.is_dir():
+        raise InputError(f"out is {options.out!r}; expected a file FILE.bin, such as tokens.bin")
+    if out.exists() and not options.overwrite:
+        raise InputError(f"{options.out}: is there already; choose another --out, or add --overwrite true")
+    parent = next(parent for parent in out.parents if parent.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise InputError(f"{out}: cannot write there ({parent}); choose another place with --out")
+    return out
+
+
+def _check_source(options: Options) -> None:
+    from slm_jax.data.sources import parse_source
+
+    kind, _ = parse_source(options.source)
+    if options.text_column is not None and kind not in _WITH_COLUMNS:
+        raise InputError(f"text_column is {options.text_column!r}, but {options.source} has no columns; leave it out")
+
+
+def _tokenizer(options: Options, console: "Console") -> "Tokenizer":
+    from slm_jax.data.prepare import train_tokenizer
+    from slm_jax.tokenizer import get_tokenizer
+
+    if options.tokenizer != "bpe":
+        return get_tokenizer(options.tokenizer)
+    vocab_size = options.vocab_size or _VOCAB_SIZE
+    console.print(f"training a tokenizer of {vocab_size:,} tokens on the start of the text", highlight=False)
+    return train_tokenizer(options.source, vocab_size, options.text_column)
+
+
+def _print_summary(console: "Console", options: Options, prepared: "Prepared", rules: "Rules") -> None:
+    from slm_jax.training.progress import format_bytes, format_duration
+
+    rate = prepared.tokens / max(prepared.seconds, 1e-9)
+    documents = f"{prepared.documents:,} document{'' if prepared.documents == 1 else 's'}"
+    console.print(f"{options.out} written, SHA-256 {prepared.sha256[:12]}…, and {options.out}.json")
+    console.print(
+        f"  {documents}, {prepared.tokens:,} tokens, {format_bytes(prepared.text_bytes)} of text, "
+        f"in {format_duration(prepared.seconds)} ({rate:,.0f} tokens/s)"
+    )
+    for reason, text in _LEFT_OUT.items():
+        if prepared.counts[reason] or _applies(rules, reason):
+            console.print(f"  {prepared.counts[reason]:,} {text}")
+
+
+_LEFT_OUT = {
+    "duplicates": "left out: copies of an earlier document",
+    "short": "left out: fewer characters than min_characters",
+    "symbols": "left out: more symbols than max_symbol_ratio",
+    "repeated_lines": "left out: more repeated lines than max_repeated_lines",
+    "unfiltered": "kept without a look: longer than 16 million characters",
+}
+
+
+def _applies(rules: "Rules", reason: str) -> bool:
+    return {
+        "duplicates": rules.deduplicate,
+        "short": rules.min_characters > 0,
+        "symbols": rules.max_symbol_ratio is not None,
+        "repeated_lines": rules.max_repeated_lines is not None,
+    }.get(reason, False)
+
+
+class _Stop:
+    """SIGINT and SIGTERM as a KeyboardInterrupt, so that nothing half made is left.
+
+    Attributes:
+        signum: of the first signal that came.
+    """
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "_Stop":
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            self._previous[signum] = signal.signal(signum, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+
+    def check(self) -> None:
+        """Raise it again: in a callback of the garbage collector, of which JAX has one, Python drops exceptions."""
+        if self.signum is not None:
+            raise KeyboardInterrupt
+
+    def _note(self, signum: int, _frame: FrameType | None) -> None:
+        self.signum = self.signum or signum
+        raise KeyboardInterrupt

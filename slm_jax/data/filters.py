@@ -1,0 +1,102 @@
+"""Which documents are worth training on: no exact copy of an earlier one, and of some quality.
+
+The measures of quality are the simplest of those that MassiveText used (Rae et al. 2021, "Scaling language models").
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+from slm_jax.options import check_at_least
+
+LONGEST = 1 << 24  # characters of a document up to which it is held whole
+_SYMBOL = re.compile(r"[^\w\s]|_")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """What is left out.
+
+    Attributes:
+        deduplicate: copies of an earlier document; white space around it makes no difference.
+        min_characters: documents that are shorter.
+        max_symbol_ratio: documents of which a larger share of characters is neither letter nor digit nor white space;
+            None: none.
+        max_repeated_lines: documents of which a larger share of lines was there before, not counting empty ones;
+            None: none.
+    """
+
+    deduplicate: bool = True
+    min_characters: int = 0
+    max_symbol_ratio: float | None = None
+    max_repeated_lines: float | None = None
+
+    def __post_init__(self) -> None:
+        limits = ("min_characters", "max_symbol_ratio", "max_repeated_lines")
+        check_at_least(vars(self), dict.fromkeys(limits, 0))
+
+
+class DocumentFilter:
+    """Applies rules to documents in their order; remembers a digest of each, which takes about 100 bytes.
+
+    Attributes:
+        counts: how many were left out, by reason: ``short``, ``symbols``, ``repeated_lines``, ``duplicates``; and how
+            many were ``unfiltered``: kept without a look because they are longer than `LONGEST`.
+    """
+
+    def __init__(self, rules: Rules) -> None:
+        self.counts = dict.fromkeys(("short", "symbols", "repeated_lines", "duplicates", "unfiltered"), 0)
+        self._rules = rules
+        self._seen: set[bytes] = set()
+
+    def select(self, documents: Iterable[Iterable[str]]) -> Iterator[Iterator[str]]:
+        """Yield the documents that stay; each one, as each of ``documents``, is an iterator of its pieces."""
+        for document in documents:
+            pieces = iter(document)
+            start, whole = _take(pieces, LONGEST)
+            reason = self._reason("".join(start)) if whole else "unfiltered"
+            if reason is not None:
+                self.counts[reason] += 1
+            if reason in (None, "unfiltered"):
+                yield itertools.chain(start, pieces)
+
+    def _reason(self, text: str) -> str | None:
+        rules = self._rules
+        if len(text) < rules.min_characters:
+            return "short"
+        if rules.max_symbol_ratio is not None and symbol_ratio(text) > rules.max_symbol_ratio:
+            return "symbols"
+        if rules.max_repeated_lines is not None and repeated_lines(text) > rules.max_repeated_lines:
+            return "repeated_lines"
+        return "duplicates" if rules.deduplicate and self._is_copy(text) else None
+
+    def _is_copy(self, text: str) -> bool:
+        digest = hashlib.blake2b(text.strip().encode(), digest_size=16).digest()
+        n_before = len(self._seen)
+        self._seen.add(digest)
+        return len(self._seen) == n_before
+
+
+def _take(pieces: Iterable[str], n_characters: int) -> tuple[list[str], bool]:
+    """Return the first pieces, until they are longer than ``n_characters``, and whether these are all."""
+    taken: list[str] = []
+    for piece in pieces:
+        taken.append(piece)
+        n_characters -= len(piece)
+        if n_characters < 0:
+            return taken, False
+    return taken, True
+
+
+def symbol_ratio(text: str) -> float:
+    """Return the share of characters that are neither letters nor digits nor white space."""
+    return (len(text) - len(_SYMBOL.sub("", text))) / max(1, len(text))
+
+
+def repeated_lines(text: str) -> float:
+    """Return the share of lines, empty ones apart, that are the same as an earlier one."""
+    lines = [line for part in text.split("\n") if (line := part.strip())]
+    return sum(n - 1 for n in Counter(lines).values()) / max(1, len(lines))

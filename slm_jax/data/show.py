@@ -1,0 +1,156 @@
+"""Batches as the model will see them, printed for a person."""
+
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+from jaxtyping import Int32, Integer
+from rich.cells import cell_len, chop_cells
+from rich.console import Console
+
+from slm_jax.data.packing import PackedRows, packed_batches
+from slm_jax.data.windows import Batch, check_window, train_batches
+from slm_jax.tokenizer import Tokenizer
+
+ROWS = 2  # of a batch that is shown
+COLUMNS = 100  # that a line may take
+_LABEL, _BAR = 11, 40  # columns
+_LONGEST = 16  # columns of a token's text
+_FIRST, _LAST = 2, 1  # blocks of a long row that are shown, at its start and its end
+_DOCUMENTS = 12  # of a row that are pictured
+_PADDING = 3  # tokens of padding that are shown
+_START, _TEXT = 12, 28  # tokens and columns of a document's start beside its picture
+_VISIBLE = str.maketrans({" ": "·", "\n": "↵", "\t": "⇥", "\r": "␍"})
+
+
+def show_batches(
+    tokens: Integer[np.ndarray, " tokens"],
+    tokenizer: Tokenizer,
+    *,
+    n: int,
+    context_length: int,
+    packing: bool,
+    console: Console,
+) -> None:
+    """Print training batches: inputs, targets, which targets count, and where packed which document a token is of.
+
+    Args:
+        tokens: at least 2 ids.
+        tokenizer: what they mean.
+        n: how many batches.
+        context_length: tokens of a row; windows are shorter where there are not as many.
+        packing: whether rows are packed documents or windows over the whole text.
+        console: where to.
+
+    Raises:
+        InputError: fewer than 2 tokens.
+    """
+    check_window(tokens.size, 1, "training")
+    batches = _batches(tokens, tokenizer.eot_id, context_length, packing)
+    seen = "before it in its own document" if packing else "before it in the row"
+    console.print(f"A target is the token to predict from all {seen}. · is a space, ↵ a new line.", highlight=False)
+    for i in range(n):
+        rows, width = batches[i]["inputs"].shape
+        console.print(f"\nbatch {i + 1} of {n}: {rows} row{'s' if rows > 1 else ''} of {width}", highlight=False)
+        for row in range(rows):
+            for line in _row_lines({name: value[row] for name, value in batches[i].items()}, tokenizer, row + 1):
+                console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _batches(tokens: Integer[np.ndarray, " tokens"], eot_id: int, width: int, packing: bool) -> grain.MapDataset:
+    if packing:
+        rows = PackedRows(tokens, eot_id, width)
+        return packed_batches(rows, batch_size=min(ROWS, len(rows)), shuffle=True, seed=0)
+    return train_batches(
+        tokens,
+        context_length=min(width, tokens.size - 1),
+        batch_size=ROWS,
+        sampling="random",
+        stride=None,
+        shuffle=True,
+        seed=0,
+    )
+
+
+def _row_lines(row: Batch, tokenizer: Tokenizer, number: int) -> Iterator[str]:
+    """Yield the lines of one row: a heading, the documents, and its tokens in blocks side by side."""
+    counted = int(row["weights"].sum())
+    yield f"\nrow {number}: {counted} of {len(row['weights'])} targets count"
+    if "segment_ids" in row:
+        yield from _document_lines(row, tokenizer)
+    shown = min(len(row["weights"]), counted + _PADDING)
+    table = _table({name: value[:shown] for name, value in row.items()}, tokenizer)
+    blocks = list(_blocks(table))
+    for block in blocks[:_FIRST]:
+        yield from _block_lines(table, *block)
+    if hidden := blocks[_FIRST:-_LAST]:
+        yield f"\n  … {hidden[-1][1] - hidden[0][0]} more …"
+    for block in blocks[max(_FIRST, len(blocks) - _LAST) :]:
+        yield from _block_lines(table, *block)
+    if hidden_padding := len(row["weights"]) - shown:
+        yield f"\n  … {hidden_padding} more of padding"
+
+
+def _table(row: Batch, tokenizer: Tokenizer) -> dict[str, list[str]]:
+    """Return a line's cells, one a token, by the line's label."""
+    counts = row["weights"] > 0
+    unused = ["-"] * int((~counts).sum())  # padding, on the right
+    table = {
+        "input id": list(map(str, row["inputs"])),
+        "input": _texts(tokenizer, row["inputs"][counts]) + unused,
+        "target": _texts(tokenizer, row["targets"][counts]) + unused,
+        "counts": [str(int(count)) for count in counts],
+    }
+    if "segment_ids" in row:
+        table["document"] = list(map(str, row["segment_ids"]))
+        table["position"] = list(map(str, row["positions"]))
+    return table
+
+
+def _blocks(table: dict[str, list[str]]) -> Iterator[tuple[int, int]]:
+    """Yield which tokens, from and to, fit side by side."""
+    widths = [2 + max(map(cell_len, cells)) for cells in zip(*table.values(), strict=True)]
+    start = used = 0
+    for at, width in enumerate(widths):
+        if used + width > COLUMNS - _LABEL and at > start:
+            yield start, at
+            start, used = at, 0
+        used += width
+    yield start, len(widths)
+
+
+def _block_lines(table: dict[str, list[str]], start: int, end: int) -> Iterator[str]:
+    widths = [max(cell_len(cells[at]) for cells in table.values()) for at in range(start, end)]
+    yield ""
+    for label, cells in table.items():
+        padded = [" " * (width - cell_len(cell)) + cell for width, cell in zip(widths, cells[start:end], strict=True)]
+        yield f"  {label:<{_LABEL}}" + "  ".join(padded)
+
+
+def _document_lines(row: Batch, tokenizer: Tokenizer) -> Iterator[str]:
+    """Yield the attention mask as a picture: for each document where in the row it is, which is all that it sees."""
+    segment_ids, width = row["segment_ids"], len(row["segment_ids"])
+    n_documents = int(segment_ids.max())
+    for segment in range(1, n_documents + 1)[:_DOCUMENTS]:
+        (at,) = np.nonzero(segment_ids == segment)
+        start, end = int(at[0]), int(at[-1]) + 1
+        left = start * _BAR // width
+        bar = "█" * max(1, end * _BAR // width - left)
+        text = "".join(_texts(tokenizer, row["inputs"][start:end][:_START]))
+        place = f"{start}–{end - 1}"
+        yield f"  document {segment:<3}|{' ' * left + bar:<{_BAR}}| {place:<11}{_shorten(text, _TEXT)}"
+    if n_documents > _DOCUMENTS:
+        yield f"  … {n_documents - _DOCUMENTS} more documents …"
+
+
+def _texts(tokenizer: Tokenizer, ids: Int32[np.ndarray, " tokens"]) -> list[str]:
+    """Return what each token says, white space and control characters made visible."""
+    texts = [tokenizer.decode([token]).translate(_VISIBLE) for token in ids.tolist()]
+    return [
+        _shorten("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text), _LONGEST)
+        for text in texts
+    ]
+
+
+def _shorten(text: str, columns: int) -> str:
+    return text if cell_len(text) <= columns else chop_cells(text, columns - 1)[0] + "…"

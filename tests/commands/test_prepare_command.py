@@ -1,0 +1,149 @@
+"""What must hold of ``slm-jax prepare``: a file that training takes, or one line and nothing left behind."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from slm_jax import cli
+from slm_jax.commands.prepare import _Display, _Stop
+from slm_jax.data.prepare import Progress
+from slm_jax.data.token_file import open_token_file
+from slm_jax.tokenizer import CharTokenizer
+
+DOCUMENTS = ["one small step", "two small steps", "one small step", "!!!!!!!!", "x", "a line\na line\na line"]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> str:
+    (tmp_path / "a.txt").write_text("<|endoftext|>".join(DOCUMENTS))
+    return f"text:{tmp_path}/a.txt"
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> str:
+    return str(CharTokenizer().build_vocab("".join(DOCUMENTS)).save(tmp_path / "tokenizer.json"))
+
+
+def prepare(*args: object) -> int:
+    return cli.main(["prepare", *map(str, args)])
+
+
+def test_it_writes_a_token_file_and_says_what_is_in_it(source, tokenizer, tmp_path, capsys):
+    out = tmp_path / "new" / "ids.bin"
+    rules = ["--min-characters", 2, "--max-symbol-ratio", 0.5, "--max-repeated-lines", 0.5]
+    assert prepare("--source", source, "--out", out, "--tokenizer", tokenizer, *rules) == 0
+    opened = open_token_file(out)
+    assert opened.tokenizer.decode(opened.tokens) == "one small step<|endoftext|>two small steps"
+    text = capsys.readouterr().out
+    assert f"{out} written, SHA-256 {opened.sha256[:12]}" in text
+    assert "2 documents, 30 tokens, " in text
+    for reason in ("copies of an earlier", "fewer characters", "more symbols", "more repeated lines"):
+        assert f"1 left out: {reason}" in text
+    assert f"try next: slm-jax train --data.source tokens:{out}" in text
+    assert json.loads(Path(f"{out}.json").read_text())["source"] == source
+
+
+def test_without_rules_only_copies_are_left_out(source, tokenizer, tmp_path, capsys):
+    prepare("--source", source, "--out", tmp_path / "a.bin", "--tokenizer", tokenizer)
+    assert capsys.readouterr().out.count("left out") == 1
+    assert json.loads((tmp_path / "a.bin.json").read_text())["documents"] == 5
+    prepare("--source", source, "--out", tmp_path / "b.bin", "--tokenizer", tokenizer, "--deduplicate", "false")
+    assert "left out" not in capsys.readouterr().out
+    assert json.loads((tmp_path / "b.bin.json").read_text())["documents"] == 6
+
+
+def test_a_tokenizer_is_trained_on_the_source(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"body": "low lower lowest newer wider"}\n{"body": "low low"}\n' * 3)
+    out = tmp_path / "a.bin"
+    bpe = ["--tokenizer", "bpe", "--vocab-size", 265, "--text-column", "body"]
+    assert prepare("--source", f"jsonl:{tmp_path}/a.jsonl", "--out", out, *bpe) == 0
+    opened = open_token_file(out)
+    assert opened.tokenizer.vocab_size == 265
+    assert opened.tokenizer.decode(opened.tokens) == "low lower lowest newer wider<|endoftext|>low low"
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_batches_are_shown(source, tokenizer, tmp_path, capsys, packing):
+    shown = ["--show", 2, "--context-length", 16, "--packing", packing]
+    assert prepare("--source", source, "--out", tmp_path / "a.bin", "--tokenizer", tokenizer, *shown) == 0
+    text = capsys.readouterr().out
+    assert "batch 2 of 2" in text
+    assert ("document" in text.partition("batch 1")[2].partition("try next")[0]) == packing
+
+
+def test_what_is_there_is_replaced_only_if_told(source, tokenizer, tmp_path, capsys):
+    out = tmp_path / "a.bin"
+    out.write_bytes(b"precious")
+    given = ["--source", source, "--out", out, "--tokenizer", tokenizer]
+    assert prepare(*given) == 2
+    assert "a.bin: is there already; choose another --out, or add --overwrite true" in capsys.readouterr().err
+    assert out.read_bytes() == b"precious"
+    assert prepare(*given, "--overwrite", "true") == 0
+    assert open_token_file(out).tokens.size > 10
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["--source", "text:a.txt"], "--out is missing"),
+        (["--source", "text:a.txt", "--out", "a.npy"], "out is 'a.npy'; expected a file FILE.bin"),
+        (["--source", "text:gone.txt", "--out", "a.bin"], "gone.txt: no such file"),
+        (["--source", "tokens:a.bin", "--out", "b.bin"], "holds token ids, expected text"),
+        (["--source", "a.txt", "--out", "a.bin"], "did you mean text:a.txt?"),
+        (["--source", "text:a.txt", "--out", "a.bin", "--text-column", "body"], "text:a.txt has no columns"),
+        (["--source", "text:a.txt", "--out", "a.bin", "--vocab-size", "300"], "gpt2 has its own; add --tokenizer bpe"),
+        (["--source", "text:a.txt", "--out", "a.bin", "--min-characters", "-1"], "min_characters is -1"),
+        (["--source", "text:a.txt", "--out", "a.bin", "--tokenizer", "nowhere"], "no tokenizer at 'nowhere'"),
+        (["--source", "text:a.txt", "--out", "a.txt/b/a.bin"], "cannot"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(tmp_path, monkeypatch, capsys, args, expected):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("some text")
+    assert prepare(*args) == 2
+    captured = capsys.readouterr()
+    assert expected in captured.err
+    assert captured.err.count("\n") == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_that_was_dropped_is_noticed_at_the_next_report(signum):
+    before = signal.getsignal(signum)
+    with _Stop() as stop:
+        stop.check()
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signum)
+        with pytest.raises(KeyboardInterrupt):
+            _Display(Console(quiet=True), None, stop).report(Progress())
+    assert stop.signum == signum
+    assert signal.getsignal(signum) == before
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stop_leaves_nothing_half_made(tmp_path, tokenizer, signum, status):
+    (tmp_path / "a.txt").write_text("one small step " * 4_000_000)
+    out = tmp_path / "o" / "a.bin"
+    args = ["prepare", "--source", f"text:{tmp_path}/a.txt", "--out", str(out), "--tokenizer", tokenizer]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "slm_jax", *args], stderr=subprocess.PIPE, env={**os.environ, "JAX_PLATFORMS": "cpu"}
+    )
+    deadline = time.monotonic() + 60
+    while not (out.parent / "a.bin.partial").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signum)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == status, error
+    if b"_xla_gc_callback" not in error:  # Python says so when it drops an exception there
+        assert b"Traceback" not in error
+    assert list(out.parent.iterdir()) == []

@@ -1,0 +1,333 @@
+"""What must hold of packed documents: nothing lost, neighbours that change nothing, order as f(seed, step)."""
+
+import collections
+import itertools
+import tracemalloc
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from slm_jax.data import packing
+from slm_jax.data.packing import PackedRows, best_fit, packed_batches, packed_validation_batches
+from slm_jax.errors import InputError
+from slm_jax.model import GPTConfig, GPTModel
+from slm_jax.tasks.pretraining import make_loss_fn
+from slm_jax.training.sharding import host_rows
+
+EOT = 0
+
+
+def stream(lengths, *, ends=False):
+    """Documents whose tokens tell where they stand, with the end-of-text id between them, or after each."""
+    tokens, n = [], 1
+    for length in lengths:
+        tokens += [*range(n, n + length), EOT]
+        n += length
+    return np.array(tokens if ends else tokens[:-1], np.uint16)
+
+
+def pieces_of(row):
+    """The inputs and targets of each piece of a row, after its arrays were looked at."""
+    n_used = int((row["segment_ids"] > 0).sum())
+    found = []
+    for segment in range(1, int(row["segment_ids"].max()) + 1):
+        (at,) = np.nonzero(row["segment_ids"] == segment)
+        assert at.tolist() == list(range(at[0], at[-1] + 1))
+        assert row["positions"][at].tolist() == list(range(len(at)))
+        found.append((tuple(row["inputs"][at].tolist()), tuple(row["targets"][at].tolist())))
+    assert sum(len(inputs) for inputs, _ in found) == n_used
+    assert row["weights"].tolist() == [1.0] * n_used + [0.0] * (len(row["weights"]) - n_used)
+    assert not any(row[name][n_used:].any() for name in ("inputs", "targets", "segment_ids", "positions"))
+    return found
+
+
+def expected_pieces(tokens, width):
+    """Each input with its target, cut before end-of-text and after so many tokens, one token at a time."""
+    pieces = []
+    for inputs, target in itertools.pairwise(tokens):
+        if not pieces or inputs == EOT or len(pieces[-1][0]) == width:
+            pieces.append(([], []))
+        pieces[-1][0].append(int(inputs))
+        pieces[-1][1].append(int(target))
+    return [(tuple(inputs), tuple(targets)) for inputs, targets in pieces]
+
+
+def same(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        np.testing.assert_array_equal(one[name], other[name])
+
+
+# What is in the rows
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    tokens=st.lists(st.integers(0, 3) | st.integers(4, 60_000), min_size=2, max_size=120),
+    width=st.integers(1, 20),
+)
+@example(tokens=[EOT, EOT], width=3)
+@example(tokens=[1, EOT], width=1)
+@example(tokens=[EOT, 1, EOT, EOT, 2, EOT], width=2)
+def test_every_token_but_the_first_is_a_target_once_behind_what_its_document_has_before_it(tokens, width):
+    tokens = np.array(tokens, np.uint16)
+    rows = PackedRows(tokens, EOT, width)
+    found = [piece for row in range(len(rows)) for piece in pieces_of(rows[row])]
+    assert collections.Counter(found) == collections.Counter(expected_pieces(tokens, width))
+    assert rows.n_documents == 1 + np.count_nonzero(tokens[1:-1] == EOT)
+    assert rows.tokens_per_row == pytest.approx(sum(len(targets) for _, targets in found) / len(rows))
+
+
+def test_a_document_starts_after_the_end_of_the_one_before_and_learns_its_own():
+    (row,) = PackedRows(np.array([EOT, 11, 12, EOT, 21, EOT], np.uint16), EOT, 8)
+    assert pieces_of(row) == [((EOT, 11, 12), (11, 12, EOT)), ((EOT, 21), (21, EOT))]
+    assert {name: (value.shape, value.dtype) for name, value in row.items()} == {
+        "inputs": ((8,), np.int32),
+        "targets": ((8,), np.int32),
+        "segment_ids": ((8,), np.int32),
+        "positions": ((8,), np.int32),
+        "weights": ((8,), np.float32),
+    }
+
+
+def test_large_ids_are_kept():
+    assert PackedRows(np.full(4, 65_535, np.uint16), EOT, 4)[0]["inputs"].max() == 65_535
+    assert PackedRows(np.full(4, 100_000, np.uint32), 100_000, 4)[0]["targets"].max() == 100_000
+
+
+def test_one_document_is_cut_into_rows():
+    tokens = np.arange(1, 22, dtype=np.uint16)
+    rows = PackedRows(tokens, EOT, 8)
+    assert [pieces_of(rows[i])[0][1] for i in range(len(rows))] == [
+        tuple(range(2, 10)), tuple(range(10, 18)), tuple(range(18, 22))
+    ]  # fmt: skip
+    assert rows.n_documents == 1
+    assert rows.describe() == "packed 1 document into 3 rows of 8, 16.7% padding"
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_the_search_for_documents_does_not_depend_on_how_much_is_searched_at_a_time(monkeypatch, ends):
+    tokens = stream([5, 12, 3, 9, 1, 20, 7, 2], ends=ends)
+    whole = PackedRows(tokens, EOT, 16)
+    for chunk in (1, 7, len(tokens) - 1, len(tokens)):
+        monkeypatch.setattr(packing, "_CHUNK", chunk)
+        parts = PackedRows(tokens, EOT, 16)
+        assert len(parts) == len(whole)
+        for row in range(len(whole)):
+            same(parts[row], whole[row])
+
+
+def test_a_file_of_tokens_stays_out_of_memory(tmp_path):
+    tokens = np.arange(16_000_000, dtype=np.uint32).astype("<u2")  # an end of text every 65,536
+    tokens.tofile(tmp_path / "ids.bin")
+    del tokens
+    tracemalloc.start()
+    try:
+        rows = PackedRows(np.memmap(tmp_path / "ids.bin", "<u2", mode="r"), EOT, 1024)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 10e6  # of 32 MB
+    assert rows.n_documents == 245
+
+
+def test_less_than_two_tokens_are_refused():
+    for n in (0, 1):
+        with pytest.raises(InputError, match=f"{n} tokens to pack; expected at least 2"):
+            PackedRows(np.ones(n, np.uint16), EOT, 8)
+
+
+# Best fit
+
+
+def loads_of(row_of, lengths):
+    return sorted(np.bincount(row_of, weights=lengths).astype(int).tolist())
+
+
+def naive_best_fit(lengths, width):
+    """The loads of rows, by looking at all of them for each piece."""
+    loads = []
+    for length in sorted(lengths, reverse=True):
+        fitting = [row for row in range(len(loads)) if loads[row] + length <= width]
+        if fitting:
+            loads[max(fitting, key=lambda row: loads[row])] += length
+        else:
+            loads.append(length)
+    return sorted(loads)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data(), width=st.integers(1, 40))
+def test_each_piece_goes_into_the_fullest_row_that_has_room(data, width):
+    lengths = np.array(data.draw(st.lists(st.integers(1, width), min_size=1, max_size=60)), np.int32)
+    row_of = best_fit(lengths, width)
+    assert loads_of(row_of, lengths) == naive_best_fit(lengths.tolist(), width)
+    assert (best_fit(lengths, width) == row_of).all()
+
+
+def test_rows_are_full_where_that_is_possible():
+    assert loads_of(best_fit(np.array([6, 5, 4, 3, 2], np.int32), 10), [6, 5, 4, 3, 2]) == [10, 10]
+    lengths = np.random.default_rng(0).integers(1, 257, 5_000).astype(np.int32)
+    loads = loads_of(best_fit(lengths, 256), lengths)
+    assert loads[-1] == 256
+    assert sum(loads) / (256 * len(loads)) > 0.98
+
+
+# Neighbours
+
+
+LENGTHS = [5, 12, 30, 9, 1, 20, 7, 2]  # one is longer than a row
+PIECES = expected_pieces(stream(LENGTHS), 24)
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A model whose biases and position embeddings are not near zero, and its parameters."""
+    cfg = GPTConfig(64 + 64, 24, emb_dim=16, n_heads=2, n_layers=2, tie_weights=False, unroll=False)
+    model = GPTModel(cfg)
+    params = jax.tree.map(
+        lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(1), leaf.shape),
+        jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"],
+    )
+    return model, params
+
+
+def packed_batch(lengths, batch_size):
+    (batch,) = packed_validation_batches(PackedRows(stream(lengths), EOT, 24), batch_size=batch_size)
+    return batch
+
+
+def batch_of_one_each():
+    """Each piece in a row of its own, with neither segments nor positions."""
+    batch = {name: np.zeros((len(PIECES), 24), np.int32) for name in ("inputs", "targets")}
+    for row, (inputs, targets) in enumerate(PIECES):
+        batch["inputs"][row, : len(inputs)], batch["targets"][row, : len(targets)] = inputs, targets
+    n_targets = np.array([[len(targets)] for _, targets in PIECES])
+    return {**batch, "weights": (np.arange(24) < n_targets).astype(np.float32)}
+
+
+def test_a_packed_document_is_computed_as_if_it_were_alone(model):
+    module, params = model
+
+    @jax.jit
+    def run(inputs, segment_ids=None, positions=None):
+        with jax.default_matmul_precision("highest"):
+            return module.apply({"params": params}, inputs, segment_ids=segment_ids, positions=positions)
+
+    batch, alone = packed_batch(LENGTHS, len(PIECES)), batch_of_one_each()
+    logits = run(batch["inputs"], batch["segment_ids"], batch["positions"])
+    by_inputs = dict(zip([inputs for inputs, _ in PIECES], np.asarray(run(alone["inputs"])), strict=True))
+    n_compared = 0
+    for row in range(len(logits)):
+        for segment in range(1, batch["segment_ids"][row].max() + 1):
+            (at,) = np.nonzero(batch["segment_ids"][row] == segment)
+            expected = by_inputs[tuple(batch["inputs"][row, at].tolist())][: len(at)]
+            assert jnp.abs(logits[row, at] - expected).max() <= 1e-5 * jnp.abs(expected).max()
+            n_compared += 1
+    assert n_compared == len(PIECES)
+    assert batch["segment_ids"].max() >= 3
+    mixed = run(batch["inputs"])  # what segment ids and positions are for
+    assert jnp.abs(mixed - logits).max() > 0.1
+
+
+def test_no_gradient_crosses_from_one_document_to_another(model):
+    module, params = model
+    batch = packed_batch([6, 8, 7], batch_size=1)
+    assert batch["segment_ids"].max() == 3
+
+    @jax.jit
+    @jax.grad
+    def gradient(params, batch, segment):
+        options = {"segment_ids": batch["segment_ids"], "positions": batch["positions"]}
+        logits = module.apply({"params": params}, batch["inputs"], **options)
+        return (jnp.sin(logits) * (batch["segment_ids"] == segment)[..., None]).sum()
+
+    for segment in (1, 2, 3):
+        moved = np.abs(gradient(params, batch, segment)["tok_emb"]["embedding"]).sum(axis=-1) > 0
+        assert np.flatnonzero(moved).tolist() == np.unique(batch["inputs"][batch["segment_ids"] == segment]).tolist()
+
+
+def test_the_loss_of_a_packed_batch_is_the_mean_over_its_documents_fed_one_by_one(model):
+    module, params = model
+    loss_fn = jax.jit(lambda batch: make_loss_fn(module)(params, {}, batch, None)[:2])
+    loss, n_targets = loss_fn(packed_batch(LENGTHS, len(PIECES)))
+    expected, n_expected = loss_fn(batch_of_one_each())
+    assert n_targets == n_expected == stream(LENGTHS).size - 1
+    assert float(loss / n_targets) == pytest.approx(float(expected / n_expected), rel=1e-5)
+
+
+# Order
+
+TOKENS = stream(np.random.default_rng(1).integers(2, 12, 40))
+ROWS = PackedRows(TOKENS, EOT, 16)
+
+
+def batches(**changed):
+    return packed_batches(PackedRows(TOKENS, EOT, 16), **{"batch_size": 3, "shuffle": True, "seed": 5, **changed})
+
+
+def first_targets(dataset, steps):
+    """What tells rows apart: a row's first input is mostly the end-of-text id."""
+    return [int(first) for step in range(steps) for first in dataset[step]["targets"][:, 0]]
+
+
+def test_a_batch_is_a_function_of_seed_and_step():
+    """However it is reached: by index, in any order, by iterating, or going on from a saved state."""
+    dataset, again = batches(), batches()
+    direct = [dataset[step] for step in range(20)]
+    assert direct[0]["inputs"].shape == (3, 16)
+    for step in reversed(range(20)):
+        same(again[step], direct[step])
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+    iterator = iter(dataset.to_iter_dataset(options))
+    for step in range(13):
+        same(next(iterator), direct[step])
+    fresh = iter(batches().to_iter_dataset(options))
+    fresh.set_state(iterator.get_state())
+    for step in range(13, 20):
+        same(next(fresh), direct[step])
+    assert first_targets(batches(seed=6), 10) != first_targets(dataset, 10)
+
+
+def test_each_epoch_has_every_row_once_in_another_order_and_batches_go_on_across_its_end():
+    n = len(ROWS)
+    assert n % 3
+    drawn = first_targets(batches(batch_size=3), 7 * n)
+    epochs = [tuple(drawn[i * n :][:n]) for i in range(20)]
+    assert len(set(epochs[0])) == n
+    assert len(set(map(frozenset, epochs))) == 1
+    assert len(set(epochs)) == 20
+
+
+def test_without_shuffling_rows_come_in_the_order_of_their_first_documents():
+    drawn = first_targets(batches(shuffle=False), len(ROWS))[: len(ROWS)]
+    assert drawn == sorted(drawn)
+    assert drawn[0] == 2
+
+
+def test_validation_has_every_row_once_and_fills_the_last_batch_with_nothing():
+    found = list(packed_validation_batches(ROWS, batch_size=6))
+    assert {batch["inputs"].shape for batch in found} == {(6, 16)}
+    assert sum(batch["weights"].sum() for batch in found) == TOKENS.size - 1
+    rows = [{name: value[i] for name, value in batch.items()} for batch in found for i in range(6)]
+    for row in range(len(ROWS)):
+        same(rows[row], ROWS[row])
+    assert len(rows) > len(ROWS)
+    assert not any(value.any() for row in rows[len(ROWS) :] for value in row.values())
+
+
+@pytest.mark.parametrize("n_hosts", [1, 3])
+def test_hosts_take_slices_of_one_global_batch(monkeypatch, n_hosts):
+    dataset = batches(batch_size=6)
+    monkeypatch.setattr(jax, "process_count", lambda: n_hosts)
+    parts = []
+    for host in range(n_hosts):
+        monkeypatch.setattr(jax, "process_index", lambda host=host: host)
+        rows = host_rows(6)
+        parts.append(dataset.map(lambda batch, rows=rows: {name: value[rows] for name, value in batch.items()})[3])
+    same({name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, dataset[3])

@@ -1,0 +1,220 @@
+"""What must hold of preparing: the ids are those of encoding every document whole, however it is cut."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slm_jax.data import documents, filters, prepare, text_files
+from slm_jax.data.corpus import encode_documents, split_at_end_of_text
+from slm_jax.data.documents import read_documents
+from slm_jax.data.filters import Rules
+from slm_jax.data.prepare import cut_pieces, train_tokenizer
+from slm_jax.data.token_file import open_token_file
+from slm_jax.errors import InputError, MissingInputError
+from slm_jax.tokenizer import BPETokenizer, CharTokenizer, GPT2Tokenizer, SimpleTokenizer, Tokenizer
+
+ALL = Rules(deduplicate=False)
+# What the tokenizers' patterns treat differently, white space that only some call so, and what is cut in UTF-8.
+PARTS = [
+    *" \n\t\r",
+    "  ",
+    " " * 9,
+    "\u3000",
+    "\xa0",
+    "\x1c",
+    "\x85",
+    "a",
+    "lower",
+    "é",
+    "中",
+    "😀",
+    "e\u0301",
+    "12",
+    "'s",
+]
+PARTS += ["'", "'ll", "--", "_", "...", "#", "<|", "\ufeff", "\u200b", "A"]
+TEXTS = st.lists(st.sampled_from(PARTS), max_size=40).map("".join)
+
+
+@pytest.fixture(scope="module")
+def tokenizers() -> dict[str, Tokenizer]:
+    everything = "".join(PARTS)
+    words = "low lower lowest 12 newer\n\n\twider   's 'll -- ... a é 中 😀 " * 20
+    return {
+        "char": CharTokenizer().build_vocab(everything),
+        "simple": SimpleTokenizer().build_vocab("a lower 's -- ... é 12 中"),
+        "bpe": BPETokenizer.train(words + everything, vocab_size=330),
+        "gpt2": GPT2Tokenizer(),
+    }
+
+
+def tokenizer_of(tokenizers: dict[str, Tokenizer], kind: str) -> Tokenizer:
+    if kind == "gpt2" and "TIKTOKEN_CACHE_DIR" not in os.environ:
+        pytest.skip("TIKTOKEN_CACHE_DIR does not point at GPT-2's tokenizer files")
+    return tokenizers[kind]
+
+
+# Cutting
+
+
+@pytest.mark.parametrize("kind", ["char", "simple", "bpe", "gpt2"])
+def test_pieces_have_the_ids_of_the_whole(tokenizers, kind):
+    tokenizer = tokenizer_of(tokenizers, kind)
+
+    @settings(max_examples=150, deadline=None)
+    @given(TEXTS, st.integers(1, 9), st.integers(1, 9))
+    def check(text, size, length):
+        given_pieces = [text[i : i + size] for i in range(0, len(text), size)]
+        pieces = list(cut_pieces(given_pieces, length))
+        assert "".join(pieces) == text
+        assert all(pieces)
+        assert [i for piece in pieces for i in tokenizer.encode(piece)] == tokenizer.encode(text)
+
+    check()
+
+
+@pytest.mark.parametrize("kind", ["bpe", "gpt2"])
+@pytest.mark.parametrize("unit", [" ", "a", "\n", "ab!", "中", "a ", "\t\n "])
+def test_very_long_runs_have_the_ids_of_the_whole(tokenizers, kind, unit):
+    tokenizer = tokenizer_of(tokenizers, kind)
+    for text in (unit * 9000, f"start {unit * 9000}end", f"start{unit * 9000}"):
+        pieces = list(cut_pieces([text], 1000))
+        assert [i for piece in pieces for i in tokenizer.encode(piece)] == tokenizer.encode(text)
+
+
+@given(st.lists(st.sampled_from(["a ", "bb\n", "ccc "])).map("".join), st.integers(1, 20), st.integers(1, 20))
+def test_no_piece_is_more_than_twice_as_long_but_for_a_word(text, size, length):
+    pieces = list(cut_pieces([text[i : i + size] for i in range(0, len(text), size)], length))
+    assert all(len(piece) <= 2 * length + len("ccc ") for piece in pieces)
+
+
+def test_running_text_is_cut_into_pieces_of_about_the_size():
+    pieces = list(cut_pieces(["some words and more of them\n" * 100] * 100, 1000))
+    assert all(500 <= len(piece) <= 2000 for piece in pieces[:-1])
+
+
+# Preparing
+
+
+@pytest.fixture
+def sources(tmp_path) -> dict[str, str]:
+    """Texts that are hard to cut, as files of several kinds."""
+    rng = np.random.default_rng(0)
+    texts = ["".join(rng.choice(PARTS, size=n)) for n in (1, 5, 300, 40, 2000, 3)]
+    texts += ["a" * 500, " " * 500 + "a", "low lower", "low lower", f"one<|endoftext|> two{'<|endoftext|>' * 2}\n"]
+    for i, text in enumerate(texts):
+        (tmp_path / f"{i:02}.txt").write_bytes(text.encode())
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    return {"text": f"text:{tmp_path}/*.txt", "jsonl": f"jsonl:{tmp_path}/a.jsonl"}
+
+
+@pytest.mark.parametrize("kind", ["char", "simple", "bpe", "gpt2"])
+@pytest.mark.parametrize("piece", [3, 50, 1 << 20])
+@pytest.mark.parametrize("source", ["text", "jsonl"])
+def test_a_source_has_the_ids_of_reading_and_encoding_it_whole(
+    tokenizers, sources, tmp_path, monkeypatch, kind, piece, source
+):
+    tokenizer = tokenizer_of(tokenizers, kind)
+    whole = split_at_end_of_text(read_documents(sources[source]))
+    if kind == "char":
+        tokenizer = CharTokenizer().build_vocab("".join(whole))
+    expected = encode_documents(whole, tokenizer)
+    monkeypatch.setattr(text_files, "PIECE", piece)
+    monkeypatch.setattr(prepare, "_PIECE", piece)
+    monkeypatch.setattr(prepare.cut_pieces, "__defaults__", (piece,))
+    prepared = prepare.prepare(sources[source], tmp_path / "ids.bin", tokenizer, rules=ALL)
+    opened = open_token_file(tmp_path / "ids.bin")
+    np.testing.assert_array_equal(opened.tokens, expected)
+    assert (prepared.documents, prepared.tokens) == (len(whole), expected.size)
+    assert prepared.text_bytes == sum(len(text.encode()) for text in whole)
+    assert prepared.sha256 == opened.sha256
+    assert json.loads((tmp_path / "ids.bin.json").read_text())["documents"] == len(whole)
+
+
+def test_copies_are_left_out_and_counted(tokenizers, sources, tmp_path):
+    prepared = prepare.prepare(sources["text"], tmp_path / "ids.bin", tokenizers["bpe"])
+    whole = split_at_end_of_text(read_documents(sources["text"]))
+    first_ones = list({text.strip(): text for text in reversed(whole)}.values())[::-1]
+    assert prepared.counts["duplicates"] == len(whole) - prepared.documents >= 1
+    assert prepared.documents == len(first_ones)
+    assert json.loads((tmp_path / "ids.bin.json").read_text())["counts"] == prepared.counts
+
+
+def test_the_order_is_that_of_the_source_with_many_threads(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "_PIECE", 30)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    texts = [f"document {i} " + "word " * (i * 37 % 50) for i in range(500)]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    tokenizer = CharTokenizer().build_vocab("".join(texts))
+    reports = []
+    prepare.prepare(
+        f"jsonl:{tmp_path}/a.jsonl", tmp_path / "ids.bin", tokenizer, report=lambda p: reports.append(p.tokens)
+    )
+    assert tokenizer.decode(open_token_file(tmp_path / "ids.bin").tokens).split("<|endoftext|>") == texts
+    assert reports == sorted(reports)
+    assert reports[-1] == open_token_file(tmp_path / "ids.bin").tokens.size
+
+
+def test_long_documents_are_kept_and_counted(tokenizers, tmp_path, monkeypatch):
+    monkeypatch.setattr(filters, "LONGEST", 10)
+    monkeypatch.setattr(text_files, "PIECE", 4)
+    (tmp_path / "a.txt").write_text("low lower lowest<|endoftext|>low<|endoftext|>low lower lowest")
+    prepared = prepare.prepare(
+        f"text:{tmp_path}/a.txt", tmp_path / "ids.bin", tokenizers["bpe"], rules=Rules(min_characters=5)
+    )
+    assert (prepared.documents, prepared.counts["short"], prepared.counts["unfiltered"]) == (2, 1, 2)
+
+
+def test_a_pattern_does_not_match_what_is_written(tokenizers, tmp_path):
+    (tmp_path / "a.txt").write_text("low lower")
+    prepare.prepare(f"text:{tmp_path}/*", tmp_path / "ids.bin", tokenizers["bpe"])
+    opened = open_token_file(tmp_path / "ids.bin")
+    assert opened.tokenizer.decode(opened.tokens) == "low lower"
+
+
+def test_nothing_left_is_an_error_and_leaves_nothing(tokenizers, sources, tmp_path):
+    with pytest.raises(InputError, match=r"no document is left \(.* short.*\); loosen the filter"):
+        prepare.prepare(
+            sources["text"], tmp_path / "o" / "ids.bin", tokenizers["bpe"], rules=Rules(min_characters=10_000)
+        )
+    assert list((tmp_path / "o").iterdir()) == []
+
+
+def test_text_that_a_tokenizer_lacks_is_named_and_leaves_nothing(sources, tmp_path):
+    with pytest.raises(
+        InputError, match=r"source 'text:.*': in '.*' …: character .* is not in the vocabulary"
+    ) as error:
+        prepare.prepare(sources["text"], tmp_path / "o" / "ids.bin", CharTokenizer().build_vocab("abc"))
+    assert "\n" not in str(error.value)
+    assert list((tmp_path / "o").iterdir()) == []
+
+
+def test_a_tokenizer_without_its_files_is_found_out_before_reading(tmp_path, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    monkeypatch.setattr(documents, "_texts", lambda *_: pytest.fail("was read"))
+    with pytest.raises(MissingInputError, match="TIKTOKEN_CACHE_DIR"):
+        prepare.prepare("builtin:python-docs", tmp_path / "ids.bin", GPT2Tokenizer())
+
+
+# Training a tokenizer
+
+
+def test_a_tokenizer_trained_in_pieces_is_the_one_trained_on_the_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare.cut_pieces, "__defaults__", (100,))
+    text = "".join(f"the {i} low lower\tlowest\n newer and wider " for i in range(300))
+    (tmp_path / "a.txt").write_text(text)
+    whole = BPETokenizer.train(text, vocab_size=300).to_dict()
+    assert train_tokenizer(f"text:{tmp_path}/a.txt", 300).to_dict() == whole
+
+
+def test_it_is_trained_on_the_start_of_the_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "TRAINING_CHARACTERS", 2000)
+    (tmp_path / "a.txt").write_text("low lower " * 200)
+    (tmp_path / "b.txt").write_bytes(b"\xff")  # not even looked at
+    tokenizer = train_tokenizer(f"text:{tmp_path}/*.txt", 300)
+    assert tokenizer.decode(tokenizer.encode("low lower")) == "low lower"

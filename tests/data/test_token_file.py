@@ -1,0 +1,215 @@
+"""What must hold of token files: whole and as they were written, or refused."""
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from slm_jax.data import token_file
+from slm_jax.data.token_file import check_ids, json_path, open_token_file, write_token_file
+from slm_jax.errors import InputError, MissingInputError
+from slm_jax.tokenizer import BPETokenizer, CharTokenizer, fingerprint
+
+TOKENIZER = CharTokenizer().build_vocab("abcdefghij")
+
+
+def message(error: pytest.ExceptionInfo[InputError]) -> str:
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A file of two documents, with its description."""
+    path = tmp_path / "new" / "ids.bin"
+    with write_token_file(path, TOKENIZER, "text:a.txt") as file:
+        file.write([0, 1, 2])
+        file.write(np.array([10, 9], np.uint16))
+        file.documents = 2
+        file.counts = {"duplicates": 3}
+    return path
+
+
+# Our own files
+
+
+def test_what_was_written_is_read(path):
+    opened = open_token_file(path)
+    assert isinstance(opened.tokens, np.memmap)
+    assert opened.tokens.tolist() == [0, 1, 2, 10, 9]
+    assert opened.tokens.dtype == np.uint16
+    assert fingerprint(opened.tokenizer) == fingerprint(TOKENIZER)
+    with pytest.raises(ValueError, match="read-only"):
+        opened.tokens[0] = 1
+
+
+def test_nanogpt_can_read_it_and_sha256sum_can_check_it(path):
+    assert np.fromfile(path, "<u2").tolist() == [0, 1, 2, 10, 9]
+    about = json.loads(json_path(path).read_text())
+    assert subprocess.run(["sha256sum", path], capture_output=True, text=True).stdout.split()[0] == about["sha256"]
+    assert (about["tokens"], about["documents"], about["counts"]) == (5, 2, {"duplicates": 3})
+    assert (about["source"], about["vocab_size"], about["dtype"]) == ("text:a.txt", 11, "uint16")
+    assert open_token_file(path).sha256 == about["sha256"]
+    assert sorted(file.name for file in path.parent.iterdir()) == ["ids.bin", "ids.bin.json"]
+
+
+@pytest.mark.parametrize(("vocab_size", "bytes_each"), [(2**16, 2), (2**16 + 1, 4)])
+def test_ids_are_as_wide_as_the_vocabulary_needs(tmp_path, vocab_size, bytes_each):
+    chars = [chr(0x10000 + i) for i in range(vocab_size - 1)]
+    tokenizer = CharTokenizer(chars)
+    with write_token_file(tmp_path / "ids.bin", tokenizer, "") as file:
+        file.write([tokenizer.eot_id, 0])
+    assert (tmp_path / "ids.bin").stat().st_size == 2 * bytes_each
+    assert open_token_file(tmp_path / "ids.bin").tokens.tolist() == [vocab_size - 1, 0]
+
+
+def test_a_block_that_fails_leaves_nothing_and_what_was_there(path):
+    with pytest.raises(ZeroDivisionError), write_token_file(path, TOKENIZER, "") as file:
+        file.write([1 // file.tokens])
+    assert open_token_file(path).tokens.tolist() == [0, 1, 2, 10, 9]
+    assert sorted(file.name for file in path.parent.iterdir()) == ["ids.bin", "ids.bin.json"]
+
+
+def test_a_process_that_is_killed_leaves_nothing_that_looks_finished(tmp_path):
+    program = (
+        "import os, signal; from pathlib import Path; from slm_jax.data.token_file import write_token_file\n"
+        "from slm_jax.tokenizer import CharTokenizer\n"
+        f"with write_token_file(Path({str(tmp_path / 'ids.bin')!r}), CharTokenizer().build_vocab('ab'), '') as file:\n"
+        "    file.write([0, 1] * 100_000)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", program]).returncode == -9
+    assert not list(tmp_path.glob("*.bin")) + list(tmp_path.glob("*.json"))
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with (
+            pytest.raises(InputError, match=r"ids\.bin: cannot be written: .*free space") as error,
+            write_token_file(tmp_path / "ids.bin", TOKENIZER, "") as file,
+        ):
+            file.write([1] * 1_000_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    message(error)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 1 << 22])
+def test_a_changed_file_is_refused(path, monkeypatch, chunk):
+    monkeypatch.setattr(token_file, "_CHUNK", chunk)
+    data = bytearray(path.read_bytes())
+    data[4] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=r"ids\.bin: its SHA-256 is .*, but ids\.bin\.json says .*prepare") as error:
+        open_token_file(path)
+    message(error)
+
+
+@pytest.mark.parametrize("change", [lambda data: data[:-2], lambda data: data + b"\0\0", lambda data: data[:-1]])
+def test_a_file_of_another_length_is_refused(path, change):
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(InputError, match=r"bytes, but ids\.bin\.json says 5 ids of 2 bytes \(10\)") as error:
+        open_token_file(path)
+    message(error)
+
+
+def test_a_description_alone_is_not_a_token_file(path):
+    path.unlink()
+    with pytest.raises(MissingInputError, match=r"no such file, though ids\.bin\.json is there"):
+        open_token_file(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda text: text[:50], "cannot be read as JSON"),
+        (lambda text: "[]", "does not describe token ids"),
+        (lambda text: text.replace('"slm_jax token ids"', '"other"'), "does not describe token ids"),
+        (lambda text: text.replace('"version": 1', '"version": 2'), "version is 2; expected 1"),
+        (lambda text: text.replace('"tokens": 5', '"tokens": "5"'), "tokens is '5'; expected int"),
+        (lambda text: text.replace('"tokens": 5', '"tokens": -5'), "-5 tokens of dtype"),
+        (lambda text: text.replace('"uint16"', '"uint8"'), "5 tokens of dtype 'uint8'; expected .* uint16 or uint32"),
+        (lambda text: text.replace('"sha256"', '"sha"'), "sha256 is None"),
+        (lambda text: text.replace('"kind": "char"', '"kind": "word"'), "tokenizer: not a tokenizer of slm_jax"),
+        (lambda text: text.replace('"a"', '"z"'), "tokenizer_sha256 is .*, but the tokenizer in the same file"),
+        (lambda text: text.replace('"vocab_size": 11', '"vocab_size": 12'), "vocab_size is 12, but the tokenizer"),
+    ],
+)
+def test_a_damaged_description_is_refused(path, change, expected):
+    file = json_path(path)
+    changed = change(file.read_text())
+    assert changed != file.read_text()
+    file.write_text(changed)
+    with pytest.raises(InputError, match=rf"ids\.bin\.json: {expected}") as error:
+        open_token_file(path)
+    assert "prepare" in message(error)
+
+
+def test_a_trained_tokenizer_is_kept(tmp_path):
+    tokenizer = BPETokenizer.train("low lower lowest " * 20, vocab_size=270)
+    with write_token_file(tmp_path / "ids.bin", tokenizer, "") as file:
+        file.write(tokenizer.encode("lowest"))
+    opened = open_token_file(str(tmp_path / "ids.bin"))
+    assert opened.tokenizer.decode(opened.tokens) == "lowest"
+
+
+# Bare ids
+
+
+def bare(tmp_path: Path, ids: list[int]) -> Path:
+    path = tmp_path / "ids.bin"
+    path.write_bytes(b"".join(i.to_bytes(2, "little") for i in ids))
+    return path
+
+
+def test_bare_ids_are_mapped_and_have_no_tokenizer(tmp_path, monkeypatch):
+    opened = open_token_file(bare(tmp_path, [0, 1, 258, 65535]))
+    assert opened.tokens.tolist() == [0, 1, 258, 65535]
+    assert isinstance(opened.tokens, np.memmap)
+    assert (opened.tokenizer, opened.sha256) == (None, None)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert open_token_file("~/ids.bin").tokens.tolist() == opened.tokens.tolist()
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 4, 100])
+def test_the_first_id_outside_the_vocabulary_is_named(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(token_file, "_CHUNK", chunk)
+    path = bare(tmp_path, [5, 6, 9, 9, 9, 10, 3, 12])
+    tokens = open_token_file(path).tokens
+    check_ids(tokens, 13, path)
+    with pytest.raises(InputError) as error:
+        check_ids(tokens, 10, path)
+    for part in (str(path), "token 5 has id 10", "vocabulary has 10", "tokenizer"):
+        assert part in message(error)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", "empty"),
+        (b"\1\0\2", "3 bytes, an odd number"),
+        (b"\x93NUMPY\1\0 and so on ", r"\.npy"),
+        ((20240520).to_bytes(4, "little") + bytes(1020), r"llm\.c"),
+    ],
+)
+def test_files_that_are_not_bare_ids(tmp_path, content, expected):
+    path = tmp_path / "ids.bin"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=expected) as error:
+        open_token_file(path)
+    assert str(path) in message(error)
+
+
+def test_paths_that_are_not_files(tmp_path):
+    with pytest.raises(MissingInputError, match=r"gone\.bin: no such file"):
+        open_token_file(tmp_path / "gone.bin")
+    with pytest.raises(InputError, match="is a folder"):
+        open_token_file(tmp_path)
