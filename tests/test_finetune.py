@@ -28,7 +28,7 @@ from orbax.checkpoint import v1 as ocp
 
 from slm_jax import cli, load_classifier
 from slm_jax.commands import finetune
-from slm_jax.config import DataConfig, FinetuneConfig, InstructionConfig, RunConfig, dump_config
+from slm_jax.config import CheckpointConfig, DataConfig, FinetuneConfig, InstructionConfig, RunConfig, dump_config
 from slm_jax.errors import InputError
 from slm_jax.lora import add_adapters, load_adapters, merge_adapters, split_adapters
 from slm_jax.model import GPTModel
@@ -267,6 +267,21 @@ def test_killed_equals_unbroken_bitwise(place, tuned, tmp_path, task, trainable)
         assert found[name] == expected[name], name
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_on_a_fresh_machine_it_goes_on_from_the_mirror(tuned, tmp_path, task):
+    """With what is frozen, the template and what was measured before; its base is gone."""
+    run, arguments = tuned(task, "lora")
+    there = shutil.copytree(run, tmp_path / "drive" / "tuned")
+    shutil.rmtree(there / "checkpoints" / str(saved_steps(there / "checkpoints")[-1]))
+    (there / "summary.json").unlink()
+    moved = ["--runs_dir", str(tmp_path / "fresh"), "--checkpoint.mirror", str(tmp_path / "drive")]
+    assert cli.main(["finetune", *arguments, *moved]) == 0
+    for folder in (tmp_path / "fresh" / "tuned", there):
+        assert outcome(folder) == outcome(run)
+        assert json.loads((folder / "summary.json").read_text())["before"] is not None
+        assert (folder / "frozen.safetensors").read_bytes() == (run / "frozen.safetensors").read_bytes()
+
+
 # What a run does not go on from
 
 
@@ -419,9 +434,13 @@ def test_a_tiny_model_that_is_there_is_taken_and_one_half_done_is_finished(tmp_p
     assert first(config) is None
 
 
-def test_a_run_that_goes_on_needs_no_base(tmp_path):
-    config = FinetuneConfig(base=str(tmp_path / "tiny"), runs_dir=str(tmp_path))
-    (config.folder / "checkpoints").mkdir(parents=True)
+@pytest.mark.parametrize("where", ["runs", "drive"])
+def test_a_run_that_goes_on_needs_no_base(tmp_path, where):
+    """Also where it is only the mirror that has it."""
+    runs, mirror = tmp_path / "runs", CheckpointConfig(mirror=str(tmp_path / "drive"))
+    config = FinetuneConfig(base=str(runs / "tiny"), runs_dir=str(runs), checkpoint=mirror)
+    assert first(config) is not None
+    (tmp_path / where / config.name / "checkpoints").mkdir(parents=True)
     assert first(config) is None
 
 

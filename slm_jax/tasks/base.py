@@ -14,8 +14,9 @@ from slm_jax.model import GPTConfig, Params
 from slm_jax.run import find_tokenizer, load_model
 from slm_jax.tokenizer import Tokenizer, fingerprint, get_tokenizer, tokenizer_from_dict
 from slm_jax.trainable import leaf_table, split_params
-from slm_jax.training.checkpoint import read_metadata
+from slm_jax.training.checkpoint import load_opt_state, read_metadata
 from slm_jax.training.hardware import best_dtype
+from slm_jax.training.optimizer import make_optimizer
 from slm_jax.training.run_folder import FROZEN
 from slm_jax.training.start import Start
 from slm_jax.training.task import Parameters, purpose_key
@@ -45,6 +46,8 @@ def find_base(config: RunConfig, start: Start) -> Base | None:
     Raises:
         InputError: a base that cannot be loaded, has another tokenizer than asked for, or another shape.
     """
+    if config.base_optimizer and config.base is None:
+        raise InputError("base_optimizer is true and base is null; expected a base that is a run, such as runs/x@1200")
     if start.step is not None:
         tokenizer = tokenizer_from_dict(start.metadata["tokenizer"])
         if config.base is None:  # the configuration has the whole shape, and is compared with the run's
@@ -91,19 +94,42 @@ def prepare_params(config: RunConfig, start: Start, base: Base, init: Callable[[
         new = {name for name in shapes if name not in base.params}
         added = jax.jit(lambda key: {name: tree for name, tree in init(key).items() if name in new})(key)
         # To the host: what the devices hold of them while training is the loop's to place.
-        return Parameters(*jax.device_get(split({name: base.params.get(name) or added[name] for name in shapes})))
+        trainable, frozen = jax.device_get(split({name: base.params.get(name) or added[name] for name in shapes}))
+        return Parameters(trainable, frozen, opt_state=_base_opt_state(config, trainable))
     # Refused now: the files of a run of something else would be taken for damaged.
     start.check_identity({**start.metadata["identity"], **identity(config, base.model_config)})
     trainable, frozen = jax.eval_shape(split, shapes)
     if not frozen:
         return Parameters(trainable, {})
-    saved = read_frozen(start.folder.path, start.metadata)
+    saved = read_frozen(start.source.path, start.metadata)
     if leaf_table(saved) != leaf_table(frozen):
         raise InputError(
-            f"{start.folder.path / FROZEN}: is of another model than this run's; restore it, or start anew with --run "
+            f"{start.source.path / FROZEN}: is of another model than this run's; restore it, or start anew with --run "
             "NAME"
         )
     return Parameters(trainable, saved)
+
+
+def _base_opt_state(config: RunConfig, trainable: Params) -> Any:
+    """Return the state of the base's optimizer; None where it is not asked for.
+
+    Raises:
+        InputError: the base has none, or one for other parameters.
+    """
+    if not config.base_optimizer:
+        return None
+    checkpoint = None if config.base is None else find_checkpoint(config.base)
+    if checkpoint is None:
+        raise InputError(f"base_optimizer is true and base {config.base} is no run; leave base_optimizer out")
+    folder, step = checkpoint
+    leaves = read_metadata(folder / "checkpoints", step).get("leaves")
+    if config.trainable == "lora" or leaves != leaf_table(trainable):
+        raise InputError(
+            f"base_optimizer is true and {folder} trained other parameters than trainable: {config.trainable} does "
+            "here; leave base_optimizer out, or train the same"
+        )
+    like = jax.eval_shape(make_optimizer(config.optimizer).init, trainable)
+    return load_opt_state(folder / "checkpoints", step, like)
 
 
 def count_steps(config: RunConfig, n_rows: float) -> int:

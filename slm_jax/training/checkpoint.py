@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,19 @@ class Checkpoints:
 
     Use as a context manager; leaving it waits for the save under way. One save at a time runs in the background; an
     error in it is raised by the next call.
+
+    Args:
+        folder: of the checkpoints.
+        keep: how many of the latest.
+        on_saved: called in the background with the step of a checkpoint that is whole and has its checksums; on the
+            first host only.
     """
 
-    def __init__(self, folder: Path, keep: int = 2):
+    def __init__(self, folder: Path, keep: int = 2, on_saved: Callable[[int], None] | None = None):
         policies = ocp.training.preservation_policies
         best = policies.BestN(get_metric_fn=_validation_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False)
         self.folder = folder.resolve()
+        self._on_saved = on_saved
         self._checkpointer = ocp.training.Checkpointer(
             self.folder,
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
@@ -91,6 +98,8 @@ class Checkpoints:
             response.result()
             if jax.process_index() == 0:
                 write_checksums(self.folder / str(step))
+                if self._on_saved is not None:
+                    self._on_saved(step)
         except BaseException as error:  # handed to the thread that waits
             self._error = error
 
@@ -192,6 +201,31 @@ def load_params(folder: Path, step: int, like: Params, sharding: Any = None) -> 
     except Exception as error:  # of any kind: without checksums Orbax runs into whatever the files hold
         cause = " ".join(str(error.__cause__ or error).split())[:200]
         raise InputError(f"{path}: its parameters cannot be loaded ({cause}); {another}") from None
+
+
+def load_opt_state(folder: Path, step: int, like: Any) -> Any:
+    """Load only the optimizer's state of a step, to the host.
+
+    Args:
+        folder: of the checkpoints.
+        step: which, of those that are there and not damaged.
+        like: the state as arrays or shapes.
+
+    Raises:
+        InputError: the checkpoint holds another state, or none.
+    """
+    path = (folder / str(step)).resolve()
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like)
+    key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
+    scalars = {"step": jax.ShapeDtypeStruct((), "int32", sharding=sharding)}
+    scalars["key"] = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding)
+    try:
+        state = ocp.load_checkpointables(path, {"state": {**scalars, "opt_state": abstract}})["state"]
+    except Exception as error:  # of any kind, as above
+        cause = " ".join(str(error.__cause__ or error).split())[:200]
+        raise InputError(f"{path}: has no state of this optimizer ({cause}); leave base_optimizer out") from None
+    return jax.device_get(state["opt_state"])
 
 
 def write_checksums(folder: Path) -> None:

@@ -10,7 +10,7 @@ import functools
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grain
@@ -31,6 +31,7 @@ from slm_jax.training.evaluate import Evaluator
 from slm_jax.training.interrupt import Interrupted, StopRequest
 from slm_jax.training.loggers import check_loggers, open_loggers
 from slm_jax.training.memory import check_fits, device_bytes
+from slm_jax.training.mirror import Mirror
 from slm_jax.training.optimizer import make_optimizer, make_schedule
 from slm_jax.training.profile import StepProfile
 from slm_jax.training.progress import ProgressLine, count_leaves, format_bytes, format_duration, parameter_table
@@ -67,13 +68,15 @@ def train(config: RunConfig, task: Task, start: Start, stop: StopRequest, consol
     """
     trainer = Trainer(config, task, start, stop, console)
     if trainer.is_done():
-        return trainer.summary
+        with trainer.mirror():  # which may have been away when the run ended
+            return trainer.summary
     trainer.check()
     with start.folder.lock():
-        start.check_unchanged()
-        with trainer.loggers():
+        trainer.start.check_unchanged()
+        with trainer.mirror() as on_saved, trainer.loggers():
             trainer.prepare()
-            with Checkpoints(start.folder.checkpoints, config.checkpoint.keep) as checkpoints, trainer.progress:
+            keep = config.checkpoint.keep
+            with Checkpoints(start.folder.checkpoints, keep, on_saved) as checkpoints, trainer.progress:
                 trainer.run(checkpoints)
             trainer.record.draw()
             return trainer.finish()
@@ -104,6 +107,7 @@ class Trainer:
 
     def is_done(self) -> bool:
         """Return whether the run has done its steps already, and say so; nothing is compiled or written then."""
+        self.start = self.start.fetched(self.identity, self.progress.note)
         if self.first_step < self.task.total_steps:
             return False
         self.start.check_identity(self.identity)
@@ -146,6 +150,15 @@ class Trainer:
             self.progress.note(f"trained: {self.n_trained:,} of {self.n_params:,} parameters ({config.trainable})")
         self._compile()
         self.stop.check()
+
+    @contextlib.contextmanager
+    def mirror(self) -> Iterator[Callable[[int], None] | None]:
+        """Copy the run to its mirror while it goes on; give what is to be told of each saved checkpoint."""
+        if self.config.checkpoint.mirror is None or not self.folder.writes:
+            yield None
+            return
+        with Mirror(self.config, self.progress.note) as mirror:
+            yield mirror.checkpoint_saved
 
     @contextlib.contextmanager
     def loggers(self) -> Iterator[None]:
@@ -280,7 +293,9 @@ class Trainer:
     def _restore_or_init(self, checkpoints: Checkpoints) -> TrainState:
         if self.start.step is None:
             shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
-            return jax.jit(self._initial_state, out_shardings=shardings, donate_argnums=0)(self._initial_params())
+            state = jax.jit(self._initial_state, out_shardings=shardings, donate_argnums=0)(self._initial_params())
+            opt_state = self.task.params.opt_state
+            return state if opt_state is None else state.replace(opt_state=put_params(self.mesh, opt_state))
         self.progress.note(f"going on from step {self.first_step:,} of {self.folder.path}")
         return checkpoints.restore(self.start.step, self.abstract_state)
 

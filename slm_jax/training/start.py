@@ -1,13 +1,19 @@
-"""Where a run starts: anew, or from a checkpoint of its folder that is whole and of the same identity."""
+"""Where a run starts: anew, or from a checkpoint of its folder or its mirror that is whole and of the same identity."""
 
 import dataclasses
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
+
+import jax
 
 from slm_jax.config import RunConfig
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.identity import first_difference
-from slm_jax.training.checkpoint import find_damage, read_metadata, saved_steps
+from slm_jax.training.checkpoint import best_step, find_damage, read_metadata, saved_steps
+from slm_jax.training.mirror import copy_checkpoint, copy_file, find_mirror, small_files
 from slm_jax.training.run_folder import RunFolder
+from slm_jax.training.summary import environment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +25,8 @@ class Start:
         step: the checkpoint to go on from; None: from nothing.
         metadata: what that checkpoint says of its run; empty without one.
         warnings: what a person should know, a line each.
-        saved: the steps that have a checkpoint, damaged or not.
+        saved: the steps that have a checkpoint in the run's folder, damaged or not.
+        mirror: the run's folder in the mirror, where the checkpoint lies there; None: it lies in the run's own.
     """
 
     folder: RunFolder
@@ -27,6 +34,12 @@ class Start:
     metadata: dict[str, Any]
     warnings: tuple[str, ...] = ()
     saved: tuple[int, ...] = ()
+    mirror: RunFolder | None = None
+
+    @property
+    def source(self) -> RunFolder:
+        """The folder that the checkpoint lies in."""
+        return self.mirror or self.folder
 
     def check_unchanged(self) -> None:
         """Refuse to go on if another process has trained in the folder since it was looked at.
@@ -36,6 +49,54 @@ class Start:
         """
         if self.folder.writes and tuple(saved_steps(self.folder.checkpoints)) != self.saved:
             raise InputError(f"{self.folder.path}: another process has just trained this run; start again to go on")
+
+    def fetched(self, identity: dict[str, Any], note: Callable[[str], None]) -> "Start":
+        """Copy what lies in the mirror to the run's folder; return the same start from there.
+
+        Args:
+            identity: the run's, which that of the mirror must be.
+            note: says a line to a person.
+
+        Raises:
+            InputError: the run in the mirror is of something else, or cannot be copied.
+        """
+        if self.mirror is not None:
+            self.check_identity(identity)
+            if self.folder.writes:
+                self._fetch(self.mirror)
+                note(f"step {self.step:,} was copied from {self.mirror.path} to {self.folder.path}")
+        if jax.process_count() > 1:  # the others, which may have looked later, read it from the disk that they share
+            from jax.experimental import multihost_utils
+
+            multihost_utils.sync_global_devices("copied from the mirror")
+        if self.mirror is None:
+            return self
+        return dataclasses.replace(self, mirror=None, saved=tuple(saved_steps(self.folder.checkpoints)))
+
+    def _fetch(self, mirror: RunFolder) -> None:
+        self.folder.create()
+        with self.folder.lock():
+            self.check_unchanged()
+            try:
+                self._copy(mirror)
+            except OSError as error:
+                raise InputError(
+                    f"{mirror.path}: cannot be copied to {self.folder.path} ({error.strerror}); start again when both "
+                    "can be used"
+                ) from None
+
+    def _copy(self, mirror: RunFolder) -> None:
+        """Copy the run: last the checkpoint to go on from, which makes the copy count."""
+        assert self.step is not None
+        self.folder.set_aside_after(self.step - 1)
+        for name in small_files(mirror.path):
+            copy_file(mirror.path / name, self.folder.path / name)
+        best = None
+        with suppress(InputError):  # one that cannot be read
+            best = best_step(mirror.checkpoints)
+        if best is not None and best < self.step and not find_damage(mirror.checkpoints / str(best)):
+            copy_checkpoint(mirror.checkpoints / str(best), self.folder.checkpoints / str(best))
+        copy_checkpoint(mirror.checkpoints / str(self.step), self.folder.checkpoints / str(self.step))
 
     @property
     def tokenizer(self) -> dict[str, Any] | None:
@@ -51,43 +112,111 @@ class Start:
         difference = first_difference(self.metadata["identity"], identity) if self.step is not None else None
         if difference:
             raise InputError(
-                f"{self.folder.path} holds another run: {difference}; change it back, or start anew with --run NAME"
+                f"{self.source.path} holds another run: {difference}; change it back, or start anew with --run NAME"
             )
 
 
 def find_start(config: RunConfig) -> Start:
-    """Look at the run's folder and decide where to start.
+    """Look at the run's folder, and at its mirror's, and decide where to start: at the latest whole checkpoint.
 
     Raises:
-        InputError: ``resume`` forbids what is there; the folder holds something else; every checkpoint is damaged.
+        InputError: ``resume`` forbids what is there; a folder holds something else; every checkpoint is damaged; the
+            mirror cannot be written to, or holds another run than the run's folder.
         MissingInputError: ``resume: must`` and nothing to go on from.
     """
-    run = RunFolder(config.folder)
-    steps = saved_steps(run.checkpoints)
-    if config.resume == "never" and (steps or (run.path / "config.yaml").exists()):
-        raise InputError(
-            f"{run.path} already holds a run and resume is never; choose another name with --run, or go on with "
-            "--resume auto"
-        )
-    if config.resume == "must" and not steps:
-        raise MissingInputError(
-            f"{run.checkpoints}: no checkpoint to go on from, and resume is must; use --resume auto"
-        )
-    if run.path.exists() and not run.path.is_dir():
-        raise InputError(f"{run.path} is a file; choose another name with --run")
-    if not steps and run.path.is_dir() and any(run.path.iterdir()) and not (run.path / "config.yaml").exists():
-        raise InputError(f"{run.path} is not empty and holds no run; choose another name with --run")
+    run, mirror = RunFolder(config.folder), find_mirror(config)
+    places = [run] if mirror is None else [run, mirror]
+    for place in places:
+        _check_place(place, config.resume)
+    found = [(step, place) for place in places for step in saved_steps(place.checkpoints)]
+    if config.resume == "must" and not found:
+        where = " and ".join(str(place.checkpoints) for place in places)
+        raise MissingInputError(f"{where}: no checkpoint to go on from, and resume is must; use --resume auto")
     warnings: list[str] = []
-    for step in reversed(steps):
-        damage = find_damage(run.checkpoints / str(step))
-        try:
-            if damage is None:
-                return Start(run, step, read_metadata(run.checkpoints, step), tuple(warnings), tuple(steps))
-        except InputError as error:
-            damage = str(error)
+    for step, place in sorted(found, key=lambda item: item[0], reverse=True):  # of equal steps the run's own is first
+        metadata, damage = _read(place, step)
+        if damage is None:
+            for other in places:
+                _check_same_run(metadata, place, other)
+            warnings += _move_warnings(metadata) + _decay_warnings(config, metadata, step, place)
+            saved = tuple(saved_steps(run.checkpoints))
+            return Start(run, step, metadata, tuple(warnings), saved, None if place is run else place)
         warnings.append(f"{damage}; going back to an earlier checkpoint")
-    if steps:
-        raise InputError(f"{run.checkpoints}: every checkpoint is damaged ({damage}); start anew with --run NAME")
+    if found:
+        raise InputError(
+            f"{found[-1][1].checkpoints}: every checkpoint is damaged ({damage}); start anew with --run NAME"
+        )
     if run.metrics("train"):
         warnings.append(f"{run.path} has a log but no checkpoint; the run begins anew, and so does its log")
     return Start(run, None, {}, tuple(warnings))
+
+
+def _check_place(place: RunFolder, resume: str) -> None:
+    """Refuse a folder, the run's or its mirror's, that the run must not go on in."""
+    path = place.path
+    begun = bool(saved_steps(place.checkpoints)) or (path / "config.yaml").exists()
+    if resume == "never" and begun:
+        raise InputError(
+            f"{path} already holds a run and resume is never; choose another name with --run, or go on with "
+            "--resume auto"
+        )
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path} is a file; choose another name with --run")
+    # Hidden files do not count, such as the lock of a start that was killed.
+    if not begun and path.is_dir() and any(not file.name.startswith(".") for file in path.iterdir()):
+        raise InputError(f"{path} is not empty and holds no run; choose another name with --run")
+
+
+def _read(place: RunFolder, step: int) -> tuple[dict[str, Any], str | None]:
+    """Return a checkpoint's metadata, and what is damaged of it."""
+    damage = find_damage(place.checkpoints / str(step))
+    try:
+        return ({} if damage else read_metadata(place.checkpoints, step)), damage
+    except InputError as error:
+        return {}, str(error)
+
+
+def _check_same_run(metadata: dict[str, Any], place: RunFolder, other: RunFolder) -> None:
+    """Refuse to take two runs for one: what the run's folder and its mirror hold must be of the same."""
+    for step in reversed(saved_steps(other.checkpoints)):
+        with suppress(InputError):  # raised for metadata that cannot be read: the step before tells, too
+            there = read_metadata(other.checkpoints, step).get("identity", {})
+            break
+    else:
+        return
+    if difference := first_difference(there, metadata["identity"]):
+        raise InputError(
+            f"{other.path} holds another run than {place.path}: {difference} in the latter; choose another name with "
+            "--run, or another checkpoint.mirror"
+        )
+
+
+def _move_warnings(metadata: dict[str, Any]) -> list[str]:
+    """Say what the machine has differently from that of the checkpoint, if it decides how numbers are rounded."""
+    was, now = metadata.get("environment", {}), environment(jax.device_count())
+    changed = [
+        key for key in ("device", "devices", "processes", "threads", "jax") if was.get(key, now[key]) != now[key]
+    ]
+    if not changed:
+        return []
+    then, here = (", ".join(f"{key} {values[key]}" for key in changed) for values in (was, now))
+    return [f"the checkpoint was made elsewhere ({then}; here {here}): the run goes on, but not bit for bit"]
+
+
+def _decay_warnings(config: RunConfig, metadata: dict[str, Any], step: int, place: RunFolder) -> list[str]:
+    """Say that more steps were asked of a run whose final decay has begun already."""
+    optimizer, was = config.optimizer, metadata["config"].get("train", {})
+    total, more = was.get("steps"), config.train.steps
+    if optimizer.schedule != "wsd" or None in (total, more) or was.get("epochs") or more <= total:
+        return []
+    stable = total - (max(1, total // 10) if optimizer.decay_steps is None else optimizer.decay_steps)
+    if step <= stable:
+        return []
+    said = (
+        f"the learning rate had been falling since step {stable:,} and rises to its peak again, as train.steps is "
+        f"{more:,} now and was {total:,}"
+    )
+    before = [saved for saved in saved_steps(place.checkpoints) if saved <= stable]
+    if not before:
+        return [f"{said}; checkpoints from before the decay, to start a new run from, are kept by --checkpoint.keep"]
+    return [f"{said}; smoother: slm-jax train --base {place.path}@{before[-1]} --base_optimizer true --run NAME"]

@@ -47,11 +47,13 @@ class Parameters:
         trainable: the parameters to train, where they do not come from a key: arrays, or shapes in a run that goes on.
         frozen: the parameters that are not trained.
         init: from a key, a new model's parameters to train; None: ``trainable`` are there already.
+        opt_state: the optimizer's state for ``trainable`` to begin with, as arrays on the host; None: a new one.
     """
 
     trainable: Params
     frozen: Params
     init: Callable[[jax.Array], Params] | None = None
+    opt_state: Any = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,14 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from orbax.checkpoint import v1 as ocp
 
+from slm_jax import cli
 from slm_jax.config import (
     DataConfig,
     ModelSection,
     OptimizerConfig,
     RunConfig,
+    SampleConfig,
     TokenizerConfig,
     TrainConfig,
+    dump_config,
 )
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.model import GPTConfig, init_params
@@ -25,9 +29,13 @@ from slm_jax.tasks import pretraining
 from slm_jax.tasks.base import count_steps, find_base
 from slm_jax.tokenizer import CharTokenizer
 from slm_jax.trainable import from_leaf_table, leaf_table, whole_params
+from slm_jax.training.checkpoint import saved_steps
 from slm_jax.training.start import find_start
 from slm_jax.training.step import make_eval_step
 from slm_jax.weights import save_gpt2
+
+# Checkpoints are read here as they lie on the disk, without saying onto which devices.
+pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided when restoring")
 
 TOKENIZER = CharTokenizer("abcdefgh \n")
 CFG = GPTConfig(vocab_size=TOKENIZER.vocab_size, context_length=16, emb_dim=16, n_heads=2, n_layers=2)
@@ -185,3 +193,81 @@ def test_the_leaves_of_a_checkpoint_are_described_as_json(place):
 
 def shape_of(leaf):
     return leaf.shape, str(leaf.dtype)
+
+
+# The state of the base's optimizer
+
+
+@pytest.fixture(scope="module")
+def trained(place):
+    """A run of four steps from the base; the last block of it, and all of it."""
+    folder = place[0] / "trained"
+    for trainable in ("all", "last_block"):
+        file = folder / f"{trainable}.yaml"
+        folder.mkdir(exist_ok=True)
+        cfg = config(place, runs_dir=str(folder), run=trainable, trainable=trainable, sample=SampleConfig(every=0))
+        file.write_text(dump_config(cfg))
+        assert cli.main(["train", "--config", str(file)]) == 0
+    return folder
+
+
+def saved_opt_state(run, step):
+    state = ocp.load_checkpointables(run / "checkpoints" / str(step), {"state": None})["state"]
+    return jax.tree.map(np.asarray, jax.tree.leaves(state["opt_state"]))
+
+
+def test_a_fork_counts_on_with_the_optimizer_of_its_base(place, trained):
+    """Four steps of the base and four of its own; the step itself begins at 0."""
+    fork = config(
+        (trained, None),
+        "last_block@4",
+        base_optimizer=True,
+        trainable="last_block",
+        run="fork",
+        runs_dir=str(trained),
+        seed=1,
+        data=DataConfig(source=f"text:{place[0] / 'text.txt'}"),
+        sample=SampleConfig(every=0),
+    )
+    file = trained / "fork.yaml"
+    file.write_text(dump_config(fork))
+    assert cli.main(["train", "--config", str(file)]) == 0
+    run = trained / "fork"
+    assert saved_steps(run / "checkpoints") == [0, 4]
+    for step in (0, 4):
+        counts = [leaf for leaf in saved_opt_state(run, step) if leaf.shape == ()]
+        assert counts == [4 + step]
+    assert cli.main(["train", "--config", str(file)]) == 0  # done, and not refused
+
+
+@pytest.mark.parametrize("trainable", ["all", "last_block"])
+def test_the_moments_are_those_of_the_base_bit_for_bit(place, trained, trainable):
+    data = DataConfig(source=f"text:{place[0] / 'text.txt'}")
+    cfg = config((trained, None), f"{trainable}@4", base_optimizer=True, trainable=trainable, data=data)
+    found, expected = jax.tree.leaves(build(cfg).params.opt_state), saved_opt_state(trained / trainable, 4)
+    assert all(isinstance(leaf, np.ndarray | np.generic) for leaf in found)
+    assert sum(leaf.size for leaf in found) > 100
+    assert sorted(np.asarray(leaf).tobytes() for leaf in found) == sorted(leaf.tobytes() for leaf in expected)
+
+
+def test_without_asking_the_optimizer_begins_anew(place, trained):
+    cfg = config((trained, None), "all@4", data=DataConfig(source=f"text:{place[0] / 'text.txt'}"))
+    assert build(cfg).params.opt_state is None
+
+
+@pytest.mark.parametrize(
+    ("base", "trainable", "said"),
+    [
+        (None, "all", "base is null"),
+        ("weights", "all", "is no run"),
+        ("run", "all", "no state of this optimizer|other parameters"),
+        ("trained/all", "last_block", "trained other parameters than trainable: last_block"),
+        ("trained/last_block", "all", "trained other parameters than trainable: all"),
+        ("trained/all", "lora", "trained other parameters than trainable: lora"),
+    ],
+)
+def test_a_base_without_that_optimizers_state_is_refused(place, trained, base, trainable, said):
+    with pytest.raises(InputError, match=said) as caught:
+        build(config(place, base, trainable=trainable, base_optimizer=True))
+    assert "base_optimizer is true" in str(caught.value)
+    assert "\n" not in str(caught.value)

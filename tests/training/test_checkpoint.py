@@ -17,6 +17,7 @@ from slm_jax.training.checkpoint import (
     best_step,
     checkpoint_bytes,
     find_damage,
+    load_opt_state,
     load_params,
     read_metadata,
     saved_steps,
@@ -139,6 +140,16 @@ def test_a_step_being_saved_is_among_the_saved_steps(folder):
         assert checkpoints.saved_steps() == []
         checkpoints.save(make_state(10), {}, None)
         assert checkpoints.saved_steps() == [10]
+
+
+def test_who_asks_is_told_of_each_checkpoint_that_has_its_checksums(folder):
+    told = []
+    with Checkpoints(
+        folder, on_saved=lambda step: told.append((step, (folder / str(step) / CHECKSUMS).is_file()))
+    ) as checkpoints:
+        for step in (10, 20, 30):
+            checkpoints.save(make_state(step), {})
+    assert told == [(10, True), (20, True), (30, True)]
 
 
 def test_a_step_may_be_saved_anew(folder):
@@ -283,6 +294,24 @@ def test_parameters_load_without_the_optimizer(saved):
     like = jax.eval_shape(lambda: expected)
     loaded = load_params(saved, 20, like)
     assert_same_bits(jax.tree.map(np.asarray, loaded), jax.tree.map(np.asarray, expected))
+
+
+def test_the_optimizers_state_loads_alone_to_the_host(template):
+    expected = make_state(20).opt_state
+    loaded = load_opt_state(template, 20, jax.eval_shape(lambda: expected))
+    assert all(isinstance(leaf, np.ndarray | np.generic) for leaf in jax.tree.leaves(loaded))
+    assert jax.tree.structure(loaded) == jax.tree.structure(expected)
+    for a, e in zip(jax.tree.leaves(loaded), jax.tree.leaves(expected), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(e).tobytes()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(("optimizer", "size"), [(optax.sgd(0.1, momentum=0.9), 64), (OPTIMIZER, 32)])
+def test_the_state_of_another_optimizer_or_model_is_refused(template, optimizer, size):
+    like = jax.eval_shape(lambda: optimizer.init(make_state(20, size).trainable))
+    with pytest.raises(InputError, match=rf"{template / '20'}: has no state of this optimizer") as caught:
+        load_opt_state(template, 20, like)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_step_that_is_not_there_is_refused_and_those_there_named(template, folder):

@@ -1,0 +1,248 @@
+"""A run's second home: a folder such as a mounted drive's, to which checkpoints are copied while training goes on.
+
+The mirror has the layout of a run's folder. Whatever happens to it, training goes on.
+"""
+
+import errno
+import math
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from slm_jax.config import RunConfig
+from slm_jax.errors import InputError
+from slm_jax.files import user_path
+from slm_jax.training.checkpoint import CHECKSUMS, METADATA, best_step, find_damage, saved_steps
+from slm_jax.training.progress import format_duration
+from slm_jax.training.run_folder import RunFolder
+
+RETRY_INTERVAL = 15.0  # seconds from one attempt to the next while nothing can be copied
+SAY_INTERVAL = 60.0  # seconds from one line about that to the next
+CLOSE_TIMEOUT = 300.0  # seconds that the end of a run waits for the last copies
+
+
+def find_mirror(config: RunConfig) -> RunFolder | None:
+    """Return the run's folder in ``checkpoint.mirror``, whether or not it is there yet; None without a mirror.
+
+    Raises:
+        InputError: a mirror that cannot be written to, or that lies in the run's own folder or around it.
+    """
+    if config.checkpoint.mirror is None:
+        return None
+    root = user_path(config.checkpoint.mirror)
+    mirror, run = RunFolder(root / config.name), RunFolder(config.folder)
+    there, here = mirror.path.resolve(), run.path.resolve()
+    if there.is_relative_to(here) or here.is_relative_to(there):
+        raise InputError(
+            f"checkpoint.mirror is {root}, where this run's own folder {run.path} lies; choose a folder apart from it"
+        )
+    if mirror.writes:
+        try:
+            # Not its parents: they are missing where a drive is not mounted.
+            root.mkdir(exist_ok=True)
+            probe = root / f".write-test-{os.getpid()}"
+            probe.write_text("x")
+            probe.unlink()
+        except OSError as error:
+            raise InputError(
+                f"checkpoint.mirror is {root}: cannot write there ({error.strerror}); mount it, or choose another "
+                "folder"
+            ) from None
+    return mirror
+
+
+class Mirror:
+    """Copies a run to its mirror in a thread of its own, checkpoint by checkpoint as they are saved.
+
+    Use as a context manager, around the writing of everything that is to be copied; leaving it waits for the last
+    copies, but not for ever. Trouble with the mirror is said, at most once a minute, and never raised.
+    """
+
+    def __init__(self, config: RunConfig, note: Callable[[str], None]):
+        """Take the run and the mirror from a configuration that has one; ``note`` says a line to a person."""
+        assert config.checkpoint.mirror is not None
+        self._root = user_path(config.checkpoint.mirror)
+        self._target = RunFolder(self._root / config.name)
+        self._run = RunFolder(config.folder)
+        self._keep = config.checkpoint.keep
+        self._note = note
+        self._wake = threading.Event()
+        self._closing = False
+        self._attempt_began: float | None = None
+        self._failing_since: str | None = None
+        self._was_said = False
+        self._last_said = -math.inf
+        self._latest: int | None = None
+        self._damaged: set[int] = set()
+        self._copied: dict[str, tuple[int, int]] = {}
+        self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
+
+    def __enter__(self) -> "Mirror":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closing = True
+        self._wake.set()
+        self._thread.join(min(3.0, CLOSE_TIMEOUT))
+        if self._thread.is_alive():
+            self._note(f"copying the last to {self._target.path}: at most {format_duration(CLOSE_TIMEOUT)}")
+            self._thread.join(CLOSE_TIMEOUT)
+        if self._thread.is_alive():
+            self._note(f"warning: {self._target.path}: too slow, not waited for any longer; {self._what_is_there()}")
+        elif self._failing_since:
+            self._note(
+                f"warning: {self._target.path}: {self._what_is_there()}; start the same command again when it is back, "
+                "to copy what is missing"
+            )
+
+    def checkpoint_saved(self, step: int) -> None:
+        """Have the checkpoint of a step copied, which has its checksums; returns at once."""
+        self._wake.set()
+        began = self._attempt_began
+        if began is not None and time.monotonic() - began > SAY_INTERVAL:
+            seconds = time.monotonic() - began
+            self._say(f"is slow: a copy has taken {seconds:.0f} s so far")
+
+    def _work(self) -> None:
+        while True:
+            closing = self._closing  # before the attempt, which then copies all that there will be
+            self._attempt()
+            if closing:
+                return
+            self._wake.wait(RETRY_INTERVAL if self._failing_since else None)
+            self._wake.clear()
+
+    def _attempt(self) -> None:
+        self._attempt_began = time.monotonic()
+        try:
+            self._synchronise()
+        except Exception as error:  # of any kind: the mirror's trouble is not training's
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or repr(error)
+            self._failing_since = self._failing_since or time.strftime("%H:%M:%S")
+            self._was_said |= self._say(f"nothing can be copied there since {self._failing_since} ({reason})")
+        else:
+            self._failing_since = None
+            if self._was_said:
+                self._was_said = False
+                self._note(f"{self._target.path} is back; {self._what_is_there()}")
+        finally:
+            self._attempt_began = None
+
+    def _say(self, what: str) -> bool:
+        """Say a line, unless another one was said a short while ago; return whether it was."""
+        if time.monotonic() - self._last_said < SAY_INTERVAL:
+            return False
+        self._last_said = time.monotonic()
+        self._note(f"warning: {self._target.path}: {what}; training goes on; {self._what_is_there()}")
+        return True
+
+    def _what_is_there(self) -> str:
+        return "no checkpoint is there" if self._latest is None else f"the latest there is of step {self._latest:,}"
+
+    def _synchronise(self) -> None:
+        """Copy what is missing there, the latest checkpoint first; when it is whole, make room for the others."""
+        if not self._root.is_dir():  # not made again: a drive that comes back is mounted on an empty folder, or none
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self._root))
+        self._target.path.mkdir(parents=True, exist_ok=True)
+        self._copy_small_files()
+        self._target.checkpoints.mkdir(exist_ok=True)
+        here = [step for step in saved_steps(self._run.checkpoints) if self._is_whole(step)]
+        self._latest = next((step for step in reversed(here) if self._copy(step)), None)
+        if self._latest is None:
+            return
+        with suppress(InputError):  # a checkpoint there that cannot be read: which is the best is not known
+            self._remove_old(here)
+        for step in reversed(here):
+            self._copy(step)
+
+    def _is_whole(self, step: int) -> bool:
+        return step not in self._damaged and (self._run.checkpoints / str(step) / CHECKSUMS).is_file()
+
+    def _copy_small_files(self) -> None:
+        for name in small_files(self._run.path):
+            source, target = self._run.path / name, self._target.path / name
+            with suppress(FileNotFoundError):  # replaced at this moment: the next time
+                version = (source.stat().st_mtime_ns, source.stat().st_size)
+                if self._copied.get(name) != version or not target.is_file() or target.stat().st_size != version[1]:
+                    copy_file(source, target)
+                    self._copied[name] = version
+
+    def _copy(self, step: int) -> bool:
+        """Copy a checkpoint unless it is there already; return whether it is there now."""
+        source, target = self._run.checkpoints / str(step), self._target.checkpoints / str(step)
+        try:
+            if not _same_text(source / CHECKSUMS, target / CHECKSUMS):
+                copy_checkpoint(source, target)
+        except (OSError, InputError) as error:
+            if not (source / METADATA).is_file():  # no longer kept, and removed while it was copied
+                return False
+            damage = find_damage(source) if isinstance(error, InputError) else None
+            if damage is None:
+                raise
+            self._damaged.add(step)
+            self._note(f"warning: {damage}; it is not copied to {self._target.path}")
+            return False
+        return True
+
+    def _remove_old(self, here: list[int]) -> None:
+        """Remove what is kept neither here nor, as a run on a fresh machine has little, by the same rule there."""
+        checkpoints = self._target.checkpoints
+        there = saved_steps(checkpoints)
+        kept = {*here, *there[-self._keep :], best_step(checkpoints)}
+        for path in list(checkpoints.iterdir()):
+            if path.name.endswith(".partial") or (path.name.isdecimal() and int(path.name) not in kept):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def small_files(run: Path) -> list[str]:
+    """Return the names of a run's files but those of checkpoints and logs for other programs; the configuration first.
+
+    It is what makes a folder count as a run.
+    """
+    files = [path for path in [*run.iterdir(), *(run / "tokenizer").rglob("*")] if path.is_file()]
+    names = (str(path.relative_to(run)) for path in files)
+    wanted = [name for name in names if not name.startswith(".") and not name.endswith(".partial")]
+    return sorted(wanted, key=lambda name: (name != "config.yaml", name))
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file in one step: who reads the target sees the old one or the new one."""
+    target.parent.mkdir(exist_ok=True)
+    partial = target.with_name(f"{target.name}.partial")
+    shutil.copyfile(source, partial)
+    partial.replace(target)
+
+
+def copy_checkpoint(source: Path, target: Path) -> None:
+    """Copy a checkpoint's folder, which gets its name when the copy is whole; it replaces one that is there.
+
+    Raises:
+        OSError: it cannot be read or written.
+        InputError: the copy is damaged.
+    """
+    partial, replaced = (target.with_name(f"{target.name}.{what}") for what in ("partial", "replaced.partial"))
+    for path in (partial, replaced):
+        shutil.rmtree(path, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        for file in sorted(source.rglob("*")):  # without their permissions and times, which not every drive can store
+            copy = partial / file.relative_to(source)
+            copy.mkdir() if file.is_dir() else shutil.copyfile(file, copy)
+        if damage := find_damage(partial):
+            raise InputError(damage)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if target.exists():
+        target.rename(replaced)
+    partial.rename(target)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _same_text(one: Path, other: Path) -> bool:
+    return other.is_file() and one.read_bytes() == other.read_bytes()
