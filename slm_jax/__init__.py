@@ -1,6 +1,7 @@
 """A GPT from scratch in JAX: tokenizers, attention, models, pretraining, fine-tuning, GPT-2 weights, text from them."""
 
 from slm_jax import lora, tasks
+from slm_jax.capture import ablate, capture
 from slm_jax.classifier import GPTClassifier
 from slm_jax.classify import load_classifier
 from slm_jax.generate import generate
@@ -15,6 +16,8 @@ __all__ = [
     "GPTConfig",
     "GPTModel",
     "Run",
+    "ablate",
+    "capture",
     "generate",
     "get_gpt_config",
     "get_tokenizer",

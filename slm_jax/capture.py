@@ -1,0 +1,257 @@
+"""Look at what a model computes on the way to its logits, and take parts of it out, without changing the model.
+
+Flax lets a function see every call of a submodule (``flax.linen.intercept_methods``): :func:`capture` sows the wanted
+inputs and outputs of those calls, :func:`ablate` replaces them. Each block is run with parameters of its own, so that
+its path says which one it is. All of it is a pure function: ``jax.jit``, ``jax.grad`` and ``jax.vmap`` go through.
+"""
+
+import dataclasses
+import difflib
+import functools
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax.traverse_util import flatten_dict
+from jaxtyping import Array, Float, Int
+
+from slm_jax.errors import InputError
+from slm_jax.model import GPTConfig, GPTModel, Params, unstack_blocks
+
+# Of a block, in the order in which they are computed; the last is the block itself.
+_IN_BLOCK = (
+    *("/norm1", "/attn/q", "/attn/k", "/attn/v", "/attn/weights", "/attn/heads", "/attn"),
+    *("/norm2", "/ff/hidden", "/ff", ""),
+)
+
+# What goes into a submodule: its name, and which argument it is.
+_INPUTS = {
+    "/attn/out_proj": ("/attn/heads", 0),
+    "/attn/out_proj_adapter": ("/attn/heads", 1),
+    "/ff/proj": ("/ff/hidden", 0),
+    "/ff/proj_adapter": ("/ff/hidden", 1),
+}
+
+_OPTIONS = ("positions", "segment_ids", "lengths")
+
+
+def capture(
+    model: GPTModel,
+    params: Params,
+    tokens: Int[Array, "batch seq"],
+    names: str | Sequence[str],
+    *,
+    ablate: str | Sequence[str] = (),
+    **options: Any,
+) -> tuple[Float[Array, "batch ..."], dict[str, Array]]:
+    """Run a model without dropout, and return its logits and what it computed on the way.
+
+    ========================  ================================================================  ======================
+    name                      what                                                              shape
+    ========================  ================================================================  ======================
+    ``embeddings``            what enters the first block                                       (batch, seq, emb)
+    ``blocks/3``              the residual stream after block 3 (the first is block 0)          (batch, seq, emb)
+    ``blocks/3/norm1``        what attention reads; ``norm2``: what the feed-forward reads      (batch, seq, emb)
+    ``blocks/3/attn``         what attention adds to the stream                                 (batch, seq, emb)
+    ``blocks/3/attn/heads``   each head's output, before ``out_proj``                           (batch, seq, heads, dim)
+    ``blocks/3/attn/weights`` how much each query (third axis) takes of each key                (batch, heads, seq, seq)
+    ``blocks/3/attn/q``       queries; ``k``: keys, ``v``: values                               (batch, seq, heads, dim)
+    ``blocks/3/ff``           what the feed-forward adds to the stream                          (batch, seq, emb)
+    ``blocks/3/ff/hidden``    its neurons, after GELU                                           (batch, seq, 4·emb)
+    ``final_norm``            what the head reads                                               (batch, seq, emb)
+    ``logits``                the logits                                                        (batch, seq, vocab)
+    ========================  ================================================================  ======================
+
+    Args:
+        model: a :class:`GPTModel`, or a ``GPTClassifier`` (with ``lengths=``).
+        params: its parameters, the blocks stacked or not.
+        tokens: int32 (batch, seq).
+        names: one or several of the table; ``*`` stands for any text between two slashes: ``blocks/*/attn/weights``.
+        ablate: what is taken out of the model meanwhile, as for :func:`ablate`.
+        **options: arrays that the model takes: ``positions``, ``segment_ids``, a classifier's ``lengths``.
+
+    Returns:
+        (logits, seen): ``seen`` has an array for each name, in the order of the model and in the dtype that it computes
+        in. To see weights, attention computes them explicitly, whatever ``cfg.attention`` says.
+
+    Raises:
+        InputError: a name that the model does not have; another option.
+    """
+    wanted, kept = _find(names, model.cfg), _masks(ablate, model.cfg)
+    if unknown := sorted(options.keys() - set(_OPTIONS)):
+        raise InputError(
+            f"capture and ablate take no {unknown[0]}; expected {', '.join(_OPTIONS)}: "
+            "they run whole sequences, without cache or dropout"
+        )
+    logits, seen = _run(model, unstack_blocks(params), tokens, kept, options, wanted=wanted)
+    seen["logits"] = logits
+    return logits, {name: seen[name] for name in wanted}
+
+
+def ablate(
+    model: GPTModel, params: Params, tokens: Int[Array, "batch seq"], names: str | Sequence[str], **options: Any
+) -> Float[Array, "batch ..."]:
+    """Run a model, without dropout, from which parts are taken out, and return its logits.
+
+    ============================  ==============================================================
+    name                          what becomes of it
+    ============================  ==============================================================
+    ``blocks/3``                  is skipped: the residual stream passes it by
+    ``blocks/3/attn``             attention adds nothing to the stream
+    ``blocks/3/attn/heads/5``     this head's output is 0 before ``out_proj``
+    ``blocks/3/ff``               the feed-forward adds nothing to the stream
+    ``blocks/3/ff/hidden/17``     this neuron is 0 after GELU
+    ============================  ==============================================================
+
+    Args:
+        model: a :class:`GPTModel`, or a ``GPTClassifier`` (with ``lengths=``).
+        params: its parameters, the blocks stacked or not.
+        tokens: int32 (batch, seq).
+        names: one or several of the table; ``*`` stands for any text between two slashes: ``blocks/*/attn/heads/0``.
+        **options: as for :func:`capture`.
+
+    Returns:
+        Logits, as those of the model.
+
+    Raises:
+        InputError: a name that the model does not have; an unknown option.
+    """
+    return capture(model, params, tokens, (), ablate=names, **options)[0]
+
+
+@functools.partial(jax.jit, static_argnames=("model", "wanted"))
+def _run(
+    model: GPTModel,
+    params: Params,
+    tokens: Array,
+    kept: dict[str, Array],
+    options: dict[str, Any],
+    *,
+    wanted: tuple[str, ...],
+) -> tuple[Array, dict[str, Array]]:
+    if any(name.endswith("/weights") for name in wanted):
+        model = model.clone(cfg=dataclasses.replace(model.cfg, attention="explicit"))
+    watcher = _Watcher(model.cfg, frozenset(wanted), kept)
+    with nn.intercept_methods(watcher):
+        logits, state = model.apply({"params": params}, tokens, mutable=["intermediates"], **options)
+    sown = flatten_dict(state.get("intermediates", {}))
+    # What was sown in a block has the first axis of its stack of one.
+    return logits, {
+        path[-1]: value[0][0] if path[0].startswith("blocks_") else value[0] for path, value in sown.items()
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Watcher:
+    """Sees every call of a submodule, sows what is wanted and takes out what is not kept."""
+
+    cfg: GPTConfig
+    wanted: frozenset[str]
+    kept: dict[str, Array]
+
+    def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], context: Any) -> Any:
+        """Do one call, ``call(*args, **kwargs)``, of the module and method that Flax's ``context`` names."""
+        module = context.module
+        if context.method_name != "__call__" or not module.path:
+            return call(*args, **kwargs)
+        stack, *rest = module.path
+        if stack.startswith("blocks_"):
+            block, part = stack.replace("_", "/"), "".join(f"/{name}" for name in rest)
+            if part in _INPUTS:
+                return call(*self._watch_input(module, block, part, args), **kwargs)
+            return self._watch_output(module, block, part, args, functools.partial(call, *args, **kwargs))
+        output = call(*args, **kwargs)
+        self._sow(module, "embeddings" if stack == "drop" else stack, output)
+        return output
+
+    def _watch_input(self, module: nn.Module, block: str, part: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return the arguments for a submodule whose input has units: the heads, or the neurons."""
+        inside, index = _INPUTS[part]
+        name, x = block + inside, args[index]
+        units = x.reshape(*x.shape[:-1], self.cfg.n_heads if inside == "/attn/heads" else x.shape[-1], -1)
+        if name in self.kept:
+            units = jnp.where(self.kept[name][:, None], units, 0)
+            x = units.reshape(x.shape)
+        if index == 0:
+            self._sow(module, name, units if inside == "/attn/heads" else x)
+        return (*args[:index], x, *args[index + 1 :])
+
+    def _watch_output(
+        self, module: nn.Module, block: str, part: str, args: tuple[Any, ...], call: Callable[..., Any]
+    ) -> Any:
+        """Call a submodule of a block, or the block itself, and return its output."""
+        name = block + part.removesuffix("_adapter")  # the query is what its adapter, if there is one, made of it
+        if f"{name}/weights" in self.wanted:
+            output, weights = call(return_weights=True)
+            self._sow(module, f"{name}/weights", weights)
+        else:
+            output = call()
+        if part == "":
+            stream, cache = output
+            stream = jnp.where(self.kept[name], stream, args[0]) if name in self.kept else stream
+            self._sow(module, name, stream)
+            return stream, cache
+        if name in self.kept:
+            output = jnp.where(self.kept[name], output, 0)
+        self._sow(module, name, output)
+        return output
+
+    def _sow(self, module: nn.Module, name: str, value: Array) -> None:
+        if name in self.wanted:
+            module.sow("intermediates", name, value)
+
+
+def _find(patterns: str | Sequence[str], cfg: GPTConfig) -> tuple[str, ...]:
+    """Return the names of what is to be captured, in the order of the model."""
+    blocks = [f"blocks/{i}{part}" for i in range(cfg.n_layers) for part in _IN_BLOCK]
+    names = ["embeddings", *blocks, "final_norm", "logits"]
+    found: set[str] = set()
+    for pattern in _listed(patterns):
+        matches = [name for name in names if _regex(pattern).fullmatch(name)]
+        if not matches:
+            raise _unknown(pattern, names, cfg)
+        found.update(matches)
+    return tuple(name for name in names if name in found)
+
+
+def _masks(patterns: str | Sequence[str], cfg: GPTConfig) -> dict[str, np.ndarray]:
+    """Say of each part whether it is kept; of heads and neurons, of which; empty if all is.
+
+    As arguments of the compiled program, so that it is the same whichever head is taken out.
+    """
+    shapes = {"": (), "/attn": (), "/attn/heads": (cfg.n_heads,), "/ff": (), "/ff/hidden": (4 * cfg.emb_dim,)}
+    kept = {f"blocks/{i}{part}": np.ones(shape, bool) for i in range(cfg.n_layers) for part, shape in shapes.items()}
+    for pattern in _listed(patterns):
+        whole, parent, matches = _regex(pattern), _regex(pattern.rpartition("/")[0]), 0
+        for name, mask in kept.items():
+            if mask.ndim == 0:
+                match = np.array(whole.fullmatch(name) is not None)
+            elif parent.fullmatch(name):
+                match = np.array([whole.fullmatch(f"{name}/{unit}") is not None for unit in range(len(mask))])
+            else:
+                continue
+            mask &= ~match
+            matches += match.sum()
+        if not matches:
+            raise _unknown(pattern, [f"{name}/0" if mask.ndim else name for name, mask in kept.items()], cfg)
+    return kept if _listed(patterns) else {}
+
+
+def _listed(patterns: str | Sequence[str]) -> Sequence[str]:
+    return (patterns,) if isinstance(patterns, str) else patterns
+
+
+def _regex(pattern: str) -> re.Pattern[str]:
+    return re.compile(re.escape(pattern).replace(r"\*", "[^/]*"))
+
+
+def _unknown(pattern: str, names: list[str], cfg: GPTConfig) -> InputError:
+    near = difflib.get_close_matches(pattern, names, n=3) or names[1:4]
+    return InputError(
+        f"{pattern!r} is nowhere in this model of {cfg.n_layers} layers, blocks/0 to blocks/{cfg.n_layers - 1}, with "
+        f"{cfg.n_heads} heads each; expected a name such as {', '.join(near)}"
+    )

@@ -1,0 +1,53 @@
+"""``slm-jax doctor``: what this machine, or a run, is fit for, and what to mend."""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Sequence
+from typing import Literal
+
+from slm_jax.commands import use_compile_cache
+from slm_jax.options import parse
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Look at this machine, and at a run; nothing is written or downloaded. The exit status is 1 if there is a problem.
+
+    Attributes:
+        run: a run's folder, such as runs/tiny, to look at, too; every checkpoint of it is read. null: none.
+        format: text, one line a check, or json, a list of objects with level, name and text.
+    """
+
+    run: str | None = None
+    format: Literal["text", "json"] = "text"
+
+
+def main(args: Sequence[str]) -> int:
+    """Read the options and run; see ``slm-jax doctor --help``."""
+    return run(parse(Options, args, "slm-jax doctor"))
+
+
+def run(options: Options) -> int:
+    """Print what is found; return 1 if some of it is a problem, else 0."""
+    from slm_jax.doctor import examine_machine
+    from slm_jax.doctor_run import examine_run, find_run
+
+    folder = None if options.run is None else find_run(options.run)
+    use_compile_cache()
+
+    found = []
+    for finding in itertools.chain(examine_machine(), () if folder is None else examine_run(folder)):
+        found.append(finding)
+        if options.format == "text":
+            print(f"{finding.level:<8} {finding.name:<12} {finding.text}", flush=True)
+    n_problems, n_notes = (sum(finding.level == level for finding in found) for level in ("problem", "note"))
+    if options.format == "json":
+        print(json.dumps([dataclasses.asdict(finding) for finding in found], indent=2))
+    else:
+        print(f"\n{_count(n_problems, 'problem')}, {_count(n_notes, 'note')}")
+    return 1 if n_problems else 0
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n or 'no'} {what}{'' if n == 1 else 's'}"
