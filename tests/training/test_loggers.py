@@ -53,7 +53,7 @@ def test_tensorboard_has_what_the_log_has(tmp_path):
     logger.close()
     scalars, texts = events(tmp_path)
     assert scalars == {(0, "val/loss"): 3.25, (0, "val/tokens"): 99.0}
-    assert [text for _, text in sorted(texts.items())] == ["    one\n    # two"]  # a heading would be none of the text's
+    assert [text for _, text in sorted(texts.items())] == ["    one\n    # two"]  # no heading
 
 
 def test_a_run_that_goes_on_has_each_step_once_in_tensorboard(text_file, tmp_path, capsys):
