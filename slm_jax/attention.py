@@ -30,6 +30,7 @@ from jaxtyping import Bool, Float, Int
 from slm_jax.cache import LayerCache, cached_attention
 from slm_jax.errors import InputError
 from slm_jax.lora import Adapter
+from slm_jax.target import target
 
 Implementation = Literal["auto", "xla", "cudnn", "explicit"]
 
@@ -392,12 +393,12 @@ def choose_implementation(
         needs_weights: whether the weights must exist: dropout is active, or they are to be returned.
         odd_mask: whether there is an extra mask over an odd number of tokens (cuDNN has no gradient for it).
         device: (JAX's platform name, NVIDIA's compute capability or None), such as ("gpu", 8.0) or ("cpu", None);
-            by default that of the device JAX computes on.
+            by default what is compiled for (:func:`slm_jax.target.target`).
 
     Raises:
         InputError: for an unknown name, and for a requested implementation that cannot work here.
     """
-    platform, capability = _default_device() if device is None else device
+    platform, capability = target() if device is None else device
     dtype = jnp.dtype(dtype)
     obstacle = None  # why cuDNN cannot do it, and what would help
     if needs_weights:
@@ -425,17 +426,6 @@ def choose_implementation(
     if platform == "cpu" and dtype == jnp.float16:
         raise InputError("attention implementation 'xla' has no float16 on a CPU: use 'auto', or another dtype")
     return "xla"
-
-
-def _default_device() -> tuple[str, float | None]:
-    """Return (platform, compute capability or None) of the device that JAX uses unless told otherwise."""
-    device = getattr(jax.config, "jax_default_device", None) or jax.local_devices()[0]
-    if isinstance(device, str):
-        device = jax.local_devices(backend=device)[0]
-    try:  # NVIDIA's are numbers, "9.0"; AMD's are names, "gfx942"; CPUs and TPUs have none
-        return device.platform, float(device.compute_capability)
-    except (AttributeError, ValueError):
-        return device.platform, None
 
 
 # --- What is refused ---

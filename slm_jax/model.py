@@ -21,7 +21,9 @@ from jaxtyping import Array, Bool, Float, Int
 from slm_jax.attention import FusedMultiHeadAttention
 from slm_jax.cache import KVCache, LayerCache
 from slm_jax.errors import InputError
+from slm_jax.logits import float32_logits
 from slm_jax.lora import Adapter
+from slm_jax.target import target
 
 DType = Literal["float32", "bfloat16", "float16"]
 Remat = Literal["none", "dots", "full"]
@@ -50,8 +52,8 @@ class GPTConfig:
         param_dtype: what parameters are stored in.
         remat: what the backward pass computes again instead of keeping: nothing, all but the matrix products, or all.
         attention: how attention is computed; ``auto`` takes the fastest that this device and call allow.
-        unroll: whether the stack of blocks is compiled layer by layer rather than as a loop; None: on a CPU, where
-            that is faster.
+        unroll: whether the stack of blocks is compiled layer by layer rather than as a loop; None: on a CPU without
+            remat, where that is faster.
         unpadded_vocab_size: ids from here to ``vocab_size`` only round the vocabulary up, as nanoGPT's 50,304 does,
             and are never sampled; None: no such ids.
     """
@@ -238,16 +240,7 @@ class OutHead(nn.Module):
         cfg = self.cfg
         shape = (cfg.emb_dim, cfg.vocab_size)
         kernel = self.param("kernel", nn.initializers.normal(INIT_STD), shape, cfg.param_dtype)
-        return _float32_logits(hidden, kernel.astype(cfg.dtype))
-
-
-def _float32_logits(
-    hidden: Float[Array, "batch seq emb"], kernel: Float[Array, "emb vocab"]
-) -> Float[Array, "batch seq vocab"]:
-    """Multiply in the operands' dtype and accumulate in float32: bf16 logits would round the loss away."""
-    if jax.default_backend() == "cpu":  # jax 0.7's CPU runtime has no such product; of float32 copies it is the same
-        hidden, kernel = hidden.astype(jnp.float32), kernel.astype(jnp.float32)
-    return jnp.einsum("bse,ev->bsv", hidden, kernel, preferred_element_type=jnp.float32)
+        return float32_logits(hidden, kernel)
 
 
 def init_cache(cfg: GPTConfig, params: Params, batch_size: int, capacity: int) -> KVCache:
@@ -366,7 +359,7 @@ class GPTModel(nn.Module):
     ) -> Float[Array, "batch seq vocab"]:
         """Map hidden states (batch, seq, emb_dim) to float32 logits (batch, seq, vocab_size)."""
         if self.cfg.tie_weights:
-            return _float32_logits(hidden, self.tok_emb.embedding.astype(self.cfg.dtype).T)
+            return float32_logits(hidden, self.tok_emb.embedding.T)
         return self.out_head_adapter(self.out_head(hidden), hidden, deterministic)
 
 
@@ -397,9 +390,17 @@ def _check_tokens_fit(
         )
 
 
+def is_unrolled(cfg: GPTConfig, platform: str) -> bool:
+    """Return whether the blocks are compiled one by one; by default on a CPU, where that is faster.
+
+    Not with ``remat``: unrolled, XLA's CPU compiler merges what is computed again with the first time, and keeps it.
+    """
+    return platform == "cpu" and cfg.remat == "none" if cfg.unroll is None else cfg.unroll
+
+
 def _block_stack(cfg: GPTConfig, length: int) -> nn.Module:
     """Build ``length`` blocks whose parameters are stacked along axis 0."""
-    unroll = jax.default_backend() == "cpu" if cfg.unroll is None else cfg.unroll
+    unroll = is_unrolled(cfg, target().platform)
     block: Any = TransformerBlock
     if cfg.remat != "none":
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if cfg.remat == "dots" else None

@@ -4,13 +4,12 @@ import dataclasses
 import importlib
 import math
 import os
-from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
-import yaml
+from recipes import CONFIGS, RECIPES, read, with_tokens
 
 from slm_jax.config import FinetuneConfig, RunConfig, parse_args
 from slm_jax.data.named import NAMED_FILES
@@ -23,15 +22,7 @@ from slm_jax.training.optimizer import make_optimizer, make_schedule
 from slm_jax.training.start import find_start
 from slm_jax.training.step import TrainState, make_eval_step, make_train_step
 
-CONFIGS = Path(__file__).parent.parent / "configs"
-RECIPES = sorted(CONFIGS.rglob("*.yaml"))
 MAX_PARAMETERS = 5_000_000  # what is run here and not only lowered
-
-
-def read(name: str, *more: str) -> RunConfig:
-    path = CONFIGS / f"{name}.yaml"
-    task = yaml.safe_load(path.read_text()).get("task", "pretraining")
-    return parse_args(["--config", str(path), *more], RunConfig if task == "pretraining" else FinetuneConfig)
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +71,9 @@ def test_a_recipe_parses_and_names_its_run(path):
 def test_a_recipe_makes_a_training_step(path, request, tmp_path):
     """With its own data, tokenizer, model and batches: two steps where that is quick, else lowered only."""
     # As a loop of layers, which compiles several times faster; that it is the same model is tested elsewhere.
-    config = read(path.stem, "--model.unroll", "false", "--runs_dir", str(tmp_path))
+    config = read(path.stem, "--model.unroll", "false", "--runs_dir", str(tmp_path), "--checkpoint.mirror", "null")
     available(config)
+    config = with_tokens(config, tmp_path)
     if config.base is not None:
         config = dataclasses.replace(config, base=str(request.getfixturevalue("base")))
     task = importlib.import_module(f"slm_jax.tasks.{config.task}").build(config, find_start(config))
@@ -193,15 +185,27 @@ def test_epochs_become_steps(named_data, tmp_path):
     assert task.tokens_per_step == 512
 
 
-def test_a_recipes_step_lowers_for_accelerators(named_data, tmp_path):
-    """On a machine that has none, in the dtype that would be chosen there."""
-    config = read("shakespeare_char", "--model.dtype", "bfloat16", "--runs_dir", str(tmp_path))
-    task = pretraining.build(config, find_start(config))
-    optimizer = make_optimizer(config.optimizer)
-    step = make_train_step(task.loss_fn, optimizer, make_schedule(config.optimizer, task.total_steps))
-    params = jax.eval_shape(task.params.init, jax.random.key(0))
-    state = jax.eval_shape(
-        partial(TrainState, jnp.int32(0)), params, jax.eval_shape(optimizer.init, params), jax.random.key(0)
-    )
-    for platform in ("tpu", "cuda"):
-        assert jax.jit(step).trace(state, {}, task.train_batches[0]).lower(lowering_platforms=(platform,))
+def test_gpt2_124m_is_gpt2_small_on_ten_billion_tokens_half_a_million_a_step():
+    config = read("gpt2_124m")
+    cfg = config.gpt_config(50_257)
+    assert cfg == get_gpt_config("gpt2-small")
+    tokens_per_step = config.train.batch_size * cfg.context_length
+    assert tokens_per_step == 2**19
+    assert config.train.steps * tokens_per_step == pytest.approx(10e9, rel=1e-4)
+    assert config.model.dtype == "auto"
+    assert (config.data.sampling, config.data.packing, config.checkpoint.mirror) == ("stride", False, None)
+    # GPT-3's of this size (Brown et al. 2020, table 2.1 and appendix B)
+    optimizer = config.optimizer
+    assert (optimizer.learning_rate, optimizer.beta1, optimizer.beta2) == (6e-4, 0.9, 0.95)
+    assert (optimizer.weight_decay, optimizer.clip_norm, optimizer.schedule) == (0.1, 1.0, "cosine")
+
+
+def test_gpt2_124m_colab_is_the_same_model_and_survives_its_machine():
+    config = read("gpt2_124m_colab")
+    assert config.gpt_config(50_257) == read("gpt2_124m").gpt_config(50_257)
+    assert config.checkpoint.mirror == "/content/drive/MyDrive/slm_jax"
+    assert config.runs_dir == "runs"  # on the machine itself, not on the Drive
+    assert config.model.dtype == "auto"
+    # Can be ended at any step: the decay is of a fixed length, and comes last.
+    assert (config.optimizer.schedule, config.optimizer.decay_steps) == ("wsd", 600)
+    assert config.train.eval_every % config.checkpoint.every == 0

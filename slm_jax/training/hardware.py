@@ -1,57 +1,109 @@
 """What the devices can do: peak arithmetic, memory, and the dtype that suits them."""
 
 import contextlib
+import dataclasses
+import difflib
 import os
 import re
 from pathlib import Path
+from typing import Literal
 
 import jax
 
+from slm_jax.errors import InputError
 from slm_jax.model import DType, GPTConfig, count_params
+from slm_jax.target import target, target_of
 
-# Dense bfloat16 (or, before it existed, float16) peak in FLOP/s by a part of the device's name that no digit follows,
-# from the makers' data sheets; the first match counts.
-PEAK_FLOPS = (
-    ("H200", 989e12),
-    ("H100 PCIe", 756e12),
-    ("H100", 989e12),
-    ("B200", 2250e12),
-    ("A100", 312e12),
-    ("L40S", 362e12),
-    ("L4", 121e12),
-    ("V100", 125e12),
-    ("T4", 65e12),
-    ("TPU v6", 918e12),
-    ("TPU v5 lite", 197e12),
-    ("TPU v5e", 197e12),
-    ("TPU v5", 459e12),
-    ("TPU v4", 275e12),
-    ("TPU v3", 61.5e12),  # a chip of v3 or v2 is two devices
-    ("TPU v2", 22.5e12),
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What a kind of accelerator can do, as its maker's data sheet says.
+
+    Attributes:
+        name: on the command line, such as ``a100-40g``.
+        kind: a part of JAX's ``device_kind`` that no digit follows.
+        platform: JAX's name: ``gpu`` or ``tpu``.
+        capability: NVIDIA's compute capability; None on a TPU.
+        peak_16bit: dense FLOP/s in bfloat16, or in float16 where bfloat16 is only emulated.
+        peak_float32: dense FLOP/s of float32 arrays multiplied as JAX does by default: in TF32 where there is that, on
+            a TPU in bfloat16.
+        memory: bytes.
+        bandwidth: of the memory, bytes a second.
+    """
+
+    name: str
+    kind: str
+    platform: Literal["gpu", "tpu"]
+    capability: float | None
+    peak_16bit: float
+    peak_float32: float
+    memory: float
+    bandwidth: float
+
+    @property
+    def usable(self) -> float:
+        """The share of the memory that JAX gives to a program: on a GPU 75 % unless it is told otherwise.
+
+        The TPU's share is what its compiler allows a v5e: 15.75 of 16 GiB.
+        """
+        return 0.75 if self.platform == "gpu" else 15.75 / 16
+
+    def peak(self, dtype: DType) -> float:
+        """Return the peak FLOP/s in a dtype."""
+        return self.peak_float32 if dtype == "float32" else self.peak_16bit
+
+
+# NVIDIA's data sheets, dense and SXM where there are several; Google Cloud's pages of its TPUs. The first match counts.
+DEVICES = (
+    Device("h200", "H200", "gpu", 9.0, 989e12, 495e12, 141e9, 4.8e12),
+    Device("h100-pcie", "H100 PCIe", "gpu", 9.0, 756e12, 378e12, 80e9, 2e12),
+    Device("h100", "H100", "gpu", 9.0, 989e12, 495e12, 80e9, 3.35e12),
+    Device("b200", "B200", "gpu", 10.0, 2250e12, 1125e12, 180e9, 8e12),
+    Device("a100-80g", "A100", "gpu", 8.0, 312e12, 156e12, 80e9, 2.039e12),
+    Device("a100-40g", "A100", "gpu", 8.0, 312e12, 156e12, 40e9, 1.555e12),
+    Device("l40s", "L40S", "gpu", 8.9, 362e12, 183e12, 48e9, 864e9),
+    Device("l4", "L4", "gpu", 8.9, 121e12, 60e12, 24e9, 300e9),
+    Device("v100", "V100", "gpu", 7.0, 125e12, 15.7e12, 16e9, 900e9),
+    Device("t4", "T4", "gpu", 7.5, 65e12, 8.1e12, 16e9, 320e9),
+    Device("v6e", "TPU v6", "tpu", None, 918e12, 918e12, 32 * 2**30, 1.64e12),
+    Device("v5e", "TPU v5 lite", "tpu", None, 197e12, 197e12, 16 * 2**30, 819e9),
+    Device("v5e", "TPU v5e", "tpu", None, 197e12, 197e12, 16 * 2**30, 819e9),
+    Device("v5p", "TPU v5", "tpu", None, 459e12, 459e12, 95 * 2**30, 2.765e12),
+    Device("v4", "TPU v4", "tpu", None, 275e12, 275e12, 32 * 2**30, 1.228e12),
+    Device("v3", "TPU v3", "tpu", None, 61.5e12, 61.5e12, 16 * 2**30, 450e9),  # a chip of v3 or v2 is two devices
+    Device("v2", "TPU v2", "tpu", None, 22.5e12, 22.5e12, 8 * 2**30, 350e9),
 )
+
+
+def find_device(name: str) -> Device:
+    """Return the accelerator of a name such as ``a100-40g``; upper case is let through.
+
+    Raises:
+        InputError: an unknown name; the nearest is suggested.
+    """
+    known = {device.name: device for device in DEVICES}
+    if name.lower() not in known:
+        near = [other for other in known if name and other.startswith(name.lower())]
+        near = near or difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.6)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise InputError(f"device is {name!r}; {hint}expected one of {', '.join(known)}, cpu")
+    return known[name.lower()]
 
 
 def best_dtype(device: jax.Device | None = None) -> DType:
     """Return what to compute in on a device: bfloat16 on a TPU or an NVIDIA GPU that has it, else float32.
 
-    A GPU older than compute capability 8.0, such as Colab's T4, only emulates bfloat16.
+    A GPU older than compute capability 8.0, such as Colab's T4, only emulates bfloat16. The default is what is
+    compiled for (:func:`slm_jax.target.target`).
     """
-    device = device or jax.devices()[0]
-    if device.platform == "tpu":
-        return "bfloat16"
-    if device.platform in ("gpu", "cuda"):
-        capability = re.fullmatch(r"(\d+)\.\d+", str(getattr(device, "compute_capability", "")))  # AMD's: gfx942
-        if capability and int(capability[1]) >= 8:
-            return "bfloat16"
-    return "float32"
+    platform, capability = target() if device is None else target_of(device)
+    return "bfloat16" if platform == "tpu" or (capability or 0) >= 8 else "float32"
 
 
 def peak_flops(dtype: DType, device: jax.Device | None = None) -> float | None:
-    """Return the peak FLOP/s of one device in a 16-bit dtype; None where it is not known."""
-    device = device or jax.devices()[0]
-    if dtype == "float32":
-        return None
-    return next((peak for name, peak in PEAK_FLOPS if re.search(rf"{name}(?!\d)", device.device_kind)), None)
+    """Return the peak FLOP/s of one device in a dtype, see :class:`Device`; None where it is not known."""
+    kind = (device or jax.devices()[0]).device_kind
+    return next((known.peak(dtype) for known in DEVICES if re.search(rf"{known.kind}(?!\d)", kind)), None)
 
 
 def flops_per_token(cfg: GPTConfig) -> float:

@@ -5,8 +5,16 @@ from unittest.mock import Mock
 import jax
 import pytest
 
+from slm_jax.errors import InputError
 from slm_jax.model import GPTConfig
-from slm_jax.training.hardware import PEAK_FLOPS, best_dtype, device_memory, flops_per_token, peak_flops
+from slm_jax.training.hardware import (
+    DEVICES,
+    best_dtype,
+    device_memory,
+    find_device,
+    flops_per_token,
+    peak_flops,
+)
 
 
 def device(platform, kind="", capability=None):
@@ -70,14 +78,43 @@ def test_the_peak_is_that_of_the_device_and_no_other(kind, peak):
     assert peak_flops("bfloat16", device("gpu", kind)) == peak
 
 
-def test_without_16_bits_no_peak_is_claimed():
-    assert peak_flops("float32", device("gpu", "NVIDIA H100 80GB HBM3")) is None
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [
+        ("Tesla T4", 8.1e12),
+        ("NVIDIA A100-SXM4-40GB", 156e12),  # TF32, in which JAX multiplies float32 arrays there
+        ("TPU v5 lite", 197e12),  # bfloat16, likewise
+        ("cpu", None),
+    ],
+)
+def test_the_peak_of_float32_is_that_of_how_jax_multiplies_it(kind, peak):
+    assert peak_flops("float32", device("gpu", kind)) == peak
 
 
-def test_every_entry_of_the_table_can_be_reached():
+@pytest.mark.parametrize("known", DEVICES, ids=lambda known: f"{known.name} {known.kind}")
+def test_every_entry_of_the_table_can_be_reached(known):
     """The first match counts, so a longer name must stand before its part."""
-    for name, peak in PEAK_FLOPS:
-        assert peak_flops("bfloat16", device("gpu", name)) == peak
+    assert peak_flops("bfloat16", device("gpu", known.kind)) == known.peak_16bit
+    assert find_device(known.name).peak_16bit == known.peak_16bit
+
+
+def test_memory_and_bandwidth_of_the_two_a100s():
+    small, large = find_device("a100-40g"), find_device("A100-80G")
+    assert (small.memory, large.memory) == (40e9, 80e9)
+    assert small.bandwidth < large.bandwidth
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("a100-40gb", "did you mean a100-40g\\? "),
+        ("A100", "did you mean a100-80g or a100-40g\\? "),
+        ("gtx1080", ""),
+    ],
+)
+def test_an_unknown_device_is_answered_with_the_nearest(name, hint):
+    with pytest.raises(InputError, match=f"device is '{name}'; {hint}expected one of h200, .*cpu"):
+        find_device(name)
 
 
 def test_flops_per_token_by_hand():
