@@ -1,7 +1,7 @@
 """The commands: ``slm-jax COMMAND``, also ``python -m slm_jax`` and ``train.py``.
 
 Exit status 0 means that the work was done; 2 that the user can mend it, with one line on stderr; 1 that training
-diverged; 130 or 143 that a signal stopped it, with everything saved.
+diverged, or that doctor found a problem; 130 or 143 that a signal stopped it, with everything saved.
 """
 
 import errno
@@ -28,8 +28,11 @@ COMMANDS = {
     "generate": ("slm_jax.commands.generate", "write text with a trained run or GPT-2 weights"),
     "chat": ("slm_jax.commands.chat", "talk with a model in the terminal"),
     "evaluate": ("slm_jax.commands.evaluate", "measure loss of a text, LAMBADA, HellaSwag, responses to instructions"),
+    "prepare": ("slm_jax.commands.prepare", "make a token file of any text, once, for train --data.source tokens:FILE"),
+    "plan": ("slm_jax.commands.plan", "what a run will need of an accelerator: memory, speed, hours"),
     "import": ("slm_jax.commands.import_weights", "make a run of GPT-2 weights: Hugging Face's, nanoGPT's, the book's"),
     "export": ("slm_jax.commands.export", "write a model for transformers, nanoGPT or the book's code"),
+    "doctor": ("slm_jax.commands.doctor", "look at this machine and at a run: what works, what does not, what to do"),
 }
 
 

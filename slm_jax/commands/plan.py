@@ -1,0 +1,98 @@
+"""``slm-jax plan``: what a run will need of an accelerator that is not here."""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+from collections.abc import Sequence
+from typing import Literal
+
+import yaml
+
+from slm_jax.config import FinetuneConfig, RunConfig
+from slm_jax.errors import InputError
+from slm_jax.options import check_at_least, parse, recipe_files
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(RunConfig):
+    """Say what a run will need: parameters, memory, time, and what to change where it does not fit.
+
+    The other keys are those of train, or with a task of fine-tuning those of finetune. Nothing is trained, downloaded
+    or read but small files, and no accelerator is needed.
+
+    Attributes:
+        device: h200, h100, h100-pcie, b200, a100-80g, a100-40g, l40s, l4, v100, t4, v6e, v5e, v5p, v4, v3, v2, or cpu:
+            this machine.
+        devices: how many share each batch.
+        mfu: the share of the device's peak FLOP/s that is reached, 0 to 1; null: 0.4, an assumption.
+        tokens: how many are trained on, such as 10e9; null: as many as train.steps take.
+        format: table, or json with bytes, FLOP/s and hours.
+    """
+
+    device: str = "cpu"
+    devices: int = 1
+    mfu: float | None = None
+    tokens: float | None = None
+    format: Literal["table", "json"] = "table"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self.devices, self.mfu, self.tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneOptions(FinetuneConfig):
+    """The same, with the defaults of finetune."""
+
+    device: str = "cpu"
+    devices: int = 1
+    mfu: float | None = None
+    tokens: float | None = None
+    format: Literal["table", "json"] = "table"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self.devices, self.mfu, self.tokens)
+
+
+def _check(devices: int, mfu: float | None, tokens: float | None) -> None:
+    check_at_least({"devices": devices, "tokens": tokens}, {"devices": 1, "tokens": 1})
+    if mfu is not None and not 0 < mfu <= 1:
+        raise InputError(f"mfu is {mfu}; expected a number above 0 and at most 1, such as 0.4")
+
+
+def main(args: Sequence[str]) -> int:
+    """Read the options and run; see ``slm-jax plan --help``."""
+    if _finetunes(args):
+        return run(parse(FinetuneOptions, args, "slm-jax plan"))
+    return run(parse(Options, args, "slm-jax plan"))
+
+
+def run(options: Options | FinetuneOptions) -> int:
+    """Plan, and print; return 0."""
+    import jax
+    from rich.console import Console
+
+    from slm_jax.planning.plan import make_plan
+    from slm_jax.planning.report import print_plan
+
+    jax.config.update("jax_platforms", "cpu")  # an accelerator that is here is left to those who train
+    plan = make_plan(options, options.device, options.devices, options.mfu, options.tokens)
+    if options.format == "json":
+        print(json.dumps(dataclasses.asdict(plan), indent=2))
+    else:
+        print_plan(plan, Console())
+    return 0
+
+
+def _finetunes(args: Sequence[str]) -> bool:
+    """Return whether recipes or the command line name a task of fine-tuning; what is wrong with them is told later."""
+    tasks = ["pretraining"]
+    for recipe in recipe_files(Options, args):
+        with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError):
+            values = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+            tasks += [values["task"]] if isinstance(values, dict) and "task" in values else []
+    for word, following in itertools.pairwise([*args, ""]):
+        tasks += [following] if word == "--task" else [word[7:]] if word.startswith("--task=") else []
+    return tasks[-1] in ("classification", "instruction")

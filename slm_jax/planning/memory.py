@@ -1,0 +1,205 @@
+"""The memory of one training step, from closed formulas: no array is made, nothing is compiled.
+
+What is kept for the backward pass, per token and block (D = width, T = tokens of a row, H = heads, c = bytes of a
+number in ``dtype``):
+
+====================  ======================  ===========================================================
+what                  bytes                   which arrays
+====================  ======================  ===========================================================
+two layer norms       24 D + 16               float32: x - mean, normalised, scaled; mean and deviation
+inputs of products    6 D c                   of qkv and fc (the norms' outputs), q, k, v, of out_proj
+GELU                  24 D c                  six arrays, four times as wide
+attention             H T (4 + c) + 8 H       exponentials in float32, weights; cuDNN: 4 H only
+dropout               2 D + H T               masks
+remat dots, full      9 D c, D c              instead of all above: products and input; the input only
+====================  ======================  ===========================================================
+
+The tests compare these with what JAX saves, which is exactly this, and with XLA's analysis of compiled steps. XLA
+decides the rest, so that is an estimate: which arrays exist at the same time, and what it copies.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from slm_jax.model import GPTConfig, Params, Remat, is_unrolled
+from slm_jax.target import Target
+
+# Measured of XLA's CPU compiler, in sizes of the gradients: Adam's moments are copied before they are updated. In a
+# program without loops it does so early, while activations are alive.
+_CPU_COPIES, _CPU_COPIES_EARLY = 1.8, 1.5
+# Unrolled, it computes cheap elementwise results again.
+_UNROLLED_WIDTHS = 28  # of the 36 D numbers above
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What one device computes at a time.
+
+    Attributes:
+        cfg: the model, with the ``dtype`` and ``remat`` of the run.
+        target: the kind of device.
+        attention: the implementation: explicit, xla or cudnn.
+        rows: sequences of a micro-batch.
+        seq: tokens of a row.
+        n_outputs: columns of the logits: the vocabulary, or classes.
+        trained_blocks: blocks with a backward pass; those before them keep nothing.
+        accumulate: micro-batches of a step.
+    """
+
+    cfg: GPTConfig
+    target: Target
+    attention: str
+    rows: int
+    seq: int
+    n_outputs: int
+    trained_blocks: int
+    accumulate: int = 1
+
+    @property
+    def unrolled(self) -> bool:
+        """Whether the blocks are compiled one by one."""
+        return is_unrolled(self.cfg, self.target.platform)
+
+    @property
+    def remat(self) -> Remat:
+        """What is computed again: on a CPU nothing if unrolled, as the compiler finds the two computations equal."""
+        return "none" if self.unrolled and self.target.platform == "cpu" else self.cfg.remat
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """Bytes on one device that last from step to step, and of the gradients.
+
+    Attributes:
+        parameters: trained and frozen.
+        optimizer: Adam's two moments of what is trained.
+        gradients: of what is trained.
+        gathered: what a device has of the others' shares while it computes (``mesh.fsdp``).
+    """
+
+    parameters: float
+    optimizer: float
+    gradients: float
+    gathered: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on one device; not all parts are there at the same time, see ``total``.
+
+    Attributes:
+        parameters, optimizer, gradients: see :class:`State`; accumulating takes the gradients twice.
+        batch: inputs, targets and weights of all micro-batches.
+        activations: kept for the backward pass.
+        logits: logits, their gradient, the final norm: before the backward pass through the blocks.
+        block: one block's activations computed again, and the gradients in it: after that.
+        workspace: what the compiler is known to copy, and gathered parameters.
+        total: the most at a time.
+    """
+
+    parameters: float
+    optimizer: float
+    gradients: float
+    batch: float
+    activations: float
+    logits: float
+    block: float
+    workspace: float
+    total: float
+
+
+def step_memory(work: Work, state: State) -> Memory:
+    """Return what a training step takes of one device."""
+    tokens = work.rows * work.seq
+    saved = saved_bytes(work) * tokens
+    activations = (saved + copied_weights(work)) * work.trained_blocks
+    logits = tokens * (work.n_outputs * (4 + _itemsize(work)) + work.cfg.emb_dim * (12 + _itemsize(work)))
+    everything = saved_bytes(dataclasses.replace(work, cfg=dataclasses.replace(work.cfg, remat="none"))) * tokens
+    block = everything - saved if work.remat != "none" else 0.0
+    block += tokens * (_attention_bytes(work) / 2 + 4 * work.cfg.emb_dim * _itemsize(work))
+    gradients = state.gradients * (1 if work.accumulate == 1 else 2)
+    batch = 3 * 4 * tokens * work.accumulate
+    alive = activations + max(logits, block)
+    workspace, temporary = state.gathered, gradients + state.gathered + alive
+    if work.target.platform == "cpu":
+        early = work.unrolled and work.accumulate == 1
+        copies = state.gradients * (_CPU_COPIES_EARLY if early else _CPU_COPIES)
+        workspace += copies
+        temporary = temporary + copies if early else max(temporary, state.gradients + copies)
+    total = state.parameters + state.optimizer + batch + temporary
+    return Memory(
+        state.parameters, state.optimizer, gradients, batch, activations, logits, block, workspace, total=total
+    )
+
+
+def evaluation_memory(work: Work, state: State) -> float:
+    """Return what an evaluation of ``work.rows`` sequences takes, the optimizer's state lying beside it."""
+    tokens = work.rows * work.seq
+    logits = tokens * work.n_outputs * 6  # float32, and as measured half as much again while their loss is taken
+    block = tokens * (_attention_bytes(work) + 10 * work.cfg.emb_dim * _itemsize(work))
+    return state.parameters + state.optimizer + state.gathered + 12 * tokens + max(logits, block)
+
+
+def saved_bytes(work: Work) -> float:
+    """Return what one block keeps of one token for the backward pass: the table above."""
+    width, itemsize = work.cfg.emb_dim, _itemsize(work)
+    if work.remat == "full":
+        return width * itemsize
+    if work.remat == "dots":
+        return 9 * width * itemsize
+    if work.unrolled and work.target.platform == "cpu":
+        return _UNROLLED_WIDTHS * width * 4 + _attention_bytes(work)
+    norms = 2 * (3 * width + 2) * 4
+    masks = 2 * width if work.cfg.drop_rate else 0
+    return norms + 30 * width * itemsize + _attention_bytes(work) + masks
+
+
+def copied_weights(work: Work) -> float:
+    """Return what one block keeps of its matrices in ``dtype``, if they are stored in another."""
+    if work.remat != "none" or work.cfg.dtype == work.cfg.param_dtype:
+        return 0.0
+    return 12 * work.cfg.emb_dim**2 * _itemsize(work)
+
+
+def _attention_bytes(work: Work) -> float:
+    heads = work.cfg.n_heads
+    if work.attention == "cudnn":
+        return 4 * heads
+    mask = 1 if work.cfg.drop_rate else 0
+    return heads * (work.seq * (4 + _itemsize(work) + mask) + 8)
+
+
+def _itemsize(work: Work) -> int:
+    return jnp.dtype(work.cfg.dtype).itemsize
+
+
+def state_bytes(trainable: Params, frozen: Params, n_shards: int = 1) -> State:
+    """Return the bytes of a training state on one of ``n_shards`` devices that split it (``mesh.fsdp``).
+
+    Args:
+        trainable, frozen: trees of arrays or shapes.
+        n_shards: devices that share parameters and optimizer state.
+    """
+    trained = _tree_bytes(trainable, n_shards)
+    parameters = trained + _tree_bytes(frozen, n_shards)
+    gathered = 0.0
+    if n_shards > 1:  # one block at a time, and the embeddings
+        for name, tree in {**frozen, **trainable}.items():
+            layers = jax.tree.leaves(tree)[0].shape[0] if name.startswith("blocks") else 1
+            gathered = max(gathered, _tree_bytes(tree, 1) / layers)
+    return State(parameters, 2 * trained, trained, gathered)
+
+
+def _tree_bytes(tree: Any, n_shards: int) -> float:
+    return sum(_leaf_bytes(leaf, n_shards) for leaf in jax.tree.leaves(tree))
+
+
+def _leaf_bytes(leaf: Any, n_shards: int) -> float:
+    """As training.sharding splits it: an axis that the shards divide, unless the leaf is small."""
+    size = math.prod(leaf.shape)
+    split = size >= 2**12 and any(axis % n_shards == 0 for axis in leaf.shape)
+    return size * jnp.dtype(leaf.dtype).itemsize / (n_shards if split else 1)

@@ -1,0 +1,141 @@
+"""What must hold of the planned memory: what JAX keeps for the backward pass, and XLA's analysis of compiled steps."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from slm_jax.config import OptimizerConfig
+from slm_jax.model import GPTConfig, GPTModel, get_gpt_config, init_params, param_shapes
+from slm_jax.planning.memory import (
+    State,
+    Work,
+    copied_weights,
+    evaluation_memory,
+    saved_bytes,
+    state_bytes,
+    step_memory,
+)
+from slm_jax.target import Target, compiling_for
+from slm_jax.tasks.pretraining import make_loss_fn
+from slm_jax.training.memory import device_bytes
+from slm_jax.training.optimizer import make_optimizer, make_schedule
+from slm_jax.training.step import TrainState, make_train_step
+
+CPU, TPU = Target("cpu"), Target("tpu")
+ROWS = 4
+
+
+def shape(**changes):
+    return GPTConfig(
+        **{
+            "vocab_size": 512,
+            "context_length": 64,
+            "emb_dim": 64,
+            "n_heads": 2,
+            "n_layers": 2,
+            "unroll": False,
+            **changes,
+        }
+    )
+
+
+def work(cfg, target=CPU, attention="explicit", rows=ROWS, accumulate=1):
+    return Work(cfg, target, attention, rows, cfg.context_length, cfg.vocab_size, cfg.n_layers, accumulate)
+
+
+def abstract_batch(cfg, rows=ROWS):
+    dtypes = {"inputs": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
+    return {name: jax.ShapeDtypeStruct((rows, cfg.context_length), dtype) for name, dtype in dtypes.items()}
+
+
+def kept_by_jax(cfg, target):
+    """Bytes that the loop over the blocks hands on from the forward to the backward pass."""
+    loss_fn = make_loss_fn(GPTModel(cfg))
+    key = jax.random.key(0) if cfg.drop_rate else None
+    with compiling_for(*target):
+        grad = jax.grad(lambda params, batch: loss_fn(params, {}, batch, key)[0])
+        jaxpr = jax.make_jaxpr(grad)(param_shapes(cfg), abstract_batch(cfg)).jaxpr
+    (forward,) = [
+        eqn
+        for eqn in jaxpr.eqns
+        if eqn.primitive.name == "scan" and eqn.params["length"] == cfg.n_layers and not eqn.params["reverse"]
+    ]
+    stacked = forward.outvars[forward.params["num_carry"] :]
+    return sum(var.aval.size * var.aval.dtype.itemsize for var in stacked)
+
+
+@pytest.mark.parametrize(
+    ("target", "attention", "dtype", "remat", "drop_rate"),
+    [
+        *itertools.product([CPU], ["explicit"], ["float32"], ["none", "dots", "full"], [0.0]),
+        *itertools.product([TPU], ["xla"], ["bfloat16"], ["none", "dots", "full"], [0.0]),
+        (CPU, "explicit", "float32", "none", 0.1),
+        (TPU, "explicit", "bfloat16", "none", 0.1),
+    ],
+)
+def test_the_table_is_what_jax_keeps_for_the_backward_pass(target, attention, dtype, remat, drop_rate):
+    cfg = shape(dtype=dtype, remat=remat, drop_rate=drop_rate)
+    planned = work(cfg, target, attention)
+    a_block = saved_bytes(planned) * ROWS * cfg.context_length + copied_weights(planned)
+    assert a_block * cfg.n_layers == pytest.approx(kept_by_jax(cfg, target), rel=0.01)
+
+
+def xla_bytes(cfg, rows):
+    """What XLA says of the compiled step; the state is donated, as in the training loop."""
+    optimizer = make_optimizer(OptimizerConfig())
+    step = make_train_step(make_loss_fn(GPTModel(cfg)), optimizer, make_schedule(OptimizerConfig(), 1000))
+
+    def initial_state():
+        params = init_params(cfg, jax.random.key(0))
+        return TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key(0))
+
+    lowered = jax.jit(step, donate_argnums=0).lower(jax.eval_shape(initial_state), {}, abstract_batch(cfg, rows))
+    return device_bytes(lowered.compile())
+
+
+@pytest.mark.parametrize(
+    "changes", [{"unroll": True}, {"unroll": False, "remat": "full"}], ids=["unrolled", "loop, remat full"]
+)
+def test_the_total_is_within_ten_percent_of_what_xla_says(changes):
+    """Of the tiny preset's width and vocabulary: what XLA adds by itself is small beside arrays of that size."""
+    cfg = get_gpt_config("tiny", n_layers=2, **changes)
+    total = step_memory(work(cfg, rows=8), state_bytes(param_shapes(cfg), {})).total
+    assert total == pytest.approx(xla_bytes(cfg, rows=8), rel=0.1)
+
+
+def test_flash_attention_keeps_no_weights():
+    """So what is kept grows with the tokens, not with their square."""
+    kept = [saved_bytes(work(shape(context_length=length), TPU, "cudnn")) for length in (64, 128)]
+    assert kept[0] == kept[1]
+
+
+def test_remat_saves_nothing_where_a_cpu_unrolls():
+    """XLA's CPU compiler finds that what is computed again is the same, and keeps it."""
+    totals = {step_memory(work(shape(unroll=True, remat=remat)), State(0, 0, 0)).total for remat in ("none", "full")}
+    assert len(totals) == 1
+
+
+def test_the_state_by_hand():
+    """Two trained matrices, one frozen, in float32: Adam has two moments of what is trained."""
+    trainable = {"a": jax.ShapeDtypeStruct((64, 64), jnp.float32), "b": jax.ShapeDtypeStruct((10,), jnp.float32)}
+    frozen = {"c": jax.ShapeDtypeStruct((64, 128), jnp.float32)}
+    assert state_bytes(trainable, frozen) == State(4 * (4106 + 8192), 2 * 4 * 4106, 4 * 4106)
+
+
+def test_sharded_state_is_a_share_and_small_leaves_are_whole():
+    trainable = {"a": jax.ShapeDtypeStruct((64, 64), jnp.float32), "b": jax.ShapeDtypeStruct((64,), jnp.float32)}
+    assert state_bytes(trainable, {}, 4).gradients == 4 * 4096 / 4 + 4 * 64
+
+
+def test_an_evaluation_of_more_rows_takes_more():
+    few, many = (evaluation_memory(work(shape(), rows=rows), State(0, 0, 0)) for rows in (8, 16))
+    assert many == 2 * few
+
+
+def test_frozen_blocks_keep_nothing():
+    whole = step_memory(work(shape()), State(0, 0, 0))
+    half = step_memory(dataclasses.replace(work(shape()), trained_blocks=1), State(0, 0, 0))
+    assert half.activations == whole.activations / 2
