@@ -8,15 +8,19 @@ from jaxtyping import Float
 from slm_jax.target import target
 
 
-@jax.custom_vjp
 def float32_logits(
     hidden: Float[Array, "batch seq emb"], kernel: Float[Array, "emb vocab"]
 ) -> Float[Array, "batch seq vocab"]:
     """Multiply in the hidden states' dtype and accumulate in float32: bf16 logits would round the loss away.
 
-    The gradients' products are of the same kind. Left to itself, JAX multiplies the float32 gradient of float32 logits
-    in float32, which GPUs do at half the speed or less, and that is a sixth of the arithmetic of training GPT-2 small.
+    The gradients' products are of the same kind. In 16 bits that has to be said, and only reverse-mode differentiation
+    goes through then: left to itself, JAX multiplies the float32 gradient of float32 logits in float32, which GPUs do
+    at half the speed or less, and that is a sixth of the arithmetic of training GPT-2 small.
     """
+    return _product(hidden, kernel) if hidden.dtype == jnp.float32 else _product_16bit(hidden, kernel)
+
+
+def _product(hidden: Array, kernel: Array) -> Array:
     return jnp.einsum("bse,ev->bsv", *_operands(hidden, kernel), preferred_element_type=jnp.float32)
 
 
@@ -27,8 +31,13 @@ def _operands(hidden: Array, kernel: Array) -> tuple[Array, Array]:
     return hidden, kernel
 
 
+@jax.custom_vjp
+def _product_16bit(hidden: Array, kernel: Array) -> Array:
+    return _product(hidden, kernel)
+
+
 def _forward(hidden: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return float32_logits(hidden, kernel), (hidden, kernel)
+    return _product(hidden, kernel), (hidden, kernel)
 
 
 def _backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
@@ -39,4 +48,4 @@ def _backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
     return hidden_grad.astype(saved[0].dtype), kernel_grad.astype(saved[1].dtype)
 
 
-float32_logits.defvjp(_forward, _backward)
+_product_16bit.defvjp(_forward, _backward)

@@ -40,7 +40,7 @@ BAD_TEXTS = {
     "too few texts": (labelled(3), {}, ["split has no text"]),
     "another tokenizer": (labelled(), {"tokenizer.path": "OTHER"}, ["base", "another tokenizer"]),
     "another shape": (labelled(), {"model.emb_dim": 32}, ["model.emb_dim is 32, and the base's is 16", "leave it out"]),
-    "another preset": (labelled(), {"model.preset": "mini"}, ["model.preset is mini", "a base has its own shape"]),
+    "another preset": (labelled(), {"model.preset": "mini"}, ["model.preset is mini", "the base has another shape"]),
     "no base": (labelled(), {"base": "nowhere/at-all"}, ["nowhere/at-all"]),
     "no model": (labelled(), {"trainable": "all", "base": "DATA"}, ["data"]),
 }

@@ -84,6 +84,11 @@ def open_token_file(path: str | Path) -> TokenFile:
                 f"{path}: no such file, though {json_path(path).name} is there: it was not finished, or one of the two "
                 f"was moved alone; {_AGAIN}"
             ) from None
+        if isinstance(error, FileNotFoundError):
+            raise MissingInputError(
+                f"{path}: no such file (looked from {Path.cwd()}); make it with slm-jax prepare --source TEXT --out "
+                f"{path}, or check the path"
+            ) from None
         raise unreadable(path, error) from None
     if described:
         return _open_described(path, size)

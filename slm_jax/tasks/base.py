@@ -10,7 +10,7 @@ import jax
 from slm_jax.config import ModelSection, RunConfig
 from slm_jax.errors import InputError
 from slm_jax.identity import identity
-from slm_jax.model import GPTConfig, Params
+from slm_jax.model import PRESETS, GPTConfig, Params
 from slm_jax.run import find_tokenizer, load_model
 from slm_jax.tokenizer import Tokenizer, fingerprint, get_tokenizer, tokenizer_from_dict
 from slm_jax.trainable import leaf_table, split_params
@@ -147,8 +147,10 @@ def _dtype(config: RunConfig) -> Any:
 def _as_configured(cfg: GPTConfig, config: RunConfig) -> GPTConfig:
     """Return a base's configuration with the run's execution; refuse a change of its shape."""
     section = dataclasses.asdict(config.model)
-    if section["preset"] != ModelSection().preset:
-        raise InputError(f"model.preset is {section['preset']}, and a base has its own shape; leave it out")
+    preset = {} if section["preset"] == ModelSection().preset else PRESETS[section["preset"]]  # the default is nobody's
+    shape = {**preset, **{name: value for name, value in section.items() if value is not None}}
+    if any(shape[name] != getattr(cfg, name) for name in preset if name != "vocab_size"):
+        raise InputError(f"model.preset is {section['preset']}, and the base has another shape; leave it out")
     for name, value in section.items():
         if name in ("preset", "dtype", *_EXECUTION) or value is None:
             continue

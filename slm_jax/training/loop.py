@@ -67,6 +67,7 @@ def train(config: RunConfig, task: Task, start: Start, stop: StopRequest, consol
         TrainingDiverged: three steps in a row without finite gradients.
     """
     trainer = Trainer(config, task, start, stop, console)
+    trainer.fetch()
     if trainer.is_done():
         with trainer.mirror():  # which may have been away when the run ended
             return trainer.summary
@@ -96,7 +97,8 @@ class Trainer:
         self.schedule = make_schedule(config.optimizer, task.total_steps)
         self.progress = ProgressLine(console, task.total_steps, self.first_step)
         self.record = RunRecord(config, task, start.folder, self.progress, self.mesh.size)
-        self.profile = StepProfile(config.train.profile, start.folder.path, self.progress.note)
+        steps = config.train.profile if start.folder.writes else None  # JAX expects one host's in a folder
+        self.profile = StepProfile(steps, start.folder.path, self.progress.note)
         params = task.params
         self.param_shapes = jax.eval_shape(params.init or (lambda _: params.trainable), jax.random.key(0))
         self.n_trained = count_leaves(self.param_shapes)
@@ -105,9 +107,12 @@ class Trainer:
         self.sample_every = every if config.sample.every else 0
         self.skipped_in_a_row = 0
 
+    def fetch(self) -> None:
+        """Copy the run from its mirror, if it is there that it goes on from."""
+        self.start = self.start.fetched(self.identity, self.progress.note)
+
     def is_done(self) -> bool:
         """Return whether the run has done its steps already, and say so; nothing is compiled or written then."""
-        self.start = self.start.fetched(self.identity, self.progress.note)
         if self.first_step < self.task.total_steps:
             return False
         self.start.check_identity(self.identity)
@@ -134,7 +139,7 @@ class Trainer:
         self._check_disk()
 
     def prepare(self) -> None:
-        """Write the run's description, cut its log back to where it starts, and compile."""
+        """Write the run's description, and compile."""
         config, task = self.config, self.task
         for warning in self.start.warnings:
             self.progress.note(f"warning: {warning}")

@@ -22,7 +22,7 @@ class StepProfile:
     def __init__(self, steps: str | None, folder: Path, note: Callable[[str], None]):
         self._steps = None if steps is None else parse_profile(steps)
         self._folder, self._note = folder / FOLDER, note
-        self._running = False
+        self._running = self._begun = False
 
     def at(self, step: int, wait: Callable[[], None]) -> None:
         """Begin or end at this step; ``wait`` returns when the devices have done all steps up to it."""
@@ -31,13 +31,13 @@ class StepProfile:
         if step == self._steps[0]:
             wait()  # so that no step before is in it
             jax.profiler.start_trace(str(self._folder), create_perfetto_trace=True)
-            self._running = True
+            self._running = self._begun = True
         elif step == self._steps[1] and self._running:
             wait()
             self.end()
 
     def end(self) -> None:
-        """Write the profile, if one has begun: at its last step, or where the run ends before."""
+        """Write the profile, if one has begun: at its last step, or where the run ends before; say if none has."""
         if self._running:
             self._running = False
             jax.profiler.stop_trace()
@@ -45,3 +45,5 @@ class StepProfile:
                 f"profile written to {self._folder}: open perfetto_trace.json.gz of it at ui.perfetto.dev, or the "
                 "folder with xprof"
             )
+        elif self._steps and not self._begun:
+            self._note(f"no profile: step {self._steps[0]:,} of train.profile was not begun in this start")

@@ -43,7 +43,6 @@ class RunRecord:
         peak = hardware.peak_flops(task.model_config.dtype) if of_known_flops else None
         self._peak_flops = peak and peak * n_devices
         self._flops_per_token = hardware.flops_per_token(task.model_config)
-        self._loggers: Sequence[Logger] = ()
         self._noticed_overfitting = False
         self._began = self._last_drawn = time.monotonic()
 

@@ -219,4 +219,5 @@ def _decay_warnings(config: RunConfig, metadata: dict[str, Any], step: int, plac
     before = [saved for saved in saved_steps(place.checkpoints) if saved <= stable]
     if not before:
         return [f"{said}; checkpoints from before the decay, to start a new run from, are kept by --checkpoint.keep"]
-    return [f"{said}; smoother: slm-jax train --base {place.path}@{before[-1]} --base_optimizer true --run NAME"]
+    base = f"--config {place.path / 'config.yaml'} --base {place.path}@{before[-1]} --base_optimizer true"
+    return [f"{said}; smoother: slm-jax train {base} --optimizer.warmup_steps 0 --run NAME"]

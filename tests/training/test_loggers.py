@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import struct
+import time
 
 import pytest
 from pretraining import options
@@ -76,18 +77,25 @@ def test_a_run_that_goes_on_has_each_step_once_in_tensorboard(text_file, tmp_pat
 def test_wandb_offline_has_what_the_log_has_and_a_run_that_goes_on_is_the_same(tmp_path):
     pytest.importorskip("wandb")
     config = RunConfig(run="named", logging=LoggingConfig(wandb="offline", wandb_project="project-of-tests"))
-    for step, loss in ((0, 3.2517), (10, 2.7319)):
+    losses = (b"3.2517", b"2.7319")
+    for step, loss in enumerate(map(float, losses)):
         logger = WandbLogger(config, tmp_path)
         logger.metrics({"step": step, "split": "val", "loss": loss})
         logger.text("sample", "<b>bold</b>", step)
         logger.close()
     name = (tmp_path / WANDB_ID).read_text().strip()
-    first, second = (path.read_bytes() for path in sorted((tmp_path / "wandb").glob(f"offline-run-*-{name}/*.wandb")))
-    for content, loss in ((first, b"3.2517"), (second, b"2.7319")):
-        assert b"val/loss" in content
-        assert loss in content
-        assert b"project-of-tests" in content
-        assert b"named" in content
+    pattern = f"offline-run-*-{name}*/*.wandb"  # a second one in the same second has a number behind
+    until = time.monotonic() + 30
+    while not all(
+        loss in b"".join(path.read_bytes() for path in (tmp_path / "wandb").glob(pattern)) for loss in losses
+    ):
+        assert time.monotonic() < until, "wandb, which writes in a process of its own, wrote no such losses"
+        time.sleep(0.1)
+    files = [path.read_bytes() for path in (tmp_path / "wandb").glob(pattern)]
+    assert len(files) == 2
+    for content in files:
+        assert sum(loss in content for loss in losses) == 1
+        assert all(text in content for text in (b"val/loss", b"project-of-tests", b"named", name.encode()))
     html = next((tmp_path / "wandb").rglob("*.html")).read_text()
     assert "&lt;b&gt;bold" in html
 

@@ -52,6 +52,17 @@ def test_a_run_that_ends_before_writes_what_there_is(traced, tmp_path):
     assert traced == ["wait for 2", "start", "stop"]
 
 
+def test_that_there_is_none_is_said(traced, tmp_path):
+    notes = []
+    profile = StepProfile("20:40", tmp_path, notes.append)
+    follow(profile, range(9), traced)
+    profile.end()
+    assert traced == []
+    assert notes == ["no profile: step 20 of train.profile was not begun in this start"]
+    StepProfile(None, tmp_path, notes.append).end()
+    assert len(notes) == 1
+
+
 def test_a_run_that_goes_on_behind_it_has_none(traced, tmp_path):
     profile = StepProfile("2:4", tmp_path, lambda text: None)
     follow(profile, range(3, 9), traced)
