@@ -28,11 +28,12 @@ class StepProfile:
         """Begin or end at this step; ``wait`` returns when the devices have done all steps up to it."""
         if self._steps is None:
             return
-        if step == self._steps[0]:
+        begin, end = self._steps
+        if begin <= step < end and not self._begun:  # a run that goes on may come in the middle
             wait()  # so that no step before is in it
             jax.profiler.start_trace(str(self._folder), create_perfetto_trace=True)
             self._running = self._begun = True
-        elif step == self._steps[1] and self._running:
+        elif step == end and self._running:
             wait()
             self.end()
 

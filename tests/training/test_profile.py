@@ -65,9 +65,15 @@ def test_that_there_is_none_is_said(traced, tmp_path):
 
 def test_a_run_that_goes_on_behind_it_has_none(traced, tmp_path):
     profile = StepProfile("2:4", tmp_path, lambda text: None)
-    follow(profile, range(3, 9), traced)
+    follow(profile, range(4, 9), traced)
     profile.end()
     assert traced == []
+
+
+def test_a_run_that_goes_on_in_the_middle_has_the_rest(traced, tmp_path):
+    profile = StepProfile("2:5", tmp_path, lambda text: None)
+    follow(profile, range(3, 9), traced)
+    assert traced == ["wait for 3", "start", "wait for 5", "stop"]
 
 
 def test_a_profile_can_be_opened_and_changes_nothing(text_file, tmp_path, capsys):
