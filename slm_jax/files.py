@@ -1,5 +1,7 @@
 """Small files and new folders: read strictly, written whole or not at all."""
 
+import errno
+import hashlib
 import json
 import os
 import shutil
@@ -10,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from slm_jax.errors import InputError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def user_path(text: str | Path) -> Path:
@@ -28,8 +32,12 @@ def user_path(text: str | Path) -> Path:
     return path
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path, remedy: str = "download or export it again") -> dict[str, Any]:
     """Read a file that is one JSON object; a key that is there twice is refused.
+
+    Args:
+        file: the file.
+        remedy: of whatever is wrong with it.
 
     Raises:
         InputError: not such a file.
@@ -44,17 +52,38 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique)
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{file}: cannot be read as JSON ({error}); download or export it again") from None
+        raise InputError(f"{file}: cannot be read as JSON ({error}); {remedy}") from None
     if not isinstance(content, dict):
-        raise InputError(f"{file}: expected one JSON object; download or export it again")
+        raise InputError(f"{file}: expected one JSON object; {remedy}")
     return content
 
 
 def replace_text(path: Path, text: str) -> None:
     """Write a text file in one step: who reads it sees the old one or the new one."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    partial = partial_path(path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    finally:
+        with suppress(OSError):
+            partial.unlink()
+
+
+def partial_path(path: Path) -> Path:
+    """Return a new name beside a file, to write it under until it is whole; nobody else takes the same."""
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
+
+
+def unwritable(path: Path, error: OSError, what: str = "place") -> InputError:
+    """Return what to raise for a file or folder that cannot be written; ``what``: to choose another one of."""
+    free = "free space there or " if error.errno in _FULL else ""
+    return InputError(f"{path}: cannot be written: {error.strerror or error}; {free}choose another {what}")
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_new_folder(target: str | Path) -> Path:
@@ -99,8 +128,6 @@ def new_folder(target: str | Path) -> Iterator[Path]:
     except InputError:  # a MissingInputError is an OSError, too
         raise
     except OSError as error:
-        raise InputError(
-            f"{target}: cannot be written: {error.strerror or error}; free space there or choose another folder"
-        ) from None
+        raise unwritable(target, error, "folder") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -1,12 +1,13 @@
 """What must hold of new folders: there whole or not at all, and refused before work begins where they cannot be."""
 
+import errno
 import os
 from pathlib import Path
 
 import pytest
 
 from slm_jax.errors import InputError
-from slm_jax.files import check_new_folder, new_folder, user_path
+from slm_jax.files import check_new_folder, new_folder, replace_text, user_path
 
 
 def fill(target, between=lambda: None):
@@ -104,3 +105,21 @@ def test_a_target_that_is_no_place_for_a_folder_is_refused(tmp_path, monkeypatch
 def test_where_nothing_can_be_written_is_said_before_work_begins(tmp_path):
     (tmp_path / "closed").mkdir(mode=0o500)
     assert "can be written to" in refusal(tmp_path / "closed" / "new")
+
+
+def test_a_text_that_cannot_be_written_leaves_nothing(tmp_path):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(IsADirectoryError):
+        replace_text(tmp_path / "a", "a folder is there")
+    with pytest.raises(UnicodeEncodeError):
+        replace_text(tmp_path / "b", "\ud800")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_only_a_full_disk_is_said_to_be_full(tmp_path):
+    for number, said in (
+        (errno.ENOSPC, "; free space there or choose another folder"),
+        (errno.EROFS, "; choose another"),
+    ):
+        with pytest.raises(InputError, match=f"cannot be written: .*{said}"), new_folder(tmp_path / "new"):
+            raise OSError(number, os.strerror(number))

@@ -29,6 +29,8 @@ class Options:
         n_heads: attention heads, where weights do not say how many.
         source: a text to measure the loss on: builtin:python-docs, text:GLOB, jsonl:GLOB, parquet:GLOB, tfds:NAME,
             named:NAME or tokens:FILE.bin.
+        text_column: the column of the texts in jsonl:, parquet: and tfds: sources; null: text, or in tfds: else the
+            only one of text.
         split: which part of the source, split as pretraining splits it: all, train or validation.
         validation_fraction: how much of the source is its validation split, 0 to 1.
         context_length: tokens of a window; null: the model's.
@@ -48,6 +50,7 @@ class Options:
     tokenizer: str | None = None
     n_heads: int | None = None
     source: str | None = None
+    text_column: str | None = None
     split: Literal["all", "train", "validation"] = "all"
     validation_fraction: float = 0.1
     context_length: int | None = None
@@ -68,6 +71,8 @@ class Options:
         needs_run = any(source is not None for source in (self.source, self.lambada, self.hellaswag))
         if not needs_run and self.responses is None:
             raise InputError("nothing to measure; expected --source, --lambada, --hellaswag or --responses")
+        if self.text_column is not None and self.source is None:
+            raise InputError(f"text_column is {self.text_column!r}, but there is no --source; add one or leave it out")
         if needs_run and self.run is None:
             raise InputError("no model to measure; expected --run, such as runs/tiny (only --responses goes without)")
 
@@ -125,11 +130,12 @@ def _measure(options: Options, source: str, responses: "list[Response] | None") 
 
 def _check_sources(options: Options) -> None:
     """Find a mistake in the last source before the first is measured."""
-    from slm_jax.data.sources import parse_source
+    from slm_jax.data.sources import check_text_column, parse_source
     from slm_jax.evaluation.rows import read_rows
 
     if options.source is not None:
         parse_source(options.source)
+        check_text_column(options.text_column, [options.source])
     for name in ("lambada", "hellaswag"):
         if getattr(options, name) is not None:
             read_rows(getattr(options, name), name, options.limit)
@@ -155,6 +161,7 @@ def _measurements(options: Options) -> dict[str, Any]:
         chosen["text"] = partial(
             evaluate_source,
             source=options.source,
+            text_column=options.text_column,
             split=options.split,
             validation_fraction=options.validation_fraction,
             context_length=options.context_length,

@@ -10,8 +10,8 @@ import numpy as np
 
 from slm_jax.config import DataConfig, TokenizerConfig
 from slm_jax.data.documents import read_documents
-from slm_jax.data.sources import KINDS, is_token_source, parse_source
-from slm_jax.data.token_file import TokenFile, check_ids, open_token_file
+from slm_jax.data.sources import KINDS, check_text_column, is_token_source, parse_source
+from slm_jax.data.token_file import TokenFile, check_ids, open_token_file, token_dtype
 from slm_jax.errors import InputError
 from slm_jax.tokenizer import (
     END_OF_TEXT,
@@ -81,8 +81,10 @@ def load_corpus(
         InputError: a source or tokenizer that cannot be used; token ids outside the vocabulary.
     """
     check = stop or (lambda: None)
-    if any(map(is_token_source, filter(None, (data.source, data.validation_source)))):
-        return _load_token_files(data, tokenizer, saved)
+    sources = [source for source in (data.source, data.validation_source) if source is not None]
+    check_text_column(data.text_column, sources, "data.text_column")
+    if any(map(is_token_source, sources)):
+        return _load_token_files(data, sources, tokenizer, saved)
     train_documents = split_at_end_of_text(read_documents(data.source, data.text_column))
     if data.validation_source is None:
         train_documents, validation_documents = split_documents(train_documents, data.validation_fraction)
@@ -108,8 +110,7 @@ def open_tokens(source: str, tokenizer: Tokenizer) -> TokenFile:
     return file
 
 
-def _load_token_files(data: DataConfig, config: TokenizerConfig, saved: Tokenizer | None) -> Corpus:
-    sources = [source for source in (data.source, data.validation_source) if source is not None]
+def _load_token_files(data: DataConfig, sources: list[str], config: TokenizerConfig, saved: Tokenizer | None) -> Corpus:
     if not all(map(is_token_source, sources)):
         raise InputError(
             f"data.source {data.source} and data.validation_source {data.validation_source}: one is tokens, the other "
@@ -220,7 +221,7 @@ def encode_documents(documents: list[str], tokenizer: Tokenizer, stop: Callable[
 
     ``stop`` is called for each document and may raise.
     """
-    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
+    dtype = token_dtype(tokenizer.vocab_size)
     pieces: list[np.ndarray] = []
     for document in documents:
         stop()

@@ -22,7 +22,10 @@ _ROWS = 64  # of a Parquet file, in memory at a time
 
 
 def documents(
-    source: str, text_column: str | None = None, told: Callable[[int], None] = untold
+    source: str,
+    text_column: str | None = None,
+    told: Callable[[int], None] = untold,
+    passed_over: Callable[[], None] = lambda: None,
 ) -> Iterator[Iterator[str]]:
     """Return the documents of a text source, each as an iterator of its pieces, in a fixed order.
 
@@ -35,11 +38,13 @@ def documents(
         source: ``KIND:REST``, of any kind but ``tokens:``.
         text_column: where the texts of rows are; default: ``text``, and in ``tfds:`` else the only text feature.
         told: called with the number of bytes that were read of files since the last call.
+        passed_over: called for each file or row without a document: null, empty or only white space.
 
     Raises:
         InputError: a source that cannot be read, or has no documents.
     """
-    return _documents(source, _texts(source, text_column, told))  # which files there are is known from now on
+    texts = _texts(source, text_column, told)  # which files there are is known from now on
+    return _documents(source, texts, passed_over)
 
 
 def read_documents(source: str, text_column: str | None = None) -> list[str]:
@@ -55,21 +60,28 @@ def read_documents(source: str, text_column: str | None = None) -> list[str]:
     return texts
 
 
-def source_bytes(source: str) -> int | None:
-    """Return the size of a source's files, as they lie there; None where it has none."""
+def source_files(source: str) -> list[Path] | None:
+    """Return the files that a source is read from; None where it does not name them."""
     kind, rest = parse_source(source)
-    if kind not in ("text", "jsonl", "parquet"):
-        return None
-    return sum(path.stat().st_size for path in matching_files(rest) if path.exists())
+    return matching_files(rest) if kind in ("text", "jsonl", "parquet") else None
 
 
-def _documents(source: str, texts: Iterable[Iterator[str]]) -> Iterator[Iterator[str]]:
-    empty = True
+def source_bytes(source: str) -> int | None:
+    """Return the size of these files, as they lie there."""
+    files = source_files(source)
+    return None if files is None else sum(path.stat().st_size for path in files if path.exists())
+
+
+def _documents(source: str, texts: Iterable[Iterator[str]], passed_over: Callable[[], None]) -> Iterator[Iterator[str]]:
+    n = 0
     for text in texts:
+        n_before = n
         for document in _split(text):
-            empty = False
+            n += 1
             yield document
-    if empty:
+        if n == n_before:
+            passed_over()
+    if not n:
         raise _no_text(source)
 
 
@@ -100,7 +112,7 @@ def _texts(source: str, text_column: str | None, told: Callable[[int], None]) ->
 
 
 def _in_one_piece(texts: Iterable[str | None]) -> Iterator[Iterator[str]]:
-    return (iter([text]) for text in texts if text is not None)
+    return (iter([text or ""]) for text in texts)
 
 
 def _jsonl_texts(path: Path, column: str, told: Callable[[int], None]) -> Iterator[str | None]:
@@ -120,11 +132,14 @@ def _parquet_texts(path: Path, column: str, told: Callable[[int], None]) -> Iter
             schema = file.schema_arrow
             if column not in schema.names:
                 raise _no_column(str(path), column, schema.names)
+            if schema.names.count(column) > 1:
+                raise InputError(f"{path}: column {column!r} is there twice; rename one, or set text_column to another")
             kind = schema.field(column).type
             if not _is_text(kind):
                 raise InputError(f"{path}: column {column!r} holds {kind}, expected text; set text_column to another")
             for batch in file.iter_batches(_ROWS, columns=[column]):
-                yield from batch.column(0).cast(pa.large_string()).to_pylist()
+                texts = batch.column(column)  # by name: a struct's field can have the same dotted path
+                yield from texts.cast(pa.large_string()).to_pylist()
                 row += len(batch)
                 at = size * row // file.metadata.num_rows
                 told(at - told_of)

@@ -10,8 +10,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-from slm_jax.options import check_at_least
-
 LONGEST = 1 << 24  # characters of a document up to which it is held whole
 _SYMBOL = re.compile(r"[^\w\s]|_")
 
@@ -34,23 +32,24 @@ class Rules:
     max_symbol_ratio: float | None = None
     max_repeated_lines: float | None = None
 
-    def __post_init__(self) -> None:
-        limits = ("min_characters", "max_symbol_ratio", "max_repeated_lines")
-        check_at_least(vars(self), dict.fromkeys(limits, 0))
-
 
 class DocumentFilter:
     """Applies rules to documents in their order; remembers a digest of each, which takes about 100 bytes.
 
     Attributes:
-        counts: how many were left out, by reason: ``short``, ``symbols``, ``repeated_lines``, ``duplicates``; and how
-            many were ``unfiltered``: kept without a look because they are longer than `LONGEST`.
+        counts: how many were left out, by reason: ``empty`` (of which who reads tells), ``short``, ``symbols``,
+            ``repeated_lines``, ``duplicates``; and how many were ``unfiltered``: kept without a look because they are
+            longer than `LONGEST`.
     """
 
     def __init__(self, rules: Rules) -> None:
-        self.counts = dict.fromkeys(("short", "symbols", "repeated_lines", "duplicates", "unfiltered"), 0)
+        self.counts = dict.fromkeys(("empty", "short", "symbols", "repeated_lines", "duplicates", "unfiltered"), 0)
         self._rules = rules
         self._seen: set[bytes] = set()
+
+    def count(self, reason: str) -> None:
+        """Count one more."""
+        self.counts[reason] += 1
 
     def select(self, documents: Iterable[Iterable[str]]) -> Iterator[Iterator[str]]:
         """Yield the documents that stay; each one, as each of ``documents``, is an iterator of its pieces."""
@@ -59,7 +58,7 @@ class DocumentFilter:
             start, whole = _take(pieces, LONGEST)
             reason = self._reason("".join(start)) if whole else "unfiltered"
             if reason is not None:
-                self.counts[reason] += 1
+                self.count(reason)
             if reason in (None, "unfiltered"):
                 yield itertools.chain(start, pieces)
 

@@ -7,10 +7,12 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+from slm_jax.data.text_files import unreadable
 from slm_jax.errors import InputError, MissingInputError
+from slm_jax.files import sha256
 from slm_jax.network import check_reachable
 
-CONNECT_SECONDS = 4.0  # to look up and reach the server; without a network a name lookup alone can hang for minutes
+CONNECT_SECONDS = 2.0  # to look up and reach the server; without a network a name lookup alone can hang for minutes
 READ_SECONDS = 20.0  # without one byte from a server that was reached
 
 
@@ -78,7 +80,7 @@ def named_file(name: str) -> Path:
 
     folder = os.environ.get("SLM_JAX_DATA")
     if folder and (path := Path(folder).expanduser() / entry.file).exists():
-        found = _sha256(path)
+        found = _digest(path)
         if found != entry.sha256:
             raise InputError(
                 f"named:{name}: {path} is not the expected file: its SHA-256 is {found}, expected {entry.sha256}; "
@@ -87,7 +89,7 @@ def named_file(name: str) -> Path:
         return path
 
     path = _cache_folder() / entry.file
-    if not (path.is_file() and _sha256(path) == entry.sha256):
+    if not (path.is_file() and _digest(path) == entry.sha256):
         _download(name, entry, path)
     return path
 
@@ -97,12 +99,11 @@ def _cache_folder() -> Path:
     return (Path(base) if Path(base).is_absolute() else Path("~/.cache").expanduser()) / "slm_jax" / "data"
 
 
-def _sha256(path: Path) -> str:
+def _digest(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256(path)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}; check what it is and its permissions") from error
+        raise unreadable(path, error) from error
 
 
 def _download(name: str, entry: NamedFile, destination: Path) -> None:

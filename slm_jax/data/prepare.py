@@ -5,12 +5,14 @@ white space that follows something else, where every tokenizer of this package s
 """
 
 import dataclasses
+import itertools
 import os
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,45 +31,26 @@ _LAST_CUT = re.compile(r".*\S(?=[ \t\n\r])", re.DOTALL)
 
 
 @dataclasses.dataclass
-class Progress:
-    """How far it has come.
+class Prepared:
+    """What was written so far.
 
     Attributes:
-        bytes_read: of files, as they lie there.
-        documents: that were kept.
-        tokens: ids that were written.
-        text_bytes: of these documents, in UTF-8.
+        bytes_read: of the source's files, as they lie there.
+        documents: with the end-of-text id between them.
+        tokens: ids in the file.
+        text_bytes: of the documents, in UTF-8.
+        counts: documents that were left out, by reason, and those unfiltered (`DocumentFilter`).
+        sha256: of the file; empty before all is written.
+        seconds: that all took.
     """
 
     bytes_read: int = 0
     documents: int = 0
     tokens: int = 0
     text_bytes: int = 0
-
-    def told(self, n_bytes: int) -> None:
-        """Count what was read."""
-        self.bytes_read += n_bytes
-
-
-@dataclasses.dataclass(frozen=True)
-class Prepared:
-    """What was written.
-
-    Attributes:
-        documents: with the end-of-text id between them.
-        tokens: ids in the file.
-        text_bytes: of the documents, in UTF-8.
-        counts: documents that were left out, by reason, and those unfiltered (`DocumentFilter`).
-        sha256: of the file.
-        seconds: that it took.
-    """
-
-    documents: int
-    tokens: int
-    text_bytes: int
-    counts: dict[str, int]
-    sha256: str
-    seconds: float
+    counts: dict[str, int] = dataclasses.field(default_factory=dict)
+    sha256: str = ""
+    seconds: float = 0.0
 
 
 class _Segment(NamedTuple):
@@ -77,30 +60,38 @@ class _Segment(NamedTuple):
     begins: bool
 
 
+class _Batch(NamedTuple):
+    """Segments, and the bytes of files that were read for them."""
+
+    segments: list[_Segment]
+    bytes_read: int
+
+
 class _Encoded(NamedTuple):
     ids: np.ndarray
-    n_documents: int
-    n_bytes: int
+    documents: int
+    text_bytes: int
+    bytes_read: int
 
 
 def prepare(
-    source: str,
+    sources: Sequence[str],
     out: Path,
     tokenizer: Tokenizer,
     *,
     text_column: str | None = None,
     rules: Rules | None = None,
-    report: Callable[[Progress], None] = lambda _: None,
+    report: Callable[[Prepared], None] = lambda _: None,
 ) -> Prepared:
-    """Encode a source into a token file (`slm_jax.data.token_file`).
+    """Encode sources, one after the other, into a token file (`slm_jax.data.token_file`).
 
     Args:
-        source: any text source (`slm_jax.data.documents`).
+        sources: any text sources (`slm_jax.data.documents`).
         out: ``FILE.bin``, which is replaced if it is there; ``FILE.bin.json`` is written beside it.
         tokenizer: makes the ids; is kept in the JSON file.
         text_column: of rows.
         rules: what is left out; default: exact copies. Documents longer than 16 million characters are always kept.
-        report: called now and then.
+        report: called now and then, with what was written so far.
 
     Raises:
         InputError: a source that cannot be read, has no text or none that the rules keep, or that the tokenizer cannot
@@ -108,32 +99,42 @@ def prepare(
     """
     start = time.monotonic()
     tokenizer.encode("")  # finds out that its files are missing before anything is read
-    document_filter, progress = DocumentFilter(rules or Rules()), Progress()
-    kept = document_filter.select(documents(source, text_column, progress.told))
-
-    def encode(batch: list[_Segment]) -> _Encoded:
-        return _encode(batch, tokenizer, source)
-
+    source = " ".join(sources)
+    document_filter = DocumentFilter(rules or Rules())
+    told: list[int] = []
+    passed_over = partial(document_filter.count, "empty")
+    # A list, as each source finds out at once whether its files are there.
+    found = itertools.chain.from_iterable([documents(each, text_column, told.append, passed_over) for each in sources])
+    batches = _batches(_segments(document_filter.select(found)), told)
+    encode = partial(_encode, tokenizer=tokenizer, source=source)
+    prepared = Prepared(counts=document_filter.counts)
     workers = min(_MOST_WORKERS, os.cpu_count() or 1)
     with write_token_file(out, tokenizer, source) as file, ThreadPoolExecutor(workers) as pool:
-        for encoded in _in_order(pool, encode, _batches(_segments(kept)), ahead=workers + 1):
+        for encoded in _in_order(pool, encode, batches, ahead=workers + 1):
             file.write(encoded.ids if file.tokens else encoded.ids[1:])  # the id is between documents, not before
-            progress.documents += encoded.n_documents
-            progress.text_bytes += encoded.n_bytes
-            progress.tokens = file.tokens
-            report(progress)
-        counts = document_filter.counts
+            prepared.documents += encoded.documents
+            prepared.text_bytes += encoded.text_bytes
+            prepared.bytes_read += encoded.bytes_read
+            prepared.tokens = file.tokens
+            report(prepared)
         if not file.tokens:
-            raise InputError(f"source {source!r}: no document is left ({_describe(counts)}); loosen the filter")
-        file.documents, file.counts = progress.documents, counts
-    return Prepared(
-        progress.documents, progress.tokens, progress.text_bytes, counts, file.sha256, time.monotonic() - start
-    )
+            raise InputError(
+                f"source {source!r}: no document is left ({_describe(prepared.counts)}); loosen the filter"
+            )
+        file.documents, file.counts = prepared.documents, prepared.counts
+    prepared.sha256, prepared.seconds = file.sha256, time.monotonic() - start
+    return prepared
 
 
-def train_tokenizer(source: str, vocab_size: int, text_column: str | None = None) -> BPETokenizer:
-    """Train a byte-level BPE on the first 100 million characters of a source."""
-    return BPETokenizer.train(_first(documents(source, text_column), TRAINING_CHARACTERS), vocab_size)
+def train_tokenizer(
+    sources: Sequence[str],
+    vocab_size: int,
+    text_column: str | None = None,
+    report: Callable[[int], None] = lambda _: None,
+) -> BPETokenizer:
+    """Train a byte-level BPE on the first 100 million characters of sources; their number so far is reported."""
+    found = itertools.chain.from_iterable([documents(source, text_column) for source in sources])
+    return BPETokenizer.train(_first(found, TRAINING_CHARACTERS, report), vocab_size)
 
 
 def cut_pieces(pieces: Iterable[str], length: int = _PIECE) -> Iterator[str]:
@@ -159,12 +160,14 @@ def cut_pieces(pieces: Iterable[str], length: int = _PIECE) -> Iterator[str]:
         yield "".join(held)
 
 
-def _first(all_documents: Iterable[Iterable[str]], n_characters: int) -> Iterator[str]:
+def _first(all_documents: Iterable[Iterable[str]], n_characters: int, report: Callable[[int], None]) -> Iterator[str]:
+    n_read = 0
     for document in all_documents:
         for piece in cut_pieces(document):
             yield piece
-            n_characters -= len(piece)
-            if n_characters <= 0:
+            n_read += len(piece)
+            report(n_read)
+            if n_read >= n_characters:
                 return
 
 
@@ -174,37 +177,45 @@ def _segments(all_documents: Iterable[Iterable[str]]) -> Iterator[_Segment]:
             yield _Segment(text, begins=i == 0)
 
 
-def _batches(segments: Iterable[_Segment]) -> Iterator[list[_Segment]]:
-    """Put short segments together: a thread is worth its while for about a megabyte."""
+def _batches(segments: Iterable[_Segment], told: list[int]) -> Iterator[_Batch]:
+    """Put short segments together: a thread is worth its while for about a megabyte.
+
+    ``told`` fills with the bytes that are read meanwhile, and is emptied at each batch.
+    """
     batch: list[_Segment] = []
     n_characters = 0
     for segment in segments:
         batch.append(segment)
         n_characters += len(segment.text)
         if n_characters >= _PIECE:
-            yield batch
+            yield _Batch(batch, sum(told))
+            told.clear()
             batch, n_characters = [], 0
     if batch:
-        yield batch
+        yield _Batch(batch, sum(told))
 
 
-def _encode(batch: list[_Segment], tokenizer: Tokenizer, source: str) -> _Encoded:
+def _encode(batch: _Batch, tokenizer: Tokenizer, source: str) -> _Encoded:
     ids: list[int] = []
     try:
-        for text, begins in batch:
+        for text, begins in batch.segments:
             if begins:
                 ids.append(tokenizer.eot_id)
             ids += tokenizer.encode(text)
     except InputError as error:
         raise InputError(f"source {source!r}: in {text.strip()[:40]!r} …: {error}") from None
-    n_bytes = sum(len(segment.text.encode()) for segment in batch)
-    return _Encoded(np.array(ids, token_dtype(tokenizer.vocab_size)), sum(segment.begins for segment in batch), n_bytes)
+    return _Encoded(
+        np.array(ids, token_dtype(tokenizer.vocab_size)),
+        documents=sum(segment.begins for segment in batch.segments),
+        text_bytes=sum(len(segment.text.encode()) for segment in batch.segments),
+        bytes_read=batch.bytes_read,
+    )
 
 
 def _in_order(
     pool: ThreadPoolExecutor,
-    work: Callable[[list[_Segment]], _Encoded],
-    batches: Iterable[list[_Segment]],
+    work: Callable[[_Batch], _Encoded],
+    batches: Iterable[_Batch],
     ahead: int,
 ) -> Iterator[_Encoded]:
     """Yield the results in the order of the batches, of which no more than ``ahead`` wait."""

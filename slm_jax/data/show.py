@@ -9,7 +9,7 @@ from rich.cells import cell_len, chop_cells
 from rich.console import Console
 
 from slm_jax.data.packing import PackedRows, packed_batches
-from slm_jax.data.windows import Batch, check_window, train_batches
+from slm_jax.data.windows import Batch, train_batches
 from slm_jax.tokenizer import Tokenizer
 
 ROWS = 2  # of a batch that is shown
@@ -35,17 +35,16 @@ def show_batches(
     """Print training batches: inputs, targets, which targets count, and where packed which document a token is of.
 
     Args:
-        tokens: at least 2 ids.
+        tokens: ids; of fewer than 2 there is nothing to show, which is said.
         tokenizer: what they mean.
         n: how many batches.
         context_length: tokens of a row; windows are shorter where there are not as many.
         packing: whether rows are packed documents or windows over the whole text.
         console: where to.
-
-    Raises:
-        InputError: fewer than 2 tokens.
     """
-    check_window(tokens.size, 1, "training")
+    if tokens.size < 2:
+        console.print(f"nothing to show: there is {tokens.size} of the 2 tokens that a batch needs", highlight=False)
+        return
     batches = _batches(tokens, tokenizer.eot_id, context_length, packing)
     seen = "before it in its own document" if packing else "before it in the row"
     console.print(f"A target is the token to predict from all {seen}. · is a space, ↵ a new line.", highlight=False)

@@ -2,7 +2,7 @@
 
 import difflib
 import glob
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from slm_jax.data.named import NAMED_FILES
@@ -19,6 +19,7 @@ KINDS = {
     "tfds": "tfds:NAME[/CONFIG][:SPLIT]",
     "tokens": "tokens:FILE.bin",
 }
+WITH_COLUMNS = ("jsonl", "parquet", "tfds")
 
 
 def parse_source(source: str, kinds: Mapping[str, str] = KINDS) -> tuple[str, str]:
@@ -47,6 +48,13 @@ def parse_source(source: str, kinds: Mapping[str, str] = KINDS) -> tuple[str, st
 def is_token_source(source: str) -> bool:
     """Whether a source holds token ids rather than text."""
     return parse_source(source)[0] == "tokens"
+
+
+def check_text_column(column: str | None, sources: Iterable[str], key: str = "text_column") -> None:
+    """Refuse a column, which the user set as ``key``, where no source has any."""
+    sources = list(sources)
+    if column is not None and not any(parse_source(source)[0] in WITH_COLUMNS for source in sources):
+        raise InputError(f"{key} is {column!r}, but {' '.join(sources)} has no columns; leave it out")
 
 
 def _suggest_kind(bare: str, kinds: Mapping[str, str]) -> str:

@@ -61,6 +61,8 @@ def _chunks(path: Path, told: Callable[[int], None]) -> Iterator[bytes]:
         while True:
             try:
                 chunk: bytes = stream.read(PIECE)
+                if stream is not raw and raw.tell() == 0:  # as a copy that broke off at once leaves it
+                    raise EOFError("the file is empty")
             except (OSError, EOFError, zlib.error) as error:
                 if isinstance(error, OSError) and error.errno is not None:
                     raise unreadable(path, error) from error

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,7 +19,7 @@ from jaxtyping import UInt
 
 from slm_jax.data.text_files import unreadable
 from slm_jax.errors import InputError, MissingInputError
-from slm_jax.files import replace_text
+from slm_jax.files import partial_path, read_json, replace_text, sha256, unwritable
 from slm_jax.tokenizer import Tokenizer, fingerprint, tokenizer_from_dict
 
 FORMAT, VERSION = "slm_jax token ids", 1
@@ -33,7 +33,7 @@ _NOT_HEADERLESS = {
     b"\x93NUMPY": "a NumPy .npy file; write the bare ids: np.load(FILE).astype('<u2').tofile('ids.bin')",
     (20240520).to_bytes(4, "little"): "an llm.c file, which has a header of 1024 bytes; cut it off: tail -c +1025 FILE",
 }
-_CHUNK = 1 << 22  # tokens checked, or bytes hashed, at a time
+_CHUNK = 1 << 22  # tokens checked at a time
 _AGAIN = "write it again with slm-jax prepare"
 
 
@@ -102,7 +102,7 @@ def open_token_file(path: str | Path) -> TokenFile:
             f"{path}: {size} bytes, an odd number; expected uint16 ids, two bytes each: "
             "the file was cut short or holds something else; write it again"
         )
-    return TokenFile(np.memmap(path, dtype="<u2", mode="r"), None, None)
+    return TokenFile(map_ids(path, _DTYPES["uint16"]), None, None)
 
 
 def check_ids(tokens: UInt[np.ndarray, " tokens"], vocab_size: int, path: str | Path) -> None:
@@ -129,14 +129,14 @@ class TokenWriter:
     Attributes:
         tokens: how many were written.
         documents: how many the caller says they are.
-        counts: what else is to be known of them: anything that JSON can hold.
+        counts: of what was left out, by reason.
         sha256: of what was written; empty before all is.
     """
 
     def __init__(self, file: BinaryIO, vocab_size: int) -> None:
         self.tokens = 0
         self.documents = 0
-        self.counts: dict[str, Any] = {}
+        self.counts: dict[str, int] = {}
         self.sha256 = ""
         self._file = file
         self._dtype = token_dtype(vocab_size)
@@ -160,7 +160,8 @@ class TokenWriter:
 def write_token_file(path: Path, tokenizer: Tokenizer, source: str) -> Iterator[TokenWriter]:
     """Give a writer of a token file that appears, whole and with its JSON file, when the block ends without an error.
 
-    Ids go to a partial file beside it, which disappears whatever happens. A file that is there is replaced.
+    Ids go to a partial file beside it, which disappears whatever happens. A file that is there is replaced; of several
+    writers at once the last one to end has it.
 
     Args:
         path: ``FILE.bin``; its folder is made.
@@ -170,24 +171,42 @@ def write_token_file(path: Path, tokenizer: Tokenizer, source: str) -> Iterator[
     Raises:
         InputError: whatever keeps the file from being written, such as a full disk.
     """
-    partial = path.with_name(f"{path.name}.partial")
+    partial = partial_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:
             writer = TokenWriter(file, tokenizer.vocab_size)
             yield writer
             writer.finish()
-        # The JSON file first: ids without one would pass for bare uint16.
-        replace_text(json_path(path), json.dumps(_description(writer, tokenizer, source), indent=2) + "\n")
-        partial.replace(path)
+        with _alone_in(path.parent):
+            # The JSON file first: ids without one would pass for bare uint16.
+            replace_text(json_path(path), json.dumps(_description(writer, tokenizer, source), indent=2) + "\n")
+            partial.replace(path)
     except (InputError, BrokenPipeError):  # of what is done in the block
         raise
     except OSError as error:
-        raise InputError(
-            f"{path}: cannot be written: {error.strerror or error}; free space there or choose another place"
-        ) from None
+        raise unwritable(path, error) from None
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Wait for other writers, so that no file ends up beside another one's JSON; where the system has such locks."""
+    try:
+        import fcntl
+
+        handle = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):
+        yield
+        return
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _description(writer: TokenWriter, tokenizer: Tokenizer, source: str) -> dict[str, Any]:
@@ -208,7 +227,7 @@ def _description(writer: TokenWriter, tokenizer: Tokenizer, source: str) -> dict
 
 def _open_described(path: Path, size: int) -> TokenFile:
     file = json_path(path)
-    about = _read_description(file)
+    about = read_description(file)
     dtype = _DTYPES[about["dtype"]]
     expected = about["tokens"] * dtype.itemsize
     if size != expected:
@@ -216,22 +235,28 @@ def _open_described(path: Path, size: int) -> TokenFile:
             f"{path}: {size} bytes, but {file.name} says {about['tokens']} ids of {dtype.itemsize} bytes ({expected}): "
             f"the file was cut short or replaced; {_AGAIN}, or delete {file.name} if these are bare uint16 ids"
         )
-    digest = _sha256(path)
+    digest = sha256(path)
     if digest != about["sha256"]:
         raise InputError(
             f"{path}: its SHA-256 is {digest}, but {file.name} says {about['sha256']}: the file was changed or "
             f"damaged; {_AGAIN}"
         )
-    tokens = np.memmap(path, dtype=dtype, mode="r") if size else np.zeros(0, dtype)  # no empty file can be mapped
-    return TokenFile(tokens, _described_tokenizer(file, about), digest)
+    return TokenFile(map_ids(path, dtype), _described_tokenizer(file, about), digest)
 
 
-def _read_description(file: Path) -> dict[str, Any]:
-    try:
-        about = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{file}: cannot be read as JSON ({error}); {_AGAIN}") from None
-    if not isinstance(about, dict) or about.get("format") != FORMAT:
+def map_ids(path: Path, dtype: np.dtype[Any]) -> UInt[np.ndarray, " tokens"]:
+    """Map ids into memory, unchecked."""
+    return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype)
+
+
+def read_description(file: Path) -> dict[str, Any]:
+    """Read and check a description, ``FILE.bin.json``.
+
+    Raises:
+        InputError: it cannot be read, or describes no ids.
+    """
+    about = read_json(file, _AGAIN)
+    if about.get("format") != FORMAT:
         raise InputError(
             f"{file}: does not describe token ids (no format {FORMAT!r}); {_AGAIN}, or move it away if "
             f"{file.stem} holds bare uint16 ids"
@@ -241,11 +266,11 @@ def _read_description(file: Path) -> dict[str, Any]:
     for name, kind in _FIELDS.items():
         if not isinstance(about.get(name), kind) or about[name] is True:
             raise InputError(f"{file}: {name} is {about.get(name)!r:.60}; expected {kind.__name__}; {_AGAIN}")
-    if about["dtype"] not in _DTYPES or about["tokens"] < 0:
-        raise InputError(
-            f"{file}: {about['tokens']} tokens of dtype {about['dtype']!r}; expected at least 0 of "
-            f"{' or '.join(_DTYPES)}; {_AGAIN}"
-        )
+    if about["dtype"] not in _DTYPES:
+        raise InputError(f"{file}: dtype is {about['dtype']!r}; expected {' or '.join(_DTYPES)}; {_AGAIN}")
+    for name, n in {**about["counts"], "tokens": about["tokens"], "documents": about["documents"]}.items():
+        if type(n) is not int or n < 0:
+            raise InputError(f"{file}: {name} is {n!r:.60}; expected a whole number, at least 0; {_AGAIN}")
     return about
 
 
@@ -262,11 +287,3 @@ def _described_tokenizer(file: Path, about: Mapping[str, Any]) -> Tokenizer:
                 f"the file was changed; {_AGAIN}"
             )
     return tokenizer
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while data := file.read(_CHUNK):
-            digest.update(data)
-    return digest.hexdigest()

@@ -9,7 +9,7 @@ from jaxtyping import Integer
 
 from slm_jax.data.corpus import encode_documents, open_tokens, split_at_end_of_text, split_documents
 from slm_jax.data.documents import read_documents
-from slm_jax.data.sources import is_token_source
+from slm_jax.data.sources import check_text_column, is_token_source
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.evaluation.logprobs import Track, check_batch_size, check_ids, target_logprobs
 from slm_jax.evaluation.results import perplexity
@@ -135,6 +135,7 @@ def evaluate_source(
     tokenizer: Tokenizer,
     source: str,
     *,
+    text_column: str | None = None,
     split: Split = "all",
     validation_fraction: float = 0.1,
     context_length: int | None = None,
@@ -152,6 +153,7 @@ def evaluate_source(
         params: its parameters.
         tokenizer: that of the model.
         source: as for pretraining: ``text:GLOB``, ``named:NAME``, ``builtin:python-docs``, ``tokens:FILE.bin``.
+        text_column: where the texts of rows are (:func:`slm_jax.data.documents.documents`).
         split: which part.
         validation_fraction: how much of the source is the validation split; between 0 and 1.
         context_length: of a window (:func:`text_loss`).
@@ -168,10 +170,11 @@ def evaluate_source(
         raise InputError(f"validation_fraction is {validation_fraction}; expected a number between 0 and 1")
     context_length, stride = _window(model, context_length, stride)  # before a long read
     check_batch_size(batch_size)
+    check_text_column(text_column, [source])
     if is_token_source(source):
         tokens, n_bytes = _token_split(source, tokenizer, split, validation_fraction), None
     else:
-        tokens, n_bytes = _text_split(source, tokenizer, split, validation_fraction)
+        tokens, n_bytes = _text_split(source, text_column, tokenizer, split, validation_fraction)
     try:
         measured = text_loss(
             model, params, tokens, context_length=context_length, stride=stride, batch_size=batch_size, track=track
@@ -197,9 +200,11 @@ def _token_split(source: str, tokenizer: Tokenizer, split: Split, validation_fra
     return {"all": tokens, "train": tokens[:cut], "validation": tokens[cut:]}[split]
 
 
-def _text_split(source: str, tokenizer: Tokenizer, split: Split, validation_fraction: float) -> tuple[np.ndarray, int]:
+def _text_split(
+    source: str, text_column: str | None, tokenizer: Tokenizer, split: Split, validation_fraction: float
+) -> tuple[np.ndarray, int]:
     """Return the ids and the number of UTF-8 bytes."""
-    documents = split_at_end_of_text(read_documents(source))
+    documents = split_at_end_of_text(read_documents(source, text_column))
     if split != "all":
         train, validation = split_documents(documents, validation_fraction)
         documents = train if split == "train" else validation

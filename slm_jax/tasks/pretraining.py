@@ -38,6 +38,9 @@ def build(config: RunConfig, start: Start, stop: Callable[[], None] | None = Non
     Raises:
         InputError: data, tokenizer and model that do not fit together.
     """
+    if config.data.packing and config.data.stride is not None:
+        stride = config.data.stride
+        raise InputError(f"data.stride is {stride}, but packed rows have none; leave it or data.packing out")
     base = find_base(config, start)
     corpus = load_corpus(config.data, config.tokenizer, saved=base.tokenizer if base else None, stop=stop)
     base = base or new_base(config, corpus.tokenizer)

@@ -1,12 +1,12 @@
 """OpenAI's four GPT-2 models by name: found on this machine, or downloaded once from Hugging Face."""
 
-import hashlib
 import os
 import re
 from pathlib import Path
 from typing import NamedTuple
 
 from slm_jax.errors import InputError, MissingInputError
+from slm_jax.files import sha256
 from slm_jax.network import check_reachable
 
 FILE = "model.safetensors"
@@ -79,8 +79,7 @@ def _verified(file: Path, pin: Pin) -> Path:
     expected = pin.sha256 or file.resolve().name  # the cache names a file by the SHA-256 that the server has for it
     if not re.fullmatch(r"[0-9a-f]{64}", expected):  # a cache of copies, on a system without symbolic links
         return file
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    digest = sha256(file)
     if digest != expected:
         raise InputError(
             f"{file}: its SHA-256 is {digest}; expected {expected}: delete {file.resolve()} and load it again"

@@ -51,6 +51,18 @@ def test_it_prints_what_the_functions_measure(weights, files, capsys):
     assert math.isclose(math.exp(figures["text"]["loss"]), figures["text"]["perplexity"])
 
 
+def test_the_column_of_the_texts_may_have_another_name(weights, files, tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"body": TEXT, "id": 1}))
+    figures = []
+    for source in (
+        ["--source", f"jsonl:{tmp_path}/a.jsonl", "--text-column", "body"],
+        ["--source", f"text:{files}/cats.txt"],
+    ):
+        assert cli.main(["evaluate", "--run", str(weights), *source]) == 0
+        figures.append(json.loads(capsys.readouterr().out)["text"])
+    assert figures[0] == {**figures[1], "source": figures[0]["source"]}
+
+
 def test_responses_are_scored_without_a_model(files, capsys):
     assert cli.main(["evaluate", "--responses", str(files / "responses.json")]) == 0
     (name, scores), *rest = json.loads(capsys.readouterr().out).items()
@@ -129,6 +141,9 @@ def test_it_writes_to_a_file_or_says_why_not(weights, files, tmp_path, capsys):
         (["--source", "text:x", "--out", f"{__file__}/x.json"], "choose another place with --out"),
         (["--source", "text:x", "--out", "~nouser/x"], "cannot be used as a path"),
         (["--source", "text:none.txt"], "none.txt: no such file"),
+        (["--source", "text:x", "--text-column", "body"], "text_column is 'body', but text:x has no columns"),
+        (["--source", "tokens:x", "--text-column", "body"], "text_column is 'body', but tokens:x has no columns"),
+        (["--lambada", "jsonl:x", "--text-column", "body"], "text_column is 'body', but there is no --source"),
     ],
 )
 def test_mistakes_are_one_line(weights, capsys, args, said):

@@ -1,6 +1,7 @@
 """What must hold of ``slm-jax prepare``: a file that training takes, or one line and nothing left behind."""
 
 import contextlib
+import io
 import json
 import os
 import signal
@@ -13,8 +14,9 @@ import pytest
 from rich.console import Console
 
 from slm_jax import cli
-from slm_jax.commands.prepare import _Display, _Stop
-from slm_jax.data.prepare import Progress
+from slm_jax.commands.prepare import PLAIN_INTERVAL, _Display, _Stop
+from slm_jax.data import token_file
+from slm_jax.data.prepare import Prepared
 from slm_jax.data.token_file import open_token_file
 from slm_jax.tokenizer import CharTokenizer
 
@@ -88,19 +90,65 @@ def test_what_is_there_is_replaced_only_if_told(source, tokenizer, tmp_path, cap
     assert out.read_bytes() == b"precious"
     assert prepare(*given, "--overwrite", "true") == 0
     assert open_token_file(out).tokens.size > 10
+    out.unlink()
+    assert prepare(*given) == 2
+    assert "a.bin.json: is there already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("out", ["a.bin", "link.bin", "hard.bin", "b.bin"])
+def test_a_source_is_never_replaced(tmp_path, tokenizer, capsys, out):
+    (tmp_path / "a.bin").write_text("one small step")
+    (tmp_path / "link.bin").symlink_to("a.bin")
+    (tmp_path / "hard.bin").hardlink_to(tmp_path / "a.bin")
+    (tmp_path / "b.bin.json").write_text('{"text": "one small step"}')
+    sources = [f"--source=text:{tmp_path}/[a].bin", f"--source=jsonl:{tmp_path}/b.bin.json"]
+    assert prepare(*sources, "--out", tmp_path / out, "--tokenizer", tokenizer, "--overwrite", "true") == 2
+    assert "would be replaced; choose another --out" in capsys.readouterr().err
+    assert (tmp_path / "a.bin").read_text() == "one small step"
+    assert (tmp_path / "b.bin.json").read_text() == '{"text": "one small step"}'
+
+
+def test_progress_is_a_line_now_and_then():
+    console = Console(file=io.StringIO(), force_terminal=False)
+    display = _Display(console, 200, _Stop())
+    display._lines._last -= PLAIN_INTERVAL
+    display.report(Prepared(bytes_read=100, documents=1, tokens=5))
+    display.report(Prepared(bytes_read=200, documents=1, tokens=5))
+    (line,) = console.file.getvalue().splitlines()
+    assert line.startswith("50% · 1 document · 5 tokens · ")
+
+
+def test_too_little_text_to_show_is_said(tmp_path, tokenizer, capsys):
+    (tmp_path / "a.txt").write_text("x")
+    given = ["--source", f"text:{tmp_path}/a.txt", "--out", tmp_path / "a.bin", "--tokenizer", tokenizer]
+    assert prepare(*given, "--show", 1) == 0
+    assert "nothing to show: there is 1 of the 2 tokens" in capsys.readouterr().out
+
+
+def test_what_is_shown_is_not_read_a_second_time(source, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(token_file, "sha256", lambda path: pytest.fail("was read"))
+    assert prepare("--source", source, "--out", tmp_path / "a.bin", "--tokenizer", tokenizer, "--show", 1) == 0
 
 
 @pytest.mark.parametrize(
     ("args", "expected"),
     [
         (["--source", "text:a.txt"], "--out is missing"),
+        (["--out", "a.bin"], "--source is missing; expected the text: text:GLOB"),
         (["--source", "text:a.txt", "--out", "a.npy"], "out is 'a.npy'; expected a file FILE.bin"),
         (["--source", "text:gone.txt", "--out", "a.bin"], "gone.txt: no such file"),
         (["--source", "tokens:a.bin", "--out", "b.bin"], "holds token ids, expected text"),
         (["--source", "a.txt", "--out", "a.bin"], "did you mean text:a.txt?"),
         (["--source", "text:a.txt", "--out", "a.bin", "--text-column", "body"], "text:a.txt has no columns"),
         (["--source", "text:a.txt", "--out", "a.bin", "--vocab-size", "300"], "gpt2 has its own; add --tokenizer bpe"),
+        (
+            ["--source", "text:a.txt", "--out", "a.bin", "--tokenizer", "bpe", "--vocab-size", "1000001"],
+            "at most 1000000",
+        ),
+        (["--source", "text:a.txt", "--source", "text:gone.txt", "--out", "a.bin"], "gone.txt: no such file"),
         (["--source", "text:a.txt", "--out", "a.bin", "--min-characters", "-1"], "min_characters is -1"),
+        (["--source", "text:a.txt", "--out", "a.bin", "--max-symbol-ratio", "-1"], "max_symbol_ratio is -1"),
+        (["--source", "text:a.txt", "--out", "a.bin", "--max-repeated-lines", ".nan"], "max_repeated_lines is nan"),
         (["--source", "text:a.txt", "--out", "a.bin", "--tokenizer", "nowhere"], "no tokenizer at 'nowhere'"),
         (["--source", "text:a.txt", "--out", "a.txt/b/a.bin"], "cannot"),
     ],
@@ -123,7 +171,7 @@ def test_a_stop_that_was_dropped_is_noticed_at_the_next_report(signum):
         with contextlib.suppress(KeyboardInterrupt):
             signal.raise_signal(signum)
         with pytest.raises(KeyboardInterrupt):
-            _Display(Console(quiet=True), None, stop).report(Progress())
+            _Display(Console(quiet=True), None, stop).report(Prepared())
     assert stop.signum == signum
     assert signal.getsignal(signum) == before
 
@@ -137,7 +185,7 @@ def test_a_stop_leaves_nothing_half_made(tmp_path, tokenizer, signum, status):
         [sys.executable, "-m", "slm_jax", *args], stderr=subprocess.PIPE, env={**os.environ, "JAX_PLATFORMS": "cpu"}
     )
     deadline = time.monotonic() + 60
-    while not (out.parent / "a.bin.partial").exists():
+    while not list(out.parent.glob("a.bin.*.partial")):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -147,3 +195,21 @@ def test_a_stop_leaves_nothing_half_made(tmp_path, tokenizer, signum, status):
     if b"_xla_gc_callback" not in error:  # Python says so when it drops an exception there
         assert b"Traceback" not in error
     assert list(out.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_ends_the_training_of_a_tokenizer(tmp_path, signum):
+    words = "".join(f"{i * 7919 % 1_000_003:x}{i:x} " for i in range(600_000))
+    (tmp_path / "a.txt").write_text(words * 4)
+    args = ["prepare", "--source", f"text:{tmp_path}/a.txt", "--out", str(tmp_path / "o" / "a.bin")]
+    args += ["--tokenizer", "bpe", "--vocab-size", "1000000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "slm_jax", *args], stderr=subprocess.PIPE, env={**os.environ, "JAX_PLATFORMS": "cpu"}
+    )
+    assert b"training a tokenizer" in process.stderr.readline()
+    time.sleep(3)
+    assert process.poll() is None
+    process.send_signal(signum)
+    process.communicate(timeout=2)
+    assert process.returncode == -signum
+    assert not (tmp_path / "o").exists()

@@ -391,6 +391,12 @@ def test_bare_files_keep_the_fingerprint_that_runs_of_earlier_versions_have(toke
 # Columns, long texts
 
 
+def test_a_column_where_no_source_has_any_is_refused(text_file, prepared):
+    for source in (text_file("abc"), "builtin:python-docs", prepared(IDS)):
+        data = DataConfig(source, text_column="body")
+        refused(lambda data=data: load_corpus(data, CHAR), f"data.text_column is 'body', but {data.source} has no col")
+
+
 def test_texts_come_from_a_column(tmp_path):
     for name, word in (("train", "abc"), ("val", "cab")):
         lines = [json.dumps({"body": f"{word} {word}", "id": i}) for i in range(3)]

@@ -1,11 +1,13 @@
 """What must hold of documents: the same as if each source were read whole, in pieces that stay small."""
 
 import gzip
+import importlib
 import json
 import re
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slm_jax.data import documents as module
-from slm_jax.data import text_files
+from slm_jax.data import rows, text_files
 from slm_jax.data.corpus import split_at_end_of_text
 from slm_jax.data.documents import documents, read_documents, source_bytes
 from slm_jax.data.named import named_file
@@ -161,8 +163,18 @@ def test_only_the_column_of_the_texts_is_read(tmp_path):
         texts(f"parquet:{path}", "other")
 
 
+def test_a_column_is_found_by_its_name_not_by_the_path_of_a_field(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"a": [{"b": "of the struct"}], "a.b": ["of the column"]}), path)
+    assert texts(f"parquet:{path}", "a.b") == ["of the column"]
+
+
 def test_mistakes_with_parquet_are_named(tmp_path):
     path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), path)
+    with pytest.raises(InputError, match=r"a\.parquet: column 'text' is there twice; rename one") as error:
+        texts(f"parquet:{path}")
+    message(error)
     pq.write_table(pa.table({"texts": ["a"], "n": [1]}), path)
     with pytest.raises(InputError, match=r"no text column 'text' \(did you mean texts\?\) but texts, n; set text_col"):
         texts(f"parquet:{path}")
@@ -291,11 +303,19 @@ def test_a_data_set_that_needs_beam_to_be_prepared_says_so_at_once(tmp_path, mon
     assert time.monotonic() - start < 5
 
 
+def test_older_builders_are_imported_only_for_a_name_that_is_not_found_without(tfds_folder, monkeypatch):
+    def imported(name):
+        raise MissingInputError(f"{name} was imported")
+
+    monkeypatch.setattr(rows, "importlib", SimpleNamespace(import_module=imported, util=importlib.util))
+    assert len(texts("tfds:our_tales")) == 5
+    with pytest.raises(MissingInputError, match=r"tensorflow_datasets\.text was imported"):
+        texts("tfds:no_such_tales")
+
+
 def test_a_data_set_that_needs_tensorflow_to_be_prepared_says_so(tmp_path, monkeypatch):
     """As nobody can download here: a builder whose preparation imports it."""
     tfds = pytest.importorskip("tensorflow_datasets")
-    from slm_jax.data import rows
-
     with tfds.core.registered.skip_registration():
 
         class Builder(tfds.core.GeneratorBasedBuilder):

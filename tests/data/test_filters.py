@@ -1,10 +1,7 @@
 """What must hold of the filter: what it leaves out and counts, and that it looks at no document that is too long."""
 
-import pytest
-
 from slm_jax.data import filters
 from slm_jax.data.filters import DocumentFilter, Rules, repeated_lines, symbol_ratio
-from slm_jax.errors import InputError
 
 OFF = Rules(deduplicate=False)
 
@@ -61,11 +58,5 @@ def test_a_document_that_is_too_long_streams_through(monkeypatch):
     assert len(read) == 2
     assert [next(first) for _ in range(4)] == ["abc"] * 4
     assert len(read) == 4
-    assert document_filter.counts == {"short": 0, "symbols": 0, "repeated_lines": 0, "duplicates": 0, "unfiltered": 1}
+    assert document_filter.counts == dict.fromkeys(document_filter.counts, 0) | {"unfiltered": 1}
     assert select(Rules(), [["abcde"], ["abcde"], ["abcdef"], ["abcdef"]])[1] == {"duplicates": 1, "unfiltered": 2}
-
-
-@pytest.mark.parametrize("limit", ["min_characters", "max_symbol_ratio", "max_repeated_lines"])
-def test_limits_are_at_least_0(limit):
-    with pytest.raises(InputError, match=f"{limit} is -1; expected at least 0"):
-        Rules(**{limit: -1})

@@ -126,7 +126,7 @@ def test_a_source_has_the_ids_of_reading_and_encoding_it_whole(
     monkeypatch.setattr(text_files, "PIECE", piece)
     monkeypatch.setattr(prepare, "_PIECE", piece)
     monkeypatch.setattr(prepare.cut_pieces, "__defaults__", (piece,))
-    prepared = prepare.prepare(sources[source], tmp_path / "ids.bin", tokenizer, rules=ALL)
+    prepared = prepare.prepare([sources[source]], tmp_path / "ids.bin", tokenizer, rules=ALL)
     opened = open_token_file(tmp_path / "ids.bin")
     np.testing.assert_array_equal(opened.tokens, expected)
     assert (prepared.documents, prepared.tokens) == (len(whole), expected.size)
@@ -136,7 +136,7 @@ def test_a_source_has_the_ids_of_reading_and_encoding_it_whole(
 
 
 def test_copies_are_left_out_and_counted(tokenizers, sources, tmp_path):
-    prepared = prepare.prepare(sources["text"], tmp_path / "ids.bin", tokenizers["bpe"])
+    prepared = prepare.prepare([sources["text"]], tmp_path / "ids.bin", tokenizers["bpe"])
     whole = split_at_end_of_text(read_documents(sources["text"]))
     first_ones = list({text.strip(): text for text in reversed(whole)}.values())[::-1]
     assert prepared.counts["duplicates"] == len(whole) - prepared.documents >= 1
@@ -152,11 +152,50 @@ def test_the_order_is_that_of_the_source_with_many_threads(tmp_path, monkeypatch
     tokenizer = CharTokenizer().build_vocab("".join(texts))
     reports = []
     prepare.prepare(
-        f"jsonl:{tmp_path}/a.jsonl", tmp_path / "ids.bin", tokenizer, report=lambda p: reports.append(p.tokens)
+        [f"jsonl:{tmp_path}/a.jsonl"], tmp_path / "ids.bin", tokenizer, report=lambda p: reports.append(p.tokens)
     )
     assert tokenizer.decode(open_token_file(tmp_path / "ids.bin").tokens).split("<|endoftext|>") == texts
     assert reports == sorted(reports)
     assert reports[-1] == open_token_file(tmp_path / "ids.bin").tokens.size
+
+
+def test_sources_follow_each_other_as_if_they_were_one(tokenizers, tmp_path):
+    (tmp_path / "a.txt").write_text("low lower")
+    (tmp_path / "b.jsonl").write_text('{"text": "newer"}\n{"text": "low lower"}\n')
+    sources = [f"jsonl:{tmp_path}/b.jsonl", f"text:{tmp_path}/a.txt"]
+    prepared = prepare.prepare(sources, tmp_path / "ids.bin", tokenizers["bpe"])
+    opened = open_token_file(tmp_path / "ids.bin")
+    assert opened.tokenizer.decode(opened.tokens) == "newer<|endoftext|>low lower"
+    assert prepared.counts["duplicates"] == 1
+    assert json.loads((tmp_path / "ids.bin.json").read_text())["source"] == " ".join(sources)
+    with pytest.raises(MissingInputError, match="gone"):
+        prepare.prepare([*sources, "text:gone.txt"], tmp_path / "o" / "ids.bin", tokenizers["bpe"])
+    assert not (tmp_path / "o").exists()
+
+
+def test_rows_and_files_without_text_are_counted(tokenizers, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "newer"}\n{"text": null}\n{"text": ""}\n{"text": " \\n"}\n')
+    (tmp_path / "a.txt").write_text("<|endoftext|> \n")
+    (tmp_path / "b.txt").write_text("low<|endoftext|> ")
+    sources = [f"jsonl:{tmp_path}/a.jsonl", f"text:{tmp_path}/*.txt"]
+    prepared = prepare.prepare(sources, tmp_path / "ids.bin", tokenizers["bpe"])
+    assert (prepared.documents, prepared.counts["empty"]) == (2, 4)
+
+
+def test_progress_is_of_what_was_encoded_not_of_what_was_read_ahead(tokenizers, tmp_path, monkeypatch):
+    monkeypatch.setattr(text_files, "PIECE", 100)
+    monkeypatch.setattr(prepare, "_PIECE", 100)
+    monkeypatch.setattr(prepare.cut_pieces, "__defaults__", (100,))
+    (tmp_path / "a.txt").write_text("low lower " * 200)
+    reports = []
+    prepare.prepare(
+        [f"text:{tmp_path}/a.txt"],
+        tmp_path / "ids.bin",
+        tokenizers["bpe"],
+        report=lambda p: reports.append((p.bytes_read, p.text_bytes)),
+    )
+    assert all(n_read - n_encoded <= 200 for n_read, n_encoded in reports)
+    assert reports[-1] == (2000, 2000)
 
 
 def test_long_documents_are_kept_and_counted(tokenizers, tmp_path, monkeypatch):
@@ -164,14 +203,14 @@ def test_long_documents_are_kept_and_counted(tokenizers, tmp_path, monkeypatch):
     monkeypatch.setattr(text_files, "PIECE", 4)
     (tmp_path / "a.txt").write_text("low lower lowest<|endoftext|>low<|endoftext|>low lower lowest")
     prepared = prepare.prepare(
-        f"text:{tmp_path}/a.txt", tmp_path / "ids.bin", tokenizers["bpe"], rules=Rules(min_characters=5)
+        [f"text:{tmp_path}/a.txt"], tmp_path / "ids.bin", tokenizers["bpe"], rules=Rules(min_characters=5)
     )
     assert (prepared.documents, prepared.counts["short"], prepared.counts["unfiltered"]) == (2, 1, 2)
 
 
 def test_a_pattern_does_not_match_what_is_written(tokenizers, tmp_path):
     (tmp_path / "a.txt").write_text("low lower")
-    prepare.prepare(f"text:{tmp_path}/*", tmp_path / "ids.bin", tokenizers["bpe"])
+    prepare.prepare([f"text:{tmp_path}/*"], tmp_path / "ids.bin", tokenizers["bpe"])
     opened = open_token_file(tmp_path / "ids.bin")
     assert opened.tokenizer.decode(opened.tokens) == "low lower"
 
@@ -179,7 +218,7 @@ def test_a_pattern_does_not_match_what_is_written(tokenizers, tmp_path):
 def test_nothing_left_is_an_error_and_leaves_nothing(tokenizers, sources, tmp_path):
     with pytest.raises(InputError, match=r"no document is left \(.* short.*\); loosen the filter"):
         prepare.prepare(
-            sources["text"], tmp_path / "o" / "ids.bin", tokenizers["bpe"], rules=Rules(min_characters=10_000)
+            [sources["text"]], tmp_path / "o" / "ids.bin", tokenizers["bpe"], rules=Rules(min_characters=10_000)
         )
     assert list((tmp_path / "o").iterdir()) == []
 
@@ -188,7 +227,7 @@ def test_text_that_a_tokenizer_lacks_is_named_and_leaves_nothing(sources, tmp_pa
     with pytest.raises(
         InputError, match=r"source 'text:.*': in '.*' …: character .* is not in the vocabulary"
     ) as error:
-        prepare.prepare(sources["text"], tmp_path / "o" / "ids.bin", CharTokenizer().build_vocab("abc"))
+        prepare.prepare([sources["text"]], tmp_path / "o" / "ids.bin", CharTokenizer().build_vocab("abc"))
     assert "\n" not in str(error.value)
     assert list((tmp_path / "o").iterdir()) == []
 
@@ -198,7 +237,7 @@ def test_a_tokenizer_without_its_files_is_found_out_before_reading(tmp_path, mon
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     monkeypatch.setattr(documents, "_texts", lambda *_: pytest.fail("was read"))
     with pytest.raises(MissingInputError, match="TIKTOKEN_CACHE_DIR"):
-        prepare.prepare("builtin:python-docs", tmp_path / "ids.bin", GPT2Tokenizer())
+        prepare.prepare(["builtin:python-docs"], tmp_path / "ids.bin", GPT2Tokenizer())
 
 
 # Training a tokenizer
@@ -209,12 +248,14 @@ def test_a_tokenizer_trained_in_pieces_is_the_one_trained_on_the_whole(tmp_path,
     text = "".join(f"the {i} low lower\tlowest\n newer and wider " for i in range(300))
     (tmp_path / "a.txt").write_text(text)
     whole = BPETokenizer.train(text, vocab_size=300).to_dict()
-    assert train_tokenizer(f"text:{tmp_path}/a.txt", 300).to_dict() == whole
+    assert train_tokenizer([f"text:{tmp_path}/a.txt"], 300).to_dict() == whole
 
 
 def test_it_is_trained_on_the_start_of_the_text(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "TRAINING_CHARACTERS", 2000)
     (tmp_path / "a.txt").write_text("low lower " * 200)
     (tmp_path / "b.txt").write_bytes(b"\xff")  # not even looked at
-    tokenizer = train_tokenizer(f"text:{tmp_path}/*.txt", 300)
+    reports = []
+    tokenizer = train_tokenizer([f"text:{tmp_path}/*.txt"], 300, report=reports.append)
+    assert reports == [2000]
     assert tokenizer.decode(tokenizer.encode("low lower")) == "low lower"

@@ -10,7 +10,6 @@ from rich.console import Console
 from slm_jax.data.packing import PackedRows, packed_batches
 from slm_jax.data.show import COLUMNS, ROWS, show_batches
 from slm_jax.data.windows import train_batches
-from slm_jax.errors import InputError
 from slm_jax.tokenizer import BPETokenizer, CharTokenizer
 
 CHARS = CharTokenizer().build_vocab("abcdefghijklmnopqrstuvwxyz \n")
@@ -108,5 +107,7 @@ def test_a_text_shorter_than_a_row_is_shown(packing):
     tokens = encoded(["ab"], CHARS)
     assert "a" in cells(shown(tokens, packing=packing), "input   ")[0]
     assert f"1 of {12 if packing else 1} targets count" in shown(tokens[:2], packing=packing)
-    with pytest.raises(InputError, match=r"1 tokens, fewer than one window of 2"):
-        shown(tokens[:1], packing=packing)
+
+
+def test_too_little_text_is_said():
+    assert shown(np.array([3], np.uint16)) == "nothing to show: there is 1 of the 2 tokens that a batch needs\n"

@@ -83,6 +83,7 @@ def words(n: int) -> bytes:
         lambda data: data[: len(data) // 2],
         lambda data: data[:-1],
         lambda data: data[:5],
+        lambda data: b"",
         lambda data: data[:10] + b"\xff" * 20 + data[30:],
         lambda data: data + b"something else",
         lambda data: words(3),

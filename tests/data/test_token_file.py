@@ -4,6 +4,8 @@ import json
 import resource
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -102,9 +104,44 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 1 << 22])
-def test_a_changed_file_is_refused(path, monkeypatch, chunk):
-    monkeypatch.setattr(token_file, "_CHUNK", chunk)
+def test_of_two_writers_at_once_the_later_one_wins_whole(path):
+    with write_token_file(path, TOKENIZER, "first") as first:
+        first.write([1, 2, 3])
+        with write_token_file(path, TOKENIZER, "second") as second:
+            second.write([4] * 5)
+        assert open_token_file(path).tokens.tolist() == [4] * 5
+    assert open_token_file(path).tokens.tolist() == [1, 2, 3]
+    assert json.loads(json_path(path).read_text())["source"] == "first"
+    assert sorted(file.name for file in path.parent.iterdir()) == ["ids.bin", "ids.bin.json"]
+
+
+def test_no_file_ends_up_beside_the_json_of_another(tmp_path):
+    """Many writers, who all end at about the same time."""
+    path, start = tmp_path / "ids.bin", threading.Barrier(8)
+
+    def write(n):
+        for _ in range(20):
+            with write_token_file(path, TOKENIZER, str(n)) as file:
+                file.write([n] * n)
+                start.wait(30)
+
+    with ThreadPoolExecutor(8) as pool:
+        for writer in [pool.submit(write, n) for n in range(1, 9)]:
+            writer.result()
+    tokens = open_token_file(path).tokens
+    assert json.loads(json_path(path).read_text())["source"] == str(len(tokens)) == str(tokens[0])
+
+
+def test_a_place_that_is_not_full_is_not_said_to_be(tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(InputError, match=r"ids\.bin: cannot be written: .*; choose another place$"),
+        write_token_file(tmp_path / "file" / "ids.bin", TOKENIZER, ""),
+    ):
+        pass
+
+
+def test_a_changed_file_is_refused(path):
     data = bytearray(path.read_bytes())
     data[4] ^= 1
     path.write_bytes(data)
@@ -131,12 +168,16 @@ def test_a_description_alone_is_not_a_token_file(path):
     ("change", "expected"),
     [
         (lambda text: text[:50], "cannot be read as JSON"),
-        (lambda text: "[]", "does not describe token ids"),
+        (lambda text: "[]", "expected one JSON object"),
+        (lambda text: text.replace('"tokens": 5', '"tokens": 5, "tokens": 5'), r"cannot be read as JSON \(a key is th"),
+        (lambda text: text.replace('"documents": 2', '"documents": -2'), "documents is -2; expected a whole number"),
+        (lambda text: text.replace('"duplicates": 3', '"duplicates": -3'), "duplicates is -3; expected a whole number"),
+        (lambda text: text.replace('"duplicates": 3', '"duplicates": "3"'), "duplicates is '3'; expected a whole nu"),
         (lambda text: text.replace('"slm_jax token ids"', '"other"'), "does not describe token ids"),
         (lambda text: text.replace('"version": 1', '"version": 2'), "version is 2; expected 1"),
         (lambda text: text.replace('"tokens": 5', '"tokens": "5"'), "tokens is '5'; expected int"),
-        (lambda text: text.replace('"tokens": 5', '"tokens": -5'), "-5 tokens of dtype"),
-        (lambda text: text.replace('"uint16"', '"uint8"'), "5 tokens of dtype 'uint8'; expected .* uint16 or uint32"),
+        (lambda text: text.replace('"tokens": 5', '"tokens": -5'), "tokens is -5; expected a whole number, at least 0"),
+        (lambda text: text.replace('"uint16"', '"uint8"'), "dtype is 'uint8'; expected uint16 or uint32"),
         (lambda text: text.replace('"sha256"', '"sha"'), "sha256 is None"),
         (lambda text: text.replace('"kind": "char"', '"kind": "word"'), "tokenizer: not a tokenizer of slm_jax"),
         (lambda text: text.replace('"a"', '"z"'), "tokenizer_sha256 is .*, but the tokenizer in the same file"),

@@ -128,5 +128,9 @@ def test_packing_is_a_part_of_what_a_run_is(documents, tmp_path, capsys):
     said = capsys.readouterr()
     assert "documents into" in said.out + said.err
     assert train(documents, tmp_path, train__steps=3, data__packing="false") == 2
-    assert "holds another run: data." in capsys.readouterr().err
-    assert train(documents, tmp_path, train__steps=3, data__sampling="stride") == 0  # which packing does not use
+    assert "holds another run: data.packing is False now and was True" in capsys.readouterr().err
+
+
+def test_a_stride_of_packed_rows_is_refused(prepared, tmp_path):
+    with pytest.raises(InputError, match=r"^data\.stride is 4, but packed rows have none; leave it or"):
+        build(tmp_path, prepared(WORDS), packing=True, stride=4)
