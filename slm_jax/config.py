@@ -371,6 +371,12 @@ class RunConfig:
         """The run's folder."""
         return user_path(self.runs_dir) / self.name
 
+    @property
+    def mirror_folder(self) -> Path | None:
+        """The run's folder in the mirror; None without one."""
+        mirror = self.checkpoint.mirror
+        return None if mirror is None else user_path(mirror) / self.name
+
     def gpt_config(self, vocab_size: int, dtype: DType = "float32") -> GPTConfig:
         """Return the model's configuration for a tokenizer of ``vocab_size`` ids, computing in ``dtype``."""
         section = dataclasses.asdict(self.model)
@@ -429,6 +435,9 @@ def _check_numbers(config: RunConfig) -> None:
         raise InputError(f"mesh.data is {config.mesh.data}; expected -1 (all devices) or at least 1")
     if config.train.profile is not None:
         parse_profile(config.train.profile)
+    for key in ("runs_dir", "checkpoint.mirror"):
+        if values[key] is not None and not values[key].strip():
+            raise InputError(f"{key} is {values[key]!r}; expected a folder, or leave it out")
     check_run_name(config.name)
 
 

@@ -340,3 +340,14 @@ def test_every_model_field_can_be_set():
     config = parse_args(["--model.n_layers", "2", "--model.drop_rate", "0.5", "--model.bias", "false"])
     cfg = config.gpt_config(50, "bfloat16")
     assert (cfg.n_layers, cfg.drop_rate, cfg.bias, cfg.dtype, cfg.emb_dim) == (2, 0.5, False, "bfloat16", 128)
+
+
+@pytest.mark.parametrize("key", ["runs_dir", "checkpoint.mirror"])
+@pytest.mark.parametrize("value", ["", " "])
+def test_a_folder_without_a_name_is_refused(key, value):
+    assert refused(f"--{key}={value}") == f"{key} is {value!r}; expected a folder, or leave it out"
+
+
+def test_the_mirror_has_the_run_under_its_name(tmp_path):
+    assert parse_args([]).mirror_folder is None
+    assert parse_args(["--checkpoint.mirror", str(tmp_path), "--run", "a/b"]).mirror_folder == tmp_path / "a" / "b"

@@ -34,9 +34,8 @@ def run(options: RunConfig) -> int:
 def _missing_base(options: RunConfig) -> RunConfig | None:
     """Return the run of the tiny recipe that has to come first; None where the base is there or is another."""
     tiny = RunConfig(run="tiny", runs_dir=options.runs_dir)
-    mirror = options.checkpoint.mirror
-    run_folders = [options.folder] if mirror is None else [options.folder, user_path(mirror) / options.name]
-    goes_on = any((folder / "checkpoints").exists() for folder in run_folders)
+    places = (options.folder, options.mirror_folder)
+    goes_on = any(place and (place / "checkpoints").exists() for place in places)
     if goes_on or user_path(options.base or "") != tiny.folder:
         return None
     config_file = tiny.folder / "config.yaml"

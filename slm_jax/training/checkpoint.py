@@ -6,7 +6,6 @@ commits a checkpoint by renaming it, so one that exists is whole; it keeps no ch
 """
 
 import errno
-import hashlib
 import json
 import math
 import os
@@ -21,7 +20,7 @@ import optax
 from orbax.checkpoint import v1 as ocp
 
 from slm_jax.errors import InputError, MissingInputError
-from slm_jax.files import replace_text
+from slm_jax.files import replace_text, sha256
 from slm_jax.model import Params
 from slm_jax.training.step import TrainState
 
@@ -230,7 +229,7 @@ def load_opt_state(folder: Path, step: int, like: Any) -> Any:
 
 def write_checksums(folder: Path) -> None:
     """Write the SHA-256 of every file of a checkpoint beside them."""
-    sums = {str(path.relative_to(folder)): _sha256(path) for path in _files(folder)}
+    sums = {str(path.relative_to(folder)): sha256(path) for path in _files(folder)}
     replace_text(folder / CHECKSUMS, json.dumps(sums, indent=1))
 
 
@@ -253,18 +252,13 @@ def find_damage(folder: Path) -> str | None:
         path = folder / name
         if not path.is_file():
             return f"{path} is missing from the checkpoint"
-        if _sha256(path) != expected:
+        if sha256(path) != expected:
             return f"{path} is damaged: its SHA-256 is not the one noted when it was saved"
     return None
 
 
 def _files(folder: Path) -> Iterator[Path]:
     return (path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(CHECKSUMS))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def checkpoint_bytes(params: Params, optimizer: optax.GradientTransformation) -> int:

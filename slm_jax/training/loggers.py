@@ -13,6 +13,7 @@ from slm_jax.config import LoggingConfig, RunConfig, to_dict
 from slm_jax.errors import InputError
 
 TENSORBOARD = "tensorboard"  # TensorBoard's folder in the run's
+PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # by their extra, which is their key, too
 WANDB_ID = "wandb-id.txt"  # the run's name at Weights & Biases, which a run that goes on keeps
 
 
@@ -22,12 +23,9 @@ def check_loggers(config: LoggingConfig) -> None:
     Raises:
         InputError: naming the package and how to get it.
     """
-    asked = {
-        "tensorboard": ("tensorboardX", config.tensorboard),
-        "wandb": ("wandb", config.wandb != "disabled"),
-    }
-    for key, (package, is_asked) in asked.items():
-        if is_asked and importlib.util.find_spec(package) is None:
+    asked = {"tensorboard": config.tensorboard, "wandb": config.wandb != "disabled"}
+    for key, package in PACKAGES.items():
+        if asked[key] and importlib.util.find_spec(package) is None:
             raise InputError(
                 f'logging.{key} needs the package {package}, which is not installed; pip install "slm-jax[{key}]", or '
                 f"leave logging.{key} out"

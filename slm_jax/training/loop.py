@@ -36,7 +36,7 @@ from slm_jax.training.optimizer import make_optimizer, make_schedule
 from slm_jax.training.profile import StepProfile
 from slm_jax.training.progress import ProgressLine, count_leaves, format_bytes, format_duration, parameter_table
 from slm_jax.training.record import PLOT_INTERVAL, RunRecord
-from slm_jax.training.run_folder import BEFORE, FROZEN
+from slm_jax.training.run_folder import BEFORE, FROZEN, RunFolder
 from slm_jax.training.sharding import (
     batch_sharding,
     check_batch_size,
@@ -133,7 +133,7 @@ class Trainer:
             InputError: another run is there; the devices cannot share the batch; it cannot be written; a full disk.
         """
         self.start.check_identity(self.identity)
-        check_batch_size(self.mesh, self.config.train.batch_size, self.config.train.accumulate)
+        check_batch_size(self.mesh.size, self.config.train.batch_size, self.config.train.accumulate)
         check_loggers(self.config.logging)
         self.folder.create()
         self._check_disk()
@@ -159,10 +159,11 @@ class Trainer:
     @contextlib.contextmanager
     def mirror(self) -> Iterator[Callable[[int], None] | None]:
         """Copy the run to its mirror while it goes on; give what is to be told of each saved checkpoint."""
-        if self.config.checkpoint.mirror is None or not self.folder.writes:
+        target = self.config.mirror_folder
+        if target is None or not self.folder.writes:
             yield None
             return
-        with Mirror(self.config, self.progress.note) as mirror:
+        with Mirror(self.folder, RunFolder(target), self.config.checkpoint.keep, self.progress.note) as mirror:
             yield mirror.checkpoint_saved
 
     @contextlib.contextmanager

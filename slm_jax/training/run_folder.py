@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 
@@ -35,7 +35,11 @@ class RunFolder:
         self.metrics_file = path / "metrics.jsonl"
         self.samples_file = path / "samples.md"
         self.checkpoints = path / "checkpoints"
-        self.writes = jax.process_index() == 0
+
+    @property
+    def writes(self) -> bool:
+        """Whether this host does; asks JAX for its devices."""
+        return jax.process_index() == 0
 
     def create(self) -> None:
         """Make the folder and see that it can be written to.
@@ -62,19 +66,26 @@ class RunFolder:
         Raises:
             InputError: one does already.
         """
-        if not self.writes or fcntl is None:
+        if not self.writes:
             yield
             return
         with (self.path / ".lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(
-                    f"{self.path} is being trained by another process; wait for it, or choose another name with --run"
-                ) from None
-            except OSError:  # a file system without locks, such as some mounted drives
-                pass
+            if not _try_lock(file):
+                time.sleep(0.2)  # longer than is_locked of another process holds it
+                if not _try_lock(file):
+                    raise InputError(
+                        f"{self.path} is being trained by another process; wait for it, or choose another name with "
+                        "--run"
+                    )
             yield
+
+    def is_locked(self) -> bool:
+        """Return whether a process trains in the folder; writes nothing."""
+        try:
+            with (self.path / ".lock").open() as file:
+                return not _try_lock(file, shared=True)
+        except OSError:  # no lock
+            return False
 
     def set_aside_after(self, step: int) -> None:
         """Rename the checkpoints after a step, which are damaged, so that training can write them again."""
@@ -145,3 +156,16 @@ class RunFolder:
             sections = re.split(r"^(?=## Step \d+$)", self._samples(), flags=re.M)
             texts = [s for s in sections if (m := re.match(r"## Step (\d+)\n", s)) and int(m[1]) <= step]
             self.write_text("samples.md", "".join(texts))
+
+
+def _try_lock(file: IO[str], shared: bool = False) -> bool:
+    """Lock a file until it is closed; return False if another process has."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks, such as some mounted drives
+        pass
+    return True

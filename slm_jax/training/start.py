@@ -3,17 +3,20 @@
 import dataclasses
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from slm_jax.config import RunConfig
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.identity import first_difference
+from slm_jax.param_file import read_tree
 from slm_jax.training.checkpoint import best_step, find_damage, read_metadata, saved_steps
-from slm_jax.training.mirror import copy_checkpoint, copy_file, find_mirror, small_files
-from slm_jax.training.run_folder import RunFolder
-from slm_jax.training.summary import environment
+from slm_jax.training.mirror import copy_checkpoint, copy_file, find_mirror, other_files
+from slm_jax.training.run_folder import FROZEN, RunFolder
+from slm_jax.training.summary import environment, rounding_changes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,9 +91,12 @@ class Start:
     def _copy(self, mirror: RunFolder) -> None:
         """Copy the run: last the checkpoint to go on from, which makes the copy count."""
         assert self.step is not None
+        if (mirror.path / FROZEN).is_file():
+            read_tree(mirror.path / FROZEN)  # refuses a damaged one before anything is written
         self.folder.set_aside_after(self.step - 1)
-        for name in small_files(mirror.path):
+        for name in other_files(mirror.path):
             copy_file(mirror.path / name, self.folder.path / name)
+        self.folder.checkpoints.mkdir(exist_ok=True)
         best = None
         with suppress(InputError):  # one that cannot be read
             best = best_step(mirror.checkpoints)
@@ -121,9 +127,27 @@ def find_start(config: RunConfig) -> Start:
 
     Raises:
         InputError: ``resume`` forbids what is there; a folder holds something else; every checkpoint is damaged; the
-            mirror cannot be written to, or holds another run than the run's folder.
+            mirror cannot be written to, or holds another run than the run's folder; hosts see different checkpoints.
         MissingInputError: ``resume: must`` and nothing to go on from.
     """
+    start = _find_start(config)
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        step = -1 if start.step is None else start.step
+        found = np.asarray(multihost_utils.process_allgather(np.array([step, start.mirror is not None])))
+        if (found != found[0]).any():
+            hosts = ", ".join(
+                "none" if step < 0 else f"{step:,}{' in the mirror' * far}" for step, far in found.tolist()
+            )
+            raise InputError(
+                f"{start.folder.path}: the hosts see different checkpoints ({hosts}); expected the same on each: mount "
+                "runs_dir and checkpoint.mirror on all of them"
+            )
+    return start
+
+
+def _find_start(config: RunConfig) -> Start:
     run, mirror = RunFolder(config.folder), find_mirror(config)
     places = [run] if mirror is None else [run, mirror]
     for place in places:
@@ -137,7 +161,8 @@ def find_start(config: RunConfig) -> Start:
         metadata, damage = _read(place, step)
         if damage is None:
             for other in places:
-                _check_same_run(metadata, place, other)
+                if other is not place:
+                    _check_same_run(metadata, place, other)
             warnings += _move_warnings(metadata) + _decay_warnings(config, metadata, step, place)
             saved = tuple(saved_steps(run.checkpoints))
             return Start(run, step, metadata, tuple(warnings), saved, None if place is run else place)
@@ -162,9 +187,13 @@ def _check_place(place: RunFolder, resume: str) -> None:
         )
     if path.exists() and not path.is_dir():
         raise InputError(f"{path} is a file; choose another name with --run")
-    # Hidden files do not count, such as the lock of a start that was killed.
-    if not begun and path.is_dir() and any(not file.name.startswith(".") for file in path.iterdir()):
+    if not begun and path.is_dir() and any(map(_is_something, path.iterdir())):
         raise InputError(f"{path} is not empty and holds no run; choose another name with --run")
+
+
+def _is_something(file: Path) -> bool:
+    """Return whether a file is more than what a start that was killed may leave, such as a lock."""
+    return not file.name.startswith(".") and not file.name.endswith(".partial")
 
 
 def _read(place: RunFolder, step: int) -> tuple[dict[str, Any], str | None]:
@@ -194,9 +223,7 @@ def _check_same_run(metadata: dict[str, Any], place: RunFolder, other: RunFolder
 def _move_warnings(metadata: dict[str, Any]) -> list[str]:
     """Say what the machine has differently from that of the checkpoint, if it decides how numbers are rounded."""
     was, now = metadata.get("environment", {}), environment(jax.device_count())
-    changed = [
-        key for key in ("device", "devices", "processes", "threads", "jax") if was.get(key, now[key]) != now[key]
-    ]
+    changed = rounding_changes(was, now)
     if not changed:
         return []
     then, here = (", ".join(f"{key} {values[key]}" for key in changed) for values in (was, now))

@@ -74,6 +74,12 @@ def tell_end(progress: ProgressLine, folder: RunFolder, summary: dict[str, Any],
         progress.note(f"  {command}")
 
 
+def rounding_changes(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Return the keys in which two environments differ and that decide how numbers are rounded."""
+    keys = ("device", "devices", "processes", "threads", "jax")
+    return [key for key in keys if was.get(key, now[key]) != now[key]]
+
+
 def environment(n_devices: int) -> dict[str, Any]:
     """Return what the numbers of a run depend on beside its configuration."""
     affinity = getattr(os, "sched_getaffinity", None)

@@ -38,15 +38,16 @@ def test_json_has_the_same_findings_and_a_problem_shows_in_the_status(tmp_path, 
     assert problem.startswith("SLM_JAX_DATA is ")
 
 
-def test_a_device_that_cannot_be_started_is_one_problem(tmp_path):
+def test_a_device_that_cannot_be_started_is_one_problem(tmp_path, classifier):
     environ = {**os.environ, "JAX_PLATFORMS": "abacus"}
-    command = [sys.executable, "-m", "slm_jax", "doctor"]
+    command = [sys.executable, "-m", "slm_jax", "doctor", "--run", str(classifier)]
     done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     (problem,) = (line for line in done.stdout.splitlines() if line.startswith("problem"))
     assert "JAX cannot start its devices" in problem
     assert "JAX_PLATFORMS is abacus: unset it" in problem
+    assert "frozen.safetensors, what was not trained: whole" in done.stdout
 
 
 @pytest.mark.parametrize(

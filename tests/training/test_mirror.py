@@ -8,13 +8,18 @@ import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 from slm_jax.config import CheckpointConfig, RunConfig
 from slm_jax.errors import InputError
+from slm_jax.param_file import write_tree
 from slm_jax.training import mirror as mirror_module
 from slm_jax.training.checkpoint import CHECKSUMS, METADATA, Checkpoints, find_damage, saved_steps
-from slm_jax.training.mirror import Mirror, copy_checkpoint, find_mirror, small_files
+from slm_jax.training.mirror import Mirror, copy_checkpoint, find_mirror, other_files
+from slm_jax.training.run_folder import RunFolder
+from slm_jax.training.start import Start, find_start
 from slm_jax.training.step import TrainState
 
 
@@ -41,7 +46,7 @@ class Place:
         assert find_mirror(self.config).path == self.there
 
     def mirror(self):
-        return Mirror(self.config, self.said.append)
+        return Mirror(RunFolder(self.run), RunFolder(self.there), self.config.checkpoint.keep, self.said.append)
 
     def checkpoints(self, mirror=None):
         on_saved = None if mirror is None else mirror.checkpoint_saved
@@ -190,6 +195,7 @@ def test_a_full_mirror_keeps_what_it_has_until_there_is_room(place, monkeypatch)
         save(checkpoints, 30)
         wait_for(lambda: place.said)
         assert "No space left on device" in place.said[0]
+        assert f"({place.there}/checkpoints/30.partial/" in place.said[0]
         assert saved_steps(place.run / "checkpoints") == [20, 30]
         assert saved_steps(place.there / "checkpoints") == [10, 20]
         monkeypatch.setattr(shutil, "copyfile", copy)
@@ -210,7 +216,8 @@ def test_trouble_is_said_again_after_a_while_and_at_the_end(place, monkeypatch):
     assert 2 <= len(during) <= 1 + (seconds + 1) / 0.5
     assert len({text.split("since ")[1][:8] for text in during}) == 1  # the same moment
     assert "no checkpoint is there" in end
-    assert "start the same command again" in end
+    assert str(place.there) in end.split("(")[1]
+    assert "mend that, then start the same command again" in end
 
 
 @pytest.mark.usefixtures("impatient")
@@ -312,11 +319,12 @@ def test_files_are_copied_again_only_when_they_have_changed(place, monkeypatch):
             wait_for(lambda step=step: place.is_there(step))
     assert copied.count("frozen.safetensors") == 1
     assert copied.count("metrics.jsonl") >= 2
-    assert small_files(place.run)[0] == "config.yaml"
+    assert other_files(place.run)[0] == "config.yaml"
 
 
 def test_a_mirror_that_hangs_is_not_waited_for_for_ever(place, monkeypatch):
     never = threading.Event()
+    monkeypatch.setattr(mirror_module, "QUIET_CLOSE", 0.2)
     monkeypatch.setattr(mirror_module, "CLOSE_TIMEOUT", 0.2)
     monkeypatch.setattr(mirror_module, "SAY_INTERVAL", 0.0)
     monkeypatch.setattr(shutil, "copyfile", lambda source, target: never.wait(30))
@@ -368,3 +376,231 @@ def test_a_mirror_that_cannot_be_one_is_refused_in_one_line(tmp_path, mirror, sa
 
 def test_without_a_mirror_there_is_none(tmp_path):
     assert find_mirror(RunConfig(runs_dir=str(tmp_path))) is None
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """Every file takes a while to copy; the sources are noted."""
+    copy, copied = shutil.copyfile, []
+
+    def copy_slowly(source, target):
+        time.sleep(0.03)
+        copied.append(str(target))
+        return copy(source, target)
+
+    monkeypatch.setattr(shutil, "copyfile", copy_slowly)
+    return copied
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+@pytest.mark.usefixtures("slow", "impatient")
+def test_a_mirror_slower_than_the_checkpoints_gets_newer_ones_all_the_same(tmp_path, monkeypatch, has_links):
+    """Of each the original is removed long before its copy is whole."""
+    place, n_copied = Place(tmp_path, keep=1), set()
+    if not has_links:
+
+        def refuse(source, target):
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(source))
+
+        monkeypatch.setattr(os, "link", refuse)
+        monkeypatch.setattr(mirror_module, "_pin", pin_at_once(mirror_module._pin))
+    with place.mirror() as mirror, place.checkpoints(mirror) as checkpoints:
+        for step in range(10, 300, 10):
+            save(checkpoints, step)
+            time.sleep(0.1)
+            n_copied.update(saved_steps(place.there / "checkpoints"))
+    assert len(n_copied) >= 3
+    assert saved_steps(place.there / "checkpoints")[-1] == 290
+    assert place.is_there(290)
+    assert place.said == []
+    assert not (place.run / mirror_module.PINNED).exists()
+
+
+def pin_at_once(pin):
+    """The run's own disk is quick."""
+
+    def pin_quickly(source, target):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(shutil, "copyfile", lambda one, other: other.write_bytes(one.read_bytes()))
+            pin(source, target)
+
+    return pin_quickly
+
+
+def test_a_latest_checkpoint_that_is_lost_is_said(place, monkeypatch):
+    with place.checkpoints() as checkpoints:
+        save(checkpoints, 10)
+
+    def lose(source, target):
+        shutil.rmtree(source)
+        return mirror_pin(source, target)
+
+    mirror_pin = mirror_module._pin
+    monkeypatch.setattr(mirror_module, "_pin", lose)
+    with place.mirror():
+        pass
+    assert f"step 10 is not copied, as it was removed from {place.run} just now" in place.said[0]
+    assert len(place.said) == 1
+
+
+def test_the_newest_does_not_wait_for_older_ones_when_the_run_ends(tmp_path, slow, monkeypatch):
+    monkeypatch.setattr(mirror_module, "QUIET_CLOSE", 0.1)
+    place = Place(tmp_path, keep=6)
+    with place.checkpoints() as checkpoints:
+        for step in (10, 20, 30, 40):
+            save(checkpoints, step, 1.0 if step == 20 else 2.0)
+    with place.mirror() as mirror, place.checkpoints(mirror) as checkpoints:
+        wait_for(lambda: any("checkpoints/40" in name for name in slow))
+        save(checkpoints, 50, 2.0)
+    assert saved_steps(place.there / "checkpoints") == [20, 40, 50]  # 40 was under way; 20 is the best
+    steps = [name.split("checkpoints/")[1][:2] for name in slow if "checkpoints/" in name]
+    assert list(dict.fromkeys(steps)) == ["40", "50", "20"]
+
+
+def spoil(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def largest(folder):
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def test_a_copy_that_was_damaged_there_is_mended_by_the_next_start(place):
+    with place.mirror(), place.checkpoints() as checkpoints:
+        save(checkpoints, 10)
+        save(checkpoints, 20)
+    spoil(largest(place.there / "checkpoints" / "10"))
+    spoil(place.there / "config.yaml")
+    assert not place.is_there(10)
+    with place.mirror():
+        pass
+    assert place.is_there(10)
+    assert place.contents(place.there) == place.contents(place.run)
+    assert place.said == []
+
+
+def test_a_copy_that_lost_bytes_there_is_mended_while_training(place):
+    with place.mirror() as mirror, place.checkpoints(mirror) as checkpoints:
+        save(checkpoints, 10)
+        wait_for(lambda: place.is_there(10))
+        largest(place.there / "checkpoints" / "10").write_bytes(b"")
+        save(checkpoints, 20)
+        wait_for(lambda: place.is_there(10))
+
+
+def test_what_is_not_trained_is_copied_once_and_compared_at_each_start(place, monkeypatch):
+    copy, copied = shutil.copyfile, []
+
+    def note(source, target):
+        copied.append(source.name)
+        return copy(source, target)
+
+    monkeypatch.setattr(shutil, "copyfile", note)
+    frozen = place.there / "frozen.safetensors"
+    write_tree(place.run / "frozen.safetensors", {"kernel": np.ones((64, 64), np.float32)})
+    for _ in range(2):
+        with place.mirror():
+            pass
+    assert copied.count("frozen.safetensors") == 1
+    spoil(frozen)
+    with place.mirror():
+        pass
+    assert frozen.read_bytes() == (place.run / "frozen.safetensors").read_bytes()
+    spoil(frozen)
+    with place.checkpoints() as checkpoints:
+        save(checkpoints, 10)
+    fresh = RunFolder(place.root.parent / "fresh")
+    copy_checkpoint(place.run / "checkpoints" / "10", place.there / "checkpoints" / "10")
+    with pytest.raises(InputError, match=r"drive/run/frozen.safetensors: kernel is damaged"):
+        Start(fresh, 10, {"identity": {}}, mirror=RunFolder(place.there)).fetched({}, print)
+    assert saved_steps(fresh.checkpoints) == []
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_file_that_was_spoiled_on_the_way_never_gets_its_name(place, monkeypatch):
+    copy = shutil.copyfile
+
+    def spoil_copy(source, target):
+        copy(source, target)
+        if "tokenizer" in str(target):
+            spoil(target)
+
+    monkeypatch.setattr(shutil, "copyfile", spoil_copy)
+    with place.mirror():
+        wait_for(lambda: place.said)
+    assert "tokenizer.json.partial: is damaged" in place.said[0]
+    assert not (place.there / "tokenizer" / "tokenizer.json").exists()
+
+
+def test_a_full_mirror_is_told_at_the_end_with_what_to_do(place, monkeypatch):
+    def run_out(source, target):
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), str(source), None, str(target))
+
+    monkeypatch.setattr(shutil, "copyfile", run_out)
+    with place.mirror():
+        pass
+    reason = f"({place.there}/config.yaml.partial: {os.strerror(errno.EDQUOT)})"
+    assert f"{reason}; free space there, then start the same command again" in place.said[-1]
+
+
+def test_a_mirror_that_vanished_is_not_made_again(place, tmp_path):
+    with place.checkpoints() as checkpoints:
+        save(checkpoints, 10)
+    shutil.rmtree(place.root)
+    with place.mirror():
+        pass
+    with pytest.raises(FileNotFoundError):
+        copy_checkpoint(place.run / "checkpoints" / "10", place.there / "checkpoints" / "10")
+    assert not place.root.exists()
+
+
+def test_a_run_in_a_folder_of_its_name_has_its_mirror(tmp_path):
+    config = RunConfig(run="a/b", runs_dir=str(tmp_path), checkpoint=CheckpointConfig(mirror=str(tmp_path / "drive")))
+    config.folder.mkdir(parents=True)
+    (config.folder / "config.yaml").write_text("seed: 0\n")
+    with Mirror(RunFolder(config.folder), find_mirror(config), 2, pytest.fail):
+        pass
+    assert (tmp_path / "drive" / "a" / "b" / "config.yaml").is_file()
+
+
+@pytest.mark.parametrize(
+    ("hosts", "said"),
+    [([[20, 0], [20, 0]], None), ([[20, 0], [-1, 0]], "20, none"), ([[20, 0], [20, 1]], "20, 20 in the mirror")],
+)
+def test_hosts_that_see_different_checkpoints_are_refused(place, monkeypatch, hosts, said):
+    found = []
+
+    def gather(value):
+        found.append(value.tolist())
+        return np.array(hosts)
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "process_allgather", gather)
+    if said is None:
+        assert find_start(place.config).step is None
+    else:
+        with pytest.raises(InputError, match=rf"different checkpoints \({said}\); expected the same on each"):
+            find_start(place.config)
+    assert found == [[-1, 0]]
+
+
+def test_a_start_that_was_ended_at_once_leaves_a_mirror_that_can_be_one(place, monkeypatch):
+    """Neither files without the configuration, which makes them a run, nor a part of that one are in the way."""
+    config = place.run / "config.yaml"
+    config.rename(place.run.parent / "later")
+    with place.mirror():
+        pass
+    assert not place.there.exists()
+    (place.run.parent / "later").rename(config)
+
+    def run_out(source, target):
+        target.write_bytes(b"see")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+
+    monkeypatch.setattr(shutil, "copyfile", run_out)
+    with place.mirror():
+        pass
+    assert [path.name for path in place.there.iterdir()] == ["config.yaml.partial"]
+    assert find_start(place.config).step is None

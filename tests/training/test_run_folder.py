@@ -2,6 +2,7 @@
 
 import json
 import math
+import threading
 from pathlib import Path
 
 import jax
@@ -154,3 +155,26 @@ def test_a_place_that_cannot_be_written_is_refused_by_name(tmp_path):
 def test_creating_leaves_nothing_behind(run):
     run.create()
     assert list(run.path.iterdir()) == []
+
+
+def test_asking_who_trains_does_not_keep_a_process_from_it(run):
+    fcntl = pytest.importorskip("fcntl")
+    assert not run.is_locked()
+    with run.lock():
+        assert run.is_locked()
+        with pytest.raises(InputError, match="being trained by another process"), run.lock():
+            pass
+    assert not run.is_locked()
+    with (run.path / ".lock").open() as file:  # as is_locked does for a moment
+        fcntl.flock(file, fcntl.LOCK_SH)
+        release = threading.Timer(0.05, fcntl.flock, (file, fcntl.LOCK_UN))
+        release.start()
+        with run.lock():
+            pass
+        release.join()
+
+
+def test_a_folder_is_looked_at_without_devices(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: pytest.fail("devices were asked for"))
+    assert RunFolder(tmp_path).metrics() == []
+    assert not RunFolder(tmp_path).is_locked()

@@ -9,8 +9,8 @@ import jax
 import pytest
 from packaging.requirements import Requirement
 
-from slm_jax import doctor
 from slm_jax.data.named import NAMED_FILES
+from slm_jax.doctor import machine
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +27,7 @@ def only(findings):
 def test_every_check_says_lines_and_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     began = time.monotonic()
-    found = list(doctor.examine_machine())
+    found = list(machine.examine_machine())
     assert time.monotonic() - began < 10
     assert not any(tmp_path.iterdir())
     names = {finding.name for finding in found}
@@ -44,19 +44,19 @@ def test_a_check_that_breaks_is_a_finding():
     def broken():
         raise RuntimeError("no such\ndevice")
 
-    finding = only(doctor.guarded("devices", broken))
+    finding = only(machine.guarded("devices", broken))
     assert (finding.level, finding.name) == ("problem", "devices")
     assert "RuntimeError: no such device" in finding.text
 
 
 def test_versions_are_named_and_compared():
-    finding = doctor.check_packages()[0]
+    finding = machine.check_packages()[0]
     assert f"jax {jax.__version__}" in finding.text
-    assert doctor._problems_with(Requirement("jax>=0.4")) == []
-    old = only(doctor._problems_with(Requirement("jax>=999")))
+    assert machine._problems_with(Requirement("jax>=0.4")) == []
+    old = only(machine._problems_with(Requirement("jax>=999")))
     assert old.level == "problem"
     assert f"jax is {jax.__version__}; expected >=999: pip install 'jax>=999'" in old.text
-    missing = only(doctor._problems_with(Requirement("slm-jax-no-such-package")))
+    missing = only(machine._problems_with(Requirement("slm-jax-no-such-package")))
     assert (missing.level, "pip install" in missing.text) == ("problem", True)
 
 
@@ -83,18 +83,18 @@ def nvidia_smi(tmp_path, monkeypatch):
 )
 def test_a_gpu_that_jax_does_not_see_is_a_problem(nvidia_smi, driver, remedy):
     nvidia_smi(f"Tesla T4, {driver}", f"Tesla T4, {driver}")
-    finding = doctor._unseen_gpus("cpu")
+    finding = machine._unseen_gpus("cpu")
     assert finding.level == "problem"
     assert finding.text.startswith("Tesla T4, Tesla T4 is in this machine")
     assert remedy in finding.text
-    assert doctor._unseen_gpus("gpu") is None
+    assert machine._unseen_gpus("gpu") is None
 
 
 @pytest.mark.parametrize(("name", "value"), [("JAX_PLATFORMS", "cpu"), ("CUDA_VISIBLE_DEVICES", "-1")])
 def test_a_gpu_that_is_left_aside_on_purpose_is_a_note(nvidia_smi, monkeypatch, name, value):
     nvidia_smi("NVIDIA H100, 580.82.07")
     monkeypatch.setenv(name, value)
-    finding = doctor._unseen_gpus("cpu")
+    finding = machine._unseen_gpus("cpu")
     assert finding.level == "note"
     assert f"{name} is" in finding.text
 
@@ -103,25 +103,25 @@ def test_a_setting_that_asks_for_the_gpu_does_not_hide_it(nvidia_smi, monkeypatc
     nvidia_smi("NVIDIA H100, 580.82.07")
     monkeypatch.setenv("JAX_PLATFORMS", "cuda,cpu")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    assert doctor._unseen_gpus("cpu").level == "problem"
+    assert machine._unseen_gpus("cpu").level == "problem"
 
 
 @pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="this machine has a GPU")
 def test_a_machine_without_gpus_has_none(nvidia_smi):
-    assert doctor.find_nvidia() is None
+    assert machine.find_nvidia() is None
     nvidia_smi("NVIDIA-SMI has failed", status=9)
-    assert doctor.find_nvidia() is None
+    assert machine.find_nvidia() is None
 
 
 def test_a_tpu_that_jax_does_not_see_is_a_problem(monkeypatch):
-    assert doctor._unseen_tpu("cpu") is None
+    assert machine._unseen_tpu("cpu") is None
     monkeypatch.setenv("TPU_ACCELERATOR_TYPE", "v5e-1")
-    finding = doctor._unseen_tpu("cpu")
+    finding = machine._unseen_tpu("cpu")
     assert finding.level == "problem"
     assert "pip install -U -e '.[tpu]'" in finding.text
-    assert doctor._unseen_tpu("tpu") is None
+    assert machine._unseen_tpu("tpu") is None
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    assert doctor._unseen_tpu("cpu").level == "note"
+    assert machine._unseen_tpu("cpu").level == "note"
 
 
 @pytest.mark.parametrize(("nproc", "is_problem"), [(None, True), ("4", True), ("16", False), ("many", True)])
@@ -130,7 +130,7 @@ def test_pretend_devices_need_threads(monkeypatch, nproc, is_problem):
     monkeypatch.delenv("NPROC", raising=False)
     if nproc:
         monkeypatch.setenv("NPROC", nproc)
-    problems = [finding for finding in doctor.check_threads() if finding.level == "problem"]
+    problems = [finding for finding in machine.check_threads() if finding.level == "problem"]
     assert bool(problems) == is_problem
     assert all("set NPROC=16" in finding.text for finding in problems)
 
@@ -139,21 +139,21 @@ def test_pretend_devices_need_threads(monkeypatch, nproc, is_problem):
 def test_a_folder_that_cannot_be_written_is_a_problem(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tmp_path.chmod(0o500)
-    finding = only(doctor.check_disk())
+    finding = only(machine.check_disk())
     assert (finding.level, "--runs_dir" in finding.text) == ("problem", True)
 
 
 def test_free_disk_is_that_of_where_runs_would_be(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert f"runs in {tmp_path}" in only(doctor.check_disk()).text
+    assert f"runs in {tmp_path}" in only(machine.check_disk()).text
     (tmp_path / "runs").mkdir()
-    assert f"runs in {tmp_path / 'runs'}" in only(doctor.check_disk()).text
+    assert f"runs in {tmp_path / 'runs'}" in only(machine.check_disk()).text
     assert list((tmp_path / "runs").iterdir()) == []
 
 
 def test_missing_tokenizer_files_are_a_note(tmp_path, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    finding = doctor._tokenizer_files()
+    finding = machine._tokenizer_files()
     assert finding.level == "note"
     assert "TIKTOKEN_CACHE_DIR: " in finding.text
     assert "vocab.bpe" in finding.text
@@ -161,11 +161,11 @@ def test_missing_tokenizer_files_are_a_note(tmp_path, monkeypatch):
 
 def test_the_folder_of_named_texts_is_looked_at(tmp_path, monkeypatch):
     monkeypatch.setenv("SLM_JAX_DATA", str(tmp_path / "none"))
-    assert doctor._named_texts().level == "problem"
+    assert machine._named_texts().level == "problem"
     monkeypatch.setenv("SLM_JAX_DATA", str(tmp_path))
-    assert doctor._named_texts().text == "SLM_JAX_DATA has none of the named texts"
+    assert machine._named_texts().text == "SLM_JAX_DATA has none of the named texts"
     (tmp_path / NAMED_FILES["sms-spam"].file).write_text("x")
-    assert doctor._named_texts().text == "SLM_JAX_DATA has sms-spam"
+    assert machine._named_texts().text == "SLM_JAX_DATA has sms-spam"
 
 
 def test_the_network_is_a_note_at_worst(monkeypatch):
@@ -174,9 +174,9 @@ def test_the_network_is_a_note_at_worst(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{server.getsockname()[1]}")
-        reached = only(doctor.check_network())
-    assert (reached.level, reached.text) == ("ok", f"reached {', '.join(doctor.HOSTS)}")
-    refused = only(doctor.check_network())  # nobody listens any more
+        reached = only(machine.check_network())
+    assert (reached.level, reached.text) == ("ok", f"reached {', '.join(machine.HOSTS)}")
+    refused = only(machine.check_network())  # nobody listens any more
     assert refused.level == "note"
     assert refused.text.startswith("cannot reach huggingface.co (GPT-2's weights), ")
     assert "builtin: sources, your own files and what was downloaded before work without" in refused.text
@@ -187,5 +187,5 @@ def test_a_folder_is_as_large_as_its_files(tmp_path):
     (tmp_path / "a" / "b" / "x").write_bytes(b"12345")
     (tmp_path / "y").write_bytes(b"123")
     (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
-    assert 8 <= doctor.folder_size(tmp_path) < 1000
-    assert doctor.folder_size(tmp_path / "none") == 0
+    assert 8 <= machine.folder_size(tmp_path) < 1000
+    assert machine.folder_size(tmp_path / "none") == 0

@@ -25,7 +25,9 @@ from slm_jax.network import check_reachable
 from slm_jax.target import target_of
 from slm_jax.tokenizer import GPT2Tokenizer
 from slm_jax.training import hardware
+from slm_jax.training.loggers import PACKAGES
 from slm_jax.training.progress import format_bytes
+from slm_jax.weights.hub import PINS
 
 NETWORK_SECONDS = 3.0
 SMALL_DISK = 2e9  # bytes; a checkpoint of GPT-2 small with its optimizer takes 1.5 GB
@@ -38,8 +40,7 @@ HOSTS = {
 }
 EXTRAS = {
     "torch": ("torch", "reads .pt, .pth and .bin weights"),
-    "tensorboard": ("tensorboardX", "logging.tensorboard"),
-    "wandb": ("wandb", "logging.wandb"),
+    **{extra: (package, f"logging.{extra}") for extra, package in PACKAGES.items()},
 }
 SETTINGS = ("JAX_", "XLA_", "LIBTPU_INIT_ARGS", "CUDA_VISIBLE_DEVICES", "NPROC")
 
@@ -157,7 +158,7 @@ class Nvidia(NamedTuple):
 
 def check_devices() -> list[Finding]:
     """Say which devices JAX computes on, and which of the machine's it does not see."""
-    if error := _start_error():
+    if error := start_error():
         asked = os.environ.get("JAX_PLATFORMS")
         cause = f"; JAX_PLATFORMS is {asked}: unset it, or install what it needs" if asked else ""
         remedy = "" if asked else "; set JAX_PLATFORMS=cpu to go on without, or mend what the message names"
@@ -167,7 +168,7 @@ def check_devices() -> list[Finding]:
     return [Finding("ok", "devices", _describe(devices)), *_unseen(devices[0].platform)]
 
 
-def _start_error() -> str | None:
+def start_error() -> str | None:
     """Return why JAX cannot start its devices; None if it can."""
     try:
         jax.devices()
@@ -267,7 +268,7 @@ def _hidden_by(*names: str) -> str | None:
 
 def check_computation() -> list[Finding]:
     """Multiply matrices of whole numbers on each device, which every precision must get exactly right."""
-    if _start_error():
+    if start_error():
         return []
     rng = np.random.default_rng(0)
     a, b = (rng.integers(-2, 3, (256, 256)).astype(np.float32) for _ in range(2))
@@ -290,7 +291,7 @@ def check_computation() -> list[Finding]:
 
 def check_dtype() -> list[Finding]:
     """Say what to compute in."""
-    if _start_error():
+    if start_error():
         return []
     device = jax.devices()[0]
     capability = target_of(device).capability
@@ -328,7 +329,7 @@ def check_threads() -> list[Finding]:
 
 def check_memory() -> list[Finding]:
     """Say how much memory programs can still get."""
-    free = hardware._machine_memory()
+    free = hardware.machine_memory()
     if free is None:
         return [Finding("note", "memory", "how much is free cannot be told on this system")]
     if free < SMALL_MEMORY:
@@ -372,7 +373,7 @@ def _compile_cache() -> Finding:
 
 
 def _tokenizer_files() -> Finding:
-    lacking = GPT2Tokenizer()._lacking()
+    lacking = GPT2Tokenizer().lacking()
     if not lacking:
         return Finding("ok", "cache", "GPT-2's tokenizer files are on this machine")
     if "TIKTOKEN_CACHE_DIR" in os.environ:
@@ -397,8 +398,7 @@ def _hugging_face() -> Finding:
     from huggingface_hub import constants
 
     folder = Path(constants.HF_HUB_CACHE)
-    names = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-    repositories = {name: (f"models--openai-community--{name}", f"models--{name}") for name in names}
+    repositories = {name: (f"models--openai-community--{name}", f"models--{name}") for name in PINS}
     there = [name for name, places in repositories.items() if any((folder / place).is_dir() for place in places)]
     text = f"Hugging Face's, {folder}: {', '.join(there) or 'no GPT-2 weights yet'}"
     if constants.HF_HUB_OFFLINE:

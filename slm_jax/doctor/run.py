@@ -10,22 +10,14 @@ from typing import Any
 import jax
 
 from slm_jax.config import RunConfig, parse_args
-from slm_jax.doctor import Finding, folder_size, guarded
+from slm_jax.doctor.machine import Finding, folder_size, guarded, start_error
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.files import user_path
 from slm_jax.training.checkpoint import CHECKSUMS, best_step, find_damage, read_metadata, saved_steps
 from slm_jax.training.progress import format_bytes, format_duration
 from slm_jax.training.run_folder import RunFolder
-from slm_jax.training.summary import environment
+from slm_jax.training.summary import environment, rounding_changes
 from slm_jax.weights.ours import read_frozen
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
-# Of the environment, what decides how numbers are rounded.
-ROUNDING = ("device", "devices", "processes", "threads", "jax")
 
 
 def find_run(name: str) -> RunFolder:
@@ -178,12 +170,12 @@ def _number(row: dict[str, Any]) -> str:
 def check_machine(run: RunFolder) -> list[Finding]:
     """Compare this machine with that of the latest checkpoint."""
     metadata = _latest_metadata(run)
-    if metadata is None or "environment" not in metadata:
+    if metadata is None or "environment" not in metadata or start_error():
         return []
     was, now = metadata["environment"], environment(jax.device_count())
     versions = ", ".join(f"{name} {was[name]}" for name in ("jax", "flax", "python") if name in was)
     trained = f"trained on {was.get('devices', '?')} × {was.get('device', '?')} with {versions}"
-    changed = [key for key in ROUNDING if was.get(key, now[key]) != now[key]]
+    changed = rounding_changes(was, now)
     if not changed:
         return [Finding("ok", "machine", f"{trained}, as here: going on is bit for bit the unbroken run")]
     here = ", ".join(f"{key} {now[key]} (was {was[key]})" for key in changed)
@@ -194,9 +186,9 @@ def check_machine(run: RunFolder) -> list[Finding]:
 def check_mirror(run: RunFolder) -> list[Finding]:
     """Compare the mirror's checkpoints with the run's."""
     config = _config(run) if (run.path / "config.yaml").is_file() else None
-    if config is None or config.checkpoint.mirror is None:
+    if config is None or config.mirror_folder is None:
         return []
-    mirror = RunFolder(user_path(config.checkpoint.mirror) / config.name)
+    mirror = RunFolder(config.mirror_folder)
     if mirror.path.resolve() == run.path.resolve():
         return [Finding("ok", "mirror", "this is the mirror; the same --run and --checkpoint.mirror go on from it")]
     if not mirror.path.is_dir():
@@ -205,8 +197,8 @@ def check_mirror(run: RunFolder) -> list[Finding]:
     here, there = saved_steps(run.checkpoints), saved_steps(mirror.checkpoints)
     for step in there:
         if damage := _damage(mirror, step):
-            text = f"{mirror.path}: step {step:,}: {damage}; delete that checkpoint there"
-            return [Finding("problem", "mirror", text)]
+            remedy = "the next start copies it again" if step in here else "delete that checkpoint there"
+            return [Finding("problem", "mirror", f"{mirror.path}: step {step:,}: {damage}; {remedy}")]
     text = f"{mirror.path} has {', '.join(f'step {step:,}' for step in there) or 'no checkpoint'}"
     if here and (not there or there[-1] < here[-1]):
         return [Finding("note", "mirror", f"{text}, not the latest, {here[-1]:,}; the next start copies it")]
@@ -224,7 +216,7 @@ def check_next(run: RunFolder) -> list[Finding]:
     """Say what can be done with the run."""
     if not (run.path / "config.yaml").is_file():
         return [Finding("ok", "next", f"slm-jax generate --run {run.path}")]
-    if _is_being_trained(run):
+    if run.is_locked():
         return [Finding("note", "next", "it is being trained by another process now")]
     config = _config(run)
     command = "slm-jax train" if config.task == "pretraining" else "slm-jax finetune"
@@ -249,15 +241,3 @@ def _latest_metadata(run: RunFolder) -> dict[str, Any] | None:
         with contextlib.suppress(InputError):
             return read_metadata(run.checkpoints, step)
     return None
-
-
-def _is_being_trained(run: RunFolder) -> bool:
-    if fcntl is not None:
-        try:
-            with (run.path / ".lock").open() as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:  # no lock, or a file system without locks
-            pass
-    return False

@@ -8,7 +8,7 @@ import pytest
 from pretraining import options
 
 from slm_jax import cli
-from slm_jax.doctor_run import check_config, check_next, examine_run, find_run
+from slm_jax.doctor.run import check_config, check_next, examine_run, find_run
 from slm_jax.errors import MissingInputError
 from slm_jax.model import GPTConfig, init_params
 from slm_jax.run import Run, save_run
