@@ -2,12 +2,13 @@
 
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from slm_jax.lora import Adapter
-from slm_jax.model import INIT_STD, GPTModel
+from slm_jax.model import INIT_STD, GPTModel, Params
 
 Pooling = Literal["last", "mean", "first"]
 
@@ -46,6 +47,11 @@ class GPTClassifier(GPTModel):
         hidden = self.hidden(tokens, deterministic=deterministic)
         pooled = pool(hidden.astype(jnp.float32), lengths, self.pooling)
         return self.class_head_adapter(self.class_head(pooled), pooled, deterministic)
+
+
+def init_classifier(model: GPTClassifier, key: jax.Array) -> Params:
+    """Return new parameters."""
+    return model.init(key, jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32))["params"]
 
 
 def pool(hidden: Float[Array, "batch seq emb"], lengths: Int[Array, "batch"], pooling: Pooling) -> Any:

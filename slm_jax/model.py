@@ -469,6 +469,7 @@ def init_params(cfg: GPTConfig, key: jax.Array) -> Params:
 
 def param_shapes(cfg: GPTConfig) -> Params:
     """Return the params tree as shapes and dtypes, without making any array."""
+    cfg = dataclasses.replace(cfg, attention="auto")  # what is asked for may be another machine's, as in a plan
     return jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
 
 

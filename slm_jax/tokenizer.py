@@ -352,7 +352,7 @@ class GPT2Tokenizer(_TiktokenTokenizer):
         """Tiktoken's encoding "gpt2", from its cache or downloaded once."""
         import tiktoken
 
-        lacking = self._lacking()
+        lacking = self.lacking()
         # tiktoken downloads with no timeout, and offline some systems hang in the name lookup.
         cause = f"{urlsplit(self._URL).hostname} cannot be reached"
         if not lacking or _reachable(self._URL):
@@ -383,7 +383,7 @@ class GPT2Tokenizer(_TiktokenTokenizer):
         _content(data, cls.kind)
         return cls()
 
-    def _lacking(self) -> list[str]:
+    def lacking(self) -> list[str]:
         """What is wrong with the two files in the folder where tiktoken looks for them."""
         default = str(Path(tempfile.gettempdir()) / "data-gym-cache")
         folder = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR", default))

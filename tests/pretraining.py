@@ -5,13 +5,13 @@ from pathlib import Path
 
 
 def options(text: Path, runs: Path, **more: object) -> list[str]:
-    """A run of seconds: 30 steps of a model of two narrow blocks, with dropout and micro-batches."""
+    """A run of seconds: 30 steps of a model of one narrow block, with dropout and micro-batches."""
     values = {
         "data.source": f"text:{text}",
         "runs_dir": runs,
         "run": "small",
         "tokenizer.kind": "char",
-        "model.n_layers": 2,
+        "model.n_layers": 1,
         "model.emb_dim": 32,
         "model.n_heads": 2,
         "model.context_length": 16,

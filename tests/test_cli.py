@@ -162,7 +162,8 @@ def test_not_finite_steps_change_nothing_and_three_stop(
 def test_overfitting_is_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     noise = tmp_path / "noise.txt"  # nothing to learn but by heart
     noise.write_text("".join(chr(97 + byte % 16) for byte in hashlib.shake_128(b"noise").digest(400)))
-    args = options(noise, tmp_path, train__steps=200, train__eval_every=20, model__drop_rate=0.0, checkpoint__every=500)
+    more = {"model.n_layers": 2, "model.drop_rate": 0.0, "train.steps": 200, "train.eval_every": 20}
+    args = options(noise, tmp_path, **more, checkpoint__every=500)
     assert cli.main(["train", *args]) == 0
     assert "overfitting: the validation loss was lowest at step" in capsys.readouterr().out
     rows = [row for row in metrics(tmp_path / "small") if row["split"] == "val"]

@@ -135,7 +135,7 @@ def test_another_tokenizer_of_that_size_is_not_taken_for_gpt2s(tmp_path):
 
 
 def test_gpt2s_own_files_are_taken_for_gpt2s_however_they_are_written(tmp_path):
-    if GPT2Tokenizer()._lacking():
+    if GPT2Tokenizer().lacking():
         pytest.skip("TIKTOKEN_CACHE_DIR has not GPT-2's two files")
     cfg = dataclasses.replace(CONFIG, vocab_size=50_257, emb_dim=2, n_layers=1)
     folder = save_gpt2(cfg, make_params(cfg), tmp_path / "out", tokenizer=GPT2Tokenizer())

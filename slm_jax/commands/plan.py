@@ -38,28 +38,14 @@ class Options(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(self.devices, self.mfu, self.tokens)
+        check_at_least(vars(self), {"devices": 1, "tokens": 1})
+        if self.mfu is not None and not 0 < self.mfu <= 1:
+            raise InputError(f"mfu is {self.mfu}; expected a number above 0 and at most 1, such as 0.4")
 
 
 @dataclasses.dataclass(frozen=True)
-class FinetuneOptions(FinetuneConfig):
+class FinetuneOptions(FinetuneConfig, Options):
     """The same, with the defaults of finetune."""
-
-    device: str = "cpu"
-    devices: int = 1
-    mfu: float | None = None
-    tokens: float | None = None
-    format: Literal["table", "json"] = "table"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check(self.devices, self.mfu, self.tokens)
-
-
-def _check(devices: int, mfu: float | None, tokens: float | None) -> None:
-    check_at_least({"devices": devices, "tokens": tokens}, {"devices": 1, "tokens": 1})
-    if mfu is not None and not 0 < mfu <= 1:
-        raise InputError(f"mfu is {mfu}; expected a number above 0 and at most 1, such as 0.4")
 
 
 def main(args: Sequence[str]) -> int:
@@ -69,7 +55,7 @@ def main(args: Sequence[str]) -> int:
     return run(parse(Options, args, "slm-jax plan"))
 
 
-def run(options: Options | FinetuneOptions) -> int:
+def run(options: Options) -> int:
     """Plan, and print; return 0."""
     import jax
     from rich.console import Console

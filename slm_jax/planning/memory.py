@@ -19,7 +19,6 @@ decides the rest, so that is an estimate: which arrays exist at the same time, a
 """
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -27,6 +26,7 @@ import jax.numpy as jnp
 
 from slm_jax.model import GPTConfig, Params, Remat, is_unrolled
 from slm_jax.target import Target
+from slm_jax.training.sharding import split_axis
 
 # Measured of XLA's CPU compiler, in sizes of the gradients: Adam's moments are copied before they are updated. In a
 # program without loops it does so early, while activations are alive.
@@ -195,11 +195,7 @@ def state_bytes(trainable: Params, frozen: Params, n_shards: int = 1) -> State:
 
 
 def _tree_bytes(tree: Any, n_shards: int) -> float:
-    return sum(_leaf_bytes(leaf, n_shards) for leaf in jax.tree.leaves(tree))
-
-
-def _leaf_bytes(leaf: Any, n_shards: int) -> float:
-    """As training.sharding splits it: an axis that the shards divide, unless the leaf is small."""
-    size = math.prod(leaf.shape)
-    split = size >= 2**12 and any(axis % n_shards == 0 for axis in leaf.shape)
-    return size * jnp.dtype(leaf.dtype).itemsize / (n_shards if split else 1)
+    return sum(
+        leaf.size * leaf.dtype.itemsize / (1 if split_axis(leaf.shape, n_shards) is None else n_shards)
+        for leaf in jax.tree.leaves(tree)
+    )

@@ -14,8 +14,10 @@ from slm_jax.model import DType, Remat
 from slm_jax.planning.memory import Memory, Work, evaluation_memory, state_bytes, step_memory
 from slm_jax.planning.shapes import Shapes, find_shapes
 from slm_jax.target import Target, compiling_for
-from slm_jax.training.hardware import Device, best_dtype, device_memory, find_device, flops_per_token
+from slm_jax.tasks.base import run_dtype
+from slm_jax.training.hardware import Device, device_memory, find_device, flops_per_token
 from slm_jax.training.progress import count_leaves
+from slm_jax.training.sharding import check_batch_size, mesh_sizes
 
 ASSUMED_MFU = 0.4  # of accelerators, for models that keep one busy
 CHINCHILLA = 20  # tokens a parameter (Hoffmann et al. 2022)
@@ -114,9 +116,11 @@ def make_plan(
     target = Target("cpu") if known is None else Target(known.platform, known.capability)
     limit = device_memory(jax.devices("cpu")[0]) if known is None else known.memory * known.usable
     with compiling_for(*target):
-        dtype = best_dtype() if config.model.dtype == "auto" else config.model.dtype
-    shapes = find_shapes(config, dtype)
-    _check_devices(config, n_devices)
+        dtype = run_dtype(config)
+    config = _changed(config, dtype=dtype)
+    shapes = find_shapes(config)
+    mesh_sizes(config.mesh, n_devices)
+    check_batch_size(n_devices, config.train.batch_size, config.train.accumulate)
     fit = functools.partial(_fit, shapes, target=target, limit=limit, n_devices=n_devices)
     work = _work(config, shapes, target, n_devices)
     by_remat = {remat: fit(_changed(config, remat=remat)) for remat in get_args(Remat)}
@@ -166,28 +170,9 @@ def _with_accumulate(config: RunConfig, accumulate: int) -> RunConfig:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, accumulate=accumulate))
 
 
-def _check_devices(config: RunConfig, n_devices: int) -> None:
-    """Refuse what a run on so many devices refuses."""
-    data = n_devices // config.mesh.fsdp if config.mesh.data == -1 else config.mesh.data
-    if data * config.mesh.fsdp != n_devices:
-        raise InputError(
-            f"mesh.data {config.mesh.data} times mesh.fsdp {config.mesh.fsdp} does not make the {n_devices} of "
-            f"--devices; expected a product of {n_devices}"
-        )
-    at_a_time = n_devices * config.train.accumulate
-    if config.train.batch_size % at_a_time:
-        raise InputError(
-            f"train.batch_size is {config.train.batch_size}; expected a multiple of {at_a_time} ({n_devices} devices × "
-            f"train.accumulate {config.train.accumulate})"
-        )
-
-
 def _work(config: RunConfig, shapes: Shapes, target: Target, n_devices: int) -> Work:
     """Return what one device computes at a time."""
-    section = config.model
-    cfg = dataclasses.replace(shapes.cfg, remat=section.remat or shapes.cfg.remat)
-    if section.unroll is not None:
-        cfg = dataclasses.replace(cfg, unroll=section.unroll)
+    cfg = dataclasses.replace(shapes.cfg, remat=config.model.remat or shapes.cfg.remat)
     attention = choose_implementation(
         cfg.attention,
         cfg.dtype,
@@ -240,7 +225,7 @@ def _least_accumulate(config: RunConfig, shapes: Shapes, target: Target, limit: 
 def _largest_rows(config: RunConfig, shapes: Shapes, target: Target, limit: float, n_devices: int) -> int:
     """Return the most rows at a time that fit on one device, by bisection."""
     state = state_bytes(shapes.trainable, shapes.frozen, config.mesh.fsdp)
-    work = dataclasses.replace(_work(config, shapes, target, n_devices), accumulate=1)
+    work = _work(config, shapes, target, n_devices)
 
     def fits(rows: int) -> bool:
         return step_memory(dataclasses.replace(work, rows=rows), state).total <= limit

@@ -1,17 +1,18 @@
 """The shapes of a run's model and of what is trained of it, without weights and without text."""
 
 import dataclasses
-import json
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
+from slm_jax.classifier import GPTClassifier, init_classifier
 from slm_jax.config import RunConfig
-from slm_jax.data.token_file import json_path
+from slm_jax.data.token_file import json_path, read_description
 from slm_jax.errors import InputError
 from slm_jax.files import user_path
-from slm_jax.model import DType, GPTConfig, Params, get_gpt_config, param_shapes
+from slm_jax.model import GPTConfig, Params, get_gpt_config, param_shapes
+from slm_jax.tasks.base import as_configured, longest_allowed, run_dtype
 from slm_jax.tokenizer import get_tokenizer
 from slm_jax.trainable import split_params
 from slm_jax.training.checkpoint import read_metadata
@@ -19,7 +20,6 @@ from slm_jax.weights.hub import PINS
 from slm_jax.weights.ours import find_checkpoint
 
 GPT2_IDS = 50_257
-_EXECUTION = ("drop_rate", "remat", "attention", "unroll")  # what of a base may be changed
 
 
 class Shapes(NamedTuple):
@@ -41,44 +41,35 @@ class Shapes(NamedTuple):
     notes: tuple[str, ...]
 
 
-def find_shapes(config: RunConfig, dtype: DType) -> Shapes:
+def find_shapes(config: RunConfig) -> Shapes:
     """Return the shapes of a run's model.
 
-    Args:
-        config: the run's.
-        dtype: what is computed in.
-
     Raises:
-        InputError: a base whose shape cannot be told; a shape that no model can have.
+        InputError: a base whose shape cannot be told, or is another than asked for; a shape that no model can have.
     """
     if config.base is None:
         vocab_size, notes = _vocab_size(config)
-        cfg = config.gpt_config(1 if vocab_size is None else vocab_size, dtype)
+        cfg = config.gpt_config(1 if vocab_size is None else vocab_size, run_dtype(config))
         if vocab_size is None:
             cfg = dataclasses.replace(cfg, unpadded_vocab_size=None)
     else:
         cfg, notes = _base_config(config, config.base)
-        section = dataclasses.asdict(config.model)
-        changes = {name: section[name] for name in _EXECUTION if section[name] is not None}
-        cfg = dataclasses.replace(cfg, **changes, dtype=dtype)
+        cfg = as_configured(cfg, config)
     params = param_shapes(cfg)
     n_outputs, seq = cfg.vocab_size, cfg.context_length
     if config.task == "classification":
         n_outputs = 2
-        params.pop("out_head", None)
-        params["class_head"] = {
-            "kernel": jax.ShapeDtypeStruct((cfg.emb_dim, n_outputs), jnp.dtype(cfg.param_dtype)),
-            "bias": jax.ShapeDtypeStruct((n_outputs,), jnp.dtype(cfg.param_dtype)),
-        }
-        seq = config.classification.max_length or seq
+        model = GPTClassifier(dataclasses.replace(cfg, attention="auto"), n_outputs)
+        params = jax.eval_shape(partial(init_classifier, model), jax.random.key(0))
+        seq = longest_allowed(config.classification.max_length, "classification.max_length", cfg)
         notes += (f"assumed: two classes, and texts of up to {seq} tokens (classification.max_length)",)
     elif config.task == "instruction":
-        seq = config.instruction.max_length or seq
+        seq = longest_allowed(config.instruction.max_length, "instruction.max_length", cfg)
         notes += (f"assumed: rows of {seq} tokens (instruction.max_length)",)
     trainable, frozen = params, {}
     if config.base is not None:
         trainable, frozen = jax.eval_shape(lambda tree: split_params(tree, config, jax.random.key(0)), params)
-    return Shapes(cfg, trainable, frozen, min(seq, cfg.context_length), n_outputs, notes)
+    return Shapes(cfg, trainable, frozen, seq, n_outputs, notes)
 
 
 def _vocab_size(config: RunConfig) -> tuple[int | None, tuple[str, ...]]:
@@ -88,12 +79,11 @@ def _vocab_size(config: RunConfig) -> tuple[int | None, tuple[str, ...]]:
         return get_tokenizer(tokenizer.path).vocab_size, ()
     description = json_path(user_path(path))
     if kind == "tokens" and description.is_file():
-        try:
-            return int(json.loads(description.read_text(encoding="utf-8"))["vocab_size"]), ()
-        except (ValueError, KeyError, TypeError, UnicodeDecodeError):
-            raise InputError(f"{description}: no description of a token file; write it again with prepare") from None
+        return read_description(description)["vocab_size"], ()
     if tokenizer.kind == "gpt2":
         return GPT2_IDS, ()
+    if kind == "tokens":
+        return GPT2_IDS, (f"assumed: GPT-2's {GPT2_IDS:,} token ids, as {path} is not there yet",)
     if tokenizer.kind == "bpe":
         return tokenizer.vocab_size, ()
     size = (
@@ -118,5 +108,5 @@ def _base_config(config: RunConfig, base: str) -> tuple[GPTConfig, tuple[str, ..
         return tiny.gpt_config(tiny.tokenizer.vocab_size), (f"{base} is not there: assumed what train makes of it",)
     raise InputError(
         f"base {base} is no run that is there, and the shape of other weights is not looked up; expected a run's "
-        f"folder or one of {', '.join(PINS)}"
+        f"folder (train it first) or one of {', '.join(PINS)}"
     )

@@ -10,7 +10,7 @@ import jax
 from slm_jax.config import ModelSection, RunConfig
 from slm_jax.errors import InputError
 from slm_jax.identity import identity
-from slm_jax.model import PRESETS, GPTConfig, Params
+from slm_jax.model import PRESETS, DType, GPTConfig, Params
 from slm_jax.run import find_tokenizer, load_model
 from slm_jax.tokenizer import Tokenizer, fingerprint, get_tokenizer, tokenizer_from_dict
 from slm_jax.trainable import leaf_table, split_params
@@ -52,7 +52,7 @@ def find_base(config: RunConfig, start: Start) -> Base | None:
         tokenizer = tokenizer_from_dict(start.metadata["tokenizer"])
         if config.base is None:  # the configuration has the whole shape, and is compared with the run's
             return new_base(config, tokenizer)
-        return Base(_as_configured(GPTConfig(**start.metadata["model"]), config), tokenizer, None)
+        return Base(as_configured(GPTConfig(**start.metadata["model"]), config), tokenizer, None)
     if config.base is None:
         return None
     given = _given_tokenizer(config)
@@ -62,12 +62,12 @@ def find_base(config: RunConfig, start: Start) -> Base | None:
     loaded = load_model(config.base, given)
     if checkpoint is None and given is not None:
         _check_beside(config.base, loaded.model_config, given)
-    return Base(_as_configured(loaded.model_config, config), loaded.tokenizer, loaded.params)
+    return Base(as_configured(loaded.model_config, config), loaded.tokenizer, loaded.params)
 
 
 def new_base(config: RunConfig, tokenizer: Tokenizer) -> Base:
     """Return the base of a new model, which has no parameters yet."""
-    return Base(config.gpt_config(tokenizer.vocab_size, _dtype(config)), tokenizer, None)
+    return Base(config.gpt_config(tokenizer.vocab_size, run_dtype(config)), tokenizer, None)
 
 
 def prepare_params(config: RunConfig, start: Start, base: Base, init: Callable[[jax.Array], Params]) -> Parameters:
@@ -140,11 +140,12 @@ def count_steps(config: RunConfig, n_rows: float) -> int:
     return min(limits)
 
 
-def _dtype(config: RunConfig) -> Any:
+def run_dtype(config: RunConfig) -> DType:
+    """Return what a run computes in: as configured, or what suits the device."""
     return best_dtype() if config.model.dtype == "auto" else config.model.dtype
 
 
-def _as_configured(cfg: GPTConfig, config: RunConfig) -> GPTConfig:
+def as_configured(cfg: GPTConfig, config: RunConfig) -> GPTConfig:
     """Return a base's configuration with the run's execution; refuse a change of its shape."""
     section = dataclasses.asdict(config.model)
     preset = {} if section["preset"] == ModelSection().preset else PRESETS[section["preset"]]  # the default is nobody's
@@ -159,7 +160,7 @@ def _as_configured(cfg: GPTConfig, config: RunConfig) -> GPTConfig:
                 f"model.{name} is {value}, and the base's is {getattr(cfg, name)}; leave it out: a base has its shape"
             )
     changes = {name: section[name] for name in _EXECUTION if section[name] is not None}
-    return dataclasses.replace(cfg, **changes, dtype=_dtype(config))
+    return dataclasses.replace(cfg, **changes, dtype=run_dtype(config))
 
 
 def _given_tokenizer(config: RunConfig) -> Tokenizer | None:

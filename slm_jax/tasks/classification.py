@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from slm_jax.classifier import GPTClassifier
+from slm_jax.classifier import GPTClassifier, init_classifier
 from slm_jax.config import RunConfig
 from slm_jax.data.corpus import make_tokenizer
 from slm_jax.data.labelled import LabelledSplits, class_weights, load_labelled
@@ -63,7 +63,7 @@ def build(config: RunConfig, start: Start, stop: Callable[[], None] | None = Non
     figures = functools.partial(_figures, classes=splits.classes)
     return Task(
         model_config=cfg,
-        params=prepare_params(config, start, base, functools.partial(_init, model)),
+        params=prepare_params(config, start, base, functools.partial(init_classifier, model)),
         loss_fn=make_loss_fn(model),
         train_batches=classification_batches(
             encoded["train"], labels["train"], weights, batch_size=train.batch_size, seed=config.seed, **shape
@@ -105,10 +105,6 @@ def make_loss_fn(model: GPTClassifier) -> LossFn:
         return jnp.sum(losses * batch["weights"]), jnp.sum(batch["weights"]), {"confusion": true.T @ predicted}
 
     return loss_fn
-
-
-def _init(model: GPTClassifier, key: jax.Array) -> Params:
-    return model.init(key, jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32))["params"]
 
 
 def _encode(

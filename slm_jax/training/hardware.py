@@ -121,13 +121,13 @@ def device_memory(device: jax.Device | None = None) -> int | None:
     """Return the bytes that one device offers; on a CPU, its share of the memory; None where it is not known."""
     device = device or jax.devices()[0]
     if device.platform == "cpu":
-        memory = _machine_memory()
+        memory = machine_memory()
         return memory and memory // jax.local_device_count()
     stats = device.memory_stats() or {}
     return stats.get("bytes_limit")
 
 
-def _machine_memory() -> int | None:
+def machine_memory() -> int | None:
     """Return the bytes that programs can still get, caches that give way included; elsewhere than on Linux, all."""
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()

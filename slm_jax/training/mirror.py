@@ -247,9 +247,8 @@ def other_files(run: Path) -> list[str]:
     It is what makes a folder count as a run.
     """
     files = [path for path in [*run.iterdir(), *(run / "tokenizer").rglob("*")] if path.is_file()]
-    names = (str(path.relative_to(run)) for path in files)
-    wanted = [name for name in names if not name.startswith(".") and not name.endswith(".partial")]
-    return sorted(wanted, key=lambda name: (name != "config.yaml", name))
+    finished = [path for path in files if not path.name.startswith(".") and not path.name.endswith(".partial")]
+    return sorted((str(path.relative_to(run)) for path in finished), key=lambda name: (name != "config.yaml", name))
 
 
 def copy_file(source: Path, target: Path) -> None:

@@ -4,6 +4,7 @@ Batches are split over both axes. Parameters and optimizer state are whole on ev
 along ``fsdp``. One device is a mesh of one.
 """
 
+import math
 import os
 import signal
 from collections.abc import Mapping
@@ -56,19 +57,24 @@ def _join(*coordinates: Any) -> None:
 
 
 def make_mesh(cfg: MeshConfig) -> Mesh:
-    """Return the mesh over all devices, with axes ``data`` and ``fsdp``.
+    """Return the mesh over all devices, with axes ``data`` and ``fsdp``; see :func:`mesh_sizes`."""
+    sizes = mesh_sizes(cfg, jax.device_count())
+    return jax.make_mesh(sizes, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+
+
+def mesh_sizes(cfg: MeshConfig, n_devices: int) -> tuple[int, int]:
+    """Return the sizes of the axes ``data`` and ``fsdp`` over so many devices.
 
     Raises:
         InputError: axes whose product is not the number of devices.
     """
-    n_devices = jax.device_count()
     data = n_devices // cfg.fsdp if cfg.data == -1 else cfg.data
     if data * cfg.fsdp != n_devices:
         raise InputError(
-            f"mesh.data {cfg.data} times mesh.fsdp {cfg.fsdp} does not make the {n_devices} devices that there are; "
+            f"mesh.data {cfg.data} times mesh.fsdp {cfg.fsdp} does not make {n_devices} devices; "
             f"expected a product of {n_devices} (mesh.data -1 takes what mesh.fsdp leaves, if that divides them)"
         )
-    return jax.make_mesh((data, cfg.fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    return data, cfg.fsdp
 
 
 def state_shardings(mesh: Mesh, tree: Any) -> Any:
@@ -76,16 +82,19 @@ def state_shardings(mesh: Mesh, tree: Any) -> Any:
 
     ``tree`` holds arrays or shapes; any part of a training state will do.
     """
-    n_shards = mesh.shape["fsdp"]
 
     def leaf_sharding(leaf: Any) -> NamedSharding:
-        axes = [axis for axis, size in enumerate(leaf.shape) if n_shards > 1 and size % n_shards == 0]
-        if not axes or np.prod(leaf.shape) < 2**12:
-            return NamedSharding(mesh, PartitionSpec())
-        largest = max(axes, key=lambda axis: leaf.shape[axis])
-        return NamedSharding(mesh, PartitionSpec(*("fsdp" if axis == largest else None for axis in range(leaf.ndim))))
+        split = split_axis(leaf.shape, mesh.shape["fsdp"])
+        names = () if split is None else ("fsdp" if axis == split else None for axis in range(leaf.ndim))
+        return NamedSharding(mesh, PartitionSpec(*names))
 
     return jax.tree.map(leaf_sharding, tree)
+
+
+def split_axis(shape: tuple[int, ...], n_shards: int) -> int | None:
+    """Return the axis of an array that so many shards split: see :func:`state_shardings`; None: each has it whole."""
+    axes = [axis for axis, size in enumerate(shape) if n_shards > 1 and size % n_shards == 0]
+    return max(axes, key=lambda axis: shape[axis]) if axes and math.prod(shape) >= 2**12 else None
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -117,9 +126,8 @@ def put_params(mesh: Mesh, params: Any) -> Any:
     return jax.tree.map(place, params, state_shardings(mesh, params))
 
 
-def check_batch_size(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:
+def check_batch_size(n_devices: int, batch_size: int, accumulate: int = 1) -> None:
     """Refuse a batch that the devices cannot share evenly."""
-    n_devices = mesh.size
     if batch_size % (n_devices * accumulate):
         raise InputError(
             f"train.batch_size is {batch_size}; expected a multiple of {n_devices * accumulate} "

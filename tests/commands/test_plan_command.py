@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from slm_jax import cli
+from slm_jax.training.hardware import DEVICES
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
 
@@ -51,7 +52,9 @@ def test_a_mistake_is_answered_in_one_line(words, message, capsys):
     assert message in line
 
 
-def test_help_explains_the_device(capsys):
+@pytest.mark.parametrize("words", [[], ["--task", "instruction"]])
+def test_help_names_every_device(words, capsys):
     with pytest.raises(SystemExit):
-        cli.main(["plan", "--help"])
-    assert "a100-40g" in capsys.readouterr().out
+        cli.main(["plan", *words, "--help"])
+    listed = " ".join(capsys.readouterr().out.split()).split("--device DEVICE ")[1].partition(": this machine")[0]
+    assert set(listed.replace(", or", ",").split(", ")) == {*(device.name for device in DEVICES), "cpu"}

@@ -1,14 +1,17 @@
 """What must hold of a plan: what it advises fits, what it says fits is the most, and figures that can be counted."""
 
 import dataclasses
+import functools
 import shlex
 
 import pytest
 
-from slm_jax.config import FinetuneConfig, RunConfig, parse_args
+from slm_jax.config import FinetuneConfig, ModelSection, RunConfig, parse_args
+from slm_jax.data.token_file import json_path, write_token_file
 from slm_jax.errors import InputError
 from slm_jax.planning import make_plan
 from slm_jax.planning.plan import ASSUMED_MFU
+from slm_jax.tokenizer import CharTokenizer
 
 GPT2 = ("--model.preset", "gpt2-small", "--tokenizer.kind", "gpt2")
 
@@ -59,6 +62,14 @@ def test_every_change_that_is_advised_makes_it_fit(words, device, n_devices):
     assert plan.changes
     for change in plan.changes:
         assert make_plan(config(*words, *shlex.split(change)), device, n_devices).fits, change
+
+
+def test_attention_that_only_the_device_has_can_be_planned():
+    words = ["--model.attention", "cudnn"]
+    for task in ("pretraining", "classification"):
+        assert make_plan(config(*words, "--task", task), "h100").attention == "cudnn"
+    with pytest.raises(InputError, match="'cudnn' cannot be used"):
+        make_plan(config(*words), "v5e")
 
 
 def test_where_nothing_helps_nothing_is_advised():
@@ -134,6 +145,23 @@ def test_fine_tuning_a_part_needs_less_than_all():
     assert parts["last_block"].optimizer < parts["all"].optimizer / 10
     assert parts["last_block"].activations == pytest.approx(parts["all"].activations / 12)
     assert parts["lora"].gradients < parts["last_block"].gradients
+
+
+def test_a_token_file_tells_the_vocabulary_and_a_damaged_description_is_refused(tmp_path):
+    path = tmp_path / "ids.bin"
+    tokenizer = CharTokenizer().build_vocab("a bad cafe")
+    with write_token_file(path, tokenizer, "a test"):
+        pass
+    plan_of = functools.partial(make_plan, parse_args(["--data.source", f"tokens:{path}"]), "t4")
+    assert plan_of().vocab_size == tokenizer.vocab_size
+    json_path(path).write_text(json_path(path).read_text().replace('"vocab_size": ', '"vocab_size": "many", "was": '))
+    with pytest.raises(InputError, match=r"ids\.bin\.json: vocab_size is 'many'; expected int"):
+        plan_of()
+
+
+def test_a_base_keeps_its_shape():
+    with pytest.raises(InputError, match=r"model\.n_layers is 3, and the base's is 12; leave it out"):
+        make_plan(FinetuneConfig(base="gpt2", model=ModelSection(n_layers=3)), "t4")
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,15 @@
 """What must hold of the planned memory: what JAX keeps for the backward pass, and XLA's analysis of compiled steps."""
 
 import dataclasses
+import functools
 import itertools
 
 import jax
 import jax.numpy as jnp
 import pytest
+from recipes import training_step
 
-from slm_jax.config import OptimizerConfig
+from slm_jax.config import RunConfig
 from slm_jax.model import GPTConfig, GPTModel, get_gpt_config, init_params, param_shapes
 from slm_jax.planning.memory import (
     State,
@@ -21,8 +23,6 @@ from slm_jax.planning.memory import (
 from slm_jax.target import Target, compiling_for
 from slm_jax.tasks.pretraining import make_loss_fn
 from slm_jax.training.memory import device_bytes
-from slm_jax.training.optimizer import make_optimizer, make_schedule
-from slm_jax.training.step import TrainState, make_train_step
 
 CPU, TPU = Target("cpu"), Target("tpu")
 ROWS = 4
@@ -85,15 +85,9 @@ def test_the_table_is_what_jax_keeps_for_the_backward_pass(target, attention, dt
 
 def xla_bytes(cfg, rows):
     """What XLA says of the compiled step; the state is donated, as in the training loop."""
-    optimizer = make_optimizer(OptimizerConfig())
-    step = make_train_step(make_loss_fn(GPTModel(cfg)), optimizer, make_schedule(OptimizerConfig(), 1000))
-
-    def initial_state():
-        params = init_params(cfg, jax.random.key(0))
-        return TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key(0))
-
-    lowered = jax.jit(step, donate_argnums=0).lower(jax.eval_shape(initial_state), {}, abstract_batch(cfg, rows))
-    return device_bytes(lowered.compile())
+    step, initial_state = training_step(RunConfig(), make_loss_fn(GPTModel(cfg)), functools.partial(init_params, cfg))
+    state = jax.eval_shape(initial_state, jax.random.key(0))
+    return device_bytes(step.lower(state, {}, abstract_batch(cfg, rows)).compile())
 
 
 @pytest.mark.parametrize(

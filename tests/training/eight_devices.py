@@ -86,7 +86,7 @@ def evaluate(state: TrainState, batch: dict) -> float:
 def train_on_mesh(cfg: MeshConfig, accumulate: int) -> tuple[list[float], TrainState]:
     """The same on a mesh, put together as the loop does it."""
     mesh = make_mesh(cfg)
-    check_batch_size(mesh, BATCH, accumulate)
+    check_batch_size(mesh.size, BATCH, accumulate)
     shardings = state_shardings(mesh, jax.eval_shape(initial_state))
     state = jax.jit(initial_state, out_shardings=shardings)()
     step = jax.jit(train_step(accumulate), donate_argnums=0, out_shardings=(shardings, None))
@@ -225,8 +225,8 @@ def main(folder: Path) -> None:
     result["refusals"] = {
         "product": refusal(make_mesh, MeshConfig(data=3, fsdp=2)),
         "fsdp": refusal(make_mesh, MeshConfig(fsdp=3)),
-        "batch": refusal(check_batch_size, make_mesh(MeshConfig()), 12),
-        "accumulate": refusal(check_batch_size, make_mesh(MeshConfig()), 24, 2),
+        "batch": refusal(check_batch_size, 8, 12),
+        "accumulate": refusal(check_batch_size, 8, 24, 2),
     }
     placed = put_batch(make_mesh(MeshConfig(fsdp=2)), {"x": np.arange(16)})["x"]
     result["batch"] = {

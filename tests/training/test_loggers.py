@@ -59,17 +59,18 @@ def test_tensorboard_has_what_the_log_has(tmp_path):
 
 def test_a_run_that_goes_on_has_each_step_once_in_tensorboard(text_file, tmp_path, capsys):
     pytest.importorskip("tensorboardX")
-    args = options(text_file, tmp_path, optimizer__schedule="constant", logging__tensorboard="true")
-    assert cli.main(["train", *args, "--train.steps", "15", "--checkpoint.every", "10"]) == 0
-    # The last checkpoint is lost, so that the run goes on from step 10 and does five steps again.
-    for path in (tmp_path / "small/checkpoints/15").rglob("*.json"):
+    more = {"checkpoint.every": 2, "sample.every": 2, "sample.max_new_tokens": 1, "train.accumulate": 1}
+    args = options(text_file, tmp_path, optimizer__schedule="constant", logging__tensorboard="true", **more)
+    assert cli.main(["train", *args, "--train.steps", "3"]) == 0
+    # The last checkpoint is lost, so that the run goes on from step 2 and does a step again.
+    for path in (tmp_path / "small/checkpoints/3").rglob("*.json"):
         path.write_text("damaged")
-    assert cli.main(["train", *args, "--train.steps", "20"]) == 0
+    assert cli.main(["train", *args, "--train.steps", "4"]) == 0
     assert "tensorboard" in capsys.readouterr().out
     scalars, texts = events(tmp_path / "small/tensorboard")
     expected = logged(tmp_path / "small")
     assert scalars.keys() == expected.keys()
-    assert {step for step, _ in scalars} == set(range(21))
+    assert {step for step, _ in scalars} == set(range(5))
     assert all(scalars[key] == pytest.approx(value, rel=1e-6) for key, value in expected.items())
     assert texts
 

@@ -319,7 +319,9 @@ def test_files_are_copied_again_only_when_they_have_changed(place, monkeypatch):
             wait_for(lambda step=step: place.is_there(step))
     assert copied.count("frozen.safetensors") == 1
     assert copied.count("metrics.jsonl") >= 2
+    (place.run / "tokenizer" / ".tokenizer.json.tmp").write_text("not finished")
     assert other_files(place.run)[0] == "config.yaml"
+    assert not any(".tmp" in name for name in other_files(place.run))
 
 
 def test_a_mirror_that_hangs_is_not_waited_for_for_ever(place, monkeypatch):

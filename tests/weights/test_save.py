@@ -161,7 +161,7 @@ def test_the_tokenizer_goes_with_the_weights(tmp_path):
 
 
 def test_gpt2s_tokenizer_as_transformers_reads_it(tmp_path):
-    if GPT2Tokenizer()._lacking():
+    if GPT2Tokenizer().lacking():
         pytest.skip("TIKTOKEN_CACHE_DIR has not GPT-2's two files")
     from tokenizers import ByteLevelBPETokenizer
 
