@@ -56,8 +56,8 @@ class DataConfig:
         shuffle: whether stride windows, or packed rows, come in a new random order each epoch.
         packing: text: whether rows are filled with documents, each seeing only itself, instead of windows over the
             whole text; sampling and stride then mean nothing.
-        text_column: text: the column of the texts in jsonl:, parquet: and tfds: sources; null: text, or in tfds: the
-            only feature that is text.
+        text_column: text: the column of the texts in jsonl:, parquet: and tfds: sources; null: text, or in tfds:,
+            where there is none, the only feature that is text.
     """
 
     source: str = "builtin:python-docs"
@@ -134,8 +134,8 @@ class CheckpointConfig:
     Attributes:
         every: steps from one checkpoint to the next.
         keep: how many of the latest are kept, apart from the one of the lowest validation loss.
-        mirror: a second folder for runs, such as a mounted drive's, that finished checkpoints are copied to, and from
-            which a run goes on where runs_dir does not have it; null: none.
+        mirror: a second folder for runs, such as a mounted drive's, that finished checkpoints are copied to; a run
+            goes on from the latest checkpoint of either folder. null: none.
     """
 
     every: int = 200
@@ -148,7 +148,7 @@ class LoggingConfig:
     """Where the lines of metrics.jsonl go, too.
 
     Attributes:
-        tensorboard: whether to the run's folder tensorboard (needs the extra tensorboard).
+        tensorboard: whether to TensorBoard's files in the run's folder (needs the extra tensorboard).
         wandb: to Weights & Biases: online, offline (into the run's folder, for wandb sync), or disabled (needs the
             extra wandb).
         wandb_project: the project there.

@@ -12,7 +12,7 @@ from slm_jax.options import parse
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Look at this machine, and at a run; nothing is written or downloaded. The exit status is 1 if there is a problem.
+    """Look at this machine, and at a run; nothing is downloaded. The exit status is 1 if there is a problem.
 
     Attributes:
         run: a run's folder, such as runs/tiny, to look at, too; every checkpoint of it is read. null: none.

@@ -29,8 +29,8 @@ class Options:
         n_heads: attention heads, where weights do not say how many.
         source: a text to measure the loss on: builtin:python-docs, text:GLOB, jsonl:GLOB, parquet:GLOB, tfds:NAME,
             named:NAME or tokens:FILE.bin.
-        text_column: the column of the texts in jsonl:, parquet: and tfds: sources; null: text, or in tfds: else the
-            only one of text.
+        text_column: the column of the texts in jsonl:, parquet: and tfds: sources; null: text, or in tfds:, where
+            there is none, the only feature that is text.
         split: which part of the source, split as pretraining splits it: all, train or validation.
         validation_fraction: how much of the source is its validation split, 0 to 1.
         context_length: tokens of a window; null: the model's.

@@ -16,16 +16,16 @@ from slm_jax.options import check_at_least, parse, recipe_files
 
 @dataclasses.dataclass(frozen=True)
 class Options(RunConfig):
-    """Say what a run will need: parameters, memory, time, and what to change where it does not fit.
+    """Say what a run (with any keys of train or finetune) will need of a device that need not be here, and how it fits.
 
-    The other keys are those of train, or with a task of fine-tuning those of finetune. Nothing is trained, downloaded
-    or read but small files, and no accelerator is needed.
+    Nothing is trained, downloaded or read but small files.
 
     Attributes:
         device: h200, h100, h100-pcie, b200, a100-80g, a100-40g, l40s, l4, v100, t4, v6e, v5e, v5p, v4, v3, v2, or cpu:
             this machine.
-        devices: how many share each batch.
-        mfu: the share of the device's peak FLOP/s that is reached, 0 to 1; null: 0.4, an assumption.
+        devices: how many such devices share each batch.
+        mfu: the share of the device's peak FLOP/s that is reached, above 0, at most 1; null: 0.4, an assumption.
+            Not for cpu, whose peak is not known.
         tokens: how many are trained on, such as 10e9; null: as many as train.steps take.
         format: table, or json with bytes, FLOP/s and hours.
     """

@@ -36,7 +36,8 @@ class Options:
         out: the file to write, FILE.bin: ids of 2 bytes, or 4 if the vocabulary needs them; FILE.bin.json beside it
             says what they are.
         overwrite: whether to replace a file that is there.
-        text_column: the column of the texts in jsonl:, parquet: and tfds: sources; null: text.
+        text_column: the column of the texts in jsonl:, parquet: and tfds: sources; null: text, or in tfds:, where there
+            is none, the only feature that is text.
         tokenizer: gpt2, bpe (trained on the first 100 million characters of the source), or a saved one: its file or
             folder, or a run's folder.
         vocab_size: how many tokens a trained bpe has, up to a million; null: 4096.

@@ -37,6 +37,7 @@ HOSTS = {
     "huggingface.co": "GPT-2's weights",
     "openaipublic.blob.core.windows.net": "GPT-2's tokenizer",
     "raw.githubusercontent.com": "the named texts",
+    "storage.googleapis.com": "TensorFlow Datasets",
 }
 EXTRAS = {
     "torch": ("torch", "reads .pt, .pth and .bin weights"),
@@ -61,7 +62,7 @@ class Finding:
 
 
 def examine_machine() -> Iterator[Finding]:
-    """Yield what each check of this machine finds, in less than ten seconds; writes nothing that stays."""
+    """Yield what each check of this machine finds, in less than ten seconds; writes nothing that stays but caches."""
     checks: dict[str, Callable[[], list[Finding]]] = {
         "packages": check_packages,
         "extras": check_extras,

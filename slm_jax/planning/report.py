@@ -25,7 +25,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     lines = [
         "(1) Not at the same time: the larger counts.",
         "(2) On a CPU copies of Adam's moments, mostly after the backward pass; with mesh.fsdp gathered parameters.",
-        "The total is an estimate: within 10 % of XLA's own analysis on CPU and TPU, not compared on GPUs.",
+        "The total is an estimate: within 10 % of XLA's own on CPU and TPU (benchmarks/BENCHMARKS.md), GPUs untried.",
         "",
         *_verdict(plan),
         "",
