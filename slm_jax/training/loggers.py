@@ -27,7 +27,7 @@ def check_loggers(config: LoggingConfig) -> None:
     for key, package in PACKAGES.items():
         if asked[key] and importlib.util.find_spec(package) is None:
             raise InputError(
-                f'logging.{key} needs the package {package}, which is not installed; pip install "slm-jax[{key}]", or '
+                f'logging.{key} needs the package {package}, which is not installed; pip install -e ".[{key}]", or '
                 f"leave logging.{key} out"
             )
 

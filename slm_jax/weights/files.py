@@ -197,7 +197,7 @@ def _open_torch(file: Path) -> TensorFiles:
         import torch
     except ImportError:
         raise InputError(
-            f"{file}: a pickle, which only PyTorch can read safely; install it (pip install 'slm-jax[torch]') "
+            f"{file}: a pickle, which only PyTorch can read safely; install it (pip install -e '.[torch]') "
             "or convert the file to safetensors"
         ) from None
     if tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2]) < (2, 6):

@@ -79,13 +79,14 @@ def test_where_nothing_helps_nothing_is_advised():
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
-def test_the_largest_number_of_rows_fits_and_one_more_does_not(remat):
-    most = make_plan(config("--train.batch_size", "1"), "v5e").by_remat[remat].largest_rows
-    fits = [
-        make_plan(config("--train.batch_size", str(rows), "--model.remat", remat), "v5e").by_remat[remat].fits
-        for rows in (most, most + 1)
-    ]
-    assert fits == [True, False]
+@pytest.mark.parametrize("accumulate", [1, 32])
+def test_the_largest_number_of_rows_fits_and_one_more_does_not(remat, accumulate):
+    def fit(rows):
+        words = ("--train.batch_size", str(accumulate * rows), "--train.accumulate", str(accumulate))
+        return make_plan(config(*words), "a100-40g").by_remat[remat]
+
+    most = fit(1).largest_rows
+    assert [fit(rows).fits for rows in (most, most + 1)] == [True, False]
 
 
 def test_the_accumulation_that_is_named_is_the_least():
@@ -157,6 +158,20 @@ def test_a_token_file_tells_the_vocabulary_and_a_damaged_description_is_refused(
     json_path(path).write_text(json_path(path).read_text().replace('"vocab_size": ', '"vocab_size": "many", "was": '))
     with pytest.raises(InputError, match=r"ids\.bin\.json: vocab_size is 'many'; expected int"):
         plan_of()
+
+
+def test_of_a_token_file_that_is_not_there_yet_gpt2s_vocabulary_is_assumed_and_said():
+    """It is what prepare takes unless told otherwise."""
+    plan = make_plan(parse_args(["--data.source", "tokens:to-come.bin"]), "t4")
+    assert plan.vocab_size == 50_257
+    assert any("50,257" in note and "to-come.bin is not there yet" in note for note in plan.notes)
+
+
+@pytest.mark.parametrize(("task", "data"), [("classification", "csv:texts.csv"), ("instruction", "json:a.json")])
+def test_rows_longer_than_the_context_are_refused(task, data):
+    words = ["--task", task, "--base", "gpt2", "--data.source", data, f"--{task}.max_length", "1025"]
+    with pytest.raises(InputError, match=rf"{task}\.max_length is 1025, more than the model's context of 1024"):
+        make_plan(parse_args(words, FinetuneConfig), "t4")
 
 
 def test_a_base_keeps_its_shape():

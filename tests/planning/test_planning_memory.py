@@ -115,6 +115,12 @@ def test_remat_saves_nothing_where_a_cpu_unrolls():
     assert len(totals) == 1
 
 
+def test_remat_saves_memory_on_a_cpu_by_default():
+    """The blocks are then not unrolled unless that is asked for."""
+    needed = {remat: xla_bytes(shape(unroll=None, remat=remat, n_layers=4), ROWS) for remat in ("none", "full")}
+    assert needed["full"] < 0.8 * needed["none"]
+
+
 def test_the_state_by_hand():
     """Two trained matrices, one frozen, in float32: Adam has two moments of what is trained."""
     trainable = {"a": jax.ShapeDtypeStruct((64, 64), jnp.float32), "b": jax.ShapeDtypeStruct((10,), jnp.float32)}

@@ -108,7 +108,7 @@ def test_what_is_not_installed_is_refused_before_anything_is_written(text_file, 
         error = capsys.readouterr().err
         assert len(error.splitlines()) == 1
         assert f"logging.{key} needs the package {package}" in error
-        assert f"slm-jax[{key}]" in error
+        assert f".[{key}]" in error
     assert not list(tmp_path.iterdir())
     check_loggers(LoggingConfig())
 
