@@ -28,11 +28,14 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from slm_jax.cache import LayerCache, cached_attention
+from slm_jax.dense import Dense
 from slm_jax.errors import InputError
+from slm_jax.flash import flash_attention
+from slm_jax.flash import obstacle as flash_obstacle
 from slm_jax.lora import Adapter
 from slm_jax.target import target
 
-Implementation = Literal["auto", "xla", "cudnn", "explicit"]
+Implementation = Literal["auto", "xla", "cudnn", "flash", "explicit"]
 
 # --- Step 1: attention without anything to learn ---
 
@@ -279,9 +282,10 @@ class MultiHeadAttention(nn.Module):
 class FusedMultiHeadAttention(nn.Module):
     """Step 5 made fast: one matrix for q, k and v together, and a kernel that suits the machine; same result.
 
-    One (D, 3D) multiplication keeps an accelerator busier than three of (D, D). The attention itself goes to
-    `jax.nn.dot_product_attention` where that is the faster way (on recent NVIDIA GPUs cuDNN's flash attention, which
-    never writes the (seq, seq) weights to memory) and to `causal_attention` otherwise: see `choose_implementation`.
+    One (D, 3D) multiplication keeps an accelerator busier than three of (D, D). The attention itself goes to flash
+    attention where there is one (cuDNN's on recent NVIDIA GPUs, a Pallas kernel on TPUs), which never writes the
+    (seq, seq) weights to memory, and to `causal_attention` or `jax.nn.dot_product_attention` otherwise: see
+    `choose_implementation`.
 
     Input and output (batch, seq, emb_dim), weights (batch, n_heads, seq, seq).
     Params: `qkv/kernel` (D, 3D), its columns q, k, v and within each head after head; `qkv/bias` (3D,) only with
@@ -306,11 +310,23 @@ class FusedMultiHeadAttention(nn.Module):
 
     @overload
     def __call__(
-        self, x: Array, *, mask: Array | None = ..., deterministic: bool = ..., return_weights: Literal[False] = ...
+        self,
+        x: Array,
+        *,
+        mask: Array | None = ...,
+        segment_ids: Array | None = ...,
+        deterministic: bool = ...,
+        return_weights: Literal[False] = ...,
     ) -> Array: ...
     @overload
     def __call__(
-        self, x: Array, *, mask: Array | None = ..., deterministic: bool = ..., return_weights: Literal[True]
+        self,
+        x: Array,
+        *,
+        mask: Array | None = ...,
+        segment_ids: Array | None = ...,
+        deterministic: bool = ...,
+        return_weights: Literal[True],
     ) -> tuple[Array, Array]: ...
     @overload
     def __call__(self, x: Array, *, cache: LayerCache, start: Array | None) -> tuple[Array, LayerCache]: ...
@@ -321,6 +337,7 @@ class FusedMultiHeadAttention(nn.Module):
         x: Float[Array, "batch seq emb"],
         *,
         mask: Bool[Array, "#batch 1 seq seq"] | None = None,
+        segment_ids: Int[Array, "batch seq"] | None = None,
         deterministic: bool = True,
         return_weights: bool = False,
         cache: LayerCache | None = None,
@@ -331,9 +348,9 @@ class FusedMultiHeadAttention(nn.Module):
         With a `cache`, which holds `start` tokens of each row, the tokens go on from those, and the result is the pair
         (output, extended cache); there is no mask, dropout or choice of implementation then.
 
-        `mask` is True where attention is allowed, and only ever takes away from what the causal mask allows: packed
-        documents pass `segment_ids[:, None, :, None] == segment_ids[:, None, None, :]`. Whatever it says, a token may
-        attend to itself, so that no row of weights is empty.
+        `segment_ids` are those of documents packed into one row: a token attends only within its own. `mask`, for
+        anything else, is True where attention is allowed, and only ever takes away from what the causal mask allows.
+        Whatever it says, a token may attend to itself, so that no row of weights is empty.
         """
         _check_width(x, self.emb_dim)
         _check_rate(self.drop_rate)
@@ -342,11 +359,12 @@ class FusedMultiHeadAttention(nn.Module):
         if mask is not None:
             mask = mask | jnp.eye(seq, dtype=bool)
 
-        dense = partial(nn.Dense, dtype=self.dtype, param_dtype=self.param_dtype)
+        dense = partial(Dense, dtype=self.dtype, param_dtype=self.param_dtype)
         qkv = dense(3 * self.emb_dim, use_bias=self.qkv_bias, kernel_init=self.kernel_init, name="qkv")(x)
-        qkv = qkv.reshape(batch, seq, 3, self.n_heads, head_dim)
+        heads = (batch, seq, self.n_heads, head_dim)
         q, k, v = (
-            Adapter(name=f"{name}_adapter")(qkv[:, :, i], x, deterministic) for i, name in enumerate(("q", "k", "v"))
+            Adapter(name=f"{name}_adapter")(columns.reshape(heads), x, deterministic)
+            for name, columns in zip("qkv", jnp.split(qkv, 3, axis=-1), strict=True)
         )
 
         weights = None
@@ -356,9 +374,19 @@ class FusedMultiHeadAttention(nn.Module):
         else:
             dropping = self.drop_rate > 0 and not deterministic
             chosen = choose_implementation(
-                self.implementation, q.dtype, head_dim, dropping or return_weights, mask is not None and seq % 2 == 1
+                self.implementation,
+                q.dtype,
+                head_dim,
+                needs_weights=dropping or return_weights,
+                odd_mask=(mask is not None or segment_ids is not None) and seq % 2 == 1,
+                other_mask=mask is not None,
             )
-            if chosen == "explicit":
+            if segment_ids is not None and chosen != "flash":
+                within = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+                mask = within if mask is None else mask & within
+            if chosen == "flash":
+                context = flash_attention(q, k, v, segment_ids)
+            elif chosen == "explicit":
                 key = self.make_rng("dropout") if dropping else None
                 context, weights = causal_attention(q, k, v, mask=mask, dropout_rate=self.drop_rate, dropout_key=key)
             else:
@@ -379,53 +407,70 @@ def choose_implementation(
     needs_weights: bool,
     odd_mask: bool = False,
     device: tuple[str, float | None] | None = None,
-) -> Literal["xla", "cudnn", "explicit"]:
+    other_mask: bool = False,
+) -> Literal["xla", "cudnn", "flash", "explicit"]:
     """Say how attention is to be computed; all ways give the same numbers to rounding.
 
-    "auto" takes cuDNN's flash attention where it runs; else `causal_attention` ("explicit") on CPUs, where it was
-    measured faster forward and backward (the whole layer 1.05 to 1.8 times), and jax.nn's "xla" elsewhere. Only
+    "auto" takes flash attention, cuDNN's or a TPU's, where it runs; else `causal_attention` ("explicit") on CPUs, where
+    it was measured faster forward and backward (the whole layer 1.05 to 1.8 times), and jax.nn's "xla" elsewhere. Only
     "explicit" holds the weights, so dropout on them, or a wish to see them, leads there from "auto" and "xla".
 
     Args:
-        requested: "auto", "xla", "cudnn" or "explicit".
+        requested: "auto", "xla", "cudnn", "flash" or "explicit".
         dtype: of queries, keys and values.
         head_dim: columns of one head.
         needs_weights: whether the weights must exist: dropout is active, or they are to be returned.
         odd_mask: whether there is an extra mask over an odd number of tokens (cuDNN has no gradient for it).
         device: (JAX's platform name, NVIDIA's compute capability or None), such as ("gpu", 8.0) or ("cpu", None);
             by default what is compiled for (:func:`slm_jax.target.target`).
+        other_mask: whether there is a mask that segments do not say.
 
     Raises:
         InputError: for an unknown name, and for a requested implementation that cannot work here.
     """
     platform, capability = target() if device is None else device
     dtype = jnp.dtype(dtype)
-    obstacle = None  # why cuDNN cannot do it, and what would help
+    obstacles = {  # why it cannot be used, and what would help
+        "cudnn": _cudnn_obstacle(dtype, head_dim, odd_mask, platform, capability),
+        "flash": flash_obstacle(dtype, platform),
+    }
+    if other_mask:
+        obstacles["flash"] = "it knows no mask but that of segments; leave the mask out"
     if needs_weights:
-        obstacle = "it never forms the weights that dropout and return_weights need; set drop_rate to 0"
-    elif capability is None or capability < 8.0:
-        here = platform if capability is None else f"compute capability {capability}"
-        obstacle = f"it needs an NVIDIA GPU of compute capability 8.0 or more, and this is {here}; find such a GPU"
-    elif dtype not in (jnp.float16, jnp.bfloat16):
-        obstacle = f"it computes in float16 or bfloat16, and this is {dtype}; set dtype to bfloat16"
-    elif head_dim > 128 or head_dim % 8:
-        obstacle = f"it needs emb_dim / n_heads <= 128 and a multiple of 8, and this is {head_dim}; change n_heads"
-    elif odd_mask:
-        obstacle = "it has no gradient for a mask over an odd number of tokens; make the sequence length even"
-
-    if requested in ("auto", "cudnn") and obstacle is None:
-        return "cudnn"
-    if requested == "cudnn":
-        raise InputError(f"attention implementation 'cudnn' cannot be used: {obstacle}, or use 'auto'")
+        never = "it never forms the weights that dropout and return_weights need; set drop_rate to 0"
+        obstacles = dict.fromkeys(obstacles, never)
+    if requested in obstacles and obstacles[requested] is not None:
+        raise InputError(
+            f"attention implementation {requested!r} cannot be used: {obstacles[requested]}, or use 'auto'"
+        )
+    for name in ("cudnn", "flash"):
+        if requested == name or (requested == "auto" and obstacles[name] is None):
+            return name
     if requested == "explicit" or (requested in ("auto", "xla") and needs_weights):
         return "explicit"
     if requested == "auto":
         return "explicit" if platform == "cpu" else "xla"
     if requested != "xla":
-        raise InputError(f"attention implementation {requested!r}, expected 'auto', 'xla', 'cudnn' or 'explicit'")
+        raise InputError(
+            f"attention implementation {requested!r}, expected 'auto', 'xla', 'cudnn', 'flash' or 'explicit'"
+        )
     if platform == "cpu" and dtype == jnp.float16:
         raise InputError("attention implementation 'xla' has no float16 on a CPU: use 'auto', or another dtype")
     return "xla"
+
+
+def _cudnn_obstacle(dtype: Dtype, head_dim: int, odd_mask: bool, platform: str, capability: float | None) -> str | None:
+    """Say why cuDNN's attention cannot be used, and what would help; None: it can."""
+    if capability is None or capability < 8.0:
+        here = platform if capability is None else f"compute capability {capability}"
+        return f"it needs an NVIDIA GPU of compute capability 8.0 or more, and this is {here}; find such a GPU"
+    if dtype not in (jnp.float16, jnp.bfloat16):
+        return f"it computes in float16 or bfloat16, and this is {dtype}; set dtype to bfloat16"
+    if head_dim > 128 or head_dim % 8:
+        return f"it needs emb_dim / n_heads <= 128 and a multiple of 8, and this is {head_dim}; change n_heads"
+    if odd_mask:
+        return "it has no gradient for a mask over an odd number of tokens; make the sequence length even"
+    return None
 
 
 # --- What is refused ---

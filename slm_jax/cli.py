@@ -5,6 +5,7 @@ diverged, or that doctor found a problem; 130 or 143 that a signal stopped it, w
 """
 
 import errno
+import gc
 import importlib
 import io
 import logging
@@ -30,6 +31,7 @@ COMMANDS = {
     "evaluate": ("slm_jax.commands.evaluate", "measure loss of a text, LAMBADA, HellaSwag, responses to instructions"),
     "prepare": ("slm_jax.commands.prepare", "make a token file of any text, once, for train --data.source tokens:FILE"),
     "plan": ("slm_jax.commands.plan", "what a run will need of an accelerator: memory, speed, hours"),
+    "bench": ("slm_jax.commands.bench", "measure speed and memory here: train, generate, data, startup or memory"),
     "import": ("slm_jax.commands.import_weights", "make a run of GPT-2 weights: Hugging Face's, nanoGPT's, the book's"),
     "export": ("slm_jax.commands.export", "write a model for transformers, nanoGPT or the book's code"),
     "doctor": ("slm_jax.commands.doctor", "look at this machine and at a run: what works, what does not, what to do"),
@@ -53,6 +55,7 @@ def main(args: Sequence[str] | None = None) -> int:
     if args[0] not in COMMANDS:
         print(f"slm-jax: unknown command {args[0]!r}; expected one of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
+    gc.set_threshold(100_000)  # what is imported, parsed and traced stays: searching it takes a third of a start
     # Orbax logs whole tracebacks of errors that it raises too.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     if isinstance(sys.stdout, io.TextIOWrapper):

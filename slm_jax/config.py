@@ -74,23 +74,29 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (Loshchilov & Hutter 2019) and its learning-rate schedule.
+    """The optimizer and its learning-rate schedule.
 
     Attributes:
-        learning_rate: the peak rate.
+        kind: adamw (Loshchilov & Hutter 2019), or muon (Jordan et al. 2024) for the matrices of the blocks beside
+            AdamW for all else: embeddings, heads, adapters, norms and biases.
+        learning_rate: AdamW's peak rate.
+        muon_learning_rate: Muon's peak rate, which takes the same course.
         schedule: cosine (after the warmup, down to the final rate), constant, or wsd (warmup, stable, decay).
         warmup_steps: steps in which the rate rises linearly to the peak.
         decay_steps: wsd: length of the final decay (default: a tenth of all steps); cosine: where the decay ends
             (default: the last step).
-        final_learning_rate: the rate at the end of a decay; default: a tenth of the peak.
-        weight_decay: decoupled decay of weight matrices and embeddings; norms and biases never decay.
-        beta1: decay of the first moment.
-        beta2: decay of the second moment.
-        eps: added to the root of the second moment.
+        final_learning_rate: AdamW's rate at the end of a decay; default: a tenth of the peak.
+        weight_decay: decoupled decay of weight matrices and embeddings, times learning_rate; norms and biases never
+            decay.
+        beta1: AdamW: decay of the first moment.
+        beta2: AdamW: decay of the second moment.
+        eps: AdamW: added to the root of the second moment.
         clip_norm: the global norm that gradients are clipped to; null: no clipping.
     """
 
+    kind: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 4e-3
+    muon_learning_rate: float = 0.02
     schedule: Literal["cosine", "constant", "wsd"] = "cosine"
     warmup_steps: int = 100
     decay_steps: int | None = None
@@ -422,7 +428,8 @@ def _check_numbers(config: RunConfig) -> None:
     values = flatten(to_dict(config))
     check_seed(config.seed)
     check_at_least(values, at_least)
-    for key in ("optimizer.learning_rate", "optimizer.eps", "optimizer.clip_norm", "train.epochs", "lora.alpha"):
+    above_zero = ("learning_rate", "muon_learning_rate", "eps", "clip_norm")
+    for key in (*(f"optimizer.{name}" for name in above_zero), "train.epochs", "lora.alpha"):
         if values[key] is not None and not 0 < values[key] < float("inf"):
             raise InputError(f"{key} is {values[key]}; expected a number above 0")
     for key in ("optimizer.beta1", "optimizer.beta2", "lora.drop_rate"):

@@ -32,6 +32,19 @@ def user_path(text: str | Path) -> Path:
     return path
 
 
+def cache_folder() -> Path:
+    """Return ``slm_jax`` in the user's cache folder: ``$XDG_CACHE_HOME``, or ``~/.cache`` where that is not set.
+
+    Raises:
+        OSError: the user has no home.
+    """
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    try:
+        return (base if base.is_absolute() else Path("~/.cache").expanduser()) / "slm_jax"
+    except RuntimeError as error:
+        raise FileNotFoundError(errno.ENOENT, str(error), "~/.cache") from None
+
+
 def read_json(file: Path, remedy: str = "download or export it again") -> dict[str, Any]:
     """Read a file that is one JSON object; a key that is there twice is refused.
 

@@ -21,7 +21,7 @@ _EXECUTION_KEYS = {
 # Keys that runs of earlier versions do not have, with the value that those had in effect.
 _LATER_KEYS = {
     **{"model.exact_gelu": False, "base": None, "base_optimizer": False, "trainable": "all"},
-    **{"data.packing": False, "data.text_column": None},
+    **{"data.packing": False, "data.text_column": None, "optimizer.kind": "adamw"},
 }
 
 
@@ -46,6 +46,7 @@ def _unused_keys(config: RunConfig) -> list[str]:
         "data.test_": config.task != "pretraining",
         "data.packing": config.task == "pretraining",
         "data.text_column": config.task == "pretraining",
+        "optimizer.muon_": config.optimizer.kind == "muon",
         "lora.": config.trainable == "lora",
         "trainable_blocks": config.trainable == "last_n_blocks",
     }

@@ -1,5 +1,8 @@
 """The product of hidden states with the output head, forwards and backwards."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -21,14 +24,20 @@ def float32_logits(
 
 
 def _product(hidden: Array, kernel: Array) -> Array:
-    return jnp.einsum("bse,ev->bsv", *_operands(hidden, kernel), preferred_element_type=jnp.float32)
+    return jnp.einsum("bse,ev->bsv", *operands(hidden, kernel), preferred_element_type=jnp.float32)
 
 
-def _operands(hidden: Array, kernel: Array) -> tuple[Array, Array]:
+def operands(hidden: Array, kernel: Array) -> tuple[Array, Array]:
+    """Return both in the dtype that they are multiplied in."""
     kernel = kernel.astype(hidden.dtype)
     if target().platform == "cpu":  # jax 0.7's CPU runtime has no such product; of float32 copies it is the same
         return hidden.astype(jnp.float32), kernel.astype(jnp.float32)
     return hidden, kernel
+
+
+def head_kernel(params: Mapping[str, Any]) -> Float[Array, "emb vocab"]:
+    """Return the output head's kernel from a model's params: its own, or the token embedding, transposed."""
+    return params["out_head"]["kernel"] if "out_head" in params else params["tok_emb"]["embedding"].T
 
 
 @jax.custom_vjp
@@ -41,7 +50,7 @@ def _forward(hidden: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
 
 
 def _backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
-    hidden, kernel = _operands(*saved)
+    hidden, kernel = operands(*saved)
     grad = grad.astype(hidden.dtype)
     hidden_grad = jnp.einsum("bsv,ev->bse", grad, kernel)
     kernel_grad = jnp.einsum("bse,bsv->ev", hidden, grad, preferred_element_type=jnp.float32)

@@ -16,10 +16,11 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from slm_jax.attention import FusedMultiHeadAttention
 from slm_jax.cache import KVCache, LayerCache
+from slm_jax.dense import Dense
 from slm_jax.errors import InputError
 from slm_jax.logits import float32_logits
 from slm_jax.lora import Adapter
@@ -27,7 +28,7 @@ from slm_jax.target import target
 
 DType = Literal["float32", "bfloat16", "float16"]
 Remat = Literal["none", "dots", "full"]
-AttentionKind = Literal["auto", "xla", "cudnn", "explicit"]
+AttentionKind = Literal["auto", "xla", "cudnn", "flash", "explicit"]
 Params = dict[str, Any]
 
 INIT_STD = 0.02  # GPT-2's standard deviation for every weight matrix
@@ -176,8 +177,8 @@ class FeedForward(nn.Module):
         """Map (batch, seq, emb) to the same shape, each position by itself."""
         cfg = self.cfg
         common: dict[str, Any] = {"use_bias": cfg.bias, "dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
-        fc = nn.Dense(4 * cfg.emb_dim, kernel_init=nn.initializers.normal(INIT_STD), name="fc", **common)
-        proj = nn.Dense(cfg.emb_dim, kernel_init=residual_init(cfg), name="proj", **common)
+        fc = Dense(4 * cfg.emb_dim, kernel_init=nn.initializers.normal(INIT_STD), name="fc", **common)
+        proj = Dense(cfg.emb_dim, kernel_init=residual_init(cfg), name="proj", **common)
         x = Adapter(name="fc_adapter")(fc(x), x, deterministic)
         x = nn.gelu(x, approximate=not cfg.exact_gelu)
         return Adapter(name="proj_adapter")(proj(x), x, deterministic)
@@ -199,7 +200,7 @@ class TransformerBlock(nn.Module):
         x: Float[Array, "batch seq emb"],
         cache: LayerCache | None,
         start: Int[Array, "batch"] | None,
-        mask: Bool[Array, "batch 1 seq seq"] | None,
+        segment_ids: Int[Array, "batch seq"] | None,
         deterministic: bool,
     ) -> tuple[Float[Array, "batch seq emb"], LayerCache | None]:
         """Map (batch, seq, emb) to the same shape; the second result is the block's cache, extended, if it has one."""
@@ -221,7 +222,7 @@ class TransformerBlock(nn.Module):
         )
         normed = LayerNorm(**norm, name="norm1")(x)
         if cache is None:
-            attended = attention(normed, mask=mask, deterministic=deterministic)
+            attended = attention(normed, segment_ids=segment_ids, deterministic=deterministic)
         else:
             attended, cache = attention(normed, cache=cache, start=start)
         x = x + dropout(attended)
@@ -344,10 +345,9 @@ class GPTModel(nn.Module):
             positions = jnp.arange(seq)[None, :] + (0 if cache is None else cache.lengths[:, None])
         x = self.tok_emb(tokens) + self.pos_emb(positions)
         x = self.drop(x, deterministic=deterministic)
-        mask = None if segment_ids is None else segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
         if cache is None:
             for name in self.segments:
-                x, _ = getattr(self, name)(x, None, None, mask, deterministic)
+                x, _ = getattr(self, name)(x, None, None, segment_ids, deterministic)
             return self.final_norm(x)
         blocks = {}
         for name in self.segments:

@@ -369,7 +369,11 @@ H100, T4, CPU, TPU = ("gpu", 9.0), ("gpu", 7.5), ("cpu", None), ("tpu", None)
         ("auto", "bfloat16", 64, True, False, H100, "explicit"),
         ("auto", "float16", 64, False, False, T4, "xla"),
         ("auto", "bfloat16", 64, False, False, ("gpu", None), "xla"),  # AMD
-        ("auto", "bfloat16", 64, False, False, TPU, "xla"),
+        ("auto", "bfloat16", 64, False, False, TPU, "flash"),
+        ("auto", "float32", 60, False, True, TPU, "flash"),
+        ("auto", "float16", 64, False, False, TPU, "xla"),
+        ("auto", "bfloat16", 64, True, False, TPU, "explicit"),
+        ("flash", "bfloat16", 64, False, False, TPU, "flash"),
         ("auto", "bfloat16", 64, False, False, CPU, "explicit"),
         ("xla", "float32", 64, False, False, CPU, "xla"),
         ("xla", "float32", 64, True, False, H100, "explicit"),
@@ -390,7 +394,10 @@ def test_choice_of_implementation(requested, dtype, head_dim, needs_weights, odd
         ("cudnn", "bfloat16", 100, False, False, H100, "100.*n_heads"),
         ("cudnn", "bfloat16", 64, False, True, H100, "odd"),
         ("xla", "float16", 64, False, False, CPU, "float16"),
-        ("flash", "bfloat16", 64, False, False, H100, "'flash'.*'auto'"),
+        ("flash", "bfloat16", 64, False, False, H100, "TPU.*gpu"),
+        ("flash", "bfloat16", 64, True, False, TPU, "drop_rate"),
+        ("flash", "float16", 64, False, False, TPU, "float16.*bfloat16"),
+        ("fast", "float32", 64, False, False, CPU, "'fast'"),
     ],
 )
 def test_choice_refuses_what_cannot_work(requested, dtype, head_dim, needs_weights, odd_mask, device, words):
@@ -398,6 +405,12 @@ def test_choice_refuses_what_cannot_work(requested, dtype, head_dim, needs_weigh
         choose_implementation(requested, jnp.dtype(dtype), head_dim, needs_weights, odd_mask, device)
     assert "\n" not in str(caught.value)
     assert "auto" in str(caught.value)
+
+
+def test_a_mask_of_ones_own_is_not_for_flash_attention():
+    assert choose_implementation("auto", jnp.bfloat16, 64, False, device=TPU, other_mask=True) == "xla"
+    with pytest.raises(InputError, match="segments"):
+        choose_implementation("flash", jnp.bfloat16, 64, False, device=TPU, other_mask=True)
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="asks for cuDNN where there is no GPU")

@@ -18,7 +18,7 @@ IDENTITY = {
         for name in ("source", "validation_source", "validation_fraction", "sampling", "stride", "shuffle")
     ),
     *(f"optimizer.{name}" for name in ("learning_rate", "schedule", "warmup_steps", "decay_steps", "weight_decay")),
-    *(f"optimizer.{name}" for name in ("final_learning_rate", "beta1", "beta2", "eps", "clip_norm")),
+    *(f"optimizer.{name}" for name in ("kind", "final_learning_rate", "beta1", "beta2", "eps", "clip_norm")),
     *(f"model.{name}" for name in ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers", "drop_rate")),
     *(f"model.{name}" for name in ("qkv_bias", "tie_weights", "bias", "exact_gelu", "param_dtype")),
     *("base", "base_optimizer", "trainable"),
@@ -35,6 +35,7 @@ INSTRUCTION = {
 }
 LORA = {f"lora.{name}" for name in ("rank", "alpha", "targets", "drop_rate")}
 LAST_N_BLOCKS = {"trainable_blocks"}
+MUON = {"optimizer.muon_learning_rate"}
 # … against train.steps (and epochs), dtype, remat, mesh, cadence, logging, folders.
 EXECUTION = {
     *("run", "runs_dir", "resume"),
@@ -49,12 +50,12 @@ EXECUTION = {
 # Absent where they have the value that they had before they could be chosen.
 LATER = {
     **{"--model.exact_gelu": "true", "--base": "runs/x", "--base_optimizer": "true", "--trainable": "last_block"},
-    **{"--data.packing": "true", "--data.text_column": "body"},
+    **{"--data.packing": "true", "--data.text_column": "body", "--optimizer.kind": "muon"},
 }
 
 
 def test_every_key_is_of_one_kind():
-    kinds = (IDENTITY, PRETRAINING, TEST_SPLIT, CLASSIFICATION, INSTRUCTION, LORA, LAST_N_BLOCKS, EXECUTION)
+    kinds = (IDENTITY, PRETRAINING, TEST_SPLIT, CLASSIFICATION, INSTRUCTION, LORA, LAST_N_BLOCKS, MUON, EXECUTION)
     assert set(flatten(to_dict(RunConfig()))) == set().union(*kinds)
     assert sum(map(len, kinds)) == len(set().union(*kinds))
 
@@ -72,7 +73,7 @@ def test_every_key_is_of_one_kind():
 )
 def test_a_run_is_identified_by_what_its_kind_of_training_reads(args, keys):
     config = parse_args([part for pair in {**LATER, **args}.items() for part in pair])
-    assert set(identity(config, config.gpt_config(1024))) == IDENTITY | keys
+    assert set(identity(config, config.gpt_config(1024))) == IDENTITY | MUON | keys
 
 
 def test_what_a_run_does_not_read_makes_no_other_run_of_it():
@@ -108,6 +109,7 @@ def test_identity_holds_the_resolved_model():
         (["--seed", "1"], "seed is 1 now and was 0"),
         (["--model.n_layers", "3"], "model.n_layers is 3 now and was 4"),
         (["--train.batch_size", "7"], f"train.batch_size is 7 now and was {RunConfig().train.batch_size}"),
+        (["--optimizer.kind", "muon"], "optimizer.kind is 'muon' now and was 'adamw'"),
         (["--optimizer.clip_norm", "null"], "optimizer.clip_norm is None now and was 1.0"),
         (["--data.source", "text:a.txt"], "data.source is 'text:a.txt' now and was 'builtin:python-docs'"),
         (["--train.steps", "5", "--run", "b", "--model.remat", "full", "--checkpoint.every", "3"], None),

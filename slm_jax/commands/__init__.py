@@ -3,23 +3,49 @@
 import contextlib
 import os
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from slm_jax.files import cache_folder
+from slm_jax.host_memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from slm_jax.run import Run
     from slm_jax.templates import Template
 
+MOST_CACHED = 2 * 2**30  # bytes of compiled programs; then those not used for longest are removed
+
+
+def set_up() -> None:
+    """Do what every command that computes does first: keep compiled programs, and freed memory."""
+    keep_freed_memory()
+    use_compile_cache()
+
 
 def use_compile_cache() -> None:
-    """Keep compiled programs in the user's cache folder, unless JAX was told of another place."""
+    """Keep compiled programs, small ones too, in the user's cache folder, unless JAX was told of another place."""
     import jax
 
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slm_jax" / "xla"
-        with contextlib.suppress(OSError):  # a cache that cannot be written only makes the next start slower
-            cache.mkdir(parents=True, exist_ok=True)
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    with contextlib.suppress(OSError):  # a cache that cannot be written only makes the next start slower
+        cache = cache_folder() / "xla"
+        cache.mkdir(parents=True, exist_ok=True)
+        if os.access(cache, os.W_OK):
+            _remove_unfinished(cache)
+            # With a limit, JAX locks the cache too, so that two processes can write to it.
+            jax.config.update("jax_compilation_cache_max_size", MOST_CACHED)
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
             jax.config.update("jax_compilation_cache_dir", str(cache))
+
+
+def _remove_unfinished(cache: Path) -> None:
+    """Remove programs that were being written when their process was killed: with one there, JAX keeps no others."""
+    for program in cache.glob("*-cache"):
+        time_of_use = program.with_name(f"{program.name.removesuffix('-cache')}-atime")  # is written last
+        if not time_of_use.exists() and time.time() - program.stat().st_mtime > 60:
+            program.unlink()
 
 
 def load(source: str, tokenizer: str | None, n_heads: int | None) -> "Run":

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from slm_jax.commands import load, use_compile_cache
+from slm_jax.commands import load, set_up
 from slm_jax.errors import InputError
 from slm_jax.options import check_at_least, check_seed, parse
 from slm_jax.templates import Message, Template, load_template
@@ -98,7 +98,7 @@ def main(args: Sequence[str]) -> int:
 def run(options: Options) -> int:
     """Answer each line of the standard input until it ends; return 0."""
 
-    use_compile_cache()
+    set_up()
     chat = Chat(load(options.run, options.tokenizer, options.n_heads), options)
     with contextlib.suppress(ImportError):  # arrow keys and history in input(), where there is readline
         import readline  # noqa: F401

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from slm_jax.commands import use_compile_cache
+from slm_jax.commands import set_up
 from slm_jax.errors import InputError
 from slm_jax.files import user_path
 from slm_jax.options import check_at_least, parse
@@ -68,7 +68,7 @@ def run(options: Options) -> int:
     """Print a line for each text; return 0."""
     from slm_jax.classify import load_classifier
 
-    use_compile_cache()
+    set_up()
     texts = options.text or _lines(options.file)
     classifier = load_classifier(options.run)
     predictions = classifier(texts, options.batch_size)

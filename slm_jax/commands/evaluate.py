@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from slm_jax.commands import load, template_of, use_compile_cache
+from slm_jax.commands import load, set_up, template_of
 from slm_jax.errors import InputError
 from slm_jax.files import replace_text, user_path
 from slm_jax.options import check_at_least, parse
@@ -110,7 +110,7 @@ def _measure(options: Options, source: str, responses: "list[Response] | None") 
     from slm_jax.evaluation import reference_loss, to_dict
     from slm_jax.model import GPTModel
 
-    use_compile_cache()
+    set_up()
     loaded = load(source, options.tokenizer, options.n_heads)
     figures: dict[str, Any] = {"run": str(loaded.folder), "step": loaded.step, "dtype": options.dtype}
     model = GPTModel(dataclasses.replace(loaded.model_config, dtype=options.dtype))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from slm_jax.commands import load, template_of, use_compile_cache
+from slm_jax.commands import load, set_up, template_of
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.options import check_at_least, check_seed, parse
 
@@ -93,7 +93,7 @@ def run(options: Options) -> int:
     from slm_jax.model import GPTModel, unstack_blocks
     from slm_jax.templates import Message
 
-    use_compile_cache()
+    set_up()
     start = options.prompt if options.prompt_file is None else read_prompt(Path(options.prompt_file))
     loaded = load(options.run, options.tokenizer, options.n_heads)
     prompt, stop = start, options.stop

@@ -4,7 +4,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from slm_jax.commands import use_compile_cache
+from slm_jax.commands import set_up
 from slm_jax.config import RunConfig, parse_args
 from slm_jax.errors import InputError
 
@@ -30,7 +30,7 @@ def run(options: RunConfig) -> int:
     command = "slm-jax train" if options.task == "pretraining" else "slm-jax finetune"
     with StopRequest() as stop, out_of_memory_as_input_error():
         try:
-            use_compile_cache()
+            set_up()
             initialize_distributed()
             start = find_start(options)
             task = importlib.import_module(f"slm_jax.tasks.{options.task}").build(options, start, stop.check)

@@ -7,17 +7,22 @@ measured against a fixed number on this text.
 
 import ast
 import functools
+import hashlib
 import importlib
 import inspect
 import itertools
+import json
 import os
 import re
+import sys
 import sysconfig
 import textwrap
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from slm_jax.errors import MissingInputError
+from slm_jax.files import cache_folder, replace_text
 
 # Not read: installed packages, tests and demos, and the code pages, which are tables.
 SKIPPED_FOLDERS = frozenset(
@@ -38,10 +43,31 @@ _MARKS = re.compile(r"""^[ \t]*#+ ?|\A[a-zA-Z]?(""\"|\'{3})|(""\"|\'{3})\Z""", r
 
 @functools.cache
 def _documents() -> tuple[str, ...]:
-    named = [*_topics(), *_modules(Path(sysconfig.get_paths()["stdlib"]))]
+    named = [*_topics(), *_kept_modules(Path(sysconfig.get_paths()["stdlib"]))]
     seen: set[str] = set()
     texts = [_prose(text, seen) for _, text in sorted(named, key=lambda pair: (pair[0].lower(), pair))]
     return tuple(filter(None, texts))
+
+
+def _kept_modules(stdlib: Path) -> list[tuple[str, str]]:
+    """`_modules`, kept in the user's cache folder: parsing the whole library takes a second or two."""
+    with suppress(OSError, ValueError):
+        return [(name, text) for name, text in json.loads(_cache_file(stdlib).read_text(encoding="utf-8"))]
+    modules = list(_modules(stdlib))
+    with suppress(OSError):
+        file = _cache_file(stdlib)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(file, json.dumps(modules))
+    return modules
+
+
+def _cache_file(stdlib: Path) -> Path:
+    """Return where the docstrings of these very files, as this one reads them, are kept."""
+    digest = hashlib.sha256(sys.version.encode() + Path(__file__).read_bytes())
+    for path in sorted(source_files(stdlib)):
+        status = path.stat()
+        digest.update(f"{path} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return cache_folder() / "builtin" / f"docstrings-{digest.hexdigest()[:16]}.json"
 
 
 def python_docs() -> list[str]:

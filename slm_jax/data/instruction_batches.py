@@ -166,7 +166,7 @@ def instruction_batches(
             where they are.
         seed: of the order, which is new each epoch.
     """
-    order = grain.MapDataset.range(len(rows)).seed(seed).shuffle().repeat().batch(batch_size)
+    order = grain.MapDataset.range(len(rows)).seed(seed).shuffle().repeat().batch(batch_size, drop_remainder=True)
     return order.map(lambda indices: _batch([rows[int(i)] for i in indices], batch_size, limit, bucketed, packed))
 
 

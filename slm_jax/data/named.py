@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from slm_jax.data.text_files import unreadable
 from slm_jax.errors import InputError, MissingInputError
-from slm_jax.files import sha256
+from slm_jax.files import cache_folder, sha256
 from slm_jax.network import check_reachable
 
 CONNECT_SECONDS = 2.0  # to look up and reach the server; without a network a name lookup alone can hang for minutes
@@ -88,15 +88,10 @@ def named_file(name: str) -> Path:
             )
         return path
 
-    path = _cache_folder() / entry.file
+    path = cache_folder() / "data" / entry.file
     if not (path.is_file() and _digest(path) == entry.sha256):
         _download(name, entry, path)
     return path
-
-
-def _cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if Path(base).is_absolute() else Path("~/.cache").expanduser()) / "slm_jax" / "data"
 
 
 def _digest(path: Path) -> str:

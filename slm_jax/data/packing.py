@@ -20,7 +20,6 @@ from slm_jax.data.windows import Batch
 from slm_jax.errors import InputError
 
 _CHUNK = 1 << 22  # tokens searched at a time, so that a memory-mapped file stays out of memory
-_INT_ARRAYS = ("inputs", "targets", "segment_ids", "positions")
 
 
 class PackedRows:
@@ -49,7 +48,7 @@ class PackedRows:
         documents = _document_starts(tokens, eot_id)
         self.n_documents = len(documents) - 1
         self.width = width
-        self._tokens = tokens
+        self._tokens = np.asarray(tokens)  # indexing a np.memmap itself takes longer
         self._starts = _cut(documents, width)
         self._pieces, self._bounds = _group(best_fit(np.diff(self._starts).astype(np.int32), width))
 
@@ -57,17 +56,26 @@ class PackedRows:
         return len(self._bounds) - 1
 
     def __getitem__(self, row: int) -> Batch:
-        arrays = {name: np.zeros(self.width, np.int32) for name in _INT_ARRAYS}
-        column = 0
-        for segment, piece in enumerate(self._pieces[self._bounds[row] : self._bounds[row + 1]], start=1):
-            start, end = self._starts[piece], self._starts[piece + 1]
-            at = slice(column, column + end - start)
-            arrays["inputs"][at] = self._tokens[start:end]
-            arrays["targets"][at] = self._tokens[start + 1 : end + 1]
-            arrays["segment_ids"][at] = segment
-            arrays["positions"][at] = np.arange(end - start)
-            column = at.stop
-        return {**arrays, "weights": (arrays["segment_ids"] > 0).astype(np.float32)}
+        return {name: values[0] for name, values in self.batch(np.array([row])).items()}
+
+    def batch(self, rows: Int[np.ndarray, " batch"]) -> Batch:
+        """Return a batch of rows, each given by its number."""
+        n_pieces = self._bounds[rows + 1] - self._bounds[rows]
+        pieces = self._pieces[_ranges(self._bounds[rows], n_pieces)]
+        lengths = self._starts[pieces + 1] - self._starts[pieces]
+        where = _ranges(self._starts[pieces], lengths)
+        n_tokens = np.bincount(np.repeat(np.repeat(np.arange(len(rows)), n_pieces), lengths), minlength=len(rows))
+        filled = np.arange(self.width) < n_tokens[:, None]
+        values = {
+            "inputs": self._tokens[where],
+            "targets": self._tokens[where + 1],
+            "segment_ids": np.repeat(_ranges(np.ones_like(rows), n_pieces), lengths),
+            "positions": _ranges(np.zeros_like(lengths), lengths),
+        }
+        arrays = {name: np.zeros(filled.shape, np.int32) for name in values}
+        for name, filling in values.items():
+            arrays[name][filled] = filling
+        return {**arrays, "weights": filled.astype(np.float32)}
 
     @property
     def tokens_per_row(self) -> float:
@@ -90,16 +98,17 @@ def packed_batches(rows: PackedRows, *, batch_size: int, shuffle: bool, seed: in
         shuffle: whether rows come in a new random order each epoch; or else in the order of their first documents.
         seed: of that order.
     """
-    dataset = grain.MapDataset.source(rows).seed(seed)
-    return (dataset.shuffle() if shuffle else dataset).repeat().batch(batch_size)
+    order = grain.MapDataset.range(len(rows)).seed(seed)
+    order = (order.shuffle() if shuffle else order).repeat()
+    return order.batch(batch_size, drop_remainder=True).map(rows.batch)
 
 
 def packed_validation_batches(rows: PackedRows, *, batch_size: int) -> Iterator[Batch]:
     """Yield every row once; what fills the last batch has weight 0."""
     for first in range(0, len(rows), batch_size):
-        batch = [rows[row] for row in range(first, min(first + batch_size, len(rows)))]
-        batch += [{name: np.zeros_like(value) for name, value in batch[0].items()}] * (batch_size - len(batch))
-        yield {name: np.stack([row[name] for row in batch]) for name in batch[0]}
+        batch = rows.batch(np.arange(first, min(first + batch_size, len(rows))))
+        n_empty = batch_size - len(batch["inputs"])
+        yield {name: np.pad(values, ((0, n_empty), (0, 0))) for name, values in batch.items()}
 
 
 def best_fit(lengths: Int32[np.ndarray, " pieces"], width: int) -> Int32[np.ndarray, " pieces"]:
@@ -141,9 +150,14 @@ def _document_starts(tokens: Integer[np.ndarray, " tokens"], eot_id: int) -> Int
 def _cut(starts: Int64[np.ndarray, " starts"], width: int) -> Int64[np.ndarray, " pieces_and_1"]:
     """Add starts, so that nothing between two of them is longer than ``width``."""
     n_pieces = -(-np.diff(starts) // width)
-    first = np.cumsum(n_pieces) - n_pieces
-    nth = np.arange(n_pieces.sum()) - np.repeat(first, n_pieces)
+    nth = _ranges(np.zeros_like(n_pieces), n_pieces)
     return np.append(np.repeat(starts[:-1], n_pieces) + nth * width, starts[-1])
+
+
+def _ranges(starts: Int[np.ndarray, " ranges"], lengths: Int[np.ndarray, " ranges"]) -> Int[np.ndarray, " all"]:
+    """Count up from each start, as many numbers as its length, one range after the other."""
+    before = np.cumsum(lengths) - lengths
+    return np.arange(lengths.sum()) + np.repeat(starts - before, lengths)
 
 
 def _group(row_of: Int32[np.ndarray, " pieces"]) -> tuple[Int32[np.ndarray, " pieces"], Int[np.ndarray, " rows_and_1"]]:

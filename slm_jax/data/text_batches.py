@@ -81,7 +81,7 @@ def classification_batches(
         return _batch([encoded[i] for i in texts], labels[texts], weights[texts], limit, bucketed)
 
     order = grain.MapDataset.range(len(encoded)).seed(seed).shuffle().repeat()
-    return order.batch(batch_size).map(make)
+    return order.batch(batch_size, drop_remainder=True).map(make)
 
 
 def classification_eval_batches(

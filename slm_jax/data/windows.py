@@ -55,7 +55,7 @@ def train_batches(
     else:
         starts = grain.MapDataset.source(window_starts(tokens.size, context_length, stride)).seed(seed)
         starts = (starts.shuffle() if shuffle else starts).repeat()
-    return starts.map(lambda start: _window(tokens, int(start), context_length)).batch(batch_size)
+    return starts.batch(batch_size, drop_remainder=True).map(lambda starts: _windows(tokens, starts, context_length))
 
 
 def steps_per_epoch(n_tokens: int, *, context_length: int, batch_size: int, sampling: str, stride: int | None) -> float:
@@ -76,11 +76,9 @@ def validation_batches(tokens: np.ndarray, *, context_length: int, batch_size: i
     What fills the last window and the last batch has weight 0.
     """
     starts = np.arange(0, tokens.size - 1, context_length)
-    for first in range(0, len(starts), batch_size):
-        windows = [_window(tokens, int(start), context_length) for start in starts[first : first + batch_size]]
-        empty = {key: np.zeros_like(value) for key, value in windows[0].items()}
-        windows += [empty] * (batch_size - len(windows))
-        yield {key: np.stack([window[key] for window in windows]) for key in empty}
+    filled = np.append(starts, np.full(-len(starts) % batch_size, tokens.size))
+    for first in range(0, len(filled), batch_size):
+        yield _windows(tokens, filled[first : first + batch_size], context_length)
 
 
 def check_window(n_tokens: int, context_length: int, split: str) -> None:
@@ -95,13 +93,12 @@ def check_window(n_tokens: int, context_length: int, split: str) -> None:
         )
 
 
-def _window(tokens: np.ndarray, start: int, context_length: int) -> Batch:
-    """Cut one window; past the end of the tokens it is filled with zeros of weight 0."""
-    chunk = np.asarray(tokens[start : start + context_length + 1], dtype=np.int32)
-    n_targets = chunk.size - 1
-    padded = np.zeros(context_length + 1, np.int32)
-    padded[: chunk.size] = chunk
-    inputs, targets = padded[:-1].copy(), padded[1:].copy()
-    inputs[n_targets:] = 0
-    weights = (np.arange(context_length) < n_targets).astype(np.float32)
-    return {"inputs": inputs, "targets": targets, "weights": weights}
+def _windows(tokens: np.ndarray, starts: np.ndarray, context_length: int) -> Batch:
+    """Cut a batch of windows; past the end of the tokens they are filled with zeros of weight 0."""
+    tokens = np.asarray(tokens)  # each slice of a np.memmap would make a new one, which takes longer than the copy
+    rows = np.zeros((len(starts), context_length + 1), np.int32)
+    for row, start in zip(rows, starts.tolist(), strict=True):
+        chunk = tokens[start : start + context_length + 1]
+        row[: chunk.size] = chunk
+    counts = np.arange(context_length) < (tokens.size - 1 - starts)[:, None]
+    return {"inputs": rows[:, :-1] * counts, "targets": rows[:, 1:].copy(), "weights": counts.astype(np.float32)}

@@ -24,6 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from slm_jax.cross_entropy import n_pieces
 from slm_jax.model import GPTConfig, Params, Remat, is_unrolled
 from slm_jax.target import Target
 from slm_jax.training.sharding import split_axis
@@ -42,7 +43,7 @@ class Work:
     Attributes:
         cfg: the model, with the ``dtype`` and ``remat`` of the run.
         target: the kind of device.
-        attention: the implementation: explicit, xla or cudnn.
+        attention: the implementation: explicit, xla, cudnn or flash.
         rows: sequences of a micro-batch.
         seq: tokens of a row.
         n_outputs: columns of the logits: the vocabulary, or classes.
@@ -95,7 +96,7 @@ class Memory:
         parameters, optimizer, gradients: see :class:`State`; accumulating takes the gradients twice.
         batch: inputs, targets and weights of all micro-batches.
         activations: kept for the backward pass.
-        logits: logits, their gradient, the final norm: before the backward pass through the blocks.
+        logits: a piece's logits and their gradient, the final norm: before the backward pass through the blocks.
         block: one block's activations computed again, and the gradients in it: after that.
         workspace: what the compiler is known to copy, and gathered parameters.
         total: the most at a time.
@@ -117,7 +118,7 @@ def step_memory(work: Work, state: State) -> Memory:
     tokens = work.rows * work.seq
     saved = saved_bytes(work) * tokens
     activations = (saved + copied_weights(work)) * work.trained_blocks
-    logits = tokens * (work.n_outputs * (4 + _itemsize(work)) + work.cfg.emb_dim * (12 + _itemsize(work)))
+    logits = _logits_bytes(work, 4 + _itemsize(work)) + tokens * work.cfg.emb_dim * (12 + _itemsize(work))
     everything = saved_bytes(dataclasses.replace(work, cfg=dataclasses.replace(work.cfg, remat="none"))) * tokens
     block = everything - saved if work.remat != "none" else 0.0
     block += tokens * (_attention_bytes(work) / 2 + 4 * work.cfg.emb_dim * _itemsize(work))
@@ -139,9 +140,14 @@ def step_memory(work: Work, state: State) -> Memory:
 def evaluation_memory(work: Work, state: State) -> float:
     """Return what an evaluation of ``work.rows`` sequences takes, the optimizer's state lying beside it."""
     tokens = work.rows * work.seq
-    logits = tokens * work.n_outputs * 6  # float32, and as measured half as much again while their loss is taken
+    logits = _logits_bytes(work, 6)  # float32, and as measured half as much again while their loss is taken
     block = tokens * (_attention_bytes(work) + 10 * work.cfg.emb_dim * _itemsize(work))
     return state.parameters + state.optimizer + state.gathered + 12 * tokens + max(logits, block)
+
+
+def _logits_bytes(work: Work, each: int) -> float:
+    """Return the bytes of the logits that exist at a time, ``each`` of one."""
+    return work.rows * work.seq * work.n_outputs * each / n_pieces(work.rows, work.seq, work.n_outputs)
 
 
 def saved_bytes(work: Work) -> float:
@@ -167,7 +173,7 @@ def copied_weights(work: Work) -> float:
 
 def _attention_bytes(work: Work) -> float:
     heads = work.cfg.n_heads
-    if work.attention == "cudnn":
+    if work.attention in ("cudnn", "flash"):
         return 4 * heads
     mask = 1 if work.cfg.drop_rate else 0
     return heads * (work.seq * (4 + _itemsize(work) + mask) + 8)

@@ -12,11 +12,13 @@ import jax.numpy as jnp
 import optax
 
 from slm_jax.config import RunConfig
+from slm_jax.cross_entropy import cross_entropy
 from slm_jax.data.corpus import Corpus, load_corpus
 from slm_jax.data.packing import PackedRows, packed_batches, packed_validation_batches
 from slm_jax.data.windows import check_window, steps_per_epoch, train_batches, validation_batches
 from slm_jax.errors import InputError
 from slm_jax.generate import generate
+from slm_jax.logits import head_kernel
 from slm_jax.model import GPTModel, Params, init_params
 from slm_jax.tasks.base import count_steps, find_base, new_base, prepare_params
 from slm_jax.trainable import merge_params
@@ -109,16 +111,23 @@ def make_loss_fn(model: GPTModel) -> LossFn:
     """Return the loss of next-token prediction: cross-entropy in nats, summed over the targets that count."""
 
     def loss_fn(trainable: Params, frozen: Params, batch: Batch, key: jax.Array | None) -> Sums:
-        logits = model.apply(
-            {"params": merge_params(frozen, trainable)},
+        params = merge_params(frozen, trainable)
+        run = functools.partial(
+            model.apply,
+            {"params": params},
             batch["inputs"],
             positions=batch.get("positions"),
             segment_ids=batch.get("segment_ids"),
             deterministic=key is None,
             rngs=None if key is None else {"dropout": key},
         )
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
-        return jnp.sum(losses * batch["weights"]), jnp.sum(batch["weights"]), {}
+        targets, weights = batch["targets"], batch["weights"]
+        if "out_head_adapter" in params:  # beside the kernel: its part of the logits is added to them
+            loss = jnp.sum(optax.softmax_cross_entropy_with_integer_labels(run(), targets) * weights)
+        else:
+            hidden: Any = run(method="hidden")
+            loss = cross_entropy(hidden, head_kernel(params), targets, weights)
+        return loss, jnp.sum(weights), {}
 
     return loss_fn
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from typing import Any
 
 import jax
@@ -33,9 +34,9 @@ class Evaluator:
         self._mesh, self._frozen, self._check = mesh, frozen, check
         self._step = CompiledByShape(jax.jit(make_eval_step(loss_fn)), trainable, frozen)
 
-    def compile(self, batch: Batch) -> Any:
-        """Return the step compiled for a batch's shapes."""
-        return self._step.compile(batch)
+    def begin(self, batch: Batch) -> Future[Any]:
+        """Begin to compile the step for a batch's shapes."""
+        return self._step.begin(batch)
 
     def __call__(self, trainable: Params, batches: Iterable[Batch]) -> EvaluationSums:
         """Evaluate every batch, and add up."""

@@ -40,6 +40,7 @@ from slm_jax.training.run_folder import BEFORE, FROZEN, RunFolder
 from slm_jax.training.sharding import (
     batch_sharding,
     check_batch_size,
+    compiler_options,
     host_rows,
     make_mesh,
     put_batch,
@@ -47,7 +48,14 @@ from slm_jax.training.sharding import (
     state_shardings,
 )
 from slm_jax.training.start import Start
-from slm_jax.training.step import Batch, CompiledByShape, StepMetrics, TrainState, make_train_step
+from slm_jax.training.step import (
+    Batch,
+    CompiledByShape,
+    StepMetrics,
+    TrainState,
+    compile_in_background,
+    make_train_step,
+)
 from slm_jax.training.summary import environment, summarize, tell_end
 from slm_jax.training.task import Moment, Task, purpose_key
 
@@ -74,7 +82,8 @@ def train(config: RunConfig, task: Task, start: Start, stop: StopRequest, consol
     trainer.check()
     with start.folder.lock():
         trainer.start.check_unchanged()
-        with trainer.mirror() as on_saved, trainer.loggers():
+        # The mesh is named for kernels that the compiler cannot divide among devices.
+        with jax.set_mesh(trainer.mesh), trainer.mirror() as on_saved, trainer.loggers():
             trainer.prepare()
             keep = config.checkpoint.keep
             with Checkpoints(start.folder.checkpoints, keep, on_saved) as checkpoints, trainer.progress:
@@ -100,7 +109,8 @@ class Trainer:
         steps = config.train.profile if start.folder.writes else None  # JAX expects one host's in a folder
         self.profile = StepProfile(steps, start.folder.path, self.progress.note)
         params = task.params
-        self.param_shapes = jax.eval_shape(params.init or (lambda _: params.trainable), jax.random.key(0))
+        self._init = params.init and jax.jit(params.init)  # traced once
+        self.param_shapes = jax.eval_shape(self._init or (lambda _: params.trainable), jax.random.key(0))
         self.n_trained = count_leaves(self.param_shapes)
         self.n_params = self.n_trained + count_leaves(split_adapters(params.frozen)[0])  # without adapters' constants
         every = config.train.eval_every if task.samples_with_evaluation else config.sample.every
@@ -217,14 +227,17 @@ class Trainer:
         train_step = make_train_step(task.loss_fn, self.optimizer, self.schedule, config.train.accumulate)
         began = time.monotonic()
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
-        jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+        options = compiler_options(jax.default_backend(), self.mesh.size)
+        jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)
         self.train_step = CompiledByShape(jitted, self.abstract_state, self.frozen)
-        train_step_bytes = device_bytes(self.train_step.compile(batch))
-        self.stop.check()
         rows = config.train.eval_batch_size or config.train.batch_size
         trainable = self.abstract_state.trainable
         self.evaluate = Evaluator(task.loss_fn, self.mesh, trainable, self.frozen, rows, self.stop.check)
-        eval_step_bytes = device_bytes(self.evaluate.compile(self._abstract_batch(self.evaluate.rows)))
+        compiling = [self.train_step.begin(batch), self.evaluate.begin(self._abstract_batch(self.evaluate.rows))]
+        if self.start.step is None and self._init:
+            new_state = jax.jit(self._new_state, out_shardings=shardings)
+            self.new_state = compile_in_background(new_state.lower(purpose_key(config.seed, "params")))
+        train_step_bytes, eval_step_bytes = (device_bytes(step.result()) for step in compiling)
         needed, there = max(train_step_bytes, eval_step_bytes), hardware.device_memory()
         self.progress.note(
             f"compiled for {self.mesh.size} × {jax.devices()[0].device_kind} in "
@@ -244,12 +257,9 @@ class Trainer:
             for name, value in example.items()
         }
 
-    def _initial_params(self) -> Params:
-        params = self.task.params
-        if params.init is None:
-            return put_params(self.mesh, params.trainable)
-        shardings = state_shardings(self.mesh, self.param_shapes)
-        return jax.jit(params.init, out_shardings=shardings)(purpose_key(self.config.seed, "params"))
+    def _new_state(self, key: jax.Array) -> TrainState:
+        assert self._init is not None
+        return self._initial_state(self._init(key))
 
     def _initial_state(self, params: Params) -> TrainState:
         key = purpose_key(self.config.seed, "dropout")
@@ -297,9 +307,12 @@ class Trainer:
             self.profile.end()
 
     def _restore_or_init(self, checkpoints: Checkpoints) -> TrainState:
+        if self.start.step is None and self._init:
+            return self.new_state.result()(purpose_key(self.config.seed, "params"))
         if self.start.step is None:
             shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
-            state = jax.jit(self._initial_state, out_shardings=shardings, donate_argnums=0)(self._initial_params())
+            params = put_params(self.mesh, self.task.params.trainable)
+            state = jax.jit(self._initial_state, out_shardings=shardings, donate_argnums=0)(params)
             opt_state = self.task.params.opt_state
             return state if opt_state is None else state.replace(opt_state=put_params(self.mesh, opt_state))
         self.progress.note(f"going on from step {self.first_step:,} of {self.folder.path}")

@@ -1,7 +1,11 @@
-"""AdamW with decay masked by leaf name, global-norm clipping, and learning-rate schedules of the training step."""
+"""AdamW and Muon, decay masked by leaf name, clipping by the global norm, and schedules of the training step."""
+
+import math
 
 import jax
 import optax
+from jaxtyping import Array
+from optax import contrib
 
 from slm_jax.config import OptimizerConfig
 from slm_jax.errors import InputError
@@ -57,15 +61,45 @@ def decay_mask(params: Params) -> Params:
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in DECAYED_LEAVES, params)
 
 
+def muon_or_adam(params: Params) -> Params:
+    """Return a tree of ``muon`` for the matrices of the blocks, one stack for all layers, and ``adam`` for all else.
+
+    Embeddings and heads are not for Muon (Jordan et al. 2024), nor are adapters, whose matrices are thin.
+    """
+
+    def label(path: tuple[jax.tree_util.DictKey, ...], _: object) -> str:
+        return "muon" if path[0].key.startswith("blocks") and path[-1].key == "kernel" else "adam"
+
+    return jax.tree_util.tree_map_with_path(label, params)
+
+
 def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformation:
-    """Return AdamW without its learning rate: the training step multiplies by ``-rate(step)``.
+    """Return the configured optimizer without its learning rate: the training step multiplies by ``-rate(step)``.
 
     So a schedule reads the step of the run, not a count in the optimizer's state, which stands still when a step is
     skipped.
     """
     clip = optax.identity() if cfg.clip_norm is None else optax.clip_by_global_norm(cfg.clip_norm)
+    direction = optax.scale_by_adam(b1=cfg.beta1, b2=cfg.beta2, eps=cfg.eps)
+    if cfg.kind == "muon":
+        direction = optax.partition({"muon": _scale_by_muon(cfg), "adam": direction}, muon_or_adam)
+    return optax.chain(clip, direction, optax.add_decayed_weights(cfg.weight_decay, mask=decay_mask))
+
+
+def _scale_by_muon(cfg: OptimizerConfig) -> optax.GradientTransformation:
+    """Return Muon for stacks of matrices: each layer's momentum, with its singular values brought near 1.
+
+    Then scaled as Jordan et al. 2024 do, and for a training step that multiplies by AdamW's rate.
+    """
+    rate = cfg.muon_learning_rate / cfg.learning_rate
+
+    def matrix_axes(updates: Params) -> Params:  # Optax takes a leaf with a third axis for no matrix
+        return jax.tree.map(lambda _: contrib.MuonDimensionNumbers(-2, -1), updates)
+
+    def scale(update: Array, _: object) -> Array:
+        n_in, n_out = update.shape[-2:]
+        return rate * math.sqrt(max(1, n_out / n_in)) * update
+
     return optax.chain(
-        clip,
-        optax.scale_by_adam(b1=cfg.beta1, b2=cfg.beta2, eps=cfg.eps),
-        optax.add_decayed_weights(cfg.weight_decay, mask=decay_mask),
+        contrib.scale_by_muon(weight_dimension_numbers=matrix_axes), optax.stateless_with_tree_map(scale)
     )

@@ -42,7 +42,7 @@ class RunRecord:
         of_known_flops = task.unit == "token" and not task.params.frozen
         peak = hardware.peak_flops(task.model_config.dtype) if of_known_flops else None
         self._peak_flops = peak and peak * n_devices
-        self._flops_per_token = hardware.flops_per_token(task.model_config)
+        self._flops_per_token = hardware.flops_per_token(task.model_config) if peak else 0.0  # traces the model
         self._noticed_overfitting = False
         self._began = self._last_drawn = time.monotonic()
 

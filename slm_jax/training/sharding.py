@@ -77,6 +77,16 @@ def mesh_sizes(cfg: MeshConfig, n_devices: int) -> tuple[int, int]:
     return data, cfg.fsdp
 
 
+def compiler_options(platform: str, n_devices: int, environ: Mapping[str, str] = os.environ) -> dict[str, bool]:
+    """Return how XLA compiles a training step: for several GPUs so that they compute while they exchange gradients.
+
+    XLA does so by itself on a TPU; what ``XLA_FLAGS`` says of it is left alone.
+    """
+    name = "xla_gpu_enable_latency_hiding_scheduler"
+    wanted = platform == "gpu" and n_devices > 1 and name not in environ.get("XLA_FLAGS", "")
+    return {name: True} if wanted else {}
+
+
 def state_shardings(mesh: Mesh, tree: Any) -> Any:
     """Return the sharding of every leaf: its largest axis that ``fsdp`` divides is split, small leaves are whole.
 

@@ -5,6 +5,7 @@ same for each task. ``trainable`` and ``frozen`` are disjoint trees that merge i
 """
 
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -123,6 +124,17 @@ def make_eval_step(loss_fn: LossFn) -> Callable[[Params, Params, Batch], Sums]:
     return eval_step
 
 
+def compile_in_background(lowered: Any) -> Future[Any]:
+    """Compile a program while Python goes on: XLA works outside of its lock.
+
+    Programs for a GPU are compiled one after another: what is chosen for them depends on how fast it runs.
+    """
+    pool = ThreadPoolExecutor(1)
+    future = pool.submit(lowered.compile)
+    pool.shutdown(wait=jax.default_backend() == "gpu")
+    return future
+
+
 class CompiledByShape:
     """A step, compiled ahead of time once for each shape of batch that comes.
 
@@ -133,14 +145,18 @@ class CompiledByShape:
 
     def __init__(self, step: Any, *arguments: Any):
         self._step, self._arguments = step, arguments
-        self._compiled: dict[tuple[Any, ...], Any] = {}
+        self._compiled: dict[tuple[Any, ...], Future[Any]] = {}
 
-    def compile(self, batch: Batch) -> Any:
-        """Return the step compiled for a batch's shapes (arrays or shapes with shardings)."""
+    def begin(self, batch: Batch) -> Future[Any]:
+        """Begin to compile the step for a batch's shapes (arrays or shapes with shardings)."""
         shapes = tuple(sorted((name, value.shape) for name, value in batch.items()))
         if shapes not in self._compiled:
-            self._compiled[shapes] = self._step.lower(*self._arguments, batch).compile()
+            self._compiled[shapes] = compile_in_background(self._step.lower(*self._arguments, batch))
         return self._compiled[shapes]
+
+    def compile(self, batch: Batch) -> Any:
+        """Return the step compiled for a batch's shapes."""
+        return self.begin(batch).result()
 
     def __call__(self, *arguments: Any) -> Any:
         """Run the step."""

@@ -218,6 +218,25 @@ class C:
         builtin._documents.cache_clear()
 
 
+def test_docstrings_are_kept_until_a_module_changes_and_no_cache_is_needed(tmp_path, monkeypatch):
+    library, cache = tmp_path / "library", tmp_path / "cache"
+    library.mkdir()
+    module = library / "module.py"
+    module.write_text('"""First."""')
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    assert builtin._kept_modules(library) == [("module.py", "First.")]
+    (kept,) = cache.rglob("*.json")
+    kept.write_text('[["module.py", "Kept."]]')
+    assert builtin._kept_modules(library) == [("module.py", "Kept.")]
+    kept.write_text("damaged")
+    assert builtin._kept_modules(library) == [("module.py", "First.")]
+    module.write_text('"""Second."""')
+    assert builtin._kept_modules(library) == [("module.py", "Second.")]
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # nothing can be written there
+    assert builtin._kept_modules(library) == [("module.py", "Second.")]
+
+
 def test_a_python_without_its_source_still_has_the_topics(tmp_path, monkeypatch):
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "python311.zip")})
     builtin._documents.cache_clear()

@@ -52,7 +52,7 @@ def test_dtype_and_attention_are_those_of_the_device(device, dtype, attention):
     [
         (["--train.batch_size", "64"], "t4", 1),
         (["--train.batch_size", "64"], "v5e", 4),
-        (["--train.batch_size", "64", "--train.eval_batch_size", "512"], "h100", 1),
+        (["--train.batch_size", "64", "--train.eval_batch_size", "8192"], "h100", 1),
         (["--train.batch_size", "64", "--model.preset", "gpt2-xl"], "a100-40g", 8),
     ],
 )

@@ -2,7 +2,10 @@
 
 import itertools
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from pretraining import metrics, options
 
@@ -10,6 +13,8 @@ from slm_jax import cli
 from slm_jax.config import DataConfig, ModelSection, RunConfig, SampleConfig, TrainConfig
 from slm_jax.data.token_file import write_token_file
 from slm_jax.errors import InputError
+from slm_jax.lora import add_adapters, init_adapters
+from slm_jax.model import GPTConfig, GPTModel, init_params
 from slm_jax.tasks import pretraining
 from slm_jax.tokenizer import CharTokenizer
 from slm_jax.training.start import find_start
@@ -40,6 +45,39 @@ def build(folder, source, *, validation_source=None, batch_size=4, epochs=None, 
         sample=SampleConfig(every=0),
     )
     return pretraining.build(config, find_start(config))
+
+
+@pytest.mark.parametrize("head", ["tied", "untied", "with an adapter"])
+def test_the_loss_is_that_of_the_models_logits(head):
+    """With dropout, also on what goes into the head's adapter, packed rows, and targets that do not count."""
+    cfg = GPTConfig(50, CONTEXT, 8, 2, 1, drop_rate=0.2, tie_weights=head == "tied")
+    model, (key, *keys) = GPTModel(cfg), jax.random.split(jax.random.key(0), 4)
+    params = init_params(cfg, key)
+    if head == "with an adapter":
+        adapters = init_adapters(keys[0], params, ("out_head",), rank=2, alpha=4, drop_rate=0.5)
+        params = add_adapters(params, jax.tree.map(lambda leaf: leaf + 0.1, adapters))
+    batch = {
+        "inputs": jax.random.randint(keys[0], (2, CONTEXT), 0, 50),
+        "targets": jax.random.randint(keys[1], (2, CONTEXT), 0, 50),
+        "weights": jax.random.bernoulli(keys[2], shape=(2, CONTEXT)).astype(jnp.float32),
+        "positions": jnp.tile(jnp.arange(CONTEXT // 2), (2, 2)),
+        "segment_ids": jnp.repeat(jnp.array([[1, 2]] * 2), CONTEXT // 2, axis=1),
+    }
+
+    def expected_loss(params, frozen, batch, key):
+        packed = {name: batch[name] for name in ("positions", "segment_ids")}
+        logits = model.apply({"params": params}, batch["inputs"], **packed, deterministic=False, rngs={"dropout": key})
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
+        return jnp.sum(losses * batch["weights"])
+
+    def loss(*arguments):
+        loss, weight, _ = pretraining.make_loss_fn(model)(*arguments)
+        return loss + 0 * weight
+
+    found, expected = (jax.jit(jax.value_and_grad(f))(params, {}, batch, keys[0]) for f in (loss, expected_loss))
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
+    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected[1]))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6 * largest), found[1], expected[1])
 
 
 WORDS = ["abc" * (i % 4) + "xy" + "z" * (i % 3) for i in range(60)]

@@ -1,4 +1,11 @@
-"""What must hold of the optimizer: it is AdamW, decay follows the leaf's name, rates follow the configured course."""
+"""What must hold of the optimizers: AdamW and Muon as published, decay by the leaf's name, rates as configured."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -7,12 +14,15 @@ import optax
 import pytest
 from flax.traverse_util import flatten_dict
 
-from slm_jax.config import OptimizerConfig
+from slm_jax.config import LoRAConfig, OptimizerConfig, RunConfig
 from slm_jax.errors import InputError
 from slm_jax.model import GPTConfig, init_params, param_shapes
-from slm_jax.training.optimizer import decay_mask, make_optimizer, make_schedule
+from slm_jax.trainable import split_params
+from slm_jax.training.checkpoint import Checkpoints
+from slm_jax.training.optimizer import decay_mask, make_optimizer, make_schedule, muon_or_adam
 from slm_jax.training.step import TrainState, make_train_step
 
+ROOT = Path(__file__).parents[2]
 CFG = GPTConfig(vocab_size=11, context_length=4, emb_dim=6, n_heads=2, n_layers=2, tie_weights=False)
 OPTIMIZER = OptimizerConfig(
     learning_rate=1e-2, schedule="cosine", warmup_steps=3, weight_decay=0.3, beta1=0.8, beta2=0.95, clip_norm=5.0
@@ -126,8 +136,9 @@ def test_matrices_and_embeddings_decay_and_nothing_else(tied):
     assert {"blocks/norm1/scale", "blocks/norm2/bias", "blocks/attn/qkv/bias", "final_norm/scale"} <= mask.keys()
 
 
-def test_without_gradients_only_the_decayed_leaves_shrink(params):
-    cfg = OptimizerConfig(learning_rate=0.1, schedule="constant", warmup_steps=0, weight_decay=0.5)
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_without_gradients_only_the_decayed_leaves_shrink(params, kind):
+    cfg = OptimizerConfig(kind=kind, learning_rate=0.1, schedule="constant", warmup_steps=0, weight_decay=0.5)
     after = flatten_dict(train(cfg, params, [jax.tree.map(jnp.zeros_like, params)], 1), sep="/")
     for name, before in flatten_dict(params, sep="/").items():
         factor = 1 - 0.1 * 0.5 if name in DECAYED else 1.0
@@ -146,6 +157,161 @@ def test_clipping_is_by_the_norm_of_the_whole_tree(params, scale, clipped):
     directions = [leaf / jnp.float32(norm) for leaf in jax.tree.leaves(moment)]
     spread = np.ptp(np.concatenate([np.ravel(leaf) for leaf in directions]))
     assert spread <= 1e-6  # every leaf by the same factor
+
+
+# Muon
+
+
+MUON = dataclasses.replace(OPTIMIZER, kind="muon", muon_learning_rate=0.03)  # three times AdamW's
+MATRICES = {name for name in DECAYED if name.startswith("blocks/")}
+
+
+def direction(cfg, params, gradients):
+    """What the optimizer makes of the last gradient, before the learning rate; and its state."""
+    optimizer = make_optimizer(cfg)
+    opt_state, update = optimizer.init(params), jax.jit(optimizer.update)
+    for gradient in gradients:
+        updates, opt_state = update(gradient, opt_state, params)
+    return flatten_dict(updates, sep="/"), opt_state
+
+
+def test_the_steps_are_those_of_muon_written_in_numpy(params, gradients):
+    """Jordan et al. 2024: Nesterov momentum, five Newton-Schulz iterations, scaled by shape; in float64.
+
+    With Optax's corrections of the momentum's bias, as in Nadam (Dozat 2016).
+    """
+    actual = flatten_dict(train(MUON, params, gradients, STEPS), sep="/")
+    rates = np.float64(make_schedule(MUON, STEPS)(jnp.arange(STEPS)))
+    for name in MATRICES:
+        p = np.float64(flatten_dict(params, sep="/")[name])
+        m = np.zeros_like(p)
+        for step, tree in enumerate(gradients):
+            g = np.float64(flatten_dict(tree, sep="/")[name]) * min(1.0, MUON.clip_norm / global_norm(tree))
+            m = 0.95 * m + 0.05 * g
+            ahead = 0.95 * m / (1 - 0.95 ** (step + 2)) + 0.05 * g / (1 - 0.95 ** (step + 1))
+            for layer in range(CFG.n_layers):
+                x = ahead[layer] / np.linalg.norm(ahead[layer])
+                for _ in range(5):
+                    x = 3.4445 * x - 4.7750 * (x @ x.T) @ x + 2.0315 * (x @ x.T) @ (x @ x.T) @ x
+                scale = 3 * np.sqrt(max(1, x.shape[1] / x.shape[0]))
+                p[layer] -= rates[step] * (scale * x + MUON.weight_decay * p[layer])
+        moved = np.abs(p - flatten_dict(params, sep="/")[name]).max()
+        np.testing.assert_allclose(actual[name], p, atol=1e-4 * moved, err_msg=name)
+
+
+def test_what_is_no_matrix_of_a_block_moves_as_under_adamw(params, gradients):
+    muon, adamw = (flatten_dict(train(cfg, params, gradients, STEPS), sep="/") for cfg in (MUON, OPTIMIZER))
+    same = {name for name in muon if np.array_equal(muon[name], adamw[name])}
+    assert same == muon.keys() - MATRICES
+
+
+def test_each_layer_of_a_stack_moves_as_if_it_were_alone(params, gradients):
+    cfg = dataclasses.replace(MUON, clip_norm=None)  # the norm is of all layers
+    whole, _ = direction(cfg, params, gradients)
+    for layer in range(CFG.n_layers):
+        alone, *gradients_alone = (
+            {**tree, "blocks": jax.tree.map(lambda leaf: leaf[layer : layer + 1], tree["blocks"])}  # noqa: B023
+            for tree in (params, *gradients)
+        )
+        updates, _ = direction(cfg, alone, gradients_alone)
+        for name in MATRICES:
+            np.testing.assert_allclose(updates[name][0], whole[name][layer], rtol=1e-4, atol=1e-5, err_msg=name)
+    assert np.abs(whole["blocks/ff/fc/kernel"][0] - whole["blocks/ff/fc/kernel"][1]).max() > 0.1
+
+
+def test_muons_singular_values_are_near_its_rate_and_larger_where_a_matrix_widens(params, gradients):
+    cfg = dataclasses.replace(MUON, weight_decay=0.0)
+    updates, _ = direction(cfg, params, gradients)
+    widening = {"blocks/attn/qkv/kernel": 3, "blocks/ff/fc/kernel": 4}
+    for name in MATRICES:
+        values = np.linalg.svd(cfg.learning_rate * np.asarray(updates[name]), compute_uv=False)
+        assert values.shape == (CFG.n_layers, CFG.emb_dim)
+        # Five iterations bring what is above 1e-3 of the norm to within 0.3 of 1, by their design.
+        values /= cfg.muon_learning_rate * np.sqrt(widening.get(name, 1))
+        assert values.min() > 0.65
+        assert values.max() < 1.25
+
+
+def test_muon_keeps_one_moment_of_a_matrix_and_two_of_the_rest(params):
+    count = {name: leaf.size for name, leaf in flatten_dict(params, sep="/").items()}
+    matrices = sum(count[name] for name in MATRICES)
+    state = jax.tree.leaves(make_optimizer(MUON).init(params))
+    scalars = 1 + 1 + 3  # two counts of updates, and the coefficients of the iteration
+    assert sum(leaf.size for leaf in state) == matrices + 2 * (sum(count.values()) - matrices) + scalars
+
+
+def trained_part(params, trainable):
+    config = RunConfig(trainable=trainable, base="a-run", trainable_blocks=1, lora=LoRAConfig(rank=2))
+    return split_params(params, config, jax.random.key(0))[0]
+
+
+@pytest.mark.parametrize(
+    ("trainable", "by_muon"),
+    [
+        ("head", set()),
+        ("lora", set()),
+        ("last_n_blocks", {name.replace("blocks", "blocks_1") for name in MATRICES}),
+    ],
+)
+def test_of_a_part_of_the_model_muon_takes_the_matrices_that_are_in_it(params, trainable, by_muon):
+    part = trained_part(params, trainable)
+    labels = flatten_dict(muon_or_adam(part), sep="/")
+    assert {name for name, label in labels.items() if label == "muon"} == by_muon
+    assert set(labels.values()) <= {"muon", "adam"}
+    updates, _ = direction(MUON, part, [jax.tree.map(jnp.ones_like, part)])
+    assert all(np.isfinite(update).all() and np.abs(update).max() > 0 for update in updates.values())
+
+
+def test_a_skipped_step_changes_nothing_of_muon(params, gradients):
+    optimizer = make_optimizer(MUON)
+    step = jax.jit(make_train_step(linear_loss, optimizer, make_schedule(MUON, STEPS)))
+    before, _ = step(TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key(0)), {}, gradients[0])
+    bad = {**gradients[1], "final_norm": jax.tree.map(lambda g: g * jnp.nan, gradients[1]["final_norm"])}
+    after, metrics = step(before, {}, bad)
+    assert metrics.skipped
+    assert int(after.step) == 2
+    jax.tree.map(
+        np.testing.assert_array_equal, (after.trainable, after.opt_state), (before.trainable, before.opt_state)
+    )
+
+
+def test_muon_goes_on_from_a_checkpoint_to_the_same_bits(params, gradients, tmp_path):
+    optimizer = make_optimizer(MUON)
+    step = jax.jit(make_train_step(linear_loss, optimizer, make_schedule(MUON, STEPS)))
+
+    def advance(state, trees):
+        for tree in trees:
+            state, _ = step(state, {}, tree)
+        return state
+
+    first = advance(TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key(0)), gradients[:3])
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(first, {})
+        checkpoints.wait()
+        restored = checkpoints.restore(3, first)
+    broken, whole = (advance(state, gradients[3:]) for state in (restored, first))
+    jax.tree.map(np.testing.assert_array_equal, broken.opt_state, whole.opt_state)
+    jax.tree.map(np.testing.assert_array_equal, broken.trainable, whole.trainable)
+    assert int(whole.step) == STEPS
+
+
+@pytest.mark.slow
+def test_muon_on_split_matrices_moves_as_on_whole_ones():
+    """NPROC: without more threads than devices the collectives can deadlock."""
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    env = {**os.environ, "XLA_FLAGS": flags, "NPROC": "16", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    worker = ROOT / "tests" / "training" / "muon_devices.py"
+    done = subprocess.run([sys.executable, worker], env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-4000:]
+    (whole, whole_shapes), (split, split_shapes) = json.loads(done.stdout.splitlines()[-1])
+    assert len(set(whole)) == len(whole) == 4
+    np.testing.assert_allclose(split, whole, rtol=1e-5)
+    assert len(split_shapes) == len(MATRICES)
+    for name, shape in split_shapes.items():
+        assert 2 * np.prod(shape) == np.prod(whole_shapes[name]), name
+
+
+# Learning rates
 
 
 def rates(total_steps, **settings):

@@ -17,7 +17,14 @@ from slm_jax.config import MeshConfig, RunConfig
 from slm_jax.errors import InputError
 from slm_jax.training.checkpoint import Checkpoints
 from slm_jax.training.interrupt import StopRequest
-from slm_jax.training.sharding import check_batch_size, host_rows, initialize_distributed, make_mesh, state_shardings
+from slm_jax.training.sharding import (
+    check_batch_size,
+    compiler_options,
+    host_rows,
+    initialize_distributed,
+    make_mesh,
+    state_shardings,
+)
 
 ROOT = Path(__file__).parents[2]
 QUICK = "--xla_backend_optimization_level=0"  # less time in LLVM; how work is spread is decided before that
@@ -345,3 +352,11 @@ def test_two_processes_make_one_run_with_the_losses_of_one_process(tmp_path):
     assert json.loads((two / "small/summary.json").read_text())["environment"]["processes"] == 2
     saved = [sorted(p.name for p in (run / "small/checkpoints").iterdir()) for run in (one, two)]
     assert saved[0] == saved[1]
+
+
+def test_several_gpus_compute_while_they_exchange_gradients_unless_the_user_said_otherwise():
+    (option,) = compiler_options("gpu", 2, {})
+    assert jax.jit(lambda x: x + 1, compiler_options={option: True})(1) == 2  # this XLA knows it
+    assert not compiler_options("gpu", 2, {"XLA_FLAGS": f"--{option}=false"})
+    for platform, n_devices in (("gpu", 1), ("tpu", 8), ("cpu", 8)):
+        assert not compiler_options(platform, n_devices, {})

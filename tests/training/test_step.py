@@ -17,6 +17,7 @@ from slm_jax.training.step import (
     CompiledByShape,
     TrainState,
     accumulated_gradients,
+    compile_in_background,
     make_eval_step,
     make_train_step,
 )
@@ -332,6 +333,33 @@ def test_parameters_in_bfloat16_stay_so_and_so_does_the_optimizers_state(params,
         assert not metrics.skipped
         assert jax.tree.map(lambda leaf: leaf.dtype, state) == dtypes
     assert distance(state.trainable, half) > 0
+
+
+def test_a_step_is_compiled_while_python_goes_on_and_once_for_a_shape(params, batch):
+    traced = []
+
+    def step(params, batch):
+        traced.append(batch["inputs"].shape)
+        return batch["inputs"].sum()
+
+    compiled = CompiledByShape(jax.jit(step), params)
+    begun = compiled.begin(batch)
+    assert compiled.begin(batch) is begun
+    assert compiled.compile(batch) is begun.result()
+    half = {name: value[: len(value) // 2] for name, value in batch.items()}
+    for rows in (batch, half, batch):
+        assert compiled(params, rows) == rows["inputs"].sum()
+    assert traced == [batch["inputs"].shape, half["inputs"].shape]
+
+
+def test_what_goes_wrong_in_the_background_is_raised_where_it_is_waited_for():
+    class Lowered:
+        def compile(self):
+            raise RuntimeError("RESOURCE_EXHAUSTED")
+
+    compiling = compile_in_background(Lowered())
+    with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
+        compiling.result()
 
 
 # Other hardware

@@ -1,0 +1,296 @@
+"""``slm-jax bench``: measure speed and memory on this machine."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from slm_jax.bench.ceilings import named_device
+from slm_jax.commands import load, set_up
+from slm_jax.config import ModelSection, RunConfig
+from slm_jax.errors import InputError
+from slm_jax.files import user_path
+from slm_jax.host_memory import keep_freed_memory
+from slm_jax.model import get_gpt_config
+from slm_jax.options import check_at_least, parse
+
+if TYPE_CHECKING:
+    from slm_jax.bench.result import Result
+    from slm_jax.model import GPTConfig, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """Where figures go.
+
+    Attributes:
+        format: what is printed: a table, or json.
+        out: a file for the JSON, too; null: none.
+        plot: a PNG file for a picture of the figures; null: none.
+    """
+
+    format: Literal["table", "json"] = "table"
+    out: str | None = None
+    plot: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.plot is not None and not self.plot.endswith(".png"):
+            raise InputError(f"plot is {self.plot!r}; expected a file whose name ends in .png")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions(RunConfig, Output):
+    """Options of what takes a recipe."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        Output.__post_init__(self)
+        if self.task != "pretraining":
+            raise InputError(f"task is {self.task}; expected pretraining: bench measures no other training")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainOptions(RunOptions):
+    """Measure the training step of a recipe (any keys of train) on random tokens: what they are makes no difference.
+
+    Attributes:
+        repeats: steps that are timed, in each of two ways: waited for one by one, and in a queue as train runs.
+        warmup: steps before them that are not.
+        device: whose peak and bandwidth to compare with, such as h200, as in slm-jax plan; null: the device's here.
+        peak: FLOP/s of one device instead, such as 989e12; or measured: peak and bandwidth are measured here, at best.
+    """
+
+    repeats: int = 30
+    warmup: int = 5
+    device: str | None = None
+    peak: float | Literal["measured"] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(vars(self), {"repeats": 1, "warmup": 0})
+        _check_peak(self.peak)
+        if self.device is not None:
+            named_device(self.device)
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateOptions(Output):
+    """Measure greedy generation: the prompt, and each token after it, beside the reading of the weights.
+
+    Attributes:
+        run: a run's folder such as runs/tiny, or GPT-2 weights: a file, a folder or a name such as gpt2; null: a model
+            with random weights.
+        model: of random weights, its shape; dtype is of the weights, too.
+        batch_sizes: how many prompts at a time, one after the other, such as 1,8.
+        prompt_tokens: tokens of a prompt.
+        new_tokens: tokens that are added to each.
+        repeats: generations that are timed.
+        warmup: generations before them that are not, which compile.
+        peak: FLOP/s of the device, such as 989e12, or measured; null: as its data sheet says.
+    """
+
+    run: str | None = None
+    model: ModelSection = dataclasses.field(default_factory=ModelSection)
+    batch_sizes: str = "1,8"
+    prompt_tokens: int = 64
+    new_tokens: int = 64
+    repeats: int = 5
+    warmup: int = 1
+    peak: float | Literal["measured"] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(vars(self), {"prompt_tokens": 1, "new_tokens": 2, "repeats": 1, "warmup": 1})
+        _check_peak(self.peak)
+        _ = self.sizes
+        if self.run is not None and self.model != ModelSection():
+            raise InputError(f"run is {self.run} and there are keys of model, too; expected only one of them")
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The batch sizes as numbers."""
+        words = self.batch_sizes.split(",")
+        if not all(word.strip().isdecimal() and int(word) for word in words):
+            raise InputError(f"batch_sizes is {self.batch_sizes!r}; expected whole numbers of at least 1, such as 1,8")
+        return tuple(map(int, words))
+
+
+@dataclasses.dataclass(frozen=True)
+class DataOptions(RunOptions):
+    """Measure the batches of a recipe (any keys of train) as train takes them, without training.
+
+    Attributes:
+        repeats: how often the time of some batches is taken.
+        warmup: such times before that do not count.
+        batches: how many batches a time.
+        step_ms: a training step's milliseconds, as slm-jax bench train tells them, to say what share of it batches
+            take; null: not said.
+    """
+
+    repeats: int = 20
+    warmup: int = 2
+    batches: int = 10
+    step_ms: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(vars(self), {"repeats": 1, "warmup": 0, "batches": 1})
+        if self.step_ms is not None and not 0 < self.step_ms < float("inf"):
+            raise InputError(f"step_ms is {self.step_ms}; expected a number above 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class StartupOptions(RunOptions):
+    """Measure, in fresh processes, imports, and train of a recipe to its first step, without and with a compile cache.
+
+    Attributes:
+        repeats: how often each.
+    """
+
+    repeats: int = 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(vars(self), {"repeats": 1})
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryOptions(RunOptions):
+    """Compare the memory of a recipe's training step: as plan has it, as XLA says, and as measured over three steps."""
+
+
+def main(args: Sequence[str]) -> int:
+    """Read the kind and its options and run; see ``slm-jax bench KIND --help``."""
+    if args and args[0] in ("-h", "--help"):
+        print("usage: slm-jax bench KIND [OPTIONS]\n")
+        for name, (cls, _) in KINDS.items():
+            print(f"  {name:<10} {(cls.__doc__ or '').partition('.')[0]}")
+        return 0
+    if not args or args[0] not in KINDS:
+        given = f"{args[0]!r} is nothing to measure" if args else "nothing to measure"
+        raise InputError(f"{given}; expected one of {', '.join(KINDS)}")
+    cls, measure = KINDS[args[0]]
+    return run(parse(cls, args[1:], f"slm-jax bench {args[0]}"), measure)
+
+
+def run(options: Any, measure: "Callable[[Any], Result]") -> int:
+    """Measure; print, write and draw what is asked for; return 0."""
+    out, plot = (_file(key, getattr(options, key)) for key in ("out", "plot"))
+    result = measure(options)
+    from rich.console import Console
+
+    from slm_jax.bench.result import draw_result, print_result, write_result
+
+    if options.format == "json":
+        print(result.to_json(), end="")
+    else:
+        print_result(result, Console())
+    if out is not None:
+        write_result(result, out)
+    if plot is not None:
+        draw_result(result, plot)
+    return 0
+
+
+def _train(options: TrainOptions) -> "Result":
+    from slm_jax.bench.train import bench_train
+    from slm_jax.training.memory import out_of_memory_as_input_error
+
+    keep_freed_memory()  # but no compile cache: what compiling takes is one of the figures
+    with out_of_memory_as_input_error():
+        return bench_train(
+            options, warmup=options.warmup, repeats=options.repeats, device=options.device, peak=options.peak
+        )
+
+
+def _generate(options: GenerateOptions) -> "Result":
+    from slm_jax.bench.ceilings import find_ceilings, measure_bandwidth
+    from slm_jax.bench.generate import bench_generate
+
+    set_up()
+    cfg, params = _model(options)
+    ceilings = find_ceilings(cfg.dtype, None, options.peak)
+    if options.peak != "measured":
+        source = f"{ceilings.source}; bandwidth measured here"
+        ceilings = dataclasses.replace(ceilings, bandwidth=measure_bandwidth(), source=source)
+    return bench_generate(
+        cfg,
+        params,
+        ceilings,
+        batch_sizes=options.sizes,
+        prompt_tokens=options.prompt_tokens,
+        new_tokens=options.new_tokens,
+        warmup=options.warmup,
+        repeats=options.repeats,
+    )
+
+
+def _model(options: GenerateOptions) -> "tuple[GPTConfig, Params]":
+    """Load the model that is asked for, or make one."""
+    import functools
+
+    import jax
+
+    from slm_jax.model import init_params
+    from slm_jax.training.hardware import best_dtype
+
+    if options.run is not None:
+        loaded = load(options.run, None, None)
+        return loaded.model_config, loaded.params
+    section = options.model
+    dtype = best_dtype() if section.dtype == "auto" else section.dtype
+    cfg = RunConfig(model=section).gpt_config(section.vocab_size or get_gpt_config(section.preset).vocab_size, dtype)
+    cfg = dataclasses.replace(cfg, param_dtype=section.param_dtype or dtype)
+    return cfg, jax.jit(functools.partial(init_params, cfg))(jax.random.key(0))
+
+
+def _data(options: DataOptions) -> "Result":
+    from slm_jax.bench.data import bench_data
+
+    return bench_data(
+        options,
+        warmup=options.warmup,
+        repeats=options.repeats,
+        batches=options.batches,
+        step_ms=options.step_ms,
+    )
+
+
+def _startup(options: StartupOptions) -> "Result":
+    from slm_jax.bench.startup import bench_startup
+
+    return bench_startup(options, options.repeats)
+
+
+def _memory(options: MemoryOptions) -> "Result":
+    from slm_jax.bench.memory import bench_memory
+    from slm_jax.training.memory import out_of_memory_as_input_error
+
+    set_up()  # the process that measures takes the step from there
+    with out_of_memory_as_input_error():
+        return bench_memory(options)
+
+
+KINDS: dict[str, tuple[type, Any]] = {
+    "train": (TrainOptions, _train),
+    "generate": (GenerateOptions, _generate),
+    "data": (DataOptions, _data),
+    "startup": (StartupOptions, _startup),
+    "memory": (MemoryOptions, _memory),
+}
+
+
+def _check_peak(peak: float | str | None) -> None:
+    if isinstance(peak, int | float) and not 0 < peak < float("inf"):
+        raise InputError(f"peak is {peak}; expected FLOP/s of one device, such as 989e12, or measured")
+
+
+def _file(key: str, name: str | None) -> Path | None:
+    """Return the file to write, refused before anything is measured if it cannot be."""
+    if name is None:
+        return None
+    path = user_path(name)
+    if not name or path.is_dir() or not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
+        raise InputError(f"{key} is {name!r}; expected a file in a folder that is there and can be written")
+    return path

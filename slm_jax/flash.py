@@ -1,0 +1,87 @@
+"""Attention on TPUs that never writes the (seq, seq) weights to memory: JAX's own Pallas kernel, "splash" attention.
+
+Source: Dao et al. 2022 (flash attention); ``jax.experimental.pallas.ops.tpu.splash_attention``.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+_LANES = 128  # the kernel wants rows of a multiple of these
+_LARGEST_BLOCK = 512
+
+
+def obstacle(dtype: Any, platform: str) -> str | None:
+    """Say why :func:`flash_attention` cannot be used and what would help; None: it can.
+
+    Args:
+        dtype: of queries, keys and values.
+        platform: JAX's name of what is compiled for, such as ``tpu``.
+    """
+    if platform != "tpu":
+        return f"it needs a TPU, and this is {platform}; find one"
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
+        return f"it computes in bfloat16 or float32, and this is {jnp.dtype(dtype)}; set dtype to bfloat16"
+    if jax.sharding.get_abstract_mesh().empty and jax.default_backend() == "tpu" and jax.device_count() > 1:
+        return f"there are {jax.device_count()} devices, and no mesh says how they share; set one with jax.set_mesh"
+    return None
+
+
+def flash_attention(
+    q: Float[Array, "batch seq heads head_dim"],
+    k: Float[Array, "batch seq heads head_dim"],
+    v: Float[Array, "batch seq heads head_dim"],
+    segment_ids: Int[Array, "batch seq"] | None = None,
+) -> Float[Array, "batch seq heads head_dim"]:
+    """Compute causal attention on a TPU; scores and softmax are float32 whatever the inputs are.
+
+    Memory grows linearly with ``seq``, forward and backward. Under a mesh (``jax.set_mesh``) each device computes its
+    rows of the batch, which must be split over all of the mesh's axes; where they do not divide it, all rows.
+
+    Args:
+        q, k, v: bfloat16 or float32 (batch, seq, heads, head_dim); ``seq`` is filled up to a multiple of 128.
+        segment_ids: documents packed into one row; a token attends only within its own.
+
+    Returns:
+        The context (batch, seq, heads, head_dim), in the dtype of the inputs.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return _on_one_device(q, k, v, segment_ids)
+    # The compiler cannot divide a kernel that it does not know.
+    rows = PartitionSpec(mesh.axis_names if q.shape[0] % mesh.size == 0 else None)
+    # The kernel does not say along which axes its results vary, which is what check_vma asks for.
+    return jax.shard_map(_on_one_device, in_specs=(rows, rows, rows, rows), out_specs=rows, check_vma=False)(
+        q, k, v, segment_ids
+    )
+
+
+def _on_one_device(
+    q: Float[Array, "batch seq heads head_dim"],
+    k: Float[Array, "batch seq heads head_dim"],
+    v: Float[Array, "batch seq heads head_dim"],
+    segment_ids: Int[Array, "batch seq"] | None,
+) -> Float[Array, "batch seq heads head_dim"]:
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # half a second that others need not wait
+
+    seq, heads, head_dim = q.shape[1:]
+    # What is added lies in every token's future, so that none attends to it.
+    padded = math.ceil(seq / _LANES) * _LANES
+    rows_of_heads = [
+        jnp.pad(x, ((0, 0), (0, padded - seq), (0, 0), (0, 0))).swapaxes(1, 2) for x in (q / math.sqrt(head_dim), k, v)
+    ]
+    ids = None
+    if segment_ids is not None:
+        ids = splash.SegmentIds(*[jnp.pad(segment_ids, ((0, 0), (0, padded - seq)))] * 2)
+    block = math.gcd(padded, _LARGEST_BLOCK)
+    blocks = splash.BlockSizes(
+        block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
+    )
+    mask = splash.MultiHeadMask([splash.CausalMask((padded, padded))] * heads)
+    kernel = splash.make_splash_mha_single_device(mask, block_sizes=blocks)
+    context = jax.vmap(kernel)(*rows_of_heads, ids)
+    return context.swapaxes(1, 2)[:, :seq]
