@@ -139,6 +139,24 @@ def test_shakespeare_is_nanogpts_recipe_for_a_cpu():
     assert (optimizer.schedule, optimizer.warmup_steps, optimizer.decay_steps) == ("cosine", 100, 2000)
 
 
+@pytest.mark.parametrize(
+    ("speedrun", "other", "vocab_size"),
+    [("shakespeare_speedrun", "shakespeare_char", 66), ("gpt2_124m_speedrun", "gpt2_124m", 50_257)],
+)
+def test_a_speedrun_trains_the_same_model_in_less(speedrun, other, vocab_size):
+    fast, slow = read(speedrun), read(other)
+    assert fast.gpt_config(vocab_size) == slow.gpt_config(vocab_size)
+    assert (fast.tokenizer, fast.optimizer.kind) == (slow.tokenizer, "muon")
+    assert fast.train.steps * fast.train.batch_size < slow.train.steps * slow.train.batch_size / 3
+    assert fast.optimizer.final_learning_rate == 0.0  # each ends where its course does
+
+
+def test_shakespeare_speedrun_is_measured_as_shakespeare_char_is():
+    fast, slow = read("shakespeare_speedrun"), read("shakespeare_char")
+    assert (fast.data.source, fast.data.validation_fraction) == (slow.data.source, slow.data.validation_fraction)
+    assert fast.train.eval_every == fast.checkpoint.every == fast.train.steps  # once, at the end
+
+
 def test_verdict_is_the_books_chapter_5():
     config = read("verdict")
     cfg = config.gpt_config(50_257)

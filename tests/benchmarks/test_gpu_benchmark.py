@@ -1,0 +1,95 @@
+"""What must hold of the one command for a GPU: every part leaves its figures, and the summary has them all."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def step_profile():
+    sys.path.insert(0, str(FOLDER))  # its neighbours are its imports
+    try:
+        spec = importlib.util.spec_from_file_location("step_profile", FOLDER / "step_profile.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    finally:
+        sys.path.remove(str(FOLDER))
+
+
+@pytest.mark.slow
+def test_the_dry_run_measures_every_part(tmp_path):
+    command = [sys.executable, FOLDER / "gpu.py", "--dry-run", "--peers", "none", "--folder", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    expected = {
+        "sweep-none-1", "xl-full-1", "decode-1", "profile", "compile-cold", "compile-warm", "reader", "flags-none",
+    }  # fmt: skip
+    written = {file.stem: json.loads(file.read_text()) for file in tmp_path.glob("*.json")}
+    assert expected <= set(written), done.stdout
+    for name, result in written.items():
+        if name not in ("profile", "reader"):
+            assert result["contestants"]["slm_jax"]["median"] > 0, name
+            assert not result["skipped"], name
+    # The profile is of these steps: it has their products, and none of it is longer than they are.
+    profile = written["profile"]
+    assert 0 < profile["kinds_ms"]["matrix products"] < 2 * profile["step_ms"]
+    assert 0 < profile["busy_share"] <= 1
+    summary = (tmp_path / "summary.md").read_text()
+    assert summary in done.stdout
+    bars = [line for line in summary.splitlines() if line.startswith("| data reader")]
+    assert len(bars) == 2
+    assert all(line.endswith(("| yes |", "| no |")) for line in bars)
+    # No peer took part, and that is said.
+    assert "| training beside nanoGPT compiled, in turns | ≥ 1.15× | not measured |  |" in summary
+
+
+def test_time_in_which_something_ran(step_profile):
+    events = [step_profile.Event("dot", began, length) for began, length in [(10, 5), (0, 4), (12, 8), (13, 1)]]
+    assert step_profile.busy_nanoseconds(events) == 4 + 10
+    assert step_profile.busy_nanoseconds([]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64", "matrix products"),
+        ("nvjet_tst_128x256_64x4_1x2_h_bz_coopA_NNN", "matrix products"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob", "attention"),
+        ("MemcpyD2D", "copies"),
+        ("input_reduce_fusion_3", "reductions"),
+        ("loop_multiply_fusion", "elementwise"),
+        ("something_else", "other"),
+    ],
+)
+def test_what_a_kernel_is(step_profile, name, kind):
+    assert kind in step_profile.kind_of(name)
+
+
+def test_a_summary_of_steps(step_profile):
+    events = [
+        step_profile.Event("dot", 0, 2e6),
+        step_profile.Event("dot", 3e6, 2e6),
+        step_profile.Event("copy", 5e6, 1e6),
+    ]
+    result = step_profile.summarize(events, wall_seconds=0.01, steps=2)
+    assert result["step_ms"] == 5
+    assert result["busy_share"] == pytest.approx(0.5)
+    assert result["longest_ms"] == {"dot": 2.0, "copy": 0.5}
+    assert "| matrix products | 2.00 | 40.0% |" in step_profile.table(result)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [(["--parts", "all"], "there is no 'all'"), (["--peers", "llm.c"], "there is no 'llm.c'")],
+)
+def test_mistakes_end_with_status_2(options, said):
+    done = subprocess.run([sys.executable, FOLDER / "gpu.py", "--dry-run", *options], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert said in done.stderr.splitlines()[-1]

@@ -1,0 +1,122 @@
+"""What must hold of the comparison: paired ratios, the same work, and a line for whatever cannot take part."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+TINY = ["--layers=1", "--heads=2", "--width=16", "--vocab=65", "--context=16", "--batch=2", "--rounds=3", "--steps=2"]
+
+# Stands in for a checkout of nanodo: its names, and a model of one matrix.
+NANODO = """
+import dataclasses, flax.linen as nn, jax.numpy as jnp
+
+@dataclasses.dataclass
+class DoConfig:
+    D: int
+    H: int
+    L: int
+    N: int
+    V: int
+    F: int
+    dtype: object = jnp.float32
+    fsdp_enabled: bool = True
+
+class TransformerDo(nn.Module):
+    docfg: DoConfig
+
+    @nn.compact
+    def __call__(self, tokens):
+        embed = nn.Embed(self.docfg.V, self.docfg.D)
+        return embed.attend(embed(tokens))
+"""
+
+
+def peers(*options):
+    return subprocess.run([sys.executable, FOLDER / "peers.py", *TINY, *options], capture_output=True, text=True)
+
+
+@pytest.fixture
+def nanodo(tmp_path):
+    def make(code):
+        package = tmp_path / "nanodo_checkout" / "nanodo"
+        package.mkdir(parents=True)
+        (package / "__init__.py").touch()
+        (package / "model.py").write_text(code)
+        return package.parent
+
+    return make
+
+
+@pytest.mark.slow
+def test_contestants_take_turns_and_ratios_are_paired(nanodo, tmp_path):
+    output, picture = tmp_path / "result.json", tmp_path / "result.png"
+    done = peers("--contestants", "slm_jax,nanodo,nanogpt", "--nanodo", nanodo(NANODO), "--output", output,
+                 "--picture", picture)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads(output.read_text())
+    assert set(result["contestants"]) == {"slm_jax", "nanodo"}
+    ours, theirs = result["contestants"]["slm_jax"], result["contestants"]["nanodo"]
+    assert len(ours["seconds"]) == len(theirs["seconds"]) == 3
+    ratios = sorted(b / a for a, b in zip(ours["seconds"], theirs["seconds"], strict=True))
+    assert theirs["ratio"] == ratios[1]
+    assert theirs["ratio_range"] == [ratios[0], ratios[2]]
+    assert "ratio" not in ours
+    for figures in (ours, theirs):
+        assert figures["tokens_per_second"] == pytest.approx(2 * 16 / figures["median"])
+        assert 0 < figures["loss"] < math.log(65)  # ten steps on one batch: it has begun to learn it
+        assert figures["idle_cpu_share"] >= 0
+    assert ours["flops_per_second"] == pytest.approx(ours["flops_per_token"] * ours["tokens_per_second"])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    # The third was not there, and a line says how to get it.
+    assert list(result["skipped"]) == ["nanogpt"]
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("nanogpt")]
+    assert "skipped" in line
+    assert "--nanogpt FOLDER" in line
+
+
+def test_what_cannot_take_part_says_why(nanodo):
+    # Not one of them needs slm_jax to be built.
+    done = peers(
+        "--contestants", "transformers,book,nanodo", "--nanodo", nanodo("raise ValueError('CUDA out of memory.')")
+    )
+    assert done.returncode == 0, done.stderr
+    lines = dict(line.split(maxsplit=1) for line in done.stdout.splitlines() if "skipped" in line)
+    assert "add --bias" in lines["transformers"]
+    assert "add --bias" in lines["book"]
+    assert lines["nanodo"] == "skipped: failed: out of memory"
+
+
+def test_a_contestant_that_dies_is_reported(nanodo):
+    done = peers("--contestants", "nanodo", "--nanodo", nanodo("import os\nos._exit(9)"))
+    assert done.returncode == 0, done.stderr
+    assert "nanodo        skipped: failed: its process ended with status 9" in done.stdout
+
+
+def test_an_interpreter_that_is_not_there(tmp_path):
+    done = peers("--contestants", "slm_jax", "--interpreter", f"slm_jax={tmp_path / 'python'}")
+    assert done.returncode == 1
+    assert "give another by --interpreter" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--contestants", "torch"], "there is no 'torch'; expected some of slm_jax, nanogpt"),
+        (["--batch", "0"], "--batch is 0; expected at least 1"),
+        (["--width", "15"], "--width is 15, which --heads 2 does not divide"),
+        (["--work", "generate"], "--prompt 64 and --new 128 are more than --context 16"),
+        (["--nanogpt", "nowhere"], "nowhere is not a folder"),
+        (["--interpreter", "nanogpt"], "expected NAME=PYTHON"),
+        (["--output", "nowhere/result.json"], "nowhere is not a folder; make it first"),
+    ],
+)
+def test_mistakes_end_with_status_2(options, said):
+    done = peers(*options)
+    assert done.returncode == 2
+    assert said in done.stderr.splitlines()[-1]

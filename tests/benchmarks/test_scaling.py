@@ -1,0 +1,87 @@
+"""The scaling page: what is measured and what is computed stands where it says so, and the bounds are right."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+SHAPE = {"preset": "tiny", "emb_dim": 16, "n_heads": 2, "n_layers": 2}
+BPE = ("--tokenizer.kind", "bpe", "--tokenizer.vocab_size", "300")
+
+
+@pytest.fixture(scope="module")
+def scaling():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        import scaling
+
+        yield scaling
+        for name in ("scaling", "scaling_page"):
+            del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def page(scaling, tmp_path_factory):
+    """A page of a tiny step that is measured, GPT-2 XL, which takes too long, and a file of a megabyte."""
+    folder = tmp_path_factory.mktemp("page")
+    tiny = scaling.point("parameters", "smallest", BPE, 2, 16, **SHAPE)
+    xl = next(point for point in scaling.POINTS if "xl" in point.name)
+    scaling.write(folder, [tiny, xl], gigabytes=[0.001], seconds=0.2)
+    return folder
+
+
+def test_a_measured_and_a_computed_point(page):
+    content = json.loads((page / "results" / "scaling.json").read_text())
+    tiny, xl = content["steps"]
+    n_parameters = 300 * 16 + 16 * 16 + 2 * (12 * 16**2 + 13 * 16) + 2 * 16
+    assert (tiny["parameters"], tiny["tokens"]) == (n_parameters, 32)
+    assert tiny["flops"] == 32 * (6 * (n_parameters - 16 * 16) + 12 * 2 * 16 * 16)
+    assert len(tiny["repeats"]) in range(3, 8)
+    assert tiny["seconds"] == np.median(tiny["repeats"])
+    assert tiny["bytes"] > 12 * n_parameters
+    for row in (tiny, xl):
+        assert row["bounds_seconds"]["arithmetic"] == pytest.approx(row["flops"] / content["ceilings"]["flops"])
+        traffic = 24 * row["parameters"] / content["ceilings"]["bandwidth"]
+        assert row["bounds_seconds"]["memory"] == pytest.approx(traffic)
+
+    assert xl["seconds"] is None
+    assert xl["bytes"] is None
+    assert xl["planned_bytes"] > 16 * xl["parameters"]
+    share = tiny["bounds_seconds"]["arithmetic"] / tiny["seconds"]
+    assert xl["estimated_seconds"] == pytest.approx(xl["bounds_seconds"]["arithmetic"] / share)
+
+    text = (page / "SCALING.md").read_text()
+    line = {name: next(row for row in text.splitlines() if row.startswith(f"| {name}")) for name in ("smallest", "GPT")}
+    assert len(re.findall(r"\*[^*]+\*", line["smallest"])) == 1  # what is planned
+    assert len(re.findall(r"\*[^*]+\*", line["GPT"])) == 3  # and its time, and share of the peak
+    assert "{" not in text
+    assert 0 < (page / "scaling.png").stat().st_size < 100_000
+
+
+def test_the_reader(page):
+    (row,) = json.loads((page / "results" / "scaling.json").read_text())["readers"]
+    assert row["tokens"] == 500_000
+    assert row["tokens_per_second"] == pytest.approx(8 * 1024 / row["batch_seconds"]["median"])
+
+
+def test_a_token_file_of_ten_gigabytes_takes_32_megabytes_of_disk(scaling, tmp_path):
+    path = tmp_path / "tokens.bin"
+    scaling.write_ids(path, 10**10)
+    assert path.stat().st_size == 10**10
+    assert path.stat().st_blocks * 512 < 40e6
+    assert np.fromfile(path, np.uint16, 1000).max() < 50_257
+
+
+def test_the_ladders_reach_from_a_million_to_gpt2_xl_and_from_256_to_8192_tokens(scaling):
+    by_ladder = {
+        ladder: [point for point in scaling.POINTS if point.ladder == ladder] for ladder in ("parameters", "context")
+    }
+    ends = [by_ladder["parameters"][0], by_ladder["parameters"][-1], by_ladder["context"][0], by_ladder["context"][-1]]
+    smallest, largest, short, long = (scaling.make_plan(scaling.parse_args(point.flags), "cpu") for point in ends)
+    assert smallest.n_params < 1.5e6 < 1.5e9 < largest.n_params
+    assert (short.seq, long.seq) == (256, 8192)
+    assert short.rows * short.seq == long.rows * long.seq
