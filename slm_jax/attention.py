@@ -28,10 +28,10 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from slm_jax.cache import LayerCache, cached_attention
-from slm_jax.dense import Dense
 from slm_jax.errors import InputError
 from slm_jax.flash import flash_attention
 from slm_jax.flash import obstacle as flash_obstacle
+from slm_jax.layers import Dense
 from slm_jax.lora import Adapter
 from slm_jax.target import target
 

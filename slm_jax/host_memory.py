@@ -4,8 +4,7 @@ import contextlib
 import ctypes
 import sys
 
-# The names of glibc's malloc.h.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # the names of glibc's malloc.h
 
 
 def keep_freed_memory() -> None:
@@ -13,15 +12,17 @@ def keep_freed_memory() -> None:
 
     XLA allocates a program's temporary memory anew for each run of it. The C library hands large pieces back to the
     operating system, which clears every page of them before it gives them out again: with GPT-2 small half a million
-    pages a step. Kept, the memory is there at once, and the process holds the most that it ever needed. All threads
-    share one pool, as large pieces of other pools would not be kept.
+    pages a step. Kept, the memory is there at once, and the process holds the most that it ever needed. Only the main
+    thread's large pieces can be kept, so that is where programs for the CPU run, too.
 
-    Does nothing where there is no glibc (macOS, Windows, musl).
+    Memory is handed back as ever where there is no glibc (macOS, Windows, musl).
     """
+    import jax
+
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     if not sys.platform.startswith("linux"):
         return
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_TRIM_THRESHOLD, -1)  # never
         mallopt(_M_MMAP_MAX, 0)  # nothing in pages of its own
-        mallopt(_M_ARENA_MAX, 1)

@@ -20,8 +20,8 @@ from jaxtyping import Array, Float, Int
 
 from slm_jax.attention import FusedMultiHeadAttention
 from slm_jax.cache import KVCache, LayerCache
-from slm_jax.dense import Dense
 from slm_jax.errors import InputError
+from slm_jax.layers import Dense, LayerNorm, gelu
 from slm_jax.logits import float32_logits
 from slm_jax.lora import Adapter
 from slm_jax.target import target
@@ -143,30 +143,6 @@ def get_gpt_config(name: str = "gpt2-small", **overrides: Any) -> GPTConfig:
     return GPTConfig(**{**preset, **overrides})
 
 
-class LayerNorm(nn.Module):
-    """Normalise the last axis to mean 0 and variance 1, then scale and shift (Ba et al. 2016); eps 1e-5 as GPT-2.
-
-    Computed in float32 whatever the input is, and returned in ``dtype``.
-    """
-
-    use_bias: bool = True
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-    eps: float = 1e-5
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "*batch emb"]) -> Float[Array, "*batch emb"]:
-        """Map (..., emb) to the same shape."""
-        x = x.astype(jnp.float32)
-        mean = x.mean(axis=-1, keepdims=True)
-        variance = jnp.square(x - mean).mean(axis=-1, keepdims=True)
-        y = (x - mean) * jax.lax.rsqrt(variance + self.eps)
-        y = y * self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
-        if self.use_bias:
-            y = y + self.param("bias", nn.initializers.zeros, (x.shape[-1],), self.param_dtype)
-        return y.astype(self.dtype)
-
-
 class FeedForward(nn.Module):
     """Expand to four times the width, GELU (Hendrycks & Gimpel 2016; GPT-2 has its tanh form), and project back."""
 
@@ -180,7 +156,7 @@ class FeedForward(nn.Module):
         fc = Dense(4 * cfg.emb_dim, kernel_init=nn.initializers.normal(INIT_STD), name="fc", **common)
         proj = Dense(cfg.emb_dim, kernel_init=residual_init(cfg), name="proj", **common)
         x = Adapter(name="fc_adapter")(fc(x), x, deterministic)
-        x = nn.gelu(x, approximate=not cfg.exact_gelu)
+        x = gelu(x, cfg.exact_gelu)
         return Adapter(name="proj_adapter")(proj(x), x, deterministic)
 
 
