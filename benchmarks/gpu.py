@@ -137,12 +137,12 @@ class Session:
 
     def run(self, name: str, command: list[Any], **environment: str) -> dict[str, Any]:
         """Run Python with a command, to whose end the file for its JSON is added; return that."""
-        output = self.folder / f"{name}.json"
-        output.unlink(missing_ok=True)
         left = self.deadline - time.monotonic()
         if left <= 0:
             print(f"{name}: left out, the part's time is used", flush=True)
             return {}
+        output = self.folder / f"{name}.json"
+        output.unlink(missing_ok=True)
         began = time.monotonic()
         process = subprocess.Popen(
             [sys.executable, *map(str, command), str(output)],

@@ -31,7 +31,7 @@ from typing import Any
 from peer_worker import CONTESTANTS, SkippedError, Work
 
 PAUSE = 0.3  # seconds; OpenMP's threads spin up to 0.2 after their last work
-ROUND = 2.0  # seconds that a round of slm_jax takes, about, where --steps does not say
+ROUND = 2.0  # seconds that a round of the first contestant takes, about, where --steps does not say
 SHAPES: dict[str, dict[str, Any]] = {
     "gpt2-small": {"layers": 12, "heads": 12, "width": 768, "vocab": 50_257, "context": 1024, "batch": 4},
     "gpt2-xl": {"layers": 48, "heads": 25, "width": 1600, "vocab": 50_257, "context": 1024, "batch": 4},
@@ -227,9 +227,9 @@ def draw(result: dict[str, Any], file: Path) -> None:
     figure.savefig(file)
 
 
-def read_options(arguments: list[str] | None = None, namespace: argparse.Namespace | None = None) -> argparse.Namespace:
-    """Parse and check the command line, on top of a namespace; a mistake ends the program with status 2."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def work_parser() -> argparse.ArgumentParser:
+    """Return a parser to inherit from, of what is to be done, and where to write the figures."""
+    parser = argparse.ArgumentParser(add_help=False)
     add = parser.add_argument
     add("--work", choices=("train", "generate"), default="train", help="default: %(default)s")
     add("--shape", choices=tuple(SHAPES), default="gpt2-small", help="default: %(default)s")
@@ -243,45 +243,48 @@ def read_options(arguments: list[str] | None = None, namespace: argparse.Namespa
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s")
     add("--device", choices=("cpu", "gpu"), default="cpu", help="default: %(default)s")
     add("--threads", type=int, help="CPU threads of each contestant; default: all")
+    add("--output", type=Path, metavar="FILE.json", help="write all figures to it")
+    return parser
+
+
+def read_options() -> argparse.Namespace:
+    """Parse and check the command line; a mistake ends the program with status 2."""
+    parser = argparse.ArgumentParser(
+        parents=[work_parser()], description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile for PyTorch's; default: on a GPU")
     add("--contestants", default=",".join(CONTESTANTS), help="in the order of their turns; default: %(default)s")
     for name, what in (("nanogpt", "model.py"), ("book", "llms_from_scratch"), ("nanodo", "nanodo")):
         add(f"--{name}", type=Path, metavar="FOLDER", help=f"that {what} is in")
     add("--interpreter", action="append", default=[], metavar="NAME=PYTHON", help="that has a contestant's library")
     add("--rounds", type=int, default=5, help="after one that warms up; default: %(default)s")
-    add("--steps", type=int, help=f"steps a round; default: as many as slm_jax does in {ROUND:g} s")
-    add("--output", type=Path, metavar="FILE.json", help="write all figures to it")
+    add("--steps", type=int, help=f"steps a round; default: as many as the first does in {ROUND:g} s")
     add("--picture", type=Path, metavar="FILE.png", help="draw the rounds' times")
-    options = parser.parse_args(arguments, namespace)
-    for name, value in SHAPES[options.shape].items():
-        if getattr(options, name) is None:
-            setattr(options, name, 1 if name == "batch" and options.work == "generate" else value)
-    check_options(parser, options)
+    options = parser.parse_args()
+    check_work(parser, options)
+    check_comparison(parser, options)
     return options
 
 
-def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """End the program at the first mistake; resolve what was given."""
-    for name in (
-        "layers",
-        "heads",
-        "width",
-        "vocab",
-        "context",
-        "batch",
-        "prompt",
-        "new",
-        "threads",
-        "rounds",
-        "steps",
-    ):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name} is {value}; expected at least 1")
+def check_work(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """End the program at the first mistake in options of `work_parser`; fill in the shape's."""
+    for name, value in SHAPES[options.shape].items():
+        if getattr(options, name) is None:
+            setattr(options, name, 1 if name == "batch" and options.work == "generate" else value)
+    check_positive(
+        parser, options, ("layers", "heads", "width", "vocab", "context", "batch", "prompt", "new", "threads")
+    )
     if options.width % options.heads:
         parser.error(f"--width is {options.width}, which --heads {options.heads} does not divide")
     if options.work == "generate" and options.prompt + options.new > options.context:
         parser.error(f"--prompt {options.prompt} and --new {options.new} are more than --context {options.context}")
+    check_folder(parser, options, "output")
+
+
+def check_comparison(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """End the program at the first mistake in the other options; resolve what was given."""
+    check_positive(parser, options, ("rounds", "steps"))
     options.contestants = options.contestants.split(",")
     names = ", ".join(CONTESTANTS)
     for name in options.contestants:
@@ -296,10 +299,22 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
         folder = getattr(options, name)
         if folder is not None and not folder.is_dir():
             parser.error(f"--{name}: {folder} is not a folder")
-    for name in ("output", "picture"):
-        file = getattr(options, name)
-        if file is not None and not file.parent.is_dir():
-            parser.error(f"--{name}: {file.parent} is not a folder; make it first")
+    check_folder(parser, options, "picture")
+
+
+def check_positive(parser: argparse.ArgumentParser, options: argparse.Namespace, names: tuple[str, ...]) -> None:
+    """End the program where a number is not positive."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} is {value}; expected at least 1")
+
+
+def check_folder(parser: argparse.ArgumentParser, options: argparse.Namespace, name: str) -> None:
+    """End the program where a file is to be written into a folder that is not there."""
+    file = getattr(options, name)
+    if file is not None and not file.parent.is_dir():
+        parser.error(f"--{name}: {file.parent} is not a folder; make it first")
 
 
 def make_work(name: str, options: argparse.Namespace) -> Work:

@@ -19,14 +19,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import grain
+import jax
 import numpy as np
+from reader import VOCABULARY, grown_bytes, own_bytes, time_batches, write_ids
 from scaling_page import draw, page
 
-from slm_jax.bench.ceilings import Ceilings, device_here, find_ceilings
+from slm_jax.bench.ceilings import Ceilings, find_ceilings
 from slm_jax.bench.child import output_of
-from slm_jax.bench.data import per_batch
-from slm_jax.bench.measure import Timing, time_calls
+from slm_jax.bench.measure import time_calls
 from slm_jax.bench.peak import PeakMemory
 from slm_jax.bench.result import describe_machine
 from slm_jax.bench.step import compile_step
@@ -36,14 +36,15 @@ from slm_jax.data.token_file import check_ids, open_token_file
 from slm_jax.data.windows import train_batches
 from slm_jax.errors import InputError
 from slm_jax.files import replace_text
+from slm_jax.host_memory import keep_freed_memory
+from slm_jax.model import DType
 from slm_jax.planning.plan import ASSUMED_MFU, Plan, make_plan
-from slm_jax.training.hardware import find_device
+from slm_jax.training.hardware import DEVICES, device_here, find_device
 
 Ladder = Literal["parameters", "context", "batch"]
 _ENOUGH_REPEATS = 7
 _LEAST_STEPS = 4  # one to warm up, three measured
-_VOCABULARY, _ROWS, _CONTEXT = 50_257, 8, 1_024  # of the batches that are read from token files
-_BLOCK = 1 << 24  # ids
+_ROWS, _CONTEXT = 8, 1_024  # of the batches that are read from token files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,35 +96,42 @@ POINTS = (
 GIGABYTES = (0.01, 0.1, 1.0, 10.0)
 
 
-def main() -> None:
-    """Measure everything, and write the page."""
+def main() -> int:
+    """Measure everything, and write the page; 2 on a user's mistake."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds-per-point", type=float, default=20, help="longer steps are computed, not measured")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder of the page")
     parser.add_argument("--step", help=argparse.SUPPRESS)  # what the processes of the points are called with
     parser.add_argument("--tokens", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.step:
-        print(json.dumps(measure_step(json.loads(options.step), options.seconds_per_point)))
-    elif options.tokens:
-        print(json.dumps(measure_reader(options.tokens)))
-    else:
-        write(options.out, POINTS, GIGABYTES, options.seconds_per_point)
+    try:
+        if options.step:
+            keep_freed_memory()  # as every command does
+            print(json.dumps(measure_step(json.loads(options.step), options.seconds_per_point)))
+        elif options.tokens:
+            print(json.dumps(measure_reader(options.tokens)))
+        else:
+            write(options.out, POINTS, GIGABYTES, options.seconds_per_point)
+    except InputError as error:
+        print(f"scaling: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def write(folder: Path, points: Sequence[Point], gigabytes: Sequence[float], seconds: float) -> None:
     """Measure or compute all points, and write SCALING.md, scaling.png and results/scaling.json into a folder."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU's memory is left to the points' processes
     began, load = time.time(), os.getloadavg()[0]
-    device = device_here()
-    ceilings = find_ceilings("float32", None, "measured") if device is None else find_ceilings("bfloat16", None, None)
-    rows = [step_row(point, ceilings, seconds) for point in points]
+    device = plan_device()
+    dtype: DType = "float32" if device == "cpu" else "bfloat16"
+    ceilings = find_ceilings(dtype, None, "measured" if device == "cpu" else None)
+    rows = [step_row(point, device, ceilings, seconds) for point in points]
     content = {
         "machine": {key: value for key, value in describe_machine().items() if key != "system"},
         "date": time.strftime("%Y-%m-%d", time.gmtime(began)),
         "load_at_start": load,
         "ceilings": dataclasses.asdict(ceilings),
-        "dtype": "float32" if device is None else "bfloat16",
+        "dtype": dtype,
         "assumed_mfu": ASSUMED_MFU,
         "seconds_per_point": seconds,
         "steps": estimated(rows),
@@ -137,11 +145,27 @@ def write(folder: Path, points: Sequence[Point], gigabytes: Sequence[float], sec
     draw(content, folder / "scaling.png")
 
 
-def step_row(point: Point, ceilings: Ceilings, seconds: float) -> dict[str, Any]:
-    """Plan a point, and measure it where it fits and is fast enough; ``seconds`` and ``bytes`` are None where not."""
-    config = parse_args(point.flags)
+def plan_device() -> str:
+    """Return what slm-jax plan calls the device that JAX computes on.
+
+    Raises:
+        InputError: an accelerator that it does not know.
+    """
+    if jax.default_backend() == "cpu":
+        return "cpu"
     device = device_here()
-    plan = make_plan(config, "cpu" if device is None else device.name)
+    if device is None:
+        known = ", ".join(dict.fromkeys(device.name for device in DEVICES))
+        raise InputError(
+            f"limits and memory of {jax.devices()[0].device_kind} are not known; expected a CPU or one of {known}; "
+            "add it to slm_jax/training/hardware.py, or set JAX_PLATFORMS=cpu"
+        )
+    return device.name
+
+
+def step_row(point: Point, device: str, ceilings: Ceilings, seconds: float) -> dict[str, Any]:
+    """Plan a point, and measure it where it fits and is fast enough; ``seconds`` and ``bytes`` are None where not."""
+    plan = make_plan(parse_args(point.flags), device)
     memory = plan.by_remat[plan.remat].memory
     tokens = plan.rows * plan.seq
     flops = (plan.flops_per_token or 0) * tokens
@@ -165,12 +189,12 @@ def step_row(point: Point, ceilings: Ceilings, seconds: float) -> dict[str, Any]
 
 
 def measure_step(flags: Sequence[str], seconds: float) -> dict[str, Any]:
-    """Measure a step in this process: after one that warms up as many as fit into the time, 3 to 7."""
+    """Measure a step in this process: after one that warms up as many as still fit into the time, 3 to 7."""
     step = compile_step(parse_args(flags))
     with PeakMemory() as memory:
         timer = StepTimer(step)
         first = time_calls(timer.step_and_wait, warmup=0, repeats=1).median
-        repeats = int(np.clip(seconds / first, _LEAST_STEPS - 1, _ENOUGH_REPEATS))
+        repeats = int(np.clip(seconds / first - 1, _LEAST_STEPS - 1, _ENOUGH_REPEATS))
         timing = time_calls(timer.step_and_wait, warmup=0, repeats=repeats)
     return {"seconds": timing.median, "repeats": timing.seconds, "bytes": memory.n_bytes}
 
@@ -189,51 +213,38 @@ def estimated(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def reader_row(gigabytes: float) -> dict[str, Any]:
-    """Measure the reader on a file of so many GB, in a folder that is deleted afterwards."""
+    """Measure the reader on a file of so many GB, in a folder that is deleted afterwards; say why where it cannot."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tokens.bin"
-        n_bytes = int(gigabytes * 1e9) // 2 * 2
+        n_bytes = int(gigabytes * 1e9)
         if shutil.disk_usage(folder).free < 2 * n_bytes:
-            return {"gigabytes": gigabytes, "tokens_per_second": None}
-        write_ids(path, n_bytes)
-        return {"gigabytes": gigabytes, **json.loads(output_of([__file__, "--tokens", str(path)]))}
-
-
-def write_ids(path: Path, n_bytes: int) -> None:
-    """Write random ids, and behind the first 32 MB of them a hole, which takes no disk and reads as zeros."""
-    ids = np.random.default_rng(0).integers(_VOCABULARY, size=min(_BLOCK, n_bytes // 2), dtype=np.uint16)
-    with path.open("wb") as file:
-        ids.tofile(file)
-        file.truncate(n_bytes)
+            return {"gigabytes": gigabytes, "missing": "no room on this disk"}
+        try:
+            write_ids(path, n_bytes)
+            return {"gigabytes": gigabytes, **json.loads(output_of([__file__, "--tokens", str(path)]))}
+        except (InputError, RuntimeError, OSError) as error:  # the steps took minutes, and are still to be written
+            print(f"the reader of {gigabytes:g} GB: {error}", file=sys.stderr)
+            return {"gigabytes": gigabytes, "missing": "failed"}
 
 
 def measure_reader(path: Path) -> dict[str, Any]:
     """Measure in this process how long a token file takes to open, how fast batches come, and the memory of both."""
-    own = own_bytes()
+    before = own_bytes()
     began = time.perf_counter()
     tokens = open_token_file(path).tokens
-    check_ids(tokens, _VOCABULARY, path)
+    check_ids(tokens, VOCABULARY, path)
     opened = time.perf_counter() - began
     source = train_batches(
         tokens, context_length=_CONTEXT, batch_size=_ROWS, sampling="random", stride=None, shuffle=True, seed=0
     )
-    iterator = iter(source.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
-    reading: Timing = per_batch(iterator, warmup=1, repeats=5, batches=200)
+    reading = time_batches(source, repeats=5, batches=200)
     return {
         "tokens": tokens.size,
         "open_seconds": opened,
         "batch_seconds": reading.to_dict(),
         "tokens_per_second": _ROWS * _CONTEXT / reading.median,
-        "own_bytes": own_bytes() - own,
+        "own_bytes": grown_bytes(before),
     }
-
-
-def own_bytes() -> int:
-    """Return the memory that this process has for itself, without pages of files that the system takes back."""
-    if sys.platform != "linux":
-        raise InputError("the memory of a process is read from /proc, which only Linux has; run this on Linux")
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(fields["RssAnon"].split()[0]) * 1024
 
 
 def accelerators() -> list[dict[str, Any]]:
@@ -265,4 +276,4 @@ def _of_plan(plan: Plan) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -171,8 +171,8 @@ def _steps_table(rows: Sequence[dict[str, Any]]) -> str:
 def _readers_table(rows: Sequence[dict[str, Any]]) -> str:
     lines = []
     for row in rows:
-        if row["tokens_per_second"] is None:
-            lines.append([f"{row['gigabytes']:g} GB", "no room on this disk", "", "", "", ""])
+        if "missing" in row:
+            lines.append([f"{row['gigabytes']:g} GB", row["missing"], "", "", "", ""])
             continue
         batch = row["batch_seconds"]
         lines.append(
@@ -182,7 +182,7 @@ def _readers_table(rows: Sequence[dict[str, Any]]) -> str:
                 _time(row["open_seconds"]),
                 _with_range(batch["median"], batch["repeats"]),
                 f"{row['tokens_per_second'] / 1e6:,.0f} M",
-                format_bytes(row["own_bytes"]),
+                "not known" if row["own_bytes"] is None else format_bytes(row["own_bytes"]),
             ]
         )
     return _table(["file", "tokens", "opening", "a batch (range)", "tokens a second", "own memory"], lines)

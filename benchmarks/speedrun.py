@@ -12,6 +12,7 @@ train.py has a fixed seed: each run takes a copy with another one. Its data are 
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -30,6 +31,7 @@ import numpy as np
 
 from slm_jax.data.named import named_file
 from slm_jax.errors import InputError, MissingInputError
+from slm_jax.files import cache_folder
 
 REPOSITORY = Path(__file__).parent.parent
 RECIPE = REPOSITORY / "configs" / "shakespeare_speedrun.yaml"
@@ -65,20 +67,25 @@ def run_ours(who: str, recipe: Path, seed: int, folder: Path, cache: Path) -> Re
     options = {"seed": seed, "runs_dir": folder, "run": name}
     pairs = [part for key, value in options.items() for part in (f"--{key}", str(value))]
     command = [sys.executable, str(REPOSITORY / "train.py"), "--config", str(recipe), *pairs]
+    environ = with_own_cache(cache)
     began = time.monotonic()
-    done = subprocess.run(
-        command,
-        env={**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
     seconds = time.monotonic() - began
     if done.returncode:
         raise InputError(f"{recipe} ended with {done.returncode}: {(done.stderr.strip().splitlines() or [''])[-1]}")
     rows = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
     last = [row for row in rows if row["split"] == "val"][-1]
     return Result(who, seed, seconds, last["step"], last["loss"])
+
+
+def with_own_cache(cache: Path) -> dict[str, str]:
+    """Return the environment of a process that keeps its caches in a folder, but finds the named texts."""
+    environ = {**os.environ, "XDG_CACHE_HOME": str(cache)}
+    # Told of a folder by this, JAX would keep only what takes a second to compile; users' caches have all programs.
+    environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+    with contextlib.suppress(OSError):  # a user without a home has no texts there
+        environ.setdefault("SLM_JAX_DATA", str(cache_folder() / "data"))
+    return environ
 
 
 def copy_nanogpt(source: Path, folder: Path, seed: int) -> None:

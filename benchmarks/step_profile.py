@@ -3,9 +3,10 @@
     python benchmarks/step_profile.py --shape gpt2-small-cpu
     python benchmarks/step_profile.py --device gpu --dtype bfloat16 --batch 32 --output profile.json --trace trace/
 
-It takes the shapes and options of peers.py. The steps are slm_jax's, after some that warm up. On a GPU the table is of
-the kernels on its streams; on a CPU of XLA's operations on its threads, whose times overlap where several compute. The
-share is of the wall time of the steps, so that on a GPU what is missing to 100% is time in which it did nothing.
+It takes the shapes of peers.py, and its options that say what slm_jax does. The steps are slm_jax's, after some that
+warm up. On a GPU the table is of the kernels on its streams; on a CPU of XLA's operations on its threads, whose times
+overlap where several compute. The share is of the wall time of the steps, so that on a GPU what is missing to 100% is
+time in which it did nothing.
 """
 
 import argparse
@@ -46,7 +47,7 @@ def read_events(trace: Path) -> list[Event]:
     """Return the operations in a trace: of the GPU's streams if it has any, else of XLA's CPU threads."""
     from jax.profiler import ProfileData
 
-    (file,) = trace.rglob("*.xplane.pb")
+    file = max(trace.rglob("*.xplane.pb"), key=lambda file: file.stat().st_mtime_ns)  # a kept folder has older ones
     planes = list(ProfileData.from_file(str(file)).planes)
     gpu = [plane for plane in planes if plane.name.startswith("/device:GPU")]
     events = []
@@ -116,10 +117,13 @@ def table(result: dict[str, Any]) -> str:
 
 def main() -> int:
     """Profile, print the table, and write what is asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        parents=[peers.work_parser()], description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--trace", type=Path, help="a folder to keep the trace in, for xprof")
-    options, others = parser.parse_known_args()
-    options = peers.read_options([*others, "--contestants", "slm_jax"], namespace=options)
+    parser.set_defaults(compile=False)  # which is of PyTorch's models
+    options = parser.parse_args()
+    peers.check_work(parser, options)
     work = peers.make_work("slm_jax", options)
     peer_worker.set_up(work)
     with tempfile.TemporaryDirectory() as name:

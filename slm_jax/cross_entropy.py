@@ -75,7 +75,8 @@ def _by_pieces(
     padded = kernel if target().platform == "cpu" else jnp.pad(kernel, ((0, 0), (0, -vocab_size % _COLUMNS)))
     inputs, matrix = operands(hidden, padded)
     run_piece = functools.partial(_piece, matrix, vocab_size, of_hidden, of_kernel)
-    n = n_pieces(math.ceil(batch / jax.device_count()), seq, vocab_size)  # training spreads a batch over all devices
+    n_devices = max(1, jax.sharding.get_abstract_mesh().size)  # training spreads a batch over its whole mesh
+    n = n_pieces(math.ceil(batch / n_devices), seq, vocab_size)
     if n == 1:
         (loss, kernel_grad), hidden_grad = run_piece(inputs, targets, weights)
     else:
@@ -100,7 +101,10 @@ def _piece(
 ) -> tuple[tuple[Array, Array | None], Array | None]:
     """Return ((the loss, the kernel's gradient), the hidden states' gradient) of a piece."""
     ids = jnp.arange(kernel.shape[1])
-    logits = jnp.einsum("bse,ev->bsv", hidden, kernel, preferred_element_type=jnp.float32)
+    # All rows in one matrix, as in a dense layer: see layers.rows_times_kernel.
+    shape = hidden.shape
+    hidden, targets, weights = hidden.reshape(-1, shape[-1]), targets.reshape(-1), weights.reshape(-1)
+    logits = jnp.einsum("re,ev->rv", hidden, kernel, preferred_element_type=jnp.float32)
     if kernel.shape[1] > vocab_size:
         logits = jnp.where(ids < vocab_size, logits, -jnp.inf)
     normalizer = jax.nn.logsumexp(logits, axis=-1)
@@ -110,8 +114,8 @@ def _piece(
         return (loss, None), None
     hits = (ids == targets[..., None]).astype(jnp.float32)
     grad = ((jnp.exp(logits - normalizer[..., None]) - hits) * weights[..., None]).astype(hidden.dtype)
-    hidden_grad = jnp.einsum("bsv,ev->bse", grad, kernel) if of_hidden else None
-    kernel_grad = jnp.einsum("bse,bsv->ev", hidden, grad, preferred_element_type=jnp.float32) if of_kernel else None
+    hidden_grad = jnp.einsum("rv,ev->re", grad, kernel).reshape(shape) if of_hidden else None
+    kernel_grad = jnp.einsum("re,rv->ev", hidden, grad, preferred_element_type=jnp.float32) if of_kernel else None
     return (loss, kernel_grad), hidden_grad
 
 

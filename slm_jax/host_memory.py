@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import sys
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # the names of glibc's malloc.h
 
@@ -15,14 +14,12 @@ def keep_freed_memory() -> None:
     pages a step. Kept, the memory is there at once, and the process holds the most that it ever needed. Only the main
     thread's large pieces can be kept, so that is where programs for the CPU run, too.
 
-    Memory is handed back as ever where there is no glibc (macOS, Windows, musl).
+    Nothing changes where there is no glibc (macOS, Windows, musl).
     """
     import jax
 
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
-    if not sys.platform.startswith("linux"):
-        return
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_TRIM_THRESHOLD, -1)  # never
         mallopt(_M_MMAP_MAX, 0)  # nothing in pages of its own
+        jax.config.update("jax_cpu_enable_async_dispatch", False)

@@ -116,9 +116,9 @@ def test_every_program_of_a_recipe_lowers_for_accelerators(built, machine):
     n_donated = len(re.findall(r"tf\.aliasing_output|jax\.buffer_donor", training.text))
     assert n_donated == len(jax.tree.leaves(state))
     assert "stablehlo.while" in training.text  # a loop over layers: as long for 12 of them as for 2
-    # cuDNN holds no weights that dropout could drop.
-    assert training.has_cudnn == (target == "h100" and cfg.drop_rate == 0)
-    assert evaluation.has_cudnn == (target == "h100")
+    # Flash attention holds no weights that dropout could drop.
+    assert training.has_flash == (target in ("h100", "tpu") and cfg.drop_rate == 0)
+    assert evaluation.has_flash == (target in ("h100", "tpu"))
     if config.task == "classification":  # a small head and counts in float32
         assert training.products >= PRODUCTS[dtype] - {("bf16", "bf16", "f32")}
     else:
@@ -129,24 +129,24 @@ def test_every_program_of_a_recipe_lowers_for_accelerators(built, machine):
 
 
 class Program(NamedTuple):
-    """A lowered program: its text, the dtypes (left, right, result) of its products, and whether it calls cuDNN."""
+    """A lowered program: its text, the dtypes (left, right, result) of its products, and whether it calls flash attention."""
 
     text: str
     products: set[tuple[str, ...]]
-    has_cudnn: bool
+    has_flash: bool
 
 
 def lower(target, traced):
     """Lower for a target, and check what must hold of any program."""
     text = traced.lower(lowering_platforms=(TARGETS[target][0],)).as_text()
     calls = set(re.findall(r"custom_call @([\w.$]+)", text))
-    cudnn_calls = {call for call in calls if call.startswith("__cudnn$fmha")}
-    assert calls - cudnn_calls <= {"Sharding", "cu_threefry2x32_ffi"}  # none back to Python
+    flash_calls = {call for call in calls if call.startswith(("__cudnn$fmha", "tpu_custom_call"))}
+    assert calls - flash_calls <= {"Sharding", "cu_threefry2x32_ffi"}  # none back to Python
     assert "f64" not in text
     kind = r"tensor<(?:\d+x)*(\w+)>"
     # Not those with batch dimensions, of attention's scores and weights, whose gradients stay in float32.
     products = re.findall(rf"dot_general (?!.*batching_dims).* : \({kind}, {kind}\) -> {kind}", text)
-    return Program(text, set(products), bool(cudnn_calls))
+    return Program(text, set(products), bool(flash_calls))
 
 
 @functools.cache

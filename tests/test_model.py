@@ -578,7 +578,7 @@ def test_more_tokens_than_the_context_are_refused(method):
         ("dtype", "float64", "float32, bfloat16, float16"),
         ("param_dtype", "int8", "float32, bfloat16, float16"),
         ("remat", "some", "none, dots, full"),
-        ("attention", "flash", "auto, xla, cudnn, explicit"),
+        ("attention", "fast", "auto, xla, cudnn, flash, explicit"),
     ],
 )  # fmt: skip
 def test_a_value_no_model_can_have_is_one_clear_line(field, value, expected):

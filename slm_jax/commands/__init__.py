@@ -44,8 +44,9 @@ def _remove_unfinished(cache: Path) -> None:
     """Remove programs that were being written when their process was killed: with one there, JAX keeps no others."""
     for program in cache.glob("*-cache"):
         time_of_use = program.with_name(f"{program.name.removesuffix('-cache')}-atime")  # is written last
-        if not time_of_use.exists() and time.time() - program.stat().st_mtime > 60:
-            program.unlink()
+        with contextlib.suppress(FileNotFoundError):  # another process has just removed it
+            if not time_of_use.exists() and time.time() - program.stat().st_mtime > 60:
+                program.unlink()
 
 
 def load(source: str, tokenizer: str | None, n_heads: int | None) -> "Run":

@@ -57,17 +57,20 @@ def _kept_modules(stdlib: Path) -> list[tuple[str, str]]:
     with suppress(OSError):
         file = _cache_file(stdlib)
         file.parent.mkdir(parents=True, exist_ok=True)
+        for outdated in file.parent.glob(f"{file.stem.rpartition('-')[0]}-*.json"):
+            outdated.unlink(missing_ok=True)
         replace_text(file, json.dumps(modules))
     return modules
 
 
 def _cache_file(stdlib: Path) -> Path:
     """Return where the docstrings of these very files, as this one reads them, are kept."""
-    digest = hashlib.sha256(sys.version.encode() + Path(__file__).read_bytes())
+    digest = hashlib.sha256(Path(__file__).read_bytes())
     for path in sorted(source_files(stdlib)):
         status = path.stat()
         digest.update(f"{path} {status.st_size} {status.st_mtime_ns}\n".encode())
-    return cache_folder() / "builtin" / f"docstrings-{digest.hexdigest()[:16]}.json"
+    version = ".".join(map(str, sys.version_info[:3]))
+    return cache_folder() / "builtin" / f"docstrings-{version}-{digest.hexdigest()[:16]}.json"
 
 
 def python_docs() -> list[str]:

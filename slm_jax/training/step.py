@@ -125,7 +125,7 @@ def make_eval_step(loss_fn: LossFn) -> Callable[[Params, Params, Batch], Sums]:
 
 
 def compile_in_background(lowered: Any) -> Future[Any]:
-    """Compile a program while Python goes on: XLA works outside of its lock.
+    """Compile a program while Python goes on: XLA works without Python's lock.
 
     Programs for a GPU are compiled one after another: what is chosen for them depends on how fast it runs.
     """

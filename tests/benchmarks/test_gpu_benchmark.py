@@ -11,16 +11,20 @@ import pytest
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 
-@pytest.fixture(scope="module")
-def step_profile():
+def load(name):
     sys.path.insert(0, str(FOLDER))  # its neighbours are its imports
     try:
-        spec = importlib.util.spec_from_file_location("step_profile", FOLDER / "step_profile.py")
+        spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module
     finally:
         sys.path.remove(str(FOLDER))
+
+
+@pytest.fixture(scope="module")
+def step_profile():
+    return load("step_profile")
 
 
 @pytest.mark.slow
@@ -48,6 +52,42 @@ def test_the_dry_run_measures_every_part(tmp_path):
     assert all(line.endswith(("| yes |", "| no |")) for line in bars)
     # No peer took part, and that is said.
     assert "| training beside nanoGPT compiled, in turns | ≥ 1.15× | not measured |  |" in summary
+
+
+def test_what_was_measured_stays_where_no_time_is_left(tmp_path):
+    gpu = load("gpu")
+    before = tmp_path / "train-nanogpt.json"
+    before.write_text('{"rounds": 7}')
+    session = gpu.Session(tmp_path, gpu.DRY, [], [], tmp_path)
+    assert session.run("train-nanogpt", ["-c", "raise SystemExit"]) == {}
+    assert before.read_text() == '{"rounds": 7}'
+
+
+@pytest.mark.parametrize(
+    ("share", "met"), [(0.01, "1.00% | yes"), (0.02, "2.00% | yes"), (0.03, "3.00% | no"), (None, "not measured | ")]
+)
+def test_a_share_of_two_percent_is_met_at_most(tmp_path, share, met):
+    (tmp_path / "reader.json").write_text(json.dumps({"figures": {"share_of_step": share}}))
+    assert f"| data reader's share of a step | ≤ 2% | {met} |" in load("gpu_results").summary(tmp_path)
+
+
+def test_the_newest_trace_of_a_folder_is_read(step_profile, tmp_path):
+    import jax
+
+    for number in ("1", "0"):
+        jax.profiler.start_trace(str(tmp_path / number))
+        jax.jit(lambda x: x @ x)(jax.numpy.ones((64, 64))).block_until_ready()
+        jax.profiler.stop_trace()
+    newest = step_profile.read_events(tmp_path / "0")
+    assert newest
+    assert step_profile.read_events(tmp_path) == newest
+
+
+def test_an_option_that_a_profile_has_no_use_for_is_refused():
+    command = [sys.executable, FOLDER / "step_profile.py", "--contestants", "nanogpt"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "unrecognized arguments: --contestants" in done.stderr.splitlines()[-1]
 
 
 def test_time_in_which_something_ran(step_profile):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -20,7 +21,7 @@ def scaling():
         import scaling
 
         yield scaling
-        for name in ("scaling", "scaling_page"):
+        for name in ("scaling", "scaling_page", "reader"):
             del sys.modules[name]
 
 
@@ -68,12 +69,45 @@ def test_the_reader(page):
     assert row["tokens_per_second"] == pytest.approx(8 * 1024 / row["batch_seconds"]["median"])
 
 
+def test_a_reader_that_fails_leaves_the_rest_of_the_page(scaling, page, capsys):
+    row = scaling.reader_row(1e-9)  # no room for an id: the file is refused, not mapped
+    assert row == {"gigabytes": 1e-9, "missing": "failed"}
+    assert "the reader of 1e-09 GB: " in capsys.readouterr().err
+    content = json.loads((page / "results" / "scaling.json").read_text())
+    assert "| 1e-09 GB | failed |" in scaling.page({**content, "readers": [row]})
+
+
+def test_memory_that_the_system_does_not_tell_is_not_known(scaling, page):
+    content = json.loads((page / "results" / "scaling.json").read_text())
+    (row,) = content["readers"]
+    assert "| not known |" in scaling.page({**content, "readers": [{**row, "own_bytes": None}]})
+    assert scaling.grown_bytes(None) is None
+
+
+def test_an_accelerator_that_is_not_known_is_not_planned_as_a_cpu(scaling, monkeypatch):
+    assert scaling.plan_device() == "cpu"
+    monkeypatch.setattr(scaling.jax, "default_backend", lambda: "gpu")  # the device's kind stays the CPU's
+    with pytest.raises(scaling.InputError, match="are not known; expected a CPU or one of h200, "):
+        scaling.plan_device()
+
+
+def test_a_mistake_is_one_line(tmp_path):
+    step = json.dumps(["--model.preset", "giant"])
+    done = subprocess.run([sys.executable, FOLDER / "scaling.py", "--step", step], capture_output=True, text=True)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("scaling: ")
+    assert "giant" in line
+
+
 def test_a_token_file_of_ten_gigabytes_takes_32_megabytes_of_disk(scaling, tmp_path):
     path = tmp_path / "tokens.bin"
     scaling.write_ids(path, 10**10)
     assert path.stat().st_size == 10**10
     assert path.stat().st_blocks * 512 < 40e6
-    assert np.fromfile(path, np.uint16, 1000).max() < 50_257
+    ids = np.fromfile(path, np.uint16, 100_000)
+    assert ids.max() == 50_256  # the end of a text
+    assert 100 < np.sum(ids == 50_256) < 300
 
 
 def test_the_ladders_reach_from_a_million_to_gpt2_xl_and_from_256_to_8192_tokens(scaling):

@@ -57,6 +57,7 @@ def test_each_is_timed_to_the_loss(recipe, nanogpt, named_data, tmp_path):
     theirs, empty, warm = json.loads(output.read_text())["results"]
     assert [run["who"] for run in (theirs, empty, warm)] == ["nanoGPT", "slm_jax, empty cache", "slm_jax, warm cache"]
     assert empty["loss"] == warm["loss"] > 1.6
+    assert warm["seconds"] < empty["seconds"]
     assert (empty["step"], empty["seed"]) == (3, 3)
     assert (theirs["step"], theirs["loss"]) == (500, 1.5)
     assert 0 < theirs["seconds"] < 100
