@@ -21,7 +21,7 @@ import numpy as np
 
 from slm_jax.bench.data import per_batch
 from slm_jax.bench.measure import Timing
-from slm_jax.bench.peak import _process_bytes
+from slm_jax.bench.peak import process_bytes
 from slm_jax.data.packing import PackedRows, packed_batches
 from slm_jax.data.token_file import check_ids, map_ids
 from slm_jax.data.windows import train_batches
@@ -45,7 +45,7 @@ def write_ids(path: Path, n_bytes: int) -> None:
 
 def own_bytes() -> int | None:
     """Return the memory that this process has for itself, without pages of files; None: the system does not say."""
-    return _process_bytes("RssAnon")
+    return process_bytes("RssAnon")
 
 
 def grown_bytes(before: int | None) -> int | None:

@@ -1,7 +1,6 @@
 """What limits any program on a device: arithmetic and the memory's bandwidth, from data sheets or measured here."""
 
 import dataclasses
-import re
 import time
 from collections.abc import Callable
 from typing import Literal
@@ -10,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from slm_jax.model import DType, GPTConfig, count_params
-from slm_jax.training.hardware import DEVICES, Device, find_device
+from slm_jax.training.hardware import Device, device_here, find_device
 
 _SECONDS = 1.0  # of each measurement
 _PRODUCTS = 4  # in a row, so that starting them does not count
@@ -41,7 +40,7 @@ class Ceilings:
 
 
 def find_ceilings(dtype: DType, device: str | None, peak: float | Literal["measured"] | None) -> Ceilings:
-    """Return what a device can do in ``dtype``.
+    """Return what a device can do in ``dtype``; of the device here, where no data sheet is, bandwidth as measured.
 
     Args:
         dtype: of the matrix products.
@@ -54,11 +53,15 @@ def find_ceilings(dtype: DType, device: str | None, peak: float | Literal["measu
     known = device_here() if device is None else named_device(device)
     if peak == "measured":
         return Ceilings(measure_flops(dtype), measure_bandwidth(), "measured here")
-    sheet = "not known" if known is None else f"data sheet of {known.name}"
-    bandwidth = None if known is None else known.bandwidth
-    if peak is not None:
-        return Ceilings(peak, bandwidth, f"--peak; bandwidth: {sheet}")
-    return Ceilings(None if known is None else known.peak(dtype), bandwidth, sheet)
+    of_peak = "peak not known" if peak is None else "peak as given"
+    if known is None and device is None:
+        return Ceilings(peak, measure_bandwidth(), f"{of_peak}; bandwidth measured here")
+    if known is None:
+        return Ceilings(peak, None, f"{of_peak}; bandwidth not known")
+    sheet = f"data sheet of {known.name}"
+    if peak is None:
+        return Ceilings(known.peak(dtype), known.bandwidth, sheet)
+    return Ceilings(peak, known.bandwidth, f"{of_peak}; bandwidth from the {sheet}")
 
 
 def named_device(name: str) -> Device | None:
@@ -68,12 +71,6 @@ def named_device(name: str) -> Device | None:
         InputError: an unknown name.
     """
     return None if name.lower() == "cpu" else find_device(name)
-
-
-def device_here() -> Device | None:
-    """Return the accelerator that JAX computes on; None: a CPU, or one that is not known."""
-    kind = jax.devices()[0].device_kind
-    return next((known for known in DEVICES if re.search(rf"{known.kind}(?!\d)", kind)), None)
 
 
 def measure_flops(dtype: DType) -> float:

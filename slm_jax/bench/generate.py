@@ -11,7 +11,7 @@ import numpy as np
 
 from slm_jax.bench.ceilings import Ceilings, forward_flops
 from slm_jax.bench.measure import Clock, Timing
-from slm_jax.bench.result import Result
+from slm_jax.bench.result import Result, bound_rows
 from slm_jax.errors import InputError
 from slm_jax.generate import generate
 from slm_jax.model import GPTConfig, GPTModel, Params, unstack_blocks
@@ -71,7 +71,13 @@ def bench_generate(
             "bandwidth_share": bounds["memory"] / decode.median if "memory" in bounds else None,
         }
         cases.append(case)
-        rows |= _rows(case, prompt_tokens)
+        name = f"batch {batch_size}"
+        rows |= {
+            f"{name}: prompt of {prompt_tokens}": f"{prefill}, {case['prefill_tokens_per_second']:,.0f} tokens/s",
+            f"{name}: each token after": f"{decode}, {case['decode_tokens_per_second']:,.1f} tokens/s",
+            **bound_rows(bounds, ceilings, f"{name}: "),
+            f"{name}: read a token": _bytes_read(case),
+        }
     limit = f"{(ceilings.bandwidth or 0) / 1e9:,.4g} GB/s" if ceilings.bandwidth else "not known"
     return Result(
         what="generate",
@@ -132,14 +138,6 @@ def bytes_per_step(cfg: GPTConfig, params: Params, cached_tokens: float) -> floa
     return weights + 2 * cfg.n_layers * cfg.emb_dim * jnp.dtype(cfg.dtype).itemsize * cached_tokens
 
 
-def _rows(case: dict[str, Any], prompt_tokens: int) -> dict[str, str]:
-    name, share = f"batch {case['batch_size']}", case["bandwidth_share"]
-    prefill, decode = (Timing(case[key]["repeats"]) for key in ("prefill_seconds", "decode_step_seconds"))
-    bounds = [f"{1e3 * bound:.4g} ms by {what}" for what, bound in case["decode_bounds_seconds"].items()]
-    return {
-        f"{name}: prompt of {prompt_tokens}": f"{prefill}, {case['prefill_tokens_per_second']:,.0f} tokens/s",
-        f"{name}: each token after": f"{decode}, {case['decode_tokens_per_second']:,.1f} tokens/s",
-        f"{name}: least a token": " · ".join(bounds) or "not known",
-        f"{name}: read a token": f"{case['bytes_per_step'] / 1e6:,.0f} MB"
-        + ("" if share is None else f", {share:.0%} of the bandwidth"),
-    }
+def _bytes_read(case: dict[str, Any]) -> str:
+    share = case["bandwidth_share"]
+    return f"{case['bytes_per_step'] / 1e6:,.0f} MB" + ("" if share is None else f", {share:.0%} of the bandwidth")

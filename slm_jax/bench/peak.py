@@ -26,12 +26,12 @@ class PeakMemory:
     def __enter__(self) -> "PeakMemory":
         if self._on_cpu:
             _forget_peak()
-            self._before = _process_bytes("VmRSS")
+            self._before = process_bytes("VmRSS")
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._on_cpu:
-            peak = _process_bytes("VmHWM")
+            peak = process_bytes("VmHWM")
             self.n_bytes = None if peak is None or self._before is None else peak - self._before
             return
         peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
@@ -46,7 +46,7 @@ def _forget_peak() -> None:
         return
 
 
-def _process_bytes(field: str) -> int | None:
+def process_bytes(field: str) -> int | None:
     """Return a size from what Linux says of this process: VmRSS, held now, or VmHWM, the most so far."""
     if sys.platform != "linux":
         return None

@@ -123,14 +123,14 @@ def draw_result(result: Result, path: Path) -> None:
         raise unwritable(path, error) from None
 
 
-def bound_rows(bounds: dict[str, float], ceilings: Ceilings) -> dict[str, str]:
-    """Return the rows of the lower bounds of a time, with where the limits come from."""
+def bound_rows(bounds: dict[str, float], ceilings: Ceilings, prefix: str = "") -> dict[str, str]:
+    """Return the rows of the lower bounds of a time, with the limits; each name begins with ``prefix``."""
     what = {"arithmetic": "least, FLOPs over peak", "memory": "least, bytes over bandwidth"}
     limits = {
         "arithmetic": format_flops(ceilings.flops or 0),
         "memory": f"{(ceilings.bandwidth or 0) / 1e9:,.4g} GB/s",
     }
-    return {what[name]: f"{1e3 * bound:.4g} ms (at {limits[name]})" for name, bound in bounds.items()}
+    return {prefix + what[name]: f"{1e3 * bound:.4g} ms (at {limits[name]})" for name, bound in bounds.items()}
 
 
 def format_flops(rate: float) -> str:

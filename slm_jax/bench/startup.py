@@ -8,7 +8,6 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 from slm_jax.bench.child import failed, output_of, start_python
 from slm_jax.bench.measure import Timing
@@ -23,7 +22,9 @@ began = time.perf_counter()
 import jax, flax
 theirs = time.perf_counter()
 import slm_jax
-print(json.dumps([theirs - began, time.perf_counter() - theirs]))
+ours = time.perf_counter()
+slm_jax.GPTModel, slm_jax.load_gpt2
+print(json.dumps([theirs - began, ours - theirs, time.perf_counter() - ours]))
 """
 _POLL = 0.01  # seconds between two looks at a run's log
 _TOO_LONG = 3600.0
@@ -45,14 +46,16 @@ def bench_startup(config: RunConfig, repeats: int) -> Result:
     imports = [json.loads(output_of(["-c", _IMPORTS])) for _ in range(repeats)]
     starts = [_first_steps(config) for _ in range(repeats)]
     timings = {
-        "import_jax_flax": Timing(tuple(theirs for theirs, _ in imports)),
-        "import_slm_jax": Timing(tuple(ours for _, ours in imports)),
+        "import_jax_flax": Timing(tuple(theirs for theirs, _, _ in imports)),
+        "import_slm_jax": Timing(tuple(ours for _, ours, _ in imports)),
+        "first_use_slm_jax": Timing(tuple(use for _, _, use in imports)),
         "first_step_empty_cache": Timing(tuple(cold for cold, _ in starts)),
         "first_step_warm_cache": Timing(tuple(warm for _, warm in starts)),
     }
     names = {
         "import_jax_flax": "import jax, flax",
         "import_slm_jax": "import slm_jax, beyond that",
+        "first_use_slm_jax": "slm_jax.GPTModel and slm_jax.load_gpt2, named for the first time",
         "first_step_empty_cache": "train to the first step, empty cache",
         "first_step_warm_cache": "train to the first step, warm cache",
     }
@@ -78,12 +81,13 @@ def _first_steps(config: RunConfig) -> tuple[float, float]:
 
 def _seconds_to_first_step(config: RunConfig, folder: Path, run: str) -> float:
     """Start a run of its own in a folder, with the compile cache there, and stop it after its first step."""
-    fields: dict[str, Any] = {field.name: getattr(config, field.name) for field in dataclasses.fields(RunConfig)}
     train = dataclasses.replace(config.train, log_every=1)
     checkpoint = dataclasses.replace(config.checkpoint, mirror=None)
-    fields |= {"run": run, "runs_dir": str(folder), "resume": "never", "train": train, "checkpoint": checkpoint}
+    config = dataclasses.replace(
+        config, run=run, runs_dir=str(folder), resume="never", train=train, checkpoint=checkpoint
+    )
     recipe = folder / f"{run}.yaml"
-    recipe.write_text(dump_config(RunConfig(**fields)), encoding="utf-8")
+    recipe.write_text(dump_config(config), encoding="utf-8")
     began = time.perf_counter()
     process = start_python(["-m", "slm_jax", "train", "--config", str(recipe)], _with_own_cache(folder))
     try:

@@ -77,7 +77,7 @@ def bench_train(
         },
         bars={"step, waited for": 1e3 * waiting.median, "step, queued": 1e3 * queued.median},
         limits={f"least by {name}": 1e3 * bound for name, bound in figures["bounds_seconds"].items()},
-        notes=(*(notes or step.notes), f"MFU: {FORMULA}; peak: {ceilings.source}"),
+        notes=(*(notes or step.notes), f"MFU: {FORMULA}; limits: {ceilings.source}"),
     )
 
 

@@ -1,8 +1,9 @@
 """``slm-jax bench``: measure speed and memory on this machine."""
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -48,6 +49,11 @@ class RunOptions(RunConfig, Output):
         Output.__post_init__(self)
         if self.task != "pretraining":
             raise InputError(f"task is {self.task}; expected pretraining: bench measures no other training")
+
+    @property
+    def recipe(self) -> RunConfig:
+        """The run's configuration alone."""
+        return RunConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(RunConfig)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,17 +109,9 @@ class GenerateOptions(Output):
         super().__post_init__()
         check_at_least(vars(self), {"prompt_tokens": 1, "new_tokens": 2, "repeats": 1, "warmup": 1})
         _check_peak(self.peak)
-        _ = self.sizes
+        _parse_sizes(self.batch_sizes)
         if self.run is not None and self.model != ModelSection():
             raise InputError(f"run is {self.run} and there are keys of model, too; expected only one of them")
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """The batch sizes as numbers."""
-        words = self.batch_sizes.split(",")
-        if not all(word.strip().isdecimal() and int(word) for word in words):
-            raise InputError(f"batch_sizes is {self.batch_sizes!r}; expected whole numbers of at least 1, such as 1,8")
-        return tuple(map(int, words))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,36 +192,51 @@ def run(options: Any, measure: "Callable[[Any], Result]") -> int:
 
 
 def _train(options: TrainOptions) -> "Result":
+    import jax
+
     from slm_jax.bench.train import bench_train
     from slm_jax.training.memory import out_of_memory_as_input_error
 
-    keep_freed_memory()  # but no compile cache: what compiling takes is one of the figures
+    keep_freed_memory()
+    jax.config.update("jax_enable_compilation_cache", False)  # what compiling takes is one of the figures
     with out_of_memory_as_input_error():
         return bench_train(
-            options, warmup=options.warmup, repeats=options.repeats, device=options.device, peak=options.peak
+            options.recipe, warmup=options.warmup, repeats=options.repeats, device=options.device, peak=options.peak
         )
 
 
 def _generate(options: GenerateOptions) -> "Result":
-    from slm_jax.bench.ceilings import find_ceilings, measure_bandwidth
+    from slm_jax.bench.ceilings import find_ceilings
     from slm_jax.bench.generate import bench_generate
 
     set_up()
-    cfg, params = _model(options)
-    ceilings = find_ceilings(cfg.dtype, None, options.peak)
-    if options.peak != "measured":
-        source = f"{ceilings.source}; bandwidth measured here"
-        ceilings = dataclasses.replace(ceilings, bandwidth=measure_bandwidth(), source=source)
-    return bench_generate(
-        cfg,
-        params,
-        ceilings,
-        batch_sizes=options.sizes,
-        prompt_tokens=options.prompt_tokens,
-        new_tokens=options.new_tokens,
-        warmup=options.warmup,
-        repeats=options.repeats,
-    )
+    with _generation_that_fits():
+        cfg, params = _model(options)
+        return bench_generate(
+            cfg,
+            params,
+            find_ceilings(cfg.dtype, None, options.peak),
+            batch_sizes=_parse_sizes(options.batch_sizes),
+            prompt_tokens=options.prompt_tokens,
+            new_tokens=options.new_tokens,
+            warmup=options.warmup,
+            repeats=options.repeats,
+        )
+
+
+@contextlib.contextmanager
+def _generation_that_fits() -> Iterator[None]:
+    """Turn an error about memory, the device's or the machine's, into a line that says what to change."""
+    import jax
+
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise InputError(
+            "out of memory; lower --batch_sizes, --prompt_tokens or --new_tokens, or choose a smaller model"
+        ) from None
 
 
 def _model(options: GenerateOptions) -> "tuple[GPTConfig, Params]":
@@ -249,7 +262,7 @@ def _data(options: DataOptions) -> "Result":
     from slm_jax.bench.data import bench_data
 
     return bench_data(
-        options,
+        options.recipe,
         warmup=options.warmup,
         repeats=options.repeats,
         batches=options.batches,
@@ -260,7 +273,7 @@ def _data(options: DataOptions) -> "Result":
 def _startup(options: StartupOptions) -> "Result":
     from slm_jax.bench.startup import bench_startup
 
-    return bench_startup(options, options.repeats)
+    return bench_startup(options.recipe, options.repeats)
 
 
 def _memory(options: MemoryOptions) -> "Result":
@@ -269,7 +282,7 @@ def _memory(options: MemoryOptions) -> "Result":
 
     set_up()  # the process that measures takes the step from there
     with out_of_memory_as_input_error():
-        return bench_memory(options)
+        return bench_memory(options.recipe)
 
 
 KINDS: dict[str, tuple[type, Any]] = {
@@ -279,6 +292,13 @@ KINDS: dict[str, tuple[type, Any]] = {
     "startup": (StartupOptions, _startup),
     "memory": (MemoryOptions, _memory),
 }
+
+
+def _parse_sizes(text: str) -> tuple[int, ...]:
+    words = text.split(",")
+    if not all(word.strip().isdecimal() and int(word) for word in words):
+        raise InputError(f"batch_sizes is {text!r}; expected whole numbers of at least 1, such as 1,8")
+    return tuple(map(int, words))
 
 
 def _check_peak(peak: float | str | None) -> None:

@@ -100,10 +100,16 @@ def best_dtype(device: jax.Device | None = None) -> DType:
     return "bfloat16" if platform == "tpu" or (capability or 0) >= 8 else "float32"
 
 
+def device_here(device: jax.Device | None = None) -> Device | None:
+    """Return which accelerator a device is, by default the first; None: a CPU, or one that is not known."""
+    kind = (device or jax.devices()[0]).device_kind
+    return next((known for known in DEVICES if re.search(rf"{known.kind}(?!\d)", kind)), None)
+
+
 def peak_flops(dtype: DType, device: jax.Device | None = None) -> float | None:
     """Return the peak FLOP/s of one device in a dtype, see :class:`Device`; None where it is not known."""
-    kind = (device or jax.devices()[0]).device_kind
-    return next((known.peak(dtype) for known in DEVICES if re.search(rf"{known.kind}(?!\d)", kind)), None)
+    known = device_here(device)
+    return None if known is None else known.peak(dtype)
 
 
 def flops_per_token(cfg: GPTConfig) -> float:

@@ -66,6 +66,7 @@ def test_each_batch_size_is_measured(params):
     assert math.isclose(second["prefill_tokens_per_second"], 15 / second["prefill_seconds"]["median"])
     assert math.isclose(second["decode_tokens_per_second"], 3 / second["decode_step_seconds"]["median"])
     assert first["decode_bounds_seconds"] == {"memory": bytes_per_step(CFG, params, 8) / 1e9}
+    assert {"batch 1: least, bytes over bandwidth", "batch 3: least, bytes over bandwidth"} <= result.rows.keys()
     assert math.isclose(
         first["bandwidth_share"], first["decode_bounds_seconds"]["memory"] / first["decode_step_seconds"]["median"]
     )

@@ -13,7 +13,7 @@ from slm_jax.bench.peak import PeakMemory
 from slm_jax.bench.result import Result, draw_result, print_result, write_result
 from slm_jax.errors import InputError
 from slm_jax.model import get_gpt_config
-from slm_jax.training.hardware import flops_per_token
+from slm_jax.training.hardware import find_device, flops_per_token
 
 RESULT = Result(
     what="train",
@@ -62,9 +62,20 @@ def test_ceilings_come_from_the_data_sheet_or_as_given():
     assert find_ceilings("float32", "h200", None).flops == 495e12
     given = find_ceilings("bfloat16", "h200", 5e12)
     assert (given.flops, given.bandwidth) == (5e12, 4.8e12)
-    assert find_ceilings("float32", "cpu", None).flops is None
+    assert find_ceilings("float32", "cpu", None) == Ceilings(None, None, "peak not known; bandwidth not known")
     with pytest.raises(InputError, match="did you mean h200"):
         find_ceilings("float32", "h20", None)
+
+
+def test_the_bandwidth_is_measured_where_no_data_sheet_is_known(monkeypatch):
+    monkeypatch.setattr("slm_jax.bench.ceilings._SECONDS", 0.01)
+    monkeypatch.setattr("slm_jax.bench.ceilings.device_here", lambda: None)
+    here = find_ceilings("float32", None, None)
+    assert (here.flops, here.source) == (None, "peak not known; bandwidth measured here")
+    assert here.bandwidth is not None
+    assert 1e8 < here.bandwidth < 1e15
+    monkeypatch.setattr("slm_jax.bench.ceilings.device_here", lambda: find_device("h200"))
+    assert find_ceilings("float32", None, None) == Ceilings(495e12, 4.8e12, "data sheet of h200")
 
 
 def test_measured_ceilings_are_plausible(monkeypatch):

@@ -37,7 +37,7 @@ def test_gpt2_small_on_a_t4():
     ("device", "dtype", "attention"),
     [
         ("h100", "bfloat16", "cudnn"),
-        ("v5e", "bfloat16", "xla"),
+        ("v5e", "bfloat16", "flash"),
         ("v100", "float32", "xla"),
         ("cpu", "float32", "explicit"),
     ],
@@ -51,7 +51,7 @@ def test_dtype_and_attention_are_those_of_the_device(device, dtype, attention):
     ("words", "device", "n_devices"),
     [
         (["--train.batch_size", "64"], "t4", 1),
-        (["--train.batch_size", "64"], "v5e", 4),
+        (["--train.batch_size", "256"], "v5e", 4),
         (["--train.batch_size", "64", "--train.eval_batch_size", "8192"], "h100", 1),
         (["--train.batch_size", "64", "--model.preset", "gpt2-xl"], "a100-40g", 8),
     ],

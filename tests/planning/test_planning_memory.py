@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from recipes import training_step
 
-from slm_jax.config import RunConfig
+from slm_jax.config import OptimizerConfig, RunConfig
 from slm_jax.model import GPTConfig, GPTModel, get_gpt_config, init_params, param_shapes
 from slm_jax.planning.memory import (
     State,
@@ -23,6 +23,7 @@ from slm_jax.planning.memory import (
 from slm_jax.target import Target, compiling_for
 from slm_jax.tasks.pretraining import make_loss_fn
 from slm_jax.training.memory import device_bytes
+from slm_jax.training.optimizer import make_optimizer
 
 CPU, TPU = Target("cpu"), Target("tpu")
 ROWS = 4
@@ -32,7 +33,7 @@ def shape(**changes):
     return GPTConfig(
         **{
             "vocab_size": 512,
-            "context_length": 64,
+            "context_length": 128,
             "emb_dim": 64,
             "n_heads": 2,
             "n_layers": 2,
@@ -73,13 +74,14 @@ def kept_by_jax(cfg, target):
     ("target", "attention", "dtype", "remat", "drop_rate"),
     [
         *itertools.product([CPU], ["explicit"], ["float32"], ["none", "dots", "full"], [0.0]),
-        *itertools.product([TPU], ["xla"], ["bfloat16"], ["none", "dots", "full"], [0.0]),
+        *itertools.product([TPU], ["flash"], ["bfloat16"], ["none", "dots", "full"], [0.0]),
+        (TPU, "xla", "bfloat16", "none", 0.0),
         (CPU, "explicit", "float32", "none", 0.1),
         (TPU, "explicit", "bfloat16", "none", 0.1),
     ],
 )
 def test_the_table_is_what_jax_keeps_for_the_backward_pass(target, attention, dtype, remat, drop_rate):
-    cfg = shape(dtype=dtype, remat=remat, drop_rate=drop_rate)
+    cfg = shape(dtype=dtype, remat=remat, drop_rate=drop_rate, attention=attention)
     planned = work(cfg, target, attention)
     a_block = saved_bytes(planned) * ROWS * cfg.context_length + copied_weights(planned)
     assert a_block * cfg.n_layers == pytest.approx(kept_by_jax(cfg, target), rel=0.01)
@@ -105,8 +107,9 @@ def test_the_total_is_within_ten_percent_of_what_xla_says(changes):
 
 def test_flash_attention_keeps_no_weights():
     """So what is kept grows with the tokens, not with their square."""
-    kept = [saved_bytes(work(shape(context_length=length), TPU, "cudnn")) for length in (64, 128)]
-    assert kept[0] == kept[1]
+    for kernel in ("cudnn", "flash"):
+        kept = [saved_bytes(work(shape(context_length=length), TPU, kernel)) for length in (64, 128)]
+        assert kept[0] == kept[1]
 
 
 def test_remat_saves_nothing_where_a_cpu_unrolls():
@@ -126,6 +129,16 @@ def test_the_state_by_hand():
     trainable = {"a": jax.ShapeDtypeStruct((64, 64), jnp.float32), "b": jax.ShapeDtypeStruct((10,), jnp.float32)}
     frozen = {"c": jax.ShapeDtypeStruct((64, 128), jnp.float32)}
     assert state_bytes(trainable, frozen) == State(4 * (4106 + 8192), 2 * 4 * 4106, 4 * 4106)
+
+
+def test_the_optimizers_state_is_as_large_as_optax_makes_it():
+    """But for its counts of steps, and Muon's three coefficients."""
+    params = param_shapes(shape())
+    for kind in ("adamw", "muon"):
+        made = jax.eval_shape(make_optimizer(OptimizerConfig(kind=kind)).init, params)
+        planned = state_bytes(params, {}, muon=kind == "muon").optimizer
+        n_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(made))
+        assert planned == pytest.approx(n_bytes, rel=1e-4)
 
 
 def test_sharded_state_is_a_share_and_small_leaves_are_whole():
