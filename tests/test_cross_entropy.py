@@ -145,7 +145,7 @@ def test_accelerators_multiply_padded_pieces_in_16_bits(platform, capability):
         (f"({logits.format('bf16')}, {matrix.format('bf16')})", hidden.format("bf16")),
         (f"({hidden.format('bf16')}, {logits.format('bf16')})", matrix.format("f32")),
     }
-    assert "8x1024x50" not in text and "8192x50" not in text  # whole logits
+    assert not re.search("8x1024x50|8192x50", text)  # whole logits
 
 
 # Devices

@@ -6,10 +6,11 @@ number in ``dtype``):
 ====================  ======================  ===========================================================
 what                  bytes                   which arrays
 ====================  ======================  ===========================================================
-two layer norms       24 D + 16               float32: x - mean, normalised, scaled; mean and deviation
+two layer norms       8 D + 8                 float32: normalised; 1 / deviation
 inputs of products    6 D c                   of qkv and fc (the norms' outputs), q, k, v, of out_proj
-GELU                  24 D c                  six arrays, four times as wide
-attention             H T (4 + c) + 8 H       exponentials in float32, weights; cuDNN: 4 H only
+GELU                  8 D c                   its output and slope, four times as wide
+attention             H T (4 + c) + 8 H       exponentials in float32, weights; their maxima and sums
+ flash, cuDNN         D c + 4 H               instead: its output, head by head; the logarithms of the sums
 dropout               2 D + H T               masks
 remat dots, full      9 D c, D c              instead of all above: products and input; the input only
 ====================  ======================  ===========================================================
@@ -27,13 +28,14 @@ import jax.numpy as jnp
 from slm_jax.cross_entropy import n_pieces
 from slm_jax.model import GPTConfig, Params, Remat, is_unrolled
 from slm_jax.target import Target
+from slm_jax.training.optimizer import muon_or_adam
 from slm_jax.training.sharding import split_axis
 
 # Measured of XLA's CPU compiler, in sizes of the gradients: Adam's moments are copied before they are updated. In a
 # program without loops it does so early, while activations are alive.
-_CPU_COPIES, _CPU_COPIES_EARLY = 1.8, 1.5
-# Unrolled, it computes cheap elementwise results again.
-_UNROLLED_WIDTHS = 28  # of the 36 D numbers above
+_CPU_COPIES, _CPU_COPIES_EARLY = 1.8, 1.0
+# There it also keeps more than JAX asks for: products beside what is made of them, and scores.
+_UNROLLED_WIDTHS, _UNROLLED_WEIGHTS = 23, 3  # float32 arrays of a token's D, and of its H T
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +79,7 @@ class State:
 
     Attributes:
         parameters: trained and frozen.
-        optimizer: Adam's two moments of what is trained.
+        optimizer: the moments of what is trained, Adam's two or Muon's one.
         gradients: of what is trained.
         gathered: what a device has of the others' shares while it computes (``mesh.fsdp``).
     """
@@ -116,12 +118,13 @@ class Memory:
 def step_memory(work: Work, state: State) -> Memory:
     """Return what a training step takes of one device."""
     tokens = work.rows * work.seq
-    saved = saved_bytes(work) * tokens
-    activations = (saved + copied_weights(work)) * work.trained_blocks
-    logits = _logits_bytes(work, 4 + _itemsize(work)) + tokens * work.cfg.emb_dim * (12 + _itemsize(work))
-    everything = saved_bytes(dataclasses.replace(work, cfg=dataclasses.replace(work.cfg, remat="none"))) * tokens
-    block = everything - saved if work.remat != "none" else 0.0
-    block += tokens * (_attention_bytes(work) / 2 + 4 * work.cfg.emb_dim * _itemsize(work))
+    everything = saved_bytes(dataclasses.replace(work, cfg=dataclasses.replace(work.cfg, remat="none")))
+    everything += _padding_bytes(work)
+    saved = everything if work.remat == "none" else saved_bytes(work)
+    activations = (saved * tokens + copied_weights(work)) * work.trained_blocks
+    logits = _logits_bytes(work, 4) + tokens * work.cfg.emb_dim * (4 + 2 * _itemsize(work))
+    backward = _attention_bytes(work) + _padding_bytes(work) + 8 * work.cfg.emb_dim * _itemsize(work)
+    block = tokens * (everything - saved + backward)
     gradients = state.gradients * (1 if work.accumulate == 1 else 2)
     batch = 3 * 4 * tokens * work.accumulate
     alive = activations + max(logits, block)
@@ -158,10 +161,10 @@ def saved_bytes(work: Work) -> float:
     if work.remat == "dots":
         return 9 * width * itemsize
     if work.unrolled and work.target.platform == "cpu":
-        return _UNROLLED_WIDTHS * width * 4 + _attention_bytes(work)
-    norms = 2 * (3 * width + 2) * 4
+        return 4 * (_UNROLLED_WIDTHS * width + _UNROLLED_WEIGHTS * work.cfg.n_heads * work.seq)
+    norms = 2 * (width + 1) * 4
     masks = 2 * width if work.cfg.drop_rate else 0
-    return norms + 30 * width * itemsize + _attention_bytes(work) + masks
+    return norms + 14 * width * itemsize + _attention_bytes(work) + masks
 
 
 def copied_weights(work: Work) -> float:
@@ -174,30 +177,43 @@ def copied_weights(work: Work) -> float:
 def _attention_bytes(work: Work) -> float:
     heads = work.cfg.n_heads
     if work.attention in ("cudnn", "flash"):
-        return 4 * heads
+        return work.cfg.emb_dim * _itemsize(work) + 4 * heads
     mask = 1 if work.cfg.drop_rate else 0
     return heads * (work.seq * (4 + _itemsize(work) + mask) + 8)
+
+
+def _padding_bytes(work: Work) -> float:
+    """Return what a TPU adds to a token's q, k, v and output for flash attention: 128 numbers a head."""
+    if work.attention != "flash":
+        return 0.0
+    return 4 * work.cfg.n_heads * (-(work.cfg.emb_dim // work.cfg.n_heads) % 128) * _itemsize(work)
 
 
 def _itemsize(work: Work) -> int:
     return jnp.dtype(work.cfg.dtype).itemsize
 
 
-def state_bytes(trainable: Params, frozen: Params, n_shards: int = 1) -> State:
+def state_bytes(trainable: Params, frozen: Params, n_shards: int = 1, muon: bool = False) -> State:
     """Return the bytes of a training state on one of ``n_shards`` devices that split it (``mesh.fsdp``).
 
     Args:
         trainable, frozen: trees of arrays or shapes.
         n_shards: devices that share parameters and optimizer state.
+        muon: whether the blocks' matrices are Muon's (``optimizer.kind``).
     """
     trained = _tree_bytes(trainable, n_shards)
+    moments = 2 * trained
+    if muon:
+        labels = jax.tree.leaves(muon_or_adam(trainable))
+        of_muon = [leaf for leaf, label in zip(jax.tree.leaves(trainable), labels, strict=True) if label == "muon"]
+        moments -= _tree_bytes(of_muon, n_shards)
     parameters = trained + _tree_bytes(frozen, n_shards)
     gathered = 0.0
     if n_shards > 1:  # one block at a time, and the embeddings
         for name, tree in {**frozen, **trainable}.items():
             layers = jax.tree.leaves(tree)[0].shape[0] if name.startswith("blocks") else 1
             gathered = max(gathered, _tree_bytes(tree, 1) / layers)
-    return State(parameters, 2 * trained, trained, gathered)
+    return State(parameters, moments, trained, gathered)
 
 
 def _tree_bytes(tree: Any, n_shards: int) -> float:

@@ -11,7 +11,7 @@ from slm_jax.attention import choose_implementation
 from slm_jax.config import RunConfig
 from slm_jax.errors import InputError
 from slm_jax.model import DType, Remat
-from slm_jax.planning.memory import Memory, Work, evaluation_memory, state_bytes, step_memory
+from slm_jax.planning.memory import Memory, State, Work, evaluation_memory, state_bytes, step_memory
 from slm_jax.planning.shapes import Shapes, find_shapes
 from slm_jax.target import Target, compiling_for
 from slm_jax.tasks.base import run_dtype
@@ -50,6 +50,7 @@ class Plan:
         n_devices: how many share each batch.
         dtype: what is computed in there.
         attention: the implementation there.
+        optimizer: adamw or muon.
         n_params: parameters, a tied head once.
         n_trained: those that are trained.
         vocab_size, seq: token ids; tokens of a row.
@@ -74,6 +75,7 @@ class Plan:
     n_devices: int
     dtype: DType
     attention: str
+    optimizer: str
     n_params: int
     n_trained: int
     vocab_size: int
@@ -140,6 +142,7 @@ def make_plan(
         n_devices=n_devices,
         dtype=dtype,
         attention=work.attention,
+        optimizer=config.optimizer.kind,
         n_params=n_params,
         n_trained=n_trained,
         vocab_size=shapes.cfg.vocab_size,
@@ -188,15 +191,18 @@ def _work(config: RunConfig, shapes: Shapes, target: Target, n_devices: int) -> 
     return Work(cfg, target, attention, rows, shapes.seq, shapes.n_outputs, trained_blocks, accumulate)
 
 
+def _state(config: RunConfig, shapes: Shapes) -> State:
+    return state_bytes(shapes.trainable, shapes.frozen, config.mesh.fsdp, muon=config.optimizer.kind == "muon")
+
+
 def _memory(config: RunConfig, shapes: Shapes, target: Target, n_devices: int) -> Memory:
-    state = state_bytes(shapes.trainable, shapes.frozen, config.mesh.fsdp)
-    return step_memory(_work(config, shapes, target, n_devices), state)
+    return step_memory(_work(config, shapes, target, n_devices), _state(config, shapes))
 
 
 def _evaluation_bytes(config: RunConfig, shapes: Shapes, target: Target, n_devices: int) -> float:
     rows = -(-(config.train.eval_batch_size or config.train.batch_size) // n_devices)
     work = dataclasses.replace(_work(config, shapes, target, n_devices), rows=rows)
-    return evaluation_memory(work, state_bytes(shapes.trainable, shapes.frozen, config.mesh.fsdp))
+    return evaluation_memory(work, _state(config, shapes))
 
 
 def _fit(shapes: Shapes, config: RunConfig, target: Target, limit: float | None, n_devices: int) -> Fit:
@@ -224,7 +230,7 @@ def _least_accumulate(config: RunConfig, shapes: Shapes, target: Target, limit: 
 
 def _largest_rows(config: RunConfig, shapes: Shapes, target: Target, limit: float, n_devices: int) -> int:
     """Return the most rows at a time that fit on one device, by bisection."""
-    state = state_bytes(shapes.trainable, shapes.frozen, config.mesh.fsdp)
+    state = _state(config, shapes)
     work = _work(config, shapes, target, n_devices)
 
     def fits(rows: int) -> bool:

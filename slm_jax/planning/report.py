@@ -8,7 +8,7 @@ from slm_jax.training.progress import format_bytes, format_duration
 
 _PARTS = {
     "parameters": "parameters",
-    "optimizer": "optimizer state (Adam's two moments)",
+    "optimizer": "optimizer state ({moments})",
     "gradients": "gradients",
     "batch": "batch",
     "activations": "kept for the backward pass",
@@ -16,6 +16,7 @@ _PARTS = {
     "block": "one block's backward pass (1)",
     "workspace": "workspace of the compiler (2)",
 }
+_MOMENTS = {"adamw": "Adam's two moments", "muon": "Muon's one moment, Adam's two elsewhere"}
 
 
 def print_plan(plan: Plan, console: Console) -> None:
@@ -24,7 +25,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(_memory_table(plan))
     lines = [
         "(1) Not at the same time: the larger counts.",
-        "(2) On a CPU copies of Adam's moments, mostly after the backward pass; with mesh.fsdp gathered parameters.",
+        "(2) On a CPU copies of moments, mostly after the backward pass; with mesh.fsdp gathered parameters.",
         "The total is an estimate: within 10 % of XLA's own on CPU and TPU, there up to 20 % more with remat dots "
         "(benchmarks/BENCHMARKS.md); GPUs untried.",
         "",
@@ -72,6 +73,7 @@ def _memory_table(plan: Plan) -> Table:
         table.add_column(f"{remat} (configured)" if remat == plan.remat else remat, justify="right")
     fits = plan.by_remat.values()
     for part, label in _PARTS.items():
+        label = label.format(moments=_MOMENTS[plan.optimizer])
         table.add_row(label, *(_size(getattr(fit.memory, part)) for fit in fits))
     table.add_section()
     table.add_row("total", *(format_bytes(fit.memory.total) for fit in fits))
