@@ -66,7 +66,7 @@ def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return getattr(importlib.import_module(f"slm_jax.{_MODULES[name]}"), name)
     try:
-        if not name.startswith("_"):
+        if name.isidentifier() and not name.startswith("_"):
             return importlib.import_module(f"slm_jax.{name}")
     except ModuleNotFoundError as error:
         if error.name != f"slm_jax.{name}":
@@ -75,7 +75,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+    return sorted({*globals(), *__all__})
 
 
 class _Package(ModuleType):

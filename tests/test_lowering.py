@@ -129,7 +129,7 @@ def test_every_program_of_a_recipe_lowers_for_accelerators(built, machine):
 
 
 class Program(NamedTuple):
-    """A lowered program: its text, the dtypes (left, right, result) of its products, and if it calls flash attention."""
+    """A lowered program: its text, the dtypes (left, right, result) of its products, if it calls flash attention."""
 
     text: str
     products: set[tuple[str, ...]]

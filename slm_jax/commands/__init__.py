@@ -41,11 +41,13 @@ def use_compile_cache() -> None:
 
 
 def _remove_unfinished(cache: Path) -> None:
-    """Remove programs that were being written when their process was killed: with one there, JAX keeps no others."""
+    """Remove programs whose process or machine died while they were written: JAX keeps no others beside one."""
     for program in cache.glob("*-cache"):
         time_of_use = program.with_name(f"{program.name.removesuffix('-cache')}-atime")  # is written last
         with contextlib.suppress(FileNotFoundError):  # another process has just removed it
-            if not time_of_use.exists() and time.time() - program.stat().st_mtime > 60:
+            status = program.stat()
+            finished = time_of_use.exists() and status.st_size
+            if not finished and time.time() - status.st_mtime > 60:
                 program.unlink()
 
 

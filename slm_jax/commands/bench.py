@@ -311,6 +311,10 @@ def _file(key: str, name: str | None) -> Path | None:
     if name is None:
         return None
     path = user_path(name)
-    if not name or path.is_dir() or not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
+    if (
+        not name
+        or (path.exists() and not path.is_file())
+        or not (path.parent.is_dir() and os.access(path.parent, os.W_OK))
+    ):
         raise InputError(f"{key} is {name!r}; expected a file in a folder that is there and can be written")
     return path

@@ -77,8 +77,7 @@ def _vocab_size(config: RunConfig) -> tuple[int | None, tuple[str, ...]]:
     tokenizer, (kind, _, path) = config.tokenizer, config.data.source.partition(":")
     if tokenizer.path is not None:
         return get_tokenizer(tokenizer.path).vocab_size, ()
-    description = json_path(user_path(path))
-    if kind == "tokens" and description.is_file():
+    if kind == "tokens" and path and (description := json_path(user_path(path))).is_file():
         return read_description(description)["vocab_size"], ()
     if tokenizer.kind == "gpt2":
         return GPT2_IDS, ()

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -22,13 +23,21 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """Notes the first SIGINT or SIGTERM while it is entered; :meth:`check` raises it where stopping is safe."""
+    """Notes the first SIGINT or SIGTERM while it is entered; :meth:`check` raises it where stopping is safe.
+
+    A thread watches for them, too: Python calls a handler only between steps, and a step may take long.
+    """
 
     def __init__(self) -> None:
         self.signum: int | None = None
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
+        read_end, self._write_end = os.pipe()
+        os.set_blocking(self._write_end, False)
+        self._previous_fd = signal.set_wakeup_fd(self._write_end)  # each signal writes its number
+        self._watcher = threading.Thread(target=self._watch, args=(read_end,), daemon=True)
+        self._watcher.start()
         for signum in (signal.SIGINT, signal.SIGTERM):
             self._previous[signum] = signal.signal(signum, self._note)
         return self
@@ -38,13 +47,26 @@ class StopRequest:
     ) -> None:
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
+        signal.set_wakeup_fd(self._previous_fd)
+        os.close(self._write_end)
+        self._watcher.join()
 
-    def _note(self, signum: int, _frame: FrameType | None) -> None:
-        self.signum = signum
-        if signum == signal.SIGINT:
-            print("\nstopping as soon as all is saved; Ctrl-C again ends at once", file=sys.stderr, flush=True)
-        signal.signal(signal.SIGINT, _end_now)
-        signal.signal(signal.SIGTERM, _end_now)
+    def _note(self, signum: int, _frame: FrameType | None = None) -> None:
+        self.signum = self.signum or signum
+
+    def _watch(self, read_end: int) -> None:
+        """Note the first signal, and end the process at the second."""
+        came = 0
+        with os.fdopen(read_end, "rb", buffering=0) as signals:
+            while number := signals.read(1):  # nothing once the other end is closed
+                if number[0] not in self._previous:
+                    continue
+                came += 1
+                if came > 1:
+                    _end_now(number[0])
+                self._note(number[0])
+                if number[0] == signal.SIGINT:
+                    print("\nstopping as soon as all is saved; Ctrl-C again ends at once", file=sys.stderr, flush=True)
 
     def check(self) -> None:
         """Raise :class:`Interrupted` if a signal has come; several processes only stop together (:meth:`agreed`)."""
@@ -63,7 +85,7 @@ class StopRequest:
         return bool(votes.any())
 
 
-def _end_now(signum: int, _frame: FrameType | None) -> None:
+def _end_now(signum: int) -> None:
     """End without unwinding: an exception raised inside the compiler can crash; checkpoints are renamed when whole."""
     if sys.stderr.isatty():
         sys.stderr.write("\x1b[?25h")  # show the cursor that the live line hides

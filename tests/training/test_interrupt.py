@@ -77,6 +77,35 @@ def test_the_second_signal_ends_the_process(first, second):
         process.stdout.close()
 
 
+COMPUTING = """
+import jax, jax.numpy as jnp
+from slm_jax.host_memory import keep_freed_memory
+from slm_jax.training.interrupt import StopRequest
+keep_freed_memory()
+program = jax.jit(lambda x: jax.lax.fori_loop(0, 10**9, lambda _, x: jnp.sin(x), x)).lower(jnp.ones(8)).compile()
+with StopRequest() as stop:
+    print("ready", flush=True)
+    program(jnp.ones(8))  # minutes, in which Python calls no handler
+"""
+
+
+def test_the_second_signal_ends_the_process_within_a_step():
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", COMPUTING], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.readline() == "\n"
+        assert process.stderr.readline().startswith("stopping as soon as")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == 128 + signal.SIGINT
+    finally:
+        process.kill()
+        process.communicate()
+
+
 def test_several_processes_stop_together(monkeypatch):
     """They vote at every tenth step, so that all of them save the same one."""
     import numpy as np
