@@ -39,7 +39,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gpu_results import best, figures_of, read, write_summary
+from gpu_results import best, figures_of, has_figures, read, write_summary
+from peers import check_places
 
 from slm_jax.tokenizer import CharTokenizer
 
@@ -129,6 +130,7 @@ class Session:
         self.folder, self.plan, self.peers = folder, plan, peers
         self._peer_options, self.cache = peer_options, cache
         self.deadline = 0.0
+        self.results: list[dict[str, Any]] = []  # of the part that runs
 
     def compare(self, name: str, *options: object, **environment: str) -> dict[str, Any]:
         """Run peers.py; return its figures, empty where it has none."""
@@ -136,7 +138,12 @@ class Session:
         return self.run(name, command, **environment)
 
     def run(self, name: str, command: list[Any], **environment: str) -> dict[str, Any]:
-        """Run Python with a command, to whose end the file for its JSON is added; return that."""
+        """Run Python with a command, to whose end the file for its JSON is added; return that, and keep it."""
+        result = self._run(name, command, environment)
+        self.results.append(result)
+        return result
+
+    def _run(self, name: str, command: list[Any], environment: dict[str, str]) -> dict[str, Any]:
         left = self.deadline - time.monotonic()
         if left <= 0:
             print(f"{name}: left out, the part's time is used", flush=True)
@@ -305,7 +312,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--peers", help="of nanogpt, transformers, book, nanodo, or none; default: transformers, and "
                         "those whose folder is given")  # fmt: skip
     for name in ("nanogpt", "book", "nanodo"):
-        parser.add_argument(f"--{name}", metavar="FOLDER", help="see peers.py")
+        parser.add_argument(f"--{name}", type=Path, metavar="FOLDER", help="see peers.py")
     parser.add_argument("--interpreter", action="append", default=[], metavar="NAME=PYTHON", help="see peers.py")
     parser.add_argument("--folder", type=Path, help="of the results; default: results/DEVICE-DATE beside this file")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU")
@@ -317,27 +324,38 @@ def read_options() -> argparse.Namespace:
         for name in chosen:
             if name not in known:
                 parser.error(f"--{kind}: there is no {name!r}; expected some of {', '.join(known)}")
+    check_places(parser, options)
     return options
 
 
 def main() -> int:
-    """Measure the parts that are asked for."""
+    """Measure the parts that are asked for; 1 if one of them gave no figures."""
     options = read_options()
     device = re.sub(r"\W+", "-", find_device(options.dry_run)).lower()
     folder = options.folder or HERE / "results" / f"{device}-{datetime.date.today()}"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"gpu: --folder {folder} cannot be made ({error.strerror}); name another", file=sys.stderr)
+        return 2
     places = [f"--{name}={value}" for name in ("nanogpt", "book", "nanodo") if (value := getattr(options, name))]
-    places += [f"--interpreter={pair}" for pair in options.interpreter]
+    places += [f"--interpreter={pair}" for pair in map("=".join, options.interpreter.items())]
+    failed = []
     with tempfile.TemporaryDirectory() as cache:
         session = Session(folder, DRY if options.dry_run else FULL, options.peers, places, Path(cache))
         for part in options.parts:
             print(f"== {part}", flush=True)
-            session.deadline = time.monotonic() + PART_SECONDS
+            session.deadline, session.results = time.monotonic() + PART_SECONDS, []
             PARTS[part](session)
+            # A part that is of peers only has nothing to do without them, which is no failure.
+            if session.results and not any(map(has_figures, session.results)):
+                failed.append(part)
             file = write_summary(folder)
     print(file.read_text())
     print(f"in {folder}")
-    return 0
+    if failed:
+        print(f"gpu: no figures of {', '.join(failed)}; the reasons are in {folder}/*.log", file=sys.stderr)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

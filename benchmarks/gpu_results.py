@@ -24,6 +24,11 @@ def figures_of(result: Figures, contestant: str) -> Figures:
     return result.get("contestants", {}).get(contestant, {})
 
 
+def has_figures(result: Figures) -> bool:
+    """Return whether a measurement has any; a comparison has none where all contestants were skipped."""
+    return bool(result.get("contestants", result))
+
+
 def best(folder: Path, prefix: str, contestant: str) -> tuple[Figures, Figures]:
     """Return work and figures of the fastest measurement whose name begins so; both empty where there is none."""
     results = [read(folder, file.stem) for file in sorted(folder.glob(f"{prefix}-*.json"))]

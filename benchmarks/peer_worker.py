@@ -79,6 +79,7 @@ def slm_jax(work: Work) -> Rounds:
     keep_freed_memory()  # as every command does
     import jax
 
+    _require_jax_device(work)
     if work.kind == "generate":
         return _slm_jax_generation(work)
     from slm_jax.bench.step import compile_step
@@ -149,6 +150,7 @@ def nanodo(work: Work) -> Rounds:
     import optax
     from nanodo.model import DoConfig, TransformerDo
 
+    _require_jax_device(work)
     dtype = getattr(jnp, work.dtype)
     model = TransformerDo(DoConfig(work.width, work.heads, work.context, work.layers, work.vocab, 4 * work.width,
                                    dtype=dtype, fsdp_enabled=False))  # fmt: skip
@@ -299,6 +301,16 @@ def _torch_device(work: Work) -> str:
     if work.device == "gpu" and not torch.cuda.is_available():
         raise SkippedError("this PyTorch sees no GPU; install one with CUDA")
     return "cuda" if work.device == "gpu" else "cpu"
+
+
+def _require_jax_device(work: Work) -> None:
+    import jax
+
+    try:
+        jax.devices(work.device)
+    except (AssertionError, RuntimeError):  # the former where JAX has no plugin for GPUs at all
+        remedy = "; pip install 'jax[cuda12]'" if work.device == "gpu" else ""
+        raise SkippedError(f"JAX finds no {work.device.upper()} here{remedy}") from None
 
 
 def _import_from(work: Work, module: str, remedy: str) -> None:

@@ -38,6 +38,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gpt2-small-cpu": {"layers": 12, "heads": 12, "width": 768, "vocab": 50_257, "context": 256, "batch": 2},
     "nanogpt-cpu": {"layers": 4, "heads": 4, "width": 128, "vocab": 65, "context": 64, "batch": 12},
 }
+PICTURES = (".png", ".svg", ".pdf")
 REPOSITORY = Path(__file__).parent.parent
 
 
@@ -203,7 +204,7 @@ def report(result: dict[str, Any]) -> None:
             low, high = figures["ratio_range"]
             line += f"  ours is {figures['ratio']:.2f} times as fast ({low:.2f} to {high:.2f})"
         print(line)
-        if figures["idle_cpu_share"] > 0.02:
+        if figures["idle_cpu_share"] > 0.02 and len(result["contestants"]) > 1:
             share = figures["idle_cpu_share"]
             print(f"{name:13} took {share:.0%} of a CPU while it was not its turn: the others were slowed down")
 
@@ -279,7 +280,7 @@ def check_work(parser: argparse.ArgumentParser, options: argparse.Namespace) -> 
         parser.error(f"--width is {options.width}, which --heads {options.heads} does not divide")
     if options.work == "generate" and options.prompt + options.new > options.context:
         parser.error(f"--prompt {options.prompt} and --new {options.new} are more than --context {options.context}")
-    check_folder(parser, options, "output")
+    check_file(parser, options, "output")
 
 
 def check_comparison(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
@@ -290,6 +291,17 @@ def check_comparison(parser: argparse.ArgumentParser, options: argparse.Namespac
     for name in options.contestants:
         if name not in CONTESTANTS:
             parser.error(f"--contestants: there is no {name!r}; expected some of {names}")
+        if options.contestants.count(name) > 1:
+            parser.error(f"--contestants: {name} is given twice; expected each once")
+    check_places(parser, options)
+    check_file(parser, options, "picture")
+    if options.picture is not None and options.picture.suffix not in PICTURES:
+        parser.error(f"--picture: {options.picture} has no known format; expected one of {', '.join(PICTURES)}")
+
+
+def check_places(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """End the program where the contestants' folders or interpreters are mistaken; make a dict of the latter."""
+    names = ", ".join(CONTESTANTS)
     pairs = [pair.partition("=") for pair in options.interpreter]
     for name, _, python in pairs:
         if name not in CONTESTANTS or not python:
@@ -299,7 +311,6 @@ def check_comparison(parser: argparse.ArgumentParser, options: argparse.Namespac
         folder = getattr(options, name)
         if folder is not None and not folder.is_dir():
             parser.error(f"--{name}: {folder} is not a folder")
-    check_folder(parser, options, "picture")
 
 
 def check_positive(parser: argparse.ArgumentParser, options: argparse.Namespace, names: tuple[str, ...]) -> None:
@@ -310,9 +321,11 @@ def check_positive(parser: argparse.ArgumentParser, options: argparse.Namespace,
             parser.error(f"--{name} is {value}; expected at least 1")
 
 
-def check_folder(parser: argparse.ArgumentParser, options: argparse.Namespace, name: str) -> None:
-    """End the program where a file is to be written into a folder that is not there."""
+def check_file(parser: argparse.ArgumentParser, options: argparse.Namespace, name: str) -> None:
+    """End the program where what is to be written is a folder, or is in one that is not there."""
     file = getattr(options, name)
+    if file is not None and file.is_dir():
+        parser.error(f"--{name}: {file} is a folder; expected a file")
     if file is not None and not file.parent.is_dir():
         parser.error(f"--{name}: {file.parent} is not a folder; make it first")
 

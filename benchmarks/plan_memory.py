@@ -5,8 +5,8 @@
     python benchmarks/plan_memory.py --case gpt2-small,4,context_length=256,remat=full
 
 A case is PRESET,ROWS and then fields of the model, and accumulate. The step is the training loop's, with donated state;
-nothing is run. For a TPU each case takes one to three minutes to compile, and must fit: what its compiler counts before it
-gives up is more than it would have made of it. The last column is plan less XLA, as a share of XLA.
+nothing is run. For a TPU each case takes one to three minutes to compile, and must fit: what its compiler counts before
+it gives up is more than it would have made of it. The last column is plan less XLA, as a share of XLA.
 """
 
 import argparse

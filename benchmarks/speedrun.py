@@ -135,10 +135,24 @@ def run_nanogpt(source: Path, interpreter: str, seed: int, folder: Path, target:
     return Result("nanoGPT", seed, seconds, step, loss)
 
 
+def check(args: argparse.Namespace) -> None:
+    """Refuse what would fail after minutes, and find the interpreter, which runs in another folder."""
+    if len(set(args.seeds)) < len(args.seeds):
+        raise InputError(f"--seeds {' '.join(map(str, args.seeds))}: one is given twice; expected each once")
+    if args.output and (args.output.is_dir() or not args.output.parent.is_dir()):
+        raise MissingInputError(f"--output {args.output}: expected a file in a folder that is there; make it first")
+    if not args.nanogpt:
+        return
+    if not (args.nanogpt / "train.py").is_file():
+        raise MissingInputError(f"{args.nanogpt}: has no train.py; expected a checkout of nanoGPT after --nanogpt")
+    python = shutil.which(args.interpreter)
+    if python is None:
+        raise MissingInputError(f"--interpreter {args.interpreter}: cannot be run; expected a Python that has torch")
+    args.interpreter = str(Path(python).absolute())  # a link that is followed would leave its virtual environment
+
+
 def measure(args: argparse.Namespace, folder: Path) -> list[Result]:
     """Run everything, in turns, and print each result as it comes."""
-    if args.nanogpt and not (args.nanogpt / "train.py").is_file():
-        raise MissingInputError(f"{args.nanogpt}: has no train.py; expected a checkout of nanoGPT after --nanogpt")
     results: list[Result] = []
     for seed in args.seeds:
         here = folder / str(seed)
@@ -188,6 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="a JSON file for all results (default: none)")
     args = parser.parse_args(argv)
     try:
+        check(args)
         with tempfile.TemporaryDirectory() as folder:
             results = measure(args, Path(folder))
     except InputError as error:

@@ -31,11 +31,12 @@ from slm_jax.target import Target
 from slm_jax.training.optimizer import muon_or_adam
 from slm_jax.training.sharding import split_axis
 
-# Measured of XLA's CPU compiler, in sizes of the gradients: Adam's moments are copied before they are updated. In a
-# program without loops it does so early, while activations are alive.
-_CPU_COPIES, _CPU_COPIES_EARLY = 1.8, 1.0
-# There it also keeps more than JAX asks for: products beside what is made of them, and scores.
-_UNROLLED_WIDTHS, _UNROLLED_WEIGHTS = 23, 3  # float32 arrays of a token's D, and of its H T
+# Measured of XLA's CPU compiler, in sizes of the gradients: Adam's moments are copied before they are updated.
+_CPU_COPIES = 1.8
+# In a program without loops it does some of that while activations are alive (none at 2 layers, 0.8 at 12), and it
+# keeps more than JAX asks for: products beside what is made of them, and scores.
+_UNROLLED_COPIES = 0.5
+_UNROLLED_WIDTHS, _UNROLLED_WEIGHTS = 24, 3  # float32 arrays of a token's D, and of its H T
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +99,8 @@ class Memory:
         parameters, optimizer, gradients: see :class:`State`; accumulating takes the gradients twice.
         batch: inputs, targets and weights of all micro-batches.
         activations: kept for the backward pass.
-        logits: a piece's logits and their gradient, the final norm: before the backward pass through the blocks.
+        logits: a piece's logits, the head's kernel as it is multiplied, the final norm: before the backward pass
+            through the blocks.
         block: one block's activations computed again, and the gradients in it: after that.
         workspace: what the compiler is known to copy, and gathered parameters.
         total: the most at a time.
@@ -122,18 +124,19 @@ def step_memory(work: Work, state: State) -> Memory:
     everything += _padding_bytes(work)
     saved = everything if work.remat == "none" else saved_bytes(work)
     activations = (saved * tokens + copied_weights(work)) * work.trained_blocks
-    logits = _logits_bytes(work, 4) + tokens * work.cfg.emb_dim * (4 + 2 * _itemsize(work))
-    backward = _attention_bytes(work) + _padding_bytes(work) + 8 * work.cfg.emb_dim * _itemsize(work)
+    width, itemsize = work.cfg.emb_dim, _itemsize(work)
+    logits = _logits_bytes(work) + tokens * width * (4 + 2 * itemsize) + work.n_outputs * width * itemsize
+    backward = _attention_bytes(work) + _padding_bytes(work) + 12 * width * itemsize
     block = tokens * (everything - saved + backward)
     gradients = state.gradients * (1 if work.accumulate == 1 else 2)
     batch = 3 * 4 * tokens * work.accumulate
     alive = activations + max(logits, block)
     workspace, temporary = state.gathered, gradients + state.gathered + alive
     if work.target.platform == "cpu":
-        early = work.unrolled and work.accumulate == 1
-        copies = state.gradients * (_CPU_COPIES_EARLY if early else _CPU_COPIES)
+        copies = state.gradients * _CPU_COPIES
         workspace += copies
-        temporary = temporary + copies if early else max(temporary, state.gradients + copies)
+        early = state.gradients * _UNROLLED_COPIES if work.unrolled else 0.0
+        temporary = max(temporary + early, state.gradients + copies)
     total = state.parameters + state.optimizer + batch + temporary
     return Memory(
         state.parameters, state.optimizer, gradients, batch, activations, logits, block, workspace, total=total
@@ -143,14 +146,14 @@ def step_memory(work: Work, state: State) -> Memory:
 def evaluation_memory(work: Work, state: State) -> float:
     """Return what an evaluation of ``work.rows`` sequences takes, the optimizer's state lying beside it."""
     tokens = work.rows * work.seq
-    logits = _logits_bytes(work, 6)  # float32, and as measured half as much again while their loss is taken
-    block = tokens * (_attention_bytes(work) + 10 * work.cfg.emb_dim * _itemsize(work))
+    logits = _logits_bytes(work)
+    block = tokens * (_attention_bytes(work) + 6 * work.cfg.emb_dim * _itemsize(work))
     return state.parameters + state.optimizer + state.gathered + 12 * tokens + max(logits, block)
 
 
-def _logits_bytes(work: Work, each: int) -> float:
-    """Return the bytes of the logits that exist at a time, ``each`` of one."""
-    return work.rows * work.seq * work.n_outputs * each / n_pieces(work.rows, work.seq, work.n_outputs)
+def _logits_bytes(work: Work) -> float:
+    """Return the bytes of a piece's float32 logits; what is made of them takes their place."""
+    return 4 * work.rows * work.seq * work.n_outputs / n_pieces(work.rows, work.seq, work.n_outputs)
 
 
 def saved_bytes(work: Work) -> float:

@@ -26,8 +26,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     lines = [
         "(1) Not at the same time: the larger counts.",
         "(2) On a CPU copies of moments, mostly after the backward pass; with mesh.fsdp gathered parameters.",
-        "The total is an estimate: within 10 % of XLA's own on CPU and TPU, there up to 20 % more with remat dots "
-        "(benchmarks/BENCHMARKS.md); GPUs untried.",
+        "The total is an estimate: within 10 % of XLA's own on CPU and TPU (benchmarks/BENCHMARKS.md); GPUs untried.",
         "",
         *_verdict(plan),
         "",

@@ -63,6 +63,14 @@ def test_what_was_measured_stays_where_no_time_is_left(tmp_path):
     assert before.read_text() == '{"rounds": 7}'
 
 
+def test_a_part_without_figures_is_a_failure(tmp_path):
+    command = [sys.executable, FOLDER / "gpu.py", "--dry-run", "--parts", "peer-sweep", "--peers", "nanogpt"]
+    done = subprocess.run([*command, "--folder", tmp_path], capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert "no figures of peer-sweep" in done.stderr
+    assert "nanoGPT is not named" in (tmp_path / "peer-sweep-1.log").read_text()
+
+
 @pytest.mark.parametrize(
     ("share", "met"), [(0.01, "1.00% | yes"), (0.02, "2.00% | yes"), (0.03, "3.00% | no"), (None, "not measured | ")]
 )
@@ -127,7 +135,13 @@ def test_a_summary_of_steps(step_profile):
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [(["--parts", "all"], "there is no 'all'"), (["--peers", "llm.c"], "there is no 'llm.c'")],
+    [
+        (["--parts", "all"], "there is no 'all'"),
+        (["--peers", "llm.c"], "there is no 'llm.c'"),
+        (["--nanogpt", "nowhere"], "--nanogpt: nowhere is not a folder"),
+        (["--interpreter", "nanogpt"], "expected NAME=PYTHON"),
+        (["--folder", __file__], "cannot be made (File exists); name another"),
+    ],
 )
 def test_mistakes_end_with_status_2(options, said):
     done = subprocess.run([sys.executable, FOLDER / "gpu.py", "--dry-run", *options], capture_output=True, text=True)

@@ -97,6 +97,27 @@ def test_a_contestant_that_dies_is_reported(nanodo):
     assert "nanodo        skipped: failed: its process ended with status 9" in done.stdout
 
 
+def test_a_gpu_that_is_not_there_is_one_line(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # also where the machine has one
+    done = peers("--device", "gpu", "--contestants", "slm_jax")
+    assert done.returncode == 1
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("slm_jax")]
+    assert "skipped: JAX finds no GPU here; pip install" in line
+    assert "Error" not in done.stdout + done.stderr
+
+
+def test_only_what_shared_the_machine_is_said_to_slow_others(capsys, monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    import peers as module
+
+    figures = {"median": 1.0, "seconds": [1.0], "tokens_per_second": 1, "peak_bytes": 1, "first_step_seconds": 1,
+               "idle_cpu_share": 0.6}  # fmt: skip
+    module.report({"contestants": {"slm_jax": figures}})
+    assert "slowed down" not in capsys.readouterr().out
+    module.report({"contestants": {"slm_jax": figures, "nanodo": {**figures, "idle_cpu_share": 0.0}}})
+    assert "slm_jax       took 60% of a CPU" in capsys.readouterr().out
+
+
 def test_an_interpreter_that_is_not_there(tmp_path):
     done = peers("--contestants", "slm_jax", "--interpreter", f"slm_jax={tmp_path / 'python'}")
     assert done.returncode == 1
@@ -114,6 +135,9 @@ def test_an_interpreter_that_is_not_there(tmp_path):
         (["--nanogpt", "nowhere"], "nowhere is not a folder"),
         (["--interpreter", "nanogpt"], "expected NAME=PYTHON"),
         (["--output", "nowhere/result.json"], "nowhere is not a folder; make it first"),
+        (["--output", "."], ". is a folder; expected a file"),
+        (["--picture", "result.doc"], "result.doc has no known format; expected one of .png"),
+        (["--contestants", "slm_jax,slm_jax"], "slm_jax is given twice"),
     ],
 )
 def test_mistakes_end_with_status_2(options, said):

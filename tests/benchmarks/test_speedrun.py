@@ -74,6 +74,36 @@ def test_nanogpt_that_fails_is_one_line_with_its_error(recipe, nanogpt, named_da
     assert line.endswith("train.py ended with 1: RuntimeError: no torch here")
 
 
+def test_an_interpreter_is_found_from_where_the_user_is(recipe, nanogpt, named_data, tmp_path, monkeypatch):
+    (nanogpt / "train.py").write_text("raise RuntimeError('it ran')")
+    (tmp_path / "python").symlink_to(sys.executable)
+    monkeypatch.chdir(tmp_path)
+    done = speedrun("--recipe", recipe, "--seeds", 0, "--nanogpt", nanogpt, "--interpreter", "./python")
+    assert done.stderr.endswith("RuntimeError: it ran\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--seeds", 0, 0], "--seeds 0 0: one is given twice"),
+        (["--output", "nowhere/speedrun.json"], "--output nowhere/speedrun.json: expected a file in a folder"),
+        (["--output", "."], "--output .: expected a file"),
+    ],
+)
+def test_mistakes_are_one_line_before_anything_runs(recipe, options, said):
+    done = speedrun("--recipe", recipe, *options)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert said in line
+
+
+def test_an_interpreter_that_is_not_there_is_one_line(recipe, nanogpt):
+    done = speedrun("--recipe", recipe, "--nanogpt", nanogpt, "--interpreter", "no/python")
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert "--interpreter no/python: cannot be run" in line
+
+
 def test_a_folder_that_is_not_nanogpt_is_one_line_before_anything_runs(recipe, tmp_path):
     done = speedrun("--recipe", recipe, "--seeds", 0, "--nanogpt", tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
