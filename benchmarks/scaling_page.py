@@ -138,7 +138,7 @@ def page(content: dict[str, Any]) -> str:
         peak=_number(ceilings["flops"] / 1e9),
         bandwidth=_number(ceilings["bandwidth"] / 1e9),
         load=f"{load:.1f}",
-        busy=", **too much: other programs slowed this down**" if load > 0.5 else "",
+        busy=", **too much: other programs slowed this down**" if load > 1 else "",
         readers_table=_readers_table(content["readers"]),
         accelerators_table=_accelerators_table(content["accelerators"]),
         accelerators_command=f"slm-jax plan {shlex.join(command['flags'])} --device {command['device']}",
