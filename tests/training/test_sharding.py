@@ -12,9 +12,13 @@ import eight_devices
 import jax
 import numpy as np
 import pytest
+from pretraining import options
 
+from slm_jax.cli import main
 from slm_jax.config import MeshConfig, RunConfig
+from slm_jax.cross_entropy import cross_entropy
 from slm_jax.errors import InputError
+from slm_jax.tasks import pretraining
 from slm_jax.training.checkpoint import Checkpoints
 from slm_jax.training.interrupt import StopRequest
 from slm_jax.training.sharding import (
@@ -255,6 +259,21 @@ def test_joining_does_not_take_sigterm_away(monkeypatch, environ):
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.signum == signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_run_names_its_mesh_where_it_traces(text_file, tmp_path, monkeypatch):
+    """A kernel that the compiler cannot divide, such as a TPU's flash attention, asks for it."""
+    meshes = []
+
+    def watched(*arguments):
+        meshes.append(jax.sharding.get_abstract_mesh())
+        return cross_entropy(*arguments)
+
+    monkeypatch.setattr(pretraining, "cross_entropy", watched)
+    more = {"train__steps": 1, "train__eval_every": 1, "sample__every": 0}
+    assert main(["train", *options(text_file, tmp_path, **more)]) == 0
+    assert len(meshes) >= 2  # training and evaluation
+    assert all(mesh.axis_names == ("data", "fsdp") and mesh.size == jax.device_count() for mesh in meshes)
 
 
 @pytest.mark.parametrize("process_id", [None, "first"])
