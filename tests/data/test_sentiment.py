@@ -1,4 +1,4 @@
-"""The labelled reviews that the tests carry: what must hold of the file, and that classes can be learned from it."""
+"""The labelled reviews that the notebooks carry: of what kind they are, and that they can be learned."""
 
 import json
 from collections import Counter
@@ -8,7 +8,7 @@ from slm_jax.cli import main
 from slm_jax.config import ClassificationConfig, DataConfig
 from slm_jax.data.labelled import load_labelled
 
-FILE = Path(__file__).parent / "sentiment.jsonl"
+FILE = Path(__file__).parents[2] / "notebooks" / "data" / "sentiment.jsonl"
 
 
 def test_the_reviews_are_balanced_short_and_none_is_twice():

@@ -1,0 +1,171 @@
+"""Build the notebooks: from the text that is edited (NAME.py, jupytext's percent format) to NAME.ipynb with outputs.
+
+    python notebooks/build.py                     # all of them; prints the seconds of each
+    python notebooks/build.py 04_causal_attention # only this one
+    python notebooks/build.py --links             # addresses only; outputs stay as they are
+
+What every notebook begins with on Colab, a badge and a cell that installs slm_jax, is added here, and links to files of
+this repository become addresses. A notebook is executed in a folder of its own, with a copy of ``data/``. The code of
+solutions, which a reader unfolds (``<details>``), is executed after the last cell and leaves no outputs.
+
+The tests execute each notebook once more and compare: `assemble`, `execute`, `differences`.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+import tomllib
+from pathlib import Path
+
+import jupytext
+import nbformat
+from nbclient import NotebookClient
+from nbformat import NotebookNode
+from traitlets.config import Config
+
+HERE = Path(__file__).resolve().parent
+REPOSITORY = tomllib.loads((HERE.parent / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+MOST_SECONDS = 600  # for one cell; far more than any needs, so that a slow machine is no error
+NUMBER = re.compile(r"(?<![\w.])-?\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?(?!\w)")
+
+BADGE = """\
+[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](\
+https://colab.research.google.com/github/{path}/blob/main/notebooks/{name}.ipynb)"""
+INSTALL = """\
+import sys
+
+if "google.colab" in sys.modules:  # elsewhere slm_jax is installed already
+    !git clone -q --depth 1 {repository} && pip install -q ./slm_jax
+    %cd slm_jax/notebooks"""
+
+
+def sources() -> list[Path]:
+    """Return the texts of all notebooks, in reading order."""
+    return sorted(path for path in HERE.glob("*_*.py"))
+
+
+def assemble(source: Path) -> NotebookNode:
+    """Return the notebook of a text, not executed: with badge, install cell and addresses, and stable cell ids."""
+    notebook = jupytext.read(source, fmt="py:percent")
+    path = REPOSITORY.removeprefix("https://github.com/")
+    head = [
+        nbformat.v4.new_markdown_cell(BADGE.format(path=path, name=source.stem)),
+        nbformat.v4.new_code_cell(INSTALL.format(repository=REPOSITORY)),
+    ]
+    cells = [*head, *notebook.cells]
+    for index, cell in enumerate(cells):
+        cell["id"] = f"cell-{index}"
+        cell["metadata"] = {key: value for key, value in cell.metadata.items() if key == "tags"}
+        if cell.cell_type == "markdown":
+            cell["source"] = re.sub(r"\]\(\.\./([^)]+)\)", rf"]({REPOSITORY}/blob/main/\1)", cell.source)
+            cell["source"] = re.sub(r"\]\((\w+)\.py\)", rf"]({REPOSITORY}/blob/main/notebooks/\1.ipynb)", cell.source)
+    metadata = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    return nbformat.v4.new_notebook(cells=cells, metadata=metadata)
+
+
+def execute(notebook: NotebookNode) -> NotebookNode:
+    """Run all cells, then all solutions, in a fresh kernel and folder; return the notebook with the cells' outputs.
+
+    Raises:
+        nbclient.exceptions.CellExecutionError: a cell or a solution failed; its text has the cell and the traceback.
+    """
+    shown = len(notebook.cells)
+    whole = nbformat.from_dict(notebook)
+    whole.cells = [*notebook.cells, *(nbformat.v4.new_code_cell(code) for code in solutions(notebook))]
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(HERE / "data", Path(folder) / "data")
+        NotebookClient(
+            whole,
+            timeout=MOST_SECONDS,
+            kernel_name="python3",
+            coalesce_streams=True,
+            record_timing=False,
+            resources={"metadata": {"path": folder}},
+            config=Config(
+                {"AsyncKernelManager": {"transport": "ipc" if os.name == "posix" else "tcp"}}
+            ),  # no open ports
+        ).execute()
+    whole.cells = whole.cells[:shown]
+    whole.metadata = notebook.metadata
+    return whole
+
+
+def solutions(notebook: NotebookNode) -> list[str]:
+    """Return the code of the solutions that are folded away in a notebook's texts."""
+    texts = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
+    folded = [block for text in texts for block in re.findall(r"<details>.*?</details>", text, re.S)]
+    return [code for block in folded for code in re.findall(r"```python\n(.*?)```", block, re.S)]
+
+
+def differences(old: NotebookNode, new: NotebookNode) -> list[str]:
+    """Say where one notebook is not the other: cells, and what they print, with numbers to within 2%.
+
+    Numbers of training move with the machine a little. What a cell tagged ``varies`` prints (times, sampled text)
+    is not compared, and of pictures only that they are there.
+    """
+    if [(cell.cell_type, cell.source) for cell in old.cells] != [(cell.cell_type, cell.source) for cell in new.cells]:
+        return ["the cells are not those of the text: python notebooks/build.py"]
+    found = []
+    for index, (one, other) in enumerate(zip(old.cells, new.cells, strict=True)):
+        kinds = [[_kind(output) for output in cell.get("outputs", [])] for cell in (one, other)]
+        texts = ["".join(_text(output) for output in cell.get("outputs", [])) for cell in (one, other)]
+        if kinds[0] != kinds[1]:
+            found.append(f"cell {index} showed {kinds[0]}, now {kinds[1]}")
+        elif "varies" not in one.metadata.get("tags", []) and not _same(*texts):
+            found.append(f"cell {index} printed {texts[0]!r}, now {texts[1]!r}")
+    return found
+
+
+def _kind(output: NotebookNode) -> str:
+    return ", ".join(sorted(output.get("data", {output.get("name", output.output_type): ""})))
+
+
+def _text(output: NotebookNode) -> str:
+    return str(output.get("text", output.get("data", {}).get("text/plain", "")))
+
+
+def _same(one: str, other: str) -> bool:
+    """Return whether two texts agree but for small changes of numbers."""
+    if NUMBER.sub("0", one).split() != NUMBER.sub("0", other).split():
+        return False
+    pairs = zip(NUMBER.findall(one), NUMBER.findall(other), strict=True)
+    return all(_close(float(a.replace(",", "")), float(b.replace(",", ""))) for a, b in pairs)
+
+
+def _close(a: float, b: float) -> bool:
+    return abs(a - b) <= max(0.02 * max(abs(a), abs(b)), 0.011)
+
+
+def main() -> None:
+    """Build the notebooks that are named, or all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="without .py; default: all")
+    parser.add_argument("--links", action="store_true", help="do not execute: keep the outputs, write texts anew")
+    options = parser.parse_args()
+    chosen = [path for path in sources() if not options.names or path.stem in options.names]
+    if missing := set(options.names) - {path.stem for path in chosen}:
+        sys.exit(f"no such notebook: {', '.join(sorted(missing))}; expected {', '.join(p.stem for p in sources())}")
+    for source in chosen:
+        built, began = assemble(source), time.monotonic()
+        target = source.with_suffix(".ipynb")
+        if options.links:
+            for cell, old in zip(built.cells, nbformat.read(target, as_version=4).cells, strict=True):
+                if cell.cell_type == "code":
+                    cell.outputs, cell.execution_count = old.outputs, old.execution_count
+        else:
+            built = execute(built)
+        nbformat.write(built, target)
+        print(
+            f"{target.name:<32} {time.monotonic() - began:6.1f} s  {target.stat().st_size / 1000:8.0f} kB", flush=True
+        )
+
+
+if __name__ == "__main__":
+    main()
