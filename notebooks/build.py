@@ -12,7 +12,6 @@ The tests execute each notebook once more and compare: `assemble`, `execute`, `d
 """
 
 import argparse
-import os
 import re
 import shutil
 import sys
@@ -25,7 +24,6 @@ import jupytext
 import nbformat
 from nbclient import NotebookClient
 from nbformat import NotebookNode
-from traitlets.config import Config
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = tomllib.loads((HERE.parent / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
@@ -88,9 +86,6 @@ def execute(notebook: NotebookNode) -> NotebookNode:
             coalesce_streams=True,
             record_timing=False,
             resources={"metadata": {"path": folder}},
-            config=Config(
-                {"AsyncKernelManager": {"transport": "ipc" if os.name == "posix" else "tcp"}}
-            ),  # no open ports
         ).execute()
     whole.cells = whole.cells[:shown]
     whole.metadata = notebook.metadata
