@@ -35,6 +35,7 @@ COMMANDS = {
     "import": ("slm_jax.commands.import_weights", "make a run of GPT-2 weights: Hugging Face's, nanoGPT's, the book's"),
     "export": ("slm_jax.commands.export", "write a model for transformers, nanoGPT or the book's code"),
     "doctor": ("slm_jax.commands.doctor", "look at this machine and at a run: what works, what does not, what to do"),
+    "report": ("slm_jax.commands.report", "write a run as one HTML page, or several to compare them"),
 }
 
 

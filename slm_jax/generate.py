@@ -320,7 +320,7 @@ def _start(cfg: GPTConfig, rows: list[np.ndarray], keeps_seen: bool) -> _Text:
 
 
 def round_up(n: int, least: int, most: int) -> int:
-    """Return the next power of two, so that few lengths are compiled for; at least ``least``, at most ``most``."""
+    """Return ``n`` or the next power of two, so that few lengths are compiled for; from ``least`` to ``most``."""
     return min(max(1 << (n - 1).bit_length(), least), most)
 
 

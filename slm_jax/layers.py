@@ -23,6 +23,9 @@ def rows_times_kernel(
 
     The kernel's gradient is then a product of two plain matrices. Over (batch, seq, features), XLA's CPU compiler
     instead writes out a transposed copy of x, and computes it anew from earlier activations while it does.
+
+    Flax's ``Dense`` calls it with ``dimension_numbers`` that contract x's last axis with the kernel's first, and with
+    ``precision`` and other ``options`` of `jax.lax.dot_general`.
     """
     del dimension_numbers  # those of a dense layer: x's last axis with the kernel's first
     rows = x.reshape(-1, x.shape[-1])

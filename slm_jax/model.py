@@ -367,7 +367,7 @@ def _check_tokens_fit(
 
 
 def is_unrolled(cfg: GPTConfig, platform: str) -> bool:
-    """Return whether the blocks are compiled one by one; by default on a CPU, where that is faster.
+    """Return whether the blocks are compiled one by one for a ``platform``; by default on "cpu", where that is faster.
 
     Not with ``remat``: unrolled, XLA's CPU compiler merges what is computed again with the first time, and keeps it.
     """
@@ -400,7 +400,7 @@ def _segment_lengths(params: Mapping[str, Any]) -> dict[str, int]:
 
 
 def split_blocks(params: Params, *cuts: int) -> Params:
-    """Cut the stack of blocks in consecutive segments, ``blocks_0``, ``blocks_1`` …, each cut after so many blocks.
+    """Cut the stack of blocks in consecutive segments, ``blocks_0``, ``blocks_1`` …; ``cuts`` are after so many blocks.
 
     The model runs any such form. Freezing everything but ``blocks_1`` and what follows it saves the backward pass
     through ``blocks_0``: hand the two parts over as separate trees and differentiate one of them.

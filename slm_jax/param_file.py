@@ -30,7 +30,7 @@ def write_tree(file: Path, tree: Params) -> Path:
 
 
 def write_tensors(file: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
-    """Write tensors with a SHA-256 each, in one step.
+    """Write tensors with a SHA-256 each, and texts beside them as ``metadata``, in one step.
 
     Raises:
         OSError: a place that cannot be written, or is full.

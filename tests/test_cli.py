@@ -62,8 +62,9 @@ def test_it_prints_what_was_written_and_what_to_try_next(
     for text in ("tok_emb/embedding", "a step takes", "validation loss", "metrics.jsonl", "try next:"):
         assert text in out
     commands = re.findall(r"^  (slm-jax .*)$", out, re.M)
-    assert len(commands) == 2
+    assert len(commands) == 3
     assert f"slm-jax generate --run {tmp_path}/small" in commands[0]
+    assert commands[-1] == f"slm-jax report --run {tmp_path}/small"
 
 
 def test_a_finished_run_is_left_as_it_is(trained: Path, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -183,6 +183,10 @@ def split_documents(documents: list[str], validation_fraction: float) -> tuple[l
 
     Several documents are first put in a random order, always the same one, so that both parts are alike; one document
     keeps its own, so that its last part validates (as in nanoGPT and the book). A document at the cut is cut in two.
+
+    Args:
+        documents: texts, in a fixed order.
+        validation_fraction: the share of characters that validates, 0 to 1.
     """
     order = np.random.default_rng(0).permutation(len(documents))
     documents = [documents[i] for i in order]
@@ -198,7 +202,7 @@ def split_documents(documents: list[str], validation_fraction: float) -> tuple[l
 
 
 def make_tokenizer(config: TokenizerConfig, train: list[str], validation: list[str]) -> Tokenizer:
-    """Load the configured tokenizer, or make it from the training text.
+    """Load the configured tokenizer, or make it from the training text ``train``.
 
     Characters are the exception: nanoGPT's way, the alphabet is that of the whole text, or else a rare letter of the
     validation split could not be encoded.

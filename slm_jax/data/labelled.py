@@ -125,6 +125,10 @@ def load_labelled(data: DataConfig, cfg: ClassificationConfig, seed: int) -> Lab
 def class_weights(labels: Integer[np.ndarray, " texts"], n_classes: int) -> Float32[np.ndarray, " classes"]:
     """Return a weight for each class, inverse to how often it occurs, with mean 1 over the texts.
 
+    Args:
+        labels: the class of each text, from 0 to below ``n_classes``.
+        n_classes: how many classes there are.
+
     Raises:
         InputError: a label out of range; a class without a text.
     """

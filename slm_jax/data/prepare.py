@@ -132,7 +132,14 @@ def train_tokenizer(
     text_column: str | None = None,
     report: Callable[[int], None] = lambda _: None,
 ) -> BPETokenizer:
-    """Train a byte-level BPE on the first 100 million characters of sources; their number so far is reported."""
+    """Train a byte-level BPE on the first 100 million characters of sources.
+
+    Args:
+        sources: read one after the other, as :func:`slm_jax.data.documents.documents` does.
+        vocab_size: how many tokens it has at most.
+        text_column: the column of the texts, in sources that have columns.
+        report: is told, again and again, how many characters were read so far.
+    """
     found = itertools.chain.from_iterable([documents(source, text_column) for source in sources])
     return BPETokenizer.train(_first(found, TRAINING_CHARACTERS, report), vocab_size)
 

@@ -59,19 +59,22 @@ def train_batches(
 
 
 def steps_per_epoch(n_tokens: int, *, context_length: int, batch_size: int, sampling: str, stride: int | None) -> float:
-    """Return how many batches cover the windows once (stride), or as many tokens as there are (random)."""
+    """Return how many batches cover the windows once (``sampling`` stride), or as many tokens as there are (random)."""
     if sampling == "stride":
         return len(window_starts(n_tokens, context_length, stride)) / batch_size
     return (n_tokens - 1) / (context_length * batch_size)
 
 
 def window_starts(n_tokens: int, context_length: int, stride: int | None) -> np.ndarray:
-    """Return where the windows of a strided pass start, each with one more token behind it for the last target."""
+    """Return where the windows of a strided pass start, each with one more token behind it for the last target.
+
+    ``stride`` is the distance of two starts in tokens; None: ``context_length``.
+    """
     return np.arange(0, n_tokens - context_length, stride or context_length)
 
 
 def validation_batches(tokens: np.ndarray, *, context_length: int, batch_size: int) -> Iterator[Batch]:
-    """Yield the whole split once, in windows that do not overlap, so that every token but the first is a target once.
+    """Yield all ``tokens`` once, in windows that do not overlap, so that every token but the first is a target once.
 
     What fills the last window and the last batch has weight 0.
     """

@@ -93,12 +93,12 @@ def _response(row: Row) -> Response:
 
 
 def exact_match(reference: str, response: str) -> bool:
-    """Whether two texts are equal but for white space at the ends and the amount of it between words."""
+    """Whether reference and response are equal but for white space at the ends and its amount between words."""
     return reference.split() == response.split()
 
 
 def rouge_l(reference: str, response: str) -> float:
-    """Return the F1 of the longest common subsequence of words, 0 to 1 (Lin 2004, ROUGE-L).
+    """Return the F1 of the longest common subsequence of words of reference and response, 0 to 1 (Lin 2004, ROUGE-L).
 
     Words are those of google-research's ``rouge_score`` without stemming: runs of a to z and digits, in lower case.
     So text in another script has none, and a text without words scores 0, even against itself.

@@ -197,7 +197,12 @@ def _another_tokenizer(source: str | None) -> InputError:
 
 
 def longest_allowed(asked: int | None, key: str, cfg: GPTConfig) -> int:
-    """Return the most tokens that a row may have: what the key asks for, or the model's context.
+    """Return the most tokens that a row may have: as many as are ``asked`` for, or None for the model's context.
+
+    Args:
+        asked: the value of the configuration's ``key``.
+        key: its name, for the error.
+        cfg: the model's configuration.
 
     Raises:
         InputError: more than the context.

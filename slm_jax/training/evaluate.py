@@ -52,5 +52,5 @@ class Evaluator:
 
 
 def fill_rows(values: np.ndarray, rows: int) -> np.ndarray:
-    """Fill a batch up with rows of zeros, which have weight 0."""
+    """Fill the values of a batch up to so many rows with zeros, which have weight 0."""
     return np.concatenate([values, np.zeros((rows - len(values), *values.shape[1:]), values.dtype)])

@@ -96,7 +96,7 @@ class RunFolder:
                 path.replace(path.with_name(f"{path.name}.damaged-{time.time_ns()}"))
 
     def write_text(self, name: str, text: str) -> None:
-        """Replace a file of the folder in one step."""
+        """Replace the file ``name`` of the folder in one step."""
         if self.writes:
             replace_text(self.path / name, text)
 

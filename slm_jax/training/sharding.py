@@ -81,6 +81,11 @@ def compiler_options(platform: str, n_devices: int, environ: Mapping[str, str] =
     """Return how XLA compiles a training step: for several GPUs so that they compute while they exchange gradients.
 
     XLA does so by itself on a TPU; what ``XLA_FLAGS`` says of it is left alone.
+
+    Args:
+        platform: "cpu", "gpu" or "tpu", as JAX names it.
+        n_devices: how many share a step.
+        environ: environment variables, of which ``XLA_FLAGS`` counts.
     """
     name = "xla_gpu_enable_latency_hiding_scheduler"
     wanted = platform == "gpu" and n_devices > 1 and name not in environ.get("XLA_FLAGS", "")
@@ -102,7 +107,7 @@ def state_shardings(mesh: Mesh, tree: Any) -> Any:
 
 
 def split_axis(shape: tuple[int, ...], n_shards: int) -> int | None:
-    """Return the axis of an array that so many shards split: see :func:`state_shardings`; None: each has it whole."""
+    """Return which axis of a shape ``n_shards`` split: see :func:`state_shardings`; None: each has it whole."""
     axes = [axis for axis, size in enumerate(shape) if n_shards > 1 and size % n_shards == 0]
     return max(axes, key=lambda axis: shape[axis]) if axes and math.prod(shape) >= 2**12 else None
 
@@ -125,7 +130,7 @@ def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Arra
 
 
 def put_params(mesh: Mesh, params: Any) -> Any:
-    """Place parameters that every process has whole on the devices, as :func:`state_shardings` says."""
+    """Place params that every process has whole on the devices, as :func:`state_shardings` says."""
 
     def place(leaf: Any, sharding: NamedSharding) -> jax.Array:
         if jax.process_count() == 1:
@@ -137,7 +142,7 @@ def put_params(mesh: Mesh, params: Any) -> Any:
 
 
 def check_batch_size(n_devices: int, batch_size: int, accumulate: int = 1) -> None:
-    """Refuse a batch that the devices cannot share evenly."""
+    """Refuse a batch of which the devices cannot share each of the ``accumulate`` micro-batches evenly."""
     if batch_size % (n_devices * accumulate):
         raise InputError(
             f"train.batch_size is {batch_size}; expected a multiple of {n_devices * accumulate} "

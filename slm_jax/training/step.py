@@ -59,7 +59,14 @@ class StepMetrics(NamedTuple):
 def make_train_step(
     loss_fn: LossFn, optimizer: optax.GradientTransformation, schedule: optax.Schedule, accumulate: int = 1
 ) -> Callable[[TrainState, Params, Batch], tuple[TrainState, StepMetrics]]:
-    """Return ``train_step(state, frozen, batch) -> (state, metrics)``, to be jitted with the state donated."""
+    """Return ``train_step(state, frozen, batch) -> (state, metrics)``, to be jitted with the state donated.
+
+    Args:
+        loss_fn: ``(trainable, frozen, batch, key) -> (loss_sum, weight_sum, metrics)``.
+        optimizer: as :func:`slm_jax.training.optimizer.make_optimizer` gives it.
+        schedule: the learning rate of a step, which is reported.
+        accumulate: micro-batches that a batch is cut into; divides its rows.
+    """
 
     def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, StepMetrics]:
         key = jax.random.fold_in(state.key, state.step)

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -70,7 +71,7 @@ def tell_end(progress: ProgressLine, folder: RunFolder, summary: dict[str, Any],
         if (folder.path / name).exists():
             progress.note(f"  {name:<22}{what}")
     progress.note("try next:")
-    for command in next_commands:
+    for command in (*next_commands, f"slm-jax report --run {shlex.quote(str(folder.path))}"):
         progress.note(f"  {command}")
 
 

@@ -1,0 +1,78 @@
+"""``slm-jax report``: a run, or several beside each other, as one HTML page."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from slm_jax.commands import use_compile_cache
+from slm_jax.errors import InputError
+from slm_jax.files import replace_text, unwritable, user_path
+from slm_jax.options import parse
+
+FILE = "report.html"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Write a run as one HTML page that needs no network; several runs are compared on the same axes.
+
+    Words that belong to no option are runs. A page of that name that is there already is replaced.
+
+    Attributes:
+        run: a run's folder, such as runs/tiny, or runs/tiny@800 for the attention of one of its checkpoints; may be
+            given several times, and without --run.
+        out: the file to write; null: report.html, in the run's folder, or for several runs in the current one.
+        text: of one run, the text whose attention is drawn; null: its latest sample, or an English sentence.
+    """
+
+    run: tuple[str, ...] = ()
+    out: str | None = None
+    text: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.run:
+            raise InputError("no run; expected one or several, such as slm-jax report runs/tiny")
+
+
+def main(args: Sequence[str]) -> int:
+    """Read the options and run; see ``slm-jax report --help``."""
+    return run(parse(Options, name_runs(args), "slm-jax report"))
+
+
+def name_runs(args: Sequence[str]) -> list[str]:
+    """Write words that belong to no option as the option that they stand for, ``--run=WORD``."""
+    named: list[str] = []
+    words = iter(args)
+    for word in words:
+        if word in ("-h", "--help") or (word.startswith("--") and "=" in word):
+            named.append(word)
+        elif word.startswith("--"):
+            named += [word, *(value for value in [next(words, None)] if value is not None)]
+        else:
+            named.append(f"--run={word}")
+    return named
+
+
+def run(options: Options) -> int:
+    """Write the page, and say where; return 0."""
+    import jax
+
+    from slm_jax.report.compare import write_comparison
+    from slm_jax.report.page import write_page
+    from slm_jax.report.read import read_records
+
+    jax.config.update("jax_platforms", "cpu")  # an accelerator that is here is left to those who train
+    use_compile_cache()
+    records = read_records(options.run)
+    single = records[0] if len(records) == 1 else None
+    if single is None and options.text is not None:
+        raise InputError(f"text is {options.text!r:.60} and there are {len(records)} runs; expected one run with it")
+    folder = Path() if single is None else single.folder.path
+    out = folder / FILE if options.out is None else user_path(options.out)
+    content = write_comparison(records) if single is None else write_page(single, options.text)
+    try:
+        replace_text(out, content)
+    except OSError as error:
+        raise unwritable(out, error) from None
+    print(f"written to {out}")
+    return 0

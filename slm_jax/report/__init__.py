@@ -1,0 +1,1 @@
+"""A run as one HTML page, or several beside each other: read its folder, draw, write."""

@@ -1,0 +1,203 @@
+"""What a run's folder holds, read as far as it can be: nothing but the folder itself has to be there and whole."""
+
+import contextlib
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from slm_jax.config import FinetuneConfig, RunConfig, to_dict
+from slm_jax.doctor.run import find_run
+from slm_jax.errors import InputError, MissingInputError
+from slm_jax.files import user_path
+from slm_jax.options import flatten
+from slm_jax.training.checkpoint import best_step, read_metadata, saved_steps
+from slm_jax.training.run_folder import BEFORE, RunFolder
+from slm_jax.weights.ours import find_checkpoint
+
+TASKS = ("pretraining", "classification", "instruction")
+
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What is known of a run.
+
+    Attributes:
+        folder: the run's.
+        label: its name, unlike that of any other run of the report.
+        step: of the checkpoint that was asked for; None: the best.
+        task: what was trained.
+        config: its configuration, by dotted key; empty where there is none that can be read.
+        rows: the lines of its log.
+        metadata: what is saved beside its best checkpoint, or another; empty without one.
+        summary: the figures of the finished run; empty before.
+    """
+
+    folder: RunFolder
+    label: str
+    step: int | None
+    task: str
+    config: dict[str, Any]
+    rows: list[Row]
+    metadata: dict[str, Any]
+    summary: dict[str, Any]
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """The machine and the versions that it was trained with."""
+        found = self.summary.get("environment") or self.metadata.get("environment")
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def unit(self) -> str:
+        """What its loss is a mean over."""
+        return "text" if self.task == "classification" else "token"
+
+    @property
+    def last_step(self) -> int:
+        """How far its log goes."""
+        return max((row["step"] for row in self.rows), default=0)
+
+    @property
+    def state(self) -> str:
+        """Whether it is done, or how far it is."""
+        if self.folder.is_locked():
+            return "in training"
+        if not self.rows:
+            return "no log"
+        if self.summary.get("step") == self.last_step:
+            return "finished"
+        return "not finished"
+
+    def measured(self, moment: str, split: str) -> dict[str, Any]:
+        """Return the figures of a split ``before`` or ``after`` training; empty where it was not measured."""
+        found = self.summary.get(moment)
+        if moment == "before" and not found:
+            found = self.folder.read_json(BEFORE)
+        figures = found.get(split) if isinstance(found, dict) else None
+        return figures if isinstance(figures, dict) else {}
+
+    def points(self, split: str, key: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return steps and values of a figure of the log; NaN where it was not finite."""
+        rows = [row for row in self.rows if row["split"] == split and key in row]
+        return np.array([row["step"] for row in rows], float), np.array([number(row[key]) for row in rows], float)
+
+    def best(self) -> tuple[int, float] | None:
+        """Return the step of the lowest validation loss, and that; None without any."""
+        steps, losses = self.points("val", "loss")
+        if not np.isfinite(losses).any():
+            return None
+        lowest = int(np.nanargmin(losses))
+        return int(steps[lowest]), float(losses[lowest])
+
+
+def number(value: object) -> float:
+    """Return what is a finite number as one, and all else as NaN."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return math.nan
+    return float(value)
+
+
+def read_records(names: Sequence[str]) -> list[Record]:
+    """Read runs; what is named twice is read once.
+
+    Args:
+        names: folders, or names of runs; ``runs/tiny@800`` names a checkpoint, too.
+
+    Raises:
+        MissingInputError: no run there, or no checkpoint of that step.
+        InputError: what can be no path; a step that is none.
+    """
+    found: dict[Path, tuple[RunFolder, int | None]] = {}
+    for name in names:
+        folder, step = _find(name)
+        found.setdefault(folder.path.resolve(), (folder, step))
+    short = [path.name for path in found]
+    return [
+        _read(folder, path.name if short.count(path.name) == 1 else str(folder.path), step)
+        for path, (folder, step) in found.items()
+    ]
+
+
+def _find(name: str) -> tuple[RunFolder, int | None]:
+    path = user_path(name)
+    if path.exists() or "@" not in path.name:
+        return find_run(name), None
+    run, _, step = path.name.rpartition("@")
+    folder = find_run(str(path.with_name(run))) if run else find_run(name)
+    checkpoint = find_checkpoint(folder.path, step)
+    if checkpoint is None:
+        raise MissingInputError(f"{folder.path}: no checkpoint in this run yet; leave @{step} out")
+    return folder, checkpoint[1]
+
+
+def _read(folder: RunFolder, label: str, step: int | None) -> Record:
+    metadata = _metadata(folder, step)
+    summary = folder.read_json("summary.json")
+    summary = summary if isinstance(summary, dict) else {}
+    config = _config(folder) or flatten(metadata.get("config", {}))
+    task = config.get("task") or summary.get("task") or ("classification" if "classes" in metadata else "")
+    rows = [row for row in folder.metrics() if isinstance(row["step"], int) and isinstance(row["split"], str)]
+    task = task if task in TASKS else "pretraining"
+    return Record(folder, label, step, task, config, rows, metadata, summary)
+
+
+def _config(folder: RunFolder) -> dict[str, Any]:
+    with contextlib.suppress(OSError, ValueError, yaml.YAMLError, RecursionError):
+        values = yaml.safe_load((folder.path / "config.yaml").read_text(encoding="utf-8"))
+        return flatten(values) if isinstance(values, dict) else {}
+    return {}
+
+
+def _metadata(folder: RunFolder, step: int | None) -> dict[str, Any]:
+    """Return what is saved beside the checkpoint that is asked for, the best, or else the latest that can be read."""
+    steps = [step] if step is not None else saved_steps(folder.checkpoints)[::-1]
+    with contextlib.suppress(InputError):
+        best = best_step(folder.checkpoints)
+        steps = steps if step is not None or best is None else [best, *steps]
+    for candidate in steps:
+        with contextlib.suppress(InputError):
+            return read_metadata(folder.checkpoints, candidate)
+    return {}
+
+
+def defaults(task: str) -> dict[str, Any]:
+    """Return the configuration that a run of a task has where nobody says anything else, by dotted key."""
+    config = RunConfig() if task == "pretraining" else FinetuneConfig(task=task)  # type: ignore[arg-type]
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in flatten(to_dict(config)).items()}
+
+
+def read_samples(folder: RunFolder) -> list[tuple[int, str]]:
+    """Return the sampled texts, each with its step."""
+    try:
+        text = folder.samples_file.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    parts = re.split(r"^## Step (\d+)$", text, flags=re.MULTILINE)[1:]
+    bodies = ("\n".join(line.removeprefix("    ") for line in part.strip("\n").split("\n")) for part in parts[1::2])
+    return [(int(step), body) for step, body in zip(parts[::2], bodies, strict=True)]
+
+
+def read_responses(folder: RunFolder) -> list[tuple[Row, str | None, str | None]]:
+    """Return the test instructions, each with the answer before training and after it; None where there is none."""
+    before, after = (_answers(folder, name) for name in ("responses-before.json", "responses.json"))
+    entries = after or before
+    if len(before) != len(after):
+        return [(entry, *((None, _answer(entry)) if after else (_answer(entry), None))) for entry in entries]
+    return [(entry, _answer(was), _answer(entry)) for was, entry in zip(before, after, strict=True)]
+
+
+def _answers(folder: RunFolder, name: str) -> list[Row]:
+    entries = folder.read_json(name)
+    return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+
+
+def _answer(entry: Row) -> str:
+    return str(entry.get("model_response", ""))

@@ -1,0 +1,126 @@
+"""What must hold of ``slm-jax report``: one page that needs nothing else, of runs that were trained."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from pretraining import options
+from reports import Page
+
+from slm_jax import cli
+from slm_jax.commands.report import name_runs
+
+
+@pytest.fixture(scope="module")
+def trained(text_file, tmp_path_factory):
+    runs = tmp_path_factory.mktemp("runs")
+    assert (
+        cli.main(["train", *options(text_file, runs, train__steps=20, train__eval_every=20, checkpoint__every=20)]) == 0
+    )
+    return runs / "small"
+
+
+def report(capsys, *args):
+    """Run the command; return its page."""
+    capsys.readouterr()
+    assert cli.main(["report", *map(str, args)]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("written to ")
+    return Page(Path(line.removeprefix("written to ")).read_text(encoding="utf-8")).check_whole()
+
+
+def fails(capsys, *args):
+    """The command ends with 2 and one line; return it."""
+    capsys.readouterr()
+    assert cli.main(["report", *map(str, args)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("slm-jax report: ")
+    return line
+
+
+def test_a_pretraining_run(trained, capsys):
+    page = report(capsys, "--run", trained)
+    assert (trained / "report.html").is_file()
+    titles = ["Curves", "Samples", "Attention", "Parameters", "Configuration", "Environment"]
+    assert [text for text in page.texts if text in titles] == titles * 2  # links, headings
+    assert "finished" in page.text
+    assert page.elements.count("img") == 2  # a layer of two heads
+    assert "blocks/attn/qkv/kernel" in page.texts
+    assert "1 × 32 × 96" in page.texts
+    assert "jax" in page.texts
+    assert len(page.html) < 200_000
+    before = page.html
+    assert report(capsys, trained).html == before
+
+
+def test_the_attention_of_a_text_and_of_a_step(trained, capsys, tmp_path):
+    out = tmp_path / "page.html"
+    page = report(capsys, f"{trained}@20", "--out", out, "--text", "cat sat")
+    assert "of step 20" in page.text
+    first = page.texts.index("Attention", page.texts.index("Environment")) + 2  # the heading, the explanation
+    tokens = [text for text in page.texts[first : first + 20] if text.strip() and not text.isdecimal()]
+    assert tokens[:8] == ["c", "a", "t", "·", "s", "a", "t", "Block 0"]
+    assert "text: character 'S'" in fails(capsys, trained, "--out", out, "--text", "Straße")
+
+
+def test_a_classifier(classifier, capsys, tmp_path):
+    page = report(capsys, classifier, "--out", tmp_path / "x.html")
+    assert "test texts, after training" in page.texts
+    assert page.elements.count("img") == 4
+    assert {"yes", "no", "class_head/kernel"} <= set(page.texts)
+
+
+def test_an_assistant_with_adapters(instructed, capsys, tmp_path):
+    page = report(capsys, instructed, "--out", tmp_path / "x.html")
+    assert "ROUGE-L" in page.texts
+    assert {"reference", "before training", "after training"} <= set(page.texts)
+    assert any(text.endswith("lora_a") for text in page.texts)
+    assert not any(text.endswith("lora_scale") for text in page.texts)
+
+
+def test_a_run_whose_checkpoints_are_damaged(trained, capsys, tmp_path):
+    folder = shutil.copytree(trained, tmp_path / "damaged")
+    for file in (folder / "checkpoints").rglob("sha256.json"):
+        file.write_text("{}")
+    page = report(capsys, folder)
+    assert "the model cannot be loaded: " in page.text
+    assert "lowest" in page.text
+    shutil.rmtree(folder / "checkpoints")
+    assert "no checkpoint yet" in report(capsys, folder).text
+
+
+def test_weights_that_were_imported(weights, capsys, tmp_path):
+    assert cli.main(["import", "--source", str(weights), "--run", "imported", "--runs-dir", str(tmp_path)]) == 0
+    page = report(capsys, tmp_path / "imported")
+    assert "The log is empty." in page.texts
+    assert page.elements.count("img") == 4
+    assert "tok_emb/embedding" in page.texts
+
+
+def test_several_runs(trained, classifier, instructed, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = report(capsys, trained, "--run", classifier, instructed)
+    assert (tmp_path / "report.html").is_file()
+    assert page.texts[page.texts.index("3 runs")]
+    assert "drawn apart" in page.text
+    same = shutil.copytree(trained, tmp_path / "small")
+    assert {str(trained), "small"} & set(report(capsys, trained, same).texts)
+
+
+def test_mistakes_are_one_line(trained, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "no run; expected one or several" in fails(capsys)
+    assert "runs/none: no run there" in fails(capsys, "runs/none")
+    assert "no run there" in fails(capsys, trained, tmp_path)
+    assert "no checkpoint of step 7" in fails(capsys, f"{trained}@7")
+    assert "cannot be written" in fails(capsys, trained, "--out", tmp_path / "none" / "x.html")
+    assert "cannot be written" in fails(capsys, trained, "--out", tmp_path)
+    assert "expected one run with it" in fails(capsys, trained, shutil.copytree(trained, "b"), "--text", "x")
+    assert "unknown key output" in fails(capsys, trained, "--output", "x")
+    assert "--out has no value" in fails(capsys, trained, "--out")
+
+
+def test_runs_are_words_that_belong_to_no_option():
+    assert name_runs(["a", "--out", "x", "--run=b", "--run", "c", "-h"]) == [
+        *("--run=a", "--out", "x", "--run=b", "--run", "c", "-h")
+    ]

@@ -1,0 +1,155 @@
+"""What must hold of a page: it is written of whatever a folder holds, and says what is not there."""
+
+import json
+import time
+
+import pytest
+from reports import CONFIG, Page, make_run, train, val
+
+from slm_jax.errors import MissingInputError
+from slm_jax.report.compare import write_comparison
+from slm_jax.report.page import MOST_SAMPLES, write_page
+from slm_jax.report.read import defaults, read_records, read_responses, read_samples
+
+
+def page_of(*folders):
+    """Return the page of a run, or of several."""
+    records = read_records([str(folder) for folder in folders])
+    return Page(write_page(records[0]) if len(records) == 1 else write_comparison(records)).check_whole()
+
+
+def test_an_empty_folder_but_for_its_configuration(tmp_path):
+    page = page_of(make_run(tmp_path / "a"))
+    for said in ("The log is empty.", "no checkpoint yet", "no checkpoint can be read", "Not recorded"):
+        assert said in page.text
+
+
+def test_a_run_in_progress(tmp_path):
+    page = page_of(make_run(tmp_path / "a", [train(i) for i in range(1, 8)]))
+    assert "not finished" in page.text
+    assert "7 of 100" in page.text
+    assert "No validation loss yet." in page.text
+
+
+def test_a_run_that_diverged(tmp_path):
+    rows = [val(0, 8.0), *(train(i, 5.0) for i in range(1, 5)), val(5, None), train(6, None), train(7, None)]
+    page = page_of(make_run(tmp_path / "a", rows))
+    assert "in 2 logged steps loss or gradients were not finite" in page.text
+    assert "8.0000 at step 0" in page.text
+    assert "No figure of the log" in page_of(make_run(tmp_path / "b", [val(1, None)])).text
+
+
+def test_a_long_log_is_quick_and_small(tmp_path):
+    folder = make_run(tmp_path / "a", [train(i, 2 + (i % 7) / 10) for i in range(1, 20_001)])
+    began = time.process_time()
+    page = page_of(folder)
+    assert time.process_time() - began < 10  # less than 1 s
+    assert len(page.html) < 200_000
+
+
+def test_names_and_samples_are_escaped(tmp_path):
+    text = "## Step 5\n\n    <script>alert(1)</script> 日本 \x00\n    ## Step 6\n\n## Step 10\n\n    ok\n\n"
+    folder = make_run(tmp_path / '<b>&"', [train(1)], samples_md=text)
+    page = page_of(folder)
+    assert '<b>&"' in page.texts
+    assert "b" not in page.elements
+    assert "<script>alert(1)</script> 日本 \ufffd\n## Step 6" in page.texts
+    assert page.elements.count("details") == 3  # two samples, all keys
+    assert page.values("open") == [None, None]
+
+
+def test_samples_first_and_last_are_open(tmp_path):
+    text = "".join(f"## Step {i}\n\n    text {i}\n\n" for i in range(100))
+    folder = make_run(tmp_path / "a", [train(1)], samples_md=text)
+    (record,) = read_records([str(folder)])
+    assert read_samples(record.folder)[7] == (7, "text 7")
+    page = page_of(folder)
+    assert {"text 0", "text 99"} <= set(page.texts)
+    assert f"{MOST_SAMPLES} of 100; samples.md has all of them." in page.text
+
+
+@pytest.mark.parametrize(
+    "content", ["[1, 2", "7", "[]", "null", '{"before": 3, "after": {"test": []}, "environment": 3}']
+)
+@pytest.mark.parametrize("task", ["pretraining", "classification", "instruction"])
+def test_files_that_say_something_else(tmp_path, task, content):
+    files = dict.fromkeys(("summary_json", "before_json", "responses_json", "responses_before_json"), content)
+    rows = [{"step": "x", "split": "train"}, {"step": 2, "split": 3}, {"step": 2, "split": "val"}]
+    page_of(make_run(tmp_path / "a", rows, f"task: {task}\n", **files))
+
+
+@pytest.mark.parametrize("config", ["[1, 2", "7", "", "task: [1]\n", "task: other\nfoo: {bar: '\\'}\n", 'a: "\\ud800"'])
+def test_configurations_of_another_kind(tmp_path, config):
+    page_of(make_run(tmp_path / "a", (), config))
+
+
+def test_what_differs_from_the_defaults_is_marked(tmp_path):
+    page = page_of(make_run(tmp_path / "a", [train(1)], CONFIG + "seed: 0\noptimizer: {learning_rate: 0.5}\n"))
+    marks = page.html.count("<mark>")
+    assert marks == 2  # the steps and the learning rate
+    assert "0.004" in page.texts  # the default
+    assert "all 4 keys" in page.text
+    assert defaults("classification")["optimizer.learning_rate"] == 1e-3
+
+
+def test_a_classifier(tmp_path):
+    def figures(right):
+        matrix = [[right, 10 - right], [3, 7]]
+        measured = {"classes": ["ham", "<spam>"], "confusion": matrix, "accuracy": (right + 7) / 20, "macro_f1": 0.5}
+        measured |= {"precision": [0.5, 0.5], "recall": [0.5, 0.5], "f1": [0.5, 0.5], "support": [10, 10], "loss": 0.5}
+        return dict.fromkeys(("train", "validation", "test"), measured)
+
+    summary = json.dumps({"step": 1, "before": figures(4), "after": figures(9)})
+    page = page_of(make_run(tmp_path / "a", [train(1), val(1)], "task: classification", summary_json=summary))
+    assert "80.00%" in page.text
+    assert "test texts, before training" in page.texts
+    assert page.texts.count("<spam>") == 13  # of rows and columns of six matrices, and of a table
+    assert "--share: 0.900" in page.values("style")
+    before = make_run(tmp_path / "b", [train(1)], "task: classification", before_json=json.dumps(figures(4)))
+    assert "test texts, after training" not in page_of(before).text
+    assert "55.00%" in page_of(before).text
+
+
+def test_responses_before_and_after(tmp_path):
+    asked = [{"instruction": f"<i>{i}</i>", "input": "", "output": "right"} for i in range(40)]
+    before, after = (json.dumps([{**entry, "model_response": when} for entry in asked]) for when in ("old", "new"))
+    files = {"responses_before_json": before, "responses_json": after}
+    page = page_of(make_run(tmp_path / "a", [train(1)], "task: instruction", **files))
+    assert "<i>3</i>" in page.texts
+    assert page.texts.count("old") == page.texts.count("new") == page.texts.count("right") == 24
+    assert "24 of 40; responses.json has all of them." in page.text
+    (record,) = read_records([str(make_run(tmp_path / "b", [], responses_before_json=before))])
+    assert read_responses(record.folder)[0] == ({**asked[0], "model_response": "old"}, "old", None)
+
+
+def test_runs_of_one_task_share_their_axes(tmp_path):
+    a = make_run(tmp_path / "a", [val(0, 3.0), train(1), val(10, 2.0)], CONFIG + "seed: 1\n")
+    b = make_run(tmp_path / "b", [val(0, 3.0), train(1), val(20, 1.0)], CONFIG + "seed: 2\nrun: b\n")
+    page = page_of(a, b)
+    assert page.values("aria-label")[0] == "loss of 2 runs over 20 steps, between 1 and 3"
+    assert page.elements.count("figure") == 4
+    assert "seed" in page.texts
+    assert "train.steps" not in page.texts  # equal
+    assert "run" not in page.texts[page.texts.index("key") :]
+    assert "drawn apart" not in page.text
+
+
+def test_runs_of_different_tasks_are_drawn_apart(tmp_path):
+    a = make_run(tmp_path / "a", [train(1)])
+    b = make_run(tmp_path / "b", [train(1)], "task: classification")
+    page = page_of(a, b)
+    assert "different tasks, and their losses are drawn apart" in page.text
+    assert {"Pretraining: a", "Classification: b"} <= set(page.texts)
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path):
+    folders = [make_run(tmp_path / place / "run", [train(1)]) for place in ("one", "two")]
+    assert [record.label for record in read_records([str(folder) for folder in folders])] == [str(f) for f in folders]
+    assert len(read_records([str(folders[0]), f"{folders[0]}/"])) == 1
+
+
+def test_what_is_no_run(tmp_path):
+    with pytest.raises(MissingInputError, match="no run there"):
+        read_records([str(tmp_path)])
+    with pytest.raises(MissingInputError, match="no checkpoint in this run yet"):
+        read_records([f"{make_run(tmp_path / 'a')}@3"])
