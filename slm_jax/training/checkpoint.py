@@ -187,7 +187,8 @@ def load_params(folder: Path, step: int, like: Params, sharding: Any = None) -> 
     if step not in saved_steps(folder):
         there = ", ".join(map(str, saved_steps(folder))) or "none"
         raise MissingInputError(f"{folder}: no checkpoint of step {step}; there are: {there}")
-    another = f"choose another step of {', '.join(map(str, saved_steps(folder)))}"
+    others = [str(saved) for saved in saved_steps(folder) if saved != step]
+    another = f"choose another step of {', '.join(others)}" if others else "no other step was saved"
     if damage := find_damage(folder / str(step)):
         raise InputError(f"{damage}; {another}")
     if not isinstance(sharding, dict):

@@ -231,7 +231,7 @@ def test_a_changed_file_is_found_and_named(saved, item, spoil, said):
     assert str(path) in damage
     assert said in damage
     assert find_damage(saved / "30") is None
-    with pytest.raises(InputError, match=r"choose another step of 10, 20, 30"):
+    with pytest.raises(InputError, match=r"choose another step of 10, 30"):
         load_params(saved, 20, make_state().trainable)
 
 
@@ -272,7 +272,7 @@ def test_parameters_that_are_damaged_are_said_also_without_checksums(saved, name
     (saved / "20" / CHECKSUMS).unlink()
     path = payload(saved / "20", "params") if name == "largest" else saved / "20" / "params" / name
     path.write_bytes(path.read_bytes()[: int(left * path.stat().st_size)])
-    with pytest.raises(InputError, match=rf"{saved / '20'}: .*choose another step of 10, 20, 30") as caught:
+    with pytest.raises(InputError, match=rf"{saved / '20'}: .*choose another step of 10, 30") as caught:
         load_params(saved, 20, make_state().trainable)
     assert "\n" not in str(caught.value)
 
@@ -280,7 +280,7 @@ def test_parameters_that_are_damaged_are_said_also_without_checksums(saved, name
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("part", [{"half": {"scale": jnp.ones(3)}}, {"half": {}}, {"more": {"scale": jnp.ones(4)}}])
 def test_parameters_of_another_model_are_refused(template, part):
-    with pytest.raises(InputError, match=rf"{template / '20'}: .*choose another step") as caught:
+    with pytest.raises(InputError, match=rf"{template / '20'}: .*other step") as caught:
         load_params(template, 20, make_state().trainable | part)
     assert "\n" not in str(caught.value)
 
