@@ -35,10 +35,13 @@ BADGE = """\
 https://colab.research.google.com/github/{path}/blob/main/notebooks/{name}.ipynb)"""
 INSTALL = """\
 import sys
+from importlib.metadata import version
 
 if "google.colab" in sys.modules:  # elsewhere slm_jax is installed already
+    jax_before = version("jax")
     !git clone -q --depth 1 {repository} && pip install -q ./slm_jax
-    %cd slm_jax/notebooks"""
+    %cd slm_jax/notebooks
+    assert version("jax") == jax_before, "jax was replaced: restart the runtime and run this cell again"""
 
 
 def sources() -> list[Path]:

@@ -1,0 +1,439 @@
+# %% [markdown]
+# # 11a. A classifier from a language model
+#
+# A GPT predicts the next token. To do that, it makes a vector of everything that it has read, and from this vector
+# one can tell other things, too: here, whether a review is positive or negative. You will see how the large output
+# head is replaced by a tiny one, how most of a model is kept fixed while the rest learns, and how accuracy and a
+# confusion matrix are counted. At the end the library does the same, also for spam.
+#
+# Before this came [training](10_training.py). It runs in under a minute on two CPU cores.
+
+# %%
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+from IPython.utils.capture import capture_output
+
+import slm_jax
+from slm_jax.cli import main
+from slm_jax.config import ClassificationConfig, DataConfig
+from slm_jax.data.labelled import load_labelled
+from slm_jax.evaluation.classes import class_figures
+from slm_jax.tokenizer import SimpleTokenizer
+
+jax.config.update("jax_default_matmul_precision", "highest")  # float32 in full also on a GPU or TPU
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"  # told apart also by colour-blind eyes
+
+# %% [markdown]
+# ## The data
+#
+# 240 short reviews of films, shops and concerts, half of them positive, were written for this notebook. A line of the
+# file is a JSON object with a text and its label.
+#
+# They are split in three: the model learns from the *training* texts, the *validation* texts are for choosing, and the
+# *test* texts are looked at last. Each part has as many positive as negative texts. In the library this is
+# [`slm_jax/data/labelled.py`](../slm_jax/data/labelled.py).
+
+# %%
+splits = load_labelled(DataConfig(source="jsonl:data/sentiment.jsonl"), ClassificationConfig(), seed=0)
+classes = splits.classes
+for text, label in zip(splits.train.texts[:4], splits.train.labels[:4], strict=True):
+    print(f"{classes[label]:<9} {text}")
+for name in ("train", "validation", "test"):
+    split = getattr(splits, name)
+    print(f"{name:<11} {len(split.texts):>3} texts, {int(split.labels.sum())} of them {classes[1]}")
+assert not set(splits.train.texts) & set(splits.test.texts)
+
+# %% [markdown]
+# ## Rows of equal length
+#
+# A batch is a rectangle, and texts differ in length. So every text is filled up with zeros on the right, and its true
+# length is kept beside it. Words that no training text has become the one id of `<|unk|>`: the model must not know
+# anything of the test texts, not even their words.
+
+# %%
+tokenizer = SimpleTokenizer().build_vocab(" ".join(splits.train.texts))
+width = 32
+
+
+def to_batch(split):
+    rows = [tokenizer.encode(text)[:width] for text in split.texts]
+    inputs = np.zeros((len(rows), width), np.int32)
+    for row, ids in zip(inputs, rows, strict=True):
+        row[: len(ids)] = ids
+    return {"inputs": inputs, "lengths": np.array([len(ids) for ids in rows]), "labels": split.labels}
+
+
+train, validation, test = (to_batch(split) for split in (splits.train, splits.validation, splits.test))
+unknown = np.mean(
+    [tokenizer.vocab_size - 1 == i for row, n in zip(test["inputs"], test["lengths"], strict=True) for i in row[:n]]
+)
+print(f"{tokenizer.vocab_size} words; longest training text: {train['lengths'].max()} tokens")
+print(f"words of the test texts that are unknown: {unknown:.0%}")
+
+# %% [markdown]
+# ## A small language model first
+#
+# Fine-tuning starts from a model that already knows something of language. Ours gets a short pretraining: it predicts
+# the next word of the training reviews, without their labels. Weights of 0 take the padding out of the loss, as in
+# [notebook 9](09_pretraining_setup.py). The training loop is compiled as one program: `jax.lax.scan` calls `step` for
+# each key in turn and hands the state on.
+
+# %%
+cfg = slm_jax.get_gpt_config("tiny", vocab_size=tokenizer.vocab_size, context_length=width, emb_dim=32, n_layers=2)
+gpt = slm_jax.GPTModel(cfg)
+
+
+def language_loss(params, rows):
+    inputs, targets = rows["inputs"][:, :-1], rows["inputs"][:, 1:]
+    counts = jnp.arange(1, width) < rows["lengths"][:, None]
+    losses = optax.softmax_cross_entropy_with_integer_labels(gpt.apply({"params": params}, inputs), targets)
+    return jnp.sum(losses * counts) / jnp.sum(counts)
+
+
+def train_model(loss_fn, trainable, data, steps, learning_rate, seed=0):
+    """Return what was trained, and the loss of every step; a step sees 32 rows of data, drawn at random."""
+    optimizer = optax.adamw(learning_rate)
+
+    def step(state, key):
+        trainable, opt_state = state
+        chosen = jax.random.choice(key, len(data["inputs"]), (32,), replace=False)
+        rows = {name: jnp.asarray(values)[chosen] for name, values in data.items()}
+        loss, gradient = jax.value_and_grad(loss_fn)(trainable, rows)
+        updates, opt_state = optimizer.update(gradient, opt_state, trainable)
+        return (optax.apply_updates(trainable, updates), opt_state), loss
+
+    keys = jax.random.split(jax.random.key(seed), steps)
+    (trainable, _), losses = jax.jit(lambda state: jax.lax.scan(step, state, keys))(
+        (trainable, optimizer.init(trainable))
+    )
+    return trainable, np.asarray(losses)
+
+
+# %%
+new_params = jax.jit(gpt.init)(jax.random.key(0), train["inputs"][:1])["params"]
+base, losses = train_model(language_loss, new_params, train, steps=40, learning_rate=3e-3)
+print(f"loss a word: {losses[0]:.2f} at first (a guess among all words has {np.log(cfg.vocab_size):.2f}),", end=" ")
+print(f"{losses[-5:].mean():.2f} at the end")
+assert losses[-5:].mean() < 0.9 * losses[0]
+
+# %% [markdown]
+# ## A new head
+#
+# The language model's head gives a number for each word of the vocabulary. A classifier needs a number for each class:
+# one small matrix and a bias, new and random. It looks at the hidden state of the **last real token**, because with
+# causal attention that is the only one that has seen the whole text:
+#
+# $$\text{logits} = h_{\text{last}} W + b$$
+#
+# In words: the 32 numbers at the last token, times a matrix of 32 rows and 2 columns, plus 2 numbers.
+
+# %%
+head = {"kernel": 0.02 * jax.random.normal(jax.random.key(1), (cfg.emb_dim, len(classes))), "bias": jnp.zeros(2)}
+
+
+@jax.jit
+def class_logits(base, head, inputs, lengths):
+    hidden = gpt.apply({"params": base}, inputs, method="hidden")  # (texts, width, 32)
+    last = hidden[jnp.arange(len(inputs)), lengths - 1]  # (texts, 32): not the padding behind it
+    return last @ head["kernel"] + head["bias"]
+
+
+logits = class_logits(base, head, test["inputs"], test["lengths"])
+print("logits:", logits.shape, "for", len(test["labels"]), "texts")
+
+# %% [markdown]
+# In the library this is `GPTClassifier` in [`slm_jax/classifier.py`](../slm_jax/classifier.py). Its parameters are the
+# GPT's and a `class_head`; it gives the same logits. And what lies in the padding makes no difference.
+
+# %%
+classifier = slm_jax.GPTClassifier(cfg, n_classes=2, pooling="last")
+whole = {**base, "class_head": head}
+library_logits = jax.jit(lambda inputs: classifier.apply({"params": whole}, inputs, test["lengths"]))
+theirs = library_logits(test["inputs"])
+assert jnp.allclose(logits, theirs, atol=1e-5)
+
+behind = np.arange(width) >= test["lengths"][:, None]
+noise = np.where(behind, 7, test["inputs"])
+assert jnp.allclose(theirs, library_logits(noise), atol=1e-5)
+print("the same logits, whatever the padding is")
+
+# %% [markdown]
+# ## Freezing
+#
+# *Freezing* a parameter means that training leaves it as it is. With pure functions that is a matter of arguments: the
+# parameters are two trees, and `grad` differentiates by the first one only. What is frozen has no gradient and no
+# optimizer state. The blocks are stacked (first axis: layer), so "the last block" is the last slice.
+#
+# We compare three choices: only the head; the head with the last block and the final norm (the book's choice); and
+# everything.
+
+
+# %%
+def split_last_block(params):
+    """Return what is trained, and what is not: the last block, the final norm and the head; and the rest."""
+    last = {"block": jax.tree.map(lambda leaf: leaf[-1:], params["blocks"])}
+    trained = {**last, "final_norm": params["final_norm"], "class_head": params["class_head"]}
+    return trained, {name: leaf for name, leaf in params.items() if name not in trained}
+
+
+def join_last_block(trained, frozen):
+    below = jax.tree.map(lambda leaf: leaf[:-1], frozen["blocks"])
+    blocks = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), below, trained["block"])
+    rest = {name: leaf for name, leaf in {**frozen, **trained}.items() if name != "block"}
+    return {**rest, "blocks": blocks}
+
+
+choices = {
+    "head only": (
+        {"class_head": whole["class_head"]},
+        base,
+        lambda trained, frozen: {**frozen, **trained},
+    ),
+    "last block": (*split_last_block(whole), join_last_block),
+    "everything": (whole, {}, lambda trained, frozen: trained),
+}
+
+
+def count(tree):
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+for name, (trained, _, _) in choices.items():
+    print(f"{name:<11} {count(trained):>6,} of {count(whole):,} parameters are trained")
+assert count(choices["head only"][0]) == 32 * 2 + 2
+
+# %% [markdown]
+# ## Before and after
+#
+# The loss is cross-entropy again, over 2 classes instead of a vocabulary. *Accuracy* is the share of texts that get
+# their own class. With two classes of the same size, guessing gives about one half, and so does the new head before
+# training.
+
+
+# %%
+def class_loss(params, rows):
+    logits = classifier.apply({"params": params}, rows["inputs"], rows["lengths"])
+    return optax.softmax_cross_entropy_with_integer_labels(logits, rows["labels"]).mean()
+
+
+@jax.jit
+def predict(params, inputs, lengths):
+    return classifier.apply({"params": params}, inputs, lengths).argmax(-1)
+
+
+def accuracy(params, data):
+    return float(np.mean(predict(params, data["inputs"], data["lengths"]) == data["labels"]))
+
+
+before = {name: accuracy(whole, data) for name, data in (("train", train), ("test", test))}
+print(f"before: accuracy {before['train']:.2f} on training texts, {before['test']:.2f} on test texts")
+assert 0.35 < before["train"] < 0.65
+
+# %% tags=["varies"]
+after, curves = {}, {}
+for name, (trained, frozen, join) in choices.items():
+
+    def loss_fn(trained, rows, frozen=frozen, join=join):
+        return class_loss(join(trained, frozen), rows)
+
+    found, curves[name] = train_model(loss_fn, trained, train, steps=80, learning_rate=2e-3)
+    after[name] = join(found, frozen)
+    print(f"{name:<11} train {accuracy(after[name], train):.2f}   test {accuracy(after[name], test):.2f}")
+
+for name in ("tok_emb", "pos_emb"):  # frozen is frozen
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, after["last block"][name], base[name]))
+assert accuracy(after["everything"], test) >= 0.7
+
+# %% [markdown]
+# With most of it frozen, this model learns its training texts a little and the test texts hardly at all. That says
+# something about the base: after 168 reviews its vectors hold hardly anything about praise. Training everything repairs
+# that. Freezing pays off with a base that has read much: the library's recipe `classify_builtin` trains the last block
+# of a model that has read Python's documentation, and goes from 29 % to at least 98 % in telling prose from code.
+
+# %%
+figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2))
+for (name, curve), colour in zip(curves.items(), (GREY, ORANGE, BLUE), strict=True):
+    left.plot(np.convolve(curve, np.ones(5) / 5, mode="valid"), color=colour, label=name)
+left.set_xlabel("step")
+left.set_ylabel("training loss (mean of 5 steps)")
+left.legend()
+for i, (data, colour) in enumerate(((train, GREY), (test, BLUE))):
+    heights = [before[("train", "test")[i]], *(accuracy(params, data) for params in after.values())]
+    bars = right.bar(np.arange(4) + 0.4 * i - 0.2, heights, 0.38, color=colour, label=("training", "test")[i])
+    right.bar_label(bars, fmt="%.2f", fontsize=7)
+right.set_xticks(range(4), ["before", *(name.replace(" ", "\n") for name in after)])
+right.set_ylim(0, 1.35)
+right.set_ylabel("accuracy")
+right.legend(ncol=2, loc="upper left")
+figure.tight_layout()
+plt.show()
+
+# %% [markdown]
+# ## The confusion matrix
+#
+# Accuracy is one number for all texts. A *confusion matrix* counts for each true class (row) which class was predicted
+# (column), so one sees which mistakes are made. Two shares follow for each class: *precision*, how many of the texts
+# that got this class belong to it, and *recall*, how many of the texts of the class got it. In the library this is
+# [`slm_jax/evaluation/classes.py`](../slm_jax/evaluation/classes.py).
+
+# %%
+found = np.asarray(predict(after["everything"], test["inputs"], test["lengths"]))
+confusion = np.zeros((2, 2), int)
+for true, predicted in zip(test["labels"], found, strict=True):
+    confusion[true, predicted] += 1
+precision = confusion.diagonal() / confusion.sum(0)
+recall = confusion.diagonal() / confusion.sum(1)
+theirs = class_figures(confusion, classes)
+assert np.allclose(theirs.precision, precision)
+assert np.allclose(theirs.recall, recall)
+assert np.isclose(theirs.accuracy, np.mean(found == test["labels"]))
+
+# %%
+figure, axes = plt.subplots(figsize=(3.8, 3.4))
+axes.imshow(confusion, cmap="Blues", vmin=0, vmax=24)
+for (row, column), n in np.ndenumerate(confusion):
+    axes.text(column, row, n, ha="center", va="center", fontsize=14, color="white" if n > 12 else "black")
+axes.set_xticks((0, 1), classes)
+axes.set_yticks((0, 1), classes)
+axes.set_xlabel("predicted class")
+axes.set_ylabel("true class")
+figure.tight_layout()
+plt.show()
+
+# %% tags=["varies"]
+for name, p, r in zip(classes, precision, recall, strict=True):
+    print(f"{name}: precision {p:.2f}, recall {r:.2f}")
+wrong = np.flatnonzero(found != test["labels"])
+print("wrong, for example:")
+for i in wrong[:3]:
+    print(f"  {splits.test.texts[i]}  (is {classes[test['labels'][i]]})")
+
+# %% [markdown]
+# ## The same with the library
+#
+# `slm-jax finetune` does all of this: it reads the file, splits it, trains, keeps the checkpoint with the lowest
+# validation loss, and measures. In a terminal one types the words below; here `main` gets them as a list. This
+# recipe has no base, looks at the mean of all tokens instead of the last one, and uses dropout. In the library this is
+# [`slm_jax/tasks/classification.py`](../slm_jax/tasks/classification.py).
+
+
+# %%
+def finetune(options):
+    """Run slm-jax finetune with these options; return its summary, or None where it refused, and what it printed."""
+    words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+    with capture_output() as printed:
+        status = main(["finetune", *words])
+    summary = Path("runs", options["run"], "summary.json")
+    return (json.loads(summary.read_text()) if status == 0 else None), printed.stderr
+
+
+recipe = {
+    "base": "null", "trainable": "all", "resume": "never", "model.n_layers": 1, "model.emb_dim": 32,
+    "model.context_length": 64, "model.drop_rate": 0.1, "tokenizer.kind": "simple", "train.steps": 80,
+    "train.batch_size": 32, "train.eval_every": 40, "checkpoint.every": 40, "optimizer.learning_rate": 1e-3,
+    "classification.pooling": "mean",
+}  # fmt: skip
+summary, said = finetune({**recipe, "run": "sentiment", "data.source": "jsonl:data/sentiment.jsonl"})
+assert summary is not None, said
+
+# %% tags=["varies"]
+for name in ("train", "test"):
+    print(f"{name:<6} accuracy {summary['before'][name]['accuracy']:.2f} -> {summary['after'][name]['accuracy']:.2f}")
+assert summary["after"]["test"]["accuracy"] >= 0.7
+classify = slm_jax.load_classifier("runs/sentiment")
+for text in ("A wonderful book, I loved it.", "The food was cold and the staff were rude."):
+    print(f"{text:<45} {classify([text])[0].label} ({classify([text])[0].probability:.0%})")
+
+# %% [markdown]
+# ## Spam
+#
+# A larger and real task: the SMS Spam Collection, 5,574 messages, of which 13 % are spam. If nearly nine in ten are of
+# one class, a model that always says "ham" has an accuracy of 87 % and is useless. So `downsample` keeps as many
+# messages of each class as there are of the rarer one. The file is looked for in the folder `$SLM_JAX_DATA`, else
+# downloaded once (480 kB). Without it and without a network this part is left out.
+
+# %% tags=["varies"]
+spam = {"data.source": "named:sms-spam", "classification.balance": "downsample", "classification.max_length": 32}
+summary, said = finetune({**recipe, **spam, "run": "spam", "train.eval_batch_size": 256})
+if summary is None:
+    print("left out:", " ".join(said.split())[:200])
+else:
+    for name in ("train", "test"):
+        print(
+            f"{name:<6} accuracy {summary['before'][name]['accuracy']:.2f} -> {summary['after'][name]['accuracy']:.2f}"
+        )
+    print("test, true class by row (ham, spam):", summary["after"]["test"]["confusion"])
+    assert summary["after"]["test"]["accuracy"] > 0.8
+
+# %% [markdown]
+# ## Exercises
+#
+# **1.** The last token has seen the whole text. What has the first token seen? Train everything with
+# `pooling="first"` and look at the accuracy.
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# first = slm_jax.GPTClassifier(cfg, n_classes=2, pooling="first")
+#
+#
+# def first_loss(params, rows):
+#     logits = first.apply({"params": params}, rows["inputs"], rows["lengths"])
+#     return optax.softmax_cross_entropy_with_integer_labels(logits, rows["labels"]).mean()
+#
+#
+# found_first, _ = train_model(first_loss, whole, train, steps=80, learning_rate=2e-3)
+# logits_first = jax.jit(first.apply)({"params": found_first}, test["inputs"], test["lengths"])
+# right = float(jnp.mean(logits_first.argmax(-1) == test["labels"]))
+# print(f"test accuracy {right:.2f}")
+# assert right < accuracy(after["everything"], test)
+# ```
+#
+# With causal attention the first token has seen only itself. "A" or "The" says little about a review.
+#
+# </details>
+#
+# **2.** Which answer is right more often than not when 13 % of the messages are spam and nothing is learned? Compute
+# accuracy and the recall of spam of a model that always says "ham", for 1,000 messages.
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# always_ham = class_figures(np.array([[870, 0], [130, 0]]), ("ham", "spam"))
+# print(always_ham.accuracy, always_ham.recall)
+# assert always_ham.accuracy == 0.87 and always_ham.recall[1] == 0
+# ```
+#
+# Accuracy alone hides it; the confusion matrix shows a column without a text.
+#
+# </details>
+#
+# **3.** How certain is an accuracy on 48 texts? The standard error of a share $p$ of $n$ texts is
+# $\sqrt{p (1 - p) / n}$.
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# p = accuracy(after["everything"], test)
+# error = np.sqrt(p * (1 - p) / len(test["labels"]))
+# print(f"{p:.2f} with a standard error of {error:.2f}")
+# assert 0.01 < error < 0.08
+# ```
+#
+# Two models that differ by less than about two standard errors may be equally good. Small test sets say little.
+#
+# </details>
+#
+# ## What to take along
+#
+# - A classifier is a language model with another head on its last real token, and cross-entropy over classes.
+# - Freezing is a matter of which tree is differentiated. It saves work, and pays off with a base that knows much.
+# - Look at the confusion matrix, at the balance of the classes, and at how many texts an accuracy was measured on.
+#
+# Next: [following instructions](11b_instruction_tuning.py).

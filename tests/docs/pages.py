@@ -1,0 +1,195 @@
+"""The blocks of code in a page, and how the tests run each kind as a reader would, only shorter."""
+
+import contextlib
+import dataclasses
+import io
+import os
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from slm_jax import cli
+from slm_jax.config import parse_args
+
+REPOSITORY = Path(__file__).parents[2]
+FENCE = re.compile(
+    r"^(?P<before>[^\n]*)\n(?P<indent> *)```(?P<language>[\w+-]*)(?P<rest>[^\n]*)\n(?P<body>.*?)^(?P=indent)```",
+    re.M | re.S,
+)
+NOT_RUN = re.compile(r"<!-- not run: (.+) -->")
+# What makes any training short; a base brings its own model.
+SHORT = {"train.batch_size": 8, "train.eval_every": 2, "train.eval_batch_size": 64, "sample.max_new_tokens": 4}
+SMALL = {"model.emb_dim": 16, "model.n_heads": 2, "model.n_layers": 4, "model.context_length": 128}
+STAND_IN = re.compile(r"""(?<=--run )gpt2\b(?!-)|(?<=--base )gpt2\b(?!-)|(?<=load_model\(")gpt2(?=")""")
+NEEDS_NAMED = re.compile(r"named:|tinyshakespeare|configs/(shakespeare|verdict|classify_spam|sft_instruction)")
+NEEDS_GPT2_TOKENS = re.compile(r"gpt2|configs/verdict|tokenizer(\.kind)? gpt2|slm-jax prepare(?!.*--tokenizer)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """One fenced block: its language, the file it is named after, and why it is not run, where it is not."""
+
+    language: str
+    title: str | None
+    body: str
+    not_run: str | None
+    line: int
+
+
+def blocks(text: str) -> list[Block]:
+    """Return the fenced blocks of a page in order."""
+    found = []
+    for match in FENCE.finditer("\n" + text):
+        title, reason = re.search(r'title="([^"]+)"', match["rest"]), NOT_RUN.search(match["before"])
+        body = re.sub(rf"^{match['indent']}", "", match["body"], flags=re.M)
+        line = text.count("\n", 0, match.start("body") - 1)
+        found.append(Block(match["language"], title and title[1], body, reason and reason[1], line))
+    return found
+
+
+def commands(body: str) -> list[str]:
+    """Return the commands of a shell block: lines, continued ones joined, and what ``&&`` joins apart."""
+    lines = re.sub(r"\s*\\\n\s*", " ", body).splitlines()
+    return [part.strip() for line in lines for part in re.split(r"\s+&&\s+", line) if part.split("#")[0].strip()]
+
+
+class Reader:
+    """Runs the blocks of one page in a folder that looks like the repository.
+
+    Attributes:
+        namespace: what the page's Python has defined so far.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.namespace: dict[str, Any] = {}
+
+    def read(self, block: Block) -> None:
+        """Run one block, or look whether it could be run."""
+        if block.title:
+            path = self.folder / block.title
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(block.body)
+        if block.language in ("sh", "bash", "shell"):
+            for command in commands(block.body):
+                self.check(command) if block.not_run else self.run(command)
+        elif block.language == "python" and not block.not_run:
+            self.python(block.body)
+        elif block.language == "yaml":
+            parse_yaml(block.body, self.folder)
+
+    def python(self, code: str) -> None:
+        """Run Python with what the page has defined before."""
+        path = self.folder / "block.py"
+        path.write_text(STAND_IN.sub("stand-in", code))
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.namespace = runpy.run_path(str(path), self.namespace, "block")
+
+    def run(self, command: str) -> None:
+        """Run one shell command; training is made short."""
+        if missing(command) or command.startswith(("pip install", "slm-jax bench startup", "mkdocs serve")):
+            return self.check(command)
+        command = re.sub(r"(?<=runs/)([\w-]+)@\d+", r"\1", STAND_IN.sub("stand-in", command))  # few steps, no such one
+        words = shlex.split(command, comments=True)
+        own = slm_jax_words(words)
+        if own is None:
+            return self.shell(command)
+        environment = dict(word.split("=", 1) for word in words[: words.index(own[0])])
+        own = shorter(own[1:])
+        if environment:
+            done = subprocess.run(
+                [sys.executable, "-m", "slm_jax", *own], env=os.environ | environment, capture_output=True, text=True
+            )
+            assert done.returncode == 0, done.stderr
+            return None
+        status = in_this_process(own)
+        assert status == 0 or (own[0] == "doctor" and status == 1), f"{command}: exit status {status}"
+        return None
+
+    def shell(self, command: str) -> None:
+        """Run what is not only slm_jax's, in a shell that finds this environment's programs."""
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        if re.match(r"python benchmarks/|pytest", command):  # these take long, and have tests of their own
+            command = f"{re.match(r'python [^ ]+|pytest', command)[0]} --help"  # type: ignore[index]
+        environment = os.environ | {"PATH": path, "PYTHONPATH": str(REPOSITORY)}
+        done = subprocess.run(["bash", "-ec", command], env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, f"{command}: {done.stderr}"
+
+    def check(self, command: str) -> None:
+        """Look whether the options of a command exist, without running it."""
+        words = shlex.split(command, comments=True)
+        if command.startswith("pip install"):
+            for extra in re.findall(r"\[([\w,]+)\]", command):
+                assert f"\n{extra.split(',')[0]} = [" in (REPOSITORY / "pyproject.toml").read_text(), command
+        own = slm_jax_words(words)
+        if own is not None and own[1:]:
+            in_this_process([*own[1:], *([] if own[1] in ("doctor",) else ["--print_config"])], expected=(0,))
+
+
+def slm_jax_words(words: list[str]) -> list[str] | None:
+    """Return the program and words of a command that is only slm_jax's, environment before it dropped; else None."""
+    while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
+        words = words[1:]
+    if not words or {"|", ">", "<", ";"} & set(words):
+        return None
+    if words[0] == "slm-jax":
+        return words
+    if words[:1] == ["python"] and words[1:2] in (["train.py"], ["finetune.py"]):
+        return [words[0], words[1].removesuffix(".py"), *words[2:]]
+    return None
+
+
+def shorter(words: list[str]) -> list[str]:
+    """Return the words of a command with what makes it short."""
+    more: dict[str, object] = {}
+    if words[0] in ("train", "finetune") and "--help" not in words:
+        more = dict(SHORT)
+        if "--train.epochs" not in words:
+            more["train.steps"] = 4
+        if words[0] == "train" and "--base" not in words:
+            more |= SMALL
+        if "--optimizer.decay_steps" in words:
+            more["optimizer.decay_steps"] = 2
+        if words[0] == "finetune":
+            more["instruction.responses"] = 2
+    elif words[0] in ("generate", "chat"):
+        more = {"max-new-tokens": 4}
+    elif words[0] == "bench" and words[1] in ("train", "generate", "data", "memory"):
+        more = {"repeats": 2} | (SMALL if "--config" in words else {})
+    return [*words, *(part for key, value in more.items() for part in (f"--{key}", str(value)))]
+
+
+def in_this_process(words: list[str], expected: tuple[int, ...] = ()) -> int:
+    """Run a command of slm_jax as its program does, on an empty standard input; return its exit status."""
+    out, before = io.StringIO(), sys.stdin
+    sys.stdin = io.StringIO("Hello\n")
+    try:
+        with contextlib.redirect_stdout(out):
+            status = cli.main(words)
+    except SystemExit as end:
+        status = int(end.code or 0)
+    finally:
+        sys.stdin = before
+    assert not expected or status in expected, f"{shlex.join(words)}: exit status {status}"
+    return status
+
+
+def parse_yaml(text: str, folder: Path) -> None:
+    """Read a recipe, or a part of one, as a run would."""
+    assert isinstance(yaml.safe_load(text), dict)
+    path = folder / "block.yaml"
+    path.write_text(text)
+    parse_args(["--config", str(path)])
+
+
+def missing(command: str) -> bool:
+    """Return whether a command needs texts or GPT-2's tokens, and they are not on this machine."""
+    if NEEDS_NAMED.search(command) and not os.environ.get("SLM_JAX_DATA"):
+        return True
+    return bool(NEEDS_GPT2_TOKENS.search(command)) and not os.environ.get("TIKTOKEN_CACHE_DIR")
