@@ -41,7 +41,7 @@ if "google.colab" in sys.modules:  # elsewhere slm_jax is installed already
     jax_before = version("jax")
     !git clone -q --depth 1 {repository} && pip install -q ./slm_jax
     %cd slm_jax/notebooks
-    assert version("jax") == jax_before, "jax was replaced: restart the runtime and run this cell again"""
+    assert version("jax") == jax_before  # else restart the runtime, and run this cell again"""
 
 
 def sources() -> list[Path]:
