@@ -39,14 +39,15 @@ from importlib.metadata import version
 
 if "google.colab" in sys.modules:  # elsewhere slm_jax is installed already
     jax_before = version("jax")
-    !git clone -q --depth 1 {repository} && pip install -q ./slm_jax
-    %cd slm_jax/notebooks
+    !test -d /content/slm_jax || git clone -q --depth 1 {repository} /content/slm_jax
+    !pip install -q /content/slm_jax
+    %cd /content/slm_jax/notebooks
     assert version("jax") == jax_before  # else restart the runtime, and run this cell again"""
 
 
 def sources() -> list[Path]:
     """Return the texts of all notebooks, in reading order."""
-    return sorted(path for path in HERE.glob("*_*.py"))
+    return sorted(HERE.glob("*_*.py"))
 
 
 def assemble(source: Path) -> NotebookNode:
@@ -103,12 +104,12 @@ def solutions(notebook: NotebookNode) -> list[str]:
 
 
 def differences(old: NotebookNode, new: NotebookNode) -> list[str]:
-    """Say where one notebook is not the other: cells, and what they print, with numbers to within 2%.
+    """Say where one notebook is not the other: cells, and what they print, with fractions to within 2%.
 
-    Numbers of training move with the machine a little. What a cell tagged ``varies`` prints (times, sampled text)
-    is not compared, and of pictures only that they are there.
+    Losses move with the machine a little; whole numbers do not. What a cell tagged ``varies`` prints (times, sampled
+    text) is not compared, and of pictures only that they are there.
     """
-    if [(cell.cell_type, cell.source) for cell in old.cells] != [(cell.cell_type, cell.source) for cell in new.cells]:
+    if cells(old) != cells(new):
         return ["the cells are not those of the text: python notebooks/build.py"]
     found = []
     for index, (one, other) in enumerate(zip(old.cells, new.cells, strict=True)):
@@ -119,6 +120,11 @@ def differences(old: NotebookNode, new: NotebookNode) -> list[str]:
         elif "varies" not in one.metadata.get("tags", []) and not _same(*texts):
             found.append(f"cell {index} printed {texts[0]!r}, now {texts[1]!r}")
     return found
+
+
+def cells(notebook: NotebookNode) -> list[tuple[str, str]]:
+    """Return kind and source of all cells."""
+    return [(cell.cell_type, cell.source) for cell in notebook.cells]
 
 
 def _kind(output: NotebookNode) -> str:
@@ -133,12 +139,25 @@ def _same(one: str, other: str) -> bool:
     """Return whether two texts agree but for small changes of numbers."""
     if NUMBER.sub("0", one).split() != NUMBER.sub("0", other).split():
         return False
-    pairs = zip(NUMBER.findall(one), NUMBER.findall(other), strict=True)
-    return all(_close(float(a.replace(",", "")), float(b.replace(",", ""))) for a, b in pairs)
+    return all(map(_close, NUMBER.findall(one), NUMBER.findall(other)))
 
 
-def _close(a: float, b: float) -> bool:
-    return abs(a - b) <= max(0.02 * max(abs(a), abs(b)), 0.011)
+def _close(one: str, other: str) -> bool:
+    """Return whether numbers are equal, or fractions that differ by 2%, their last digit, or what rounding leaves."""
+    a, b = (float(number.replace(",", "")) for number in (one, other))
+    if not {".", "e"} & set(one + other):
+        return a == b
+    last_digit = 1.01 * 10.0 ** -len(one.partition("e")[0].partition(".")[2]) if "e" not in one else 0.0
+    return abs(a - b) <= max(0.02 * max(abs(a), abs(b)), last_digit, 1e-5)
+
+
+def keep_outputs(old: NotebookNode, new: NotebookNode) -> None:
+    """Give a notebook the outputs of an older one, whose code but for the install cell must be the same."""
+    before, after = ([cell for cell in book.cells if cell.cell_type == "code"] for book in (old, new))
+    if [cell.source for cell in before[1:]] != [cell.source for cell in after[1:]]:
+        sys.exit("the code has changed since the notebook was built; leave --links out")
+    for cell, executed in zip(after, before, strict=True):
+        cell.outputs, cell.execution_count = executed.outputs, executed.execution_count
 
 
 def main() -> None:
@@ -154,9 +173,7 @@ def main() -> None:
         built, began = assemble(source), time.monotonic()
         target = source.with_suffix(".ipynb")
         if options.links:
-            for cell, old in zip(built.cells, nbformat.read(target, as_version=4).cells, strict=True):
-                if cell.cell_type == "code":
-                    cell.outputs, cell.execution_count = old.outputs, old.execution_count
+            keep_outputs(nbformat.read(target, as_version=4), built)
         else:
             built = execute(built)
         nbformat.write(built, target)
