@@ -46,6 +46,22 @@ def parse(cls: type[Options], args: Sequence[str], prog: str) -> Options:
         raise InputError(_locate(cls, parser, words, _explain(cls, error))) from None
 
 
+def name_words(args: Sequence[str], option: str) -> list[str]:
+    """Write words that belong to no option as ``--option=WORD``; all words after ``--`` are such."""
+    named: list[str] = []
+    words = iter(args)
+    for word in words:
+        if word == "--":
+            named += [f"--{option}={rest}" for rest in words]
+        elif word in ("-h", "--help") or (word.startswith("--") and "=" in word):
+            named.append(word)
+        elif word.startswith("--"):
+            named += [word, *(value for value in [next(words, None)] if value is not None)]
+        else:
+            named.append(f"--{option}={word}")
+    return named
+
+
 def recipe_files(cls: type, args: Sequence[str]) -> list[Path]:
     """Return the files named by ``--config``, in their order."""
     return [Path(word.partition("=")[2]) for word in _canonical(cls, args) if word.startswith("--config=")]

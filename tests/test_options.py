@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from slm_jax.errors import InputError, MissingInputError
-from slm_jax.options import check_at_least, check_seed, flatten, parse, recipe_files
+from slm_jax.options import check_at_least, check_seed, flatten, name_words, parse, recipe_files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,6 +243,14 @@ def test_files_that_are_no_recipes(tmp_path, recipe):
 
 
 # The rest
+
+
+def test_words_are_told_from_options():
+    words = ["a b", "--run", "x", "-1", "", "--format=json", "--", "--run", "--"]
+    named = ["--text=a b", "--run", "x", "--text=-1", "--text=", "--format=json", "--text=--run", "--text=--"]
+    assert name_words(words, "text") == named
+    assert name_words(["--run"], "text") == ["--run"]
+    assert name_words(["--help", "-h"], "text") == ["--help", "-h"]
 
 
 def test_flatten():

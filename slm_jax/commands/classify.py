@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from slm_jax.commands import set_up
 from slm_jax.errors import InputError
 from slm_jax.files import user_path
-from slm_jax.options import check_at_least, parse
+from slm_jax.options import check_at_least, name_words, parse
 
 if TYPE_CHECKING:
     from slm_jax.classify import Prediction
@@ -45,23 +45,7 @@ class Options:
 
 def main(args: Sequence[str]) -> int:
     """Read the options and run; see ``slm-jax classify --help``."""
-    return run(parse(Options, name_texts(args), "slm-jax classify"))
-
-
-def name_texts(args: Sequence[str]) -> list[str]:
-    """Write words that belong to no option as the option that they stand for, ``--text=WORD``."""
-    named: list[str] = []
-    words = iter(args)
-    for word in words:
-        if word == "--":
-            named += [f"--text={text}" for text in words]
-        elif word in ("-h", "--help") or (word.startswith("--") and "=" in word):
-            named.append(word)
-        elif word.startswith("--"):
-            named += [word, *(value for value in [next(words, None)] if value is not None)]
-        else:
-            named.append(f"--text={word}")
-    return named
+    return run(parse(Options, name_words(args, "text"), "slm-jax classify"))
 
 
 def run(options: Options) -> int:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from slm_jax.commands import use_compile_cache
 from slm_jax.errors import InputError
-from slm_jax.files import replace_text, unwritable, user_path
-from slm_jax.options import parse
+from slm_jax.files import partial_path, replace_text, unwritable, user_path
+from slm_jax.options import name_words, parse
 
 FILE = "report.html"
 
@@ -16,7 +16,7 @@ FILE = "report.html"
 class Options:
     """Write a run as one HTML page that needs no network; several runs are compared on the same axes.
 
-    Words that belong to no option are runs. A page of that name that is there already is replaced.
+    Words that belong to no option are runs; all after -- are. A page of that name that is there already is replaced.
 
     Attributes:
         run: a run's folder, such as runs/tiny, or runs/tiny@800 for the attention of one of its checkpoints; may be
@@ -36,21 +36,7 @@ class Options:
 
 def main(args: Sequence[str]) -> int:
     """Read the options and run; see ``slm-jax report --help``."""
-    return run(parse(Options, name_runs(args), "slm-jax report"))
-
-
-def name_runs(args: Sequence[str]) -> list[str]:
-    """Write words that belong to no option as the option that they stand for, ``--run=WORD``."""
-    named: list[str] = []
-    words = iter(args)
-    for word in words:
-        if word in ("-h", "--help") or (word.startswith("--") and "=" in word):
-            named.append(word)
-        elif word.startswith("--"):
-            named += [word, *(value for value in [next(words, None)] if value is not None)]
-        else:
-            named.append(f"--run={word}")
-    return named
+    return run(parse(Options, name_words(args, "run"), "slm-jax report"))
 
 
 def run(options: Options) -> int:
@@ -69,6 +55,7 @@ def run(options: Options) -> int:
         raise InputError(f"text is {options.text!r:.60} and there are {len(records)} runs; expected one run with it")
     folder = Path() if single is None else single.folder.path
     out = folder / FILE if options.out is None else user_path(options.out)
+    _check_out(out)
     content = write_comparison(records) if single is None else write_page(single, options.text)
     try:
         replace_text(out, content)
@@ -76,3 +63,15 @@ def run(options: Options) -> int:
         raise unwritable(out, error) from None
     print(f"written to {out}")
     return 0
+
+
+def _check_out(out: Path) -> None:
+    """Refuse a file that cannot be written before the page is made."""
+    if out.exists() and not out.is_file():
+        raise unwritable(out, OSError("it is not a file"))
+    probe = partial_path(out)
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise unwritable(out, error) from None

@@ -4,36 +4,18 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from slm_jax.config import RunConfig, parse_args
 from slm_jax.doctor.machine import Finding, folder_size, guarded, start_error
-from slm_jax.errors import InputError, MissingInputError
-from slm_jax.files import user_path
+from slm_jax.errors import InputError
 from slm_jax.training.checkpoint import CHECKSUMS, best_step, find_damage, read_metadata, saved_steps
 from slm_jax.training.progress import format_bytes, format_duration
 from slm_jax.training.run_folder import RunFolder
 from slm_jax.training.summary import environment, rounding_changes
 from slm_jax.weights.ours import read_frozen
-
-
-def find_run(name: str) -> RunFolder:
-    """Return the run's folder; a name alone is looked for in ``runs``, too.
-
-    Raises:
-        MissingInputError: no run there.
-    """
-    path = user_path(name)
-    for folder in (path, Path("runs") / path):
-        if (folder / "config.yaml").is_file() or (folder / "checkpoints").is_dir():
-            return RunFolder(folder)
-    near = path.parent if path.parent.is_dir() else Path("runs")
-    runs = sorted(str(file.parent) for file in near.glob("*/config.yaml"))
-    there = f"; there are {', '.join(runs[:8])}" if runs else ""
-    raise MissingInputError(f"{path}: no run there; expected a run's folder, such as runs/tiny{there}")
 
 
 def examine_run(run: RunFolder) -> Iterator[Finding]:

@@ -15,9 +15,9 @@ from slm_jax.classifier import GPTClassifier
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.model import GPTModel, Params
 from slm_jax.report.html import Html, details, escape, tag
-from slm_jax.report.read import Record, read_samples
+from slm_jax.report.read import Record, read_samples, steps_to_try
 from slm_jax.tokenizer import Tokenizer, tokenizer_from_dict
-from slm_jax.training.checkpoint import best_step, read_metadata, saved_steps
+from slm_jax.training.checkpoint import read_metadata
 from slm_jax.weights.ours import read_checkpoint
 
 MOST_LAYERS, MOST_HEADS, MOST_TOKENS = 6, 6, 20
@@ -60,8 +60,8 @@ def attention_section(record: Record, text: str | None) -> list[Html]:
     Raises:
         InputError: a text that the model's tokenizer cannot encode.
     """
-    steps, reason = _steps(record), "no checkpoint yet"
-    for step in steps:
+    reason = "no checkpoint yet"
+    for step in steps_to_try(record.folder, record.step):
         try:
             loaded = _load(record, step)
         except InputError as error:
@@ -74,18 +74,6 @@ def attention_section(record: Record, text: str | None) -> list[Html]:
             break
         return _show(maps) if maps.tokens else [tag("p", "The sample text has no token that this model knows.")]
     return [tag("p", f"There are none, as the model cannot be loaded: {reason}", class_="dim")]
-
-
-def _steps(record: Record) -> list[int]:
-    """Return the checkpoints to try: the one that was asked for, or the best and then the latest."""
-    if record.step is not None:
-        return [record.step]
-    steps = saved_steps(record.folder.checkpoints)[::-1]
-    try:
-        best = best_step(record.folder.checkpoints)
-    except InputError:  # one of them cannot be read
-        return steps
-    return [*([] if best is None else [best]), *(step for step in steps if step != best)]
 
 
 class _Model(NamedTuple):

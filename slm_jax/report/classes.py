@@ -1,11 +1,9 @@
 """How a classifier does: figures of each split, and the confusion matrix of the test texts."""
 
-import math
-
 import numpy as np
 
 from slm_jax.report.html import Html, details, scrolled, table, tag
-from slm_jax.report.read import Record, Row, number
+from slm_jax.report.read import Record, Row, figure
 
 MOST_CLASSES = 30  # whose matrix is shown
 SPLITS = ("test", "validation", "train")
@@ -38,13 +36,9 @@ def _splits(record: Record, moments: list[str]) -> Html:
     for split in SPLITS:
         figures = [record.measured(moment, split) for moment in moments]
         texts = sum(_counts(figures[-1].get("support")))
-        cells = [_figure(one.get(name), form) for name, form in names.items() for one in figures]
+        cells = [figure(one.get(name), form, "–") for name, form in names.items() for one in figures]
         rows.append([split, f"{texts:,}", *cells])
     return table(head, rows, numbers=range(1, len(head)))
-
-
-def _figure(value: object, form: str) -> str:
-    return "–" if math.isnan(number(value)) else format(number(value), form)
 
 
 def _counts(values: object) -> list[int]:
@@ -56,7 +50,7 @@ def _by_class(figures: Row, caption: str) -> Html:
     if not all(isinstance(column, list) for column in columns):
         return Html("")
     rows = [
-        [name, *(_figure(value, ".4f") for value in values[:3]), f"{values[3]:,}"]
+        [name, *(figure(value, ".4f", "–") for value in values[:3]), f"{values[3]:,}"]
         for name, *values in zip(*columns, strict=False)
     ]
     return table(["class", "precision", "recall", "F1", "texts"], rows, numbers=(1, 2, 3, 4), caption=caption)

@@ -1,10 +1,9 @@
 """Several runs on one page: the same axes, final figures, and what differs in their configurations."""
 
-import json
 from collections.abc import Sequence
 
 from slm_jax.report.curves import draw_curves, legend, note_not_finite
-from slm_jax.report.html import Html, page, section, table, tag
+from slm_jax.report.html import Html, page, section, table, tag, typed
 from slm_jax.report.page import facts
 from slm_jax.report.read import TASKS, Record
 
@@ -57,23 +56,16 @@ def _tables(records: Sequence[Record]) -> list[Html]:
         [record.label, *(one.get(name, "–") for name in names)] for record, one in zip(records, figures, strict=True)
     ]
     parts = [tag("h3", "Final figures"), table(["run", *names], rows, numbers=range(2, len(names) + 1))]
+    if len(records) == 1:
+        return parts
     settings = [
         {**record.config, **{f"environment: {key}": value for key, value in record.environment.items()}}
         for record in records
     ]
     keys = list(dict.fromkeys(key for one in settings for key in one if key not in _OF_THE_FOLDER))
-    shown = {key: [_value(one, key) for one in settings] for key in keys}
+    shown = {key: [typed(one[key]) if key in one else Html("–") for one in settings] for key in keys}
     different = [[tag("code", key), *values] for key, values in shown.items() if len(set(values)) > 1]
     parts.append(tag("h3", "What differs in their configurations"))
-    if len(records) == 1:
-        return parts[:2]
     if not different:
         return [*parts, tag("p", "Nothing.")]
     return [*parts, table(["key", *(record.label for record in records)], different)]
-
-
-def _value(settings: dict[str, object], key: str) -> Html:
-    if key not in settings:
-        return Html("–")
-    value = settings[key]
-    return tag("code", value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))

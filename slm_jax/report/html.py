@@ -1,6 +1,7 @@
 """The little HTML that a report needs. What is not :class:`Html` already is text, and is escaped."""
 
 import html
+import json
 import re
 from collections.abc import Iterable, Sequence
 
@@ -34,6 +35,12 @@ def tag(name: str, *content: object, **attributes: object) -> Html:
 def join(parts: Iterable[object]) -> Html:
     """Return parts one after the other."""
     return Html("".join(map(escape, parts)))
+
+
+def typed(value: object, marked: bool = False) -> Html:
+    """Return a value as it is typed in a recipe."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return tag("code", tag("mark", text) if marked else text)
 
 
 def table(

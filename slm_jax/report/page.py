@@ -1,15 +1,15 @@
 """The page of one run."""
 
-import json
 import math
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from slm_jax.report.attention import attention_section
 from slm_jax.report.classes import classes_section
 from slm_jax.report.curves import draw_curves, note_not_finite
-from slm_jax.report.html import Html, details, page, section, table, tag
-from slm_jax.report.read import Record, Row, defaults, number, read_responses, read_samples
+from slm_jax.report.html import Html, details, page, section, table, tag, typed
+from slm_jax.report.read import Record, Row, defaults, figure, number, read_responses, read_samples
 from slm_jax.trainable import leaf_table
 from slm_jax.training.progress import format_duration
 from slm_jax.training.run_folder import FROZEN
@@ -71,14 +71,14 @@ def facts(record: Record) -> dict[str, str]:
     test = record.measured("after", "test")
     for key, name, form in (("accuracy", "test accuracy", ".2%"), ("rouge_l", "test ROUGE-L", ".4f")):
         if key in test:
-            shown[name] = _figure(test[key], form)
+            shown[name] = figure(test[key], form)
     train = [row for row in record.rows if row["split"] == "train"]
     if train:
-        shown["last training loss"] = _figure(train[-1].get("loss"), ".4f")
-        shown["tokens"] = _figure(train[-1].get("tokens"), ",.0f")
-    rates = sorted(rate for rate in record.points("train", "tokens_per_second")[1] if not math.isnan(rate))
-    if rates:
-        shown["tokens a second"] = f"{rates[len(rates) // 2]:,.0f} (median)"
+        shown["last training loss"] = figure(train[-1].get("loss"), ".4f")
+        shown["tokens"] = figure(train[-1].get("tokens"), ",.0f")
+    _, rates = record.points("train", "tokens_per_second")
+    if np.isfinite(rates).any():
+        shown["tokens a second"] = f"{np.nanmedian(rates):,.0f} (median)"
     seconds = max((number(row.get("seconds")) for row in record.rows if "seconds" in row), default=math.nan)
     seconds = number(record.summary.get("seconds", seconds))
     if not math.isnan(seconds):
@@ -89,11 +89,6 @@ def facts(record: Record) -> dict[str, str]:
         whole = sum(row["count"] for row in rows)
         shown["parameters"] = f"{whole:,}" if trained == whole else f"{whole:,} ({trained:,} trained)"
     return shown
-
-
-def _figure(value: object, form: str) -> str:
-    found = number(value)
-    return "not finite" if math.isnan(found) else format(found, form)
 
 
 def _facts(record: Record) -> Html:
@@ -144,7 +139,7 @@ def _scores(record: Record) -> Html:
         ("exact_match", "exact match", ".2%"),
         ("rouge_l", "ROUGE-L", ".4f"),
     ):
-        cells = [_figure(figures[key], form) if key in figures else "–" for figures in (before, after)]
+        cells = [figure(figures[key], form) if key in figures else "–" for figures in (before, after)]
         if key in before or key in after:
             rows.append([name, *cells])
     if not rows:
@@ -239,9 +234,9 @@ def _config(record: Record) -> list[Html]:
     usual = defaults(record.task)
     usual["run"] = record.config.get("run")  # a name is nobody's default
     changed = {key for key, value in record.config.items() if key not in usual or usual[key] != value}
-    all_rows = [[tag("code", key), _value(value, key in changed)] for key, value in record.config.items()]
+    all_rows = [[tag("code", key), typed(value, key in changed)] for key, value in record.config.items()]
     rows = [
-        [tag("code", key), _value(value), _value(usual[key]) if key in usual else "no such key now"]
+        [tag("code", key), typed(value), typed(usual[key]) if key in usual else "no such key now"]
         for key, value in record.config.items()
         if key in changed
     ]
@@ -249,12 +244,6 @@ def _config(record: Record) -> list[Html]:
     if not rows:
         parts = [tag("p", "Every key has its default.")]
     return [*parts, details(f"all {len(all_rows)} keys", table(["key", "value"], all_rows))]
-
-
-def _value(value: object, marked: bool = False) -> Html:
-    """Return a value as it is typed in a recipe."""
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    return tag("code", tag("mark", text) if marked else text)
 
 
 def _environment(record: Record) -> list[Html]:

@@ -12,12 +12,10 @@ import numpy as np
 import yaml
 
 from slm_jax.config import FinetuneConfig, RunConfig, to_dict
-from slm_jax.doctor.run import find_run
 from slm_jax.errors import InputError, MissingInputError
-from slm_jax.files import user_path
 from slm_jax.options import flatten
 from slm_jax.training.checkpoint import best_step, read_metadata, saved_steps
-from slm_jax.training.run_folder import BEFORE, RunFolder
+from slm_jax.training.run_folder import BEFORE, RunFolder, find_run, split_step
 from slm_jax.weights.ours import find_checkpoint
 
 TASKS = ("pretraining", "classification", "instruction")
@@ -105,6 +103,12 @@ def number(value: object) -> float:
     return float(value)
 
 
+def figure(value: object, form: str, missing: str = "not finite") -> str:
+    """Return a figure as text; ``missing`` for what is no finite number."""
+    found = number(value)
+    return missing if math.isnan(found) else format(found, form)
+
+
 def read_records(names: Sequence[str]) -> list[Record]:
     """Read runs; what is named twice is read once.
 
@@ -127,11 +131,10 @@ def read_records(names: Sequence[str]) -> list[Record]:
 
 
 def _find(name: str) -> tuple[RunFolder, int | None]:
-    path = user_path(name)
-    if path.exists() or "@" not in path.name:
-        return find_run(name), None
-    run, _, step = path.name.rpartition("@")
-    folder = find_run(str(path.with_name(run))) if run else find_run(name)
+    path, step = split_step(name)
+    folder = find_run(path)
+    if step is None:
+        return folder, None
     checkpoint = find_checkpoint(folder.path, step)
     if checkpoint is None:
         raise MissingInputError(f"{folder.path}: no checkpoint in this run yet; leave @{step} out")
@@ -156,13 +159,20 @@ def _config(folder: RunFolder) -> dict[str, Any]:
     return {}
 
 
-def _metadata(folder: RunFolder, step: int | None) -> dict[str, Any]:
-    """Return what is saved beside the checkpoint that is asked for, the best, or else the latest that can be read."""
-    steps = [step] if step is not None else saved_steps(folder.checkpoints)[::-1]
-    with contextlib.suppress(InputError):
+def steps_to_try(folder: RunFolder, step: int | None) -> list[int]:
+    """Return the checkpoint that was asked for; or the best and then the others, the latest first."""
+    if step is not None:
+        return [step]
+    steps = saved_steps(folder.checkpoints)[::-1]
+    with contextlib.suppress(InputError):  # one of them cannot be read
         best = best_step(folder.checkpoints)
-        steps = steps if step is not None or best is None else [best, *steps]
-    for candidate in steps:
+        steps.sort(key=lambda saved: saved != best)
+    return steps
+
+
+def _metadata(folder: RunFolder, step: int | None) -> dict[str, Any]:
+    """Return what is saved beside the first checkpoint to try that can be read."""
+    for candidate in steps_to_try(folder, step):
         with contextlib.suppress(InputError):
             return read_metadata(folder.checkpoints, candidate)
     return {}

@@ -65,7 +65,7 @@ def to_svg(figure: "Figure", name: str, label: str) -> Html:
     text = file.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<(style|metadata).*?</\1>\s*|<!--.*?-->\s*", "", text, flags=re.DOTALL)
-    view_box = re.search(r'viewBox="[^"]*"', text)
+    view_box = re.findall(r'viewBox="[^"]*"', text)[0]
     text = text[text.index(">") + 1 :]
     text = re.sub(r"font: [^;\"]*?([\d.]+)px[^;\"]*|font-family: [^;\"]*; ?", _font_size, text)
     used = set(re.findall(r'(?:url\(|href=")#([\w.-]+)', text))
@@ -76,7 +76,7 @@ def to_svg(figure: "Figure", name: str, label: str) -> Html:
     text = re.sub(r">\s+<", "><", text).replace(INK, "currentColor")
     for number, color in enumerate(COLORS):
         text = text.replace(color, f"var(--c{number})")
-    return Html(f'<svg {view_box[0] if view_box else ""} role="img" aria-label="{escape(label)}">{text.strip()}')
+    return Html(f'<svg {view_box} role="img" aria-label="{escape(label)}">{text.strip()}')
 
 
 def _rounded(element: str) -> str:

@@ -11,8 +11,8 @@ from typing import IO, Any
 
 import jax
 
-from slm_jax.errors import InputError
-from slm_jax.files import replace_text
+from slm_jax.errors import InputError, MissingInputError
+from slm_jax.files import replace_text, user_path
 
 try:
     import fcntl
@@ -156,6 +156,36 @@ class RunFolder:
             sections = re.split(r"^(?=## Step \d+$)", self._samples(), flags=re.M)
             texts = [s for s in sections if (m := re.match(r"## Step (\d+)\n", s)) and int(m[1]) <= step]
             self.write_text("samples.md", "".join(texts))
+
+
+def find_run(name: str | Path) -> RunFolder:
+    """Return the run's folder; a name alone is looked for in ``runs``, too.
+
+    Raises:
+        MissingInputError: no run there.
+        InputError: what can be no path.
+    """
+    path = user_path(name)
+    for folder in (path, Path("runs") / path):
+        if (folder / "config.yaml").is_file() or (folder / "checkpoints").is_dir():
+            return RunFolder(folder)
+    near = path.parent if path.parent.is_dir() else Path("runs")
+    runs = sorted(str(file.parent) for file in near.glob("*/config.yaml"))
+    there = f"; there are {', '.join(runs[:8])}" if runs else ""
+    raise MissingInputError(f"{path}: no run there; expected a run's folder, such as runs/tiny{there}")
+
+
+def split_step(source: str | Path) -> tuple[Path, str | None]:
+    """Take ``runs/tiny@800`` apart: folder and step; no step where the whole is there, or has no ``@``.
+
+    Raises:
+        InputError: what can be no path.
+    """
+    path = user_path(source)
+    name, at, step = path.name.rpartition("@")
+    if path.exists() or not at:
+        return path, None
+    return path.parent / name if name else path, step
 
 
 def _try_lock(file: IO[str], shared: bool = False) -> bool:

@@ -8,13 +8,12 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
 from slm_jax.errors import InputError, MissingInputError
-from slm_jax.files import user_path
 from slm_jax.lora import split_adapters
 from slm_jax.model import DType, GPTConfig, Params, param_shapes
 from slm_jax.param_file import read_tree, tree_fingerprint
 from slm_jax.trainable import from_leaf_table, merge_params, whole_params
 from slm_jax.training.checkpoint import METADATA, best_step, find_damage, load_params, read_metadata, saved_steps
-from slm_jax.training.run_folder import FROZEN
+from slm_jax.training.run_folder import FROZEN, split_step
 
 
 def find_checkpoint(source: str | Path, step: int | str = "best") -> tuple[Path, int] | None:
@@ -29,17 +28,14 @@ def find_checkpoint(source: str | Path, step: int | str = "best") -> tuple[Path,
         MissingInputError: a run without checkpoints, or without one of that step.
         InputError: a step that is none; what can be no path.
     """
-    path = user_path(source)
-    if not path.exists() and "@" in path.name:
-        name, _, step = path.name.rpartition("@")
-        path = path.with_name(name) if name else path
-        if not (path / "checkpoints").is_dir():
-            raise MissingInputError(f"{path}: no run with checkpoints there; expected a folder such as runs/tiny")
+    path, named = split_step(source)
+    if named is not None and not (path / "checkpoints").is_dir():
+        raise MissingInputError(f"{path}: no run with checkpoints there; expected a folder such as runs/tiny")
     if path.parent.name == "checkpoints" and path.name.isdecimal() and (path / METADATA).is_file():
         return path.parent.parent, int(path.name)
     if not (path / "checkpoints").is_dir():
         return None
-    return path, _choose(path / "checkpoints", step)
+    return path, _choose(path / "checkpoints", step if named is None else named)
 
 
 def _choose(checkpoints: Path, step: int | str) -> int:

@@ -7,8 +7,8 @@ import pytest
 
 import slm_jax
 from slm_jax import cli
-from slm_jax.commands.classify import Options, name_texts
-from slm_jax.options import parse
+from slm_jax.commands.classify import Options
+from slm_jax.options import name_words, parse
 
 CATS, DOGS = "the cat sat on the mat", "the dog sat on the log"
 
@@ -36,17 +36,9 @@ def test_texts_are_words_that_belong_to_no_option(classifier, capsys):
         assert classify(capsys, *args) == (expected, [])
 
 
-def test_words_are_told_from_options():
-    assert name_texts(["a b", "--run", "x", "-1", "", "--format=json", "--", "--run", "--"]) == [
-        *("--text=a b", "--run", "x", "--text=-1", "--text=", "--format=json", "--text=--run", "--text=--")
-    ]
-    assert name_texts(["--run"]) == ["--run"]
-    assert name_texts(["--help", "-h"]) == ["--help", "-h"]
-
-
 def test_a_text_is_taken_as_it_was_typed(classifier, capsys):
     texts = ["the cat: {the}", "[cat, dog]", "# the", "null", "", "the\ncat\t sat", "é 🐈", "-1", "--run", "--"]
-    options = parse(Options, name_texts(["--run", "x", "--", *texts]), "slm-jax classify")
+    options = parse(Options, name_words(["--run", "x", "--", *texts], "text"), "slm-jax classify")
     assert options.text == tuple(texts)
     (line,), _ = classify(capsys, "--run", str(classifier), "the\ncat sat")
     assert line.endswith("\tthe cat sat")  # a line for a text

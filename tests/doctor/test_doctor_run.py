@@ -8,8 +8,7 @@ import pytest
 from pretraining import options
 
 from slm_jax import cli
-from slm_jax.doctor.run import check_config, check_next, examine_run, find_run
-from slm_jax.errors import MissingInputError
+from slm_jax.doctor.run import check_config, check_next, examine_run
 from slm_jax.model import GPTConfig, init_params
 from slm_jax.run import Run, save_run
 from slm_jax.tokenizer import CharTokenizer
@@ -190,12 +189,3 @@ def test_imported_weights_and_a_run_that_has_just_begun(tmp_path):
     assert problems(found) == []
     assert found["checkpoints"][0].text.startswith("none yet")
     assert found["next"][0].text.startswith("at step 0 of 800; to go on: slm-jax train --config")
-
-
-def test_a_run_is_found_by_folder_or_name(machine, run, monkeypatch):
-    assert find_run(str(run)).path == run
-    monkeypatch.chdir(machine)
-    assert find_run("cats").path.resolve() == run
-    assert find_run("runs/cats").path.resolve() == run
-    with pytest.raises(MissingInputError, match=r"runs/cat: no run there; .* there are runs/cats"):
-        find_run("runs/cat")

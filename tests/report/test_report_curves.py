@@ -44,9 +44,7 @@ def test_colours_are_the_pages(tmp_path):
     assert svg.startswith('<svg viewBox="0 0 400 250" role="img" aria-label="&quot;&lt;x&gt;&quot;">')
     assert "currentColor" in svg
     assert "var(--c3)" in svg
-    assert not {INK, COLORS[3], "http", "<style", "<metadata"} & {
-        part for part in (INK, COLORS[3], "http") if part in svg
-    }
+    assert not [part for part in (INK, COLORS[3], "http", "<style", "<metadata") if part in svg]
     assert Page(svg).values("id") == [name for name in Page(svg).values("id") if name.startswith("one-")]
 
 

@@ -6,10 +6,11 @@ import time
 import pytest
 from reports import CONFIG, Page, make_run, train, val
 
-from slm_jax.errors import MissingInputError
+from slm_jax.errors import InputError, MissingInputError
+from slm_jax.report import read
 from slm_jax.report.compare import write_comparison
-from slm_jax.report.page import MOST_SAMPLES, write_page
-from slm_jax.report.read import defaults, read_records, read_responses, read_samples
+from slm_jax.report.page import MOST_SAMPLES, facts, write_page
+from slm_jax.report.read import defaults, figure, read_records, read_responses, read_samples, steps_to_try
 
 
 def page_of(*folders):
@@ -146,6 +147,35 @@ def test_runs_of_one_name_are_told_apart(tmp_path):
     folders = [make_run(tmp_path / place / "run", [train(1)]) for place in ("one", "two")]
     assert [record.label for record in read_records([str(folder) for folder in folders])] == [str(f) for f in folders]
     assert len(read_records([str(folders[0]), f"{folders[0]}/"])) == 1
+
+
+def test_the_best_checkpoint_is_tried_first_and_then_the_latest(tmp_path, monkeypatch):
+    (record,) = read_records([str(make_run(tmp_path / "a"))])
+    assert steps_to_try(record.folder, None) == []
+    assert steps_to_try(record.folder, 7) == [7]
+    monkeypatch.setattr(read, "saved_steps", lambda folder: [1, 2, 3])
+    monkeypatch.setattr(read, "best_step", lambda folder: 2)
+    assert steps_to_try(record.folder, None) == [2, 3, 1]
+
+    def unreadable(folder):
+        raise InputError("not a checkpoint")
+
+    monkeypatch.setattr(read, "best_step", unreadable)
+    assert steps_to_try(record.folder, None) == [3, 2, 1]
+
+
+def test_the_median_of_the_speeds(tmp_path):
+    rows = [train(step, tokens_per_second=speed) for step, speed in enumerate([1.0, None, 3.0, 100.0, 5.0])]
+    (record,) = read_records([str(make_run(tmp_path / "a", rows))])
+    assert facts(record)["tokens a second"] == "4 (median)"
+    (record,) = read_records([str(make_run(tmp_path / "b", [train(1, tokens_per_second=None)]))])
+    assert "tokens a second" not in facts(record)
+
+
+def test_what_is_no_figure_is_said():
+    assert figure(0.5, ".1%") == "50.0%"
+    assert figure(None, ".1%") == figure(float("nan"), ".1%") == "not finite"
+    assert figure("x", ".1%", "–") == "–"
 
 
 def test_what_is_no_run(tmp_path):

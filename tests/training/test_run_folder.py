@@ -8,8 +8,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from slm_jax.errors import InputError
-from slm_jax.training.run_folder import RunFolder
+from slm_jax.errors import InputError, MissingInputError
+from slm_jax.training.run_folder import RunFolder, find_run, split_step
 
 
 @pytest.fixture
@@ -178,3 +178,23 @@ def test_a_folder_is_looked_at_without_devices(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: pytest.fail("devices were asked for"))
     assert RunFolder(tmp_path).metrics() == []
     assert not RunFolder(tmp_path).is_locked()
+
+
+def test_a_run_is_found_by_folder_or_name(run, tmp_path, monkeypatch):
+    (run.path / "config.yaml").touch()
+    assert find_run(str(run.path)).path == run.path
+    monkeypatch.chdir(tmp_path)
+    assert find_run("a").path == find_run("runs/a").path == Path("runs/a")
+    with pytest.raises(MissingInputError, match=r"runs/b: no run there; .* there are runs/a"):
+        find_run("runs/b")
+
+
+def test_a_step_is_what_follows_the_last_at(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert split_step("runs/a") == (Path("runs/a"), None)
+    assert split_step("runs/a@800") == (Path("runs/a"), "800")
+    assert split_step("a@b@best") == (Path("a@b"), "best")
+    assert split_step(".@3") == (Path(), "3")
+    assert split_step("@3") == (Path("@3"), "3")
+    Path("a@b").mkdir()
+    assert split_step("a@b") == (Path("a@b"), None)
