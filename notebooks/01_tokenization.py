@@ -5,7 +5,7 @@
 # becomes a list of whole numbers (ids), why GPT-2 cuts words into pieces and where those pieces come from, how a long
 # list of ids becomes training examples, and how an id becomes a vector that also knows its place.
 #
-# You need Python and nothing from before. It runs in about 15 seconds on two CPU cores.
+# You need Python and nothing from before. It runs in about 10 seconds on two CPU cores.
 
 # %%
 import re
@@ -84,9 +84,9 @@ except ValueError as error:
     print(error)
 
 # %% [markdown]
-# A computer stores text as **bytes**, numbers from 0 to 255. In UTF-8, the usual code, a plain English letter is one
-# byte and any other character two to four. So 256 ids are enough for every text there is: nothing is ever unknown.
-# The price is length.
+# A computer stores text as **bytes**, numbers from 0 to 255. In UTF-8, the usual code, each of ASCII's 128
+# characters (English letters, digits, punctuation) is one byte, any other two to four. So 256 ids are enough for every
+# text there is: nothing is ever unknown. The price is length.
 
 # %%
 for sample in ("bread", "crème", "パン", "🍞"):
@@ -253,7 +253,7 @@ assert bpe.decode(theirs) == new_text
 # Without the files and without a network, the cell below says so and trains a stand-in on the texts that come with
 # Python; everything after it runs with either.
 
-# %% tags=["varies"]
+# %% tags=["sampled"]
 large, name = slm_jax.get_tokenizer("gpt2"), "GPT-2"
 try:
     large.encode("Are the files there?")
@@ -273,7 +273,7 @@ for sample in ("The baker bakes.", "the Baker", "antidisestablishmentarianism", 
 # Is our `encode_word` all there is to it? Give it the ranks of the large vocabulary, let it start from bytes, and
 # compare with tiktoken, which does the same in fast Rust.
 
-# %% tags=["varies"]
+# %% tags=["sampled"]
 encoding = large.encoding
 large_rank = {token: encoding.encode_single_token(token) for token in encoding.token_byte_values()}
 sample = "Bakers in 1789 asked 4 sous a loaf; crème brûlée, パン and 🍞 came later."

@@ -6,7 +6,7 @@
 # number: dot products say who is similar, softmax makes shares of them, and the shares mix a new vector for each token.
 # Nothing is learned yet; that comes in notebook 3.
 #
-# Before: [1. Tokenization](01_tokenization.py), where tokens became vectors. It runs in about 8 seconds on
+# Before: [1. Tokenization](01_tokenization.py), where tokens became vectors. It runs in about 10 seconds on
 # two CPU cores.
 
 # %%

@@ -6,7 +6,7 @@
 # are, why scores are divided by a square root, and how JAX keeps weights outside of functions (`init` and `apply`). You
 # will also have watched attention learn where to look.
 #
-# Before: [2. Simple attention](02_simple_attention.py). It runs in about 15 seconds on two CPU cores.
+# Before: [2. Simple attention](02_simple_attention.py). It runs in about 20 seconds on two CPU cores.
 
 # %%
 import math

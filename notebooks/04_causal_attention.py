@@ -5,7 +5,8 @@
 # learn to copy and nothing else. This notebook hides the future: with a mask, put in the right place, and with a proof
 # by gradient that nothing gets through. At the end attention also gets dropout.
 #
-# Before this: [self-attention with trainable weights](03_self_attention.py). It runs in about 15 seconds.
+# Before this: [self-attention with trainable weights](03_self_attention.py). It runs in about 15 seconds on two
+# CPU cores.
 
 # %%
 import math
@@ -338,7 +339,7 @@ assert jnp.allclose(jax.vmap(train_mode)(keys).mean(0), weights, atol=0.05)
 # A score of 0 is an ordinary score. The future keeps positive weights, and its values go straight into the output.
 # </details>
 #
-# **3.** The mean of dropped weights is right. How far does *one* draw spread, in dependence on $p$? Compute the
+# **3.** The mean of dropped weights is right. How far does *one* draw spread, depending on $p$? Compute the
 # standard deviation of a weight of 1 under $p$ = 0.1 and $p$ = 0.5, and compare with $\sqrt{p / (1 - p)}$.
 #
 # <details><summary>Solution</summary>

@@ -4,7 +4,7 @@
 # After attention (notebooks 2 to 5) three small parts are missing from a GPT: layer normalisation, the GELU
 # nonlinearity with the feed-forward network around it, and shortcuts. You will write each in a few lines, see what it
 # is good for, and check it against the library. At the end you read GPT-2's weights from their file by hand. It runs
-# in about 20 seconds.
+# in about 25 seconds on two CPU cores.
 
 # %%
 import os
@@ -269,7 +269,7 @@ assert abs(cosine(arrived["without"][0], -direction)) < 0.2
 # nothing. If there are none, we write such a file ourselves, of a small model with random weights: the names and the
 # layout are the same.
 
-# %% tags=["varies"]
+# %% tags=["sampled"]
 warnings.filterwarnings("ignore", message="IProgress")  # progress bars are not needed here
 os.environ["HF_HUB_OFFLINE"] = "1"  # without this line load_gpt2("gpt2") would download 548 MB, once
 try:
@@ -298,7 +298,7 @@ print(f"{weights_file.name}: {weights_file.stat().st_size / 1e6:,.1f} MB, {gpt2_
 # `wte` and `wpe` are the embeddings of tokens and positions. Some files have `transformer.` in front of each name, and
 # some hold the causal mask as `attn.bias`, which is no weight.
 
-# %% tags=["varies"]
+# %% tags=["sampled"]
 with safe_open(weights_file, framework="numpy") as file:
     tensors = {name.removeprefix("transformer."): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith((".attn.bias", ".attn.masked_bias"))}
@@ -310,9 +310,9 @@ print(f"{len(tensors)} tensors, {sum(tensor.size for tensor in tensors.values())
 # %% [markdown]
 # ### The map of names
 #
-# Our tree has other names and keeps all blocks of a kind in one array. Two tables say it all. GPT-2's matrices are
-# stored as (inputs, outputs), like ours, so nothing is transposed; and the output head is the token embedding again, so
-# it is not in the file.
+# Our tree has other names and stacks the tensor of one name from all blocks into one array. Two tables say it all.
+# GPT-2's matrices are stored as (inputs, outputs), like ours, so nothing is transposed; and the output head is the
+# token embedding again, so it is not in the file.
 
 # %%
 OUTSIDE = {
@@ -378,7 +378,7 @@ print("logits", logits[0].shape[:2], "+ vocabulary: the same three times")
 # A model that knows nothing gives each of its tokens about the same probability, and the likeliest continuation is as
 # good as any other. The real one goes on with a sentence.
 
-# %% tags=["varies"]
+# %% tags=["sampled"]
 probabilities = jax.nn.softmax(logits[0][0, -1])
 print(f"likeliest next token: {probabilities.max():.4f}; all alike would be {1 / gpt2_cfg.vocab_size:.4f}")
 if REAL:

@@ -5,7 +5,7 @@
 # be right, and at the end of this notebook you will understand each of them: the **number** that says how wrong the
 # model is (cross-entropy, and perplexity, its readable form); the **batches** that it is fed; what **`jit`** compiles,
 # and when it has to do so again; and how a batch is spread over **eight devices** without changing the result. About
-# 25 seconds on two CPU cores.
+# 20 seconds on two CPU cores.
 
 # %% [markdown]
 # ## Before JAX starts

@@ -4,7 +4,7 @@
 # [Notebook 9](09_pretraining_setup.py) gave us a loss, its gradients, and batches in a fixed order. Here they become
 # training. At the end you will understand what AdamW does with a gradient, why the learning rate first rises and then
 # falls, what clipping is for, what a checkpoint must hold so that a run which was killed ends with the very same bits
-# as one that was not, and how to see that a model learns by heart. About 30 seconds on two CPU cores.
+# as one that was not, and how to see that a model learns by heart. About 25 seconds on two CPU cores.
 
 # %%
 import json
@@ -245,7 +245,7 @@ def command(run):
 # Jupyter sets FORCE_COLOR, which asks for the colours and the moving line of a terminal.
 on_cpu = {name: value for name, value in os.environ.items() if name != "FORCE_COLOR"} | {"JAX_PLATFORMS": "cpu"}
 
-# %% tags=["varies"]
+# %% tags=["sampled"]
 finished = subprocess.run(command("whole"), env=on_cpu, capture_output=True, text=True)
 assert finished.returncode == 0, finished.stderr
 lines = finished.stdout.splitlines()
@@ -271,9 +271,9 @@ def column(log, split, name):
 # ## Reading the curves
 #
 # The first loss is $\ln 512 = 6.24$: a new model knows nothing. The learning rate is the schedule that we drew. The
-# gradient norm says where clipping was at work: wherever it is above 1. On the machine that built this page one update
-# of the warmup threw the model off: at step 12 loss and gradients jump. Unclipped, that one batch would fill Adam's
-# average of squares, and the steps would be too small for the next hundred.
+# gradient norm says where clipping was at work: wherever it is above 1. In the run shown here one update of the warmup
+# threw the model off: at step 12 loss and gradients jump. Unclipped, that one gradient would stay in Adam's average of
+# squares ($\beta_2$ = 0.99) for about a hundred steps.
 
 # %%
 figure, axes = plt.subplots(1, 3, figsize=(9, 3), layout="constrained")
@@ -349,7 +349,7 @@ assert set(saved_steps(run)) == {validation_steps[lowest], STEPS - 40, STEPS}
 # steps, we send it **SIGKILL**: the operating system ends the process at once; it cannot save anything or even say
 # goodbye, as when the power fails.
 
-# %% tags=["varies"]
+# %% tags=["sampled"]
 killed = FOLDER / "killed"
 
 

@@ -6,7 +6,7 @@
 # head is replaced by a tiny one, how most of a model is kept fixed while the rest learns, and how accuracy and a
 # confusion matrix are counted. At the end the library does the same, also for spam.
 #
-# Before this came [training](10_training.py). It runs in under a minute on two CPU cores.
+# Before this came [training](10_training.py). It runs in about 30 seconds on two CPU cores.
 
 # %%
 import json
@@ -251,10 +251,11 @@ for name in ("tok_emb", "pos_emb"):  # frozen is frozen
 assert accuracy(after["everything"], test) >= 0.7
 
 # %% [markdown]
-# With most of it frozen, this model learns its training texts a little and the test texts hardly at all. That says
-# something about the base: after 168 reviews its vectors hold hardly anything about praise. Training everything repairs
-# that. Freezing pays off with a base that has read much: the library's recipe `classify_builtin` trains the last block
-# of a model that has read Python's documentation, and goes from 29 % to at least 98 % in telling prose from code.
+# In the run shown here the head trained alone stays at chance; with the last block, 66 % of the training texts and 54 %
+# of the test texts are right. That says something about the base: after 168 reviews its vectors hold hardly anything
+# about praise. Training everything repairs that. Freezing pays off with a base that has read much: the library's recipe
+# `classify_builtin` trains the last block of a model that has read Python's documentation, and it learns to tell prose
+# from code nearly without a mistake.
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2))
@@ -306,7 +307,7 @@ axes.set_ylabel("true class")
 figure.tight_layout()
 plt.show()
 
-# %% tags=["varies"]
+# %% tags=["sampled"]
 for name, p, r in zip(classes, precision, recall, strict=True):
     print(f"{name}: precision {p:.2f}, recall {r:.2f}")
 wrong = np.flatnonzero(found != test["labels"])
@@ -358,7 +359,7 @@ for text in ("A wonderful book, I loved it.", "The food was cold and the staff w
 # messages of each class as there are of the rarer one. The file is looked for in the folder `$SLM_JAX_DATA`, else
 # downloaded once (480 kB). Without it and without a network this part is left out.
 
-# %% tags=["varies"]
+# %% tags=["sampled"]
 spam = {"data.source": "named:sms-spam", "classification.balance": "downsample", "classification.max_length": 32}
 summary, said = finetune({**recipe, **spam, "run": "spam", "train.eval_batch_size": 256})
 if summary is None:

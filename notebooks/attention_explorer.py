@@ -3,7 +3,7 @@
 #
 # What do the heads of a model look at, and which of them does it need? Set a model and a text in the next cell, and
 # run all. The model may be a run of yours, GPT-2 or any weights that slm_jax reads. With `MODEL = None` a tiny one is
-# trained here, in about ten seconds, so that there is something to see at once.
+# trained here, so that there is something to see at once; then all of it takes about 20 seconds on two CPU cores.
 #
 # It needs [multi-head attention](05_multi_head_attention.py) and nothing after it.
 
@@ -221,7 +221,7 @@ plt.show()
 # For the tokens of the text in turn: the two that the head takes most of.
 
 
-# %% tags=["varies"]
+# %% tags=["sampled"]
 def most(layer, head, first=0, last=12, count=2):
     for t in range(first, min(last, seq)):
         best = np.argsort(-attention[layer, head, t, : t + 1])[:count]

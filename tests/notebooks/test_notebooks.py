@@ -1,5 +1,6 @@
 """Each notebook runs, its outputs are those of its text, and it has what a reader was promised."""
 
+import base64
 import re
 import sys
 from pathlib import Path
@@ -31,7 +32,9 @@ def test_it_has_what_was_promised(source):
         assert (source.parent / link).exists(), link
     assert any(link.startswith("../slm_jax/") for link in links), "no link to the library"
     outputs = [output for cell in built.cells if cell.cell_type == "code" for output in cell.outputs]
-    assert any("image/png" in output.get("data", {}) for output in outputs), "no picture"
+    pictures = [output.data["image/png"] for output in outputs if "image/png" in output.get("data", {})]
+    assert pictures, "no picture"
+    assert all(base64.b64decode(picture).startswith(b"\x89PNG") and len(picture) > 2_000 for picture in pictures)
     assert not [output for output in outputs if output.get("name") == "stderr"], "warnings in the outputs"
     assert "assert " in text
     assert source.stem.startswith(("quickstart", "attention")) or 2 <= len(build.solutions(built)) <= 4
@@ -69,6 +72,9 @@ print("loss", 1.5, "tokens", 2_000)
 
 # %% tags=["varies"]
 print("seconds", x)
+
+# %% tags=["sampled"]
+print("Once upon")
 """
 
 
@@ -99,6 +105,8 @@ def test_links_become_addresses_and_colab_can_open_it(small):
         (3, "loss 1.5 words 2000", True),
         (3, "loss 1.5", True),
         (4, "seconds 77", False),
+        (4, "minutes 77", True),
+        (5, "a time", False),
     ],
 )
 def test_a_stale_output_is_seen(small, cell, printed, seen):
