@@ -1,13 +1,18 @@
 """Griffe extension: what the reference shows of slm_jax beside what griffe finds by itself.
 
 Flax modules are made as dataclasses are: their fields are shown as the arguments of the class. Names of slm_jax in
-docstrings become links to where the reference has them, and tables become Markdown's.
+docstrings become links to where the reference has them, tables become Markdown's, and each name keeps the address of
+its source for templates/python/material/docstring.html.jinja.
 """
 
 import re
+import tomllib
+from pathlib import Path
 from typing import Any
 
 import griffe
+
+PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
 
 NAME = re.compile(r"(?::\w+:)?(?<!`)`~?([A-Za-z_][\w.]*)`(?!`)|``([A-Za-z_][\w.]*)``")
 
@@ -22,12 +27,14 @@ class Names(griffe.Extension):
     def on_package(self, *, pkg: griffe.Module, loader: griffe.GriffeLoader, **kwargs: Any) -> None:
         """Go through a package when all of it is known."""
         if pkg.name == "slm_jax":
+            _add_source(pkg)
             self._visit(pkg)
 
     def _visit(self, parent: griffe.Module | griffe.Class) -> None:
         for member in list(parent.members.values()):
             if member.is_alias:
                 continue
+            _add_source(member)
             if isinstance(member, griffe.Class) and any(str(base) == "nn.Module" for base in member.bases):
                 _add_constructor(member)
             if member.docstring:
@@ -35,6 +42,12 @@ class Names(griffe.Extension):
                 member.docstring.value = NAME.sub(lambda match, scope=member: _link(match, scope), text)
             if isinstance(member, griffe.Module | griffe.Class):
                 self._visit(member)
+
+
+def _add_source(member: griffe.Object) -> None:
+    """Keep the address of the line that defines a name."""
+    file = member.relative_package_filepath.as_posix()
+    member.extra["slm_jax"]["source"] = f"{PROJECT['urls']['Repository']}/blob/main/{file}#L{member.lineno or 1}"
 
 
 def _one_each(match: re.Match[str]) -> str:

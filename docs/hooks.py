@@ -3,18 +3,18 @@
 - ``notebooks/*.ipynb`` become pages, with their pictures, below "Notebooks".
 - ``<!-- options: COMMAND -->`` and ``<!-- keys: SECTION -->`` become tables of the options that the program has.
 - A link that leaves ``docs/`` becomes an address in the repository; a picture is copied. What is not there is an error.
-- Each name of the reference links to the line that defines it, and formulas become MathML: no script, no fonts.
+- Formulas become MathML: no script, no fonts.
 """
 
-import ast
 import base64
-import functools
+import html
 import json
 import os
 import posixpath
 import re
 import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 from latex2mathml.converter import convert
@@ -30,7 +30,6 @@ sys.path.insert(0, str(HERE))  # MkDocs loads a hook without its folder
 import options_tables  # noqa: E402
 
 PICTURES = (".png", ".svg", ".jpg", ".gif")
-HEADING = re.compile(r'<h[2-6] id="(slm_jax\.[\w.]+)" class="doc doc-heading">.*?(?=</h[2-6]>)', re.S)
 FENCED = re.compile(r"^( *)(```+|~~~+).*?^\1\2 *$", re.M | re.S)
 LINK = re.compile(r"(!?\[(?:[^\[\]]|\[[^\]]*\])*\]\()([^)\s]+)((?:\s+\"[^\"]*\")?\))")
 
@@ -78,15 +77,14 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     return _outside_fences(markdown, lambda text: LINK.sub(address, text))
 
 
-def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Turn formulas into MathML, and link the names of the reference to their source."""
-    html = re.sub(
+def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Turn formulas into MathML."""
+    return re.sub(
         r'<(span|div) class="arithmatex">\s*\\[(\[](.*?)\\[)\]]\s*</\1>',
-        lambda match: convert(_plain(match[2]), display="inline" if match[1] == "span" else "block"),
-        html,
+        lambda match: convert(html.unescape(match[2]), display="inline" if match[1] == "span" else "block"),
+        content,
         flags=re.S,
     )
-    return HEADING.sub(_with_source, html)
 
 
 def repository_address(path: str) -> str:
@@ -110,6 +108,7 @@ def _title(path: Path) -> str:
 
 def notebook_page(path: Path) -> tuple[str, dict[str, bytes]]:
     """Return a notebook as Markdown, and its pictures by name."""
+    # Not nbconvert's MarkdownExporter: each output needs its class, and the cell that installs is left out.
     parts, pictures = [], {}
     for cell in json.loads(path.read_text())["cells"]:
         text = "".join(cell["source"])
@@ -137,42 +136,10 @@ def _cell_text(text: str) -> str:
     return text.replace("<details>", '<details markdown="1">')
 
 
-def _outside_fences(markdown: str, change) -> str:
+def _outside_fences(markdown: str, change: Callable[[str], str]) -> str:
     """Apply a change to a page, but for its blocks of code."""
     parts, end = [], 0
     for fence in FENCED.finditer(markdown):
         parts += [change(markdown[end : fence.start()]), fence[0]]
         end = fence.end()
     return "".join([*parts, change(markdown[end:])])
-
-
-def _plain(html: str) -> str:
-    return html.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
-
-
-def _with_source(heading: re.Match[str]) -> str:
-    """Return the inside of a heading of the reference with a link to the line that defines the name."""
-    place = source_line(heading[1])
-    if place is None:
-        return heading[0]
-    return f'{heading[0]}<a class="source" href="{repository_address(place[0])}#L{place[1]}">source</a>'
-
-
-@functools.cache
-def source_line(identifier: str) -> tuple[str, int] | None:
-    """Return file and line of a module, or of a function, class or method that is named with its module."""
-    words = identifier.split(".")
-    for length in range(len(words), 0, -1):
-        for file in (ROOT.joinpath(*words[:length]).with_suffix(".py"), ROOT.joinpath(*words[:length], "__init__.py")):
-            if file.is_file():
-                line = _line_of(ast.parse(file.read_text()).body, words[length:]) if words[length:] else 1
-                return None if line is None else (file.relative_to(ROOT).as_posix(), line)
-    return None
-
-
-def _line_of(body: list[ast.stmt], names: list[str]) -> int | None:
-    """Return the line where a module, or the body of a class, defines a name; the last of overloaded ones."""
-    for node in reversed(body):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == names[0]:
-            return _line_of(node.body, names[1:]) if names[1:] else node.lineno
-    return None

@@ -13,20 +13,22 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from slm_jax.cli import COMMANDS
 from slm_jax.config import FinetuneConfig, RunConfig
-from slm_jax.identity import _EXECUTION_KEYS, _EXECUTION_SECTIONS
+from slm_jax.identity import EXECUTION_KEYS, EXECUTION_SECTIONS
 from slm_jax.model import PRESETS, count_params, get_gpt_config
 from slm_jax.options import flatten
 
 WORDS = {int: "whole number", float: "number", bool: "true or false", str: "text", type(None): "null"}
+OF_FINETUNE = flatten(dataclasses.asdict(FinetuneConfig()))
 
 
 def fill_in(markdown: str) -> str:
     """Replace the comments that stand for lists of options; an unknown command or section is an error."""
-    markdown = markdown.replace("<!-- commands -->", command_table())
-    if "<!-- presets -->" in markdown:
-        markdown = markdown.replace("<!-- presets -->", preset_table())
-    markdown = re.sub(r"<!-- options: ([\w ]+) -->", lambda match: command_options(match[1]), markdown)
-    return re.sub(r"<!-- keys: (\w+) -->", lambda match: section_keys(match[1]), markdown)
+    tables = {"commands": command_table, "presets": preset_table, "options": command_options, "keys": section_keys}
+    return re.sub(
+        r"<!-- (commands|presets|options|keys)(?:: ([\w ]+))? -->",
+        lambda match: tables[match[1]](*([match[2]] if match[2] else [])),
+        markdown,
+    )
 
 
 def command_table() -> str:
@@ -92,18 +94,17 @@ def meaning(cls: Any, name: str) -> str:
 def _entry(cls: Any, field: Any, prefix: str, hyphens: bool) -> str:
     """Return one option: its name, values and default, and what it means."""
     name = prefix + (field.name.replace("_", "-") if hyphens else field.name)
-    parts = [f"`{name}`", _values(field.type)]
     if dataclasses.is_dataclass(field.type):
-        section = next(iter(dataclasses.fields(field.type))).name
-        return f"`{name}.KEY`, such as `{name}.{section}`\n:   {_escaped(meaning(cls, field.name))}"
+        example = dataclasses.fields(field.type)[0].name
+        return f"`{name}.KEY`, such as `{name}.{example}`\n:   {_escaped(meaning(cls, field.name))}"
+    parts = [f"`{name}`", _values(field.type)]
     default = _default(field)
     parts.append("required" if default is dataclasses.MISSING else f"default {_shown(default)}")
     if not prefix.startswith("--"):
         key = f"{prefix}{field.name}"
-        finetune = flatten(dataclasses.asdict(FinetuneConfig()))[key]
-        if finetune != default:
-            parts.append(f"default of finetune {_shown(finetune)}")
-        if key in _EXECUTION_KEYS or key.startswith(_EXECUTION_SECTIONS):
+        if OF_FINETUNE[key] != default:
+            parts.append(f"default of finetune {_shown(OF_FINETUNE[key])}")
+        if key in EXECUTION_KEYS or key.startswith(EXECUTION_SECTIONS):
             parts.append("may change on a resume")
     return f"{' · '.join(parts)}\n:   {_escaped(meaning(cls, field.name))}"
 

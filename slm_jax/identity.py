@@ -9,8 +9,8 @@ from slm_jax.model import GPTConfig
 from slm_jax.options import flatten
 
 # What may differ between the two sides of a resume; every other key is a run's identity.
-_EXECUTION_SECTIONS = ("checkpoint.", "logging.", "mesh.", "sample.")
-_EXECUTION_KEYS = {
+EXECUTION_SECTIONS = ("checkpoint.", "logging.", "mesh.", "sample.")
+EXECUTION_KEYS = {
     *("run", "runs_dir", "resume", "model.dtype", "model.remat", "model.attention", "model.unroll", "model.preset"),
     "model.unpadded_vocab_size",  # follows from the tokenizer and model.vocab_size
     *("train.steps", "train.epochs", "train.accumulate", "train.eval_every", "train.eval_batch_size"),
@@ -32,8 +32,8 @@ def identity(config: RunConfig, model: GPTConfig) -> dict[str, Any]:
     return {
         key: list(value) if isinstance(value, tuple) else value  # as JSON has it
         for key, value in values.items()
-        if key not in _EXECUTION_KEYS
-        and not key.startswith((*_EXECUTION_SECTIONS, *_unused_keys(config)))
+        if key not in EXECUTION_KEYS
+        and not key.startswith((*EXECUTION_SECTIONS, *_unused_keys(config)))
         and (key, value) not in _LATER_KEYS.items()
     }
 

@@ -9,6 +9,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import yaml
 from slm_jax import cli
 from slm_jax.config import parse_args
 
-REPOSITORY = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[2]
 FENCE = re.compile(
     r"^(?P<before>[^\n]*)\n(?P<indent> *)```(?P<language>[\w+-]*)(?P<rest>[^\n]*)\n(?P<body>.*?)^(?P=indent)```",
     re.M | re.S,
@@ -94,12 +95,14 @@ class Reader:
     def run(self, command: str) -> None:
         """Run one shell command; training is made short."""
         if missing(command) or command.startswith(("pip install", "slm-jax bench startup", "mkdocs serve")):
-            return self.check(command)
+            self.check(command)
+            return
         command = re.sub(r"(?<=runs/)([\w-]+)@\d+", r"\1", STAND_IN.sub("stand-in", command))  # few steps, no such one
         words = shlex.split(command, comments=True)
         own = slm_jax_words(words)
         if own is None:
-            return self.shell(command)
+            self.shell(command)
+            return
         environment = dict(word.split("=", 1) for word in words[: words.index(own[0])])
         own = shorter(own[1:])
         if environment:
@@ -107,17 +110,16 @@ class Reader:
                 [sys.executable, "-m", "slm_jax", *own], env=os.environ | environment, capture_output=True, text=True
             )
             assert done.returncode == 0, done.stderr
-            return None
+            return
         status = in_this_process(own)
         assert status == 0 or (own[0] == "doctor" and status == 1), f"{command}: exit status {status}"
-        return None
 
     def shell(self, command: str) -> None:
         """Run what is not only slm_jax's, in a shell that finds this environment's programs."""
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        if re.match(r"python benchmarks/|pytest", command):  # these take long, and have tests of their own
-            command = f"{re.match(r'python [^ ]+|pytest', command)[0]} --help"  # type: ignore[index]
-        environment = os.environ | {"PATH": path, "PYTHONPATH": str(REPOSITORY)}
+        if short := re.match(r"python benchmarks/[^ ]+|pytest", command):  # long, and with tests of their own
+            command = f"{short[0]} --help"
+        environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)}
         done = subprocess.run(["bash", "-ec", command], env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, f"{command}: {done.stderr}"
 
@@ -125,8 +127,9 @@ class Reader:
         """Look whether the options of a command exist, without running it."""
         words = shlex.split(command, comments=True)
         if command.startswith("pip install"):
-            for extra in re.findall(r"\[([\w,]+)\]", command):
-                assert f"\n{extra.split(',')[0]} = [" in (REPOSITORY / "pyproject.toml").read_text(), command
+            known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+            for extras in re.findall(r"\[([\w,]+)\]", command):
+                assert set(extras.split(",")) <= set(known), command
         own = slm_jax_words(words)
         if own is not None and own[1:]:
             in_this_process([*own[1:], *([] if own[1] in ("doctor",) else ["--print_config"])], expected=(0,))
@@ -160,8 +163,8 @@ def shorter(words: list[str]) -> list[str]:
             more["instruction.responses"] = 2
     elif words[0] in ("generate", "chat"):
         more = {"max-new-tokens": 4}
-    elif words[0] == "bench" and words[1] in ("train", "generate", "data", "memory"):
-        more = {"repeats": 2} | (SMALL if "--config" in words else {})
+    elif words[0] == "bench":
+        more = ({} if words[1] == "memory" else {"repeats": 2}) | (SMALL if "--config" in words else {})
     return [*words, *(part for key, value in more.items() for part in (f"--{key}", str(value)))]
 
 

@@ -1,19 +1,21 @@
 """Every command and block of code in README and docs does what it says it does, in a folder like the repository."""
 
 import json
+import re
 import shutil
+import tomllib
 from pathlib import Path
 
 import jax
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from pages import REPOSITORY, SHORT, SMALL, Reader, blocks, commands, in_this_process
+from pages import ROOT, SHORT, SMALL, Reader, blocks, commands, in_this_process
 
 import slm_jax
 from slm_jax.errors import InputError
 
-PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 REVIEWS = [("a delight from start to end", "good"), ("dull and far too long", "bad")]
 
 
@@ -22,7 +24,7 @@ def runs(tmp_path_factory):
     """What a page may have from those before it: the run of train.py without arguments, and weights like GPT-2's."""
     folder = tmp_path_factory.mktemp("before")
     options = {**SHORT, **SMALL, "train.steps": 4, "runs_dir": folder / "runs"}
-    words = ["train", "--config", str(REPOSITORY / "configs" / "tiny.yaml")]
+    words = ["train", "--config", str(ROOT / "configs" / "tiny.yaml")]
     in_this_process([*words, *(word for key, value in options.items() for word in (f"--{key}", str(value)))], (0,))
     cfg = slm_jax.get_gpt_config("gpt2-small", emb_dim=16, n_heads=2, n_layers=2, context_length=128)
     params = slm_jax.GPTModel(cfg).init(jax.random.key(0), jax.numpy.zeros((1, 8), "int32"))["params"]
@@ -34,7 +36,7 @@ def runs(tmp_path_factory):
 def reader(runs, tmp_path, monkeypatch):
     """A reader whose folder has the repository's programs and recipes, and files of the kind that pages speak of."""
     for name in ("train.py", "finetune.py", "configs", "benchmarks", "notebooks", "pyproject.toml", "slm_jax"):
-        (tmp_path / name).symlink_to(REPOSITORY / name)
+        (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "stand-in").symlink_to(runs / "stand-in")
     (tmp_path / "path" / "to").mkdir(parents=True)
     (tmp_path / "path" / "to" / "weights").symlink_to(runs / "stand-in")
@@ -62,7 +64,7 @@ def reader(runs, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(REPOSITORY).as_posix())
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_every_block_of_the_page_runs(page: Path, reader, runs):
     found = blocks(page.read_text())
     lines = [line for block in found if block.language == "sh" for line in commands(block.body)]
@@ -72,8 +74,15 @@ def test_every_block_of_the_page_runs(page: Path, reader, runs):
         try:
             reader.read(block)
         except BaseException as error:
-            error.add_note(f"in {page.relative_to(REPOSITORY)}, line {block.line}")
+            error.add_note(f"in {page.relative_to(ROOT)}, line {block.line}")
             raise
+
+
+def test_all_pages_name_one_repository():
+    address = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+    cloned = [url for page in PAGES for url in re.findall(r"git clone (?:-\S+ \S+ )*(https\S+)", page.read_text())]
+    assert len(cloned) >= 2
+    assert set(cloned) == {address}
 
 
 def test_blocks_are_found_with_their_reasons_and_names():
@@ -110,6 +119,7 @@ slm-jax train
         ("```yaml\ntrain:\n  stepz: 3\n```", InputError),
         ("<!-- not run: no TPU -->\n```sh\nslm-jax train --train.stepz 3\n```", AssertionError),
         ("```sh\npip install -e .[nothing]\n```", AssertionError),
+        ("```sh\npip install -e .[wandb,nothing]\n```", AssertionError),
     ],
 )
 def test_a_block_that_does_not_run_is_seen(page, error, reader):
