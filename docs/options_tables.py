@@ -68,7 +68,7 @@ def command_options(command: str) -> str:
         entries.append("`--config` · text\n:   a YAML file with any of these options.")
     about = (cls.__doc__ or "").partition("Attributes:")[0]
     if cls in (RunConfig, FinetuneConfig):  # which say what a run is, not what is done
-        about = f"{COMMANDS[command][1].capitalize()}."
+        about = f"{COMMANDS[command][1][0].upper()}{COMMANDS[command][1][1:]}."
     return "\n\n".join([_escaped(" ".join(about.split())), *entries])
 
 

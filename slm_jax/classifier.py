@@ -19,6 +19,8 @@ class GPTClassifier(GPTModel):
     ``GPTClassifier(cfg, n_classes=2).apply({"params": params}, tokens, lengths)`` gives float32 logits
     (batch, n_classes). The head is one linear layer with a bias on what ``pooling`` makes of the hidden states: those
     of the last real token, their mean, or those of the first token. What lies behind a text's length changes nothing.
+
+    Source: the book's chapter 6, which takes the last token.
     """
 
     n_classes: int = 2
@@ -43,6 +45,9 @@ class GPTClassifier(GPTModel):
 
         Returns:
             float32 (batch, n_classes).
+
+        Raises:
+            InputError: more tokens than ``context_length``.
         """
         hidden = self.hidden(tokens, deterministic=deterministic)
         pooled = pool(hidden.astype(jnp.float32), lengths, self.pooling)

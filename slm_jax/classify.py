@@ -67,7 +67,8 @@ class Classifier:
             batch_size: texts computed at a time.
 
         Raises:
-            InputError: one text instead of a list of them; a text that is empty or that the tokenizer cannot encode.
+            InputError: one text instead of a list of them; a text that is empty or that the tokenizer cannot encode; a
+                ``batch_size`` below 1.
         """
         from slm_jax.data.text_batches import classification_eval_batches, encode_text  # Grain takes most of a second
 
@@ -107,6 +108,9 @@ def load_classifier(source: str | Path, step: int | str = "best") -> Classifier:
     Args:
         source: a run such as ``runs/classify_builtin``, or ``runs/classify_builtin@800`` with the step.
         step: a step, ``"best"`` (the lowest validation loss) or ``"latest"``.
+
+    Returns:
+        What is called with a list of texts and gives a :class:`Prediction` for each.
 
     Raises:
         MissingInputError: no run there, or no checkpoint of that step.

@@ -298,6 +298,9 @@ ModelSection: Any = _make_model_section()
 class RunConfig:
     """A whole run.
 
+    Raises:
+        InputError: a value outside its range, or values that do not go together.
+
     Attributes:
         task: the stage of training.
         seed: decides initialisation, data order, dropout and samples.
@@ -384,7 +387,11 @@ class RunConfig:
         return None if mirror is None else user_path(mirror) / self.name
 
     def gpt_config(self, vocab_size: int, dtype: DType = "float32") -> GPTConfig:
-        """Return the model's configuration for a tokenizer of ``vocab_size`` ids, computing in ``dtype``."""
+        """Return the model's configuration for a tokenizer of ``vocab_size`` ids, computing in ``dtype``.
+
+        Raises:
+            InputError: a ``model.vocab_size`` below that; a shape that no model can have.
+        """
         section = dataclasses.asdict(self.model)
         overrides = {field.name: section[field.name] for field in _GPT_FIELDS if section[field.name] is not None}
         if overrides.setdefault("vocab_size", vocab_size) < vocab_size:
@@ -461,7 +468,11 @@ def parse_profile(steps: str) -> tuple[int, int]:
 
 
 def check_run_name(name: str) -> None:
-    """Refuse a run's name that is no folder inside the folder of runs."""
+    """Check a run's name.
+
+    Raises:
+        InputError: a name that is no folder inside the folder of runs.
+    """
     if not name.strip() or Path(name).is_absolute() or ".." in Path(name).parts:
         raise InputError(f"run is {name!r}; expected a folder name inside runs_dir, such as my-run")
 

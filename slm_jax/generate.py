@@ -40,7 +40,7 @@ def generate(
     past_context: PastContext = "slide",
     key: jax.Array | None = None,
 ) -> Any:
-    """Continue prompts, each as if it were alone.
+    """Continue prompts, each as if it were alone (the book's chapters 4 and 5).
 
     Args:
         model: the model.
@@ -111,6 +111,9 @@ def stream_text(
 
     An empty prompt is the start of a document. Characters of several tokens, and what may yet become a stop string,
     are held back until they are complete. Arguments and errors are otherwise those of :func:`generate`.
+
+    Raises:
+        InputError: an empty stop string; a prompt that the tokenizer cannot encode.
     """
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
     if "" in stop:

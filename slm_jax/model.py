@@ -38,6 +38,11 @@ INIT_STD = 0.02  # GPT-2's standard deviation for every weight matrix
 class GPTConfig:
     """Shape and execution of a GPT, with the book's field names.
 
+    Sources: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners" (GPT-2); the book's chapter 4.
+
+    Raises:
+        InputError: a value that no model can have, such as an ``emb_dim`` that ``n_heads`` does not divide.
+
     Attributes:
         vocab_size: number of token ids.
         context_length: the most tokens that the model can look at.
@@ -221,10 +226,20 @@ class OutHead(nn.Module):
 
 
 def init_cache(cfg: GPTConfig, params: Params, batch_size: int, capacity: int) -> KVCache:
-    """Make an empty cache for ``capacity`` tokens a row, in the segments that ``params`` (arrays or shapes) has.
+    """Make an empty cache of keys and values for ``capacity`` tokens a row.
+
+    Args:
+        cfg: the model's configuration.
+        params: its parameters (arrays or shapes); the cache gets their segments of blocks.
+        batch_size: rows of tokens.
+        capacity: the most tokens of a row.
+
+    Returns:
+        Zeros in ``cfg.dtype``: ``keys`` and ``values`` (blocks, batch_size·n_heads, capacity, emb_dim / n_heads) for
+        each segment; ``lengths``, int32 (batch_size,), counts the tokens in each row.
 
     Raises:
-        InputError: a capacity beyond the model's context.
+        InputError: a capacity below 1 or beyond the model's context.
     """
     if not 1 <= capacity <= cfg.context_length:
         raise InputError(f"a cache of {capacity} tokens; expected 1 to the model's context of {cfg.context_length}")
@@ -238,7 +253,7 @@ def init_cache(cfg: GPTConfig, params: Params, batch_size: int, capacity: int) -
 
 
 class GPTModel(nn.Module):
-    """A decoder-only transformer.
+    """A decoder-only transformer (Radford et al. 2019; the book's chapter 4).
 
     ``GPTModel(cfg).init(key, tokens)["params"]`` makes the parameters; ``apply({"params": params}, tokens)`` gives
     float32 logits (batch, seq, vocab_size). ``apply(..., method="hidden")`` stops after the final norm, and
@@ -312,6 +327,9 @@ class GPTModel(nn.Module):
         """Compute the hidden states after the final norm, (batch, seq, emb_dim); arguments as for the whole model.
 
         With a cache the result is (hidden, cache).
+
+        Raises:
+            InputError: tokens or a cache that the model cannot take, as for the whole model.
         """
         seq = tokens.shape[1]
         _check_tokens_fit(self.cfg, tokens.shape, cache, self.segments)
@@ -404,6 +422,9 @@ def split_blocks(params: Params, *cuts: int) -> Params:
 
     The model runs any such form. Freezing everything but ``blocks_1`` and what follows it saves the backward pass
     through ``blocks_0``: hand the two parts over as separate trees and differentiate one of them.
+
+    Raises:
+        InputError: cuts that are not ascending, or not between the first block and the last.
     """
     length = jax.tree.leaves(params["blocks"])[0].shape[0]
     bounds = [0, *cuts, length]
@@ -418,7 +439,14 @@ def split_blocks(params: Params, *cuts: int) -> Params:
 
 
 def unstack_blocks(params: Params) -> Params:
-    """Give each block arrays of its own: what generates fastest, as no token then cuts the stack up anew."""
+    """Give each block arrays of its own: what generates fastest, as no token then cuts the stack up anew.
+
+    Args:
+        params: a params tree, its blocks stacked, in segments or already apart.
+
+    Returns:
+        The same values with ``blocks_0``, ``blocks_1`` … for ``blocks``; each leaf in them keeps a first axis, of 1.
+    """
     lengths = _segment_lengths(params).values()
     if "blocks" not in params and set(lengths) == {1}:
         return params

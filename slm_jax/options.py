@@ -76,7 +76,7 @@ def flatten(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def check_at_least(values: Mapping[str, Any], limits: Mapping[str, float]) -> None:
-    """Refuse the first of ``values`` that is below its limit, infinite or NaN; None is let through."""
+    """Let None through; raise InputError for the first of ``values`` that is below its limit, infinite or NaN."""
     for key, least in limits.items():
         if values[key] is not None and not least <= values[key] < float("inf"):
             finite = " and finite" if values[key] == float("inf") else ""
@@ -84,7 +84,7 @@ def check_at_least(values: Mapping[str, Any], limits: Mapping[str, float]) -> No
 
 
 def check_seed(seed: int) -> None:
-    """Refuse a seed that does not fit 32 bits."""
+    """Raise InputError for a seed that does not fit 32 bits."""
     check_at_least({"seed": seed}, {"seed": 0})
     if seed >= 2**32:
         raise InputError(f"seed is {seed}; expected below 2**32, beyond which seeds repeat")

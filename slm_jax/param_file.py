@@ -79,7 +79,11 @@ def read_tree(file: Path) -> Params:
 
 
 def tree_fingerprint(file: Path) -> str:
-    """Return a SHA-256 over what a file says of its leaves' contents; :func:`read_tree` checks that it is true."""
+    """Return a SHA-256 over what a file says of its leaves' contents; :func:`read_tree` checks that it is true.
+
+    Raises:
+        InputError: a file that cannot be read as parameters of slm_jax.
+    """
     try:
         with safe_open(file, "numpy") as tensors:
             return hashlib.sha256((tensors.metadata() or {})[DIGESTS].encode()).hexdigest()

@@ -49,6 +49,9 @@ def load_run(folder: str | Path, step: int | str = "best") -> Run:
         folder: such as ``runs/tiny``, or ``runs/tiny@800`` with the step.
         step: a step, ``"best"`` (the lowest validation loss) or ``"latest"``.
 
+    Returns:
+        The model's configuration, parameters and tokenizer, with folder and step.
+
     Raises:
         MissingInputError: no run there, or no checkpoint of that step.
         InputError: a damaged checkpoint; a step that is none.
@@ -66,6 +69,9 @@ def load_model(source: str | Path, tokenizer: Tokenizer | None = None, *, n_head
         source: a run, a checkpoint, a file or folder of weights, or a name such as ``gpt2``.
         tokenizer: the model's; None: the run's, the one saved in the folder, or GPT-2's if the vocabulary is GPT-2's.
         n_heads: attention heads, where the weights do not state them and are of none of OpenAI's four shapes.
+
+    Returns:
+        The model's configuration, parameters and tokenizer; ``step`` is None for weights that are no run's.
 
     Raises:
         MissingInputError: nothing there, or a download that is not possible.

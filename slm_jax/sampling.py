@@ -30,6 +30,9 @@ class Sampling:
         top_p: draw only from the likeliest tokens that together have this probability (Holtzman et al. 2020).
         min_p: draw only from tokens at least this share as likely as the likeliest (Nguyen et al. 2024).
         repetition_penalty: above 1 makes tokens that are already in the text less likely (Keskar et al. 2019).
+
+    Raises:
+        InputError: a number outside its range.
     """
 
     temperature: float = 1.0

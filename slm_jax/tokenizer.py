@@ -115,7 +115,7 @@ class _TableTokenizer(Tokenizer):
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids, special tokens included."""
+        """Number of ids, special tokens included; InputError: there is no vocabulary yet."""
         if not self._items:
             raise InputError(f"this {self.kind} tokenizer has no vocabulary yet: call build_vocab(text) first")
         return len(self._tokens)
@@ -183,7 +183,7 @@ class CharTokenizer(_TableTokenizer):
         return self
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
-        """Turn text into ids, character by character; `allow_special` makes `<|endoftext|>` one id."""
+        """Turn text into ids (`allow_special`: `<|endoftext|>` is one); InputError: a character without an id."""
         eot_id = self.eot_id
         _check_text(text)
         documents = text.split(END_OF_TEXT) if allow_special else [text]
@@ -223,7 +223,7 @@ class _TiktokenTokenizer(Tokenizer):
         return self.vocab_size - 1
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
-        """Turn text into ids; `<|endoftext|>` in it is refused, or with `allow_special` becomes `eot_id`."""
+        """Turn text into ids; `<|endoftext|>` in it raises InputError, or with `allow_special` becomes `eot_id`."""
         offset = _check_text(text).find(END_OF_TEXT)
         if offset >= 0 and not allow_special:
             raise InputError(
@@ -247,7 +247,7 @@ class BPETokenizer(_TiktokenTokenizer):
     """Byte-level BPE, trained on your own text and split as GPT-2 splits; any Unicode text round-trips.
 
     Ids 0 … 255 are the bytes, then one id per merge in the order learned, then `<|endoftext|>`.
-    `merges` are pairs of earlier ids: the whole tokenizer.
+    `merges` are pairs of earlier ids: the whole tokenizer. Others, and pairs that make a token again, raise InputError.
     """
 
     kind: str = "bpe"
@@ -277,6 +277,9 @@ class BPETokenizer(_TiktokenTokenizer):
 
         `vocab_size` counts the 256 bytes and `<|endoftext|>`. Text that runs out of pairs to merge gives a smaller
         vocabulary. `<|endoftext|>` in the text separates documents. The same text gives the same merges.
+
+        Raises:
+            InputError: a `vocab_size` below 257; text that is not Unicode.
         """
         if vocab_size < 257:
             raise InputError(f"vocab_size is {vocab_size}: expected at least 257 (256 bytes and {END_OF_TEXT})")
@@ -349,7 +352,7 @@ class GPT2Tokenizer(_TiktokenTokenizer):
 
     @cached_property
     def encoding(self) -> "tiktoken.Encoding":
-        """Tiktoken's encoding "gpt2", from its cache or downloaded once."""
+        """Tiktoken's encoding "gpt2", from its cache or downloaded once; MissingInputError: neither is possible."""
         import tiktoken
 
         lacking = self.lacking()
@@ -403,7 +406,15 @@ _CLASSES: dict[str, Any] = {cls.kind: cls for cls in (SimpleTokenizer, CharToken
 
 
 def get_tokenizer(name_or_path: str | os.PathLike[str]) -> Tokenizer:
-    """Return GPT-2's tokenizer for `"gpt2"`, else the one saved at a path (a file, its folder, or a run's folder)."""
+    """Return GPT-2's tokenizer or a saved one.
+
+    Args:
+        name_or_path: `"gpt2"`, or the path of a tokenizer's file, its folder or a run's folder.
+
+    Raises:
+        MissingInputError: no tokenizer there (GPT-2's files are looked for at the first `encode` or `decode`).
+        InputError: a file that is damaged or no tokenizer's.
+    """
     return GPT2Tokenizer() if name_or_path == "gpt2" else load_tokenizer(name_or_path)
 
 
@@ -413,7 +424,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 
 
 def tokenizer_from_dict(data: Mapping[str, Any]) -> Tokenizer:
-    """Rebuild a tokenizer of any kind from what its `to_dict` gave."""
+    """Rebuild a tokenizer of any kind from what its `to_dict` gave; InputError: from anything else."""
     kind = data.get("kind")
     if not isinstance(kind, str) or kind not in _CLASSES:
         raise InputError(f"not a tokenizer of slm_jax: kind is {reprlib.repr(kind)}, expected {', '.join(_CLASSES)}")

@@ -79,6 +79,9 @@ def python_docs() -> list[str]:
     They are ordered by name, topics among modules, so that a part cut off the end for validation holds both kinds.
     Only prose is kept, and no paragraph twice. Where the standard library comes without its source (an
     embedded Python), the topics are all there is. The first call takes a second or two.
+
+    Raises:
+        MissingInputError: this Python has neither the topics nor the standard library's source.
     """
     documents = list(_documents())
     if not documents:
@@ -169,6 +172,9 @@ def prose_or_code() -> list[tuple[str, str]]:
     Prose is what docstrings and comments say in sentences, without quotes, comment signs and the last full stop; code
     is statements without either. Paragraphs that are both or neither are left out, as are texts that came before; a
     module gives as many of one class as of the other. The first call takes a second or two.
+
+    Raises:
+        MissingInputError: this Python comes without the standard library's source.
     """
     paragraphs = list(_labelled_paragraphs())
     if not paragraphs:

@@ -206,6 +206,9 @@ def make_tokenizer(config: TokenizerConfig, train: list[str], validation: list[s
 
     Characters are the exception: nanoGPT's way, the alphabet is that of the whole text, or else a rare letter of the
     validation split could not be encoded.
+
+    Raises:
+        InputError: a tokenizer's file that cannot be read; no text to make one from.
     """
     if config.path is not None:
         return get_tokenizer(config.path)

@@ -69,8 +69,11 @@ def plain_text_names() -> list[str]:
 def named_file(name: str) -> Path:
     """The path of a named file with its pinned content: in $SLM_JAX_DATA, in the cache, or downloaded into the cache.
 
-    The cache is `slm_jax/data` under $XDG_CACHE_HOME, or under `~/.cache` where that is not set. Without a network
-    a file that has to be downloaded is a MissingInputError within five seconds.
+    The cache is `slm_jax/data` under $XDG_CACHE_HOME, or under `~/.cache` where that is not set.
+
+    Raises:
+        MissingInputError: a file that could not be downloaded; without a network within five seconds.
+        InputError: an unknown name, a file with other content, a cache that cannot be written.
     """
     entry = NAMED_FILES.get(name)
     if entry is None:

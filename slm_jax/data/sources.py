@@ -51,7 +51,11 @@ def is_token_source(source: str) -> bool:
 
 
 def check_text_column(column: str | None, sources: Iterable[str], key: str = "text_column") -> None:
-    """Refuse a column, which the user set as ``key``, where no source has any."""
+    """Check a column, which the user set as ``key``.
+
+    Raises:
+        InputError: a column where no source has any.
+    """
     sources = list(sources)
     if column is not None and not any(parse_source(source)[0] in WITH_COLUMNS for source in sources):
         raise InputError(f"{key} is {column!r}, but {' '.join(sources)} has no columns; leave it out")
@@ -69,7 +73,8 @@ def matching_files(pattern: str) -> list[Path]:
     """Return the files that a path or pattern means, sorted; ``~`` and ``**`` work, and folders are left out.
 
     Raises:
-        InputError: a folder; nothing that matches.
+        InputError: a folder, or one on the way that cannot be read.
+        MissingInputError: nothing that matches.
     """
     literal = user_path(pattern)
     try:

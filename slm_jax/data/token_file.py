@@ -69,6 +69,7 @@ def open_token_file(path: str | Path) -> TokenFile:
         path: ``FILE.bin``; ``~`` is expanded.
 
     Raises:
+        MissingInputError: no such file.
         InputError: a file that is empty, cut short, changed, or something else; a JSON file that cannot be read or
             describes other ids. Bare ids must still be compared with a vocabulary: `check_ids`.
     """

@@ -85,7 +85,11 @@ def validation_batches(tokens: np.ndarray, *, context_length: int, batch_size: i
 
 
 def check_window(n_tokens: int, context_length: int, split: str) -> None:
-    """Refuse a split that has not even one window (training) or one target (validation)."""
+    """Check that a split has enough tokens.
+
+    Raises:
+        InputError: not even one window (training) or one target (validation).
+    """
     if n_tokens == 0:
         raise InputError(f"empty text: the {split} split has no tokens; expected at least {context_length + 1}")
     needed = context_length + 1 if split == "training" else 2

@@ -84,6 +84,9 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Pair:
 
     White space at the context's end moves to the continuation, where a token begins with it; both are encoded as one
     text and cut where the context's own tokens end. A context without tokens becomes the end-of-text id.
+
+    Raises:
+        InputError: a continuation of which the tokenizer makes no token.
     """
     stripped = context.rstrip()
     context_ids = tokenizer.encode(stripped) if stripped else []
@@ -101,7 +104,11 @@ def is_truncated(model: GPTModel, pair: Pair) -> bool:
 
 
 def check_ids(ids: np.ndarray, vocab_size: int) -> None:
-    """Refuse ids that the model does not have: on the device they would silently become others."""
+    """Check ids before they go to the device, where wrong ones would silently become others.
+
+    Raises:
+        InputError: an id that the model does not have.
+    """
     if ids.min() < 0 or ids.max() >= vocab_size:
         where = int(np.argmax((ids < 0) | (ids >= vocab_size)))
         raise InputError(
@@ -111,7 +118,11 @@ def check_ids(ids: np.ndarray, vocab_size: int) -> None:
 
 
 def check_batch_size(batch_size: int) -> None:
-    """Refuse a batch of nothing."""
+    """Check the size of a batch.
+
+    Raises:
+        InputError: below 1.
+    """
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}; expected at least 1")
 

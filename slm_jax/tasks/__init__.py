@@ -1,4 +1,9 @@
-"""The stages of training: what each gives to the one loop."""
+"""The stages of training: what each gives to the one loop.
+
+``pretraining`` trains a new model to predict the next token, ``classification`` fine-tunes a model to tell the class of
+a text, and ``instruction`` to answer instructions (the book's chapters 5, 6 and 7). ``base`` holds what fine-tuning
+starts from. A stage is imported when it is first asked for: ``slm_jax.tasks.instruction``.
+"""
 
 import importlib
 from typing import Any

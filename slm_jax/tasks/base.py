@@ -146,7 +146,11 @@ def run_dtype(config: RunConfig) -> DType:
 
 
 def as_configured(cfg: GPTConfig, config: RunConfig) -> GPTConfig:
-    """Return a base's configuration with the run's execution; refuse a change of its shape."""
+    """Return a base's configuration with the run's execution.
+
+    Raises:
+        InputError: the run asks for another shape than the base's.
+    """
     section = dataclasses.asdict(config.model)
     preset = {} if section["preset"] == ModelSection().preset else PRESETS[section["preset"]]  # the default is nobody's
     shape = {**preset, **{name: value for name, value in section.items() if value is not None}}

@@ -148,7 +148,11 @@ def saved_steps(folder: Path) -> list[int]:
 
 
 def read_metadata(folder: Path, step: int) -> dict[str, Any]:
-    """Return what :meth:`Checkpoints.save` was given beside the state of a step, ``validation_loss`` included."""
+    """Return what :meth:`Checkpoints.save` was given beside the state of a step, ``validation_loss`` included.
+
+    Raises:
+        InputError: no checkpoint of slm_jax there, or a damaged one.
+    """
     path = folder / str(step) / METADATA
     try:
         metadata = json.loads(path.read_text())["custom_metadata"]

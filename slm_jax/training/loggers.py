@@ -58,6 +58,9 @@ class WandbLogger:
     """Sends to Weights & Biases, or, offline, writes what ``wandb sync`` sends later.
 
     A run that goes on is the same run there; steps that were done again are there twice, as nothing can be taken back.
+
+    Raises:
+        InputError: Weights & Biases refuses: no key, no network, no such project.
     """
 
     def __init__(self, config: RunConfig, folder: Path):

@@ -17,7 +17,11 @@ SAVE_MEMORY = (
 
 @contextlib.contextmanager
 def out_of_memory_as_input_error() -> Iterator[None]:
-    """Turn the device's error about its memory into a line that says what to change."""
+    """Turn the device's error about its memory into a line that says what to change.
+
+    Raises:
+        InputError: the device is out of memory.
+    """
     try:
         yield
     except jax.errors.JaxRuntimeError as error:

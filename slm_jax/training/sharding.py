@@ -25,6 +25,9 @@ def initialize_distributed(environ: Mapping[str, str] = os.environ) -> bool:
 
     Told by: ``JAX_COORDINATOR_ADDRESS`` (with ``JAX_NUM_PROCESSES`` and ``JAX_PROCESS_ID``), ``srun`` or Open MPI with
     several tasks, or a list of several TPU workers (``TPU_WORKER_HOSTNAMES``).
+
+    Raises:
+        InputError: variables that are incomplete or no whole numbers.
     """
     if jax.distributed.is_initialized():  # by an earlier run of this process
         return True
@@ -142,7 +145,11 @@ def put_params(mesh: Mesh, params: Any) -> Any:
 
 
 def check_batch_size(n_devices: int, batch_size: int, accumulate: int = 1) -> None:
-    """Refuse a batch of which the devices cannot share each of the ``accumulate`` micro-batches evenly."""
+    """Check the size of a batch.
+
+    Raises:
+        InputError: the devices cannot share each of the ``accumulate`` micro-batches evenly.
+    """
     if batch_size % (n_devices * accumulate):
         raise InputError(
             f"train.batch_size is {batch_size}; expected a multiple of {n_devices * accumulate} "

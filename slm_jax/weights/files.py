@@ -71,6 +71,9 @@ class TensorFiles:
         tensors: by their names in the files.
         metadata: the text that safetensors files carry.
         model_args: nanoGPT's configuration.
+
+    Raises:
+        InputError: a tensor's name that cannot be printed.
     """
 
     file: Path
@@ -94,6 +97,7 @@ def find_file(path: Path) -> Path:
 
     Raises:
         MissingInputError: neither a file nor a folder with weights.
+        InputError: a folder whose weights are in a form that is not read.
     """
     if path.is_file():
         return path

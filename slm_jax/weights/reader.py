@@ -56,7 +56,11 @@ FORMATS: dict[str, Format] = {"huggingface": huggingface, "nanogpt": nanogpt, "b
 def read_weights(
     path: Path, n_heads: int | None, dtype: Any, param_dtype: Any, sharding: Any = None
 ) -> tuple[GPTConfig, Params]:
-    """Read weights of any foreign format; arguments and errors are those of ``load_gpt2``."""
+    """Read weights of any foreign format; arguments and errors are those of ``load_gpt2``.
+
+    Raises:
+        InputError: weights that are not GPT-2's, incomplete or damaged.
+    """
     files = open_tensors(find_file(path))
     form, files = _recognise(files)
     fields, files = _fields(form, files)

@@ -23,6 +23,9 @@ FENCE = re.compile(
     r"^(?P<before>[^\n]*)\n(?P<indent> *)```(?P<language>[\w+-]*)(?P<rest>[^\n]*)\n(?P<body>.*?)^(?P=indent)```",
     re.M | re.S,
 )
+LANGUAGES = ("sh", "python", "yaml", "text", "csv", "tsv", "json", "jsonl")  # from text on only shown, or written
+# Of blocks that are not run, and of those that are slow or change the machine, only the options are looked at.
+OTHER_PROGRAMS = ("cd", "git", "hf", "jupyter", "mkdocs", "pip", "pytest", "python", "srun", "tensorboard")
 NOT_RUN = re.compile(r"<!-- not run: (.+) -->")
 # What makes any training short; a base brings its own model.
 SHORT = {"train.batch_size": 8, "train.eval_every": 2, "train.eval_batch_size": 64, "sample.max_new_tokens": 4}
@@ -44,8 +47,11 @@ class Block:
 
 
 def blocks(text: str) -> list[Block]:
-    """Return the fenced blocks of a page in order."""
+    """Return the fenced blocks of a page in order; every fence must be of a block, and be made of three backticks."""
     found = []
+    assert not re.search(r"^\s*(>\s*```|````|~~~)", text, re.M), "a fence that is not looked at"
+    fences = len(re.findall(r"^ *```", text, re.M))
+    assert fences == 2 * len(FENCE.findall("\n" + text)), "a fence without its end"
     for match in FENCE.finditer("\n" + text):
         title, reason = re.search(r'title="([^"]+)"', match["rest"]), NOT_RUN.search(match["before"])
         body = re.sub(rf"^{match['indent']}", "", match["body"], flags=re.M)
@@ -77,11 +83,12 @@ class Reader:
             path = self.folder / block.title
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(block.body)
-        if block.language in ("sh", "bash", "shell"):
+        assert block.language in LANGUAGES, f"a block of {block.language!r}; expected one of {', '.join(LANGUAGES)}"
+        if block.language == "sh":
             for command in commands(block.body):
                 self.check(command) if block.not_run else self.run(command)
-        elif block.language == "python" and not block.not_run:
-            self.python(block.body)
+        elif block.language == "python":
+            compile(block.body, "block.py", "exec") if block.not_run else self.python(block.body)
         elif block.language == "yaml":
             parse_yaml(block.body, self.folder)
 
@@ -131,6 +138,7 @@ class Reader:
             for extras in re.findall(r"\[([\w,]+)\]", command):
                 assert set(extras.split(",")) <= set(known), command
         own = slm_jax_words(words)
+        assert own or words[0] in OTHER_PROGRAMS or "=" in words[0], f"{command}: not a program that pages speak of"
         if own is not None and own[1:]:
             in_this_process([*own[1:], *([] if own[1] in ("doctor",) else ["--print_config"])], expected=(0,))
 

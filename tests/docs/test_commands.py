@@ -110,6 +110,12 @@ slm-jax train
     assert one.line == 3
 
 
+@pytest.mark.parametrize("page", ["~~~sh\nls\n~~~", "> ```sh\n> ls\n> ```", "````sh\nls\n````", "```sh\nls"])
+def test_a_fence_that_would_escape_is_seen(page):
+    with pytest.raises(AssertionError, match="a fence"):
+        blocks(page)
+
+
 @pytest.mark.parametrize(
     ("page", "error"),
     [
@@ -118,7 +124,10 @@ slm-jax train
         ("```python\nassert 1 == 2\n```", AssertionError),
         ("```yaml\ntrain:\n  stepz: 3\n```", InputError),
         ("<!-- not run: no TPU -->\n```sh\nslm-jax train --train.stepz 3\n```", AssertionError),
-        ("```sh\npip install -e .[nothing]\n```", AssertionError),
+        ("```sh\npip install -e .[test,nothing]\n```", AssertionError),
+        ("<!-- not run: no TPU -->\n```sh\nslm-jx train\n```", AssertionError),
+        ("<!-- not run: no TPU -->\n```python\ndef (:\n```", SyntaxError),
+        ("```console\nls\n```", AssertionError),
         ("```sh\npip install -e .[wandb,nothing]\n```", AssertionError),
     ],
 )

@@ -3,17 +3,19 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from slm_jax.errors import InputError
+from slm_jax.errors import InputError, MissingInputError
 from slm_jax.model import GPTConfig, init_params
 from slm_jax.run import Run, save_run
 from slm_jax.tokenizer import CharTokenizer
 from slm_jax.training.checkpoint import CHECKSUMS, METADATA, write_checksums
 from slm_jax.weights import load_gpt2
+from slm_jax.weights.ours import find_checkpoint
 
 CFG = GPTConfig(vocab_size=5, context_length=4, emb_dim=8, n_heads=2, n_layers=1, unroll=True)
 
@@ -54,6 +56,18 @@ def test_a_run_is_weights(made, step):
     cfg, params = load_gpt2(step.parent.parent)
     assert dataclasses.replace(cfg, unroll=True) == CFG
     jax.tree.map(np.testing.assert_array_equal, params, made[1])
+
+
+def test_a_source_may_name_a_step(made, monkeypatch):
+    folder, _ = made
+    for source in (folder, f"{folder}@0", f"{folder}@best", f"{folder}@latest", folder / "checkpoints" / "0"):
+        assert find_checkpoint(source) == (folder, 0)
+    with pytest.raises(MissingInputError, match="no checkpoint of step 7; there are 0"):
+        find_checkpoint(f"{folder}@7")
+    with pytest.raises(MissingInputError, match="no run with checkpoints there"):
+        find_checkpoint(f"{folder}s@0")
+    monkeypatch.chdir(folder)
+    assert find_checkpoint(".@0", "latest") == (Path(), 0)
 
 
 @pytest.mark.parametrize(
