@@ -72,7 +72,12 @@ def read_json(file: Path, remedy: str = "download or export it again") -> dict[s
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a text file in one step: who reads it sees the old one or the new one."""
+    """Write a text file in one step: who reads it sees the old one or the new one.
+
+    Raises:
+        InputError: the path ends in no name.
+        OSError: it cannot be written.
+    """
     partial = partial_path(path)
     try:
         partial.write_text(text, encoding="utf-8")
@@ -83,7 +88,13 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def partial_path(path: Path) -> Path:
-    """Return a new name beside a file, to write it under until it is whole; nobody else takes the same."""
+    """Return a new name beside a file, to write it under until it is whole; nobody else takes the same.
+
+    Raises:
+        InputError: the path ends in no name, such as ``.`` or ``/``.
+    """
+    if not path.name:
+        raise InputError(f"{path}: is a folder; expected a file in it")
     return path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
 
 

@@ -116,6 +116,14 @@ def test_a_text_that_cannot_be_written_leaves_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
+@pytest.mark.parametrize("name", ["", ".", "/"])
+def test_a_text_without_a_name_is_refused(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="expected a file in it"):
+        replace_text(Path(name), "x")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_only_a_full_disk_is_said_to_be_full(tmp_path):
     for number, said in (
         (errno.ENOSPC, "; free space there or choose another folder"),

@@ -10,18 +10,20 @@ from slm_jax.files import partial_path, replace_text, unwritable, user_path
 from slm_jax.options import name_words, parse
 
 FILE = "report.html"
+PAGES = (".html", ".htm")  # the only files that are replaced: a run's others cannot be written again
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """Write a run as one HTML page that needs no network; several runs are compared on the same axes.
 
-    Words that belong to no option are runs; all after -- are. A page of that name that is there already is replaced.
+    Words that belong to no option are runs; all after -- are.
 
     Attributes:
         run: a run's folder, such as runs/tiny, or runs/tiny@800 for the attention of one of its checkpoints; may be
             given several times, and without --run.
-        out: the file to write; null: report.html, in the run's folder, or for several runs in the current one.
+        out: the file to write, such as page.html; a file that is there is replaced if its name ends in .html or .htm.
+            null: report.html, in the run's folder, or for several runs in the current one.
         text: of one run, the text whose attention is drawn; null: its latest sample, or an English sentence.
     """
 
@@ -32,6 +34,10 @@ class Options:
     def __post_init__(self) -> None:
         if not self.run:
             raise InputError("no run; expected one or several, such as slm-jax report runs/tiny")
+        if self.out == "":
+            raise InputError("out is ''; expected a file, such as page.html")
+        if self.text == "":
+            raise InputError("text is ''; expected a text of at least one character, or leave --text out")
 
 
 def main(args: Sequence[str]) -> int:
@@ -66,9 +72,11 @@ def run(options: Options) -> int:
 
 
 def _check_out(out: Path) -> None:
-    """Refuse a file that cannot be written before the page is made."""
+    """Refuse a file that cannot be written, or must not be, before the page is made."""
     if out.exists() and not out.is_file():
         raise unwritable(out, OSError("it is not a file"))
+    if out.exists() and out.suffix.lower() not in PAGES:
+        raise InputError(f"{out}: is there, and only files that end in .html are replaced; choose another --out")
     probe = partial_path(out)
     try:
         probe.touch()

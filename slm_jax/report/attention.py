@@ -4,6 +4,7 @@ import base64
 import contextlib
 import dataclasses
 import io
+import shlex
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -60,20 +61,27 @@ def attention_section(record: Record, text: str | None) -> list[Html]:
     Raises:
         InputError: a text that the model's tokenizer cannot encode.
     """
-    reason = "no checkpoint yet"
-    for step in steps_to_try(record.folder, record.step):
+    steps = steps_to_try(record.folder, record.step)
+    if not steps:
+        return [tag("p", "There are none: no checkpoint yet.", class_="dim")]
+    for step in steps:
         try:
             loaded = _load(record, step)
-        except InputError as error:
-            reason = str(error)
+        except InputError:
             continue
         try:
             maps = _maps(step, loaded, text, sample_text(record))
         except MissingInputError as error:  # the tokenizer's own files
-            reason = str(error)
-            break
+            return [tag("p", f"There are none, as the text cannot be encoded: {error}", class_="dim")]
         return _show(maps) if maps.tokens else [tag("p", "The sample text has no token that this model knows.")]
-    return [tag("p", f"There are none, as the model cannot be loaded: {reason}", class_="dim")]
+    return [_unloadable(record)]
+
+
+def _unloadable(record: Record) -> Html:
+    which = "no checkpoint of this run" if record.step is None else f"the checkpoint of step {record.step:,}"
+    cannot = "can be loaded" if record.step is None else "cannot be loaded"
+    command = tag("code", f"slm-jax doctor --run {shlex.quote(str(record.folder.path))}")
+    return tag("p", f"There are none: {which} {cannot}. What is damaged, and what to do: ", command, class_="dim")
 
 
 class _Model(NamedTuple):
@@ -88,7 +96,10 @@ def _load(record: Record, step: int) -> _Model:
     cfg, params, metadata = read_checkpoint(record.folder.path, step, "float32", classifier=classifies)
     tokenizer = tokenizer_from_dict(metadata.get("tokenizer", {}))
     if classifies:
-        classifier = GPTClassifier(cfg, n_classes=len(metadata["classes"]), pooling=metadata["pooling"])
+        try:
+            classifier = GPTClassifier(cfg, n_classes=len(metadata["classes"]), pooling=metadata["pooling"])
+        except (KeyError, TypeError) as error:
+            raise InputError(f"step {step}: its metadata describe no classifier ({error!r})") from None
         return _Model(classifier, params, tokenizer)
     return _Model(GPTModel(cfg), params, tokenizer)
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from slm_jax.report.html import Html, details, scrolled, table, tag
-from slm_jax.report.read import Record, Row, figure
+from slm_jax.report.read import LAST_STEP, Record, Row, figure, listed, number
 
 MOST_CLASSES = 30  # whose matrix is shown
 SPLITS = ("test", "validation", "train")
@@ -35,22 +35,18 @@ def _splits(record: Record, moments: list[str]) -> Html:
     rows = []
     for split in SPLITS:
         figures = [record.measured(moment, split) for moment in moments]
-        texts = sum(_counts(figures[-1].get("support")))
+        texts = sum(map(number, listed(figures[-1].get("support"))))
         cells = [figure(one.get(name), form, "–") for name, form in names.items() for one in figures]
-        rows.append([split, f"{texts:,}", *cells])
+        rows.append([split, figure(texts, ",.0f", "–"), *cells])
     return table(head, rows, numbers=range(1, len(head)))
 
 
-def _counts(values: object) -> list[int]:
-    return [int(value) for value in values if isinstance(value, int)] if isinstance(values, list) else []
-
-
 def _by_class(figures: Row, caption: str) -> Html:
-    columns = [figures.get(name) for name in ("classes", "precision", "recall", "f1", "support")]
-    if not all(isinstance(column, list) for column in columns):
+    columns = [_names(figures), *(listed(figures.get(name)) for name in ("precision", "recall", "f1", "support"))]
+    if not all(columns):
         return Html("")
     rows = [
-        [name, *(figure(value, ".4f", "–") for value in values[:3]), f"{values[3]:,}"]
+        [name, *(figure(value, ".4f", "–") for value in values[:3]), figure(values[3], ",.0f", "–")]
         for name, *values in zip(*columns, strict=False)
     ]
     return table(["class", "precision", "recall", "F1", "texts"], rows, numbers=(1, 2, 3, 4), caption=caption)
@@ -63,12 +59,11 @@ def _matrices(record: Record, split: str, moments: list[str]) -> Html:
 
 def _matrix(figures: Row, caption: str) -> Html:
     """Return a confusion matrix; the share of its true class is the colour of a cell."""
-    classes = [str(name) for name in figures.get("classes") or []]
-    try:
-        counts = np.array(figures.get("confusion"), np.int64).reshape(len(classes), len(classes))
-    except (TypeError, ValueError):
+    classes = _names(figures)
+    counts = _counts(figures.get("confusion"), len(classes))
+    if counts is None:
         return Html("")
-    if not classes or len(classes) > MOST_CLASSES:
+    if len(classes) > MOST_CLASSES:
         return tag("p", f"{caption}: a matrix of {len(classes)} classes is too large here; see confusion.png.")
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     head = [tag("th", "true ↓, predicted →"), *(tag("th", name, scope="col") for name in classes)]
@@ -85,3 +80,19 @@ def _matrix(figures: Row, caption: str) -> Html:
     ]
     content = [tag("caption", caption), tag("thead", tag("tr", *head)), tag("tbody", *rows)]
     return scrolled(tag("table", *content, class_="matrix"), caption)
+
+
+def _names(figures: Row) -> list[str]:
+    """Return the names of the classes; none where one of them is no text."""
+    names = listed(figures.get("classes"))
+    return names if all(isinstance(name, str) for name in names) else []
+
+
+def _counts(confusion: object, n_classes: int) -> np.ndarray | None:
+    """Return a confusion matrix; None where it is none of so many classes."""
+    rows = [[number(count) for count in listed(row)] for row in listed(confusion)]
+    if not rows or [len(row) for row in rows] != [n_classes] * n_classes:
+        return None
+    counts = np.array(rows)
+    whole = (counts >= 0) & (counts <= LAST_STEP) & (counts == np.rint(counts))
+    return counts.astype(np.int64) if whole.all() else None

@@ -39,7 +39,10 @@ def join(parts: Iterable[object]) -> Html:
 
 def typed(value: object, marked: bool = False) -> Html:
     """Return a value as it is typed in a recipe."""
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    except (TypeError, ValueError, RecursionError):  # a key that JSON has not, or a list that holds itself
+        text = str(value)
     return tag("code", tag("mark", text) if marked else text)
 
 

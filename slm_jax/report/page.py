@@ -9,7 +9,7 @@ from slm_jax.report.attention import attention_section
 from slm_jax.report.classes import classes_section
 from slm_jax.report.curves import draw_curves, note_not_finite
 from slm_jax.report.html import Html, details, page, section, table, tag, typed
-from slm_jax.report.read import Record, Row, defaults, figure, number, read_responses, read_samples
+from slm_jax.report.read import Record, Row, defaults, figure, listed, number, read_responses, read_samples
 from slm_jax.trainable import leaf_table
 from slm_jax.training.progress import format_duration
 from slm_jax.training.run_folder import FROZEN
@@ -160,9 +160,8 @@ def _answers(record: Record) -> list[Html]:
 
 def _response(entry: Row, before: str | None, after: str | None) -> Html:
     asked = [entry.get("instruction"), entry.get("input")]
-    messages = entry.get("messages")
-    if isinstance(messages, list):
-        asked += [f"{m.get('role')}: {m.get('content')}" for m in messages if isinstance(m, dict)]
+    messages = [message for message in listed(entry.get("messages")) if isinstance(message, dict)]
+    asked += [f"{message.get('role')}: {message.get('content')}" for message in messages]
     texts = {"reference": entry.get("output"), "before training": before, "after training": after}
     columns = [tag("div", tag("h4", name), tag("pre", text)) for name, text in texts.items() if text is not None]
     return tag(
@@ -172,7 +171,7 @@ def _response(entry: Row, before: str | None, after: str | None) -> Html:
 
 def parameter_rows(record: Record) -> list[Row]:
     """Return path, shape, count, dtype and whether it is trained, of each array of the model; read from headers."""
-    leaves = record.metadata.get("leaves") or _leaves_of_model(record)
+    leaves = _leaves(record.metadata.get("leaves")) or _leaves_of_model(record)
     trained = [(path, shape, dtype, True) for path, (*shape, dtype) in leaves.items()]
     return [
         {"path": path, "shape": shape, "count": math.prod(shape), "dtype": dtype, "trained": is_trained}
@@ -181,13 +180,19 @@ def parameter_rows(record: Record) -> list[Row]:
     ]
 
 
-def _leaves_of_model(record: Record) -> dict:
+def _leaves(table: object) -> dict[str, list]:
+    """Return the leaves that a checkpoint lists, but for what is no shape with a dtype."""
+    leaves = {path: listed(leaf) for path, leaf in table.items()} if isinstance(table, dict) else {}
+    return {path: leaf for path, leaf in leaves.items() if leaf and all(isinstance(size, int) for size in leaf[:-1])}
+
+
+def _leaves_of_model(record: Record) -> dict[str, list]:
     """Return the leaves of a checkpoint that does not list them: those of its model."""
     from slm_jax.model import GPTConfig, param_shapes
 
     try:
         return leaf_table(param_shapes(GPTConfig(**record.metadata["model"])))
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         return {}
 
 

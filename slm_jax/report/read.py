@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import math
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,15 @@ from slm_jax.errors import InputError, MissingInputError
 from slm_jax.options import flatten
 from slm_jax.training.checkpoint import best_step, read_metadata, saved_steps
 from slm_jax.training.run_folder import BEFORE, RunFolder, find_run, split_step
+from slm_jax.weights.files import find_file
+from slm_jax.weights.hub import PINS
 from slm_jax.weights.ours import find_checkpoint
 
 TASKS = ("pretraining", "classification", "instruction")
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
+
+LARGEST = 1e300  # beyond it, sums and axes have no room in a float
+LAST_STEP = 1 << 53  # the whole numbers up to it are floats, too
 
 Row = dict[str, Any]
 
@@ -78,7 +85,7 @@ class Record:
         """Return the figures of a split ``before`` or ``after`` training; empty where it was not measured."""
         found = self.summary.get(moment)
         if moment == "before" and not found:
-            found = self.folder.read_json(BEFORE)
+            found = read_json(self.folder, BEFORE)
         figures = found.get(split) if isinstance(found, dict) else None
         return figures if isinstance(figures, dict) else {}
 
@@ -97,10 +104,15 @@ class Record:
 
 
 def number(value: object) -> float:
-    """Return what is a finite number as one, and all else as NaN."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    """Return what is a number of at most 1e300 as one, and all else as NaN."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST:
         return math.nan
     return float(value)
+
+
+def listed(value: object) -> list[Any]:
+    """Return what is a list, and for all else an empty one."""
+    return value if isinstance(value, list) else []
 
 
 def figure(value: object, form: str, missing: str = "not finite") -> str:
@@ -117,22 +129,32 @@ def read_records(names: Sequence[str]) -> list[Record]:
 
     Raises:
         MissingInputError: no run there, or no checkpoint of that step.
-        InputError: what can be no path; a step that is none.
+        InputError: what can be no path; a step that is none; a run that is named with two steps.
     """
-    found: dict[Path, tuple[RunFolder, int | None]] = {}
+    found: dict[Path, tuple[str, RunFolder, int | None]] = {}
     for name in names:
         folder, step = _find(name)
-        found.setdefault(folder.path.resolve(), (folder, step))
+        first, _, first_step = found.setdefault(folder.path.resolve(), (name, folder, step))
+        if step != first_step:
+            raise InputError(
+                f"{first} and {name}: are one run with different steps; expected each run once: choose one"
+            )
     short = [path.name for path in found]
     return [
         _read(folder, path.name if short.count(path.name) == 1 else str(folder.path), step)
-        for path, (folder, step) in found.items()
+        for path, (_, folder, step) in found.items()
     ]
 
 
 def _find(name: str) -> tuple[RunFolder, int | None]:
     path, step = split_step(name)
-    folder = find_run(path)
+    try:
+        folder = find_run(path)
+    except MissingInputError as error:
+        if not _are_weights(path):
+            raise
+        remedy = f"weights have no report, and slm-jax import --source {shlex.quote(str(path))} --run NAME makes a run"
+        raise MissingInputError(f"{error}; {remedy} of them") from None
     if step is None:
         return folder, None
     checkpoint = find_checkpoint(folder.path, step)
@@ -141,15 +163,40 @@ def _find(name: str) -> tuple[RunFolder, int | None]:
     return folder, checkpoint[1]
 
 
+def _are_weights(path: Path) -> bool:
+    """Return whether ``slm-jax import`` takes a path, or a name such as gpt2."""
+    if path.is_dir():
+        with contextlib.suppress(InputError):
+            return find_file(path).is_file()
+    return str(path) in PINS or (path.is_file() and path.suffix in WEIGHTS)
+
+
 def _read(folder: RunFolder, label: str, step: int | None) -> Record:
     metadata = _metadata(folder, step)
-    summary = folder.read_json("summary.json")
+    summary = read_json(folder, "summary.json")
     summary = summary if isinstance(summary, dict) else {}
     config = _config(folder) or flatten(metadata.get("config", {}))
     task = config.get("task") or summary.get("task") or ("classification" if "classes" in metadata else "")
-    rows = [row for row in folder.metrics() if isinstance(row["step"], int) and isinstance(row["split"], str)]
+    rows = [row for row in _log(folder) if _is_step(row["step"]) and isinstance(row["split"], str)]
     task = task if task in TASKS else "pretraining"
     return Record(folder, label, step, task, config, rows, metadata, summary)
+
+
+def read_json(folder: RunFolder, name: str) -> Any:
+    """Return what a JSON file of the folder holds; None where there is none that can be read."""
+    with contextlib.suppress(RecursionError):  # lists in lists in lists
+        return folder.read_json(name)
+    return None
+
+
+def _log(folder: RunFolder) -> list[Row]:
+    with contextlib.suppress(OSError, RecursionError):
+        return folder.metrics()
+    return []
+
+
+def _is_step(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LAST_STEP
 
 
 def _config(folder: RunFolder) -> dict[str, Any]:
@@ -190,7 +237,7 @@ def read_samples(folder: RunFolder) -> list[tuple[int, str]]:
         text = folder.samples_file.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return []
-    parts = re.split(r"^## Step (\d+)$", text, flags=re.MULTILINE)[1:]
+    parts = re.split(r"^## Step (\d{1,15})$", text, flags=re.MULTILINE)[1:]
     bodies = ("\n".join(line.removeprefix("    ") for line in part.strip("\n").split("\n")) for part in parts[1::2])
     return [(int(step), body) for step, body in zip(parts[::2], bodies, strict=True)]
 
@@ -205,8 +252,7 @@ def read_responses(folder: RunFolder) -> list[tuple[Row, str | None, str | None]
 
 
 def _answers(folder: RunFolder, name: str) -> list[Row]:
-    entries = folder.read_json(name)
-    return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+    return [entry for entry in listed(read_json(folder, name)) if isinstance(entry, dict)]
 
 
 def _answer(entry: Row) -> str:

@@ -83,10 +83,24 @@ def test_a_run_whose_checkpoints_are_damaged(trained, capsys, tmp_path):
     for file in (folder / "checkpoints").rglob("sha256.json"):
         file.write_text("{}")
     page = report(capsys, folder)
-    assert "the model cannot be loaded: " in page.text
+    assert "There are none: no checkpoint of this run can be loaded." in page.text
+    assert f"slm-jax doctor --run {folder}" in page.texts
+    assert not [said for said in ("Error", "choose another", "sha256") if said in page.text]
     assert "lowest" in page.text
+    assert "the checkpoint of step 20 cannot be loaded" in report(capsys, f"{folder}@20").text
     shutil.rmtree(folder / "checkpoints")
     assert "no checkpoint yet" in report(capsys, folder).text
+
+
+def test_weights_have_no_report(weights, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model.pth").touch()
+    for source in ("gpt2", weights, weights / "model.safetensors", "model.pth"):
+        line = fails(capsys, source)
+        assert f"{source}: no run there; expected" in line
+        assert f"weights have no report, and slm-jax import --source {source} --run NAME makes a run" in line
+    for other in ("none", tmp_path, "gpt3"):
+        assert "slm-jax import" not in fails(capsys, other)
 
 
 def test_weights_that_were_imported(weights, capsys, tmp_path):
@@ -118,6 +132,22 @@ def test_mistakes_are_one_line(trained, capsys, tmp_path, monkeypatch):
     assert "expected one run with it" in fails(capsys, trained, shutil.copytree(trained, "b"), "--text", "x")
     assert "unknown key output" in fails(capsys, trained, "--output", "x")
     assert "--out has no value" in fails(capsys, trained, "--out")
+    assert "out is ''; expected a file" in fails(capsys, trained, "--out", "")
+    assert "text is ''; expected a text" in fails(capsys, trained, "--text", "")
+    assert f"{trained} and {trained}@20: are one run" in fails(capsys, trained, f"{trained}@20")
+
+
+def test_only_pages_are_replaced(trained, capsys, tmp_path):
+    folder = shutil.copytree(trained, tmp_path / "run")
+    log = (folder / "metrics.jsonl").read_bytes()
+    for name in ("metrics.jsonl", "config.yaml", "summary.json", "samples.md"):
+        assert "only files that end in .html are replaced" in fails(capsys, folder, "--out", folder / name)
+    assert (folder / "metrics.jsonl").read_bytes() == log
+    for name in ("new.txt", "x.htm", "x.htm", "x.HTML", "x.HTML"):
+        report(capsys, folder, "--out", tmp_path / name)
+    assert "only files" in fails(capsys, folder, "--out", tmp_path / "new.txt")
+    for place in (".", "..", "/"):
+        assert "it is not a file" in fails(capsys, folder, "--out", place)
 
 
 def test_a_place_that_cannot_be_written_is_refused_before_the_page_is_made(trained, capsys, tmp_path, monkeypatch):

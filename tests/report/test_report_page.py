@@ -8,6 +8,7 @@ from reports import CONFIG, Page, make_run, train, val
 
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.report import read
+from slm_jax.report.classes import classes_section
 from slm_jax.report.compare import write_comparison
 from slm_jax.report.page import MOST_SAMPLES, facts, write_page
 from slm_jax.report.read import defaults, figure, read_records, read_responses, read_samples, steps_to_try
@@ -79,7 +80,46 @@ def test_files_that_say_something_else(tmp_path, task, content):
     page_of(make_run(tmp_path / "a", rows, f"task: {task}\n", **files))
 
 
-@pytest.mark.parametrize("config", ["[1, 2", "7", "", "task: [1]\n", "task: other\nfoo: {bar: '\\'}\n", 'a: "\\ud800"'])
+NO_FIGURES = (3, "x", 10**400, 1e300, -1, [3], [[1], [2, 3]], [[10**400, 1e300], [-1, 0.5]], {"a": 1}, [])
+
+
+@pytest.mark.parametrize("value", NO_FIGURES)
+@pytest.mark.parametrize("key", ["classes", "confusion", "support", "precision", "loss", "accuracy"])
+def test_figures_of_a_classifier_that_are_none_are_left_out(tmp_path, key, value):
+    measured = {"classes": ["a", "b"], "confusion": [[1, 2], [3, 4]], "support": [3, 7], "accuracy": 0.5, "loss": 0.5}
+    measured |= {name: [0.5, 0.5] for name in ("precision", "recall", "f1")}
+    summary = {"step": 1, "seconds": value, "after": {"test": {**measured, key: value}}}
+    (record,) = read_records(
+        [str(make_run(tmp_path / "a", [train(1)], "task: classification", summary_json=json.dumps(summary)))]
+    )
+    page = Page("".join(classes_section(record)))
+    assert facts(record)["steps"] == "1"
+    assert page.text
+    assert ("true ↓, predicted →" in page.text) == (key not in ("classes", "confusion"))
+
+
+def test_a_log_whose_figures_are_too_large(tmp_path):
+    rows = [val(0, 3.0), train(1), train(2, 10**400, tokens=10**400), val(2, 1e308), train(-1), val(10**400)]
+    folder = make_run(tmp_path / "a", rows, summary_json="[" * 100_000)
+    (record,) = read_records([str(folder)])
+    assert [row["step"] for row in record.rows] == [0, 1, 2, 2]
+    assert record.best() == (0, 3.0)
+    assert "in 1 logged steps loss or gradients were not finite" in page_of(folder).text
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        "[1, 2",
+        "7",
+        "",
+        "task: [1]\n",
+        "task: other\nfoo: {bar: '\\'}\n",
+        'a: "\\ud800"',
+        "a: &b [*b]",
+        "a: [2020-01-01: 1]",
+    ],
+)
 def test_configurations_of_another_kind(tmp_path, config):
     page_of(make_run(tmp_path / "a", (), config))
 
@@ -147,6 +187,15 @@ def test_runs_of_one_name_are_told_apart(tmp_path):
     folders = [make_run(tmp_path / place / "run", [train(1)]) for place in ("one", "two")]
     assert [record.label for record in read_records([str(folder) for folder in folders])] == [str(f) for f in folders]
     assert len(read_records([str(folders[0]), f"{folders[0]}/"])) == 1
+
+
+def test_a_run_is_read_with_one_step(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run", [train(1)])
+    monkeypatch.setattr(read, "find_checkpoint", lambda folder, step: (folder, int(step)))
+    assert read_records([f"{run}@350", f"{run}@350"])[0].step == 350
+    for names in ((f"{run}@350", f"{run}@400"), (str(run), f"{run}@400")):
+        with pytest.raises(InputError, match=f"{names[0]} and {names[1]}: are one run with different steps"):
+            read_records(names)
 
 
 def test_the_best_checkpoint_is_tried_first_and_then_the_latest(tmp_path, monkeypatch):
