@@ -352,8 +352,8 @@ plt.show()
 
 # %% [markdown]
 # Above, the first two windows of stride 3: each target stands below the token it equals, one place to the right of the
-# input it belongs to. Below, where windows lie for two strides. With stride = context each token is an input once
-# per pass through the text; a smaller stride shows it again, with other tokens before it.
+# input it belongs to. Below, where windows lie for two strides. With stride = context each token but those at the
+# very end is an input once per pass through the text; a smaller stride shows it again, with other tokens before it.
 
 # %%
 fig, ax = plt.subplots(figsize=(8, 2.6))

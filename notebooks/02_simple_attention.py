@@ -269,7 +269,7 @@ print("largest weight of each row:", [tokens[i] for i in all_weights.argmax(axis
 # assert (cosine.argmax(axis=-1) == jnp.arange(6)).all()
 # ```
 #
-# All numbers here are positive, so every dot product with a longer *mouse* grows. By angle, nothing is more similar to
+# No number here is negative, so every dot product with a longer *mouse* grows. By angle, nothing is more similar to
 # a token than itself: the cosine of the angle 0 is 1.
 #
 # </details>

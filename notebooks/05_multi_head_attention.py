@@ -250,7 +250,7 @@ def train_step(params, state, key):
     return optax.apply_updates(params, updates), state
 
 
-test = make_batch(jax.random.key(99))
+test = make_batch(jax.random.key(1000))  # training uses the keys 0 to 299, so it never sees these
 untrained = model.init(jax.random.key(0), test)["params"]
 
 # %%
@@ -262,7 +262,7 @@ NAME = "blocks/0/attn/weights"
 logits, seen = slm_jax.capture(model, params, test, NAME)
 _, seen_before = slm_jax.capture(model, untrained, test, NAME)
 accuracy = score(logits, test)[1]
-print(f"letters predicted right: {accuracy:.0%}, by chance {1 / LETTERS:.0%}")
+print(f"letters predicted right in new sequences: {accuracy:.0%}, by chance {1 / LETTERS:.0%}")
 assert accuracy > 0.95
 
 # %% [markdown]

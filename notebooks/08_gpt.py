@@ -155,7 +155,8 @@ plt.show()
 #
 # A float32 takes 4 bytes. To *run* a model its weights must be in memory. To *train* it with AdamW there are also the
 # gradients and AdamW's two running means, each as large as the weights, so 16 bytes a parameter; and the activations
-# that the backward pass needs, which grow with batch and length. The command `slm-jax plan` estimates all of them by
+# that the backward pass needs, and the logits, a number for each token of the vocabulary at each position. These two
+# grow with batch and length. The command `slm-jax plan` estimates all of them by
 # formulas, see [`slm_jax/planning/memory.py`](../slm_jax/planning/memory.py). Here for a T4, Colab's free GPU, in
 # float32, with 4 rows of 1,024 tokens.
 
@@ -174,12 +175,13 @@ for name in sizes:
 # %%
 figure, axis = plt.subplots(figsize=(8, 3.2))
 left = np.zeros(len(sizes))
-for part, colour in zip(
-    ("parameters", "gradients", "optimizer", "activations"), (BLUE, GREEN, ORANGE, PINK), strict=True
-):
-    widths = np.array([getattr(memories[name], part) / GB for name in sizes])
+named = ("parameters", "gradients", "optimizer", "activations")
+for part, colour in zip((*named, "logits and the rest"), (BLUE, GREEN, ORANGE, PINK, "#56B4E9"), strict=True):
+    rest = [memories[name].total - sum(getattr(memories[name], other) for other in named) for name in sizes]
+    widths = np.array([getattr(memories[name], part, amount) / GB for name, amount in zip(sizes, rest, strict=True)])
     axis.barh([f"gpt2-{name}" for name in sizes], widths, left=left, color=colour, label=part)
     left += widths
+assert np.allclose(left, [memories[name].total / GB for name in sizes])
 axis.axvline(12, color="black", ls=":", lw=1)
 axis.axvline(16, color="black", ls="--", lw=1)
 axis.text(17, 0, "a T4 has 16 GB (dashed), JAX gives a program 12 (dotted)", fontsize=9, va="center")
@@ -266,8 +268,7 @@ assert by_library[0].tolist() == by_hand
 print(repr(tokenizer.decode(by_hand)))
 
 # %% [markdown]
-# Greedy text is always the same, and a small model soon walks in circles. In the library this is
-# [`slm_jax/generate.py`](../slm_jax/generate.py).
+# Greedy text is always the same. In the library this is [`slm_jax/generate.py`](../slm_jax/generate.py).
 #
 # ### Temperature
 #
@@ -542,9 +543,9 @@ print(f"{cache_bytes / 1e6:.1f} MB a text, beside {4 * sum(parts['small'].values
 #     return float(-jnp.sum(kept * jnp.log(kept)))
 #
 #
-# entropies = [entropy(distribution(logits, temperature)) for temperature in (0.05, 0.5, 1.0, 2.0, 100.0)]
+# entropies = [entropy(distribution(logits, temperature)) for temperature in (0.01, 0.5, 1.0, 2.0, 100.0)]
 # assert entropies == sorted(entropies)
-# assert entropies[0] < 0.7
+# assert entropies[0] < 0.1
 # assert entropies[-1] > 0.99 * math.log(cfg.vocab_size)
 # ```
 #

@@ -52,9 +52,9 @@ print([device.id for device in devices])
 # ## A text, in two parts
 #
 # The text is 240 short reviews that come with these notebooks. The model is judged on a part that it never trains on,
-# or else learning by heart would look like understanding. The order of the steps matters: first whole texts are put
-# aside, then the tokenizer is trained on the rest, and last are tokens cut into windows. Cut the other way round, a
-# window of one part could overlap a window of the other.
+# or else learning by heart would look like understanding. The order of the steps matters: first texts are put aside
+# (whole ones, but for the text at the cut, which is cut in two), then the tokenizer is trained on the rest, and last
+# are tokens cut into windows. Cut the other way round, a window of one part could overlap a window of the other.
 
 # %%
 with open("data/sentiment.jsonl") as file:
@@ -70,7 +70,7 @@ print(repr(tokenizer.decode(corpus.validation[:60].tolist())))
 
 # %% [markdown]
 # Reviews follow each other with an end-of-text token between them. Which reviews are put aside is a fixed random
-# choice, so that both parts are alike. No review is in both, except one: the text at the cut is cut in two.
+# choice, so that both parts are alike. No whole review is in both; the text at the cut is cut in two.
 #
 # In the library this is [`slm_jax/data/corpus.py`](../slm_jax/data/corpus.py).
 

@@ -271,9 +271,8 @@ def column(log, split, name):
 # ## Reading the curves
 #
 # The first loss is $\ln 512 = 6.24$: a new model knows nothing. The learning rate is the schedule that we drew. The
-# gradient norm says where clipping was at work: wherever it is above 1. In the run shown here one update of the warmup
-# threw the model off: at step 12 loss and gradients jump. Unclipped, that one gradient would stay in Adam's average of
-# squares ($\beta_2$ = 0.99) for about a hundred steps.
+# gradient norm says where clipping was at work: wherever it is above 1. In the run shown here loss and gradient norm
+# jump at step 12, while the rate still rises; the loss is back at the next step.
 
 # %%
 figure, axes = plt.subplots(1, 3, figsize=(9, 3), layout="constrained")

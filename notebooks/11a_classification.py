@@ -102,7 +102,7 @@ def train_model(loss_fn, trainable, data, steps, learning_rate, seed=0):
 
     def step(state, key):
         trainable, opt_state = state
-        chosen = jax.random.choice(key, len(data["inputs"]), (32,), replace=False)
+        chosen = jax.random.randint(key, (32,), 0, len(data["inputs"]))
         rows = {name: jnp.asarray(values)[chosen] for name, values in data.items()}
         loss, gradient = jax.value_and_grad(loss_fn)(trainable, rows)
         updates, opt_state = optimizer.update(gradient, opt_state, trainable)
@@ -231,8 +231,8 @@ def accuracy(params, data):
     return float(np.mean(predict(params, data["inputs"], data["lengths"]) == data["labels"]))
 
 
-before = {name: accuracy(whole, data) for name, data in (("train", train), ("test", test))}
-print(f"before: accuracy {before['train']:.2f} on training texts, {before['test']:.2f} on test texts")
+before = {name: accuracy(whole, data) for name, data in (("train", train), ("validation", validation))}
+print(f"before: accuracy {before['train']:.2f} on training texts, {before['validation']:.2f} on validation texts")
 assert 0.35 < before["train"] < 0.65
 
 # %% tags=["varies"]
@@ -244,15 +244,19 @@ for name, (trained, frozen, join) in choices.items():
 
     found, curves[name] = train_model(loss_fn, trained, train, steps=80, learning_rate=2e-3)
     after[name] = join(found, frozen)
-    print(f"{name:<11} train {accuracy(after[name], train):.2f}   test {accuracy(after[name], test):.2f}")
+    print(f"{name:<11} train {accuracy(after[name], train):.2f}   validation {accuracy(after[name], validation):.2f}")
 
 for name in ("tok_emb", "pos_emb"):  # frozen is frozen
     assert jax.tree.all(jax.tree.map(jnp.array_equal, after["last block"][name], base[name]))
-assert accuracy(after["everything"], test) >= 0.7
+
+chosen = max(after, key=lambda name: accuracy(after[name], validation))  # and only then the test texts, once
+print(f"chosen: {chosen}, test {accuracy(after[chosen], test):.2f}")
+assert chosen == "everything"
+assert accuracy(after[chosen], test) >= 0.7
 
 # %% [markdown]
-# In the run shown here the head trained alone stays at chance; with the last block, 66 % of the training texts and 54 %
-# of the test texts are right. That says something about the base: after 168 reviews its vectors hold hardly anything
+# In the run shown here neither the head alone nor the last block gets far from chance, not even on the training texts
+# (52 % and 54 % are right). That says something about the base: after 168 reviews its vectors hold hardly anything
 # about praise. Training everything repairs that. Freezing pays off with a base that has read much: the library's recipe
 # `classify_builtin` trains the last block of a model that has read Python's documentation, and it learns to tell prose
 # from code nearly without a mistake.
@@ -264,9 +268,9 @@ for (name, curve), colour in zip(curves.items(), (GREY, ORANGE, BLUE), strict=Tr
 left.set_xlabel("step")
 left.set_ylabel("training loss (mean of 5 steps)")
 left.legend()
-for i, (data, colour) in enumerate(((train, GREY), (test, BLUE))):
-    heights = [before[("train", "test")[i]], *(accuracy(params, data) for params in after.values())]
-    bars = right.bar(np.arange(4) + 0.4 * i - 0.2, heights, 0.38, color=colour, label=("training", "test")[i])
+for i, (data, colour) in enumerate(((train, GREY), (validation, BLUE))):
+    heights = [before[("train", "validation")[i]], *(accuracy(params, data) for params in after.values())]
+    bars = right.bar(np.arange(4) + 0.4 * i - 0.2, heights, 0.38, color=colour, label=("training", "validation")[i])
     right.bar_label(bars, fmt="%.2f", fontsize=7)
 right.set_xticks(range(4), ["before", *(name.replace(" ", "\n") for name in after)])
 right.set_ylim(0, 1.35)
@@ -361,7 +365,8 @@ for text in ("A wonderful book, I loved it.", "The food was cold and the staff w
 
 # %% tags=["sampled"]
 spam = {"data.source": "named:sms-spam", "classification.balance": "downsample", "classification.max_length": 32}
-summary, said = finetune({**recipe, **spam, "run": "spam", "train.eval_batch_size": 256})
+fewer = {"train.steps": 40, "optimizer.learning_rate": 3e-3, "train.eval_batch_size": 256}
+summary, said = finetune({**recipe, **spam, **fewer, "run": "spam"})
 if summary is None:
     print("left out:", " ".join(said.split())[:200])
 else:

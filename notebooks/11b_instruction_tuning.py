@@ -167,6 +167,7 @@ beginnings = [f"The {name} lives near the" for name, *_ in animals]
 known = [text.split(".")[0] == place for text, (_, _, place, _) in zip(answers(base, beginnings), animals, strict=True)]
 print(f"places that the base knows: {sum(known)} of {len(animals)}")
 before = answers(base, map(to_prompt, test))
+print(f"goes on: {beginnings[0]!r} -> {answers(base, beginnings[:1])[0]!r}")
 print(f"asked: {test[0]['instruction']} ({test[0]['input']})   answered: {before[0]!r}")
 assert sum(known) >= 20
 
@@ -391,7 +392,7 @@ axes.set_ylim(0, 1.15)
 axes.set_ylabel("score on 18 held-out questions")
 axes.legend(loc="upper left")
 plt.show()
-assert table[2, 0] >= 0.5
+assert table[2, 0] >= table[1, 0] - 0.1  # as good as full tuning, or nearly
 
 # %% [markdown]
 # LoRA trains less than a fifth as many numbers, and answers as well here. It is hardly faster: the forward pass and
@@ -410,7 +411,7 @@ assert table[2, 0] >= 0.5
 # untaught, losses = train_model(loss_fn, start, train_rows, steps=80, peak=2e-3, batch=16)
 # found = answers(untaught, map(to_prompt, test))
 # print(scores(found), found[:3])
-# assert scores(found)[0] < 0.3 < scores(after)[0]
+# assert scores(found)[0] < 0.2 < scores(after)[0]
 # ```
 #
 # It learns the form, and ROUGE-L gives it points for words like "The"; but what it says of an animal is a guess.

@@ -294,6 +294,40 @@ for name in [*(f"blocks/{layer}/attn" for layer in range(n_layers)), "blocks/*/a
 assert MODEL is not None or changed > loss + 1  # the tiny model cannot do without attention
 
 # %% [markdown]
+# ## Exercises
+#
+# **1.** Between what bounds must "spread over" lie for the token at place $t$, counted from 0? Say it, then check all
+# heads.
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# assert (spread > 0.99).all()
+# assert (spread < np.arange(1, seq + 1) + 0.01).all()
+# ```
+#
+# At least 1, all on one token; at most $t + 1$, the same on each token that may be seen. So the first token always
+# has 1, and the mean over a text cannot be above $(n + 1) / 2$ for $n$ tokens.
+#
+# </details>
+#
+# **2.** The loss of the text is a mean. Which tokens does the tiny model know, and which can it not know? Look at the
+# loss of each token.
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# each = losses(logits, tokens)[0]  # of the tokens from the second one on
+# print(np.round(np.asarray(each), 1))
+# if MODEL is None and TEXT == "notebook koobeton notebook":
+#     assert each[:7].mean() > 2 > 1 > each[7:].mean()
+# ```
+#
+# The letters of the first word are random, and cost about $\ln 26 = 3.3$ each or more. After it everything follows
+# from what stands before.
+#
+# </details>
+#
 # ## What to take along
 #
 # - `capture` gives the weights of every layer and head by name; the rest of this notebook is drawing.

@@ -46,16 +46,19 @@ assert {"jax", "jaxlib"} <= names
 
 
 # %%
-def slm_jax(command, hide=False):
-    """Run `slm-jax COMMAND`, show its lines as they come, return them; hide keeps them back."""
+def slm_jax(command, hide=False, typed=""):
+    """Run `slm-jax COMMAND`, show its lines as they come, return them; hide keeps them back. `typed` is its input."""
     lines, plain = [], {"PYTHONUNBUFFERED": "1", "TERM": "dumb"}  # no colours, no moving lines
     with subprocess.Popen(
         [sys.executable, "-m", "slm_jax", *shlex.split(command)],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         env={name: value for name, value in os.environ.items() if "COLOR" not in name} | plain,
     ) as process:
+        process.stdin.write(typed)
+        process.stdin.close()
         for line in process.stdout:
             line = line.replace(str(Path.home()), "~").replace(str(Path.cwd()), ".")
             lines.append(line)
@@ -75,11 +78,8 @@ def slm_jax(command, hide=False):
 # %% tags=["varies"]
 said = slm_jax("doctor", hide=True)
 print(*(line for line in said.splitlines() if "devices" in line.split()[:2]), sep="\n")
-backend = subprocess.run(
-    [sys.executable, "-c", "import jax; print(jax.default_backend())"], capture_output=True, text=True
-).stdout.strip()
-print("this notebook uses:", backend)
-assert backend in ("cpu", "gpu", "tpu")
+only_cpu = "× cpu" in said
+print("this notebook uses", "the CPU" if only_cpu else "the accelerator")
 
 # %% [markdown]
 # ## How large, how long
@@ -94,7 +94,7 @@ assert backend in ("cpu", "gpu", "tpu")
 # Together six to nine minutes; none of it was measured on a T4.
 
 # %%
-if backend == "cpu":
+if only_cpu:
     size = "--model.n_layers 2 --model.emb_dim 64 --model.context_length 128 --tokenizer.vocab_size 1024"
     steps, batch, finetune_steps = 100, 8, 30
 else:
@@ -176,13 +176,14 @@ assert after < before
 # %% [markdown]
 # ## Chat
 #
-# In a terminal `slm-jax chat --run runs/colab-assistant` is a conversation. Here one instruction goes in and one answer
-# comes out. Do not expect sense of so small a model: what it has learned is the form of an answer, and where to stop.
+# In a terminal `slm-jax chat --run runs/colab-assistant` is a conversation. Here one line goes in, as if it were typed,
+# and one answer comes out; then the input ends, and with it the chat. Do not expect sense of so small a model. After
+# the accelerator's steps it can have learned the form of an answer, and where to stop; on a CPU not even that.
 
 # %% tags=["sampled"]
 said = slm_jax(
-    'generate --run runs/colab-assistant --instruction "Explain this function." --input "def read(self, n):" '
-    "--max-new-tokens 30 --temperature 0"
+    "chat --run runs/colab-assistant --max-new-tokens 30 --temperature 0",
+    typed="Explain this function. def read(self, n):\n",
 )
 
 # %% [markdown]
@@ -217,6 +218,44 @@ shutil.make_archive("colab-hf", "zip", "colab-hf")
 assert Path("colab-hf/model.safetensors").stat().st_size > 100_000
 
 # %% [markdown]
+# ## Exercises
+#
+# **1.** How many parameters does your model have? A *safetensors* file begins with 8 bytes, the length of a header; the
+# header is JSON and has the shape of each tensor; the numbers follow, 4 bytes each.
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# import math
+#
+# raw = Path("colab-hf/model.safetensors").read_bytes()
+# n_header = int.from_bytes(raw[:8], "little")
+# header = json.loads(raw[8 : 8 + n_header])
+# shapes = {name: tensor["shape"] for name, tensor in header.items() if name != "__metadata__"}
+# n_parameters = sum(math.prod(shape) for shape in shapes.values())
+# print(f"{n_parameters:,} parameters; token table {shapes['transformer.wte.weight']}")
+# assert 4 * n_parameters == len(raw) - 8 - n_header
+# ```
+#
+# Nearly the whole file is weights. To store them in 2 bytes each would halve it.
+#
+# </details>
+#
+# **2.** A loss of $L$ nats is as good as a guess among $e^L$ tokens, the *perplexity*. Among how many tokens did the
+# model guess at first, and among how many at the end? Why does the first number make sense?
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# first, last = (math.exp(loss) for loss in (losses[0], losses[-1]))
+# print(f"perplexity {first:.0f} at first, {last:.0f} at the end")
+# assert last < first < 1.5 * shapes["transformer.wte.weight"][0]
+# ```
+#
+# At first it is about the size of the vocabulary, the rows of the token table: the new model knows nothing.
+#
+# </details>
+#
 # ## What to take along
 #
 # - One command a step: `train`, `finetune`, `generate`, `chat`, `export`; `--help` shows each one's options.
