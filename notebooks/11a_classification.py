@@ -6,7 +6,7 @@
 # head is replaced by a tiny one, how most of a model is kept fixed while the rest learns, and how accuracy and a
 # confusion matrix are counted. At the end the library does the same, also for spam.
 #
-# Before this came [training](10_training.py). It runs in about 30 seconds on two CPU cores.
+# Before this came [training](10_training.py). It runs in about 40 seconds on two CPU cores.
 
 # %%
 import json
