@@ -71,6 +71,40 @@ def read_json(file: Path, remedy: str = "download or export it again") -> dict[s
     return content
 
 
+def check_new_file(target: str | Path, option: str, example: str) -> Path:
+    """Return the path of a file that is to be written, if it can be; cheap, so that long work may begin with it.
+
+    Args:
+        target: what the user gave; its folder need not be there.
+        option: the option it was given with, such as ``out``.
+        example: a name that would do.
+
+    Raises:
+        InputError: what is no file, or is where nothing can be written.
+    """
+    path = user_path(target)
+    if not str(target) or (path.exists() and not path.is_file()):
+        raise InputError(f"{option} is {str(target)!r}; expected a file, such as {example}")
+    parent = next(parent for parent in path.absolute().parents if parent.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise InputError(f"{path}: cannot write there ({parent}); choose another place with --{option}")
+    return path
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write a text file in one step, and its folder; a link stays, and the file that it leads to is replaced.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    try:
+        path = path.resolve()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(path, text)
+    except OSError as error:
+        raise unwritable(path, error) from None
+
+
 def replace_text(path: Path, text: str) -> None:
     """Write a text file in one step: who reads it sees the old one or the new one.
 

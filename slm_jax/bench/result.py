@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from slm_jax.bench.ceilings import Ceilings
-from slm_jax.files import replace_text, unwritable
+from slm_jax.files import unwritable, write_file
 from slm_jax.training.plots import write_png
 from slm_jax.training.summary import environment
 
@@ -84,10 +84,7 @@ def write_result(result: Result, path: Path) -> None:
     Raises:
         InputError: it cannot be written.
     """
-    try:
-        replace_text(path, result.to_json())
-    except OSError as error:
-        raise unwritable(path, error) from None
+    write_file(path, result.to_json())
 
 
 def draw_result(result: Result, path: Path) -> None:
@@ -118,6 +115,7 @@ def draw_result(result: Result, path: Path) -> None:
     axes.margins(x=0.15)
     axes.set_xlabel(result.unit)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_png(figure, path)
     except OSError as error:
         raise unwritable(path, error) from None

@@ -2,16 +2,14 @@
 
 import contextlib
 import dataclasses
-import os
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from slm_jax.bench.ceilings import named_device
 from slm_jax.commands import load, set_up
 from slm_jax.config import ModelSection, RunConfig
 from slm_jax.errors import InputError
-from slm_jax.files import user_path
+from slm_jax.files import check_new_file
 from slm_jax.host_memory import keep_freed_memory
 from slm_jax.model import get_gpt_config
 from slm_jax.options import check_at_least, parse
@@ -174,7 +172,8 @@ def main(args: Sequence[str]) -> int:
 
 def run(options: Any, measure: "Callable[[Any], Result]") -> int:
     """Measure; print, write and draw what is asked for; return 0."""
-    out, plot = (_file(key, getattr(options, key)) for key in ("out", "plot"))
+    out = None if options.out is None else check_new_file(options.out, "out", "figures.json")
+    plot = None if options.plot is None else check_new_file(options.plot, "plot", "figures.png")
     result = measure(options)
     from rich.console import Console
 
@@ -304,17 +303,3 @@ def _parse_sizes(text: str) -> tuple[int, ...]:
 def _check_peak(peak: float | str | None) -> None:
     if isinstance(peak, int | float) and not 0 < peak < float("inf"):
         raise InputError(f"peak is {peak}; expected FLOP/s of one device, such as 989e12, or measured")
-
-
-def _file(key: str, name: str | None) -> Path | None:
-    """Return the file to write, refused before anything is measured if it cannot be."""
-    if name is None:
-        return None
-    path = user_path(name)
-    if (
-        not name
-        or (path.exists() and not path.is_file())
-        or not (path.parent.is_dir() and os.access(path.parent, os.W_OK))
-    ):
-        raise InputError(f"{key} is {name!r}; expected a file in a folder that is there and can be written")
-    return path

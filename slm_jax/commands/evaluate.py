@@ -2,16 +2,14 @@
 
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from slm_jax.commands import load, set_up, template_of
 from slm_jax.errors import InputError
-from slm_jax.files import replace_text, user_path
+from slm_jax.files import check_new_file, user_path, write_file
 from slm_jax.options import check_at_least, parse
 
 if TYPE_CHECKING:
@@ -88,7 +86,7 @@ def run(options: Options) -> int:
 
     _check_sources(options)
     responses = None if options.responses is None else read_responses(user_path(options.responses))
-    out = None if options.out is None else _check_out(options.out)
+    out = None if options.out is None else check_new_file(options.out, "out", "figures.json")
     figures = {} if options.run is None else _measure(options, options.run, responses)
     if responses is not None:
         figures["responses"] = {"source": options.responses, **to_dict(score_responses(responses))}
@@ -96,7 +94,7 @@ def run(options: Options) -> int:
     if out is None:
         print(text)
     else:
-        _write(out, text + "\n")
+        write_file(out, text + "\n")
         print(f"{options.out} written", file=sys.stderr)
     return 0
 
@@ -141,17 +139,6 @@ def _check_sources(options: Options) -> None:
             read_rows(getattr(options, name), name, options.limit)
 
 
-def _check_out(out: str) -> Path:
-    """Refuse a file that cannot be written before anything is measured."""
-    path = user_path(out).resolve()
-    if not out or path.is_dir():
-        raise InputError(f"out is {out!r}; expected a file, such as figures.json")
-    parent = next(parent for parent in path.parents if parent.exists())
-    if not (parent.is_dir() and os.access(parent, os.W_OK)):
-        raise InputError(f"{path}: cannot write there ({parent}); choose another place with --out")
-    return path
-
-
 def _measurements(options: Options) -> dict[str, Any]:
     """Return what is to be measured by name, as functions of model, params and tokenizer."""
     from slm_jax.evaluation import evaluate_source, hellaswag, lambada
@@ -172,11 +159,3 @@ def _measurements(options: Options) -> dict[str, Any]:
         if source is not None:
             chosen[name] = partial(function, source=source, batch_size=options.batch_size, limit=options.limit)
     return chosen
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(path, text)
-    except OSError as error:
-        raise InputError(f"{path}: cannot write there ({error.strerror}); choose another place with --out") from None

@@ -1,7 +1,6 @@
 """``slm-jax prepare``: any source of text becomes a file of token ids, once."""
 
 import dataclasses
-import os
 import shlex
 import signal
 import time
@@ -12,7 +11,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from slm_jax.errors import InputError
-from slm_jax.files import user_path
+from slm_jax.files import check_new_file
 from slm_jax.options import check_at_least, parse
 
 if TYPE_CHECKING:
@@ -176,8 +175,8 @@ def _check_out(options: Options) -> Path:
     from slm_jax.data.documents import source_files
     from slm_jax.data.token_file import json_path
 
-    out = user_path(options.out).resolve()
-    if out.suffix != ".bin" or out.is_dir():
+    out = check_new_file(options.out, "out", "tokens.bin").resolve()
+    if out.suffix != ".bin":
         raise InputError(f"out is {options.out!r}; expected a file FILE.bin, such as tokens.bin")
     there = [path for path in (out, json_path(out)) if path.exists()]
     for source in options.source:
@@ -186,9 +185,6 @@ def _check_out(options: Options) -> Path:
                 raise InputError(f"{file}: is to be read for {source} and would be replaced; choose another --out")
     if there and not options.overwrite:
         raise InputError(f"{there[0]}: is there already; choose another --out, or add --overwrite true")
-    parent = next(parent for parent in out.parents if parent.exists())
-    if not (parent.is_dir() and os.access(parent, os.W_OK)):
-        raise InputError(f"{out}: cannot write there ({parent}); choose another place with --out")
     return out
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from slm_jax.commands import use_compile_cache
 from slm_jax.errors import InputError
-from slm_jax.files import partial_path, replace_text, unwritable, user_path
+from slm_jax.files import check_new_file, write_file
 from slm_jax.options import name_words, parse
 
 FILE = "report.html"
@@ -60,26 +60,10 @@ def run(options: Options) -> int:
     if single is None and options.text is not None:
         raise InputError(f"text is {options.text!r:.60} and there are {len(records)} runs; expected one run with it")
     folder = Path() if single is None else single.folder.path
-    out = folder / FILE if options.out is None else user_path(options.out)
-    _check_out(out)
-    content = write_comparison(records) if single is None else write_page(single, options.text)
-    try:
-        replace_text(out, content)
-    except OSError as error:
-        raise unwritable(out, error) from None
-    print(f"written to {out}")
-    return 0
-
-
-def _check_out(out: Path) -> None:
-    """Refuse a file that cannot be written, or must not be, before the page is made."""
-    if out.exists() and not out.is_file():
-        raise unwritable(out, OSError("it is not a file"))
+    out = check_new_file(folder / FILE if options.out is None else options.out, "out", "page.html")
     if out.exists() and out.suffix.lower() not in PAGES:
         raise InputError(f"{out}: is there, and only files that end in .html are replaced; choose another --out")
-    probe = partial_path(out)
-    try:
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise unwritable(out, error) from None
+    content = write_comparison(records) if single is None else write_page(single, options.text)
+    write_file(out, content)
+    print(f"written to {out}")
+    return 0

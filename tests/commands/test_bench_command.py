@@ -35,19 +35,19 @@ def compile_cache(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_train_prints_writes_and_draws(tmp_path, compile_cache, capsys):
-    files = ["--out", str(tmp_path / "train.json"), "--plot", str(tmp_path / "train.png")]
+    files = ["--out", str(tmp_path / "new" / "train.json"), "--plot", str(tmp_path / "pictures" / "train.png")]
     words = [*SMALL, "--tokenizer.kind", "char", "--train.batch_size", "4", "--repeats", "2", "--device", "h200"]
     assert cli.main(["bench", "train", *words, *files]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     for part in ("compilation", "tokens", "MFU", "6 N + 12", "peak memory", "data sheet of h200", "loss"):
         assert part in printed
-    content = json.loads((tmp_path / "train.json").read_text())
+    content = json.loads((tmp_path / "new" / "train.json").read_text())
     assert content["what"] == "train"
     assert content["config"]["train"]["batch_size"] == 4
     assert not {"format", "out", "plot", "repeats", "device"} & content["config"].keys()
     assert not compile_cache.exists()  # else the time of compiling would be that of reading
     assert content["figures"]["loss_finite"] is True
-    assert (tmp_path / "train.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "pictures" / "train.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_generate_prints_json(compile_cache, monkeypatch, capsys):
@@ -103,7 +103,8 @@ def test_help_lists_the_kinds(capsys):
         (["train", "--task", "instruction"], "task is instruction; expected pretraining"),
         (["train", "--plot", "a.jpg"], "plot is 'a.jpg'; expected a file whose name ends in .png"),
         (["train", "--train.stepz", "3"], "unknown key train.stepz; did you mean train.steps?"),
-        (["train", "--out", "no/such/folder.json"], "out is 'no/such/folder.json'; expected a file in a folder"),
+        (["train", "--out", "/dev/null/figures.json"], "choose another place with --out"),
+        (["train", "--plot", "/dev/null/figures.png"], "choose another place with --plot"),
         (["data", "--step-ms", "0"], "step_ms is 0.0; expected a number above 0"),
         (["generate", "--batch_sizes", "1,no"], "batch_sizes is '1,no'; expected whole numbers of at least 1"),
         (["generate", "--run", "x", "--model.preset", "mini"], "run is x and there are keys of model"),

@@ -1,4 +1,4 @@
-"""What must hold of new folders: there whole or not at all, and refused before work begins where they cannot be."""
+"""What must hold of new files and folders: whole or not there, and refused before work begins where they cannot be."""
 
 import errno
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from slm_jax.errors import InputError
-from slm_jax.files import check_new_folder, new_folder, replace_text, user_path
+from slm_jax.files import check_new_file, check_new_folder, new_folder, replace_text, user_path, write_file
 
 
 def fill(target, between=lambda: None):
@@ -122,6 +122,32 @@ def test_a_text_without_a_name_is_refused(name, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="expected a file in it"):
         replace_text(Path(name), "x")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_written_with_its_folder_and_through_a_link(tmp_path):
+    write_file(check_new_file(tmp_path / "new" / "a.json", "out", "b.json"), "one")
+    (tmp_path / "link").symlink_to(tmp_path / "new" / "a.json")
+    write_file(check_new_file(tmp_path / "link", "out", "b.json"), "two")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "new" / "a.json").read_text() == "two"
+    assert len(list((tmp_path / "new").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("", "plot is ''; expected a file, such as b.png"),
+        (".", "plot is '.'; expected a file, such as b.png"),
+        ("/dev/null", "plot is '/dev/null'; expected a file"),
+        ("file/b.png", "cannot write there .*file.; choose another place with --plot"),
+        ("~nouser/b.png", "cannot be used as a path"),
+    ],
+)
+def test_where_no_file_can_be_is_said_before_work_begins(target, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=said):
+        check_new_file(target, "plot", "b.png")
 
 
 def test_only_a_full_disk_is_said_to_be_full(tmp_path):
