@@ -15,7 +15,7 @@ from slm_jax.cli import COMMANDS
 from slm_jax.config import FinetuneConfig, RunConfig
 from slm_jax.identity import EXECUTION_KEYS, EXECUTION_SECTIONS
 from slm_jax.model import PRESETS, count_params, get_gpt_config
-from slm_jax.options import flatten
+from slm_jax.options import flatten, meaning
 
 WORDS = {int: "whole number", float: "number", bool: "true or false", str: "text", type(None): "null"}
 OF_FINETUNE = flatten(dataclasses.asdict(FinetuneConfig()))
@@ -80,15 +80,6 @@ def section_keys(section: str) -> str:
         cls, prefix = next(f.type for f in dataclasses.fields(RunConfig) if f.name == section), f"{section}."
     fields = [field for field in dataclasses.fields(cls) if not dataclasses.is_dataclass(field.type)]
     return "\n\n".join(_entry(cls, field, prefix, hyphens=False) for field in fields)
-
-
-def meaning(cls: Any, name: str) -> str:
-    """Return what a dataclass, or one that it is made of, says of a field."""
-    for owner in cls.__mro__:
-        doc = re.search(rf"^( +){name}: (.*?)(?=^\1\S|^\s*$|\Z)", owner.__doc__ or "", re.M | re.S)
-        if doc:
-            return " ".join(doc[2].split())
-    raise KeyError(f"{cls.__name__} does not say what {name} is")
 
 
 def _entry(cls: Any, field: Any, prefix: str, hyphens: bool) -> str:

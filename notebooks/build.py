@@ -15,7 +15,6 @@ import argparse
 import os
 import re
 import shutil
-import sys
 import tempfile
 import time
 import tomllib
@@ -158,10 +157,14 @@ def _close(one: str, other: str) -> bool:
 
 
 def keep_outputs(old: NotebookNode, new: NotebookNode) -> None:
-    """Give a notebook the outputs of an older one, whose code but for the install cell must be the same."""
+    """Give a notebook the outputs of an older one.
+
+    Raises:
+        ValueError: their code, but for the install cell, is not the same.
+    """
     before, after = ([cell for cell in book.cells if cell.cell_type == "code"] for book in (old, new))
     if [cell.source for cell in before[1:]] != [cell.source for cell in after[1:]]:
-        sys.exit("the code has changed since the notebook was built; leave --links out")
+        raise ValueError("the code has changed since the notebook was built; leave --links out")
     for cell, executed in zip(after, before, strict=True):
         cell.outputs, cell.execution_count = executed.outputs, executed.execution_count
 
@@ -174,12 +177,15 @@ def main() -> None:
     options = parser.parse_args()
     chosen = [path for path in sources() if not options.names or path.stem in options.names]
     if missing := set(options.names) - {path.stem for path in chosen}:
-        sys.exit(f"no such notebook: {', '.join(sorted(missing))}; expected {', '.join(p.stem for p in sources())}")
+        parser.error(f"no such notebook: {', '.join(sorted(missing))}; expected {', '.join(p.stem for p in sources())}")
     for source in chosen:
         built, began = assemble(source), time.monotonic()
         target = source.with_suffix(".ipynb")
         if options.links:
-            keep_outputs(nbformat.read(target, as_version=4), built)
+            try:
+                keep_outputs(nbformat.read(target, as_version=4), built)
+            except (FileNotFoundError, ValueError) as error:
+                parser.error(f"{target.name}: {error}")
         else:
             built = execute(built)
         nbformat.write(built, target)

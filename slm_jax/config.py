@@ -45,8 +45,8 @@ class DataConfig:
     Attributes:
         source: text: builtin:python-docs, text:GLOB, named:NAME, jsonl:GLOB, parquet:GLOB, tfds:NAME,
             tokens:FILE.bin (slm-jax prepare writes them); labelled texts: builtin:prose-or-code, csv:FILE, tsv:FILE,
-            jsonl:FILE, tfds:NAME, named:sms-spam; instructions: builtin:docstrings, json:FILE, jsonl:FILE, tfds:NAME,
-            named:instruction-data.
+            jsonl:FILE, tfds:NAME, named:sms-spam; instructions: builtin:docstrings (their default), json:FILE,
+            jsonl:FILE, tfds:NAME, named:instruction-data.
         validation_source: a second source to validate on; default: a part of the first.
         validation_fraction: how much of the source validates when there is no second one, 0 to 1.
         test_source: fine-tuning: a third source, to test on at the end; default: a part of the first.
@@ -493,6 +493,11 @@ class FinetuneConfig(RunConfig):
     )
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=lambda: CheckpointConfig(every=50))
     sample: SampleConfig = dataclasses.field(default_factory=lambda: SampleConfig(temperature=0.0))
+
+    def __post_init__(self) -> None:
+        if self.task == "instruction" and self.data.source == "builtin:prose-or-code":  # has texts with classes
+            object.__setattr__(self, "data", dataclasses.replace(self.data, source="builtin:docstrings"))
+        super().__post_init__()
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:

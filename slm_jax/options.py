@@ -7,7 +7,6 @@ ranges from ``__post_init__``.
 
 import dataclasses
 import difflib
-import inspect
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -73,6 +72,19 @@ def flatten(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
     return flat
+
+
+def meaning(cls: Any, name: str) -> str:
+    """Return what the docstring of a dataclass, or of one that it is made of, says of a field.
+
+    Raises:
+        KeyError: none of them says anything.
+    """
+    for owner in cls.__mro__:
+        described = re.search(rf"^( +){name}: (.*?)(?=^\1\S|^\s*$|\Z)", owner.__doc__ or "", re.MULTILINE | re.DOTALL)
+        if described:
+            return " ".join(described[2].split())
+    raise KeyError(f"{cls.__name__} does not say what {name} is")
 
 
 def check_at_least(values: Mapping[str, Any], limits: Mapping[str, float]) -> None:
@@ -225,14 +237,8 @@ def _example(cls: Any, section: str = "") -> tuple[str, Any]:
 def _expected_value(cls: Any, key: str) -> str:
     default = _fields(cls)[key].default
     if default is dataclasses.MISSING:
-        return _help(cls, key)
+        return meaning(cls, key).rstrip(".")
     return f"a value, such as {default!r}; leave the key out for the default"
-
-
-def _help(cls: Any, key: str) -> str:
-    """Return what the docstring says of a key at the top level."""
-    described = re.search(rf"^    {key}: (.*?)(?=^    \w|\Z)", inspect.getdoc(cls) or "", re.MULTILINE | re.DOTALL)
-    return " ".join(described[1].split()).rstrip(".") if described else "a value"
 
 
 def _option(cls: Any, key: str) -> str:
@@ -263,7 +269,7 @@ def _explain(cls: Any, error: Exception) -> str:
     """Turn the parser's error into one line: the key, its value and what was expected, or the nearest key."""
     message = _one_line(error)
     if missing := re.search(r"arguments are required: (?P<key>[\w.]+)", message):
-        return f"{_option(cls, missing['key'])} is missing; expected {_help(cls, missing['key'])}"
+        return f"{_option(cls, missing['key'])} is missing; expected {meaning(cls, missing['key']).rstrip('.')}"
     if bare := re.search(r"argument --(?P<key>[\w.]+): expected one argument", message):
         return f"{_option(cls, bare['key'])} has no value; expected {_option(cls, bare['key'])} VALUE"
     if option := re.search(r"[Uu]nrecognized arguments: --(?P<key>[^\s=]+)", message):

@@ -1,6 +1,5 @@
 """``slm-jax finetune``: turn a pretrained GPT into a classifier, or teach it to follow instructions."""
 
-import dataclasses
 import sys
 from collections.abc import Sequence
 
@@ -15,8 +14,6 @@ def main(args: Sequence[str]) -> int:
     options = parse_args(args, FinetuneConfig)
     if options.task == "pretraining":
         raise InputError("task is pretraining; expected classification or instruction, or use slm-jax train")
-    if options.task == "instruction" and options.data.source == FinetuneConfig().data.source:  # a classifier's
-        options = dataclasses.replace(options, data=dataclasses.replace(options.data, source="builtin:docstrings"))
     return run(options)
 
 

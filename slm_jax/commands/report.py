@@ -24,7 +24,8 @@ class Options:
             given several times, and without --run.
         out: the file to write, such as page.html; a file that is there is replaced if its name ends in .html or .htm.
             null: report.html, in the run's folder, or for several runs in the current one.
-        text: of one run, the text whose attention is drawn; null: its latest sample, or an English sentence.
+        text: of one run, the text whose attention is drawn, of its first 20 tokens; null: its latest sample, or an
+            English sentence.
     """
 
     run: tuple[str, ...] = ()

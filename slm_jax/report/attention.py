@@ -33,13 +33,15 @@ class Maps:
 
     Attributes:
         step: of the checkpoint.
-        tokens: the text's, as text.
+        tokens: the text's first ones, as text.
+        n_tokens: how many the text has.
         weights: (layers, heads, seq, seq), how much each token (third axis) takes of each; the first of both.
         n_layers, n_heads: how many the model has.
     """
 
     step: int
     tokens: list[str]
+    n_tokens: int
     weights: Float[np.ndarray, "layers heads seq seq"]
     n_layers: int
     n_heads: int
@@ -64,16 +66,19 @@ def attention_section(record: Record, text: str | None) -> list[Html]:
     steps = steps_to_try(record.folder, record.step)
     if not steps:
         return [tag("p", "There are none: no checkpoint yet.", class_="dim")]
+    sample = sample_text(record)
     for step in steps:
         try:
             loaded = _load(record, step)
         except InputError:
             continue
         try:
-            maps = _maps(step, loaded, text, sample_text(record))
+            maps = _maps(step, loaded, text, sample)
         except MissingInputError as error:  # the tokenizer's own files
             return [tag("p", f"There are none, as the text cannot be encoded: {error}", class_="dim")]
-        return _show(maps) if maps.tokens else [tag("p", "The sample text has no token that this model knows.")]
+        if not maps.tokens:
+            return [tag("p", "There are none: the text has no token that this model knows.", class_="dim")]
+        return _show(maps)
     return [_unloadable(record)]
 
 
@@ -107,21 +112,23 @@ def _load(record: Record, step: int) -> _Model:
 def _maps(step: int, loaded: _Model, text: str | None, sample: str) -> Maps:
     model, params, tokenizer = loaded
     cfg = model.cfg
-    ids = _encode(tokenizer, text, sample)[: min(MOST_TOKENS, cfg.context_length)]
+    whole = _encode(tokenizer, text, sample)
+    ids = whole[: min(MOST_TOKENS, cfg.context_length)]
     n_layers, n_heads = min(cfg.n_layers, MOST_LAYERS), min(cfg.n_heads, MOST_HEADS)
     if not ids:
-        return Maps(step, [], np.zeros((0, 0, 0, 0), np.float32), cfg.n_layers, cfg.n_heads)
+        return Maps(step, [], 0, np.zeros((0, 0, 0, 0), np.float32), cfg.n_layers, cfg.n_heads)
     lengths: dict[str, Any] = {"lengths": jnp.array([len(ids)])} if isinstance(model, GPTClassifier) else {}
     names = [f"blocks/{layer}/attn/weights" for layer in range(n_layers)]
     _, seen = capture(model, params, jnp.array([ids], jnp.int32), names, **lengths)
     weights = np.stack([np.asarray(seen[name], np.float32)[0, :n_heads] for name in names])
-    return Maps(step, [tokenizer.decode([token]) for token in ids], weights, cfg.n_layers, cfg.n_heads)
+    tokens = [tokenizer.decode([token]) for token in ids]
+    return Maps(step, tokens, len(whole), weights, cfg.n_layers, cfg.n_heads)
 
 
 def _encode(tokenizer: Tokenizer, text: str | None, sample: str) -> list[int]:
     """Encode the text that was asked for, or a sample without the characters that the tokenizer cannot encode."""
     try:
-        return tokenizer.encode(sample if text is None else text)
+        return tokenizer.encode(sample, allow_special=True) if text is None else tokenizer.encode(text)
     except MissingInputError:  # of the tokenizer's own files
         raise
     except InputError as error:
@@ -136,10 +143,14 @@ def _encode(tokenizer: Tokenizer, text: str | None, sample: str) -> list[int]:
 
 def _show(maps: Maps) -> list[Html]:
     layers, heads = maps.weights.shape[:2]
-    cut = layers < maps.n_layers or heads < maps.n_heads
-    some = f" (the first {layers} of {maps.n_layers} layers and {heads} of {maps.n_heads} heads)" if cut else ""
+    some, part = "", ""
+    if layers < maps.n_layers or heads < maps.n_heads:
+        some = f" (the first {layers} of {maps.n_layers} layers and {heads} of {maps.n_heads} heads)"
+    if len(maps.tokens) < maps.n_tokens:
+        part = f", in the first {len(maps.tokens)} of {maps.n_tokens:,} tokens of a text"
     said = (
-        f"Weights of the model of step {maps.step:,}{some}. Each small picture is a head. A row is a token that looks, "
+        f"Weights of the model of step {maps.step:,}{some}{part}. Each small picture is a head. A row is a token that "
+        "looks, "
         "from the first at the top to the last; a column is a token that it looks at; the stronger the colour, the "
         "more of its attention. A token sees only itself and what stands before it."
     )

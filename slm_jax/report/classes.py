@@ -19,6 +19,9 @@ def classes_section(record: Record) -> list[Html]:
     parts = [_splits(record, moments)]
     parts += [_matrices(record, "test", moments)]
     last = record.measured(moments[-1], "test")
+    if len(_names(last)) > MOST_CLASSES:
+        drawn = "; confusion.png has that of the test texts" if (record.folder.path / "confusion.png").is_file() else ""
+        parts.append(tag("p", f"Matrices of {len(_names(last))} classes are too large here{drawn}."))
     parts += [_by_class(last, "test texts, " + _when(moments[-1]))]
     others = [_matrices(record, split, moments) for split in SPLITS[1:]]
     return [*parts, details("Validation and training texts", *others)]
@@ -61,10 +64,8 @@ def _matrix(figures: Row, caption: str) -> Html:
     """Return a confusion matrix; the share of its true class is the colour of a cell."""
     classes = _names(figures)
     counts = _counts(figures.get("confusion"), len(classes))
-    if counts is None:
+    if counts is None or len(classes) > MOST_CLASSES:
         return Html("")
-    if len(classes) > MOST_CLASSES:
-        return tag("p", f"{caption}: a matrix of {len(classes)} classes is too large here; see confusion.png.")
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     head = [tag("th", "true ↓, predicted →"), *(tag("th", name, scope="col") for name in classes)]
     rows = [

@@ -161,7 +161,7 @@ def _draw(records: Sequence[Record], curve: Curve, lines: Sequence[Line], name: 
 
 
 def _shown(value: float, _position: int | None = None) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.4g}"
 
 
 def _alone(values: np.ndarray) -> np.ndarray:

@@ -79,10 +79,9 @@ def facts(record: Record) -> dict[str, str]:
     _, rates = record.points("train", "tokens_per_second")
     if np.isfinite(rates).any():
         shown["tokens a second"] = f"{np.nanmedian(rates):,.0f} (median)"
-    seconds = max((number(row.get("seconds")) for row in record.rows if "seconds" in row), default=math.nan)
-    seconds = number(record.summary.get("seconds", seconds))
-    if not math.isnan(seconds):
-        shown["time"] = format_duration(seconds)
+    seconds = np.array([number(row["seconds"]) for row in [*record.rows, record.summary] if "seconds" in row])
+    if np.isfinite(seconds).any():
+        shown["time"] = format_duration(float(np.nanmax(seconds)))
     rows = parameter_rows(record)
     if rows:
         trained = sum(row["count"] for row in rows if row["trained"])
@@ -154,7 +153,8 @@ def _answers(record: Record) -> list[Html]:
     if rest := shown[OPEN_RESPONSES:]:
         parts.append(details(f"{len(rest)} more", *rest))
     if len(answers) > len(shown):
-        parts.append(tag("p", f"{len(shown)} of {len(answers):,}; responses.json has all of them.", class_="dim"))
+        file = "responses-before.json" if answers[0][2] is None else "responses.json"
+        parts.append(tag("p", f"{len(shown)} of {len(answers):,}; {file} has all of them.", class_="dim"))
     return parts
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import math
-import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -83,9 +82,11 @@ class Record:
 
     def measured(self, moment: str, split: str) -> dict[str, Any]:
         """Return the figures of a split ``before`` or ``after`` training; empty where it was not measured."""
+        if moment == "after" and number(self.summary.get("step")) < self.last_step:
+            return {}  # those of an earlier end, after which the run went on
         found = self.summary.get(moment)
         if moment == "before" and not found:
-            found = read_json(self.folder, BEFORE)
+            found = self.folder.read_json(BEFORE)
         figures = found.get(split) if isinstance(found, dict) else None
         return figures if isinstance(figures, dict) else {}
 
@@ -173,7 +174,7 @@ def _are_weights(path: Path) -> bool:
 
 def _read(folder: RunFolder, label: str, step: int | None) -> Record:
     metadata = _metadata(folder, step)
-    summary = read_json(folder, "summary.json")
+    summary = folder.read_json("summary.json")
     summary = summary if isinstance(summary, dict) else {}
     config = _config(folder) or flatten(metadata.get("config", {}))
     task = config.get("task") or summary.get("task") or ("classification" if "classes" in metadata else "")
@@ -182,15 +183,8 @@ def _read(folder: RunFolder, label: str, step: int | None) -> Record:
     return Record(folder, label, step, task, config, rows, metadata, summary)
 
 
-def read_json(folder: RunFolder, name: str) -> Any:
-    """Return what a JSON file of the folder holds; None where there is none that can be read."""
-    with contextlib.suppress(RecursionError):  # lists in lists in lists
-        return folder.read_json(name)
-    return None
-
-
 def _log(folder: RunFolder) -> list[Row]:
-    with contextlib.suppress(OSError, RecursionError):
+    with contextlib.suppress(OSError):
         return folder.metrics()
     return []
 
@@ -233,13 +227,9 @@ def defaults(task: str) -> dict[str, Any]:
 
 def read_samples(folder: RunFolder) -> list[tuple[int, str]]:
     """Return the sampled texts, each with its step."""
-    try:
-        text = folder.samples_file.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return []
-    parts = re.split(r"^## Step (\d{1,15})$", text, flags=re.MULTILINE)[1:]
-    bodies = ("\n".join(line.removeprefix("    ") for line in part.strip("\n").split("\n")) for part in parts[1::2])
-    return [(int(step), body) for step, body in zip(parts[::2], bodies, strict=True)]
+    with contextlib.suppress(OSError):
+        return folder.samples()
+    return []
 
 
 def read_responses(folder: RunFolder) -> list[tuple[Row, str | None, str | None]]:
@@ -252,7 +242,7 @@ def read_responses(folder: RunFolder) -> list[tuple[Row, str | None, str | None]
 
 
 def _answers(folder: RunFolder, name: str) -> list[Row]:
-    return [entry for entry in listed(read_json(folder, name)) if isinstance(entry, dict)]
+    return [entry for entry in listed(folder.read_json(name)) if isinstance(entry, dict)]
 
 
 def _answer(entry: Row) -> str:

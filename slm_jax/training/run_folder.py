@@ -104,7 +104,7 @@ class RunFolder:
         """Return what a JSON file of the folder holds; None where there is none that can be read."""
         try:
             return json.loads((self.path / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):  # lists in lists in lists
             return None
 
     def add_metrics(self, row: dict[str, Any]) -> None:
@@ -129,19 +129,25 @@ class RunFolder:
         for line in self.metrics_file.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 break
             if not isinstance(row, dict) or not {"step", "split"} <= row.keys():
                 break
             rows.append(row)
         return [row for row in rows if split in (None, row["split"])]
 
+    def samples(self) -> list[tuple[int, str]]:
+        """Return the samples, each with its step."""
+        if not self.samples_file.is_file():
+            return []
+        # A heading is at the start of a line: a sample's own text, which may say the same, is indented.
+        parts = re.split(r"^## Step (\d{1,15})$", self._samples(), flags=re.MULTILINE)[1:]
+        texts = ("\n".join(line.removeprefix("    ") for line in part.strip("\n").split("\n")) for part in parts[1::2])
+        return [(int(step), text) for step, text in zip(parts[::2], texts, strict=True)]
+
     def sampled_steps(self) -> set[int]:
         """Return the steps that have a sample."""
-        if not self.samples_file.is_file():
-            return set()
-        # At the start of a line: a sample's own text, which may say the same, is indented.
-        return {int(step) for step in re.findall(r"^## Step (\d+)$", self._samples(), flags=re.M)}
+        return {step for step, _ in self.samples()}
 
     def _samples(self) -> str:
         return self.samples_file.read_text(encoding="utf-8", errors="replace")

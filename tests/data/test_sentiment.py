@@ -40,6 +40,6 @@ def test_a_new_model_learns_the_classes_of_texts_that_it_has_not_seen(tmp_path):
     }  # fmt: skip
     assert main(["finetune", *(word for key, value in options.items() for word in (f"--{key}", str(value)))]) == 0
     summary = json.loads((tmp_path / "sentiment" / "summary.json").read_text())
-    # 48 texts: chance reaches this once in two thousand times; seeds 0 to 5 were at 0.77 to 0.88.
-    assert summary["after"]["test"]["accuracy"] >= 0.75
+    # 48 texts: chance reaches this once in 350 times; seeds 0 to 5 were at 0.77 to 0.88.
+    assert summary["after"]["test"]["accuracy"] >= 0.7
     assert summary["after"]["test"]["support"] == [24, 24]

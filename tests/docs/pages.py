@@ -140,7 +140,7 @@ class Reader:
         own = slm_jax_words(words)
         assert own or words[0] in OTHER_PROGRAMS or "=" in words[0], f"{command}: not a program that pages speak of"
         if own is not None and own[1:]:
-            in_this_process([*own[1:], *([] if own[1] in ("doctor",) else ["--print_config"])], expected=(0,))
+            in_this_process([*own[1:], "--print_config"], expected=(0,))
 
 
 def slm_jax_words(words: list[str]) -> list[str] | None:

@@ -129,7 +129,7 @@ def test_outputs_are_kept_only_with_the_same_code(small):
     build.keep_outputs(small, other)
     assert other.cells[3].outputs == small.cells[3].outputs
     other.cells[3].source = "x = 3"
-    with pytest.raises(SystemExit, match="the code has changed"):
+    with pytest.raises(ValueError, match="the code has changed"):
         build.keep_outputs(small, other)
 
 

@@ -11,15 +11,16 @@ from reports import Page
 from slm_jax.errors import InputError
 from slm_jax.report.attention import Maps, _encode, _png, _show
 from slm_jax.report.html import join
-from slm_jax.tokenizer import CharTokenizer
+from slm_jax.tokenizer import BPETokenizer, CharTokenizer
 
 
 def test_the_maps_of_a_large_model():
     weights = np.random.default_rng(0).dirichlet(np.ones(20), (6, 6, 20)).astype(np.float32)
     weights[2, 3, -1] = np.eye(20)[4]
     tokens = ["<b>", " a", "\n", "\ufffd", "a very long token indeed", *"abcdefghijklmno"]
-    page = Page(join(_show(Maps(7, tokens, weights, n_layers=12, n_heads=25))))
+    page = Page(join(_show(Maps(7, tokens, 33, weights, n_layers=12, n_heads=25))))
     assert "the first 6 of 12 layers and 6 of 25 heads" in page.text
+    assert ", in the first 20 of 33 tokens of a text." in page.text
     assert page.elements.count("img") == page.elements.count("image") == 36
     said = "attention weights of block 2, head 3: the last token takes 100% of token 4, a·very·long·token·indeed"
     assert said in page.values("alt")
@@ -42,3 +43,11 @@ def test_a_sample_is_shown_without_what_cannot_be_encoded():
     assert _encode(tokenizer, None, "xaybzc") == tokenizer.encode("abc")
     with pytest.raises(InputError, match="text: character 'x'"):
         _encode(tokenizer, "xa", "abc")
+
+
+def test_a_sample_that_began_with_the_end_of_a_text_is_drawn_as_the_model_saw_it():
+    tokenizer = BPETokenizer.train("the cat sat on the mat. " * 20, vocab_size=280)
+    sample = [tokenizer.eot_id, *tokenizer.encode("the cat sat")]
+    assert _encode(tokenizer, None, tokenizer.decode(sample)) == sample
+    with pytest.raises(InputError, match="text: "):
+        _encode(tokenizer, "<|endoftext|>", "abc")

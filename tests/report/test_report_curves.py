@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from reports import Page, make_run, train, val
 
-from slm_jax.report.curves import draw_curves, not_finite, thin_out
+from slm_jax.report.curves import _shown, draw_curves, not_finite, thin_out
 from slm_jax.report.read import read_records
 from slm_jax.report.svg import COLORS, INK, new_figure, to_svg
 
@@ -80,3 +80,18 @@ def test_what_is_no_number_is_a_gap(tmp_path, loss):
     assert record.best() is None
     assert not_finite(record) == 1
     Page(draw_curves([record], "x"))
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.25, "0.25"),
+        (999.5, "999.5"),
+        (1000, "1,000"),
+        (2_500_000, "2,500,000"),
+        (2.5e38, "2.5e+38"),
+        (-4e7, "-4e+07"),
+    ],
+)
+def test_numbers_on_axes_are_short(value, text):
+    assert _shown(value) == text

@@ -8,7 +8,7 @@ from reports import CONFIG, Page, make_run, train, val
 
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.report import read
-from slm_jax.report.classes import classes_section
+from slm_jax.report.classes import MOST_CLASSES, classes_section
 from slm_jax.report.compare import write_comparison
 from slm_jax.report.page import MOST_SAMPLES, facts, write_page
 from slm_jax.report.read import defaults, figure, read_records, read_responses, read_samples, steps_to_try
@@ -131,6 +131,7 @@ def test_what_differs_from_the_defaults_is_marked(tmp_path):
     assert "0.004" in page.texts  # the default
     assert "all 4 keys" in page.text
     assert defaults("classification")["optimizer.learning_rate"] == 1e-3
+    assert defaults("instruction")["data.source"] == "builtin:docstrings"
 
 
 def test_a_classifier(tmp_path):
@@ -161,6 +162,34 @@ def test_responses_before_and_after(tmp_path):
     assert "24 of 40; responses.json has all of them." in page.text
     (record,) = read_records([str(make_run(tmp_path / "b", [], responses_before_json=before))])
     assert read_responses(record.folder)[0] == ({**asked[0], "model_response": "old"}, "old", None)
+    before_alone = make_run(tmp_path / "c", [train(1)], "task: instruction", responses_before_json=before)
+    assert "24 of 40; responses-before.json has all of them." in page_of(before_alone).text
+
+
+def test_a_finished_run_that_goes_on_shows_no_figures_of_its_earlier_end(tmp_path):
+    summary = json.dumps(
+        {"step": 1, "seconds": 60.0, "before": {"test": {"loss": 3.0}}, "after": {"test": {"loss": 2.0}}}
+    )
+    folders = [
+        make_run(tmp_path / name, [train(1), *rows], "task: classification", summary_json=summary)
+        for name, rows in (("finished", []), ("goes_on", [train(2, seconds=90.0)]))
+    ]
+    finished, goes_on = read_records([str(folder) for folder in folders])
+    assert (finished.measured("after", "test"), facts(finished)["time"]) == ({"loss": 2.0}, "1 min 00 s")
+    assert (goes_on.measured("after", "test"), facts(goes_on)["time"]) == ({}, "1 min 30 s")
+    assert goes_on.measured("before", "test") == {"loss": 3.0}
+
+
+def test_the_matrices_of_many_classes_are_left_to_the_picture(tmp_path):
+    names = [f"class {number}" for number in range(MOST_CLASSES + 1)]
+    figures = {"classes": names, "confusion": [[1] * len(names)] * len(names), "accuracy": 0.1}
+    summary = json.dumps({"step": 1, "before": {"test": figures}, "after": {"test": figures}})
+    folder = make_run(tmp_path / "a", [train(1)], "task: classification", summary_json=summary)
+    assert page_of(folder).texts.count("Matrices of 31 classes are too large here.") == 1
+    (folder / "confusion.png").touch()
+    assert (
+        "Matrices of 31 classes are too large here; confusion.png has that of the test texts." in page_of(folder).texts
+    )
 
 
 def test_runs_of_one_task_share_their_axes(tmp_path):
