@@ -8,7 +8,7 @@ import pytest
 from pretraining import options
 
 from slm_jax import cli
-from slm_jax.doctor.run import check_config, check_next, examine_run
+from slm_jax.doctor.run import check_config, check_machine, check_next, examine_run
 from slm_jax.model import GPTConfig, init_params
 from slm_jax.run import Run, save_run
 from slm_jax.tokenizer import CharTokenizer
@@ -78,10 +78,16 @@ def test_a_run_that_is_well_has_no_problem_and_is_not_changed(run):
     assert ("the best" in three) != ("the best" in six)
     (log,) = found["log"]
     assert "up to step 6" in log.text
-    assert "as here: going on is bit for bit the unbroken run" in found["machine"][0].text
+    assert found["machine"][0].text.endswith("as here: going on is bit for bit the unbroken run")
     assert "drive/cats has step 3, step 6, each whole" in found["mirror"][0].text
     (next_step,) = found["next"]
     assert next_step.text.startswith(f"done, 6 steps: slm-jax generate --run {run}")
+
+
+def test_on_a_gpu_it_promises_no_equal_bits(run, monkeypatch):
+    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+    (finding,) = check_machine(RunFolder(run))
+    assert finding.text.endswith("the unbroken run, but for what kernels round differently from run to run")
 
 
 def test_what_it_says_comes_next_works(run, capsys):
