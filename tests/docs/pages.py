@@ -27,8 +27,11 @@ LANGUAGES = ("sh", "python", "yaml", "text", "csv", "tsv", "json", "jsonl")  # f
 # Of blocks that are not run, and of those that are slow or change the machine, only the options are looked at.
 OTHER_PROGRAMS = ("cd", "git", "hf", "jupyter", "mkdocs", "pip", "pytest", "python", "srun", "tensorboard")
 NOT_RUN = re.compile(r"<!-- not run: (.+) -->")
-# What makes any training short; a base brings its own model.
-SHORT = {"train.batch_size": 8, "train.eval_every": 2, "train.eval_batch_size": 64, "sample.max_new_tokens": 4}
+# What makes any training short, and its compilation (a loop over the blocks); a base brings its own model.
+SHORT = {
+    "train.batch_size": 8, "train.eval_every": 4, "train.eval_batch_size": 64, "sample.max_new_tokens": 4,
+    "model.unroll": "false",
+}  # fmt: skip
 SMALL = {"model.emb_dim": 16, "model.n_heads": 2, "model.n_layers": 4, "model.context_length": 128}
 STAND_IN = re.compile(r"""(?<=--run )gpt2\b(?!-)|(?<=--base )gpt2\b(?!-)|(?<=load_model\(")gpt2(?=")""")
 NEEDS_NAMED = re.compile(r"named:|tinyshakespeare|configs/(shakespeare|verdict|classify_spam|sft_instruction)")
