@@ -106,8 +106,8 @@ for sample in ("bread", "crème", "パン", "🍞"):
 
 # %%
 def split(text):
-    """Cut into words, numbers, other marks (each with the space before it), and what white space is left."""
-    return re.findall(r" ?[^\W\d_]+| ?\d+| ?(?:[^\w\s]|_)+|\s+(?!\S)|\s", text)
+    """Cut into endings ('s, 'll), words, numbers, marks (each with the space before it), and the white space left."""
+    return re.findall(r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+| ?\d+| ?(?:[^\w\s]|_)+|\s+(?!\S)|\s", text)
 
 
 pieces = [word.replace(" ", "Ġ") for word in split(text)]
@@ -232,10 +232,10 @@ for left, right in bpe.to_dict()["merges"]:
 assert symbol_of[256:] == ["".join(pair) for pair in merges]
 
 # %% [markdown]
-# So it also cuts every text as we do, and here is one that neither has seen.
+# So it also cuts other texts as we do; here is one that neither has seen.
 
 # %%
-new_text = "The cake maker makes and breaks bread."
+new_text = "The cake maker's bread doesn't break."
 ours = [s for word in split(new_text) for s in encode_word(word.replace(" ", "Ġ"), rank)]
 theirs = bpe.encode(new_text)
 print([symbol_of[i] for i in theirs])
@@ -276,7 +276,7 @@ for sample in ("The baker bakes.", "the Baker", "antidisestablishmentarianism", 
 # %% tags=["sampled"]
 encoding = large.encoding
 large_rank = {token: encoding.encode_single_token(token) for token in encoding.token_byte_values()}
-sample = "Bakers in 1789 asked 4 sous a loaf; crème brûlée, パン and 🍞 came later."
+sample = "Bakers in 1789 asked 4 sous a loaf; they'd never heard of crème brûlée, パン or 🍞."
 by_hand = []
 for word in split(sample):
     single_bytes = [bytes([byte]) for byte in word.encode("utf-8")]

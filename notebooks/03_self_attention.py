@@ -145,9 +145,9 @@ print(library_context[1], "=", context[1])
 # %% [markdown]
 # ## Why divide by the square root? The scores grow
 #
-# A score is a sum of d products. If queries and keys have numbers of variance 1 that know nothing of each other, each
-# product has variance 1, and variances add up: the score has variance d, so its typical size (standard deviation) is
-# $\sqrt{d}$. Dividing by $\sqrt{d}$ brings it back to 1.
+# A score is a sum of d products. If queries and keys have numbers of mean 0 and variance 1 that know nothing of each
+# other, each product has variance 1, and variances add up: the score has variance d, so its typical size (standard
+# deviation) is $\sqrt{d}$. Dividing by $\sqrt{d}$ brings it back to 1.
 #
 # Measure it: 200 random queries, each with 16 random keys, of up to 1,024 dimensions. `cumsum`, the running sum of the
 # products, has the scores for every smaller d as well.

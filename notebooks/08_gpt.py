@@ -155,10 +155,11 @@ plt.show()
 #
 # A float32 takes 4 bytes. To *run* a model its weights must be in memory. To *train* it with AdamW there are also the
 # gradients and AdamW's two running means, each as large as the weights, so 16 bytes a parameter; and the activations
-# that the backward pass needs, and the logits, a number for each token of the vocabulary at each position. These two
-# grow with batch and length. The command `slm-jax plan` estimates all of them by
-# formulas, see [`slm_jax/planning/memory.py`](../slm_jax/planning/memory.py). Here for a T4, Colab's free GPU, in
-# float32, with 4 rows of 1,024 tokens.
+# that the backward pass needs, which grow with batch and length. So would the logits, a number for each token of the
+# vocabulary at each position, but the library makes them in pieces of at most half a gigabyte ([notebook
+# 9](09_pretraining_setup.py)). The command `slm-jax plan` estimates all of them by formulas, see
+# [`slm_jax/planning/memory.py`](../slm_jax/planning/memory.py). Here for a T4, Colab's free GPU, in float32, with 4
+# rows of 1,024 tokens.
 
 # %%
 GB = 1e9

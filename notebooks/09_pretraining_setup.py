@@ -135,9 +135,9 @@ assert (first[700]["inputs"] != other[700]["inputs"]).any()
 
 # %% [markdown]
 # To see the order, give the loader the numbers 0, 1, 2 … as a text: the first input of a window is then its start. One
-# pass over all windows is an **epoch**, and each epoch has an order of its own. The alternative, random starts, has no
-# epochs: some tokens come several times before others come once. After as many steps as an epoch has, a token was left
-# out with probability $1/e$, about 37%.
+# pass over all windows is an **epoch**, and each epoch has an order of its own. The alternative, random starts (what
+# `slm-jax train` does unless told otherwise), has no epochs: some tokens come several times before others come once.
+# After as many steps as an epoch has, a token was left out with probability $1/e$, about 37%.
 
 # %%
 numbers = np.arange(corpus.train.size)

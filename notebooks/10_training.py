@@ -131,7 +131,7 @@ assert ends["Adam, rate 0.4"] < ends["plain, rate 1.8"]
 #
 # $$\eta(t) = \eta_{\text{end}} + \tfrac{1}{2}(\eta - \eta_{\text{end}})\,(1 + \cos(\pi\, u)),$$
 #
-# where $u$ goes from 0 at the end of the warmup to 1 at the last step.
+# where $u$ goes from 0 at the end of the warmup to 1 where the run ends, one after the last step.
 #
 # In the library this is `make_schedule` in [`slm_jax/training/optimizer.py`](../slm_jax/training/optimizer.py).
 

@@ -109,9 +109,7 @@ def train_model(loss_fn, trainable, data, steps, learning_rate, seed=0):
         return (optax.apply_updates(trainable, updates), opt_state), loss
 
     keys = jax.random.split(jax.random.key(seed), steps)
-    (trainable, _), losses = jax.jit(lambda state: jax.lax.scan(step, state, keys))(
-        (trainable, optimizer.init(trainable))
-    )
+    (trainable, _), losses = jax.jit(lambda new: jax.lax.scan(step, (new, optimizer.init(new)), keys))(trainable)
     return trainable, np.asarray(losses)
 
 
@@ -256,10 +254,11 @@ assert accuracy(after[chosen], test) >= 0.7
 
 # %% [markdown]
 # In the run shown here neither the head alone nor the last block gets far from chance, not even on the training texts
-# (52 % and 54 % are right). That says something about the base: after 168 reviews its vectors hold hardly anything
-# about praise. Training everything repairs that. Freezing pays off with a base that has read much: the library's recipe
-# `classify_builtin` trains the last block of a model that has read Python's documentation, and it learns to tell prose
-# from code nearly without a mistake.
+# (52 % and 54 % are right). More steps do not help: after 1,500 the head is right on 57 % of the training texts, and
+# the last block has learned 99 % of them by heart but is right on 52 % of the test texts. That says something about the
+# base: after 168 reviews its vectors hold hardly anything about praise. Training everything repairs that. Freezing pays
+# off with a base that has read much: the library's recipe `classify_builtin` trains the last block of a model that has
+# read Python's documentation, and it learns to tell prose from code nearly without a mistake.
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2))
@@ -324,7 +323,8 @@ for i in wrong[:3]:
 #
 # `slm-jax finetune` does all of this: it reads the file, splits it, trains, keeps the checkpoint with the lowest
 # validation loss, and measures. In a terminal one types the words below; here `main` gets them as a list. This
-# recipe has no base, looks at the mean of all tokens instead of the last one, and uses dropout. In the library this is
+# recipe has no base and looks at the mean of all tokens instead of the last one; all texts are padded to one length, so
+# that one program is compiled and not one for each width of a batch. In the library this is
 # [`slm_jax/tasks/classification.py`](../slm_jax/tasks/classification.py).
 
 
@@ -340,9 +340,9 @@ def finetune(options):
 
 recipe = {
     "base": "null", "trainable": "all", "resume": "never", "model.n_layers": 1, "model.emb_dim": 32,
-    "model.context_length": 64, "model.drop_rate": 0.1, "tokenizer.kind": "simple", "train.steps": 80,
-    "train.batch_size": 32, "train.eval_every": 40, "checkpoint.every": 40, "optimizer.learning_rate": 1e-3,
-    "classification.pooling": "mean",
+    "model.context_length": 64, "tokenizer.kind": "simple", "train.steps": 80, "train.batch_size": 32,
+    "train.eval_every": 40, "checkpoint.every": 40, "optimizer.learning_rate": 2e-3,
+    "classification.pooling": "mean", "classification.pad_to": "longest",
 }  # fmt: skip
 summary, said = finetune({**recipe, "run": "sentiment", "data.source": "jsonl:data/sentiment.jsonl"})
 assert summary is not None, said
@@ -380,28 +380,23 @@ else:
 # %% [markdown]
 # ## Exercises
 #
-# **1.** The last token has seen the whole text. What has the first token seen? Train everything with
-# `pooling="first"` and look at the accuracy.
+# **1.** The last token has seen the whole text. What has the first token seen? Let a classifier look at it
+# (`pooling="first"`), with the parameters found above, and compare the logits of texts that begin with the same word.
 #
 # <details><summary>Solution</summary>
 #
 # ```python
 # first = slm_jax.GPTClassifier(cfg, n_classes=2, pooling="first")
-#
-#
-# def first_loss(params, rows):
-#     logits = first.apply({"params": params}, rows["inputs"], rows["lengths"])
-#     return optax.softmax_cross_entropy_with_integer_labels(logits, rows["labels"]).mean()
-#
-#
-# found_first, _ = train_model(first_loss, whole, train, steps=80, learning_rate=2e-3)
-# logits_first = jax.jit(first.apply)({"params": found_first}, test["inputs"], test["lengths"])
-# right = float(jnp.mean(logits_first.argmax(-1) == test["labels"]))
-# print(f"test accuracy {right:.2f}")
-# assert right < accuracy(after["everything"], test)
+# logits_first = jax.jit(first.apply)({"params": after["everything"]}, test["inputs"], test["lengths"])
+# openings = test["inputs"][:, 0]
+# for word in np.unique(openings):
+#     same = logits_first[openings == word]
+#     assert jnp.allclose(same, same[0], atol=1e-5)
+# print(f"{len(np.unique(openings))} first words, as many different answers to {len(openings)} texts")
 # ```
 #
-# With causal attention the first token has seen only itself. "A" or "The" says little about a review.
+# With causal attention the first token has seen only itself, so nothing that follows can change the answer. No training
+# helps: "A" or "The" says little about a review.
 #
 # </details>
 #

@@ -8,7 +8,7 @@
 # It needs [multi-head attention](05_multi_head_attention.py) and nothing after it.
 
 # %%
-MODEL = None  # or "runs/tiny", "runs/tiny@800", "gpt2", "path/to/weights"
+MODEL = None  # or "../runs/tiny", "../runs/tiny@800", "gpt2", "path/to/weights", as seen from this folder
 TEXT = "notebook koobeton notebook"  # for the tiny model: a word of 8 letters, backwards, and again
 
 # %%
