@@ -85,7 +85,7 @@ def check_new_file(target: str | Path, option: str, example: str) -> Path:
     path = user_path(target)
     if not str(target) or (path.exists() and not path.is_file()):
         raise InputError(f"{option} is {str(target)!r}; expected a file, such as {example}")
-    parent = next(parent for parent in path.absolute().parents if parent.exists())
+    parent = next(parent for parent in path.resolve().parents if parent.exists())
     if not (parent.is_dir() and os.access(parent, os.W_OK)):
         raise InputError(f"{path}: cannot write there ({parent}); choose another place with --{option}")
     return path

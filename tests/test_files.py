@@ -140,12 +140,14 @@ def test_a_file_is_written_with_its_folder_and_through_a_link(tmp_path):
         (".", "plot is '.'; expected a file, such as b.png"),
         ("/dev/null", "plot is '/dev/null'; expected a file"),
         ("file/b.png", "cannot write there .*file.; choose another place with --plot"),
+        ("link.png", "cannot write there .*file.; choose another place with --plot"),
         ("~nouser/b.png", "cannot be used as a path"),
     ],
 )
 def test_where_no_file_can_be_is_said_before_work_begins(target, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
+    (tmp_path / "link.png").symlink_to("file/b.png")
     with pytest.raises(InputError, match=said):
         check_new_file(target, "plot", "b.png")
 

@@ -115,6 +115,7 @@ def draw_result(result: Result, path: Path) -> None:
     axes.margins(x=0.15)
     axes.set_xlabel(result.unit)
     try:
+        path = path.resolve()  # a link stays
         path.parent.mkdir(parents=True, exist_ok=True)
         write_png(figure, path)
     except OSError as error:

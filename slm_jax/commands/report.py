@@ -24,8 +24,8 @@ class Options:
             given several times, and without --run.
         out: the file to write, such as page.html; a file that is there is replaced if its name ends in .html or .htm.
             null: report.html, in the run's folder, or for several runs in the current one.
-        text: of one run, the text whose attention is drawn, of its first 20 tokens; null: its latest sample, or an
-            English sentence.
+        text: of one run, the text whose attention is drawn (its first 20 tokens at most); null: its latest sample, or
+            an English sentence.
     """
 
     run: tuple[str, ...] = ()
@@ -62,7 +62,7 @@ def run(options: Options) -> int:
         raise InputError(f"text is {options.text!r:.60} and there are {len(records)} runs; expected one run with it")
     folder = Path() if single is None else single.folder.path
     out = check_new_file(folder / FILE if options.out is None else options.out, "out", "page.html")
-    if out.exists() and out.suffix.lower() not in PAGES:
+    if out.exists() and out.resolve().suffix.lower() not in PAGES:
         raise InputError(f"{out}: is there, and only files that end in .html are replaced; choose another --out")
     content = write_comparison(records) if single is None else write_page(single, options.text)
     write_file(out, content)

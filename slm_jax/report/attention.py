@@ -150,9 +150,8 @@ def _show(maps: Maps) -> list[Html]:
         part = f", in the first {len(maps.tokens)} of {maps.n_tokens:,} tokens of a text"
     said = (
         f"Weights of the model of step {maps.step:,}{some}{part}. Each small picture is a head. A row is a token that "
-        "looks, "
-        "from the first at the top to the last; a column is a token that it looks at; the stronger the colour, the "
-        "more of its attention. A token sees only itself and what stands before it."
+        "looks, from the first at the top to the last; a column is a token that it looks at; the stronger the colour, "
+        "the more of its attention. A token sees only itself and what stands before it."
     )
     tokens = [tag("span", tag("small", i), _visible(token)) for i, token in enumerate(maps.tokens)]
     pictures = [[_png(head) for head in layer] for layer in maps.weights]

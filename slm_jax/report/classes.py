@@ -17,14 +17,20 @@ def classes_section(record: Record) -> list[Html]:
     if not moments:
         return [tag("p", "Measured before the first step and when the run ends.", class_="dim")]
     parts = [_splits(record, moments)]
-    parts += [_matrices(record, "test", moments)]
     last = record.measured(moments[-1], "test")
-    if len(_names(last)) > MOST_CLASSES:
-        drawn = "; confusion.png has that of the test texts" if (record.folder.path / "confusion.png").is_file() else ""
-        parts.append(tag("p", f"Matrices of {len(_names(last))} classes are too large here{drawn}."))
-    parts += [_by_class(last, "test texts, " + _when(moments[-1]))]
-    others = [_matrices(record, split, moments) for split in SPLITS[1:]]
-    return [*parts, details("Validation and training texts", *others)]
+    too_many = len(_names(last)) > MOST_CLASSES
+    parts.append(_too_many(record, len(_names(last))) if too_many else _matrices(record, "test", moments))
+    parts.append(_by_class(last, "test texts, " + _when(moments[-1])))
+    if not too_many:
+        others = [_matrices(record, split, moments) for split in SPLITS[1:]]
+        parts.append(details("Validation and training texts", *others))
+    return parts
+
+
+def _too_many(record: Record, n_classes: int) -> Html:
+    drawn = (record.folder.path / "confusion.png").is_file() and not record.went_on
+    where = "; confusion.png has that of the test texts" if drawn else ""
+    return tag("p", f"Matrices of {n_classes} classes are too large here{where}.")
 
 
 def _when(moment: str) -> str:
@@ -64,7 +70,7 @@ def _matrix(figures: Row, caption: str) -> Html:
     """Return a confusion matrix; the share of its true class is the colour of a cell."""
     classes = _names(figures)
     counts = _counts(figures.get("confusion"), len(classes))
-    if counts is None or len(classes) > MOST_CLASSES:
+    if counts is None:
         return Html("")
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     head = [tag("th", "true ↓, predicted →"), *(tag("th", name, scope="col") for name in classes)]

@@ -147,7 +147,7 @@ def _scores(record: Record) -> Html:
 
 
 def _answers(record: Record) -> list[Html]:
-    answers = read_responses(record.folder)
+    answers = read_responses(record)
     shown = [_response(*answer) for answer in answers[:MOST_RESPONSES]]
     parts = shown[:OPEN_RESPONSES]
     if rest := shown[OPEN_RESPONSES:]:

@@ -80,10 +80,15 @@ class Record:
             return "finished"
         return "not finished"
 
+    @property
+    def went_on(self) -> bool:
+        """Whether it was trained beyond the end that its summary and last answers are of."""
+        return number(self.summary.get("step")) < self.last_step
+
     def measured(self, moment: str, split: str) -> dict[str, Any]:
         """Return the figures of a split ``before`` or ``after`` training; empty where it was not measured."""
-        if moment == "after" and number(self.summary.get("step")) < self.last_step:
-            return {}  # those of an earlier end, after which the run went on
+        if moment == "after" and self.went_on:
+            return {}
         found = self.summary.get(moment)
         if moment == "before" and not found:
             found = self.folder.read_json(BEFORE)
@@ -232,9 +237,10 @@ def read_samples(folder: RunFolder) -> list[tuple[int, str]]:
     return []
 
 
-def read_responses(folder: RunFolder) -> list[tuple[Row, str | None, str | None]]:
+def read_responses(record: Record) -> list[tuple[Row, str | None, str | None]]:
     """Return the test instructions, each with the answer before training and after it; None where there is none."""
-    before, after = (_answers(folder, name) for name in ("responses-before.json", "responses.json"))
+    before, after = (_answers(record.folder, name) for name in ("responses-before.json", "responses.json"))
+    after = [] if record.went_on else after
     entries = after or before
     if len(before) != len(after):
         return [(entry, *((None, _answer(entry)) if after else (_answer(entry), None))) for entry in entries]

@@ -1,7 +1,7 @@
 """The training loop of every stage.
 
-Everything it does is a function of (configuration, seed, step): a run that is killed goes on bit for bit. The loop
-hands the device the next step before it reads the numbers of the last one.
+Everything it does is a function of (configuration, seed, step): a run that is killed goes on, on a CPU
+bit for bit. The loop hands the device the next step before it reads the numbers of the last one.
 """
 
 import contextlib

@@ -36,6 +36,8 @@ def compile_cache(tmp_path: Path) -> Iterator[Path]:
 
 def test_train_prints_writes_and_draws(tmp_path, compile_cache, capsys):
     files = ["--out", str(tmp_path / "new" / "train.json"), "--plot", str(tmp_path / "pictures" / "train.png")]
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "train.png").symlink_to(tmp_path / "there.png")
     words = [*SMALL, "--tokenizer.kind", "char", "--train.batch_size", "4", "--repeats", "2", "--device", "h200"]
     assert cli.main(["bench", "train", *words, *files]) == 0
     printed = " ".join(capsys.readouterr().out.split())
@@ -47,7 +49,7 @@ def test_train_prints_writes_and_draws(tmp_path, compile_cache, capsys):
     assert not {"format", "out", "plot", "repeats", "device"} & content["config"].keys()
     assert not compile_cache.exists()  # else the time of compiling would be that of reading
     assert content["figures"]["loss_finite"] is True
-    assert (tmp_path / "pictures" / "train.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "there.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_generate_prints_json(compile_cache, monkeypatch, capsys):

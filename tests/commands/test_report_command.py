@@ -144,6 +144,10 @@ def test_only_pages_are_replaced(trained, capsys, tmp_path):
     for name in ("new.txt", "x.htm", "x.htm", "x.HTML", "x.HTML"):
         report(capsys, folder, "--out", tmp_path / name)
     assert "only files" in fails(capsys, folder, "--out", tmp_path / "new.txt")
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "link.html").symlink_to("notes.txt")
+    assert "only files" in fails(capsys, folder, "--out", tmp_path / "link.html")
+    assert (tmp_path / "notes.txt").read_text() == "mine"
     for place in (".", "..", "/"):
         assert f"out is '{place}'; expected a file" in fails(capsys, folder, "--out", place)
 

@@ -161,7 +161,7 @@ def test_responses_before_and_after(tmp_path):
     assert page.texts.count("old") == page.texts.count("new") == page.texts.count("right") == 24
     assert "24 of 40; responses.json has all of them." in page.text
     (record,) = read_records([str(make_run(tmp_path / "b", [], responses_before_json=before))])
-    assert read_responses(record.folder)[0] == ({**asked[0], "model_response": "old"}, "old", None)
+    assert read_responses(record)[0] == ({**asked[0], "model_response": "old"}, "old", None)
     before_alone = make_run(tmp_path / "c", [train(1)], "task: instruction", responses_before_json=before)
     assert "24 of 40; responses-before.json has all of them." in page_of(before_alone).text
 
@@ -180,16 +180,30 @@ def test_a_finished_run_that_goes_on_shows_no_figures_of_its_earlier_end(tmp_pat
     assert goes_on.measured("before", "test") == {"loss": 3.0}
 
 
+def test_answers_of_an_earlier_end_are_not_shown(tmp_path):
+    old, new = (
+        json.dumps([{"instruction": "?", "output": "right", "model_response": word}]) for word in ("old", "new")
+    )
+    files = {"responses_before_json": old, "responses_json": new, "summary_json": json.dumps({"step": 1})}
+    shown = {
+        step: page_of(make_run(tmp_path / str(step), [train(step)], "task: instruction", **files)).texts
+        for step in (1, 2)
+    }
+    assert {"old", "new"} <= set(shown[1])
+    assert "old" in shown[2]
+    assert "new" not in shown[2]
+
+
 def test_the_matrices_of_many_classes_are_left_to_the_picture(tmp_path):
     names = [f"class {number}" for number in range(MOST_CLASSES + 1)]
     figures = {"classes": names, "confusion": [[1] * len(names)] * len(names), "accuracy": 0.1}
     summary = json.dumps({"step": 1, "before": {"test": figures}, "after": {"test": figures}})
     folder = make_run(tmp_path / "a", [train(1)], "task: classification", summary_json=summary)
-    assert page_of(folder).texts.count("Matrices of 31 classes are too large here.") == 1
+    said = "Matrices of 31 classes are too large here"
+    assert page_of(folder).texts.count(f"{said}.") == 1
+    assert "Validation and training texts" not in page_of(folder).text
     (folder / "confusion.png").touch()
-    assert (
-        "Matrices of 31 classes are too large here; confusion.png has that of the test texts." in page_of(folder).texts
-    )
+    assert f"{said}; confusion.png has that of the test texts." in page_of(folder).texts
 
 
 def test_runs_of_one_task_share_their_axes(tmp_path):
