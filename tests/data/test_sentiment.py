@@ -34,12 +34,13 @@ def test_no_length_tells_the_classes_apart():
 def test_a_new_model_learns_the_classes_of_texts_that_it_has_not_seen(tmp_path):
     options = {
         "data.source": f"jsonl:{FILE}", "base": "null", "trainable": "all", "classification.pooling": "mean",
+        "classification.pad_to": "longest",
         "tokenizer.kind": "simple", "model.n_layers": 1, "model.emb_dim": 32, "model.context_length": 64,
         "train.steps": 80, "train.batch_size": 32, "train.eval_every": 20, "optimizer.learning_rate": "1e-3",
         "model.drop_rate": 0.1, "runs_dir": tmp_path, "run": "sentiment",
     }  # fmt: skip
     assert main(["finetune", *(word for key, value in options.items() for word in (f"--{key}", str(value)))]) == 0
     summary = json.loads((tmp_path / "sentiment" / "summary.json").read_text())
-    # 48 texts: chance reaches this once in 350 times; seeds 0 to 5 were at 0.77 to 0.88.
-    assert summary["after"]["test"]["accuracy"] >= 0.7
+    # 48 texts: chance reaches this once in 2,800 times; seeds 0 to 3 were at 0.85, 0.77, 0.75 and 0.79.
+    assert summary["after"]["test"]["accuracy"] >= 0.75
     assert summary["after"]["test"]["support"] == [24, 24]
