@@ -19,7 +19,7 @@ for _ in range(8):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     program(matrix).block_until_ready()
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-print(min(faults[-3:]))  # small pieces may lie in the way of the first runs, which then take new pages
+print(min(faults[-3:]))  # a run takes new pages while the heap still grows, as pieces lie in the way of others
 """
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from slm_jax.bench.ceilings import Ceilings
-from slm_jax.files import unwritable, write_file
+from slm_jax.files import unwritable
 from slm_jax.training.plots import write_png
 from slm_jax.training.summary import environment
 
@@ -76,15 +76,6 @@ def print_result(result: Result, console: Console) -> None:
     legend = ("Times are medians; in brackets the quartiles; the range.",) if result.series else ()
     for note in (*legend, *result.notes):
         console.print(note, markup=False, highlight=False, soft_wrap=True)
-
-
-def write_result(result: Result, path: Path) -> None:
-    """Write the JSON.
-
-    Raises:
-        InputError: it cannot be written.
-    """
-    write_file(path, result.to_json())
 
 
 def draw_result(result: Result, path: Path) -> None:

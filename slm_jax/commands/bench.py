@@ -9,7 +9,7 @@ from slm_jax.bench.ceilings import named_device
 from slm_jax.commands import load, set_up
 from slm_jax.config import ModelSection, RunConfig
 from slm_jax.errors import InputError
-from slm_jax.files import check_new_file
+from slm_jax.files import check_new_file, write_file
 from slm_jax.host_memory import keep_freed_memory
 from slm_jax.model import get_gpt_config
 from slm_jax.options import check_at_least, parse
@@ -177,14 +177,14 @@ def run(options: Any, measure: "Callable[[Any], Result]") -> int:
     result = measure(options)
     from rich.console import Console
 
-    from slm_jax.bench.result import draw_result, print_result, write_result
+    from slm_jax.bench.result import draw_result, print_result
 
     if options.format == "json":
         print(result.to_json(), end="")
     else:
         print_result(result, Console())
     if out is not None:
-        write_result(result, out)
+        write_file(out, result.to_json())
     if plot is not None:
         draw_result(result, plot)
     return 0

@@ -11,7 +11,7 @@ from rich.console import Console
 from slm_jax.bench.ceilings import Ceilings, find_ceilings, forward_flops, measure_bandwidth, measure_flops
 from slm_jax.bench.measure import Timing, time_calls
 from slm_jax.bench.peak import PeakMemory
-from slm_jax.bench.result import Result, draw_result, print_result, write_result
+from slm_jax.bench.result import Result, draw_result, print_result
 from slm_jax.errors import InputError
 from slm_jax.model import get_gpt_config
 from slm_jax.training.hardware import find_device, flops_per_token
@@ -99,8 +99,7 @@ def test_the_peak_is_what_was_held_at_most():
 
 
 def test_a_result_is_written_printed_and_drawn(tmp_path, capsys):
-    write_result(RESULT, tmp_path / "figures.json")
-    content = json.loads((tmp_path / "figures.json").read_text())
+    content = json.loads(RESULT.to_json())
     assert content.keys() == {"what", "machine", "config", "figures", "notes"}
     assert content["figures"]["step_seconds"]["repeats"] == [0.2, 0.1]
     assert {"device", "devices", "platform", "cores", "threads", "python", "jax", "flax"} <= content["machine"].keys()
