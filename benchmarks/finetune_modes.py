@@ -19,11 +19,11 @@ from slm_jax.classifier import GPTClassifier
 from slm_jax.config import FinetuneConfig, LoRAConfig, OptimizerConfig
 from slm_jax.model import Params, get_gpt_config
 from slm_jax.tasks.classification import make_loss_fn
-from slm_jax.trainable import split_params
 from slm_jax.training.hardware import best_dtype
 from slm_jax.training.optimizer import make_optimizer
 from slm_jax.training.progress import count_leaves
 from slm_jax.training.step import Batch, TrainState, make_train_step
+from slm_jax.training.trainable import split_params
 
 MODES = ("all", "head", "last_block", "last_n_blocks", "lora")
 

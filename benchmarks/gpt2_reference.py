@@ -21,8 +21,8 @@ from slm_jax.data.named import named_file
 from slm_jax.errors import InputError
 from slm_jax.evaluation.logprobs import target_logprobs
 from slm_jax.model import Params
+from slm_jax.runs import load_gpt2
 from slm_jax.tokenizer import Tokenizer
-from slm_jax.weights import load_gpt2
 
 WINDOW = 256
 # Source: Raschka, Build a Large Language Model (From Scratch), exercise 5.5 and section 5.5; OpenAI's 124M weights.

@@ -74,7 +74,7 @@ class SkippedError(Exception):
 
 def slm_jax(work: Work) -> Rounds:
     """Build this checkout's model and the step that its training compiles."""
-    from slm_jax.host_memory import keep_freed_memory
+    from slm_jax.training.host_memory import keep_freed_memory
 
     keep_freed_memory()  # as every command does
     import jax
@@ -82,8 +82,8 @@ def slm_jax(work: Work) -> Rounds:
     _require_jax_device(work)
     if work.kind == "generate":
         return _slm_jax_generation(work)
-    from slm_jax.bench.step import compile_step
     from slm_jax.config import ModelSection, OptimizerConfig, RunConfig, TokenizerConfig, TrainConfig
+    from slm_jax.tools.bench.step import compile_step
     from slm_jax.training.sharding import put_batch
 
     model = ModelSection(

@@ -24,22 +24,22 @@ import numpy as np
 from reader import VOCABULARY, grown_bytes, own_bytes, time_batches, write_ids
 from scaling_page import draw, page
 
-from slm_jax.bench.ceilings import Ceilings, find_ceilings
-from slm_jax.bench.child import output_of
-from slm_jax.bench.measure import time_calls
-from slm_jax.bench.peak import PeakMemory
-from slm_jax.bench.result import describe_machine
-from slm_jax.bench.step import compile_step
-from slm_jax.bench.train import StepTimer
 from slm_jax.config import parse_args
 from slm_jax.data.token_file import check_ids, open_token_file
 from slm_jax.data.windows import train_batches
 from slm_jax.errors import InputError
 from slm_jax.files import replace_text
-from slm_jax.host_memory import keep_freed_memory
 from slm_jax.model import DType
-from slm_jax.planning.plan import ASSUMED_MFU, Plan, make_plan
+from slm_jax.tools.bench.ceilings import Ceilings, find_ceilings
+from slm_jax.tools.bench.child import output_of
+from slm_jax.tools.bench.measure import time_calls
+from slm_jax.tools.bench.peak import PeakMemory
+from slm_jax.tools.bench.result import describe_machine
+from slm_jax.tools.bench.step import compile_step
+from slm_jax.tools.bench.train import StepTimer
+from slm_jax.tools.plan.plan import ASSUMED_MFU, Plan, make_plan
 from slm_jax.training.hardware import DEVICES, device_here, find_device
+from slm_jax.training.host_memory import keep_freed_memory
 
 Ladder = Literal["parameters", "context", "batch"]
 _ENOUGH_REPEATS = 7

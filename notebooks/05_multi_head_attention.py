@@ -266,9 +266,10 @@ print(f"letters predicted right in new sequences: {accuracy:.0%}, by chance {1 /
 assert accuracy > 0.95
 
 # %% [markdown]
-# [`slm_jax.capture`](../slm_jax/capture.py) runs the model and also returns what it computed on the way, by name: here
-# the attention weights, (batch, heads, query, key). To predict letter $t + 1$, the backwards part has to look at letter
-# $15 - (t + 1)$, and the last part at letter $t + 1 - 16$. Circles mark these places; nobody told the model.
+# [`slm_jax.capture`](../slm_jax/evaluation/capture.py) runs the model and also returns what it computed on the way, by
+# name: here the attention weights, (batch, heads, query, key). To predict letter $t + 1$, the backwards part has to
+# look at letter $15 - (t + 1)$, and the last part at letter $t + 1 - 16$. Circles mark these places; nobody told the
+# model.
 
 # %%
 query = jnp.arange(N - 1, 3 * N - 1)  # who looks: the positions before the letters that can be known
@@ -308,8 +309,9 @@ assert on_circles.mean() > 0.5 > 0.2 > before.mean()
 #
 # ## Does a head matter?
 #
-# A picture shows where a head looks, not whether the model needs it. [`slm_jax.ablate`](../slm_jax/capture.py) runs the
-# model without a head: its output is set to 0. We take out each head, then all but one, then all.
+# A picture shows where a head looks, not whether the model needs it.
+# [`slm_jax.ablate`](../slm_jax/evaluation/capture.py) runs the model without a head: its output is set to 0. We take
+# out each head, then all but one, then all.
 
 # %% tags=["varies"]
 taken_out = {"none": []}

@@ -20,8 +20,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import safe_open
 
 import slm_jax
-from slm_jax.layers import LayerNorm, gelu
 from slm_jax.model import FeedForward, get_gpt_config
+from slm_jax.nn.layers import LayerNorm, gelu
 
 jax.config.update("jax_default_matmul_precision", "highest")  # GPUs and TPUs otherwise round the factors of a product
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#7F7F7F"  # told apart by colour-blind readers too
@@ -87,7 +87,7 @@ print(f"variance of a token a ten-thousandth as large: {standardize(faint).var()
 # bias (at first 0), with which the model can choose another size and place for it. In Flax, `init` makes such
 # parameters and `apply` uses them; both are pure functions of what goes in.
 #
-# In the library this is `LayerNorm` in [`slm_jax/layers.py`](../slm_jax/layers.py).
+# In the library this is `LayerNorm` in [`slm_jax/nn/layers.py`](../slm_jax/nn/layers.py).
 
 
 # %%
@@ -279,7 +279,7 @@ warnings.filterwarnings("ignore", message="IProgress")  # progress bars are not 
 os.environ["HF_HUB_OFFLINE"] = "1"  # without this line load_gpt2("gpt2") would download 548 MB, once
 try:
     gpt2_cfg, gpt2_params = slm_jax.load_gpt2("gpt2")
-    from slm_jax.weights.load import find_weights
+    from slm_jax.weights.hub import find_weights
 
     weights_file = find_weights("gpt2")
     if weights_file.is_dir():
@@ -368,7 +368,7 @@ print(f"{len(flat_hand)} arrays in the tree, all equal to load_gpt2's")
 # we started from, for those read by hand, and for those that `load_gpt2` read.
 #
 # In the library this is [`slm_jax/weights/huggingface.py`](../slm_jax/weights/huggingface.py), the same two tables, and
-# [`slm_jax/weights/load.py`](../slm_jax/weights/load.py), which also checks shapes, finite numbers and the settings in
+# [`slm_jax/runs.py`](../slm_jax/runs.py), which also checks shapes, finite numbers and the settings in
 # `config.json`.
 
 # %%

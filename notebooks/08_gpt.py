@@ -21,8 +21,8 @@ import optax
 import slm_jax
 from slm_jax.config import parse_args
 from slm_jax.model import param_shapes
-from slm_jax.planning import make_plan
 from slm_jax.tokenizer import BPETokenizer
+from slm_jax.tools.plan import make_plan
 
 jax.config.update("jax_default_matmul_precision", "highest")  # GPUs and TPUs otherwise round the factors of a product
 BLUE, ORANGE, GREEN, PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"  # told apart by colour-blind readers too
@@ -158,7 +158,7 @@ plt.show()
 # that the backward pass needs, which grow with batch and length. So would the logits, a number for each token of the
 # vocabulary at each position, but the library makes them in pieces of at most half a gigabyte ([notebook
 # 9](09_pretraining_setup.py)). The command `slm-jax plan` estimates all of them by formulas, see
-# [`slm_jax/planning/memory.py`](../slm_jax/planning/memory.py). Here for a T4, Colab's free GPU, in float32, with 4
+# [`slm_jax/tools/plan/memory.py`](../slm_jax/tools/plan/memory.py). Here for a T4, Colab's free GPU, in float32, with 4
 # rows of 1,024 tokens.
 
 # %%
@@ -269,7 +269,7 @@ assert by_library[0].tolist() == by_hand
 print(repr(tokenizer.decode(by_hand)))
 
 # %% [markdown]
-# Greedy text is always the same. In the library this is [`slm_jax/generate.py`](../slm_jax/generate.py).
+# Greedy text is always the same. In the library this is [`decode.py`](../slm_jax/generation/decode.py).
 #
 # ### Temperature
 #
@@ -346,7 +346,7 @@ for temperature in (0.5, 1.0, 2.0):
     print(f"temperature {temperature}: {tokenizer.decode(by_hand)!r}")
 
 # %% [markdown]
-# In the library this is [`slm_jax/sampling.py`](../slm_jax/sampling.py), with two more filters, top-p and min-p.
+# In the library this is [`sampler.py`](../slm_jax/generation/sampler.py), with two more filters, top-p and min-p.
 #
 # ## The cache of keys and values
 #
@@ -382,7 +382,7 @@ print("token by token with a cache = all at once, with no mask needed: the futur
 # In a compiled program shapes are fixed, so the library's cache has room for `capacity` tokens from the start and
 # counts how many it holds. `apply` with a cache returns the logits of the new tokens and the cache with them in it.
 #
-# In the library this is [`slm_jax/cache.py`](../slm_jax/cache.py).
+# In the library this is [`cache.py`](../slm_jax/nn/cache.py).
 
 # %%
 cached = jax.jit(lambda params, tokens, cache: model.apply({"params": params}, tokens, cache=cache))
@@ -510,12 +510,12 @@ print(f"{cache_bytes / 1e6:.1f} MB a text, beside {4 * sum(parts['small'].values
 #
 # **2.** Top-p keeps the fewest of the likeliest tokens that together have at least probability $p$: few where the model
 # is sure, many where it is not. Write it for one row of logits, and compare with
-# `slm_jax.sampling.keep_top_p(logits[None], p)`.
+# `slm_jax.generation.sampler.keep_top_p(logits[None], p)`.
 #
 # <details><summary>Solution</summary>
 #
 # ```python
-# from slm_jax.sampling import keep_top_p
+# from slm_jax.generation.sampler import keep_top_p
 #
 #
 # def top_p(logits, p):

@@ -213,7 +213,7 @@ print(f"logits {logits.shape}, of the right tokens {picked.shape}, loss {loss:.3
 # is the same.
 #
 # In the library this is `make_loss_fn` in [`slm_jax/tasks/pretraining.py`](../slm_jax/tasks/pretraining.py) and
-# [`slm_jax/cross_entropy.py`](../slm_jax/cross_entropy.py).
+# [`slm_jax/nn/loss.py`](../slm_jax/nn/loss.py).
 
 # %%
 of_optax = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"]).mean()

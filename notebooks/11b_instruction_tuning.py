@@ -20,8 +20,8 @@ import slm_jax
 from slm_jax import lora
 from slm_jax.data.instruction_batches import encode_examples, instruction_eval_batches
 from slm_jax.data.instructions import Example
+from slm_jax.data.templates import TEMPLATES, entry_messages, format_prompt
 from slm_jax.evaluation.responses import exact_match, rouge_l
-from slm_jax.templates import TEMPLATES, entry_messages, format_prompt
 from slm_jax.tokenizer import SimpleTokenizer
 
 jax.config.update("jax_default_matmul_precision", "highest")  # float32 in full also on a GPU or TPU
@@ -63,7 +63,7 @@ print(test[0])
 #
 # The model sees nothing but text, so an instruction has to be written as one. This is Stanford Alpaca's form, which the
 # book uses, too: a fixed introduction, then headings. The response comes after the last heading. In the library this is
-# [`slm_jax/templates.py`](../slm_jax/templates.py).
+# [`slm_jax/data/templates.py`](../slm_jax/data/templates.py).
 
 
 # %%
@@ -362,7 +362,7 @@ print(f"W has {W.size:,} numbers; A and B together {A.size + B.size:,}")
 print("rank of the change:", np.linalg.matrix_rank(np.asarray(A @ B)))
 
 # %% [markdown]
-# In the library this is [`slm_jax/lora.py`](../slm_jax/lora.py). An adapter lies in the params tree beside its matrix,
+# In the library this is [`lora.py`](../slm_jax/nn/lora.py). An adapter lies in the params tree beside its matrix,
 # with all layers stacked, and the model uses what it finds there. With our `A` and `B` in it, it merges to our matrix.
 
 # %%

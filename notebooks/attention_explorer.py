@@ -105,9 +105,9 @@ print(seq, "tokens:", *labels)
 # %% [markdown]
 # ## All weights
 #
-# [`slm_jax.capture`](../slm_jax/capture.py) runs the model once and returns what is asked for by name; `*` stands for
-# every block. `attention[layer, head, t, s]` is how much token $t$ takes of token $s$: rows sum to 1, and the future
-# has 0.
+# [`slm_jax.capture`](../slm_jax/evaluation/capture.py) runs the model once and returns what is asked for by name; `*`
+# stands for every block. `attention[layer, head, t, s]` is how much token $t$ takes of token $s$: rows sum to 1, and
+# the future has 0.
 
 # %%
 logits, seen = slm_jax.capture(model, run.params, tokens, "blocks/*/attn/weights")
@@ -255,9 +255,9 @@ from_token(seq - 2)
 # %% [markdown]
 # ## Which heads does the model need?
 #
-# A weight says where a head looks, not what becomes of it. [`slm_jax.ablate`](../slm_jax/capture.py) runs the model
-# with one head's output set to 0; we note how much the loss of the text rises. It is one run of the model for each
-# head: 144 for GPT-2 small.
+# A weight says where a head looks, not what becomes of it. [`slm_jax.ablate`](../slm_jax/evaluation/capture.py) runs
+# the model with one head's output set to 0; we note how much the loss of the text rises. It is one run of the model
+# for each head: 144 for GPT-2 small.
 
 # %% tags=["varies"]
 without = np.zeros((n_layers, n_heads))

@@ -1,23 +1,22 @@
 """A GPT from scratch in JAX: tokenizers, attention, models, pretraining, fine-tuning, GPT-2 weights, text from them.
 
-A name is imported when it is first asked for, so that ``import slm_jax`` takes no time, and ``slm-jax --help`` no JAX.
+A name is imported when it is first used, so that ``import slm_jax`` takes no time, and ``slm-jax --help`` no JAX.
 """
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from slm_jax import lora, tasks
-    from slm_jax.capture import ablate, capture
+    from slm_jax import attention, model, tasks, tokenizer
     from slm_jax.classifier import GPTClassifier
-    from slm_jax.classify import load_classifier
-    from slm_jax.generate import generate
+    from slm_jax.evaluation.capture import ablate, capture
+    from slm_jax.evaluation.classify import load_classifier
+    from slm_jax.generation.decode import generate
     from slm_jax.model import GPTConfig, GPTModel, get_gpt_config, init_cache, unstack_blocks
-    from slm_jax.run import Run, load_model, load_run
+    from slm_jax.runs import Run, load_gpt2, load_model, load_run
     from slm_jax.tokenizer import get_tokenizer
-    from slm_jax.weights import load_gpt2, save_gpt2
+    from slm_jax.weights import adapters as lora
+    from slm_jax.weights import save_gpt2
 
 __version__ = "0.1.0"
 __all__ = [
@@ -26,6 +25,7 @@ __all__ = [
     "GPTModel",
     "Run",
     "ablate",
+    "attention",
     "capture",
     "generate",
     "get_gpt_config",
@@ -36,54 +36,49 @@ __all__ = [
     "load_model",
     "load_run",
     "lora",
+    "model",
     "save_gpt2",
     "tasks",
+    "tokenizer",
     "unstack_blocks",
 ]
 
-_MODULES = {
+# The module of each public name; a module that is public itself has its own path.
+_HOMES = {
     "GPTClassifier": "classifier",
     "GPTConfig": "model",
     "GPTModel": "model",
-    "Run": "run",
-    "ablate": "capture",
-    "capture": "capture",
-    "generate": "generate",
+    "Run": "runs",
+    "ablate": "evaluation.capture",
+    "capture": "evaluation.capture",
+    "generate": "generation.decode",
     "get_gpt_config": "model",
     "get_tokenizer": "tokenizer",
     "init_cache": "model",
-    "load_classifier": "classify",
-    "load_gpt2": "weights",
-    "load_model": "run",
-    "load_run": "run",
+    "load_classifier": "evaluation.classify",
+    "load_gpt2": "runs",
+    "load_model": "runs",
+    "load_run": "runs",
     "save_gpt2": "weights",
     "unstack_blocks": "model",
+}
+_MODULES = {
+    "attention": "attention",
+    "lora": "weights.adapters",
+    "model": "model",
+    "tasks": "tasks",
+    "tokenizer": "tokenizer",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name, or a module such as ``slm_jax.tokenizer``."""
+    """Import a public name or module when it is first used."""
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"slm_jax.{_HOMES[name]}"), name)
     if name in _MODULES:
-        return getattr(importlib.import_module(f"slm_jax.{_MODULES[name]}"), name)
-    try:
-        if name.isidentifier() and not name.startswith("_"):
-            return importlib.import_module(f"slm_jax.{name}")
-    except ModuleNotFoundError as error:
-        if error.name != f"slm_jax.{name}":
-            raise
+        return importlib.import_module(f"slm_jax.{_MODULES[name]}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _Package(ModuleType):
-    """This package, in which importing ``slm_jax.generate`` does not put that module in the function's place."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name in _MODULES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

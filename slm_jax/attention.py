@@ -27,13 +27,13 @@ from flax.typing import Dtype, Initializer
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from slm_jax.cache import LayerCache, cached_attention
 from slm_jax.errors import InputError
-from slm_jax.flash import flash_attention
-from slm_jax.flash import obstacle as flash_obstacle
-from slm_jax.layers import Dense
-from slm_jax.lora import Adapter
-from slm_jax.target import target
+from slm_jax.nn.cache import LayerCache, cached_attention
+from slm_jax.nn.flash import flash_attention
+from slm_jax.nn.flash import obstacle as flash_obstacle
+from slm_jax.nn.layers import Dense
+from slm_jax.nn.lora import Adapter
+from slm_jax.nn.target import target
 
 Implementation = Literal["auto", "xla", "cudnn", "flash", "explicit"]
 
@@ -422,7 +422,7 @@ def choose_implementation(
         needs_weights: whether the weights must exist: dropout is active, or they are to be returned.
         odd_mask: whether there is an extra mask over an odd number of tokens (cuDNN has no gradient for it).
         device: (JAX's platform name, NVIDIA's compute capability or None), such as ("gpu", 8.0) or ("cpu", None);
-            by default what is compiled for (:func:`slm_jax.target.target`).
+            by default what is compiled for (:func:`slm_jax.nn.target.target`).
         other_mask: whether there is a mask that segments do not say.
 
     Raises:

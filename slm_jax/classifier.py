@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from slm_jax.lora import Adapter
 from slm_jax.model import INIT_STD, GPTModel, Params
+from slm_jax.nn.lora import Adapter
 
 Pooling = Literal["last", "mean", "first"]
 

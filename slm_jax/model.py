@@ -19,12 +19,12 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from slm_jax.attention import FusedMultiHeadAttention
-from slm_jax.cache import KVCache, LayerCache
 from slm_jax.errors import InputError
-from slm_jax.layers import Dense, LayerNorm, gelu
-from slm_jax.logits import float32_logits
-from slm_jax.lora import Adapter
-from slm_jax.target import target
+from slm_jax.nn.cache import KVCache, LayerCache
+from slm_jax.nn.heads import float32_logits
+from slm_jax.nn.layers import Dense, LayerNorm, gelu
+from slm_jax.nn.lora import Adapter
+from slm_jax.nn.target import target
 
 DType = Literal["float32", "bfloat16", "float16"]
 Remat = Literal["none", "dots", "full"]

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_chec
 from urllib.parse import urlsplit
 
 from slm_jax.errors import InputError, MissingInputError
-from slm_jax.network import check_reachable
+from slm_jax.files import check_reachable
 
 if TYPE_CHECKING:
     import tiktoken

@@ -9,7 +9,7 @@ import pytest
 
 from slm_jax import cli
 from slm_jax.model import GPTConfig, init_params
-from slm_jax.run import Run, save_run
+from slm_jax.runs import Run, save_run
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789 .:QA\n"
 TEMPLATE = {"user_start": "Q: ", "assistant_start": "\nA: ", "assistant_end": "\n"}

@@ -16,7 +16,7 @@ from slm_jax.data.builtin import python_docs
 from slm_jax.data.named import NAMED_FILES
 from slm_jax.errors import MissingInputError
 from slm_jax.model import count_params, get_gpt_config, init_params
-from slm_jax.run import Run, save_run
+from slm_jax.runs import Run, save_run
 from slm_jax.tasks import pretraining
 from slm_jax.tokenizer import BPETokenizer, get_tokenizer
 from slm_jax.training.start import find_start

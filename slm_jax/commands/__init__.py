@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slm_jax.files import cache_folder
-from slm_jax.host_memory import keep_freed_memory
+from slm_jax.training.host_memory import keep_freed_memory
 
 if TYPE_CHECKING:
-    from slm_jax.run import Run
-    from slm_jax.templates import Template
+    from slm_jax.data.templates import Template
+    from slm_jax.runs import Run
 
 MOST_CACHED = 2 * 2**30  # bytes of compiled programs; then those not used for longest are removed
 
@@ -53,7 +53,7 @@ def _remove_unfinished(cache: Path) -> None:
 
 def load(source: str, tokenizer: str | None, n_heads: int | None) -> "Run":
     """Load the model that the options of a command name, with its tokenizer."""
-    from slm_jax.run import load_model
+    from slm_jax.runs import load_model
     from slm_jax.tokenizer import get_tokenizer
 
     return load_model(source, None if tokenizer is None else get_tokenizer(tokenizer), n_heads=n_heads)
@@ -61,7 +61,7 @@ def load(source: str, tokenizer: str | None, n_heads: int | None) -> "Run":
 
 def template_of(loaded: "Run") -> "Template":
     """Return the template that a model was shown instructions in; say so where it was not, and take Alpaca's."""
-    from slm_jax.templates import TEMPLATES
+    from slm_jax.data.templates import TEMPLATES
 
     if loaded.template is not None:
         return loaded.template

@@ -5,18 +5,18 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from slm_jax.bench.ceilings import named_device
 from slm_jax.commands import load, set_up
 from slm_jax.config import ModelSection, RunConfig
 from slm_jax.errors import InputError
 from slm_jax.files import check_new_file, write_file
-from slm_jax.host_memory import keep_freed_memory
 from slm_jax.model import get_gpt_config
 from slm_jax.options import check_at_least, parse
+from slm_jax.tools.bench.ceilings import named_device
+from slm_jax.training.host_memory import keep_freed_memory
 
 if TYPE_CHECKING:
-    from slm_jax.bench.result import Result
     from slm_jax.model import GPTConfig, Params
+    from slm_jax.tools.bench.result import Result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +177,7 @@ def run(options: Any, measure: "Callable[[Any], Result]") -> int:
     result = measure(options)
     from rich.console import Console
 
-    from slm_jax.bench.result import draw_result, print_result
+    from slm_jax.tools.bench.result import draw_result, print_result
 
     if options.format == "json":
         print(result.to_json(), end="")
@@ -193,7 +193,7 @@ def run(options: Any, measure: "Callable[[Any], Result]") -> int:
 def _train(options: TrainOptions) -> "Result":
     import jax
 
-    from slm_jax.bench.train import bench_train
+    from slm_jax.tools.bench.train import bench_train
     from slm_jax.training.memory import out_of_memory_as_input_error
 
     keep_freed_memory()
@@ -205,8 +205,8 @@ def _train(options: TrainOptions) -> "Result":
 
 
 def _generate(options: GenerateOptions) -> "Result":
-    from slm_jax.bench.ceilings import find_ceilings
-    from slm_jax.bench.generate import bench_generate
+    from slm_jax.tools.bench.ceilings import find_ceilings
+    from slm_jax.tools.bench.generate import bench_generate
 
     set_up()
     with _generation_that_fits():
@@ -258,7 +258,7 @@ def _model(options: GenerateOptions) -> "tuple[GPTConfig, Params]":
 
 
 def _data(options: DataOptions) -> "Result":
-    from slm_jax.bench.data import bench_data
+    from slm_jax.tools.bench.data import bench_data
 
     return bench_data(
         options.recipe,
@@ -270,13 +270,13 @@ def _data(options: DataOptions) -> "Result":
 
 
 def _startup(options: StartupOptions) -> "Result":
-    from slm_jax.bench.startup import bench_startup
+    from slm_jax.tools.bench.startup import bench_startup
 
     return bench_startup(options.recipe, options.repeats)
 
 
 def _memory(options: MemoryOptions) -> "Result":
-    from slm_jax.bench.memory import bench_memory
+    from slm_jax.tools.bench.memory import bench_memory
     from slm_jax.training.memory import out_of_memory_as_input_error
 
     set_up()  # the process that measures takes the step from there

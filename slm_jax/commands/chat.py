@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from slm_jax.commands import load, set_up
+from slm_jax.data.templates import Message, Template, load_template
 from slm_jax.errors import InputError
 from slm_jax.options import check_at_least, check_seed, parse
-from slm_jax.templates import Message, Template, load_template
 
 if TYPE_CHECKING:
-    from slm_jax.run import Run
-    from slm_jax.sampling import Sampling
+    from slm_jax.generation.sampler import Sampling
+    from slm_jax.runs import Run
 
 HELP = """\
   /help               this list
@@ -72,7 +72,7 @@ class Options:
 
     def sampling(self) -> "Sampling":
         """Return how tokens are chosen."""
-        from slm_jax.sampling import Sampling
+        from slm_jax.generation.sampler import Sampling
 
         return Sampling(self.temperature, self.top_k or None, self.top_p, self.min_p, self.repetition_penalty)
 
@@ -172,7 +172,7 @@ class Chat:
         """
         import jax
 
-        from slm_jax.generate import stream_text
+        from slm_jax.generation.decode import stream_text
 
         pieces = stream_text(
             self._model,

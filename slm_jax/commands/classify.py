@@ -12,7 +12,7 @@ from slm_jax.files import user_path
 from slm_jax.options import check_at_least, name_words, parse
 
 if TYPE_CHECKING:
-    from slm_jax.classify import Prediction
+    from slm_jax.evaluation.classify import Prediction
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ def main(args: Sequence[str]) -> int:
 
 def run(options: Options) -> int:
     """Print a line for each text; return 0."""
-    from slm_jax.classify import load_classifier
+    from slm_jax.evaluation.classify import load_classifier
 
     set_up()
     texts = options.text or _lines(options.file)

@@ -30,8 +30,8 @@ def main(args: Sequence[str]) -> int:
 
 def run(options: Options) -> int:
     """Print what is found; return 1 if some of it is a problem, else 0."""
-    from slm_jax.doctor.machine import examine_machine
-    from slm_jax.doctor.run import examine_run
+    from slm_jax.tools.doctor.machine import examine_machine
+    from slm_jax.tools.doctor.run import examine_run
     from slm_jax.training.run_folder import find_run
 
     folder = None if options.run is None else find_run(options.run)

@@ -41,9 +41,9 @@ def main(args: Sequence[str]) -> int:
 def run(options: Options) -> int:
     """Write the folder, and say how to open it; return 0."""
     from slm_jax.files import check_new_folder
-    from slm_jax.run import find_tokenizer
+    from slm_jax.runs import find_tokenizer, load_gpt2
     from slm_jax.tokenizer import get_tokenizer
-    from slm_jax.weights import load_gpt2, save_gpt2
+    from slm_jax.weights import save_gpt2
 
     check_new_folder(options.out)
     if options.format == "adapter":
@@ -66,9 +66,9 @@ def run(options: Options) -> int:
 def _export_adapters(source: str, out: str) -> int:
     """Write what LoRA trained of a run, without the model; return 0."""
     from slm_jax.files import new_folder
-    from slm_jax.lora import save_adapters
+    from slm_jax.runs import find_checkpoint, read_adapters
     from slm_jax.training.checkpoint import read_metadata
-    from slm_jax.weights.ours import find_checkpoint, read_adapters
+    from slm_jax.weights.adapters import save_adapters
 
     checkpoint = find_checkpoint(source)
     if checkpoint is None:
@@ -84,8 +84,8 @@ def _export_adapters(source: str, out: str) -> int:
 
 def _figures(source: str) -> dict[str, Any]:
     """Return what the model card says of a run's checkpoint; nothing for other weights."""
+    from slm_jax.runs import find_checkpoint
     from slm_jax.training.checkpoint import read_metadata
-    from slm_jax.weights.ours import find_checkpoint
 
     checkpoint = find_checkpoint(source)
     if checkpoint is None:

@@ -49,7 +49,7 @@ def _check_data(options: RunConfig) -> None:
         load_labelled(options.data, options.classification, options.seed)
     else:
         from slm_jax.data.instructions import load_instructions
-        from slm_jax.templates import load_template
+        from slm_jax.data.templates import load_template
 
         load_template(options.instruction.template)
         load_instructions(options.data, options.instruction, options.seed)

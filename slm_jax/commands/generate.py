@@ -11,7 +11,7 @@ from slm_jax.errors import InputError, MissingInputError
 from slm_jax.options import check_at_least, check_seed, parse
 
 if TYPE_CHECKING:
-    from slm_jax.sampling import Sampling
+    from slm_jax.generation.sampler import Sampling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Options:
 
     def sampling(self) -> "Sampling":
         """Return how tokens are chosen."""
-        from slm_jax.sampling import Sampling
+        from slm_jax.generation.sampler import Sampling
 
         return Sampling(self.temperature, self.top_k or None, self.top_p, self.min_p, self.repetition_penalty)
 
@@ -89,9 +89,9 @@ def run(options: Options) -> int:
     """Print each text as it is written; return 0."""
     import jax
 
-    from slm_jax.generate import stream_text
+    from slm_jax.data.templates import Message
+    from slm_jax.generation.decode import stream_text
     from slm_jax.model import GPTModel, unstack_blocks
-    from slm_jax.templates import Message
 
     set_up()
     start = options.prompt if options.prompt_file is None else read_prompt(Path(options.prompt_file))

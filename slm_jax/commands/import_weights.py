@@ -39,7 +39,7 @@ def run(options: Options) -> int:
     from slm_jax.config import check_run_name
     from slm_jax.files import check_new_folder, user_path
     from slm_jax.model import count_params
-    from slm_jax.run import save_run
+    from slm_jax.runs import save_run
 
     check_run_name(options.run)
     folder = user_path(options.runs_dir) / options.run

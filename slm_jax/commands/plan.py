@@ -60,8 +60,8 @@ def run(options: Options) -> int:
     import jax
     from rich.console import Console
 
-    from slm_jax.planning.plan import make_plan
-    from slm_jax.planning.report import print_plan
+    from slm_jax.tools.plan.plan import make_plan
+    from slm_jax.tools.plan.report import print_plan
 
     jax.config.update("jax_platforms", "cpu")  # an accelerator that is here is left to those who train
     plan = make_plan(options, options.device, options.devices, options.mfu, options.tokens)

@@ -50,9 +50,9 @@ def run(options: Options) -> int:
     """Write the page, and say where; return 0."""
     import jax
 
-    from slm_jax.report.compare import write_comparison
-    from slm_jax.report.page import write_page
-    from slm_jax.report.read import read_records
+    from slm_jax.tools.report.compare import write_comparison
+    from slm_jax.tools.report.page import write_page
+    from slm_jax.tools.report.read import read_records
 
     jax.config.update("jax_platforms", "cpu")  # an accelerator that is here is left to those who train
     use_compile_cache()

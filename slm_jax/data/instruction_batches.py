@@ -14,10 +14,10 @@ import numpy as np
 from jaxtyping import Bool, Int32
 
 from slm_jax.data.instructions import Example
+from slm_jax.data.templates import Template
 from slm_jax.data.text_batches import bucket_width
 from slm_jax.data.windows import Batch
 from slm_jax.errors import InputError
-from slm_jax.templates import Template
 from slm_jax.tokenizer import Tokenizer
 
 

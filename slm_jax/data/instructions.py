@@ -12,9 +12,9 @@ from slm_jax.data.named import NAMED_FILES, named_file
 from slm_jax.data.rows import Row, read_json, read_jsonl, read_tfds
 from slm_jax.data.sources import parse_source
 from slm_jax.data.splits import first_places, grouped, share, shared, split_fractions
+from slm_jax.data.templates import Message, entry_messages
 from slm_jax.errors import InputError
 from slm_jax.files import user_path
-from slm_jax.templates import Message, entry_messages
 
 SOURCES = {
     "json": "json:FILE",

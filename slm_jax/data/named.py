@@ -9,8 +9,7 @@ from typing import NamedTuple
 
 from slm_jax.data.text_files import unreadable
 from slm_jax.errors import InputError, MissingInputError
-from slm_jax.files import cache_folder, sha256
-from slm_jax.network import check_reachable
+from slm_jax.files import cache_folder, check_reachable, sha256
 
 CONNECT_SECONDS = 2.0  # to look up and reach the server; without a network a name lookup alone can hang for minutes
 READ_SECONDS = 20.0  # without one byte from a server that was reached

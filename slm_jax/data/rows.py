@@ -18,10 +18,10 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from slm_jax.data.fields import get_field, get_text
 from slm_jax.data.text_files import iter_text, read_text, untold
 from slm_jax.errors import InputError, MissingInputError
-from slm_jax.fields import get_field, get_text
-from slm_jax.network import check_reachable
+from slm_jax.files import check_reachable
 
 CONNECT_SECONDS = 1.5  # offline, TensorFlow Datasets itself would try for minutes
 TFDS_URL = "https://storage.googleapis.com"  # tried for a data set that does not say where it comes from

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from slm_jax.errors import InputError
-from slm_jax.generate import round_up
+from slm_jax.generation.decode import round_up
 from slm_jax.model import GPTModel, Params
 from slm_jax.tokenizer import Tokenizer
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from slm_jax.data.rows import Row, read_json
+from slm_jax.data.templates import Message, Template, entry_messages
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.evaluation.logprobs import Pair, Track, continuation_logprobs, is_truncated
 from slm_jax.evaluation.results import perplexity
 from slm_jax.model import GPTModel, Params
-from slm_jax.templates import Message, Template, entry_messages
 from slm_jax.tokenizer import Tokenizer
 
 

@@ -9,18 +9,17 @@ import jax
 
 from slm_jax.config import ModelSection, RunConfig
 from slm_jax.errors import InputError
-from slm_jax.identity import identity
 from slm_jax.model import PRESETS, DType, GPTConfig, Params
-from slm_jax.run import find_tokenizer, load_model
+from slm_jax.runs import find_checkpoint, find_tokenizer, load_model, read_frozen
 from slm_jax.tokenizer import Tokenizer, fingerprint, get_tokenizer, tokenizer_from_dict
-from slm_jax.trainable import leaf_table, split_params
 from slm_jax.training.checkpoint import load_opt_state, read_metadata
 from slm_jax.training.hardware import best_dtype
+from slm_jax.training.identity import identity
 from slm_jax.training.optimizer import make_optimizer
 from slm_jax.training.run_folder import FROZEN
 from slm_jax.training.start import Start
 from slm_jax.training.task import Parameters, purpose_key
-from slm_jax.weights.ours import find_checkpoint, read_frozen
+from slm_jax.training.trainable import leaf_table, split_params
 
 _EXECUTION = ("drop_rate", "remat", "attention", "unroll")  # what of a base may be changed
 

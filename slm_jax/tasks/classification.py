@@ -20,10 +20,10 @@ from slm_jax.evaluation.classes import ClassFigures, class_figures, class_table,
 from slm_jax.model import GPTConfig, Params
 from slm_jax.tasks.base import count_steps, find_base, longest_allowed, new_base, prepare_params
 from slm_jax.tokenizer import Tokenizer
-from slm_jax.trainable import merge_params
 from slm_jax.training.start import Start
 from slm_jax.training.step import Batch, LossFn, Sums
 from slm_jax.training.task import Evaluate, EvaluationSums, Moment, Task
+from slm_jax.training.trainable import merge_params
 
 SPLITS = ("train", "validation", "test")
 

@@ -21,16 +21,16 @@ from slm_jax.data.instruction_batches import (
     pack,
 )
 from slm_jax.data.instructions import Example, InstructionSplits, load_instructions
+from slm_jax.data.templates import Message, Template, format_prompt, load_template
 from slm_jax.data.text_batches import bucket_width
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.evaluation.responses import Response, score_responses
 from slm_jax.evaluation.results import perplexity
 from slm_jax.files import replace_text
-from slm_jax.generate import generate
+from slm_jax.generation.decode import generate
 from slm_jax.model import GPTConfig, GPTModel, Params, init_params, unstack_blocks
 from slm_jax.tasks.base import count_steps, find_base, longest_allowed, new_base, prepare_params
 from slm_jax.tasks.pretraining import make_loss_fn
-from slm_jax.templates import Message, Template, format_prompt, load_template
 from slm_jax.tokenizer import Tokenizer
 from slm_jax.training.start import Start
 from slm_jax.training.step import Batch

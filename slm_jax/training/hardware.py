@@ -12,7 +12,7 @@ import jax
 
 from slm_jax.errors import InputError
 from slm_jax.model import DType, GPTConfig, count_params
-from slm_jax.target import target, target_of
+from slm_jax.nn.target import target, target_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +94,7 @@ def best_dtype(device: jax.Device | None = None) -> DType:
     """Return what to compute in on a device: bfloat16 on a TPU or an NVIDIA GPU that has it, else float32.
 
     A GPU older than compute capability 8.0, such as Colab's T4, only emulates bfloat16. The default is what is
-    compiled for (:func:`slm_jax.target.target`).
+    compiled for (:func:`slm_jax.nn.target.target`).
     """
     platform, capability = target() if device is None else target_of(device)
     return "bfloat16" if platform == "tpu" or (capability or 0) >= 8 else "float32"

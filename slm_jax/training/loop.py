@@ -20,14 +20,12 @@ from rich.console import Console
 
 from slm_jax.config import RunConfig, dump_config, to_dict
 from slm_jax.errors import InputError
-from slm_jax.identity import identity
-from slm_jax.lora import split_adapters
 from slm_jax.model import Params
-from slm_jax.param_file import tree_fingerprint, write_tree
-from slm_jax.trainable import leaf_table, merge_params
+from slm_jax.nn.lora import split_adapters
 from slm_jax.training import hardware
 from slm_jax.training.checkpoint import Checkpoints, best_step, checkpoint_bytes, load_params, saved_steps
 from slm_jax.training.evaluate import Evaluator
+from slm_jax.training.identity import identity
 from slm_jax.training.interrupt import Interrupted, StopRequest
 from slm_jax.training.loggers import check_loggers, open_loggers
 from slm_jax.training.memory import check_fits, device_bytes
@@ -58,6 +56,8 @@ from slm_jax.training.step import (
 )
 from slm_jax.training.summary import environment, summarize, tell_end
 from slm_jax.training.task import Moment, Task, purpose_key
+from slm_jax.training.trainable import leaf_table, merge_params
+from slm_jax.weights.param_file import tree_fingerprint, write_tree
 
 MAX_SKIPPED = 3  # steps in a row without finite gradients after which training stops
 

@@ -11,12 +11,12 @@ import numpy as np
 
 from slm_jax.config import RunConfig
 from slm_jax.errors import InputError, MissingInputError
-from slm_jax.identity import first_difference
-from slm_jax.param_file import read_tree
 from slm_jax.training.checkpoint import best_step, find_damage, read_metadata, saved_steps
+from slm_jax.training.identity import first_difference
 from slm_jax.training.mirror import copy_checkpoint, copy_file, find_mirror, other_files
 from slm_jax.training.run_folder import FROZEN, RunFolder
 from slm_jax.training.summary import environment, rounding_changes
+from slm_jax.weights.param_file import read_tree
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from slm_jax.errors import InputError, MissingInputError
-from slm_jax.files import sha256
-from slm_jax.network import check_reachable
+from slm_jax.files import check_reachable, sha256, user_path
 
 FILE = "model.safetensors"
 
@@ -85,3 +84,13 @@ def _verified(file: Path, pin: Pin) -> Path:
             f"{file}: its SHA-256 is {digest}; expected {expected}: delete {file.resolve()} and load it again"
         )
     return file
+
+
+_ALIASES = {"gpt2-small": "gpt2"}
+
+
+def find_weights(source: str | Path) -> Path:
+    """Return the file or folder of weights that a path or a name stands for, downloading it if need be."""
+    name = _ALIASES.get(str(source), str(source))
+    path = user_path(source)
+    return path if path.exists() or name not in PINS else find_by_name(name)

@@ -16,11 +16,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from slm_jax.errors import InputError
 from slm_jax.files import read_json
 from slm_jax.model import PRESETS, GPTConfig, Params
-from slm_jax.param_file import DIGESTS
 from slm_jax.weights import book, huggingface, nanogpt
 from slm_jax.weights.files import AGAIN, FLOATS, OURS, Tensor, TensorFiles, find_file, open_tensors
 from slm_jax.weights.foreign import describe
 from slm_jax.weights.names import NameMap, largest_first, leaf_shapes
+from slm_jax.weights.param_file import DIGESTS
 
 OURS_FIELDS = ("n_heads", "drop_rate", "exact_gelu", "unpadded_vocab_size")
 

@@ -12,12 +12,12 @@ from flax.traverse_util import flatten_dict
 
 from slm_jax.errors import InputError
 from slm_jax.files import check_new_folder, new_folder
-from slm_jax.lora import merge_adapters
 from slm_jax.model import GPTConfig, Params, join_blocks
-from slm_jax.param_file import write_tensors
+from slm_jax.nn.lora import merge_adapters
 from slm_jax.tokenizer import GPT2Tokenizer, Tokenizer
 from slm_jax.weights.files import FLOATS, OURS
 from slm_jax.weights.names import NameMap, Slot, leaf_shapes
+from slm_jax.weights.param_file import write_tensors
 from slm_jax.weights.reader import FORMATS, OURS_FIELDS
 from slm_jax.weights.transformers_folder import folder_files
 

@@ -8,9 +8,9 @@ import pytest
 
 from slm_jax import cli
 from slm_jax.commands.chat import Chat, Options
+from slm_jax.data.templates import TEMPLATES, Message, Template
 from slm_jax.errors import InputError
-from slm_jax.run import load_model
-from slm_jax.templates import TEMPLATES, Message, Template
+from slm_jax.runs import load_model
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import pytest
 
 from slm_jax import cli
+from slm_jax.data.templates import Template
 from slm_jax.evaluation import evaluate_source, hellaswag, lambada, read_responses, reference_loss, to_dict
 from slm_jax.model import GPTModel, init_params
-from slm_jax.run import load_model
-from slm_jax.templates import Template
+from slm_jax.runs import load_model
 from slm_jax.tokenizer import CharTokenizer
 from slm_jax.training.checkpoint import Checkpoints
 from slm_jax.training.step import TrainState

@@ -8,7 +8,7 @@ from pretraining import options
 from reports import Page
 
 from slm_jax import cli
-from slm_jax.report import page as report_page
+from slm_jax.tools.report import page as report_page
 
 
 @pytest.fixture(scope="module")

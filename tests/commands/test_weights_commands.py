@@ -8,9 +8,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from slm_jax import cli
-from slm_jax.lora import add_adapters, load_adapters, merge_adapters
-from slm_jax.run import load_run
-from slm_jax.weights import load_gpt2
+from slm_jax.runs import load_gpt2, load_run
+from slm_jax.weights.adapters import add_adapters, load_adapters, merge_adapters
 
 
 def bits(folder: Path) -> dict[str, bytes]:

@@ -16,9 +16,9 @@ from slm_jax.data.instruction_batches import (
     pack,
 )
 from slm_jax.data.instructions import Example
+from slm_jax.data.templates import TEMPLATES, Message, Template
 from slm_jax.errors import InputError
 from slm_jax.model import GPTConfig, GPTModel
-from slm_jax.templates import TEMPLATES, Message, Template
 from slm_jax.tokenizer import BPETokenizer, CharTokenizer
 
 PLAIN = Template(user_start="Q:", user_end="\n", assistant_start="A:", assistant_end=".")  # a token a character

@@ -315,7 +315,7 @@ def test_what_the_texts_import_is_in_the_reference():
         for text in TEXTS
         for module in re.findall(r"^(?:# )?\s*(?:from|import) (slm_jax\.[\w.]+)", text.read_text(), re.M)
     }
-    assert {"slm_jax.tasks.instruction", "slm_jax.host_memory"} <= imported
+    assert {"slm_jax.tasks.instruction", "slm_jax.training.host_memory"} <= imported
     shown = {".".join(module.split(".")[:length]) for module in MODULES for length in range(2, 5)}
     assert imported - shown <= {"slm_jax.cli", "slm_jax.commands"}
 

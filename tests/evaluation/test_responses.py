@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 
+from slm_jax.data.templates import TEMPLATES, Message, Template
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.evaluation.responses import (
     Response,
@@ -15,7 +16,6 @@ from slm_jax.evaluation.responses import (
     rouge_l,
     score_responses,
 )
-from slm_jax.templates import TEMPLATES, Message, Template
 from slm_jax.tokenizer import BPETokenizer, CharTokenizer
 
 ALPACA = {"instruction": "Add.", "input": "1 + 1", "output": "It is 2.", "model_response": "2"}

@@ -24,14 +24,14 @@ from slm_jax.config import (
 )
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.model import GPTConfig, init_params
-from slm_jax.run import Run, save_run
+from slm_jax.runs import Run, save_run
 from slm_jax.tasks import pretraining
 from slm_jax.tasks.base import count_steps, find_base
 from slm_jax.tokenizer import CharTokenizer
-from slm_jax.trainable import from_leaf_table, leaf_table, whole_params
 from slm_jax.training.checkpoint import saved_steps
 from slm_jax.training.start import find_start
 from slm_jax.training.step import make_eval_step
+from slm_jax.training.trainable import from_leaf_table, leaf_table, whole_params
 from slm_jax.weights import save_gpt2
 
 # Checkpoints are read here as they lie on the disk, without saying onto which devices.

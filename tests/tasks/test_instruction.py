@@ -20,11 +20,11 @@ from slm_jax.config import (
     TrainConfig,
 )
 from slm_jax.data.instruction_batches import Tokens, instruction_batches, instruction_eval_batches, pack
+from slm_jax.data.templates import Message, Template
 from slm_jax.errors import InputError
 from slm_jax.model import GPTConfig, GPTModel, init_params
 from slm_jax.tasks.instruction import answer, build
 from slm_jax.tasks.pretraining import make_loss_fn
-from slm_jax.templates import Message, Template
 from slm_jax.tokenizer import CharTokenizer
 from slm_jax.training.start import find_start
 from slm_jax.training.step import TrainState, accumulated_gradients, make_eval_step, make_train_step

@@ -13,8 +13,8 @@ from slm_jax import cli
 from slm_jax.config import DataConfig, ModelSection, RunConfig, SampleConfig, TrainConfig
 from slm_jax.data.token_file import write_token_file
 from slm_jax.errors import InputError
-from slm_jax.lora import add_adapters, init_adapters
 from slm_jax.model import GPTConfig, GPTModel, init_params
+from slm_jax.nn.lora import add_adapters, init_adapters
 from slm_jax.tasks import pretraining
 from slm_jax.tokenizer import CharTokenizer
 from slm_jax.training.start import find_start

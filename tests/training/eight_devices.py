@@ -19,7 +19,6 @@ from slm_jax.errors import InputError
 from slm_jax.model import GPTConfig, GPTModel, init_params
 from slm_jax.tasks import classification
 from slm_jax.tasks.pretraining import make_loss_fn
-from slm_jax.trainable import split_params
 from slm_jax.training.checkpoint import Checkpoints
 from slm_jax.training.optimizer import make_optimizer, make_schedule
 from slm_jax.training.sharding import (
@@ -31,6 +30,7 @@ from slm_jax.training.sharding import (
     state_shardings,
 )
 from slm_jax.training.step import TrainState, make_eval_step, make_train_step
+from slm_jax.training.trainable import split_params
 
 BATCH, SEQ, VOCAB, STEPS = 16, 8, 64, 5
 MESHES = {"data=8": MeshConfig(), "data=4,fsdp=2": MeshConfig(data=4, fsdp=2), "fsdp=8": MeshConfig(fsdp=8)}

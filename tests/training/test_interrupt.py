@@ -79,7 +79,7 @@ def test_the_second_signal_ends_the_process(first, second):
 
 COMPUTING = """
 import jax, jax.numpy as jnp
-from slm_jax.host_memory import keep_freed_memory
+from slm_jax.training.host_memory import keep_freed_memory
 from slm_jax.training.interrupt import StopRequest
 keep_freed_memory()
 program = jax.jit(lambda x: jax.lax.fori_loop(0, 10**9, lambda _, x: jnp.sin(x), x)).lower(jnp.ones(8)).compile()

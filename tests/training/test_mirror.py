@@ -14,13 +14,13 @@ from jax.experimental import multihost_utils
 
 from slm_jax.config import CheckpointConfig, RunConfig
 from slm_jax.errors import InputError
-from slm_jax.param_file import write_tree
 from slm_jax.training import mirror as mirror_module
 from slm_jax.training.checkpoint import CHECKSUMS, METADATA, Checkpoints, find_damage, saved_steps
 from slm_jax.training.mirror import Mirror, copy_checkpoint, find_mirror, other_files
 from slm_jax.training.run_folder import RunFolder
 from slm_jax.training.start import Start, find_start
 from slm_jax.training.step import TrainState
+from slm_jax.weights.param_file import write_tree
 
 
 def save(checkpoints, step, loss=None):

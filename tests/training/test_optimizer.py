@@ -17,10 +17,10 @@ from flax.traverse_util import flatten_dict
 from slm_jax.config import LoRAConfig, OptimizerConfig, RunConfig
 from slm_jax.errors import InputError
 from slm_jax.model import GPTConfig, init_params, param_shapes
-from slm_jax.trainable import split_params
 from slm_jax.training.checkpoint import Checkpoints
 from slm_jax.training.optimizer import decay_mask, make_optimizer, make_schedule, muon_or_adam
 from slm_jax.training.step import TrainState, make_train_step
+from slm_jax.training.trainable import split_params
 
 ROOT = Path(__file__).parents[2]
 CFG = GPTConfig(vocab_size=11, context_length=4, emb_dim=6, n_heads=2, n_layers=2, tie_weights=False)

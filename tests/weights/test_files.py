@@ -8,7 +8,7 @@ import pytest
 from foreign_files import CONFIG, VOCAB, WIDTH, book, huggingface, nanogpt, write, write_shards
 
 from slm_jax.errors import InputError, MissingInputError
-from slm_jax.weights import load_gpt2
+from slm_jax.runs import load_gpt2
 
 
 def refusal(source, kind=InputError, **kwargs):

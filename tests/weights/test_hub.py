@@ -13,7 +13,7 @@ import pytest
 from foreign_files import CONFIG, huggingface, write
 
 from slm_jax.errors import InputError, MissingInputError
-from slm_jax.weights import load_gpt2
+from slm_jax.runs import load_gpt2
 from slm_jax.weights.hub import PINS
 
 MEDIUM = PINS["gpt2-medium"].revision
@@ -107,7 +107,7 @@ def test_a_file_that_changed_in_the_cache_is_refused(tmp_path, weights):
 
 
 TWICE = """
-from slm_jax.weights import load_gpt2
+from slm_jax.runs import load_gpt2
 print([load_gpt2("gpt2-medium", n_heads=3)[0].n_layers for _ in range(2)])
 """
 

@@ -11,11 +11,9 @@ import pytest
 
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.model import GPTConfig, init_params
-from slm_jax.run import Run, save_run
+from slm_jax.runs import Run, find_checkpoint, load_gpt2, save_run
 from slm_jax.tokenizer import CharTokenizer
 from slm_jax.training.checkpoint import CHECKSUMS, METADATA, write_checksums
-from slm_jax.weights import load_gpt2
-from slm_jax.weights.ours import find_checkpoint
 
 CFG = GPTConfig(vocab_size=5, context_length=4, emb_dim=8, n_heads=2, n_layers=1, unroll=True)
 

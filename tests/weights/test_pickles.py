@@ -9,7 +9,7 @@ from flax.traverse_util import flatten_dict
 from foreign_files import CONFIG, HEADS, LAYERS, WIDTH, book, huggingface, nanogpt, write
 
 from slm_jax.errors import InputError
-from slm_jax.weights import load_gpt2
+from slm_jax.runs import load_gpt2
 
 torch = pytest.importorskip("torch")
 

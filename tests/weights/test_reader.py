@@ -14,7 +14,7 @@ from foreign_files import CONFIG, CONTEXT, HEADS, LAYERS, VOCAB, WIDTH, book, hu
 
 from slm_jax.errors import InputError
 from slm_jax.model import param_shapes
-from slm_jax.weights import load_gpt2
+from slm_jax.runs import load_gpt2
 from slm_jax.weights.reader import _heads
 
 
@@ -205,7 +205,7 @@ PEAK = """
 import resource, sys
 from pathlib import Path
 import jax
-from slm_jax.weights import load_gpt2
+from slm_jax.runs import load_gpt2
 jax.numpy.zeros(1).block_until_ready()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 _, params = load_gpt2(Path(sys.argv[1]), n_heads=1, param_dtype=sys.argv[2])

@@ -1,0 +1,226 @@
+"""Templates: how a conversation is written as one text, for training, generation and chat alike.
+
+A template is data, so that it can travel with a run. Sources of the built-in ones: Stanford Alpaca as the book's
+chapter 7 has it; the chat templates that are published with Phi-3 and, as ChatML, with Qwen and SmolLM.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, cast, get_args
+
+from slm_jax.data.fields import get_text
+from slm_jax.errors import InputError, MissingInputError
+from slm_jax.files import read_json, user_path
+
+Role = Literal["system", "user", "assistant"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Message:
+    """One turn of a conversation.
+
+    Attributes:
+        role: whose turn it is.
+        content: what is said.
+        input: what an instruction is about, where that is given apart (Alpaca's ``input``).
+    """
+
+    role: Role
+    content: str
+    input: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+    """What stands around the turns of a conversation; it begins with a system message or ``default_system``.
+
+    Attributes:
+        user_start: before what the user says.
+        assistant_start: before what the assistant says; a prompt ends with it.
+        user_end: after what the user says.
+        assistant_end: after what the assistant says, and learned with it.
+        system_start: before a system message.
+        system_end: after a system message.
+        input_start: between an instruction and its input; left out where there is no input.
+        default_system: the first words of a conversation without a system message.
+    """
+
+    user_start: str
+    assistant_start: str
+    user_end: str = ""
+    assistant_end: str = ""
+    system_start: str = ""
+    system_end: str = ""
+    input_start: str = "\n"
+    default_system: str = ""
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        """The texts that end an answer, if the end-of-text token does not."""
+        return (self.assistant_end.rstrip() or self.user_start.rstrip(),)
+
+    def pieces(self, messages: Sequence[Message]) -> list[tuple[str, bool]]:
+        """Return the whole text in alternating pieces, each with whether it is a response.
+
+        A response includes ``assistant_end``: where to end is learned, too.
+        """
+        turns = [(self.default_system, False)] if self.default_system and messages[0].role != "system" else []
+        for message in messages:
+            if message.role == "assistant":
+                turns += [(self.assistant_start, False), (message.content + self.assistant_end, True)]
+            elif message.role == "system":
+                turns.append((self.system_start + message.content + self.system_end, False))
+            else:
+                about = self.input_start + message.input if message.input else ""
+                turns.append((self.user_start + message.content + about + self.user_end, False))
+        grouped = itertools.groupby(turns, key=lambda turn: turn[1])
+        return [("".join(text for text, _ in group), is_response) for is_response, group in grouped]
+
+    def prompt(self, messages: Sequence[Message]) -> str:
+        """Return the text up to where the assistant begins to answer.
+
+        A last message of the assistant is left out: it is the answer.
+        """
+        asked = messages[:-1] if messages[-1].role == "assistant" else messages
+        return "".join(text for text, _ in self.pieces(asked)) + self.assistant_start
+
+    def to_dict(self) -> dict[str, str]:
+        """Return the template as plain JSON data."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], where: str = "template") -> "Template":
+        """Rebuild a template from what :meth:`to_dict` gave; only the first two fields must be there.
+
+        Args:
+            data: the fields.
+            where: what has them, for messages.
+
+        Raises:
+            InputError: a field that is unknown, missing or no text; nothing by which an answer begins or ends.
+        """
+        fields = [field.name for field in dataclasses.fields(cls)]
+        for name, value in data.items():
+            if name not in fields:
+                raise InputError(f"{where}: unknown field {name!r}; expected {', '.join(fields)}")
+            if not isinstance(value, str):
+                raise InputError(f"{where}: {name} is {value!r:.60}; expected text")
+        for name in fields[:2]:
+            if name not in data:
+                raise InputError(f"{where}: no field {name!r} but {', '.join(data) or 'none'}; add it")
+        template = cls(**data)
+        if not template.assistant_start.strip():
+            raise InputError(f"{where}: assistant_start is blank; expected text that an answer comes after")
+        if not all(template.stop):
+            raise InputError(
+                f"{where}: assistant_end and user_start are blank, so nothing ends an answer; expected text in one"
+            )
+        return template
+
+
+TEMPLATES = {
+    "alpaca": Template(
+        default_system="Below is an instruction that describes a task. "
+        "Write a response that appropriately completes the request.",
+        user_start="\n\n### Instruction:\n",
+        input_start="\n\n### Input:\n",
+        assistant_start="\n\n### Response:\n",
+    ),
+    "phi3": Template(
+        system_start="<|system|>\n",
+        system_end="<|end|>\n",
+        user_start="<|user|>\n",
+        user_end="<|end|>\n",
+        assistant_start="<|assistant|>\n",
+        assistant_end="<|end|>\n",
+    ),
+    "chatml": Template(
+        system_start="<|im_start|>system\n",
+        system_end="<|im_end|>\n",
+        user_start="<|im_start|>user\n",
+        user_end="<|im_end|>\n",
+        assistant_start="<|im_start|>assistant\n",
+        assistant_end="<|im_end|>\n",
+    ),
+}
+
+
+def load_template(name_or_path: str) -> Template:
+    """Return a built-in template (alpaca, phi3, chatml), or that of a JSON file with :class:`Template`'s fields.
+
+    Raises:
+        InputError: a file that is no template.
+        MissingInputError: neither a built-in template nor a file.
+    """
+    if name_or_path in TEMPLATES:
+        return TEMPLATES[name_or_path]
+    path = user_path(name_or_path)
+    if not path.is_file():
+        raise MissingInputError(
+            f"template {name_or_path!r}: no such file or built-in template; expected {', '.join(TEMPLATES)} or a JSON "
+            f"file with {', '.join(field.name for field in dataclasses.fields(Template))}"
+        )
+    return Template.from_dict(read_json(path), str(path))
+
+
+def format_prompt(entry: Mapping[str, Any], template: str | Template = "alpaca") -> str:
+    r"""Return the text that a model answers: with Alpaca's template up to and including "### Response:\n".
+
+    Args:
+        entry: ``{"instruction": …, "input": …}`` (``input`` may be missing; an ``output`` is left out), or
+            ``{"messages": [{"role": …, "content": …}, …]}``.
+        template: a template, or what :func:`load_template` takes.
+
+    Raises:
+        InputError: a field that is missing, empty or no text; what is no template.
+    """
+    if isinstance(template, str):
+        template = load_template(template)
+    return template.prompt(entry_messages(entry, "entry"))
+
+
+def entry_messages(entry: Mapping[str, Any], where: str) -> tuple[Message, ...]:
+    """Return the turns of an entry; the assistant's is there if the entry has an output or ends with one.
+
+    Args:
+        entry: fields as :func:`format_prompt` takes them, or as Databricks' Dolly names them (``context``,
+            ``response``).
+        where: where the entry stands, for messages.
+
+    Raises:
+        InputError: a field that is missing, empty or no text; an unknown role; no message of a user.
+    """
+    if "messages" in entry:
+        return _chat(entry["messages"], where)
+    is_dolly = "response" in entry and "output" not in entry
+    about, answer = ("context", "response") if is_dolly else ("input", "output")
+    instruction = _filled(entry, "instruction", where)
+    question = Message("user", instruction, get_text(entry, about, where) if about in entry else "")
+    return (question, Message("assistant", _filled(entry, answer, where))) if answer in entry else (question,)
+
+
+def _chat(messages: Any, where: str) -> tuple[Message, ...]:
+    if not isinstance(messages, list | tuple) or not all(isinstance(message, Mapping) for message in messages):
+        raise InputError(f"{where}: messages is {messages!r:.60}; expected a list of objects with role and content")
+    turns: list[Message] = []
+    for number, message in enumerate(messages, start=1):
+        at = f"{where}, message {number}"
+        role = _filled(message, "role", at)
+        if role not in get_args(Role):
+            raise InputError(f"{at}: role is {role!r:.60}; expected one of {', '.join(get_args(Role))}")
+        if role == "system" and number > 1:
+            raise InputError(f"{at}: a system message after others; expected it first")
+        turns.append(Message(cast(Role, role), _filled(message, "content", at)))
+    asked = turns[:-1] if turns and turns[-1].role == "assistant" else turns
+    if not any(turn.role == "user" for turn in asked):
+        raise InputError(f"{where}: no message of a user to answer; expected role user before the last answer")
+    return tuple(turns)
+
+
+def _filled(fields: Mapping[str, Any], name: str, where: str) -> str:
+    """Return a field that must be text and not empty."""
+    text = get_text(fields, name, where)
+    if not text.strip():
+        raise InputError(f"{where}: {name} is empty; expected text, or leave the entry out")
+    return text

@@ -1,0 +1,389 @@
+"""Text from a model: the prompt in one pass, then token after token from a cache of keys and values.
+
+The loop over tokens runs on the device. While a text fits the model's context, each step computes one token and looks
+the others up in the cache. Position embeddings are absolute, so once the context is full and the window of tokens
+slides, every token in it changes its position: from there on the window is computed anew for each token.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from slm_jax.errors import InputError
+from slm_jax.generation.sampler import Numbers, Sampling, choose_tokens
+from slm_jax.model import GPTConfig, GPTModel, Params, init_cache, unstack_blocks
+from slm_jax.nn.cache import KVCache
+from slm_jax.tokenizer import Tokenizer
+
+PastContext = Literal["slide", "stop"]
+NO_ID = -1  # in place of an end-of-text id where there is none
+
+
+def generate(
+    model: GPTModel,
+    params: Params,
+    prompts: Any,
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    eos_id: int | None = None,
+    past_context: PastContext = "slide",
+    key: jax.Array | None = None,
+) -> Any:
+    """Continue prompts, each as if it were alone (the book's chapters 4 and 5).
+
+    Args:
+        model: the model.
+        params: its parameters, in any form that the model runs; ``unstack_blocks(params)`` saves a copy a call.
+        prompts: ids (batch, seq), or a list of lists of ids of different lengths.
+        max_new_tokens: how many tokens to add.
+        temperature, top_k, top_p, min_p, repetition_penalty: see
+            :class:`slm_jax.generation.sampler.Sampling`; temperature 0 is greedy and needs no key.
+        eos_id: after this id a row only repeats it; None: rows never stop.
+        past_context: what comes when a text fills the context: ``slide`` goes on from its last ``context_length``
+            tokens, ``stop`` ends it.
+        key: of the random draws: one key, from which row i takes ``fold_in(key, i)``, or an array of one key a row.
+
+    Returns:
+        For an array int32 (batch, seq + max_new_tokens), prompt included; for a list a list of 1-D arrays. With
+        ``stop`` no row is longer than the context.
+
+    Raises:
+        InputError: a prompt that is empty, longer than the context or has an id outside the vocabulary; a number out
+            of its range; no key to sample with.
+    """
+    ragged = isinstance(prompts, Sequence)
+    rows = [_as_row(row) for row in (prompts if ragged else np.atleast_1d(prompts))]  # one transfer from a device
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    chunks = _decode(model, params, rows, sampling, max_new_tokens, eos_id, past_context, key, chunk=None)
+    added = np.concatenate(list(chunks), axis=1)
+    if eos_id is not None:  # all rows ended early
+        added = np.pad(added, ((0, 0), (0, max_new_tokens - added.shape[1])), constant_values=eos_id)
+    longest = model.cfg.context_length if past_context == "stop" else None
+    outputs = [np.concatenate([row, new])[:longest] for row, new in zip(rows, added, strict=True)]
+    return [jnp.asarray(row, jnp.int32) for row in outputs] if ragged else jnp.asarray(np.stack(outputs), jnp.int32)
+
+
+def stream(
+    model: GPTModel,
+    params: Params,
+    prompts: Sequence[Any],
+    sampling: Sampling,
+    *,
+    max_new_tokens: int,
+    eos_id: int | None = None,
+    past_context: PastContext = "slide",
+    key: jax.Array | None = None,
+) -> Iterator[np.ndarray]:
+    """Yield the next token of every prompt, int32 (batch,), until all have ended or ``max_new_tokens`` are made.
+
+    A row that has ended yields ``eos_id`` (``NO_ID`` without one). Arguments and errors are those of :func:`generate`;
+    errors are raised at once, not at the first token.
+    """
+    rows = [_as_row(row) for row in prompts]
+    columns = _decode(model, params, rows, sampling, max_new_tokens, eos_id, past_context, key, chunk=1)
+    return (column[:, 0] for column in columns)
+
+
+def stream_text(
+    model: GPTModel,
+    params: Params,
+    tokenizer: Tokenizer,
+    prompt: str,
+    sampling: Sampling,
+    *,
+    max_new_tokens: int,
+    stop: str | Sequence[str] = (),
+    past_context: PastContext = "slide",
+    key: jax.Array | None = None,
+) -> Iterator[str]:
+    """Yield the continuation of a prompt piece by piece, up to the end of the text or the first of ``stop``.
+
+    An empty prompt is the start of a document. Characters of several tokens, and what may yet become a stop string,
+    are held back until they are complete. Arguments and errors are otherwise those of :func:`generate`.
+
+    Raises:
+        InputError: an empty stop string; a prompt that the tokenizer cannot encode.
+    """
+    stop = (stop,) if isinstance(stop, str) else tuple(stop)
+    if "" in stop:
+        raise InputError("a stop string is empty; expected text, such as a line break")
+    prompt_ids = tokenizer.encode(prompt)
+    n_ids = tokenizer.vocab_size
+    if n_ids < (model.cfg.unpadded_vocab_size or model.cfg.vocab_size):  # no text can be made of the others
+        model = GPTModel(dataclasses.replace(model.cfg, unpadded_vocab_size=n_ids))
+    columns = stream(
+        model, params, [prompt_ids or [tokenizer.eot_id]], sampling,
+        max_new_tokens=max_new_tokens, eos_id=tokenizer.eot_id, past_context=past_context, key=key,
+    )  # fmt: skip
+    return _pieces(tokenizer, prompt_ids, (int(column[0]) for column in columns), stop)
+
+
+def _pieces(
+    tokenizer: Tokenizer, prompt_ids: list[int], new_ids: Iterator[int], stop: tuple[str, ...]
+) -> Iterator[str]:
+    ids, shown = list(prompt_ids), len(tokenizer.decode(prompt_ids))
+    text = ""  # new, and not yet shown
+    for token in new_ids:
+        if token in (tokenizer.eot_id, NO_ID):
+            break
+        ids.append(token)
+        text = tokenizer.decode(ids)[shown:]
+        ends = [text.find(end) for end in stop if end in text]
+        if ends:
+            yield text[: min(ends)]
+            return
+        whole = text.rstrip("\ufffd")  # the bytes of a character that lacks some
+        ready = len(whole) - _held_back(whole, stop)
+        if ready > 0:
+            yield text[:ready]
+            shown, text = shown + ready, text[ready:]
+    yield text
+
+
+def _held_back(text: str, stop: tuple[str, ...]) -> int:
+    """Return how many characters at the end of a text may be the beginning of a stop string."""
+    longest = max(map(len, stop), default=0)
+    return next((n for n in range(min(longest, len(text)), 0, -1) if any(s.startswith(text[-n:]) for s in stop)), 0)
+
+
+class _Text(NamedTuple):
+    """The texts being written, on the device.
+
+    window: int32 (batch, context), the last tokens of each row, filled up on the right.
+    lengths: int32 (batch,), how many of them are tokens.
+    ended: bool (batch,).
+    seen: bool (batch, vocab), the tokens that each row has; None without a repetition penalty.
+    n_new: int32 (), how many tokens were added to each row.
+    """
+
+    window: Any
+    lengths: Any
+    ended: Any
+    seen: Any
+    n_new: Any
+
+
+class _Rules(NamedTuple):
+    """What decides on the next token, as values, so that a change compiles nothing.
+
+    numbers: of :class:`Sampling`.
+    keys: (batch,), one a row; None if greedy.
+    eos_id: or ``NO_ID``.
+    """
+
+    numbers: Numbers
+    keys: Any
+    eos_id: Any
+
+
+def _decode(
+    model: GPTModel,
+    params: Params,
+    rows: list[np.ndarray],
+    sampling: Sampling,
+    max_new_tokens: int,
+    eos_id: int | None,
+    past_context: PastContext,
+    key: jax.Array | None,
+    chunk: int | None,
+) -> Iterator[np.ndarray]:
+    """Check at once, then give new tokens in portions (batch, n): of ``chunk`` tokens, or as they come."""
+    _check(model, params, rows, max_new_tokens, eos_id, past_context)
+    if not sampling.is_greedy and key is None:
+        raise InputError("sampling needs a key: pass key=jax.random.key(seed), or temperature=0 for greedy")
+    keys = None if sampling.is_greedy else _row_keys(key, len(rows))
+    rules = _Rules(sampling.numbers(), keys, np.int32(NO_ID if eos_id is None else eos_id))
+    decoder = _Decoder(model, None if sampling.is_greedy else sampling.top_k, past_context == "stop")
+    return decoder.portions(params, rows, rules, int(max_new_tokens), chunk or model.cfg.context_length)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Decoder:
+    """The compiled parts of generation; its fields are what they are compiled for, beside the arrays' shapes."""
+
+    model: GPTModel
+    top_k: int | None
+    stop_when_full: bool
+
+    def portions(
+        self, params: Params, rows: list[np.ndarray], rules: _Rules, max_new_tokens: int, chunk: int
+    ) -> Iterator[np.ndarray]:
+        """Give new tokens in portions (batch, n), n at most ``chunk``, until all are made or every row has ended."""
+        context = self.model.cfg.context_length
+        longest = max(row.size for row in rows)
+        capacity = round_up(min(longest + max_new_tokens - 1, context), 128, context)  # the last is only made
+        params = unstack_blocks(params)
+        text = _start(self.model.cfg, rows, keeps_seen=rules.numbers["repetition_penalty"] is not None)
+        text, cache = self.prefill(params, text, rules, round_up(longest, 16, capacity), capacity)
+        # A cached step puts the newest token of each row into the cache; when that of the longest has no room there,
+        # it slides, or else it has ended and does not matter any more.
+        n_cached = max_new_tokens if self.stop_when_full else min(max_new_tokens, context - longest + 1)
+        n_made = 0
+        while True:
+            made: _Text = jax.device_get(text._replace(seen=None))  # once a portion: it waits for the device
+            columns = made.lengths[:, None] + np.arange(n_made - made.n_new, 0)
+            yield np.take_along_axis(made.window, columns, axis=1)
+            n_made = int(made.n_new)
+            if n_made == max_new_tokens or made.ended.all():
+                return
+            if n_made < n_cached:
+                text, cache = self.cached_steps(params, text, cache, rules, min(chunk, n_cached - n_made))
+            else:
+                cache = None  # free its memory
+                text = self.sliding_steps(params, text, rules, min(chunk, max_new_tokens - n_made))
+
+    @functools.partial(jax.jit, static_argnames=("self", "length", "capacity"))
+    def prefill(self, params: Params, text: _Text, rules: _Rules, length: int, capacity: int) -> tuple[_Text, KVCache]:
+        """Put the prompts, of at most ``length`` tokens, into a new cache in one pass, and add a token to each."""
+        cache = init_cache(self.model.cfg, params, text.window.shape[0], capacity)
+        hidden, cache = self._hidden(params, text.window[:, :length], cache=cache)
+        return self._add_tokens(params, text, hidden, rules), cache
+
+    @functools.partial(jax.jit, static_argnames=("self",), donate_argnames=("cache",))
+    def cached_steps(
+        self, params: Params, text: _Text, cache: KVCache, rules: _Rules, n: Int[Array, ""] | int
+    ) -> tuple[_Text, KVCache]:
+        """Add ``n`` tokens to each row, or fewer if all end, each from one token and the cache."""
+
+        def step(carry: tuple[_Text, KVCache]) -> tuple[_Text, KVCache]:
+            text, cache = carry
+            # All but the newest token are in it; what filled up a shorter prompt behind them is not part of the text.
+            cache = cache._replace(lengths=text.lengths - 1)
+            newest = jnp.take_along_axis(text.window, cache.lengths[:, None], axis=1)
+            hidden, cache = self._hidden(params, newest, cache=cache)
+            return self._add_tokens(params, text, hidden, rules), cache
+
+        last = text.n_new + n
+        return jax.lax.while_loop(lambda carry: _goes_on(carry[0], last), step, (text, cache))
+
+    @functools.partial(jax.jit, static_argnames=("self",))
+    def sliding_steps(self, params: Params, text: _Text, rules: _Rules, n: Int[Array, ""] | int) -> _Text:
+        """Add ``n`` tokens to each row, or fewer if all end, each from the whole window."""
+
+        def step(text: _Text) -> _Text:
+            return self._add_tokens(params, text, self._hidden(params, text.window), rules)
+
+        last = text.n_new + n
+        return jax.lax.while_loop(lambda text: _goes_on(text, last), step, text)
+
+    def _hidden(self, params: Params, tokens: Int[Array, "batch seq"], **options: Any) -> Any:
+        return self.model.apply({"params": params}, tokens, method="hidden", **options)
+
+    def _add_tokens(self, params: Params, text: _Text, hidden: Float[Array, "batch seq emb"], rules: _Rules) -> _Text:
+        """Choose each row's next token from the hidden state of its newest one, and append it."""
+        if hidden.shape[1] > 1:
+            hidden = jnp.take_along_axis(hidden, text.lengths[:, None, None] - 1, axis=1)
+        logits: Any = self.model.apply({"params": params}, hidden, method="logits")
+        n_ids = self.model.cfg.unpadded_vocab_size
+        seen = None if text.seen is None else text.seen[:, :n_ids]
+        keys = None if rules.keys is None else jax.vmap(jax.random.fold_in, (0, None))(rules.keys, text.n_new)
+        tokens = choose_tokens(logits[:, 0, :n_ids], rules.numbers, self.top_k, keys, seen)
+        return self._append(text, jnp.where(text.ended, rules.eos_id, tokens), rules)
+
+    def _append(self, text: _Text, tokens: Int[Array, "batch"], rules: _Rules) -> _Text:
+        context = text.window.shape[1]
+        full = text.lengths == context
+        window = jnp.where(full[:, None], jnp.roll(text.window, -1, axis=1), text.window)
+        lengths = jnp.minimum(text.lengths + 1, context)
+        ended = text.ended | (tokens == rules.eos_id)
+        if self.stop_when_full:
+            ended = ended | (lengths == context)
+        rows = jnp.arange(len(tokens))
+        return _Text(
+            window=window.at[rows, lengths - 1].set(tokens),
+            lengths=lengths,
+            ended=ended,
+            seen=None if text.seen is None else text.seen.at[rows, tokens].set(True),
+            n_new=text.n_new + 1,
+        )
+
+
+def _goes_on(text: _Text, last: Int[Array, ""]) -> Array:
+    return (text.n_new < last) & ~text.ended.all()
+
+
+def _start(cfg: GPTConfig, rows: list[np.ndarray], keeps_seen: bool) -> _Text:
+    lengths = np.array([row.size for row in rows], np.int32)
+    window = np.stack([np.pad(row, (0, cfg.context_length - row.size)) for row in rows]).astype(np.int32)
+    seen = np.zeros((len(rows), cfg.vocab_size), bool)
+    for flags, row in zip(seen, rows, strict=True):
+        flags[row] = True
+    return _Text(window, lengths, np.zeros(len(rows), bool), seen if keeps_seen else None, np.int32(0))
+
+
+def round_up(n: int, least: int, most: int) -> int:
+    """Return ``n`` or the next power of two, so that few lengths are compiled for; from ``least`` to ``most``."""
+    return min(max(1 << (n - 1).bit_length(), least), most)
+
+
+def _row_keys(key: Any, n_rows: int) -> jax.Array:
+    """Return one key a row, which makes a row's draws its own."""
+    try:
+        if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):  # jax.random.PRNGKey's
+            key = jax.random.wrap_key_data(key)
+    except (AttributeError, TypeError):
+        raise InputError(f"key is {key!r:.60}; expected a random key: jax.random.key(seed)") from None
+    if key.ndim == 0:
+        return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(n_rows))
+    if key.shape != (n_rows,):
+        raise InputError(f"key has the shape {key.shape}; expected one key, or one for each of {n_rows} prompts")
+    return key
+
+
+def _as_row(prompt: Any) -> np.ndarray:
+    """Return one prompt's ids as they are (a cast could turn them into others); an empty one has no type to keep."""
+    try:
+        row = np.asarray(prompt)
+    except ValueError:  # lists of different lengths in it
+        row = np.array(None)
+    if row.ndim != 1 or (row.size and not np.issubdtype(row.dtype, np.integer)):
+        shown = " ".join(repr(prompt).split())
+        raise InputError(
+            f"a prompt is {shown:.60}; expected whole-number ids, one row a prompt: an array (batch, seq) or a list of "
+            "lists, even for a single prompt"
+        )
+    return row
+
+
+def _check(
+    model: GPTModel, params: Params, rows: list[np.ndarray], max_new_tokens: int, eos_id: int | None, past_context: str
+) -> None:
+    if "tok_emb" not in params:
+        raise InputError('params has no "tok_emb"; expected the params tree, such as model.init(key, tokens)["params"]')
+    if not rows or any(row.size == 0 for row in rows):
+        raise InputError("the prompt is empty; expected at least one token, such as the end-of-text id")
+    context, n_ids = model.cfg.context_length, model.cfg.unpadded_vocab_size or model.cfg.vocab_size
+    for i, row in enumerate(rows):
+        bad = row[(row < 0) | (row >= n_ids)]
+        if bad.size:
+            raise InputError(
+                f"prompt {i} has the token id {bad[0]}, outside the vocabulary of {n_ids}; "
+                "was it encoded with another tokenizer?"
+            )
+        if row.size > context:
+            raise InputError(
+                f"prompt {i} has {row.size} tokens, more than the model's context of {context}; "
+                f"shorten it, such as to its last {context} tokens"
+            )
+        if past_context == "stop" and row.size == context:
+            raise InputError(
+                f"prompt {i} fills the model's context of {context} tokens, and past_context is stop; "
+                "shorten it, or let the window slide"
+            )
+    if not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
+        raise InputError(f"max_new_tokens is {max_new_tokens}; expected at least 1, a whole number")
+    if eos_id is not None and not (isinstance(eos_id, int | np.integer) and 0 <= eos_id < n_ids):
+        raise InputError(f"eos_id is {eos_id}; expected an id below {n_ids}, such as the tokenizer's eot_id, or None")
+    if past_context not in get_args(PastContext):
+        raise InputError(f"past_context is {past_context!r}; expected slide or stop")

@@ -1,0 +1,1 @@
+"""What the model is built from: attention kernels, layers, heads, loss, cache and adapters."""

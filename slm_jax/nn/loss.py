@@ -1,0 +1,143 @@
+"""The loss of a language model from hidden states, in pieces, so that logits of a whole batch never exist.
+
+GPT-2's 50,257 logits a token are by far the largest arrays of a training step: 6.6 GB in float32 for 32 × 1,024 tokens,
+and as much again for their gradient. But the gradient of a softmax cross-entropy is known as soon as its logits are,
+so each piece of the sequences is taken from hidden states to gradients before the next one begins, and nothing is
+computed twice.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from slm_jax.nn.heads import operands
+from slm_jax.nn.target import target
+
+# The most that one piece's float32 logits take on a device. Each piece also reads and writes the kernel's whole
+# gradient, so that small pieces cost time: GPT-2's 50,257 columns leave 2,670 tokens for a piece.
+PIECE_BYTES = 2**29
+_COLUMNS = 128  # accelerators multiply matrices whose width this does not divide far slower
+
+
+def cross_entropy(
+    hidden: Float[Array, "batch seq emb"],
+    kernel: Float[Array, "emb vocab"],
+    targets: Int[Array, "batch seq"],
+    weights: Float[Array, "batch seq"],
+) -> Float[Array, ""]:
+    """Sum the cross-entropies of next-token prediction, each times its weight.
+
+    Products are of the hidden states' dtype, accumulated in float32, as in :func:`slm_jax.nn.heads.float32_logits`.
+    Gradients are those of ``hidden`` and ``kernel``, whichever are asked for; only reverse mode goes through.
+
+    Args:
+        hidden: (batch, seq, emb), after the final norm.
+        kernel: (emb, vocab), of the output head.
+        targets: int32 (batch, seq), ids below vocab (not checked on the device).
+        weights: float32 (batch, seq), constants; 0 leaves a target out.
+
+    Returns:
+        The weighted sum in nats, float32.
+    """
+    return _cross_entropy(hidden, kernel, targets, jax.lax.stop_gradient(weights))
+
+
+@jax.custom_vjp
+def _cross_entropy(hidden: Array, kernel: Array, targets: Array, weights: Array) -> Array:
+    return _by_pieces(hidden, kernel, targets, weights, False, False)[0]
+
+
+def _forward(hidden: Any, kernel: Any, targets: Any, weights: Any) -> tuple[Array, Any]:
+    """Compute the loss and, of what is trained, already the gradients: a frozen head or trunk costs nothing here."""
+    loss, *grads = _by_pieces(
+        hidden.value, kernel.value, targets.value, weights.value, hidden.perturbed, kernel.perturbed
+    )
+    return loss, grads
+
+
+def _backward(grads: Any, cotangent: Any) -> tuple[Any, ...]:
+    scaled = jax.tree.map(lambda grad: (grad * cotangent).astype(grad.dtype), grads)
+    return (*scaled, None, None)
+
+
+_cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _by_pieces(
+    hidden: Array, kernel: Array, targets: Array, weights: Array, of_hidden: bool, of_kernel: bool
+) -> tuple[Array, Array | None, Array | None]:
+    """Return the loss, and the gradients of hidden states and kernel where wanted."""
+    (batch, seq), vocab_size = targets.shape, kernel.shape[1]
+    padded = kernel if target().platform == "cpu" else jnp.pad(kernel, ((0, 0), (0, -vocab_size % _COLUMNS)))
+    inputs, matrix = operands(hidden, padded)
+    run_piece = functools.partial(_piece, matrix, vocab_size, of_hidden, of_kernel)
+    n_devices = max(1, jax.sharding.get_abstract_mesh().size)  # training spreads a batch over its whole mesh
+    n = n_pieces(math.ceil(batch / n_devices), seq, vocab_size)
+    if n == 1:
+        (loss, kernel_grad), hidden_grad = run_piece(inputs, targets, weights)
+    else:
+
+        def add_piece(sums: Any, piece: Any) -> tuple[Any, Array | None]:
+            more, hidden_grad = run_piece(*piece)
+            return jax.tree.map(jnp.add, sums, more), hidden_grad
+
+        zeros = (jnp.float32(0), jnp.zeros(matrix.shape, jnp.float32) if of_kernel else None)
+        pieces = jax.tree.map(functools.partial(_cut, n=n), (inputs, targets, weights))
+        (loss, kernel_grad), hidden_grads = jax.lax.scan(add_piece, zeros, pieces)
+        hidden_grad = None if hidden_grads is None else _join(hidden_grads, seq)
+    return (
+        loss,
+        None if hidden_grad is None else hidden_grad.astype(hidden.dtype),
+        None if kernel_grad is None else kernel_grad[:, :vocab_size].astype(kernel.dtype),
+    )
+
+
+def _piece(
+    kernel: Array, vocab_size: int, of_hidden: bool, of_kernel: bool, hidden: Array, targets: Array, weights: Array
+) -> tuple[tuple[Array, Array | None], Array | None]:
+    """Return ((the loss, the kernel's gradient), the hidden states' gradient) of a piece."""
+    ids = jnp.arange(kernel.shape[1])
+    # All rows in one matrix, as in a dense layer: see layers.rows_times_kernel.
+    shape = hidden.shape
+    hidden, targets, weights = hidden.reshape(-1, shape[-1]), targets.reshape(-1), weights.reshape(-1)
+    logits = jnp.einsum("re,ev->rv", hidden, kernel, preferred_element_type=jnp.float32)
+    if kernel.shape[1] > vocab_size:
+        logits = jnp.where(ids < vocab_size, logits, -jnp.inf)
+    normalizer = jax.nn.logsumexp(logits, axis=-1)
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    loss = jnp.sum((normalizer - chosen) * weights)
+    if not (of_hidden or of_kernel):
+        return (loss, None), None
+    hits = (ids == targets[..., None]).astype(jnp.float32)
+    grad = ((jnp.exp(logits - normalizer[..., None]) - hits) * weights[..., None]).astype(hidden.dtype)
+    hidden_grad = jnp.einsum("rv,ev->re", grad, kernel).reshape(shape) if of_hidden else None
+    kernel_grad = jnp.einsum("re,rv->ev", hidden, grad, preferred_element_type=jnp.float32) if of_kernel else None
+    return (loss, kernel_grad), hidden_grad
+
+
+def n_pieces(rows: int, seq: int, vocab_size: int) -> int:
+    """Return how many pieces sequences are cut into for the loss: one, or a power of two, or single tokens.
+
+    Args:
+        rows: sequences on one device.
+        seq: tokens of a row.
+        vocab_size: columns of the logits.
+    """
+    pieces = 4 * rows * seq * vocab_size / PIECE_BYTES
+    return 1 if pieces <= 1 else min(seq, 2 ** math.ceil(math.log2(pieces)))
+
+
+def _cut(x: Array, n: int) -> Array:
+    """Cut (batch, seq, ...) along the sequence into (n, batch, seq / n, ...), filled up with zeros, of weight 0."""
+    batch, seq, *rest = x.shape
+    x = jnp.pad(x, ((0, 0), (0, -seq % n), *((0, 0) for _ in rest)))
+    return x.reshape(batch, n, -1, *rest).swapaxes(0, 1)
+
+
+def _join(pieces: Array, seq: int) -> Array:
+    n, batch, size, *rest = pieces.shape
+    return pieces.swapaxes(0, 1).reshape(batch, n * size, *rest)[:, :seq]

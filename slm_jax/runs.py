@@ -1,0 +1,366 @@
+"""A model with its tokenizer: a run, read back from its folder, or any GPT-2 weights."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
+
+from slm_jax.data.templates import Template
+from slm_jax.errors import InputError, MissingInputError
+from slm_jax.files import new_folder, read_json
+from slm_jax.model import DType, GPTConfig, Params, param_shapes
+from slm_jax.nn.lora import split_adapters
+from slm_jax.tokenizer import FILE_NAME, GPT2Tokenizer, Tokenizer, load_tokenizer, tokenizer_from_dict
+from slm_jax.training.checkpoint import (
+    METADATA,
+    Checkpoints,
+    best_step,
+    find_damage,
+    load_params,
+    read_metadata,
+    saved_steps,
+)
+from slm_jax.training.hardware import best_dtype
+from slm_jax.training.run_folder import FROZEN, split_step
+from slm_jax.training.step import TrainState
+from slm_jax.training.trainable import from_leaf_table, merge_params, whole_params
+from slm_jax.weights.hub import find_weights
+from slm_jax.weights.param_file import read_tree, tree_fingerprint
+from slm_jax.weights.reader import read_weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A model with its tokenizer.
+
+    Attributes:
+        folder: the run's folder, or the weights' file or folder.
+        step: the checkpoint's step; None: weights that are no checkpoint of ours.
+        model_config: the model's configuration, computing in this device's dtype.
+        params: the model's parameters.
+        tokenizer: the model's tokenizer.
+        template: how the model was shown instructions; None: it was not.
+    """
+
+    folder: Path
+    step: int | None
+    model_config: GPTConfig
+    params: Params
+    tokenizer: Tokenizer
+    template: Template | None = None
+
+
+def load_run(folder: str | Path, step: int | str = "best") -> Run:
+    """Load a run's model and tokenizer.
+
+    Args:
+        folder: such as ``runs/tiny``, or ``runs/tiny@800`` with the step.
+        step: a step, ``"best"`` (the lowest validation loss) or ``"latest"``.
+
+    Returns:
+        The model's configuration, parameters and tokenizer, with folder and step.
+
+    Raises:
+        MissingInputError: no run there, or no checkpoint of that step.
+        InputError: a damaged checkpoint; a step that is none.
+    """
+    checkpoint = find_checkpoint(folder, step)
+    if checkpoint is None:
+        raise MissingInputError(f"{folder}: no run with checkpoints there; expected a folder such as runs/tiny")
+    return _from_checkpoint(*checkpoint)
+
+
+def load_model(source: str | Path, tokenizer: Tokenizer | None = None, *, n_heads: int | None = None) -> Run:
+    """Load a model and its tokenizer from anything that :func:`slm_jax.runs_gpt2` takes.
+
+    Args:
+        source: a run, a checkpoint, a file or folder of weights, or a name such as ``gpt2``.
+        tokenizer: the model's; None: the run's, the one saved in the folder, or GPT-2's if the vocabulary is GPT-2's.
+        n_heads: attention heads, where the weights do not state them and are of none of OpenAI's four shapes.
+
+    Returns:
+        The model's configuration, parameters and tokenizer; ``step`` is None for weights that are no run's.
+
+    Raises:
+        MissingInputError: nothing there, or a download that is not possible.
+        InputError: weights that are damaged or not GPT-2's; no tokenizer, or one with more ids than the model.
+    """
+    checkpoint = find_checkpoint(source)
+    if checkpoint is not None:
+        return _from_checkpoint(*checkpoint, tokenizer, n_heads)
+    path = find_weights(source)
+    cfg, params = load_gpt2(path, n_heads=n_heads, dtype=best_dtype())
+    tokenizer = tokenizer or _tokenizer_beside(path, cfg)
+    return Run(path, None, _with_vocabulary(cfg, tokenizer, path), params, tokenizer)
+
+
+def find_tokenizer(source: str | Path, cfg: GPTConfig) -> Tokenizer:
+    """Return the tokenizer of a run, the one that lies beside weights, or GPT-2's where nothing speaks against it.
+
+    Raises:
+        InputError: there is none.
+    """
+    checkpoint = find_checkpoint(source)
+    if checkpoint is not None:
+        return _saved_tokenizer(read_metadata(checkpoint[0] / "checkpoints", checkpoint[1]))
+    return _tokenizer_beside(find_weights(source), cfg)
+
+
+def save_run(folder: Path, run: Run) -> None:
+    """Write a model as a run with one checkpoint, of step 0, which has no optimizer's state to go on with.
+
+    Raises:
+        InputError: a folder in use, or one that cannot be written.
+    """
+    state = TrainState(step=jnp.int32(0), trainable=run.params, opt_state=(), key=jax.random.key(0))
+    metadata = {
+        "config": {},
+        "model": dataclasses.asdict(run.model_config),
+        "identity": {"task": "imported weights"},  # equal to that of no training
+        "tokenizer": run.tokenizer.to_dict(),
+        **({} if run.template is None else {"template": run.template.to_dict()}),
+    }
+    with new_folder(folder) as partial:
+        run.tokenizer.save(partial / "tokenizer")
+        with Checkpoints(partial / "checkpoints") as checkpoints:
+            checkpoints.save(state, metadata)
+
+
+def _from_checkpoint(folder: Path, step: int, tokenizer: Tokenizer | None = None, n_heads: int | None = None) -> Run:
+    cfg, params, metadata = read_checkpoint(folder, step, best_dtype(), n_heads=n_heads)
+    tokenizer = tokenizer or _saved_tokenizer(metadata)
+    template = Template.from_dict(metadata["template"]) if "template" in metadata else None
+    return Run(folder, step, _with_vocabulary(cfg, tokenizer, folder), params, tokenizer, template)
+
+
+def _saved_tokenizer(metadata: dict[str, Any]) -> Tokenizer:
+    return tokenizer_from_dict(metadata.get("tokenizer", {}))
+
+
+def _with_vocabulary(cfg: GPTConfig, tokenizer: Tokenizer, path: Path) -> GPTConfig:
+    if tokenizer.vocab_size > cfg.vocab_size:
+        raise InputError(
+            f"{path}: the model has a vocabulary of {cfg.vocab_size} and the tokenizer of {tokenizer.vocab_size}; "
+            "pass the tokenizer that the model was trained with"
+        )
+    padded = tokenizer.vocab_size < cfg.vocab_size
+    return dataclasses.replace(cfg, unpadded_vocab_size=tokenizer.vocab_size if padded else None)
+
+
+# Of GPT-2's vocabulary, {token: id}: the JSON with sorted keys and no spaces.
+_GPT2_VOCAB_SHA256 = "e35d8b86ebd35ebd260d040aa455e09759f7e675f4dbb7f3d727516f27eca190"
+
+
+def _tokenizer_beside(path: Path, cfg: GPTConfig) -> Tokenizer:
+    folder = path if path.is_dir() else path.parent
+    saved = folder / "tokenizer" / FILE_NAME
+    if saved.is_file():
+        return load_tokenizer(saved)
+    vocab_size = cfg.unpadded_vocab_size or cfg.vocab_size
+    if vocab_size != GPT2Tokenizer().vocab_size:
+        raise InputError(
+            f"{path}: no tokenizer with these weights, and a vocabulary of {vocab_size} is not GPT-2's; "
+            f"pass the tokenizer, or save it as {saved}"
+        )
+    vocabulary = _vocabulary(folder)
+    if vocabulary is not None:
+        canonical = json.dumps(vocabulary, sort_keys=True, separators=(",", ":"))
+        if hashlib.sha256(canonical.encode()).hexdigest() != _GPT2_VOCAB_SHA256:
+            raise InputError(f"{folder}: its tokenizer is as large as GPT-2's and not GPT-2's; pass the tokenizer")
+    return GPT2Tokenizer()
+
+
+def _vocabulary(folder: Path) -> object:
+    """Return the vocabulary that Hugging Face's tokenizer files in a folder hold; None without such files."""
+    if (folder / "vocab.json").is_file():
+        return read_json(folder / "vocab.json")
+    if (folder / "tokenizer.json").is_file():
+        model = read_json(folder / "tokenizer.json").get("model")
+        return model.get("vocab") if isinstance(model, dict) else model
+    return None
+
+
+def load_gpt2(
+    source: str | Path,
+    *,
+    n_heads: int | None = None,
+    dtype: DType = "float32",
+    param_dtype: DType = "float32",
+    sharding: Any = None,
+) -> tuple[GPTConfig, Params]:
+    """Load a GPT-2's configuration and parameters.
+
+    Args:
+        source: a file or folder of Hugging Face's (``model.safetensors``, its shards' index, ``pytorch_model.bin``),
+            nanoGPT's (``ckpt.pt``) or the book's weights; our own ``runs/x``, ``runs/x@800``, ``runs/x@best``,
+            ``runs/x@latest`` or ``runs/x/checkpoints/800``; or ``gpt2``, ``gpt2-medium``, ``gpt2-large``, ``gpt2-xl``
+            (a path of that name goes first, then ``$SLM_JAX_DATA``, then Hugging Face's cache, then a download).
+        n_heads: attention heads, where the weights do not state them and are of none of OpenAI's four shapes.
+        dtype: what the returned configuration computes in.
+        param_dtype: what the parameters are converted to.
+        sharding: a ``jax.sharding.Sharding`` for every leaf, or a tree of them; None: JAX's default device.
+
+    Returns:
+        The configuration and the params tree (shapes: ``slm_jax.model.param_shapes``). Dropout is 0, except in
+        weights of our own, which carry theirs.
+
+    Raises:
+        MissingInputError: nothing there, or a download that is not possible.
+        InputError: weights that are not GPT-2's, incomplete or damaged, in one line that names file and tensor.
+    """
+    checkpoint = find_checkpoint(source)
+    if checkpoint is None:
+        return read_weights(find_weights(source), n_heads, dtype, param_dtype, sharding)
+    cfg, params, _ = read_checkpoint(*checkpoint, dtype, param_dtype, n_heads, sharding)
+    return cfg, params
+
+
+def find_checkpoint(source: str | Path, step: int | str = "best") -> tuple[Path, int] | None:
+    """Return the run's folder and the step that a source names; None if it is no run.
+
+    Args:
+        source: ``runs/x``, ``runs/x@800``, ``runs/x@best``, ``runs/x@latest`` or ``runs/x/checkpoints/800``.
+        step: which of a run, where the source does not say: a step, ``best`` (the lowest validation loss) or
+            ``latest``.
+
+    Raises:
+        MissingInputError: a run without checkpoints, or without one of that step.
+        InputError: a step that is none; what can be no path.
+    """
+    path, named = split_step(source)
+    if named is not None and not (path / "checkpoints").is_dir():
+        raise MissingInputError(f"{path}: no run with checkpoints there; expected a folder such as runs/tiny")
+    if path.parent.name == "checkpoints" and path.name.isdecimal() and (path / METADATA).is_file():
+        return path.parent.parent, int(path.name)
+    if not (path / "checkpoints").is_dir():
+        return None
+    return path, _choose(path / "checkpoints", step if named is None else named)
+
+
+def _choose(checkpoints: Path, step: int | str) -> int:
+    steps = saved_steps(checkpoints)
+    if not steps:
+        raise MissingInputError(f"{checkpoints}: no checkpoint in this run yet; train it first")
+    if step == "best":
+        chosen = best_step(checkpoints)
+        assert chosen is not None
+    elif step == "latest":
+        chosen = steps[-1]
+    else:
+        try:
+            chosen = int(step)
+        except ValueError:
+            raise InputError(f"step is {step!r}; expected a number, best or latest") from None
+    if chosen not in steps:
+        raise MissingInputError(
+            f"{checkpoints}: no checkpoint of step {chosen}; there are {', '.join(map(str, steps))}"
+        )
+    return chosen
+
+
+def read_checkpoint(
+    folder: Path,
+    step: int,
+    dtype: DType,
+    param_dtype: DType | None = None,
+    n_heads: int | None = None,
+    sharding: Any = None,
+    classifier: bool = False,
+) -> tuple[GPTConfig, Params, dict[str, Any]]:
+    """Load a checkpoint's model and what was saved beside it.
+
+    Args:
+        folder: the run's folder.
+        step: of the checkpoint.
+        dtype: what to compute in.
+        param_dtype: what to hold parameters in; None: as they were trained.
+        n_heads: what the caller takes for the number of attention heads.
+        sharding: of every leaf, or a tree of them; None: JAX's default device.
+        classifier: whether a classifier is expected, whose params have a class_head, or a language model.
+
+    Raises:
+        InputError: a damaged checkpoint; one with another number of heads; a model of the other kind.
+    """
+    checkpoint = folder / "checkpoints" / str(step)
+    metadata = read_metadata(checkpoint.parent, step)
+    # Its shape, not how it was executed: that was for another device, perhaps.
+    execution = {"dtype": dtype, "attention": "auto", "remat": "none", "unroll": None}
+    held = {} if param_dtype is None else {"param_dtype": param_dtype}
+    try:
+        cfg = GPTConfig(**{**metadata["model"], **execution, **held})
+        shapes = from_leaf_table(metadata["leaves"]) if "leaves" in metadata else param_shapes(cfg)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        problem = find_damage(checkpoint) or f"{checkpoint}: its metadata describe no model of slm_jax ({error!r})"
+        raise InputError(f"{problem}; choose another step") from None
+    if n_heads not in (None, cfg.n_heads):
+        raise InputError(f"{folder}: n_heads is given as {n_heads}, and the run has {cfg.n_heads}; leave it out")
+    if classifier != ("classes" in metadata):
+        raise InputError(
+            f"{folder}: is no classifier; expected a run of slm-jax finetune with task: classification"
+            if classifier
+            else f"{folder}: is a classifier and writes no text; use slm-jax classify, or slm_jax.load_classifier"
+        )
+    if metadata.get("trainable", "all") == "all":
+        if param_dtype is not None:
+            shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, param_dtype), shapes)
+        return cfg, load_params(checkpoint.parent, step, shapes, sharding), metadata
+    trained = load_params(checkpoint.parent, step, shapes)
+    params = _with_frozen(folder, trained, cfg, metadata)
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, param_dtype), params)
+    return cfg, params if sharding is None else jax.device_put(params, sharding), metadata
+
+
+def read_adapters(folder: Path, step: int) -> Params:
+    """Load the adapters alone of a run that was trained with ``trainable: lora``, not merged with their matrices.
+
+    Args:
+        folder: the run's folder.
+        step: of the checkpoint.
+
+    Raises:
+        InputError: a run without adapters; a damaged checkpoint.
+    """
+    metadata = read_metadata(folder / "checkpoints", step)
+    trained = metadata.get("trainable", "all")
+    if trained != "lora":
+        raise InputError(f"{folder}: has no adapters, as trainable was {trained}; expected a run with trainable: lora")
+    params = load_params(folder / "checkpoints", step, from_leaf_table(metadata["leaves"]))
+    return split_adapters(merge_params(read_frozen(folder, metadata), params))[1]
+
+
+def read_frozen(folder: Path, metadata: dict[str, Any]) -> Params:
+    """Read the parameters that a run does not train, as NumPy arrays.
+
+    Args:
+        folder: the run's folder.
+        metadata: of the checkpoint that they go with.
+
+    Raises:
+        InputError: the file is missing, damaged, or another run's.
+    """
+    file = folder / FROZEN
+    params = read_tree(file)
+    if metadata.get("frozen_sha256") not in (None, tree_fingerprint(file)):
+        raise InputError(f"{file}: is not what this run was trained with; restore it, or start anew with --run NAME")
+    return params
+
+
+def _with_frozen(folder: Path, trained: Params, cfg: GPTConfig, metadata: dict[str, Any]) -> Params:
+    """Return the whole model: what was trained, merged with what the run keeps of its base."""
+    file, frozen = folder / FROZEN, read_frozen(folder, metadata)
+    try:
+        params = whole_params(trained, frozen)
+        found = {path: leaf.shape for path, leaf in flatten_dict(params, sep="/").items()}
+    except (KeyError, TypeError, ValueError):
+        raise InputError(f"{file}: does not belong to the run's checkpoints; restore it") from None
+    for path, leaf in flatten_dict(param_shapes(cfg), sep="/").items():
+        if found.get(path) != leaf.shape and not (path.startswith("out_head") and "class_head" in params):
+            raise InputError(
+                f"{file}: with it {path} has the shape {found.get(path)}, expected {leaf.shape}; restore it"
+            )
+    return params

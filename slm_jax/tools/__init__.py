@@ -1,0 +1,1 @@
+"""Tools around a run: report, bench, plan and doctor."""

@@ -1,0 +1,115 @@
+"""What memory the training step of a recipe takes: as planned, as XLA says, as measured."""
+
+import dataclasses
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from slm_jax.commands import set_up
+from slm_jax.config import RunConfig, dump_config, parse_args, to_dict
+from slm_jax.errors import InputError
+from slm_jax.tools.bench.child import output_of
+from slm_jax.tools.bench.peak import PeakMemory
+from slm_jax.tools.bench.result import Result
+from slm_jax.tools.bench.step import BenchStep, compile_step, with_known_vocabulary
+from slm_jax.tools.bench.train import StepTimer
+from slm_jax.tools.plan.plan import Plan, make_plan
+from slm_jax.training.hardware import device_here
+from slm_jax.training.memory import out_of_memory_as_input_error
+from slm_jax.training.progress import format_bytes
+
+_STEPS = 3
+
+
+def bench_memory(config: RunConfig) -> Result:
+    """Compare what a training step of a run takes as planned, as XLA says and as measured over three steps.
+
+    On a CPU they are done in a fresh process, whose memory the compiler has not been in.
+
+    Raises:
+        InputError: what cannot be trained here.
+    """
+    config, notes = with_known_vocabulary(config)
+    plan = plan_here(config)
+    planned = None if plan is None else plan.by_remat[plan.remat].memory
+    total = None if planned is None else planned.total
+    least = None if planned is None else planned.parameters + planned.optimizer
+    step = compile_step(config)
+    peak = _measured_apart(config) if jax.default_backend() == "cpu" else measured_peak(step)
+    bars = {"planned": total, "XLA": step.planned_bytes, "measured": peak.n_bytes}
+    return Result(
+        what="memory",
+        config=to_dict(config),
+        figures={
+            "planned_bytes": total,
+            "planned_parts": None if planned is None else dataclasses.asdict(planned),
+            "xla_bytes": step.planned_bytes or None,
+            "measured_bytes": peak.n_bytes,
+            "measured_of": peak.of,
+            "devices": step.mesh.size,
+            "limit_bytes": None if plan is None else plan.memory_limit,
+            "least_bytes": least,
+        },
+        rows={
+            "planned (slm-jax plan)": _a_device(total),
+            "XLA, of the compiled step": _a_device(step.planned_bytes),
+            "measured": f"{format_bytes(peak.n_bytes)} of {peak.of}" if peak.n_bytes else "not known on this system",
+            "parameters and optimizer alone": _a_device(least),
+        },
+        unit="MB",
+        bars={name: n_bytes / 1e6 for name, n_bytes in bars.items() if n_bytes},
+        limits={"parameters and optimizer": least / 1e6} if least else {},
+        notes=notes or step.notes,
+    )
+
+
+def plan_here(config: RunConfig) -> Plan | None:
+    """Plan the run for the devices here; None: they are accelerators of which no data sheet is known."""
+    known = device_here()
+    if known is None and jax.default_backend() != "cpu":
+        return None
+    return make_plan(config, "cpu" if known is None else known.name, jax.device_count())
+
+
+def measured_peak(step: BenchStep) -> PeakMemory:
+    """Do some steps, from making the state on, and return the most memory that it took."""
+    with PeakMemory() as memory:
+        timer = StepTimer(step)
+        for _ in range(_STEPS):
+            timer.step_and_wait()
+    return memory
+
+
+def _measured_apart(config: RunConfig) -> PeakMemory:
+    """Measure in a fresh process."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "config.yaml"
+        file.write_text(dump_config(config), encoding="utf-8")
+        memory = PeakMemory()
+        memory.n_bytes = json.loads(output_of(["-m", "slm_jax.tools.bench.memory", str(file)]))
+    return memory
+
+
+def _a_device(n_bytes: float | None) -> str:
+    return f"{format_bytes(n_bytes)} a device" if n_bytes else "not known"
+
+
+def main(args: Sequence[str]) -> int:
+    """Measure the recipe that is named; print the bytes, or null where the system does not say; return the status."""
+    set_up()  # whose compile cache has what the process that asks has compiled just before
+    try:
+        with out_of_memory_as_input_error():
+            peak = measured_peak(compile_step(parse_args(["--config", *args])))
+    except InputError as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        return 2
+    print(json.dumps(peak.n_bytes))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,116 @@
+"""How long it takes until something happens, in fresh processes: imports, and training to its first step."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+from slm_jax.config import RunConfig, dump_config, to_dict
+from slm_jax.errors import InputError
+from slm_jax.files import cache_folder
+from slm_jax.tools.bench.child import failed, output_of, start_python
+from slm_jax.tools.bench.measure import Timing
+from slm_jax.tools.bench.result import Result
+
+_IMPORTS = """
+import json, time
+began = time.perf_counter()
+import jax, flax
+theirs = time.perf_counter()
+import slm_jax
+ours = time.perf_counter()
+slm_jax.GPTModel, slm_jax.load_gpt2
+print(json.dumps([theirs - began, ours - theirs, time.perf_counter() - ours]))
+"""
+_POLL = 0.01  # seconds between two looks at a run's log
+_TOO_LONG = 3600.0
+
+
+def bench_startup(config: RunConfig, repeats: int) -> Result:
+    """Measure imports, and ``slm-jax train`` of a recipe to its first step with an empty and a warm compile cache.
+
+    The cache is one of its own. A named text that is not on this machine is downloaded in each start.
+
+    Args:
+        config: the run's.
+        repeats: how often each.
+
+    Raises:
+        InputError: a run that does not come to its first step.
+    """
+    output_of(["-c", _IMPORTS])  # what is read from the disk then lies in memory
+    imports = [json.loads(output_of(["-c", _IMPORTS])) for _ in range(repeats)]
+    starts = [_first_steps(config) for _ in range(repeats)]
+    timings = {
+        "import_jax_flax": Timing(tuple(theirs for theirs, _, _ in imports)),
+        "import_slm_jax": Timing(tuple(ours for _, ours, _ in imports)),
+        "first_use_slm_jax": Timing(tuple(use for _, _, use in imports)),
+        "first_step_empty_cache": Timing(tuple(cold for cold, _ in starts)),
+        "first_step_warm_cache": Timing(tuple(warm for _, warm in starts)),
+    }
+    names = {
+        "import_jax_flax": "import jax, flax",
+        "import_slm_jax": "import slm_jax, beyond that",
+        "first_use_slm_jax": "slm_jax.GPTModel and slm_jax.load_gpt2, named for the first time",
+        "first_step_empty_cache": "train to the first step, empty cache",
+        "first_step_warm_cache": "train to the first step, warm cache",
+    }
+    return Result(
+        what="startup",
+        config=to_dict(config),
+        figures={f"{key}_seconds": timing.to_dict() for key, timing in timings.items()},
+        rows={names[key]: str(timing) for key, timing in timings.items()},
+        unit="s",
+        series={names[key]: timing.seconds for key, timing in timings.items()},
+        bars={names[key]: timing.median for key, timing in timings.items()},
+        notes=("To the first step: from the start of the process to the line of step 1 in metrics.jsonl.",),
+    )
+
+
+def _first_steps(config: RunConfig) -> tuple[float, float]:
+    """Return the seconds to the first step with an empty compile cache, and with the one that it left."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        cold, warm = (_seconds_to_first_step(config, folder, run) for run in ("cold", "warm"))
+    return cold, warm
+
+
+def _seconds_to_first_step(config: RunConfig, folder: Path, run: str) -> float:
+    """Start a run of its own in a folder, with the compile cache there, and stop it after its first step."""
+    train = dataclasses.replace(config.train, log_every=1)
+    checkpoint = dataclasses.replace(config.checkpoint, mirror=None)
+    config = dataclasses.replace(
+        config, run=run, runs_dir=str(folder), resume="never", train=train, checkpoint=checkpoint
+    )
+    recipe = folder / f"{run}.yaml"
+    recipe.write_text(dump_config(config), encoding="utf-8")
+    began = time.perf_counter()
+    process = start_python(["-m", "slm_jax", "train", "--config", str(recipe)], _with_own_cache(folder))
+    try:
+        _wait_for_first_step(process, folder / run / "metrics.jsonl", began)
+        return time.perf_counter() - began
+    finally:
+        process.terminate()
+        process.communicate()
+
+
+def _with_own_cache(folder: Path) -> dict[str, str]:
+    """Return the environment of a process that keeps its caches in a folder, but finds the named texts."""
+    environ = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache")}
+    environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+    with contextlib.suppress(OSError):  # a user without a home has none there
+        environ.setdefault("SLM_JAX_DATA", str(cache_folder() / "data"))
+    return environ
+
+
+def _wait_for_first_step(process: "subprocess.Popen[str]", log: Path, began: float) -> None:
+    while not (log.is_file() and '"train"' in log.read_text(encoding="utf-8")):
+        if process.poll() is not None:
+            raise failed(process.returncode, process.communicate()[1])
+        if time.perf_counter() - began > _TOO_LONG:
+            raise InputError(f"no first step within {_TOO_LONG:.0f} s; choose a smaller recipe with --config")
+        time.sleep(_POLL)

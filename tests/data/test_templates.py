@@ -1,0 +1,194 @@
+"""What must hold of templates: the exact texts, and that prompt and pieces are the same text."""
+
+import json
+
+import pytest
+
+from slm_jax.data.templates import TEMPLATES, Message, Template, entry_messages, format_prompt, load_template
+from slm_jax.errors import InputError, MissingInputError
+
+ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+ENTRY = {"instruction": "Name a colour.", "input": "of the sky", "output": "Blue."}
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hello?"},
+    {"role": "assistant", "content": "Hi."},
+    {"role": "user", "content": "Two\nlines"},
+    {"role": "assistant", "content": "Done."},
+]
+
+
+def text(template, messages):
+    return "".join(piece for piece, _ in TEMPLATES[template].pieces(messages))
+
+
+# The exact texts
+
+
+def test_alpaca_with_an_input_is_the_books():
+    expected = f"{ALPACA}\n\n### Instruction:\nName a colour.\n\n### Input:\nof the sky\n\n### Response:\n"
+    assert format_prompt(ENTRY) == expected
+    assert text("alpaca", entry_messages(ENTRY, "")) == expected + "Blue."
+
+
+@pytest.mark.parametrize("entry", [{"instruction": "Go."}, {"instruction": "Go.", "input": "", "output": "x"}])
+def test_alpaca_without_an_input_has_no_such_section(entry):
+    assert format_prompt(entry, "alpaca") == f"{ALPACA}\n\n### Instruction:\nGo.\n\n### Response:\n"
+
+
+def the_books_format_input(entry):
+    """What format_input in the book's chapter 7 returns, followed by its heading of the response."""
+    head = f"{ALPACA}\n\n### Instruction:\n{entry['instruction']}"
+    about = f"\n\n### Input:\n{entry['input']}" if entry["input"] else ""
+    return f"{head}{about}\n\n### Response:\n"
+
+
+def test_every_entry_of_the_book_is_formatted_as_it_does(named_data):
+    entries = json.loads((named_data / "instruction-data.json").read_text(encoding="utf-8"))
+    assert len(entries) == 1100
+    for entry in entries:
+        assert format_prompt(entry) == the_books_format_input(entry)
+
+
+def test_alpaca_repeats_its_sections_over_several_turns():
+    messages = entry_messages({"messages": CHAT}, "")
+    assert TEMPLATES["alpaca"].pieces(messages) == [
+        ("Be brief.\n\n### Instruction:\nHello?\n\n### Response:\n", False),
+        ("Hi.", True),
+        ("\n\n### Instruction:\nTwo\nlines\n\n### Response:\n", False),
+        ("Done.", True),
+    ]
+
+
+# The next two are what the chat templates published with Phi-3.5-mini-instruct and, for ChatML, SmolLM2 render with
+# jinja2 3.1 (system, user and assistant messages; compared for one and several turns).
+
+
+def test_phi3():
+    assert format_prompt(ENTRY, "phi3") == "<|user|>\nName a colour.\nof the sky<|end|>\n<|assistant|>\n"
+    assert TEMPLATES["phi3"].pieces(entry_messages({"messages": CHAT}, "")) == [
+        ("<|system|>\nBe brief.<|end|>\n<|user|>\nHello?<|end|>\n<|assistant|>\n", False),
+        ("Hi.<|end|>\n", True),
+        ("<|user|>\nTwo\nlines<|end|>\n<|assistant|>\n", False),
+        ("Done.<|end|>\n", True),
+    ]
+
+
+def test_chatml():
+    expected = "<|im_start|>user\nName a colour.\nof the sky<|im_end|>\n<|im_start|>assistant\n"
+    assert format_prompt(ENTRY, "chatml") == expected
+    assert text("chatml", entry_messages({"messages": CHAT}, "")) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHello?<|im_end|>\n"
+        "<|im_start|>assistant\nHi.<|im_end|>\n<|im_start|>user\nTwo\nlines<|im_end|>\n"
+        "<|im_start|>assistant\nDone.<|im_end|>\n"
+    )
+
+
+# What holds of each
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("entry", [ENTRY, {"messages": CHAT}], ids=["alpaca", "chat"])
+def test_pieces_alternate_and_begin_with_the_prompt(name, entry):
+    template, messages = TEMPLATES[name], entry_messages(entry, "")
+    pieces = template.pieces(messages)
+    assert [is_response for _, is_response in pieces] == [False, True] * (len(pieces) // 2)
+    assert "".join(piece for piece, _ in pieces[:-1]) == template.prompt(messages) == format_prompt(entry, name)
+    assert pieces[-1][0] == messages[-1].content + template.assistant_end
+    assert template.prompt(messages).endswith(template.assistant_start)
+
+
+def test_stop_is_what_comes_after_an_answer():
+    assert {name: template.stop for name, template in TEMPLATES.items()} == {
+        "alpaca": ("\n\n### Instruction:",),
+        "phi3": ("<|end|>",),
+        "chatml": ("<|im_end|>",),
+    }
+    for name, template in TEMPLATES.items():
+        after = text(name, entry_messages({"messages": CHAT}, "")).partition("Hi.")[2]
+        assert after.startswith(template.stop[0])
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_template_survives_json(name, tmp_path):
+    file = tmp_path / "template.json"
+    file.write_text(json.dumps(TEMPLATES[name].to_dict()), encoding="utf-8")
+    assert load_template(str(file)) == load_template(name) == TEMPLATES[name]
+
+
+def test_a_template_of_ones_own():
+    template = Template.from_dict(
+        {"user_start": "Q: ", "user_end": "\n", "assistant_start": "A: ", "assistant_end": "\n"}
+    )
+    question, answer = Message("user", "Why?"), Message("assistant", "So.")
+    assert template.pieces([question, answer, question, answer]) == [("Q: Why?\nA: ", False), ("So.\n", True)] * 2
+    assert template.stop == ("Q:",)
+    assert format_prompt({"instruction": "Why?", "input": "this"}, template) == "Q: Why?\nthis\nA: "
+
+
+def test_dollys_fields_are_understood():
+    entry = {"instruction": "Sum up.", "context": "A text.", "response": "Text.", "category": "summarization"}
+    expected = (Message("user", "Sum up.", "A text."), Message("assistant", "Text."))
+    assert entry_messages(entry, "") == expected
+
+
+# What is refused
+
+GOOD = {"user_start": "Q: ", "assistant_start": "A: "}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({**GOOD, "user": "x"}, r"unknown field 'user'; expected user_start, assistant_start"),
+        ({**GOOD, "user_end": None}, r"user_end is None; expected text"),
+        ({"user_start": "Q: "}, r"no field 'assistant_start' but user_start; add it"),
+        ({**GOOD, "assistant_start": " "}, r"assistant_start is blank"),
+        ({**GOOD, "user_start": "\n"}, r"nothing ends an answer"),
+        ([GOOD], r"expected one JSON object"),
+    ],
+)
+def test_a_file_that_is_no_template_is_refused_in_one_line(tmp_path, content, message):
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(InputError, match=message) as error:
+        load_template(str(file))
+    assert str(error.value).startswith(str(file))
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_template_lists_those_there_are():
+    with pytest.raises(MissingInputError, match=r"template 'alpacca': no such file.*alpaca, phi3, chatml"):
+        format_prompt(ENTRY, "alpacca")
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"input": "x"}, r"^entry: no field 'instruction' but input; add it$"),
+        ({"instruction": " \n"}, r"instruction is empty"),
+        ({"instruction": 3}, r"instruction is 3; expected text"),
+        ({"instruction": "a", "input": None}, r"input is None; expected text"),
+        ({"instruction": "a\ud800"}, r"instruction has half a surrogate pair"),
+        ({"messages": "hello"}, r"messages is 'hello'; expected a list of objects with role and content"),
+        ({"messages": ["hello"]}, r"expected a list of objects"),
+        ({"messages": []}, r"no message of a user"),
+        ({"messages": CHAT[:1]}, r"no message of a user"),
+        ({"messages": [CHAT[0], CHAT[2]]}, r"no message of a user"),
+        ({"messages": [CHAT[1], CHAT[0]]}, r"message 2: a system message after others"),
+        (
+            {"messages": [{"role": "human", "content": "x"}]},
+            r"message 1: role is 'human'; expected one of system, user",
+        ),
+        ({"messages": [CHAT[1], {"role": "assistant"}]}, r"message 2: no field 'content' but role"),
+        ({"messages": [CHAT[1], {"role": "assistant", "content": ""}]}, r"message 2: content is empty"),
+    ],
+)
+def test_an_entry_that_cannot_be_asked_is_refused_in_one_line(entry, message):
+    with pytest.raises(InputError, match=message) as error:
+        format_prompt(entry)
+    assert "\n" not in str(error.value)
+
+
+def test_a_system_message_before_the_question_is_a_prompt():
+    assert format_prompt({"messages": CHAT[:2]}, "phi3").startswith("<|system|>\nBe brief.<|end|>\n<|user|>")

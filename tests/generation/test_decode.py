@@ -1,0 +1,443 @@
+"""What must hold of generation: greedy is a naive loop, draws follow softmax, rows know nothing of each other."""
+
+import dataclasses
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import slm_jax
+from slm_jax.errors import InputError
+from slm_jax.generation.decode import _pieces, generate, stream, stream_text
+from slm_jax.generation.sampler import Sampling
+from slm_jax.model import GPTConfig, GPTModel, param_shapes, split_blocks, unstack_blocks
+from slm_jax.tokenizer import BPETokenizer, CharTokenizer
+
+CONTEXT, VOCAB = 6, 16
+CFG = GPTConfig(
+    vocab_size=VOCAB, context_length=CONTEXT, emb_dim=16, n_heads=2, n_layers=2, tie_weights=False, unroll=False
+)
+MODEL = GPTModel(CFG)
+KEY = jax.random.key(0)
+
+
+@pytest.fixture(scope="module")
+def params():
+    """Weights large enough that the next token depends on the whole context."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.5, leaf.shape), leaf.dtype), param_shapes(CFG))
+
+
+@cache
+def forward():
+    return jax.jit(MODEL.apply)
+
+
+def naive_greedy(params, prompt, n):
+    """Feed the model what there is, no more than its context, and take the likeliest token: one row, no padding."""
+    ids = list(prompt)
+    for _ in range(n):
+        logits = forward()({"params": params}, jnp.array([ids[-CONTEXT:]]))
+        ids.append(int(jnp.argmax(logits[0, -1])))
+    return ids
+
+
+def greedy(params, prompts, n, **more):
+    return generate(MODEL, params, prompts, max_new_tokens=n, temperature=0.0, **more)
+
+
+GREEDY = Sampling(temperature=0.0)
+PROMPTS = [[3], [1, 2, 3, 4], [9, 8, 7, 6, 5, 4], [5, 0, 1, 2, 11]]  # one fills the context
+
+
+# Greedy
+
+
+@pytest.mark.parametrize("prompt", PROMPTS, ids=len)
+def test_greedy_is_the_naive_loop_even_past_the_context(params, prompt):
+    ids = greedy(params, jnp.array([prompt]), 10)
+    assert ids[0].tolist() == naive_greedy(params, prompt, 10)
+    assert len(set(ids[0, len(prompt) :].tolist())) > 1  # not one token over and over
+
+
+@pytest.mark.parametrize("form", [lambda p: split_blocks(p, 1), unstack_blocks], ids=["two segments", "unstacked"])
+def test_the_form_of_the_stack_does_not_matter(params, form):
+    assert greedy(form(params), PROMPTS, 8)[1].tolist() == naive_greedy(params, PROMPTS[1], 8)
+
+
+def test_each_row_of_a_ragged_batch_is_as_if_alone(params):
+    together = greedy(params, PROMPTS, 9)
+    for prompt, row in zip(PROMPTS, together, strict=True):
+        assert row.tolist() == naive_greedy(params, prompt, 9)
+
+
+def test_greedy_needs_no_key_and_ignores_one(params):
+    prompts = jnp.array([PROMPTS[1]])
+    assert (greedy(params, prompts, 6) == greedy(params, prompts, 6, key=KEY)).all()
+
+
+# What comes back
+
+
+@pytest.mark.parametrize("prompts", [np.array([[1, 2], [3, 4]]), jnp.array([[1, 2], [3, 4]])], ids=["numpy", "jax"])
+def test_an_array_gives_an_array_with_its_prompts(params, prompts):
+    ids = greedy(params, prompts, 3)
+    assert isinstance(ids, jax.Array)
+    assert (ids.shape, ids.dtype) == ((2, 5), jnp.int32)
+    assert (ids[:, :2] == prompts).all()
+    assert ((ids >= 0) & (ids < VOCAB)).all()
+
+
+@pytest.mark.parametrize("prompts", [[[1], [2, 3, 4]], [[1, 2], [3, 4]], ([1], [2]), [np.array([1, 2])], [[5]]])
+def test_lists_give_a_list_of_rows_with_their_prompts(params, prompts):
+    rows = greedy(params, prompts, 3)
+    assert isinstance(rows, list)
+    assert len(rows) == len(prompts)
+    for prompt, row in zip(prompts, rows, strict=True):
+        assert (row.shape, row.dtype) == ((len(prompt) + 3,), jnp.int32)
+        assert row[: len(prompt)].tolist() == list(prompt)
+
+
+def test_it_is_among_the_public_names():
+    assert slm_jax.generate is generate
+
+
+# The end of a text
+
+
+def test_after_the_end_only_the_end_comes(params):
+    free = [naive_greedy(params, prompt, 10) for prompt in PROMPTS]
+    eos = free[1][len(PROMPTS[1]) + 2]  # what the second row comes to third
+    rows = greedy(params, PROMPTS, 10, eos_id=eos)
+    ends = []
+    for prompt, unstopped, row in zip(PROMPTS, free, rows, strict=True):
+        added = unstopped[len(prompt) :]
+        end = added.index(eos) if eos in added else 10
+        ends.append(end)
+        assert row.tolist() == [*prompt, *added[:end], *[eos] * (10 - end)]
+    assert ends[1] <= 2
+    assert len(set(ends)) > 1  # rows that ended beside rows that went on
+
+
+def test_when_all_rows_have_ended_the_rest_is_the_end(params):
+    prompt = PROMPTS[1]
+    eos = naive_greedy(params, prompt, 1)[-1]
+    ids = greedy(params, jnp.array([prompt, prompt]), 500, eos_id=eos)
+    assert ids.shape == (2, len(prompt) + 500)
+    assert (ids[:, len(prompt) :] == eos).all()
+    assert len(list(stream(MODEL, params, [prompt], GREEDY, max_new_tokens=500, eos_id=eos))) == 1
+
+
+def test_an_end_in_the_prompt_ends_nothing(params):
+    prompt = PROMPTS[1]
+    free = naive_greedy(params, prompt, 8)
+    eos = next(token for token in range(VOCAB) if token not in free[len(prompt) :])
+    assert greedy(params, [[eos, eos]], 1, eos_id=eos)[0].tolist() == naive_greedy(params, [eos, eos], 1)
+    assert greedy(params, [prompt], 8, eos_id=eos)[0].tolist() == free
+
+
+def test_a_stream_yields_a_token_a_row_as_they_come(params):
+    columns = list(stream(MODEL, params, PROMPTS, GREEDY, max_new_tokens=9))
+    assert [column.shape for column in columns] == [(4,)] * 9
+    rows = [row[len(prompt) :].tolist() for prompt, row in zip(PROMPTS, greedy(params, PROMPTS, 9), strict=True)]
+    assert np.stack(columns, axis=1).tolist() == rows
+
+
+# Sampling
+
+
+def chi_square(counts, probabilities):
+    """Return the statistic over its degrees of freedom; what is expected fewer than five times is counted together."""
+    expected = probabilities * counts.sum()
+    common = expected >= 5
+    observed = np.append(counts[common], counts[~common].sum())
+    expected = np.append(expected[common], expected[~common].sum())
+    keep = expected > 0
+    assert (observed[~keep] == 0).all()
+    observed, expected = observed[keep], expected[keep]
+    return ((observed - expected) ** 2 / expected).sum() / (len(expected) - 1)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("top_k", [None, 5])
+def test_draws_follow_softmax_of_the_logits_over_the_temperature(params, temperature, top_k):
+    prompt, n = PROMPTS[2], 8192
+    rows = jnp.tile(jnp.array(prompt), (n, 1))
+    ids = generate(MODEL, params, rows, max_new_tokens=1, temperature=temperature, top_k=top_k, key=KEY)
+    counts = np.bincount(np.asarray(ids[:, -1]), minlength=VOCAB)
+    logits = np.asarray(forward()({"params": params}, jnp.array([prompt]))[0, -1], np.float64) / temperature
+    if top_k:
+        outside = np.argsort(logits)[:-top_k]
+        assert (counts[outside] == 0).all()
+        logits[outside] = -np.inf
+    probabilities = np.exp(logits - logits.max())
+    probabilities /= probabilities.sum()
+    assert (probabilities > 0.01).sum() >= 3  # something to choose from
+    assert chi_square(counts, probabilities) < 3.5  # p < 1e-4 from four degrees of freedom on
+    for other in (temperature * 0.6, temperature * 1.6):
+        wrong = probabilities ** (temperature / other)
+        assert chi_square(counts, wrong / wrong.sum()) > 3.5  # it would have been noticed
+
+
+def test_top_k_holds_at_every_step(params):
+    ids = generate(MODEL, params, jnp.tile(jnp.array(PROMPTS[1]), (64, 1)), max_new_tokens=5, top_k=3, key=KEY)
+    ids = np.asarray(ids)
+    for step in range(4, 9):
+        window = ids[:, max(0, step - CONTEXT) : step]
+        logits = np.asarray(forward()({"params": params}, jnp.asarray(window))[:, -1])
+        rank = (logits > np.take_along_axis(logits, ids[:, [step]], 1)).sum(1)
+        assert rank.max() < 3
+        assert len(set(rank)) > 1
+
+
+def test_top_k_of_one_is_greedy(params):
+    sampled = generate(MODEL, params, PROMPTS, max_new_tokens=8, temperature=2.0, top_k=1, key=KEY)
+    for one, other in zip(sampled, greedy(params, PROMPTS, 8), strict=True):
+        assert one.tolist() == other.tolist()
+
+
+def test_a_low_temperature_is_nearly_greedy(params):
+    sampled = generate(MODEL, params, [PROMPTS[1]], max_new_tokens=8, temperature=1e-4, key=KEY)
+    assert sampled[0].tolist() == naive_greedy(params, PROMPTS[1], 8)
+
+
+def test_the_same_key_gives_the_same_text(params):
+    prompts = jnp.array([PROMPTS[1], PROMPTS[1]])
+
+    def sample(seed):
+        return generate(MODEL, params, prompts, max_new_tokens=12, temperature=1.5, key=jax.random.key(seed)).tolist()
+
+    assert sample(1) == sample(1)
+    assert sample(1) != sample(2)
+    first, second = sample(1)
+    assert first != second  # rows draw for themselves
+    knows_nothing = jax.tree.map(jnp.zeros_like, params)  # so that only the draws tell one step from another
+    ids = generate(MODEL, knows_nothing, [[0]], max_new_tokens=32, key=KEY)[0].tolist()
+    assert len(set(ids[1:])) > 8
+
+
+def test_a_rows_draws_are_those_of_its_own_single_run(params):
+    keys = jax.random.split(KEY, len(PROMPTS))
+    options = {"max_new_tokens": 9, "temperature": 1.5, "top_k": 10, "repetition_penalty": 1.3}
+    together = generate(MODEL, params, PROMPTS, key=keys, **options)
+    for i, prompt in enumerate(PROMPTS):
+        alone = generate(MODEL, params, [prompt], key=keys[i : i + 1], **options)
+        assert together[i].tolist() == alone[0].tolist()
+    old_style = generate(MODEL, params, PROMPTS, key=jax.random.key_data(keys), **options)
+    assert [row.tolist() for row in old_style] == [row.tolist() for row in together]
+    one_key = generate(MODEL, params, PROMPTS, key=KEY, **options)
+    third = generate(MODEL, params, [PROMPTS[2]], key=jax.random.fold_in(KEY, 2)[None], **options)
+    assert one_key[2].tolist() == third[0].tolist()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_ids_that_pad_the_vocabulary_are_never_chosen(params, temperature):
+    cfg = dataclasses.replace(CFG, unpadded_vocab_size=5)
+    kernel = params["out_head"]["kernel"].at[:, 5:].multiply(20)  # they would win
+    padded = {**params, "out_head": {"kernel": kernel}}
+    options = {"max_new_tokens": 20, "temperature": temperature, "repetition_penalty": 1.1, "key": KEY}
+    prompts = jnp.array([[1, 2, 3]] * 8)
+    assert generate(MODEL, padded, prompts, **options)[:, 3:].max() >= 5
+    assert generate(GPTModel(cfg), padded, prompts, **options)[:, 3:].max() < 5
+
+
+def test_a_penalty_remembers_the_prompt_and_what_was_written(params):
+    """Even what has slid out of the window."""
+    prompt = [1, 2, 3]
+    ids = list(prompt)
+    for _ in range(12):
+        logits = np.array(forward()({"params": params}, jnp.array([ids[-CONTEXT:]]))[0, -1])
+        for token in set(ids):
+            logits[token] = logits[token] / 1.5 if logits[token] > 0 else logits[token] * 1.5
+        ids.append(int(logits.argmax()))
+    assert greedy(params, [prompt], 12, repetition_penalty=1.5)[0].tolist() == ids
+    assert naive_greedy(params, prompt, 12) != ids
+
+
+# Past the context
+
+
+def test_stop_ends_each_row_when_its_context_is_full(params):
+    prompts = PROMPTS[:2] + PROMPTS[3:]
+    rows = greedy(params, prompts, 20, past_context="stop")
+    for prompt, row in zip(prompts, rows, strict=True):
+        assert row.tolist() == naive_greedy(params, prompt, CONTEXT - len(prompt))
+    assert greedy(params, jnp.array([[1, 2, 3]]), 20, past_context="stop").shape == (1, CONTEXT)
+    assert greedy(params, jnp.array([[1, 2, 3]]), 2, past_context="stop").shape == (1, 5)
+    columns = list(stream(MODEL, params, prompts, GREEDY, max_new_tokens=20, past_context="stop"))
+    assert len(columns) == CONTEXT - 1
+    assert columns[-1].tolist() == [rows[0][-1], -1, -1]  # the others have ended
+
+
+def test_few_programs_are_compiled_whatever_the_lengths(params):
+    """One for the steps from the cache, whatever prompt, number of tokens, temperature or form of the call."""
+    cfg = dataclasses.replace(CFG, context_length=128)
+    model = GPTModel(cfg)
+    longer = {**params, "pos_emb": {"embedding": jnp.zeros((128, CFG.emb_dim))}}
+    from slm_jax.generation.decode import _Decoder
+
+    before = _Decoder.cached_steps._cache_size(), _Decoder.prefill._cache_size()
+    for length, n, temperature in ((1, 3, 1.0), (9, 20, 0.5), (16, 5, 2.0)):
+        generate(model, longer, [[1] * length], max_new_tokens=n, temperature=temperature, key=KEY)
+        list(stream(model, longer, [[1] * length], Sampling(int(temperature) or 1), max_new_tokens=n, key=KEY))
+    after = _Decoder.cached_steps._cache_size(), _Decoder.prefill._cache_size()
+    assert (after[0] - before[0], after[1] - before[1]) == (1, 1)
+
+
+# Text
+
+TEXT = "the cat sat on the mat. the dog sat on the log. "
+CHARS = CharTokenizer().build_vocab(TEXT + "é\n")
+
+
+@pytest.fixture(scope="module")
+def chars():
+    """A model over characters."""
+    cfg = GPTConfig(vocab_size=CHARS.vocab_size, context_length=16, emb_dim=16, n_heads=2, n_layers=1, unroll=False)
+    rng = np.random.default_rng(3)
+    params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.6, leaf.shape), leaf.dtype), param_shapes(cfg))
+    return GPTModel(cfg), params
+
+
+def written(chars, prompt="the ", n=60, seed=0, **more):
+    model, params = chars
+    key = jax.random.key(seed)
+    return list(stream_text(model, params, CHARS, prompt, Sampling(), max_new_tokens=n, key=key, **more))
+
+
+def test_text_comes_in_pieces_and_stops_at_a_stop_string(chars):
+    whole = "".join(written(chars))
+    assert len(whole) > 20
+    assert len(written(chars)) > 20
+    for start, length in ((3, 1), (5, 2), (10, 4)):
+        stop = whole[start : start + length]
+        pieces = written(chars, stop=("no such text", stop))
+        assert "".join(pieces) == whole[: whole.index(stop)]
+    # what only begins like a stop string is given back
+    assert "".join(written(chars, stop=(whole[4:8] + "\0", whole[-1] + "\0"))) == whole
+
+
+def test_text_ends_at_the_end_of_text_and_begins_anywhere(chars):
+    model, params = chars
+    assert written(chars, stop="at") == written(chars, stop=("at",))
+    eager = {**params, "tok_emb": {"embedding": params["tok_emb"]["embedding"].at[CHARS.eot_id].multiply(8)}}
+    lengths = {len("".join(written((model, eager), n=200, seed=seed))) for seed in range(6)}
+    assert min(lengths) < 150
+    assert len("".join(written(chars, prompt=""))) > 0
+    with pytest.raises(InputError, match="a stop string is empty"):
+        written(chars, stop=("",))
+
+
+def test_a_stop_string_may_begin_in_one_character_and_end_in_the_next():
+    tokenizer = BPETokenizer()  # bytes
+    for text, stop, expected in (
+        ("hi\n€ world", ("\n€",), "hi"),
+        ("a€b", ("€b", "zz"), "a"),
+        ("€€!", ("€!",), "€"),
+        ("abcabd", ("abd",), "abc"),
+        ("abd", ("abd",), ""),
+        ("aab", ("ab", "aab"), ""),
+    ):
+        assert "".join(_pieces(tokenizer, [], iter(text.encode()), stop)) == expected
+
+
+def test_a_character_of_several_tokens_comes_whole():
+    tokenizer = BPETokenizer()  # bytes
+    cfg = GPTConfig(vocab_size=257, context_length=8, emb_dim=8, n_heads=1, n_layers=1, unroll=False)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), param_shapes(cfg))
+    euro = tokenizer.encode("€")
+    # Each position's embedding asks for one byte of the sign, over and over.
+    rows = np.zeros((8, 8))
+    head = np.zeros((257, 8))
+    for i, byte in enumerate(euro):
+        head[byte, i] = 1
+    for position in range(8):
+        rows[position, (position + 1) % 3] = 1
+    params = {
+        **zeros,
+        "pos_emb": {"embedding": jnp.asarray(rows, jnp.float32) * 100},
+        "tok_emb": {"embedding": jnp.asarray(head, jnp.float32)},
+        "final_norm": {"scale": jnp.ones(8), "bias": jnp.zeros(8)},
+    }
+    pieces = list(stream_text(GPTModel(cfg), params, tokenizer, "€", GREEDY, max_new_tokens=5, past_context="stop"))
+    assert "".join(pieces) == "€\ufffd"
+    assert pieces[0] == "€"
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("prompts", "more", "expected"),
+    [
+        ([], {}, "the prompt is empty"),
+        ([[]], {}, "the prompt is empty"),
+        ([[1], []], {}, "the prompt is empty"),
+        (np.zeros((2, 0), int), {}, "the prompt is empty"),
+        ([[1, 2], [3, VOCAB]], {}, f"prompt 1 has the token id {VOCAB}, outside the vocabulary of {VOCAB}"),
+        ([[-1]], {}, "prompt 0 has the token id -1"),
+        ([[2**31]], {}, "the token id 2147483648"),
+        (np.array([[2**32 + 1]]), {}, "the token id 4294967297"),  # as 32 bits it would be 1
+        ([[1.5]], {}, "a prompt is [1.5]; expected whole-number ids"),
+        ([1, 2, 3], {}, "a prompt is 1; expected whole-number ids, one row a prompt"),
+        (np.array([1, 2, 3]), {}, "one row a prompt"),
+        (["hello"], {}, "a prompt is 'hello'; expected whole-number ids"),
+        ([[1, [2]]], {}, "a prompt is [1, [2]]; expected whole-number ids"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens is 0; expected at least 1, a whole number"),
+        ([[1]], {"max_new_tokens": -2}, "max_new_tokens is -2"),
+        ([[1]], {"temperature": -0.5}, "temperature is -0.5; expected 0 (greedy) or above"),
+        ([[1]], {"temperature": float("nan")}, "temperature is nan"),
+        ([[1]], {"temperature": float("inf")}, "temperature is inf"),
+        ([[1]], {"top_k": 0}, "top_k is 0; expected a whole number of at least 1"),
+        ([[1]], {"top_p": 0.0}, "top_p is 0.0; expected above 0"),
+        ([[1]], {"temperature": 1.0, "key": None}, "sampling needs a key: pass key=jax.random.key(seed)"),
+        ([[1]], {"key": jnp.ones(2)}, "key is Array([1., 1.], dtype=float32); expected a random key"),
+        (np.zeros((1, 2, 3), int), {}, "a prompt is array([[0, 0, 0], [0, 0, 0]]); expected whole-number ids"),
+        (5, {}, "a prompt is np.int64(5); expected whole-number ids"),
+        ([[1]], {"eos_id": VOCAB}, f"eos_id is {VOCAB}; expected an id below {VOCAB}"),
+        ([[1]], {"eos_id": -1}, "eos_id is -1"),
+        ([[1]], {"key": jax.random.split(KEY, 3)}, "key has the shape (3,); expected one key, or one for each of 1"),
+        ([[1], [0] * 7], {}, "prompt 1 has 7 tokens, more than the model's context of 6; shorten it"),
+        ([[0] * 6], {"past_context": "stop"}, "prompt 0 fills the model's context of 6 tokens"),
+    ],
+)
+def test_bad_input_is_one_clear_line(params, prompts, more, expected):
+    with pytest.raises(InputError) as error:
+        generate(MODEL, params, prompts, **{"max_new_tokens": 2, "key": KEY, **more})
+    assert expected in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_params_still_in_their_variables_are_refused(params):
+    with pytest.raises(
+        InputError, match=r"""expected the params tree, such as model.init\(key, tokens\)\["params"\]"""
+    ):
+        greedy({"params": params}, [[1]], 2)
+
+
+def test_tied_and_half_precision_models_generate(params):
+    cfg = dataclasses.replace(CFG, tie_weights=True, dtype="bfloat16", unroll=None)
+    tied = {name: value for name, value in params.items() if name != "out_head"}
+    ids = generate(GPTModel(cfg), tied, jnp.array([[1, 2]]), max_new_tokens=3, temperature=0.0)
+    assert ids.shape == (1, 5)
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_every_part_lowers_for_accelerators(params, platform):
+    """On a machine that has none of them."""
+    from slm_jax.generation.decode import _Decoder, _Rules, _start
+
+    decoder = _Decoder(GPTModel(dataclasses.replace(CFG, dtype="bfloat16")), 5, False)
+    text = _start(CFG, [np.array([1, 2])], keeps_seen=True)
+    sampling = Sampling(0.7, top_k=5, top_p=0.9, min_p=0.1, repetition_penalty=1.1)
+    rules = _Rules(sampling.numbers(), KEY[None], 3)
+    unstacked = unstack_blocks(params)
+    text, cache = jax.eval_shape(lambda p: decoder.prefill(p, text, rules, 6, 6), unstacked)
+    for traced in (
+        _Decoder.prefill.trace(decoder, unstacked, text, rules, 6, 6),
+        _Decoder.cached_steps.trace(decoder, unstacked, text, cache, rules, 4),
+        _Decoder.sliding_steps.trace(decoder, unstacked, text, rules, 4),
+    ):
+        assert "stablehlo" in traced.lower(lowering_platforms=(platform,)).as_text()

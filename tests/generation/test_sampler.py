@@ -1,0 +1,144 @@
+"""What must hold of samplers: what is kept is what the definition says, and draws follow what is kept."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from slm_jax.errors import InputError
+from slm_jax.generation.sampler import Sampling, choose_tokens, keep_min_p, keep_top_p, penalize_repetition
+
+PROBABILITIES = np.array([0.05, 0.4, 0.25, 0.02, 0.2, 0.08])
+LOGITS = jnp.log(jnp.array([PROBABILITIES, PROBABILITIES[::-1]], jnp.float32)) + 3  # logits need not be normalised
+KEYS = jax.random.split(jax.random.key(0), 2)
+
+
+def kept(logits):
+    return [np.flatnonzero(np.isfinite(row)).tolist() for row in np.asarray(logits)]
+
+
+@pytest.mark.parametrize(
+    ("p", "expected"),
+    [
+        (0.01, [1]),
+        (0.39, [1]),
+        (0.41, [1, 2]),
+        (0.64, [1, 2]),
+        (0.66, [1, 2, 4]),
+        (0.84, [1, 2, 4]),
+        (0.92, [1, 2, 4, 5]),
+    ],
+)
+def test_top_p_keeps_the_fewest_that_reach_p(p, expected):
+    assert kept(keep_top_p(LOGITS, p)) == [expected, sorted(5 - i for i in expected)]
+
+
+def test_top_p_of_one_is_none():
+    assert Sampling(top_p=1.0).numbers() == Sampling().numbers()
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9, 0.99])
+def test_top_p_of_a_large_vocabulary_is_what_sorting_gives(p):
+    logits = np.asarray(jax.random.normal(jax.random.key(2), (4, 50_257)) * 3)
+    for row, result in zip(logits.astype(np.float64), np.asarray(keep_top_p(jnp.asarray(logits), p)), strict=True):
+        probabilities = np.exp(row - row.max())
+        probabilities /= probabilities.sum()
+        order = np.argsort(-probabilities)
+        n = int(np.searchsorted(np.cumsum(probabilities[order]), p)) + 1
+        n_kept = int(np.isfinite(result).sum())
+        assert abs(n_kept - n) <= max(2, 1e-3 * n)  # sums in float32
+        assert np.isfinite(result[order[:n_kept]]).all()
+
+
+@pytest.mark.parametrize(
+    ("share", "expected"), [(0.0, [0, 1, 2, 3, 4, 5]), (0.15, [1, 2, 4, 5]), (0.6, [1, 2]), (1.0, [1])]
+)
+def test_min_p_keeps_a_share_of_the_likeliest(share, expected):
+    assert kept(keep_min_p(LOGITS, share))[0] == expected
+
+
+def test_repetition_penalty_lowers_what_was_seen_whatever_its_sign():
+    logits = jnp.array([[2.0, -2.0, 1.0, -1.0]])
+    seen = jnp.array([[True, True, False, False]])
+    assert penalize_repetition(logits, seen, 4.0).tolist() == [[0.5, -8.0, 1.0, -1.0]]
+
+
+def draws(sampling, n=4000, seen=None):
+    logits = jnp.tile(LOGITS[:1], (n, 1))
+    keys = jax.random.split(jax.random.key(5), n)
+    seen = None if seen is None else jnp.tile(jnp.array(seen), (n, 1))
+    ids = choose_tokens(logits, sampling.numbers(), sampling.top_k, keys, seen)
+    assert ids.dtype == jnp.int32
+    return np.bincount(ids, minlength=6) / n
+
+
+@pytest.mark.parametrize(
+    ("sampling", "allowed"),
+    [
+        (Sampling(), [0, 1, 2, 3, 4, 5]),
+        (Sampling(top_k=2), [1, 2]),
+        (Sampling(top_k=100), [0, 1, 2, 3, 4, 5]),
+        (Sampling(top_p=0.66), [1, 2, 4]),
+        (Sampling(min_p=0.6), [1, 2]),
+        (Sampling(top_k=4, top_p=0.9), [1, 2, 4]),  # of the four left, 0.4/0.93 … : three reach 0.9
+        (Sampling(temperature=0.5, top_p=0.66), [1, 2]),  # the temperature comes first: squares of the probabilities
+        (Sampling(top_k=3, min_p=0.55), [1, 2]),
+    ],
+)
+def test_draws_follow_what_is_kept(sampling, allowed):
+    weights = np.zeros(6)
+    weights[allowed] = PROBABILITIES[allowed] ** (1 / sampling.temperature)
+    assert np.abs(draws(sampling) - weights / weights.sum()).max() < 0.03
+    assert draws(sampling)[weights == 0].sum() == 0
+
+
+def test_the_penalty_comes_before_the_draw_and_before_greedy():
+    seen = [[False, True, False, False, False, False]]
+    sampling = Sampling(repetition_penalty=50.0)
+    assert draws(sampling)[1] > 0.3  # without `seen` nothing is penalised
+    assert draws(sampling, seen=seen)[1] < 0.1
+    greedy = Sampling(temperature=0, repetition_penalty=50.0)
+    assert choose_tokens(LOGITS[:1], greedy.numbers(), None, None, jnp.array(seen)).tolist() == [2]
+
+
+def test_greedy_takes_no_notice_of_the_filters():
+    greedy = Sampling(temperature=0, top_k=1, top_p=0.1, min_p=1.0)
+    assert greedy.is_greedy
+    assert choose_tokens(LOGITS, greedy.numbers(), greedy.top_k, None, None).tolist() == [1, 4]
+
+
+def test_values_can_change_without_a_new_compilation():
+    traces = []
+
+    @jax.jit
+    def choose(logits, numbers, keys):
+        traces.append(1)
+        return choose_tokens(logits, numbers, None, keys, None)
+
+    for temperature, top_p in ((0.5, 0.9), (0.7, 0.8), (1.0, 0.99)):
+        choose(LOGITS, Sampling(temperature=temperature, top_p=top_p).numbers(), KEYS)
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"temperature": -0.5}, "temperature is -0.5; expected 0 (greedy) or above"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": float("inf")}, "temperature is inf"),
+        ({"temperature": 1e-40}, "temperature is 1e-40; expected 0 (greedy) or above, at least 1e-06"),
+        ({"top_k": 0}, "top_k is 0; expected a whole number of at least 1"),
+        ({"top_p": 0.0}, "top_p is 0.0; expected above 0 and at most 1"),
+        ({"top_p": 1.5}, "top_p is 1.5"),
+        ({"top_p": float("nan")}, "top_p is nan"),
+        ({"min_p": -0.1}, "min_p is -0.1; expected 0 to 1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0; expected above 0"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(values, said):
+    with pytest.raises(InputError) as error:
+        Sampling(**values)
+    assert said in str(error.value)
+    assert dataclasses.replace(Sampling(), temperature=0.5).temperature == 0.5

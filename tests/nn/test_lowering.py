@@ -1,0 +1,164 @@
+"""Every program that a recipe compiles can be lowered for a TPU, a T4 and an H100, on a machine that has none of them.
+
+From shapes alone, in the dtype, with the attention and with the loop over layers that would be chosen there. Texts that
+are not here are replaced by others: what matters are the shapes.
+"""
+
+import dataclasses
+import functools
+import importlib
+import json
+import re
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
+from recipes import RECIPES, initial_params, read, shapes, training_step, with_tokens
+
+from slm_jax.classifier import GPTClassifier
+from slm_jax.data.builtin import python_docs
+from slm_jax.errors import MissingInputError
+from slm_jax.generation.decode import _Decoder, _Rules, _start
+from slm_jax.generation.sampler import Sampling
+from slm_jax.model import GPTModel, get_gpt_config, param_shapes, unstack_blocks
+from slm_jax.nn.target import compiling_for
+from slm_jax.runs import Run, save_run
+from slm_jax.tasks import classification, pretraining
+from slm_jax.tokenizer import BPETokenizer, get_tokenizer
+from slm_jax.training.hardware import best_dtype
+from slm_jax.training.start import find_start
+from slm_jax.training.step import make_eval_step
+
+TARGETS = {"tpu": ("tpu", None), "t4": ("cuda", 7.5), "h100": ("cuda", 9.0)}
+# The dtypes of products (left, right, result): the logits are float32 in any case.
+PRODUCTS = {
+    "float32": {("f32", "f32", "f32")},
+    "bfloat16": {("bf16", "bf16", "bf16"), ("bf16", "bf16", "f32")},
+}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """New models in place of what fine-tuning starts from: of their shapes, GPT-2 narrower."""
+    folder, bpe = tmp_path_factory.mktemp("bases"), BPETokenizer.train(python_docs()[:300_000], vocab_size=4096)
+    made = {f"runs/{name}": (read(name).gpt_config(4096), bpe) for name in ("tiny", "mini")}
+    if gpt2_tokenizer_is_here():
+        made["gpt2"] = (get_gpt_config(emb_dim=128, n_heads=2, n_layers=2), get_tokenizer("gpt2"))
+    for name, (cfg, tokenizer) in made.items():
+        params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), param_shapes(cfg))
+        save_run(folder / name, Run(folder / name, None, cfg, params, tokenizer))
+    return {name: str(folder / name) for name in made}
+
+
+def gpt2_tokenizer_is_here():
+    try:
+        return bool(get_tokenizer("gpt2").encode("a"))
+    except MissingInputError:
+        return False
+
+
+@pytest.fixture(scope="module", params=[path.stem for path in RECIPES])
+def built(request, bases, tmp_path_factory):
+    """A recipe's configuration and task."""
+    folder = tmp_path_factory.mktemp("runs")
+    config = with_tokens(read(request.param, "--runs_dir", str(folder), "--checkpoint.mirror", "null"), folder)
+    if "gpt2" in (config.tokenizer.kind, config.base) and not gpt2_tokenizer_is_here():
+        pytest.skip("TIKTOKEN_CACHE_DIR does not point at GPT-2's tokenizer")
+    if not config.data.source.startswith("tokens:"):
+        source = "builtin:python-docs" if config.task == "pretraining" else f"jsonl:{rows_of(config.task, folder)}"
+        data = dataclasses.replace(config.data, source=source, test_source=None)
+        config = dataclasses.replace(config, data=data)
+    config = dataclasses.replace(config, base=config.base and bases[config.base])
+    return config, importlib.import_module(f"slm_jax.tasks.{config.task}").build(config, find_start(config))
+
+
+def rows_of(task, folder):
+    """Write a few hundred texts of lengths up to the longest that models are given."""
+    texts = ["a word or two " * (1 + i % 80) for i in range(600)]
+    rows = [{"text": f"{i} {text}", "label": "ab"[i % 2]} for i, text in enumerate(texts)]
+    if task == "instruction":
+        rows = [{"instruction": row["text"], "output": row["label"]} for row in rows]
+    (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return folder / "rows.jsonl"
+
+
+@pytest.fixture(params=TARGETS)
+def machine(request, monkeypatch):
+    """Another machine: its name and what it computes in."""
+    # All that jax asks of the machine before it writes down a call of cuDNN's attention; 9.10 is jax 0.7's.
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+    with compiling_for(*TARGETS[request.param]):
+        yield request.param, best_dtype()
+
+
+def test_every_program_of_a_recipe_lowers_for_accelerators(built, machine):
+    (config, task), (target, dtype) = built, machine
+    cfg = dataclasses.replace(task.model_config, dtype=dtype)
+    if config.task == "classification":
+        n_classes = len(task.metadata["classes"])
+        loss_fn = classification.make_loss_fn(GPTClassifier(cfg, n_classes, config.classification.pooling))
+    else:
+        loss_fn = pretraining.make_loss_fn(GPTModel(cfg))
+    train_step, initial_state = training_step(config, loss_fn, initial_params(task), task.total_steps)
+    state = jax.eval_shape(initial_state, jax.random.key(0))
+    batch, validation = jax.eval_shape(lambda: (task.train_batches[0], next(iter(task.validation_batches()))))
+    frozen = jax.eval_shape(lambda: task.params.frozen)
+    assert len(batch["inputs"]) == config.train.batch_size
+
+    traced = train_step.trace(state, frozen, batch)
+    assert shapes(traced.out_info[0]) == shapes(state)
+    training = lower(target, traced)
+    evaluation = lower(target, jax.jit(make_eval_step(loss_fn)).trace(state.trainable, frozen, validation))
+
+    n_donated = len(re.findall(r"tf\.aliasing_output|jax\.buffer_donor", training.text))
+    assert n_donated == len(jax.tree.leaves(state))
+    assert "stablehlo.while" in training.text  # a loop over layers: as long for 12 of them as for 2
+    # Flash attention holds no weights that dropout could drop.
+    assert training.has_flash == (target in ("h100", "tpu") and cfg.drop_rate == 0)
+    assert evaluation.has_flash == (target in ("h100", "tpu"))
+    if config.task == "classification":  # a small head and counts in float32
+        assert training.products >= PRODUCTS[dtype] - {("bf16", "bf16", "f32")}
+    else:
+        assert training.products == evaluation.products == PRODUCTS[dtype]
+        # Each layer has a piece of program of its own there, the same for all; what only training does is left out.
+        for program in lowered_generation(target, dataclasses.replace(cfg, n_layers=1, drop_rate=0.0, remat="none")):
+            assert program.products == PRODUCTS[dtype]
+
+
+class Program(NamedTuple):
+    """A lowered program: its text, the dtypes (left, right, result) of its products, if it calls flash attention."""
+
+    text: str
+    products: set[tuple[str, ...]]
+    has_flash: bool
+
+
+def lower(target, traced):
+    """Lower for a target, and check what must hold of any program."""
+    text = traced.lower(lowering_platforms=(TARGETS[target][0],)).as_text()
+    calls = set(re.findall(r"custom_call @([\w.$]+)", text))
+    flash_calls = {call for call in calls if call.startswith(("__cudnn$fmha", "tpu_custom_call"))}
+    assert calls - flash_calls <= {"Sharding", "cu_threefry2x32_ffi"}  # none back to Python
+    assert "f64" not in text
+    kind = r"tensor<(?:\d+x)*(\w+)>"
+    # Not those with batch dimensions, of attention's scores and weights, whose gradients stay in float32.
+    products = re.findall(rf"dot_general (?!.*batching_dims).* : \({kind}, {kind}\) -> {kind}", text)
+    return Program(text, set(products), bool(flash_calls))
+
+
+@functools.cache
+def lowered_generation(target, cfg):
+    """Lower the three programs of generation, for two texts that are sampled; models of one shape share them."""
+    params = jax.eval_shape(unstack_blocks, param_shapes(cfg))
+    sampling = Sampling(temperature=0.8, top_k=50, top_p=0.9)
+    rules = _Rules(sampling.numbers(), jax.random.split(jax.random.key(0), 2), jnp.int32(0))
+    text = _start(cfg, [np.zeros(9, np.int32), np.zeros(3, np.int32)], keeps_seen=False)
+    decoder = _Decoder(GPTModel(cfg), sampling.top_k, stop_when_full=False)
+    prefill = _Decoder.prefill.trace(decoder, params, text, rules, length=16, capacity=cfg.context_length)
+    text, cache = prefill.out_info
+    cached = _Decoder.cached_steps.trace(decoder, params, text, cache, rules, 7)
+    sliding = _Decoder.sliding_steps.trace(decoder, params, text, rules, 7)
+    return [lower(target, program) for program in (prefill, cached, sliding)]

@@ -1,0 +1,452 @@
+"""What must hold of fine-tuning as a person does it: what a run leaves, what it starts from, how it goes on."""
+# ruff: noqa: F811 (a fixture that is imported is also an argument)
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from finetuning import (
+    MODES,
+    STEPS,
+    TASKS,
+    TEMPLATE,
+    fails,
+    instructions,
+    options,
+    place,  # noqa: F401
+    save_new,
+    tuned,  # noqa: F401
+)
+from flax.traverse_util import flatten_dict
+from orbax.checkpoint import v1 as ocp
+
+from slm_jax import cli, load_classifier
+from slm_jax.commands import finetune
+from slm_jax.config import CheckpointConfig, DataConfig, FinetuneConfig, InstructionConfig, RunConfig, dump_config
+from slm_jax.errors import InputError
+from slm_jax.model import GPTModel
+from slm_jax.runs import load_gpt2, load_model, load_run, read_checkpoint
+from slm_jax.training.checkpoint import load_params, read_metadata, saved_steps
+from slm_jax.training.trainable import from_leaf_table, merge_params
+from slm_jax.weights.adapters import add_adapters, load_adapters, merge_adapters, split_adapters
+from slm_jax.weights.param_file import read_tree, write_tree
+
+# Checkpoints are read here as they lie on the disk, without saying onto which devices.
+pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided when restoring")
+KILLED_AT = 11
+TIMES = ("seconds", "tokens_per_second", "mfu")
+
+every = pytest.mark.parametrize(("task", "trainable"), [(task, mode) for task in TASKS for mode in MODES])
+
+
+def flat(tree):
+    return {path: np.asarray(leaf) for path, leaf in flatten_dict(tree, sep="/").items()}
+
+
+def load(run, task):
+    """The whole model of a run's last checkpoint."""
+    step = saved_steps(run / "checkpoints")[-1]
+    return read_checkpoint(run, step, "float32", classifier=task == "classification")[:2]
+
+
+# What a run leaves
+
+
+@every
+def test_a_run_leaves_what_it_says(tuned, task, trainable):
+    run, _ = tuned(task, trainable)
+    expected = {"config.yaml", "metrics.jsonl", "loss.png", "summary.json", "before.json", "tokenizer", "checkpoints"}
+    expected |= {"classification": {"confusion.png"}}.get(
+        task, {"samples.md", "template.json", "responses.json", "responses-before.json"}
+    )
+    expected |= set() if trainable == "all" else {"frozen.safetensors"}
+    assert {path.name for path in run.iterdir()} - {".lock"} == expected
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["split"] == "train"] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in rows if row["split"] == "val"] == [0, 8, 16, 24]
+    assert ("accuracy" in rows[0]) == (task == "classification")
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["before"] == json.loads((run / "before.json").read_text())
+    assert summary["before"] != summary["after"]
+    assert summary["before"].keys() == summary["after"].keys()
+    assert summary["trained_parameters"] < summary["parameters"] or trainable == "all"
+
+
+def test_the_figures_of_classification_are_of_all_splits(tuned):
+    run, _ = tuned("classification", "all")
+    after = json.loads((run / "summary.json").read_text())["after"]
+    assert after.keys() == {"train", "validation", "test"}
+    assert sum(np.array(split["confusion"]).sum() for split in after.values()) == 60
+    for split in after.values():
+        confusion = np.array(split["confusion"])
+        assert split["accuracy"] == pytest.approx(np.trace(confusion) / confusion.sum())
+        assert split["loss"] > 0
+
+
+def test_the_responses_are_those_to_the_test_instructions(tuned):
+    run, _ = tuned("instruction", "all")
+    entries = json.loads((run / "responses.json").read_text())
+    assert len(entries) == json.loads((run / "summary.json").read_text())["after"]["test"]["responses"] == 4
+    known = {row["instruction"]: row["output"] for row in instructions()}
+    for entry in entries:
+        assert known[entry["instruction"]] == entry["output"]
+        assert isinstance(entry["model_response"], str)
+
+
+# What is trained
+
+
+@every
+def test_what_is_frozen_stays_bitwise_and_what_is_trained_changes(place, tuned, task, trainable):
+    run, _ = tuned(task, trainable)
+    base = flat(load_gpt2(place / "base")[1])
+    tuned_params = flat(load(run, task)[1])
+    changed = {path for path in base if path in tuned_params and not np.array_equal(base[path], tuned_params[path])}
+    if trainable == "all":
+        assert changed == set(base)
+        return
+    if trainable == "last_block":
+        blocks = {path for path in base if path.startswith("blocks/")}
+        assert changed == blocks | {"final_norm/scale", "final_norm/bias"}
+        for path in blocks:
+            assert tuned_params[path][:1].tobytes() == base[path][:1].tobytes()
+            assert (tuned_params[path][1:] != base[path][1:]).any()
+        return
+    kernels = {f"blocks/{name}/kernel" for name in ("attn/qkv", "attn/out_proj", "ff/fc", "ff/proj")}
+    assert changed == kernels  # by the merged adapters
+    frozen = flat(read_tree(run / "frozen.safetensors"))
+    for path, leaf in base.items():
+        assert frozen[path].tobytes() == leaf.tobytes()
+
+
+@every
+def test_checkpoints_hold_what_is_trained_only(tuned, task, trainable):
+    run, _ = tuned(task, trainable)
+    saved = ocp.load_checkpointables(run / "checkpoints" / str(STEPS), {"params": None, "state": None})
+    names = {path.rpartition("/")[2] if "adapter" in path else path.split("/")[0] for path in flat(saved["params"])}
+    head = {"class_head"} if task == "classification" else set()
+    everything = {"tok_emb", "pos_emb", "blocks", "final_norm"} | head
+    expected = {"all": everything, "last_block": {"blocks_1", "final_norm"} | head, "lora": {"lora_a", "lora_b"} | head}
+    assert names == expected[trainable]
+    sizes = {name: sum(leaf.size for leaf in jax.tree.leaves(tree)) for name, tree in saved.items()}
+    trained = json.loads((run / "summary.json").read_text())["trained_parameters"]
+    assert sizes["params"] == trained
+    assert 2 * trained <= sizes["state"] <= 2 * trained + 8  # two moments, steps, a key
+
+
+# What can be done with it, its base being gone
+
+
+@every
+def test_a_finished_run_started_again_is_left_as_it_is(tuned, task, trainable, capsys):
+    run, arguments = tuned(task, trainable)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert cli.main(["finetune", *arguments]) == 0
+    assert "has done its 24 steps" in " ".join(capsys.readouterr().out.split())
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("trainable", MODES)
+def test_an_instruction_run_writes_text(tuned, trainable, capsys):
+    run, _ = tuned("instruction", trainable)
+    loaded = load_run(run)
+    assert loaded.template is not None
+    assert loaded.template.to_dict().items() >= TEMPLATE.items()
+    assert cli.main(["generate", "--run", str(run), "--prompt", "Q: a", "--max-new-tokens", "3"]) == 0
+    assert capsys.readouterr().out.startswith("Q: a")
+
+
+@pytest.mark.parametrize("trainable", MODES)
+def test_a_classifier_writes_no_text(tuned, trainable, capsys):
+    run, _ = tuned("classification", trainable)
+    fails(["generate", "--run", str(run)], capsys, "is a classifier", "slm-jax classify")
+
+
+@pytest.mark.parametrize("trainable", ["last_block", "lora"])
+def test_what_is_exported_is_the_whole_model_merged(tuned, trainable, tmp_path):
+    run, _ = tuned("instruction", trainable)
+    step = saved_steps(run / "checkpoints")[-1]
+    assert cli.main(["export", "--run", f"{run}@{step}", "--out", str(tmp_path / "hf")]) == 0
+    cfg, exported = load_gpt2(tmp_path / "hf")
+    table = from_leaf_table(read_metadata(run / "checkpoints", step)["leaves"])
+    trained = load_params(run / "checkpoints", step, table)
+    parts = merge_params(read_tree(run / "frozen.safetensors"), trained)  # adapters beside their matrices
+    apply = jax.jit(lambda params: GPTModel(cfg).apply({"params": params}, jnp.arange(24).reshape(2, 12)))
+    beside = apply(jax.tree.map(jnp.asarray, parts))
+    assert np.abs(apply(exported) - beside).max() <= 1e-5 * np.abs(beside).max()
+    assert flat(exported).keys() == flat(load(run, "instruction")[1]).keys()
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_adapters_of_every_matrix_go_on_load_and_leave(place, tmp_path, task):
+    """Also of a head, which is no stack of matrices; a language model has one where its weights are not tied."""
+    save_new(tmp_path / "base", load_run(place / "base").tokenizer, tie_weights=False)
+    arguments = options(place, task, tmp_path, "lora", base=tmp_path / "base", lora__targets="*", sample__every=0)
+    for steps in ("2", "4"):
+        assert cli.main(["finetune", *arguments, "--train.steps", steps]) == 0
+    run = tmp_path / "tuned"
+    assert json.loads((run / "summary.json").read_text())["step"] == 4
+    if task == "classification":
+        assert load_classifier(run)(["abc"])[0].label in ("letters", "digits")
+    else:
+        assert load_model(run).step in (2, 4)
+
+    out = tmp_path / "adapter"
+    assert cli.main(["export", "--run", f"{run}@4", "--format", "adapter", "--out", str(out)]) == 0
+    base = split_adapters(read_tree(run / "frozen.safetensors"))[0]
+    merged = flat(merge_adapters(add_adapters(base, load_adapters(out / "adapter.safetensors"))))
+    loaded = flat(load(run, task)[1])
+    for path, leaf in loaded.items():
+        assert merged[path].tobytes() == leaf.tobytes(), path
+    head = {"classification": "class_head/kernel", "instruction": "out_head/kernel"}[task]
+    assert (merged[head] != flat(base)[head]).any()
+
+
+# Killed and resumed
+
+KILL = """
+import os, signal, sys
+from slm_jax import cli
+from slm_jax.training.record import RunRecord
+
+log = RunRecord.train
+
+def log_and_die(self, step, metrics):
+    log(self, step, metrics)
+    if step == {step}:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+RunRecord.train = log_and_die
+cli.main(sys.argv[1:])
+"""
+
+
+def outcome(run):
+    """All that must be equal of two runs."""
+    step = saved_steps(run / "checkpoints")[-1]
+    arrays = ocp.load_checkpointables(run / "checkpoints" / str(step), {"params": None, "state": None})
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    texts = ("samples.md", "responses.json", "responses-before.json", "before.json")
+    return {
+        "arrays": [(str(path), leaf.tobytes()) for path, leaf in sorted_leaves(arrays)],
+        "data": read_metadata(run / "checkpoints", step)["data"],
+        "metrics": [{key: value for key, value in row.items() if key not in TIMES} for row in rows],
+        "texts": [(run / name).read_text() for name in texts if (run / name).exists()],
+        "after": json.loads((run / "summary.json").read_text())["after"],
+    }
+
+
+def sorted_leaves(tree):
+    return [(jax.tree_util.keystr(path), np.asarray(leaf)) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("task", "trainable"), [(task, mode) for task in TASKS for mode in ("last_block", "lora")])
+def test_killed_equals_unbroken_bitwise(place, tuned, tmp_path, task, trainable):
+    """SIGKILL after step 11; from what was saved by then it goes on, without its base."""
+    unbroken, _ = tuned(task, trainable)
+    shutil.copytree(place / "base", tmp_path / "base")
+    arguments = options(place, task, tmp_path, trainable, base=tmp_path / "base")
+    script = KILL.format(step=KILLED_AT)
+    process = subprocess.run([sys.executable, "-c", script, "finetune", *arguments], capture_output=True, timeout=300)
+    assert process.returncode == -signal.SIGKILL, process.stderr[-3000:]
+    assert saved_steps(tmp_path / "tuned" / "checkpoints")[-1] in (6, 8)
+    assert not (tmp_path / "tuned" / "summary.json").exists()
+    shutil.rmtree(tmp_path / "base")
+    assert cli.main(["finetune", *arguments]) == 0
+    found, expected = outcome(tmp_path / "tuned"), outcome(unbroken)
+    for name in expected:
+        assert found[name] == expected[name], name
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_on_a_fresh_machine_it_goes_on_from_the_mirror(tuned, tmp_path, task):
+    """With what is frozen, the template and what was measured before; its base is gone."""
+    run, arguments = tuned(task, "lora")
+    there = shutil.copytree(run, tmp_path / "drive" / "tuned")
+    shutil.rmtree(there / "checkpoints" / str(saved_steps(there / "checkpoints")[-1]))
+    (there / "summary.json").unlink()
+    moved = ["--runs_dir", str(tmp_path / "fresh"), "--checkpoint.mirror", str(tmp_path / "drive")]
+    assert cli.main(["finetune", *arguments, *moved]) == 0
+    for folder in (tmp_path / "fresh" / "tuned", there):
+        assert outcome(folder) == outcome(run)
+        assert json.loads((folder / "summary.json").read_text())["before"] is not None
+        assert (folder / "frozen.safetensors").read_bytes() == (run / "frozen.safetensors").read_bytes()
+
+
+# What a run does not go on from
+
+
+@pytest.fixture
+def stopped(tuned, tmp_path):
+    """A copy of a finished run that is asked for more steps."""
+    run, arguments = tuned("classification", "last_block")
+    shutil.copytree(run, tmp_path / "tuned")
+    at = arguments.index("--runs_dir") + 1
+    return tmp_path / "tuned", [*arguments[:at], str(tmp_path), *arguments[at + 1 :], "--train.steps", str(STEPS + 1)]
+
+
+def test_a_damaged_file_of_frozen_parameters_is_refused(stopped, capsys):
+    run, arguments = stopped
+    whole = (run / "frozen.safetensors").read_bytes()
+    for content in (whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:], whole[:-1], b""):
+        (run / "frozen.safetensors").write_bytes(content)
+        before = (run / "metrics.jsonl").read_bytes()
+        fails(["finetune", *arguments], capsys, "frozen.safetensors", "restore")
+        assert (run / "metrics.jsonl").read_bytes() == before
+    (run / "frozen.safetensors").unlink()
+    fails(["finetune", *arguments], capsys, "frozen.safetensors: no such file")
+    (run / "frozen.safetensors").write_bytes(whole)
+    assert cli.main(["finetune", *arguments]) == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--base", "other"], "base is 'other' now and was"),
+        (["--trainable", "lora"], "trainable is 'lora' now and was 'last_block'"),
+        (["--classification.pooling", "last"], "classification.pooling is 'last' now and was 'mean'"),
+        (["--data.test_fraction", "0.3"], "data.test_fraction is 0.3 now and was 0.2"),
+        (["--task", "instruction"], "task is 'instruction' now and was 'classification'"),
+    ],
+    ids=str,
+)
+def test_another_run_is_not_gone_on_with(place, stopped, capsys, more, said):
+    run, arguments = stopped
+    if "instruction" in more:
+        more = [*more, "--data.source", f"jsonl:{place}/instruction.jsonl"]
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    fails(["finetune", *arguments, *more], capsys, said, "--run NAME")
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_frozen_parameters_of_another_run_are_refused(stopped, capsys):
+    """Of the same shapes, and whole."""
+    run, arguments = stopped
+    other = jax.tree.map(lambda leaf: leaf + 1, read_tree(run / "frozen.safetensors"))
+    write_tree(run / "frozen.safetensors", other)
+    said = ("frozen.safetensors: is not what this run was trained with", "restore it")
+    fails(["classify", "--run", str(run), "abc"], capsys, *said)
+    fails(["finetune", *arguments], capsys, *said)
+
+
+# What is left of an earlier attempt
+
+
+def test_a_summary_of_fewer_steps_is_not_taken_for_the_end(stopped):
+    run, arguments = stopped
+    arguments = [*arguments, "--train.steps", str(STEPS)]
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps({**summary, "step": STEPS - 1, "after": None}))
+    assert cli.main(["finetune", *arguments]) == 0
+    found = json.loads((run / "summary.json").read_text())
+    assert (found["step"], found["after"]) == (STEPS, summary["after"])
+
+
+def test_without_a_checkpoint_the_model_is_measured_anew(place, stopped):
+    run, arguments = stopped
+    before = json.loads((run / "before.json").read_text())
+    shutil.rmtree(run / "checkpoints")
+    (run / "before.json").write_text("{}")
+    assert cli.main(["finetune", *arguments, "--base", str(place / "base"), "--train.steps", "1"]) == 0
+    assert json.loads((run / "before.json").read_text()) == before
+    assert json.loads((run / "summary.json").read_text())["before"] == before
+
+
+def test_a_run_has_its_own_template(place, tmp_path, capsys):
+    file = tmp_path / "template.json"
+    file.write_text(json.dumps(TEMPLATE))
+    arguments = options(place, "instruction", tmp_path, instruction__template=file, sample__every=0)
+    assert cli.main(["finetune", *arguments, "--train.steps", "2"]) == 0
+    own = (tmp_path / "tuned" / "template.json").read_bytes()
+
+    file.write_text(json.dumps({**TEMPLATE, "user_start": "A: "}))
+    fails(["finetune", *arguments, "--train.steps", "4"], capsys, f"instruction.template {file} has changed", "--run")
+    file.unlink()
+    assert cli.main(["finetune", *arguments, "--train.steps", "4"]) == 0
+    assert (tmp_path / "tuned" / "template.json").read_bytes() == own
+    assert load_run(tmp_path / "tuned").template.user_start == "Q: "
+
+
+# The tiny model that is not there yet
+
+
+def test_the_tiny_model_is_pretrained_first_if_it_is_missing(tmp_path, monkeypatch, capsys):
+    """Both runs are only written down here: together they take minutes."""
+    begun = []
+    monkeypatch.setattr(finetune.train, "run", lambda options: begun.append(options) or 0)
+    config = FinetuneConfig(base=str(tmp_path / "tiny"), runs_dir=str(tmp_path))
+    assert finetune.run(config) == 0
+    assert begun == [RunConfig(run="tiny", runs_dir=str(tmp_path)), config]
+    assert "pretraining the tiny model first" in capsys.readouterr().err
+
+
+def test_it_goes_no_further_if_that_is_stopped(tmp_path, monkeypatch):
+    begun = []
+    monkeypatch.setattr(finetune.train, "run", lambda options: begun.append(options) or 130)
+    assert finetune.run(FinetuneConfig(base=str(tmp_path / "tiny"), runs_dir=str(tmp_path))) == 130
+    assert begun == [RunConfig(run="tiny", runs_dir=str(tmp_path))]
+
+
+@pytest.mark.parametrize(
+    ("task", "more", "said"),
+    [
+        ("classification", {"data": DataConfig(source="csv:nowhere.csv")}, "nowhere.csv"),
+        ("instruction", {"data": DataConfig(source="json:nowhere.json")}, "nowhere.json"),
+        ("instruction", {"instruction": InstructionConfig(template="alpaka")}, "alpaka"),
+    ],
+)
+def test_a_mistake_in_the_data_is_found_before_that(tmp_path, monkeypatch, task, more, said):
+    begun = []
+    monkeypatch.setattr(finetune.train, "run", lambda options: begun.append(options) or 0)
+    with pytest.raises(InputError, match=said):
+        finetune.run(FinetuneConfig(task=task, base=str(tmp_path / "tiny"), runs_dir=str(tmp_path), **more))
+    assert begun == []
+
+
+def first(config):
+    return finetune._missing_base(config)
+
+
+def test_no_other_base_is_made(tmp_path):
+    assert first(FinetuneConfig(base=str(tmp_path / "mine"), runs_dir=str(tmp_path))) is None
+    assert first(FinetuneConfig(base=str(tmp_path / "mine" / "tiny"), runs_dir=str(tmp_path))) is None
+    assert first(FinetuneConfig(base=None, trainable="all")) is None
+    assert first(FinetuneConfig(base="gpt2")) is None
+
+
+def test_a_tiny_model_that_is_there_is_taken_and_one_half_done_is_finished(tmp_path):
+    config = FinetuneConfig(base=str(tmp_path / "tiny"), runs_dir=str(tmp_path))
+    tiny = RunConfig(run="tiny", runs_dir=str(tmp_path))
+    (tmp_path / "tiny").mkdir()
+    assert first(config) is None  # not ours to fill
+    (tmp_path / "tiny" / "config.yaml").write_text(dump_config(tiny))
+    assert first(config) == tiny
+    (tmp_path / "tiny" / "summary.json").write_text("{}")
+    assert first(config) is None
+
+
+@pytest.mark.parametrize("where", ["runs", "drive"])
+def test_a_run_that_goes_on_needs_no_base(tmp_path, where):
+    """Also where it is only the mirror that has it."""
+    runs, mirror = tmp_path / "runs", CheckpointConfig(mirror=str(tmp_path / "drive"))
+    config = FinetuneConfig(base=str(runs / "tiny"), runs_dir=str(runs), checkpoint=mirror)
+    assert first(config) is not None
+    (tmp_path / where / config.name / "checkpoints").mkdir(parents=True)
+    assert first(config) is None
+
+
+def test_instructions_alone_are_those_of_the_standard_library(monkeypatch):
+    begun = []
+    monkeypatch.setattr(finetune, "run", lambda options: begun.append(options) or 0)
+    assert finetune.main(["--task", "instruction"]) == 0
+    assert finetune.main([]) == 0
+    assert finetune.main(["--task", "instruction", "--data.source", "json:mine.json"]) == 0
+    sources = ["builtin:docstrings", "builtin:prose-or-code", "json:mine.json"]
+    assert [options.data.source for options in begun] == sources

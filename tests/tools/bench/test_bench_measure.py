@@ -1,0 +1,110 @@
+"""What must hold of repeated measurements: what is timed, medians and spread, what limits a device."""
+
+import json
+import math
+import mmap
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from slm_jax.errors import InputError
+from slm_jax.model import get_gpt_config
+from slm_jax.tools.bench.ceilings import Ceilings, find_ceilings, forward_flops, measure_bandwidth, measure_flops
+from slm_jax.tools.bench.measure import Timing, time_calls
+from slm_jax.tools.bench.peak import PeakMemory
+from slm_jax.tools.bench.result import Result, draw_result, print_result
+from slm_jax.training.hardware import find_device, flops_per_token
+
+RESULT = Result(
+    what="train",
+    config={"seed": 0},
+    figures={"step_seconds": Timing((0.2, 0.1)).to_dict()},
+    rows={"step": "150 ms"},
+    unit="ms",
+    bars={"step": 150.0},
+    series={"step": (200.0, 100.0)},
+    limits={"least": 10.0},
+    notes=("a note",),
+)
+
+
+def test_only_the_repeats_are_timed():
+    now = [0.0]
+    durations = iter([100.0, 50.0, 3.0, 1.0, 2.0, 10.0])
+
+    def run() -> None:
+        now[0] += next(durations)
+
+    timing = time_calls(run, warmup=2, repeats=4, clock=lambda: now[0])
+    assert timing.seconds == (3.0, 1.0, 2.0, 10.0)
+    assert timing.median == 2.5
+    assert timing.quartiles == (1.75, 4.75)
+    assert timing.to_dict()["range"] == (1.0, 10.0)
+    assert str(timing) == "2.5 s (1.75-4.75; 1-10)"
+    assert str(Timing((0.0123,))) == "12.3 ms"
+
+
+def test_the_flops_of_a_forward_pass_are_a_third_of_trainings():
+    for name, changes in (("tiny", {}), ("mini", {"tie_weights": False}), ("gpt2-small", {"bias": False})):
+        cfg = get_gpt_config(name, **changes)
+        assert math.isclose(3 * forward_flops(cfg, 1, cfg.context_length, 1), flops_per_token(cfg))
+
+
+def test_bounds_are_of_what_is_known():
+    known = Ceilings(100.0, 10.0, "")
+    assert known.bounds(500.0, 20.0) == {"arithmetic": 5.0, "memory": 2.0}
+    assert known.bounds(None, 20.0) == {"memory": 2.0}
+    assert Ceilings(None, None, "").bounds(500.0, 20.0) == {}
+
+
+def test_ceilings_come_from_the_data_sheet_or_as_given():
+    assert find_ceilings("bfloat16", "h200", None).flops == 989e12
+    assert find_ceilings("float32", "h200", None).flops == 495e12
+    given = find_ceilings("bfloat16", "h200", 5e12)
+    assert (given.flops, given.bandwidth) == (5e12, 4.8e12)
+    assert find_ceilings("float32", "cpu", None) == Ceilings(None, None, "peak not known; bandwidth not known")
+    with pytest.raises(InputError, match="did you mean h200"):
+        find_ceilings("float32", "h20", None)
+
+
+def test_the_bandwidth_is_measured_where_no_data_sheet_is_known(monkeypatch):
+    monkeypatch.setattr("slm_jax.tools.bench.ceilings._SECONDS", 0.01)
+    monkeypatch.setattr("slm_jax.tools.bench.ceilings.device_here", lambda: None)
+    here = find_ceilings("float32", None, None)
+    assert (here.flops, here.source) == (None, "peak not known; bandwidth measured here")
+    assert here.bandwidth is not None
+    assert 1e8 < here.bandwidth < 1e15
+    monkeypatch.setattr("slm_jax.tools.bench.ceilings.device_here", lambda: find_device("h200"))
+    assert find_ceilings("float32", None, None) == Ceilings(495e12, 4.8e12, "data sheet of h200")
+
+
+def test_measured_ceilings_are_plausible(monkeypatch):
+    monkeypatch.setattr("slm_jax.tools.bench.ceilings._SECONDS", 0.01)
+    assert 1e8 < measure_flops("float32") < 1e17
+    assert 1e8 < measure_bandwidth() < 1e15
+
+
+def test_the_peak_is_what_was_held_at_most():
+    def touch(megabytes: int) -> None:
+        with mmap.mmap(-1, megabytes << 20) as fresh:  # what this process freed before may be handed out again
+            np.frombuffer(fresh, np.uint8)[:] = 1
+
+    touch(150)  # before: not counted
+    with PeakMemory() as memory:
+        touch(60)
+    if memory.n_bytes is None:
+        pytest.skip("the system does not say what a process holds")
+    assert 55e6 < memory.n_bytes < 90e6
+
+
+def test_a_result_is_written_printed_and_drawn(tmp_path, capsys):
+    content = json.loads(RESULT.to_json())
+    assert content.keys() == {"what", "machine", "config", "figures", "notes"}
+    assert content["figures"]["step_seconds"]["repeats"] == [0.2, 0.1]
+    assert {"device", "devices", "platform", "cores", "threads", "python", "jax", "flax"} <= content["machine"].keys()
+    print_result(RESULT, Console())
+    printed = capsys.readouterr().out
+    assert all(text in printed for text in ("150 ms", "quartiles", "a note", content["machine"]["device"]))
+    draw_result(RESULT, tmp_path / "figures.png")
+    assert (tmp_path / "figures.png").read_bytes().startswith(b"\x89PNG")

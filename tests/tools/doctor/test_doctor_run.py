@@ -1,0 +1,197 @@
+"""What must hold of the doctor's look at a run: it finds what is damaged or odd, and says how to go on."""
+
+import json
+import shutil
+
+import jax
+import pytest
+from pretraining import options
+
+from slm_jax import cli
+from slm_jax.model import GPTConfig, init_params
+from slm_jax.runs import Run, save_run
+from slm_jax.tokenizer import CharTokenizer
+from slm_jax.tools.doctor.run import check_config, check_machine, check_next, examine_run
+from slm_jax.training.run_folder import RunFolder
+
+TEXT = "the cat sat on the mat, and the dog sat on the log. " * 20
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of a few steps with a mirror."""
+    folder = tmp_path_factory.mktemp("machine")
+    (folder / "cats.txt").write_text(TEXT)
+    (folder / "drive").mkdir()
+    small = {"run": "cats", "model__n_layers": 1, "model__emb_dim": 8, "model__n_heads": 1, "model__context_length": 8}
+    small |= {"train__steps": 6, "train__eval_every": 3, "checkpoint__every": 3, "sample__every": 0}
+    small |= {"checkpoint__mirror": folder / "drive"}
+    assert cli.main(["train", *options(folder / "cats.txt", folder / "runs", **small)]) == 0
+    return folder
+
+
+@pytest.fixture
+def machine(trained, tmp_path):
+    """A copy of it at the same relative places, to be damaged."""
+    shutil.copytree(trained, tmp_path / "machine")
+    config = tmp_path / "machine" / "runs" / "cats" / "config.yaml"
+    text = config.read_text()
+    for place in ("runs", "drive"):
+        text = text.replace(str(trained / place), str(tmp_path / "machine" / place))
+    config.write_text(text)
+    return tmp_path / "machine"
+
+
+@pytest.fixture
+def run(machine):
+    return machine / "runs" / "cats"
+
+
+def examine(path):
+    """What is found, by name; every text is one line and no check broke."""
+    found = {}
+    for finding in examine_run(RunFolder(path)):
+        assert "\n" not in finding.text
+        assert "the check itself failed" not in finding.text
+        found.setdefault(finding.name, []).append(finding)
+    return found
+
+
+def problems(found):
+    return [finding.text for findings in found.values() for finding in findings if finding.level == "problem"]
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_run_that_is_well_has_no_problem_and_is_not_changed(run):
+    before = contents(run)
+    found = examine(run)
+    assert contents(run) == before
+    assert {finding.level for findings in found.values() for finding in findings} == {"ok"}
+    three, six = (finding.text for finding in found["checkpoints"])
+    assert three.startswith("step 3, validation loss ")
+    assert six.startswith("step 6, validation loss ")
+    assert "the latest" in six
+    assert "the latest" not in three
+    assert ("the best" in three) != ("the best" in six)
+    (log,) = found["log"]
+    assert "up to step 6" in log.text
+    assert found["machine"][0].text.endswith("as here: going on is bit for bit the unbroken run")
+    assert "drive/cats has step 3, step 6, each whole" in found["mirror"][0].text
+    (next_step,) = found["next"]
+    assert next_step.text.startswith(f"done, 6 steps: slm-jax generate --run {run}")
+
+
+def test_on_a_gpu_it_promises_no_equal_bits(run, monkeypatch):
+    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+    (finding,) = check_machine(RunFolder(run))
+    assert finding.text.endswith("the unbroken run, but for what kernels round differently from run to run")
+
+
+def test_what_it_says_comes_next_works(run, capsys):
+    (next_step,) = examine(run)["next"]
+    command = next_step.text.partition("for more: slm-jax ")[2].replace("--train.steps N", "--train.steps 7").split()
+    assert cli.main(command) == 0
+    assert examine(run)["next"][0].text.startswith("done, 7 steps")
+
+
+def test_a_run_that_was_moved_is_gone_on_with_where_it_is(run, tmp_path):
+    moved = tmp_path / "elsewhere" / "dogs"
+    shutil.copytree(run, moved)
+    (next_step,) = examine(moved)["next"]
+    assert f"--runs_dir {moved.parent} --run dogs" in next_step.text
+
+
+def test_a_damaged_checkpoint_is_named(run):
+    file = max((run / "checkpoints" / "3").rglob("*"), key=lambda path: path.stat().st_size)
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    found = examine(run)
+    (problem,) = problems(found)
+    assert f"{file} is damaged" in problem
+    assert f"delete {run / 'checkpoints' / '3'}, the others are not affected" in problem
+    assert "whole" in found["checkpoints"][1].text
+
+
+def test_no_whole_checkpoint_is_a_problem_of_its_own(run):
+    for step in ("3", "6"):
+        (run / "checkpoints" / step / "_CHECKPOINT_METADATA").write_text("{}")
+    assert "every checkpoint is damaged" in problems(examine(run))[-1]
+
+
+def test_a_checkpoint_without_checksums_and_leftovers_are_notes(run):
+    (run / "checkpoints" / "6" / "sha256.json").unlink()
+    shutil.copytree(run / "checkpoints" / "3", run / "checkpoints" / "4.damaged-1")
+    found = examine(run)
+    assert problems(found) == []
+    notes = [finding.text for finding in found["checkpoints"] if finding.level == "note"]
+    assert "saved without checksums" in notes[0]
+    assert "1 set aside or unfinished (4.damaged-1)" in notes[1]
+
+
+def test_the_log_tells_of_skipped_steps_cut_lines_and_steps_without_checkpoint(run):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    first = next(row for row in rows if row["split"] == "train")
+    first |= {"loss": None, "skipped": True}
+    rows.append({**first, "step": 9, "loss": 1.0, "skipped": False})
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (run / "metrics.jsonl").write_text(lines + '{"step": 10, "sp\n')
+    found = examine(run)["log"]
+    assert [finding.level for finding in found] == ["problem", "ok", "note", "note"]
+    assert f"damaged in line {len(rows) + 1} of {len(rows) + 1}" in found[0].text
+    assert "not finite in 1 logged steps, which were skipped: 1;" in found[2].text
+    assert "goes on for 3 steps after the latest checkpoint" in found[3].text
+
+
+def test_another_machine_is_a_note(run):
+    path = run / "checkpoints" / "6" / "_CHECKPOINT_METADATA"
+    metadata = json.loads(path.read_text())
+    metadata["custom_metadata"]["environment"] |= {"device": "TPU v5 lite", "threads": 99}
+    path.write_text(json.dumps(metadata))
+    (run / "checkpoints" / "6" / "sha256.json").unlink()
+    (finding,) = examine(run)["machine"]
+    assert finding.level == "note"
+    assert "trained on 1 × TPU v5 lite" in finding.text
+    assert "(was TPU v5 lite)" in finding.text
+    assert finding.text.endswith("the same data in the same order, but not bit for bit")
+
+
+def test_a_mirror_may_be_behind_damaged_or_gone(machine, run):
+    mirror = machine / "drive" / "cats"
+    shutil.rmtree(mirror / "checkpoints" / "6")
+    (finding,) = examine(run)["mirror"]
+    assert (finding.level, "not the latest, 6; the next start copies it" in finding.text) == ("note", True)
+    (mirror / "checkpoints" / "3" / "sha256.json").write_text("")
+    assert "step 3: " in problems(examine(run))[0]
+    shutil.rmtree(machine / "drive")
+    assert "is not there; mount it" in problems(examine(run))[0]
+
+
+def test_a_configuration_of_another_version_is_a_problem(run):
+    config = run / "config.yaml"
+    config.write_text(config.read_text() + "new_key: 1\n")
+    (finding,) = check_config(RunFolder(run))
+    assert (finding.level, "new_key" in finding.text) == ("problem", True)
+
+
+def test_a_run_that_is_being_trained_is_left_alone(run):
+    with RunFolder(run).lock():
+        assert check_next(RunFolder(run))[0].text == "it is being trained by another process now"
+    assert check_next(RunFolder(run))[0].level == "ok"
+
+
+def test_imported_weights_and_a_run_that_has_just_begun(tmp_path):
+    tokenizer = CharTokenizer("abc")
+    cfg = GPTConfig(vocab_size=tokenizer.vocab_size, context_length=4, emb_dim=4, n_heads=1, n_layers=1)
+    save_run(tmp_path / "imported", Run(tmp_path, None, cfg, init_params(cfg, jax.random.key(0)), tokenizer))
+    found = examine(tmp_path / "imported")
+    assert problems(found) == []
+    assert "imported" in found["config"][0].text
+    assert found["next"][0].text == f"slm-jax generate --run {tmp_path / 'imported'}"
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "config.yaml").write_text("run: new\n")
+    found = examine(tmp_path / "new")
+    assert problems(found) == []
+    assert found["checkpoints"][0].text.startswith("none yet")
+    assert found["next"][0].text.startswith("at step 0 of 800; to go on: slm-jax train --config")

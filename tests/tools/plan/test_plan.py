@@ -1,0 +1,201 @@
+"""What must hold of a plan: what it advises fits, what it says fits is the most, and figures that can be counted."""
+
+import dataclasses
+import functools
+import shlex
+
+import pytest
+
+from slm_jax.config import FinetuneConfig, ModelSection, RunConfig, parse_args
+from slm_jax.data.token_file import json_path, write_token_file
+from slm_jax.errors import InputError
+from slm_jax.tokenizer import CharTokenizer
+from slm_jax.tools.plan import make_plan
+from slm_jax.tools.plan.plan import ASSUMED_MFU
+
+GPT2 = ("--model.preset", "gpt2-small", "--tokenizer.kind", "gpt2")
+
+
+def config(*words):
+    return parse_args([*GPT2, *words])
+
+
+def test_gpt2_small_on_a_t4():
+    """Parameters and FLOPs as published; float32, as bfloat16 is only emulated there."""
+    plan = make_plan(config("--train.batch_size", "2", "--train.steps", "100"), "t4")
+    assert plan.n_params == plan.n_trained == 124_439_808
+    assert (plan.dtype, plan.attention) == ("float32", "xla")
+    assert plan.flops_per_token == 6 * (124_439_808 - 786_432) + 12 * 12 * 768 * 1024
+    assert plan.tokens_per_second == pytest.approx(8.1e12 * ASSUMED_MFU / plan.flops_per_token)
+    assert plan.tokens == 100 * 2 * 1024
+    assert plan.hours == pytest.approx(plan.tokens / plan.tokens_per_second / 3600)
+    assert plan.by_remat["none"].memory.parameters == 4 * 124_439_808
+    assert plan.by_remat["none"].memory.optimizer == 8 * 124_439_808
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "attention"),
+    [
+        ("h100", "bfloat16", "cudnn"),
+        ("v5e", "bfloat16", "flash"),
+        ("v100", "float32", "xla"),
+        ("cpu", "float32", "explicit"),
+    ],
+)
+def test_dtype_and_attention_are_those_of_the_device(device, dtype, attention):
+    plan = make_plan(config(), device)
+    assert (plan.dtype, plan.attention) == (dtype, attention)
+
+
+@pytest.mark.parametrize(
+    ("words", "device", "n_devices"),
+    [
+        (["--train.batch_size", "64"], "t4", 1),
+        (["--train.batch_size", "256"], "v5e", 4),
+        (["--train.batch_size", "64", "--train.eval_batch_size", "8192"], "h100", 1),
+        (["--train.batch_size", "64", "--model.preset", "gpt2-xl"], "a100-40g", 8),
+    ],
+)
+def test_every_change_that_is_advised_makes_it_fit(words, device, n_devices):
+    plan = make_plan(config(*words), device, n_devices)
+    assert not plan.fits
+    assert plan.changes
+    for change in plan.changes:
+        assert make_plan(config(*words, *shlex.split(change)), device, n_devices).fits, change
+
+
+def test_attention_that_only_the_device_has_can_be_planned():
+    words = ["--model.attention", "cudnn"]
+    for task in ("pretraining", "classification"):
+        assert make_plan(config(*words, "--task", task), "h100").attention == "cudnn"
+    with pytest.raises(InputError, match="'cudnn' cannot be used"):
+        make_plan(config(*words), "v5e")
+
+
+def test_where_nothing_helps_nothing_is_advised():
+    plan = make_plan(config("--model.preset", "gpt2-xl"), "t4")
+    assert not plan.fits
+    assert plan.changes == ()
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("accumulate", [1, 32])
+def test_the_largest_number_of_rows_fits_and_one_more_does_not(remat, accumulate):
+    def fit(rows):
+        words = ("--train.batch_size", str(accumulate * rows), "--train.accumulate", str(accumulate))
+        return make_plan(config(*words), "a100-40g").by_remat[remat]
+
+    most = fit(1).largest_rows
+    assert [fit(rows).fits for rows in (most, most + 1)] == [True, False]
+
+
+def test_the_accumulation_that_is_named_is_the_least():
+    words = ["--train.batch_size", "64"]
+    least = make_plan(config(*words), "v5e").by_remat["none"].accumulate
+    fits = [
+        make_plan(config(*words, "--train.accumulate", str(accumulate)), "v5e").by_remat["none"].fits
+        for accumulate in (least // 2, least)
+    ]
+    assert fits == [False, True]
+
+
+def test_recomputing_more_takes_less():
+    totals = [fit.memory.total for fit in make_plan(config("--train.batch_size", "64"), "v5e").by_remat.values()]
+    assert totals == sorted(totals, reverse=True)
+
+
+def test_devices_share_the_batch_and_with_fsdp_the_state():
+    words = ["--train.batch_size", "8"]
+    one, four = make_plan(config(*words), "v5e"), make_plan(config(*words, "--mesh.fsdp", "4"), "v5e", 4)
+    assert four.rows == 2
+    assert four.tokens_per_second == pytest.approx(4 * one.tokens_per_second)
+    memory = four.by_remat["none"].memory
+    assert memory.optimizer == pytest.approx(one.by_remat["none"].memory.optimizer / 4, rel=0.01)
+
+
+def test_tokens_and_mfu_of_ones_own():
+    plan = make_plan(config(), "h100", mfu=0.5, tokens=1e9)
+    assert plan.tokens == 1e9
+    assert plan.hours == pytest.approx(1e9 * plan.flops_per_token / (0.5 * 989e12) / 3600)
+
+
+def test_a_cpu_has_memory_but_no_speed():
+    plan = make_plan(config(), "cpu")
+    assert plan.memory_limit > 2**20
+    assert plan.tokens_per_second is None
+    assert plan.hours is None
+
+
+def test_what_only_the_text_tells_is_said():
+    plan = make_plan(parse_args(["--tokenizer.kind", "char", "--data.source", "text:nowhere/*.txt"]), "t4")
+    assert plan.vocab_size == 4096
+    assert any("assumed: 4,096 token ids" in note for note in plan.notes)
+
+
+def test_a_trained_tokenizer_is_as_large_as_it_is_asked_for():
+    assert make_plan(parse_args(["--tokenizer.vocab_size", "1000"]), "t4").vocab_size == 1000
+
+
+def test_fine_tuning_a_part_needs_less_than_all():
+    """Named weights need not be there: their shape is known."""
+    parts = {
+        trainable: make_plan(FinetuneConfig(base="gpt2", trainable=trainable), "t4").by_remat["none"].memory
+        for trainable in ("all", "last_block", "lora")
+    }
+    assert parts["last_block"].parameters == parts["all"].parameters
+    assert parts["last_block"].optimizer < parts["all"].optimizer / 10
+    assert parts["last_block"].activations == pytest.approx(parts["all"].activations / 12)
+    assert parts["lora"].gradients < parts["last_block"].gradients
+
+
+def test_a_token_file_tells_the_vocabulary_and_a_damaged_description_is_refused(tmp_path):
+    path = tmp_path / "ids.bin"
+    tokenizer = CharTokenizer().build_vocab("a bad cafe")
+    with write_token_file(path, tokenizer, "a test"):
+        pass
+    plan_of = functools.partial(make_plan, parse_args(["--data.source", f"tokens:{path}"]), "t4")
+    assert plan_of().vocab_size == tokenizer.vocab_size
+    json_path(path).write_text(json_path(path).read_text().replace('"vocab_size": ', '"vocab_size": "many", "was": '))
+    with pytest.raises(InputError, match=r"ids\.bin\.json: vocab_size is 'many'; expected int"):
+        plan_of()
+
+
+def test_of_a_token_file_that_is_not_there_yet_gpt2s_vocabulary_is_assumed_and_said():
+    """It is what prepare takes unless told otherwise."""
+    plan = make_plan(parse_args(["--data.source", "tokens:to-come.bin"]), "t4")
+    assert plan.vocab_size == 50_257
+    assert any("50,257" in note and "to-come.bin is not there yet" in note for note in plan.notes)
+
+
+@pytest.mark.parametrize(("task", "data"), [("classification", "csv:texts.csv"), ("instruction", "json:a.json")])
+def test_rows_longer_than_the_context_are_refused(task, data):
+    words = ["--task", task, "--base", "gpt2", "--data.source", data, f"--{task}.max_length", "1025"]
+    with pytest.raises(InputError, match=rf"{task}\.max_length is 1025, more than the model's context of 1024"):
+        make_plan(parse_args(words, FinetuneConfig), "t4")
+
+
+def test_a_base_keeps_its_shape():
+    with pytest.raises(InputError, match=r"model\.n_layers is 3, and the base's is 12; leave it out"):
+        make_plan(FinetuneConfig(base="gpt2", model=ModelSection(n_layers=3)), "t4")
+
+
+@pytest.mark.parametrize(
+    ("words", "n_devices", "message"),
+    [
+        (["--mesh.fsdp", "3"], 4, "expected a product of 4"),
+        (["--train.batch_size", "6"], 4, "train.batch_size is 6; expected a multiple of 4"),
+        (["--base", "nowhere/weights"], 1, "base nowhere/weights is no run that is there"),
+    ],
+)
+def test_what_cannot_run_is_refused(words, n_devices, message):
+    with pytest.raises(InputError, match=message):
+        make_plan(config(*words), "h100", n_devices)
+
+
+def test_a_share_of_what_nobody_knows_is_refused():
+    with pytest.raises(InputError, match="a CPU's are not known"):
+        make_plan(RunConfig(), "cpu", mfu=0.4)
+
+
+def test_a_plan_is_plain_data():
+    assert dataclasses.asdict(make_plan(RunConfig(), "v6e"))["by_remat"]["full"]["fits"] is True

@@ -1,0 +1,107 @@
+"""What must hold of a params tree in a file: it comes back as it was, or what is wrong with the file is said."""
+
+import errno
+import json
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from slm_jax.errors import InputError, MissingInputError
+from slm_jax.weights import param_file
+from slm_jax.weights.param_file import DIGESTS, read_tree, tree_fingerprint, write_tree
+
+TREE = {
+    "scale": np.float32(0.5),
+    "blocks": {"kernel": np.arange(24, dtype=np.float32).reshape(2, 3, 4).swapaxes(1, 2)},
+    "half": jnp.linspace(0, 1, 7, dtype=jnp.bfloat16),
+    "one": np.ones(1, np.int32),
+}
+
+
+@pytest.fixture
+def file(tmp_path):
+    return write_tree(tmp_path / "params.safetensors", TREE)
+
+
+def test_a_tree_comes_back_as_it_was(file):
+    """A scalar as a scalar, a matrix that is not contiguous, bfloat16 in its bits."""
+    found, expected = flatten_dict(read_tree(file)), flatten_dict(TREE)
+    assert found.keys() == expected.keys()
+    for path, leaf in expected.items():
+        assert (found[path].shape, found[path].dtype) == (leaf.shape, leaf.dtype)
+        assert found[path].tobytes() == np.asarray(leaf).tobytes()
+    assert found["half",].dtype == ml_dtypes.bfloat16
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+def test_others_may_read_it_as_any_file(file):
+    (file.parent / "plain").touch()
+    assert file.stat().st_mode == (file.parent / "plain").stat().st_mode
+
+
+def test_a_fingerprint_is_of_the_contents(file, tmp_path):
+    again = write_tree(tmp_path / "again", TREE)
+    other = write_tree(tmp_path / "other", {**TREE, "scale": np.float32(0.25)})
+    assert tree_fingerprint(file) == tree_fingerprint(again) != tree_fingerprint(other)
+
+
+def test_every_damage_is_refused(file):
+    whole = file.read_bytes()
+    for content in (b"", whole[:-1], whole + b"\0", b"{}", whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:]):
+        file.write_bytes(content)
+        with pytest.raises(InputError, match=r"params\.safetensors: .*restore"):
+            read_tree(file)
+
+
+def test_a_changed_leaf_is_named(file):
+    whole = bytearray(file.read_bytes())
+    whole[-1] ^= 1  # of the last leaf
+    file.write_bytes(whole)
+    with pytest.raises(InputError, match=r"(scale|kernel|half|one) is damaged: its SHA-256"):
+        read_tree(file)
+
+
+def test_a_leaf_that_is_noted_and_not_there_is_named(file):
+    digests = {"a": "0" * 64}
+    save_file({}, file, {DIGESTS: json.dumps(digests)})
+    with pytest.raises(InputError, match=r"params\.safetensors: a is missing; restore"):
+        read_tree(file)
+
+
+@pytest.mark.parametrize("read", [read_tree, tree_fingerprint])
+def test_tensors_of_another_program_are_refused(file, read):
+    save_file({"a": np.ones(2, np.float32)}, file)
+    with pytest.raises(InputError, match=r"params\.safetensors: cannot be read as parameters of slm_jax"):
+        read(file)
+
+
+def test_a_file_that_is_not_there_is_missing(tmp_path):
+    with pytest.raises(MissingInputError, match=r"nothing: no such file; .* restore it"):
+        read_tree(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("said", "code"),
+    [
+        ("Error while serializing: I/O error: File too large (os error 27)", errno.EFBIG),
+        ("Error while serializing: I/O error: No space left on device (os error 28)", errno.ENOSPC),
+        ("Error while serializing: something else", errno.EIO),
+    ],
+    ids=["file too large", "no space", "unknown"],
+)
+def test_a_place_that_cannot_be_written_says_why_and_keeps_the_file(file, monkeypatch, said, code):
+    def fail(*_):
+        raise SafetensorError(said)
+
+    before = file.read_bytes()
+    monkeypatch.setattr(param_file, "save_file", fail)
+    with pytest.raises(OSError, match=r"params\.safetensors") as caught:
+        write_tree(file, {"one": np.ones(1)})
+    assert caught.value.errno == code
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+    assert file.read_bytes() == before
