@@ -15,7 +15,7 @@ import argparse
 import statistics
 import sys
 
-from slm_jax.config import ClassificationConfig, DataConfig
+from slm_jax.data.config import ClassificationConfig, DataConfig
 from slm_jax.data.labelled import LabelledSplits, load_labelled
 from slm_jax.errors import InputError
 

@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from slm_jax.classifier import GPTClassifier
-from slm_jax.config import FinetuneConfig, LoRAConfig, OptimizerConfig
 from slm_jax.model import Params, get_gpt_config
 from slm_jax.tasks.classification import make_loss_fn
+from slm_jax.tasks.config import FinetuneConfig
+from slm_jax.training.config import LoRAConfig, OptimizerConfig
 from slm_jax.training.hardware import best_dtype
 from slm_jax.training.optimizer import make_optimizer
 from slm_jax.training.progress import count_leaves

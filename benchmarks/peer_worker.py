@@ -82,11 +82,13 @@ def slm_jax(work: Work) -> Rounds:
     _require_jax_device(work)
     if work.kind == "generate":
         return _slm_jax_generation(work)
-    from slm_jax.config import ModelSection, OptimizerConfig, RunConfig, TokenizerConfig, TrainConfig
+    from slm_jax.data.config import TokenizerConfig
+    from slm_jax.tasks.config import RunConfig
     from slm_jax.tools.bench.step import compile_step
+    from slm_jax.training.config import ModelConfig, OptimizerConfig, TrainConfig
     from slm_jax.training.sharding import put_batch
 
-    model = ModelSection(
+    model = ModelConfig(
         n_layers=work.layers, n_heads=work.heads, emb_dim=work.width, vocab_size=work.vocab,
         context_length=work.context, bias=work.bias, exact_gelu=work.exact_gelu, remat=work.remat, dtype=work.dtype,
     )  # fmt: skip

@@ -20,11 +20,11 @@ import yaml
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from slm_jax.attention import choose_implementation
-from slm_jax.config import OptimizerConfig
 from slm_jax.model import GPTConfig, GPTModel, get_gpt_config, init_params, param_shapes
 from slm_jax.nn.target import Target, compiling_for
 from slm_jax.tasks.pretraining import make_loss_fn
 from slm_jax.tools.plan.memory import Work, state_bytes, step_memory
+from slm_jax.training.config import OptimizerConfig
 from slm_jax.training.memory import device_bytes
 from slm_jax.training.optimizer import make_optimizer, make_schedule
 from slm_jax.training.step import TrainState, make_train_step

@@ -24,12 +24,12 @@ import numpy as np
 from reader import VOCABULARY, grown_bytes, own_bytes, time_batches, write_ids
 from scaling_page import draw, page
 
-from slm_jax.config import parse_args
 from slm_jax.data.token_file import check_ids, open_token_file
 from slm_jax.data.windows import train_batches
 from slm_jax.errors import InputError
 from slm_jax.files import replace_text
 from slm_jax.model import DType
+from slm_jax.tasks.config import parse_args
 from slm_jax.tools.bench.ceilings import Ceilings, find_ceilings
 from slm_jax.tools.bench.child import output_of
 from slm_jax.tools.bench.measure import time_calls

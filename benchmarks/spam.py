@@ -20,8 +20,8 @@ from pathlib import Path
 
 from slm_jax.commands import finetune
 from slm_jax.commands import train as train_command
-from slm_jax.config import FinetuneConfig, RunConfig, parse_args
 from slm_jax.errors import InputError
+from slm_jax.tasks.config import FinetuneConfig, RunConfig, parse_args
 
 RECIPE = Path(__file__).parent.parent / "configs" / "classify_spam.yaml"
 SEEDS = (0, 1, 2)

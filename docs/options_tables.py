@@ -12,9 +12,9 @@ import types
 from typing import Any, Literal, Union, get_args, get_origin
 
 from slm_jax.cli import COMMANDS
-from slm_jax.config import FinetuneConfig, RunConfig
+from slm_jax.config import flatten, meaning
 from slm_jax.model import PRESETS, count_params, get_gpt_config
-from slm_jax.options import flatten, meaning
+from slm_jax.tasks.config import FinetuneConfig, RunConfig
 from slm_jax.training.identity import EXECUTION_KEYS, EXECUTION_SECTIONS
 
 WORDS = {int: "whole number", float: "number", bool: "true or false", str: "text", type(None): "null"}

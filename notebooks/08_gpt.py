@@ -19,8 +19,8 @@ import numpy as np
 import optax
 
 import slm_jax
-from slm_jax.config import parse_args
 from slm_jax.model import param_shapes
+from slm_jax.tasks.config import parse_args
 from slm_jax.tokenizer import BPETokenizer
 from slm_jax.tools.plan import make_plan
 

@@ -36,7 +36,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import slm_jax
-from slm_jax.config import DataConfig, TokenizerConfig
+from slm_jax.data.config import DataConfig, TokenizerConfig
 from slm_jax.data.corpus import load_corpus
 from slm_jax.data.windows import train_batches, validation_batches
 from slm_jax.tasks.pretraining import make_loss_fn

@@ -24,7 +24,7 @@ import numpy as np
 import optax
 
 import slm_jax
-from slm_jax.config import OptimizerConfig
+from slm_jax.training.config import OptimizerConfig
 from slm_jax.training.optimizer import decay_mask, make_optimizer, make_schedule
 
 jax.config.update("jax_default_matmul_precision", "highest")

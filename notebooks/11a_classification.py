@@ -21,7 +21,7 @@ from IPython.utils.capture import capture_output
 
 import slm_jax
 from slm_jax.cli import main
-from slm_jax.config import ClassificationConfig, DataConfig
+from slm_jax.data.config import ClassificationConfig, DataConfig
 from slm_jax.data.labelled import load_labelled
 from slm_jax.evaluation.classes import class_figures
 from slm_jax.tokenizer import SimpleTokenizer

@@ -1,527 +1,323 @@
-"""A run's configuration: frozen dataclasses, read from YAML and dotted command-line overrides, strictly.
+"""A command's options: a frozen dataclass, read from YAML recipes and the command line, strictly.
 
-The defaults are the ``tiny`` recipe, and those of fine-tuning ``classify_builtin``, so that training with no arguments
-at all works. Two kinds of key: *identity*
-keys say what is trained on what (they must agree for a resume); *execution* keys say for how long, where and how
-often something is reported, and may change between two starts of a run.
+Each field is a key of a recipe and an option; a field that is itself a dataclass is a section, whose keys are dotted
+(``--train.steps 500``). Types come from the annotations, help from the docstring's ``Attributes``, the checks of
+ranges from ``__post_init__``.
 """
 
 import dataclasses
+import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Optional, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
+from jsonargparse import ArgumentError, ArgumentParser
 
-from slm_jax.errors import InputError
-from slm_jax.files import user_path
-from slm_jax.model import PRESETS, DType, GPTConfig, get_gpt_config
-from slm_jax.options import check_at_least, check_seed, flatten, parse, recipe_files
+from slm_jax.errors import InputError, MissingInputError
 
-# dtype has a choice more here; unpadded_vocab_size follows from the tokenizer.
-_GPT_FIELDS = [field for field in dataclasses.fields(GPTConfig) if field.name not in ("dtype", "unpadded_vocab_size")]
+Options = TypeVar("Options")
 
 
-@dataclasses.dataclass(frozen=True)
-class TokenizerConfig:
-    """How text becomes token ids.
+def parse(cls: type[Options], args: Sequence[str], prog: str) -> Options:
+    """Read ``--config FILE.yaml`` recipes and options in the order they are given; what comes later wins.
 
-    Attributes:
-        kind: bpe (trained on the training text), char, simple (the book's words), or gpt2.
-        vocab_size: how many tokens a trained bpe has; the other kinds follow from the text.
-        path: a saved tokenizer file, folder or run to use instead of training one.
-    """
+    Names may be typed with hyphens or underscores. Text arrives as it was typed; a field ``tuple[str, ...]`` collects
+    the texts of an option that is given several times. ``--help`` prints every option and exits.
 
-    kind: Literal["bpe", "char", "simple", "gpt2"] = "bpe"
-    vocab_size: int = 4_096
-    path: str | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """What is trained on, and how it is cut.
-
-    Attributes:
-        source: text: builtin:python-docs, text:GLOB, named:NAME, jsonl:GLOB, parquet:GLOB, tfds:NAME,
-            tokens:FILE.bin (slm-jax prepare writes them); labelled texts: builtin:prose-or-code, csv:FILE, tsv:FILE,
-            jsonl:FILE, tfds:NAME, named:sms-spam; instructions: builtin:docstrings (their default), json:FILE,
-            jsonl:FILE, tfds:NAME, named:instruction-data.
-        validation_source: a second source to validate on; default: a part of the first.
-        validation_fraction: how much of the source validates when there is no second one, 0 to 1.
-        test_source: fine-tuning: a third source, to test on at the end; default: a part of the first.
-        test_fraction: fine-tuning: how much of the source tests when there is no test_source, 0 to 1.
-        sampling: text: stride takes windows at fixed distances, every one once an epoch; random takes random offsets.
-        stride: text: tokens from one window to the next; default: the context length, so that windows do not overlap.
-        shuffle: whether stride windows, or packed rows, come in a new random order each epoch.
-        packing: text: whether rows are filled with documents, each seeing only itself, instead of windows over the
-            whole text; sampling and stride then mean nothing.
-        text_column: text: the column of the texts in jsonl:, parquet: and tfds: sources; null: text, or in tfds:,
-            where there is none, the only feature that is text.
-    """
-
-    source: str = "builtin:python-docs"
-    validation_source: str | None = None
-    validation_fraction: float = 0.1
-    test_source: str | None = None
-    test_fraction: float = 0.2
-    sampling: Literal["random", "stride"] = "random"
-    stride: int | None = None
-    shuffle: bool = True
-    packing: bool = False
-    text_column: str | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    """The optimizer and its learning-rate schedule.
-
-    Attributes:
-        kind: adamw (Loshchilov & Hutter 2019), or muon (Jordan et al. 2024) for the matrices of the blocks beside
-            AdamW for all else: embeddings, heads, adapters, norms and biases.
-        learning_rate: AdamW's peak rate.
-        muon_learning_rate: Muon's peak rate, which takes the same course.
-        schedule: cosine (after the warmup, down to the final rate), constant, or wsd (warmup, stable, decay).
-        warmup_steps: steps in which the rate rises linearly to the peak.
-        decay_steps: wsd: length of the final decay (default: a tenth of all steps); cosine: where the decay ends
-            (default: the last step).
-        final_learning_rate: AdamW's rate at the end of a decay; default: a tenth of the peak.
-        weight_decay: decoupled decay of weight matrices and embeddings, times learning_rate; norms and biases never
-            decay.
-        beta1: AdamW: decay of the first moment.
-        beta2: AdamW: decay of the second moment.
-        eps: AdamW: added to the root of the second moment.
-        clip_norm: the global norm that gradients are clipped to; null: no clipping.
-    """
-
-    kind: Literal["adamw", "muon"] = "adamw"
-    learning_rate: float = 4e-3
-    muon_learning_rate: float = 0.02
-    schedule: Literal["cosine", "constant", "wsd"] = "cosine"
-    warmup_steps: int = 100
-    decay_steps: int | None = None
-    final_learning_rate: float | None = None
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.99
-    eps: float = 1e-8
-    clip_norm: float | None = 1.0
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """How long and in what portions; training ends after ``steps`` or ``epochs``, whichever comes first.
-
-    Attributes:
-        steps: optimizer steps in all.
-        epochs: passes over the training data in all.
-        batch_size: sequences (windows, texts or rows) an optimizer step, over all devices.
-        accumulate: micro-batches that a batch is cut into, to save memory; divides batch_size.
-        eval_every: steps from one evaluation of the whole validation split to the next.
-        eval_batch_size: sequences at a time in evaluation; null: batch_size.
-        log_every: steps from one line of metrics.jsonl to the next.
-        profile: FROM:TO, such as 100:105, the steps between which a profile is written to the run's folder; null: none.
-    """
-
-    steps: int | None = 800
-    epochs: float | None = None
-    batch_size: int = 8
-    accumulate: int = 1
-    eval_every: int = 200
-    eval_batch_size: int | None = 32
-    log_every: int = 10
-    profile: str | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class CheckpointConfig:
-    """What is kept of a run while it goes on.
-
-    Attributes:
-        every: steps from one checkpoint to the next.
-        keep: how many of the latest are kept, apart from the one of the lowest validation loss.
-        mirror: a second folder for runs, such as a mounted drive's, that finished checkpoints are copied to; a run
-            goes on from the latest checkpoint of either folder. null: none.
-    """
-
-    every: int = 200
-    keep: int = 2
-    mirror: str | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class LoggingConfig:
-    """Where the lines of metrics.jsonl go, too.
-
-    Attributes:
-        tensorboard: whether to TensorBoard's files in the run's folder (needs the extra tensorboard).
-        wandb: to Weights & Biases: online, offline (into the run's folder, for wandb sync), or disabled (needs the
-            extra wandb).
-        wandb_project: the project there.
-    """
-
-    tensorboard: bool = False
-    wandb: Literal["disabled", "offline", "online"] = "disabled"
-    wandb_project: str = "slm_jax"
-
-
-@dataclasses.dataclass(frozen=True)
-class MeshConfig:
-    """How devices share the work.
-
-    Attributes:
-        data: devices over which batches are split; -1: all that the other axes leave.
-        fsdp: devices over which parameters and optimizer state are split too.
-        tensor: reserved; 1.
-    """
-
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class SampleConfig:
-    """Text sampled while training.
-
-    Attributes:
-        every: steps from one sample to the next; 0: none. An instruction is answered at each evaluation instead.
-        prompt: what the sample starts with; null: the first tokens of the validation text, or its first instruction.
-        max_new_tokens: its length in tokens.
-        temperature: below 1 safer, above 1 wilder, 0 always the likeliest token.
-        top_k: how many of the likeliest tokens are drawn from; null: all.
-    """
-
-    every: int = 200
-    prompt: str | None = None
-    max_new_tokens: int = 100
-    temperature: float = 0.8
-    top_k: int | None = 50
-
-
-@dataclasses.dataclass(frozen=True)
-class LoRAConfig:
-    """Low-rank adapters (Hu et al. 2021), trained with ``trainable: lora`` beside frozen matrices.
-
-    Attributes:
-        rank: of the two small matrices that stand for one large change.
-        alpha: the change is multiplied by alpha / rank.
-        targets: patterns of the matrices that get an adapter: attn/q, attn/k, attn/v, attn/out_proj, ff/fc, ff/proj,
-            out_head, class_head. A classification head that none matches is trained whole.
-        drop_rate: dropout on what goes into an adapter.
-    """
-
-    rank: int = 8
-    alpha: float = 16.0
-    targets: tuple[str, ...] = ("attn/*", "ff/*")
-    drop_rate: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True)
-class ClassificationConfig:
-    """Labelled texts, and the head that tells their classes.
-
-    Attributes:
-        text_column: the column or field of the text; null: text, or what a named or TFDS source calls it.
-        label_column: the column or field of the label; null: label.
-        columns: names of the columns of a csv: or tsv: file without a header line.
-        balance: downsample keeps as many texts of each class as of the rarest; class_weights weighs the loss.
-        split: how one source is split: stratified keeps the shares of the classes, random does not.
-        group_duplicates: whether equal texts stay in one split.
-        pooling: what the head sees of a text: its last token, the mean over its tokens, or its first token.
-        pad_to: batch pads to the longest text of a batch, rounded up to a power of two; longest to the longest
-            training text.
-        max_length: tokens after which a text is cut off; null: the model's context.
-    """
-
-    text_column: str | None = None
-    label_column: str | None = None
-    columns: tuple[str, ...] = ()
-    balance: Literal["none", "downsample", "class_weights"] = "none"
-    split: Literal["stratified", "random"] = "stratified"
-    group_duplicates: bool = True
-    pooling: Literal["last", "mean", "first"] = "last"
-    pad_to: Literal["batch", "longest"] = "batch"
-    max_length: int | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class InstructionConfig:
-    """Instructions with their responses, and how they become tokens.
-
-    Attributes:
-        template: alpaca, phi3, chatml, or a JSON file with one of your own.
-        split: how one source is split: random, or in file_order: training, test, validation.
-        mask_prompt: whether only responses are learned, not the instructions.
-        packing: whether several short examples share a row, each seeing only itself.
-        too_long: what happens to an example longer than max_length: drop it, or truncate its prompt from the front.
-        max_length: tokens of an example; null: the model's context.
-        responses: how many test instructions are answered before and after training; null: all.
-    """
-
-    template: str = "alpaca"
-    split: Literal["random", "file_order"] = "random"
-    mask_prompt: bool = True
-    packing: bool = False
-    too_long: Literal["drop", "truncate"] = "drop"
-    max_length: int | None = None
-    responses: int | None = None
-
-
-def _make_model_section() -> Any:
-    """Make the dataclass of the model section: a preset, and GPTConfig's fields, each optional.
-
-    Made from GPTConfig, so that a field is declared and explained in one place.
-    """
-    literal: Any = Literal
-    fields: list[Any] = [("preset", literal[tuple(PRESETS)], dataclasses.field(default="tiny"))]
-    fields += [(field.name, Optional[field.type], dataclasses.field(default=None)) for field in _GPT_FIELDS]  # noqa: UP045
-    fields += [("dtype", literal[("auto", *get_args(DType))], dataclasses.field(default="auto"))]
-    section = dataclasses.make_dataclass("ModelSection", fields, frozen=True)
-    section.__module__ = __name__
-    field_docs = (GPTConfig.__doc__ or "").partition("Attributes:\n")[2]
-    field_docs = re.sub(r"^( +)(dtype|unpadded_vocab_size): .*\n(\1 .*\n)*", "", field_docs, flags=re.MULTILINE)
-    section.__doc__ = (
-        "The model: a preset, and any of its fields replaced; null is the preset's value, or the tokenizer's.\n\n"
-        "    Attributes:\n"
-        f"        preset: {', '.join(PRESETS)}.\n"
-        "        dtype: what activations are computed in; auto: bfloat16 where the hardware has it, else float32.\n"
-        f"{field_docs}"
-    )
-    return section
-
-
-ModelSection: Any = _make_model_section()
-
-
-@dataclasses.dataclass(frozen=True)
-class RunConfig:
-    """A whole run.
+    Args:
+        cls: the frozen dataclass of the command's options.
+        args: the words after the command.
+        prog: the command as it is typed, for ``--help``.
 
     Raises:
-        InputError: a value outside its range, or values that do not go together.
-
-    Attributes:
-        task: the stage of training.
-        seed: decides initialisation, data order, dropout and samples.
-        run: the run's name and folder; default: the name of the recipe.
-        runs_dir: where runs are kept.
-        resume: auto goes on where the run stopped, if it exists; never refuses to; must insists.
-        base: what to start from: a run, run@step, GPT-2 weights or a name such as gpt2; null: a new model.
-        base_optimizer: whether the state of the base's optimizer is taken over, too, so that training goes on smoothly;
-            for a base that is a run.
-        trainable: what of it is trained: all, the head, the last_block (with final norm and head), the last_n_blocks,
-            or low-rank adapters (lora).
-        trainable_blocks: of last_n_blocks.
-        model: the model; with a base only its dropout and how it is computed.
-        tokenizer: the tokenizer.
-        data: the data.
-        optimizer: the optimizer.
-        train: the training.
-        checkpoint: the checkpoints.
-        logging: where metrics go, too.
-        mesh: the devices.
-        sample: the samples.
-        lora: the adapters.
-        classification: fine-tuning on labelled texts.
-        instruction: fine-tuning on instructions.
+        InputError: an unknown key, a value of the wrong type or out of range, a required one that is missing;
+            a file that is missing or not YAML.
     """
-
-    task: Literal["pretraining", "classification", "instruction"] = "pretraining"
-    seed: int = 0
-    run: str | None = None
-    runs_dir: str = "runs"
-    resume: Literal["auto", "never", "must"] = "auto"
-    base: str | None = None
-    base_optimizer: bool = False
-    trainable: Literal["all", "head", "last_block", "last_n_blocks", "lora"] = "all"
-    trainable_blocks: int = 2
-    model: ModelSection = dataclasses.field(default_factory=ModelSection)
-    tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
-    data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
-    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
-    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
-    logging: LoggingConfig = dataclasses.field(default_factory=LoggingConfig)
-    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
-    sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
-    lora: LoRAConfig = dataclasses.field(default_factory=LoRAConfig)
-    classification: ClassificationConfig = dataclasses.field(default_factory=ClassificationConfig)
-    instruction: InstructionConfig = dataclasses.field(default_factory=InstructionConfig)
-
-    def __post_init__(self) -> None:
-        _check_numbers(self)
-        if self.train.steps is None and self.train.epochs is None:
-            raise InputError("train.steps and train.epochs are both null; expected at least one of them")
-        if self.train.batch_size % self.train.accumulate:
-            raise InputError(
-                f"train.accumulate is {self.train.accumulate}, which does not divide train.batch_size "
-                f"{self.train.batch_size}; expected a divisor of it"
-            )
-        if self.mesh.tensor != 1:
-            raise InputError(f"mesh.tensor is {self.mesh.tensor}; tensor parallelism is not there yet, expected 1")
-        if self.trainable != "all" and self.base is None:
-            raise InputError(
-                f"trainable is {self.trainable} and base is null; expected a base, as the rest of a new model would "
-                "stay random, or --trainable all"
-            )
-        if self.trainable == "lora" and not self.lora.targets:
-            raise InputError("lora.targets is empty; expected at least one pattern, such as attn/*")
-        self.gpt_config(vocab_size=1)  # refuses now, before any text is read, a shape that no model can have
-
-    @property
-    def name(self) -> str:
-        """The run's name."""
-        default = {"pretraining": "tiny", "classification": "classify_builtin", "instruction": "sft_builtin"}
-        return default[self.task] if self.run is None else self.run
-
-    @property
-    def folder(self) -> Path:
-        """The run's folder."""
-        return user_path(self.runs_dir) / self.name
-
-    @property
-    def mirror_folder(self) -> Path | None:
-        """The run's folder in the mirror; None without one."""
-        mirror = self.checkpoint.mirror
-        return None if mirror is None else user_path(mirror) / self.name
-
-    def gpt_config(self, vocab_size: int, dtype: DType = "float32") -> GPTConfig:
-        """Return the model's configuration for a tokenizer of ``vocab_size`` ids, computing in ``dtype``.
-
-        Raises:
-            InputError: a ``model.vocab_size`` below that; a shape that no model can have.
-        """
-        section = dataclasses.asdict(self.model)
-        overrides = {field.name: section[field.name] for field in _GPT_FIELDS if section[field.name] is not None}
-        if overrides.setdefault("vocab_size", vocab_size) < vocab_size:
-            raise InputError(
-                f"model.vocab_size is {overrides['vocab_size']}, but the tokenizer has {vocab_size} token ids; "
-                "leave it null or make it at least that"
-            )
-        if overrides["vocab_size"] > vocab_size:
-            overrides["unpadded_vocab_size"] = vocab_size
-        return get_gpt_config(section["preset"], dtype=dtype, **overrides)
+    words = _canonical(cls, args)
+    parser = _make_parser(cls, prog)
+    for recipe in recipe_files(cls, args):
+        _check_keys(cls, _read_yaml(cls, recipe), str(recipe))
+    try:
+        return _instantiate(cls, parser, words)
+    except (ArgumentError, InputError) as error:
+        raise InputError(_locate(cls, parser, words, _explain(cls, error))) from None
 
 
-def _check_numbers(config: RunConfig) -> None:
-    """Refuse numbers outside their range, naming key, value and range."""
-    at_least: dict[str, float] = {
-        "tokenizer.vocab_size": 1,
-        "data.stride": 1,
-        "optimizer.warmup_steps": 0,
-        "optimizer.decay_steps": 0,
-        "optimizer.weight_decay": 0,
-        "optimizer.final_learning_rate": 0,
-        "train.steps": 1,
-        "train.batch_size": 1,
-        "train.accumulate": 1,
-        "train.eval_every": 1,
-        "train.eval_batch_size": 1,
-        "train.log_every": 1,
-        "checkpoint.every": 1,
-        "checkpoint.keep": 1,
-        "mesh.fsdp": 1,
-        "sample.every": 0,
-        "sample.max_new_tokens": 1,
-        "sample.temperature": 0,
-        "sample.top_k": 1,
-        "trainable_blocks": 1,
-        "lora.rank": 1,
-        "classification.max_length": 1,
-        "instruction.max_length": 2,
-        "instruction.responses": 0,
-    }
-    values = flatten(to_dict(config))
-    check_seed(config.seed)
-    check_at_least(values, at_least)
-    above_zero = ("learning_rate", "muon_learning_rate", "eps", "clip_norm")
-    for key in (*(f"optimizer.{name}" for name in above_zero), "train.epochs", "lora.alpha"):
-        if values[key] is not None and not 0 < values[key] < float("inf"):
-            raise InputError(f"{key} is {values[key]}; expected a number above 0")
-    for key in ("optimizer.beta1", "optimizer.beta2", "lora.drop_rate"):
-        if not 0 <= values[key] < 1:
-            raise InputError(f"{key} is {values[key]}; expected a number of at least 0 and below 1")
-    for key in ("data.validation_fraction", "data.test_fraction"):
-        if not 0 < values[key] < 1:
-            raise InputError(f"{key} is {values[key]}; expected a number between 0 and 1")
-    if config.mesh.data != -1 and config.mesh.data < 1:
-        raise InputError(f"mesh.data is {config.mesh.data}; expected -1 (all devices) or at least 1")
-    if config.train.profile is not None:
-        parse_profile(config.train.profile)
-    for key in ("runs_dir", "checkpoint.mirror"):
-        if values[key] is not None and not values[key].strip():
-            raise InputError(f"{key} is {values[key]!r}; expected a folder, or leave it out")
-    check_run_name(config.name)
+def name_words(args: Sequence[str], option: str) -> list[str]:
+    """Write words that belong to no option as ``--option=WORD``; all words after ``--`` are such."""
+    named: list[str] = []
+    words = iter(args)
+    for word in words:
+        if word == "--":
+            named += [f"--{option}={rest}" for rest in words]
+        elif word in ("-h", "--help") or (word.startswith("--") and "=" in word):
+            named.append(word)
+        elif word.startswith("--"):
+            named += [word, *(value for value in [next(words, None)] if value is not None)]
+        else:
+            named.append(f"--{option}={word}")
+    return named
 
 
-def parse_profile(steps: str) -> tuple[int, int]:
-    """Read ``100:105``: the five steps that lead from step 100 to step 105.
+def recipe_files(cls: type, args: Sequence[str]) -> list[Path]:
+    """Return the files named by ``--config``, in their order."""
+    return [Path(word.partition("=")[2]) for word in _canonical(cls, args) if word.startswith("--config=")]
+
+
+def flatten(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Turn nested dicts into one of dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat
+
+
+def meaning(cls: Any, name: str) -> str:
+    """Return what the docstring of a dataclass, or of one that it is made of, says of a field.
 
     Raises:
-        InputError: anything else.
+        KeyError: none of them says anything.
     """
-    match = re.fullmatch(r"(\d{1,18}):(\d{1,18})", steps)
-    if match is None or int(match[1]) >= int(match[2]):
-        raise InputError(f"train.profile is {steps!r}; expected FROM:TO with FROM below TO, such as 100:105")
-    return int(match[1]), int(match[2])
+    for owner in cls.__mro__:
+        described = re.search(rf"^( +){name}: (.*?)(?=^\1\S|^\s*$|\Z)", owner.__doc__ or "", re.MULTILINE | re.DOTALL)
+        if described:
+            return " ".join(described[2].split())
+    raise KeyError(f"{cls.__name__} does not say what {name} is")
 
 
-def check_run_name(name: str) -> None:
-    """Check a run's name.
-
-    Raises:
-        InputError: a name that is no folder inside the folder of runs.
-    """
-    if not name.strip() or Path(name).is_absolute() or ".." in Path(name).parts:
-        raise InputError(f"run is {name!r}; expected a folder name inside runs_dir, such as my-run")
-
-
-@dataclasses.dataclass(frozen=True)
-class FinetuneConfig(RunConfig):
-    """A run of fine-tuning: the same keys, with the defaults of the recipe ``classify_builtin``."""
-
-    task: Literal["pretraining", "classification", "instruction"] = "classification"
-    base: str | None = "runs/tiny"
-    trainable: Literal["all", "head", "last_block", "last_n_blocks", "lora"] = "last_block"
-    data: DataConfig = dataclasses.field(default_factory=lambda: DataConfig(source="builtin:prose-or-code"))
-    optimizer: OptimizerConfig = dataclasses.field(
-        default_factory=lambda: OptimizerConfig(learning_rate=1e-3, warmup_steps=20)
-    )
-    train: TrainConfig = dataclasses.field(
-        default_factory=lambda: TrainConfig(steps=150, batch_size=32, eval_every=50, eval_batch_size=64)
-    )
-    checkpoint: CheckpointConfig = dataclasses.field(default_factory=lambda: CheckpointConfig(every=50))
-    sample: SampleConfig = dataclasses.field(default_factory=lambda: SampleConfig(temperature=0.0))
-
-    def __post_init__(self) -> None:
-        if self.task == "instruction" and self.data.source == "builtin:prose-or-code":  # has texts with classes
-            object.__setattr__(self, "data", dataclasses.replace(self.data, source="builtin:docstrings"))
-        super().__post_init__()
-
-
-def to_dict(config: RunConfig) -> dict[str, Any]:
-    """Return the configuration as nested plain data."""
+def to_dict(config: Any) -> dict[str, Any]:
+    """Return a configuration as nested plain data."""
     return dataclasses.asdict(config)
 
 
-def parse_args(args: Sequence[str], cls: type[RunConfig] = RunConfig) -> RunConfig:
-    """Read recipe files and overrides in the order they are given; a run is named after the last recipe.
-
-    Args:
-        args: the words after the command.
-        cls: whose defaults hold: RunConfig's of pretraining, or FinetuneConfig's.
-
-    Raises:
-        InputError: an unknown key, a value of the wrong type or out of range; a file that is missing or not YAML.
-    """
-    config = parse(cls, args, "slm-jax train" if cls is RunConfig else "slm-jax finetune")
-    recipes = recipe_files(cls, args)
-    if config.run is None and recipes:
-        config = dataclasses.replace(config, run=recipes[-1].stem)
-    return config
-
-
-def dump_config(config: RunConfig) -> str:
-    """Return the configuration as YAML, every key written out."""
+def dump_config(config: Any) -> str:
+    """Return a configuration as YAML, every key written out."""
     return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def check_at_least(values: Mapping[str, Any], limits: Mapping[str, float]) -> None:
+    """Let None through; raise InputError for the first of ``values`` that is below its limit, infinite or NaN."""
+    for key, least in limits.items():
+        if values[key] is not None and not least <= values[key] < float("inf"):
+            finite = " and finite" if values[key] == float("inf") else ""
+            raise InputError(f"{key} is {values[key]}; expected at least {least:g}{finite}")
+
+
+def check_seed(seed: int) -> None:
+    """Raise InputError for a seed that does not fit 32 bits."""
+    check_at_least({"seed": seed}, {"seed": 0})
+    if seed >= 2**32:
+        raise InputError(f"seed is {seed}; expected below 2**32, beyond which seeds repeat")
+
+
+class _HyphenParser(ArgumentParser):
+    """A parser whose help shows ``--top-k`` for the field ``top_k``."""
+
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
+        text = super().format_help(*args, **kwargs).replace("[ITEM,...]", "TEXT")
+        return re.sub(r"--\w+", lambda option: option[0].replace("_", "-"), text)
+
+
+def _make_parser(cls: Any, prog: str) -> ArgumentParser:
+    kind = ArgumentParser if _sections(cls) else _HyphenParser
+    parser = kind(prog=prog, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="a recipe: YAML with any of the keys below")
+    parser.add_class_arguments(cls)
+    return parser
+
+
+def _instantiate(cls: Any, parser: ArgumentParser, words: Sequence[str]) -> Any:
+    values = parser.instantiate(parser.parse_args(list(words)))
+    options = cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
+    for key, text in _optional_texts(cls, words).items():
+        options = _with_value(options, key, text)
+    return options
+
+
+def _with_value(options: Any, key: str, value: Any) -> Any:
+    """Return the options with another value for a dotted key."""
+    name, _, rest = key.partition(".")
+    return dataclasses.replace(options, **{name: _with_value(getattr(options, name), rest, value) if rest else value})
+
+
+def _optional_texts(cls: Any, words: Sequence[str]) -> dict[str, str]:
+    """Return the texts given for fields ``str | None``: the parser would take one such as ``# Title`` for null."""
+    given: dict[str, Any] = {}
+    for word in words:
+        key, _, value = word[2:].partition("=")
+        given.update(flatten(_read_yaml(cls, Path(value))) if key == "config" else {key: value})
+    optional = [key for key, field in _fields(cls).items() if set(get_args(field.type)) == {str, type(None)}]
+    return {key: given[key] for key in optional if isinstance(given.get(key), str) and given[key] != "null"}
+
+
+def _canonical(cls: Any, args: Sequence[str]) -> list[str]:
+    """Write every option as ``--name=value`` with underscores, and the texts of a repeated one as one YAML list.
+
+    So a value that starts with a dash is not taken for an option, nor one that looks like YAML for a list.
+    """
+    known = {"config": None, **_fields(cls)}
+    words: list[str] = []
+    texts: dict[str, list[str]] = {}
+    rest = list(args)
+    while rest:
+        word = rest.pop(0)
+        key, has_value, value = _split(word)
+        if key is None or key not in known:
+            words.append(word if key is None else f"--{key}{has_value}{value}")
+            continue
+        if not has_value and rest and _split(rest[0])[0] not in {*known, "help"}:
+            has_value, value = "=", rest.pop(0)
+        if has_value and _is_texts(known[key]):
+            texts.setdefault(key, []).append(value)
+            words = [word for word in words if not word.startswith(f"--{key}=")]
+            value = yaml.safe_dump(texts[key], default_style='"', default_flow_style=True)
+        words.append(f"--{key}{has_value}{value}")
+    return words
+
+
+def _split(word: str) -> tuple[str | None, str, str]:
+    """Take ``--some-name=value`` apart: ``some_name``, ``=`` and the value; no name for what is no option."""
+    option, equals, value = word.partition("=")
+    return (option[2:].replace("-", "_") if option.startswith("--") else None), equals, value
+
+
+def _is_texts(field: Any) -> bool:
+    return field is not None and get_origin(field.type) is tuple
+
+
+def _read_yaml(cls: Any, path: Path) -> dict[Any, Any]:
+    key, value = _example(cls)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        expected = f"a recipe: a YAML file with keys such as {key}"
+        raise MissingInputError(f"{path}: {error.strerror}; expected {expected}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 at byte {error.start}; expected a YAML file") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not valid YAML: {_one_line(error)}") from None
+    if not isinstance(values, dict):
+        found = "nothing" if values is None else f"{values!r:.60}"
+        raise InputError(f"{path}: expected keys and values, such as {key}: {value}, found {found}")
+    return values
+
+
+def _check_keys(cls: Any, values: dict[Any, Any], where: str) -> None:
+    """Refuse what is not one of the keys, and null where there must be a value; ``where`` is named."""
+    fields, sections = _fields(cls), _sections(cls)
+    for key, value in values.items():
+        if key in sections and not isinstance(value, dict):
+            raise InputError(f"{where}: {key} is {value!r:.60}; expected keys such as {sections[key]} below it")
+    for key in [*flatten(values), *(key for key, value in values.items() if value == {})]:
+        if key not in fields and key not in sections:
+            raise InputError(f"{where}: {_unknown_key(cls, str(key))}")
+    for key, value in flatten(values).items():
+        # The parser itself lets null pass in a file.
+        if key in fields and value is None and type(None) not in get_args(fields[key].type):
+            raise InputError(f"{where}: {key} is null; expected {_expected_value(cls, key)}")
+
+
+def _fields(cls: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the dataclass field of every dotted key."""
+    fields: dict[str, Any] = {}
+    for field in dataclasses.fields(cls):
+        section = dataclasses.is_dataclass(field.type)
+        fields.update(_fields(field.type, f"{prefix}{field.name}.") if section else {prefix + field.name: field})
+    return fields
+
+
+def _sections(cls: Any) -> dict[str, str]:
+    """Return the sections, each with its first key."""
+    keys = [key.partition(".") for key in _fields(cls)]
+    return {section: key for section, dot, key in reversed(keys) if dot}
+
+
+def _example(cls: Any, section: str = "") -> tuple[str, Any]:
+    """Return a key with a value that it may have, for messages."""
+    fields = {key: field for key, field in _fields(cls).items() if key.startswith(section)}
+    for key, field in fields.items():
+        if field.default not in (dataclasses.MISSING, None, "", ()):
+            return key, field.default
+    first = next(iter(fields))
+    return first, first.upper()
+
+
+def _expected_value(cls: Any, key: str) -> str:
+    default = _fields(cls)[key].default
+    if default is dataclasses.MISSING:
+        return meaning(cls, key).rstrip(".")
+    return f"a value, such as {default!r}; leave the key out for the default"
+
+
+def _option(cls: Any, key: str) -> str:
+    """Return a key as ``--help`` shows it."""
+    return f"--{key if _sections(cls) else key.replace('_', '-')}"
+
+
+def _locate(cls: Any, parser: ArgumentParser, words: Sequence[str], message: str) -> str:
+    """Say which recipe file an error came from, if one of them by itself is wrong in the same way."""
+    if message.startswith("--"):  # about the command line
+        return message
+    required = [f"--{key}=" for key, field in _fields(cls).items() if _is_required(field)]
+    needed = [word for word in words if word.startswith(tuple(required))]
+    for recipe in [word for word in words if word.startswith("--config=")]:
+        try:
+            _instantiate(cls, parser, [*needed, recipe])
+        except (ArgumentError, InputError) as in_file:
+            if _explain(cls, in_file) == message:
+                return f"{recipe.partition('=')[2]}: {message}"
+    return message
+
+
+def _is_required(field: Any) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _explain(cls: Any, error: Exception) -> str:
+    """Turn the parser's error into one line: the key, its value and what was expected, or the nearest key."""
+    message = _one_line(error)
+    if missing := re.search(r"arguments are required: (?P<key>[\w.]+)", message):
+        return f"{_option(cls, missing['key'])} is missing; expected {meaning(cls, missing['key']).rstrip('.')}"
+    if bare := re.search(r"argument --(?P<key>[\w.]+): expected one argument", message):
+        return f"{_option(cls, bare['key'])} has no value; expected {_option(cls, bare['key'])} VALUE"
+    if option := re.search(r"[Uu]nrecognized arguments: --(?P<key>[^\s=]+)", message):
+        return _unknown_key(cls, option["key"])
+    if word := re.search(r"[Uu]nrecognized arguments: (?P<word>.*)", message):
+        return f"{word['word']!r} is not an option; expected --KEY VALUE, such as {_example_option(cls)}"
+    if section := re.search(r'Parser key "(?P<key>\w+)": Unable to load config .(?P<value>.*?). - ', message):
+        example = _example_option(cls, f"{section['key']}.")
+        return f"{section['key']} is {section['value']!r}; expected one of its keys, such as {example}"
+    if wrong := re.search(r'Parser key "(?P<key>[\w.]+)":.*(?:Got|Given) value: (?P<value>.*)', message):
+        return f"{wrong['key']} is {wrong['value']!r}; expected {_expected_type(message)}"
+    return message
+
+
+def _example_option(cls: Any, section: str = "") -> str:
+    key, value = _example(cls, section)
+    return f"{_option(cls, key)} {value}"
+
+
+def _unknown_key(cls: Any, key: str) -> str:
+    known = list(_fields(cls))
+    leaves = {name.rpartition(".")[2]: name for name in reversed(known)}
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    near += [leaves[leaf] for leaf in difflib.get_close_matches(key.rpartition(".")[2], leaves, n=1, cutoff=0.7)]
+    hint = f"did you mean {near[0]}?" if near else "see --help for all keys"
+    return f"unknown key {key}; {hint}"
+
+
+def _expected_type(message: str) -> str:
+    """Name the types that the parser's message lists, in words."""
+    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
+    words |= {"tuple": "a list of texts", "NoneType": "null"}
+    types = re.findall(r"Expected a <class '(\w+)'>", message)
+    named = [words[name] for name in sorted(types, key="NoneType".__eq__) if name in words]  # null last
+    for choices in re.findall(r"Literal\[(.*?)\]", message):
+        named.append("one of " + choices.replace("'", ""))
+    return " or ".join(dict.fromkeys(named)) or "another type"
+
+
+def _one_line(error: Exception) -> str:
+    return re.sub(r"\s+", " ", str(error)).strip()

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import yaml
 
-from slm_jax.config import FinetuneConfig, RunConfig, parse_args
+from slm_jax.tasks.config import FinetuneConfig, RunConfig, parse_args
 from slm_jax.training.optimizer import make_optimizer, make_schedule
 from slm_jax.training.step import TrainState, make_train_step
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from slm_jax.config import RunConfig, dump_config, parse_args, to_dict
+from slm_jax.config import dump_config, flatten, to_dict
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.model import GPTConfig
-from slm_jax.options import flatten
+from slm_jax.tasks.config import RunConfig, parse_args
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

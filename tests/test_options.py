@@ -9,8 +9,8 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from slm_jax.config import check_at_least, check_seed, flatten, name_words, parse, recipe_files
 from slm_jax.errors import InputError, MissingInputError
-from slm_jax.options import check_at_least, check_seed, flatten, name_words, parse, recipe_files
 
 
 @dataclasses.dataclass(frozen=True)

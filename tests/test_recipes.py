@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import pytest
 from recipes import CONFIGS, RECIPES, initial_params, read, training_step, with_tokens
 
-from slm_jax.config import FinetuneConfig, RunConfig, parse_args
 from slm_jax.data.builtin import python_docs
 from slm_jax.data.named import NAMED_FILES
 from slm_jax.errors import MissingInputError
 from slm_jax.model import count_params, get_gpt_config, init_params
 from slm_jax.runs import Run, save_run
 from slm_jax.tasks import pretraining
+from slm_jax.tasks.config import FinetuneConfig, RunConfig, parse_args
 from slm_jax.tokenizer import BPETokenizer, get_tokenizer
 from slm_jax.training.start import find_start
 from slm_jax.training.step import make_eval_step

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from slm_jax.commands import load, set_up
-from slm_jax.config import ModelSection, RunConfig
+from slm_jax.config import check_at_least, parse
 from slm_jax.errors import InputError
 from slm_jax.files import check_new_file, write_file
 from slm_jax.model import get_gpt_config
-from slm_jax.options import check_at_least, parse
+from slm_jax.tasks.config import RunConfig
 from slm_jax.tools.bench.ceilings import named_device
+from slm_jax.training.config import ModelConfig
 from slm_jax.training.host_memory import keep_freed_memory
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ class GenerateOptions(Output):
     """
 
     run: str | None = None
-    model: ModelSection = dataclasses.field(default_factory=ModelSection)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     batch_sizes: str = "1,8"
     prompt_tokens: int = 64
     new_tokens: int = 64
@@ -108,7 +109,7 @@ class GenerateOptions(Output):
         check_at_least(vars(self), {"prompt_tokens": 1, "new_tokens": 2, "repeats": 1, "warmup": 1})
         _check_peak(self.peak)
         _parse_sizes(self.batch_sizes)
-        if self.run is not None and self.model != ModelSection():
+        if self.run is not None and self.model != ModelConfig():
             raise InputError(f"run is {self.run} and there are keys of model, too; expected only one of them")
 
 

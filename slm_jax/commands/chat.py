@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from slm_jax.commands import load, set_up
+from slm_jax.config import check_at_least, check_seed, parse
 from slm_jax.data.templates import Message, Template, load_template
 from slm_jax.errors import InputError
-from slm_jax.options import check_at_least, check_seed, parse
 
 if TYPE_CHECKING:
     from slm_jax.generation.sampler import Sampling

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from slm_jax.commands import set_up
+from slm_jax.config import check_at_least, name_words, parse
 from slm_jax.errors import InputError
 from slm_jax.files import user_path
-from slm_jax.options import check_at_least, name_words, parse
 
 if TYPE_CHECKING:
     from slm_jax.evaluation.classify import Prediction

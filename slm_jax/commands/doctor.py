@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from slm_jax.commands import use_compile_cache
-from slm_jax.options import parse
+from slm_jax.config import parse
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,9 +8,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from slm_jax.commands import load, set_up, template_of
+from slm_jax.config import check_at_least, parse
 from slm_jax.errors import InputError
 from slm_jax.files import check_new_file, user_path, write_file
-from slm_jax.options import check_at_least, parse
 
 if TYPE_CHECKING:
     from slm_jax.evaluation import Response

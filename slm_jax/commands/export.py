@@ -5,8 +5,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from slm_jax.config import check_at_least, flatten, parse
 from slm_jax.errors import InputError, MissingInputError
-from slm_jax.options import check_at_least, flatten, parse
 
 
 @dataclasses.dataclass(frozen=True)

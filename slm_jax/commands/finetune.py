@@ -4,9 +4,10 @@ import sys
 from collections.abc import Sequence
 
 from slm_jax.commands import train
-from slm_jax.config import FinetuneConfig, RunConfig, dump_config, parse_args
+from slm_jax.config import dump_config
 from slm_jax.errors import InputError
 from slm_jax.files import user_path
+from slm_jax.tasks.config import FinetuneConfig, RunConfig, parse_args
 
 
 def main(args: Sequence[str]) -> int:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from slm_jax.commands import load, set_up, template_of
+from slm_jax.config import check_at_least, check_seed, parse
 from slm_jax.errors import InputError, MissingInputError
-from slm_jax.options import check_at_least, check_seed, parse
 
 if TYPE_CHECKING:
     from slm_jax.generation.sampler import Sampling

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from slm_jax.commands import load
-from slm_jax.options import check_at_least, parse
+from slm_jax.config import check_at_least, parse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +36,10 @@ def main(args: Sequence[str]) -> int:
 
 def run(options: Options) -> int:
     """Write the run, and say what to do with it; return 0."""
-    from slm_jax.config import check_run_name
     from slm_jax.files import check_new_folder, user_path
     from slm_jax.model import count_params
     from slm_jax.runs import save_run
+    from slm_jax.training.config import check_run_name
 
     check_run_name(options.run)
     folder = user_path(options.runs_dir) / options.run

@@ -9,9 +9,9 @@ from typing import Literal
 
 import yaml
 
-from slm_jax.config import FinetuneConfig, RunConfig
+from slm_jax.config import check_at_least, parse, recipe_files
 from slm_jax.errors import InputError
-from slm_jax.options import check_at_least, parse, recipe_files
+from slm_jax.tasks.config import FinetuneConfig, RunConfig
 
 
 @dataclasses.dataclass(frozen=True)

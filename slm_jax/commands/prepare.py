@@ -10,9 +10,9 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from slm_jax.config import check_at_least, parse
 from slm_jax.errors import InputError
 from slm_jax.files import check_new_file
-from slm_jax.options import check_at_least, parse
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from slm_jax.commands import use_compile_cache
+from slm_jax.config import name_words, parse
 from slm_jax.errors import InputError
 from slm_jax.files import check_new_file, write_file
-from slm_jax.options import name_words, parse
 
 FILE = "report.html"
 PAGES = (".html", ".htm")  # the only files that are replaced: a run's others cannot be written again

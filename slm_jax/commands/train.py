@@ -5,8 +5,8 @@ import sys
 from collections.abc import Sequence
 
 from slm_jax.commands import set_up
-from slm_jax.config import RunConfig, parse_args
 from slm_jax.errors import InputError
+from slm_jax.tasks.config import RunConfig, parse_args
 
 
 def main(args: Sequence[str]) -> int:

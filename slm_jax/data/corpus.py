@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from slm_jax.config import DataConfig, TokenizerConfig
+from slm_jax.data.config import DataConfig, TokenizerConfig
 from slm_jax.data.documents import read_documents
 from slm_jax.data.sources import KINDS, check_text_column, is_token_source, parse_source
 from slm_jax.data.token_file import TokenFile, check_ids, open_token_file, token_dtype

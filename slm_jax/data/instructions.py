@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from slm_jax.config import DataConfig, InstructionConfig
 from slm_jax.data.builtin_instructions import docstring_entries
+from slm_jax.data.config import DataConfig, InstructionConfig
 from slm_jax.data.named import NAMED_FILES, named_file
 from slm_jax.data.rows import Row, read_json, read_jsonl, read_tfds
 from slm_jax.data.sources import parse_source

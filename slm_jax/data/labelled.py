@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float32, Int32, Integer
 
-from slm_jax.config import ClassificationConfig, DataConfig
 from slm_jax.data.builtin import prose_or_code
+from slm_jax.data.config import ClassificationConfig, DataConfig
 from slm_jax.data.named import named_file
 from slm_jax.data.rows import Row, read_jsonl, read_table, read_tfds, tfds_builder
 from slm_jax.data.sources import parse_source

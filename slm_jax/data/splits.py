@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
-from slm_jax.config import DataConfig
+from slm_jax.data.config import DataConfig
 from slm_jax.errors import InputError
 
 T = TypeVar("T")

@@ -7,12 +7,13 @@ from typing import Any
 
 import jax
 
-from slm_jax.config import ModelSection, RunConfig
 from slm_jax.errors import InputError
 from slm_jax.model import PRESETS, DType, GPTConfig, Params
 from slm_jax.runs import find_checkpoint, find_tokenizer, load_model, read_frozen
+from slm_jax.tasks.config import RunConfig
 from slm_jax.tokenizer import Tokenizer, fingerprint, get_tokenizer, tokenizer_from_dict
 from slm_jax.training.checkpoint import load_opt_state, read_metadata
+from slm_jax.training.config import ModelConfig
 from slm_jax.training.hardware import best_dtype
 from slm_jax.training.identity import identity
 from slm_jax.training.optimizer import make_optimizer
@@ -151,7 +152,7 @@ def as_configured(cfg: GPTConfig, config: RunConfig) -> GPTConfig:
         InputError: the run asks for another shape than the base's.
     """
     section = dataclasses.asdict(config.model)
-    preset = {} if section["preset"] == ModelSection().preset else PRESETS[section["preset"]]  # the default is nobody's
+    preset = {} if section["preset"] == ModelConfig().preset else PRESETS[section["preset"]]  # the default is nobody's
     shape = {**preset, **{name: value for name, value in section.items() if value is not None}}
     if any(shape[name] != getattr(cfg, name) for name in preset if name != "vocab_size"):
         raise InputError(f"model.preset is {section['preset']}, and the base has another shape; leave it out")

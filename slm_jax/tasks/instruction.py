@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from slm_jax.config import RunConfig
 from slm_jax.data.corpus import make_tokenizer
 from slm_jax.data.instruction_batches import (
     Tokens,
@@ -30,6 +29,7 @@ from slm_jax.files import replace_text
 from slm_jax.generation.decode import generate
 from slm_jax.model import GPTConfig, GPTModel, Params, init_params, unstack_blocks
 from slm_jax.tasks.base import count_steps, find_base, longest_allowed, new_base, prepare_params
+from slm_jax.tasks.config import RunConfig
 from slm_jax.tasks.pretraining import make_loss_fn
 from slm_jax.tokenizer import Tokenizer
 from slm_jax.training.start import Start

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from slm_jax.config import RunConfig
 from slm_jax.data.corpus import Corpus, load_corpus
 from slm_jax.data.packing import PackedRows, packed_batches, packed_validation_batches
 from slm_jax.data.windows import check_window, steps_per_epoch, train_batches, validation_batches
@@ -21,6 +20,7 @@ from slm_jax.model import GPTModel, Params, init_params
 from slm_jax.nn.heads import head_kernel
 from slm_jax.nn.loss import cross_entropy
 from slm_jax.tasks.base import count_steps, find_base, new_base, prepare_params
+from slm_jax.tasks.config import RunConfig
 from slm_jax.training.start import Start
 from slm_jax.training.step import Batch, LossFn, Sums
 from slm_jax.training.task import Task

@@ -4,9 +4,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from slm_jax.config import RunConfig, to_dict
+from slm_jax.config import flatten, to_dict
 from slm_jax.model import GPTConfig
-from slm_jax.options import flatten
+from slm_jax.training.config import BaseRunConfig
 
 # What may differ between the two sides of a resume; every other key is a run's identity.
 EXECUTION_SECTIONS = ("checkpoint.", "logging.", "mesh.", "sample.")
@@ -25,7 +25,7 @@ _LATER_KEYS = {
 }
 
 
-def identity(config: RunConfig, model: GPTConfig) -> dict[str, Any]:
+def identity(config: BaseRunConfig, model: GPTConfig) -> dict[str, Any]:
     """Return the keys that say what is trained on what, with the model's resolved shape."""
     base = None if config.base is None else str(Path(config.base))  # "./runs/x" is "runs/x"
     values = flatten({**to_dict(config), "model": dataclasses.asdict(model), "base": base})
@@ -38,7 +38,7 @@ def identity(config: RunConfig, model: GPTConfig) -> dict[str, Any]:
     }
 
 
-def _unused_keys(config: RunConfig) -> list[str]:
+def _unused_keys(config: BaseRunConfig) -> list[str]:
     """Return what the keys start with that mean nothing to this kind of run."""
     used = {
         "classification.": config.task == "classification",

@@ -9,8 +9,9 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from slm_jax.config import LoggingConfig, RunConfig, to_dict
+from slm_jax.config import to_dict
 from slm_jax.errors import InputError
+from slm_jax.training.config import BaseRunConfig, LoggingConfig
 
 TENSORBOARD = "tensorboard"  # TensorBoard's folder in the run's
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # by their extra, which is their key, too
@@ -63,7 +64,7 @@ class WandbLogger:
         InputError: Weights & Biases refuses: no key, no network, no such project.
     """
 
-    def __init__(self, config: RunConfig, folder: Path):
+    def __init__(self, config: BaseRunConfig, folder: Path):
         import wandb
 
         id_file = folder / WANDB_ID
@@ -108,7 +109,7 @@ class WandbLogger:
 Logger = TensorBoardLogger | WandbLogger
 
 
-def open_loggers(config: RunConfig, folder: Path, step: int) -> list[Logger]:
+def open_loggers(config: BaseRunConfig, folder: Path, step: int) -> list[Logger]:
     """Open the loggers that the run asks for; what they have after ``step`` is dropped where they can.
 
     Raises:

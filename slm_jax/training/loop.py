@@ -18,12 +18,13 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-from slm_jax.config import RunConfig, dump_config, to_dict
+from slm_jax.config import dump_config, to_dict
 from slm_jax.errors import InputError
 from slm_jax.model import Params
 from slm_jax.nn.lora import split_adapters
 from slm_jax.training import hardware
 from slm_jax.training.checkpoint import Checkpoints, best_step, checkpoint_bytes, load_params, saved_steps
+from slm_jax.training.config import BaseRunConfig
 from slm_jax.training.evaluate import Evaluator
 from slm_jax.training.identity import identity
 from slm_jax.training.interrupt import Interrupted, StopRequest
@@ -66,7 +67,7 @@ class TrainingDiverged(RuntimeError):
     """Loss or gradients were not finite for several steps in a row."""
 
 
-def train(config: RunConfig, task: Task, start: Start, stop: StopRequest, console: Console) -> dict[str, Any]:
+def train(config: BaseRunConfig, task: Task, start: Start, stop: StopRequest, console: Console) -> dict[str, Any]:
     """Train to the last step, or until a stop is asked for; return the run's summary.
 
     Raises:
@@ -95,7 +96,7 @@ def train(config: RunConfig, task: Task, start: Start, stop: StopRequest, consol
 class Trainer:
     """One run in this process: the compiled steps, the state, and what is due at which step."""
 
-    def __init__(self, config: RunConfig, task: Task, start: Start, stop: StopRequest, console: Console):
+    def __init__(self, config: BaseRunConfig, task: Task, start: Start, stop: StopRequest, console: Console):
         self.config, self.task, self.stop, self.console = config, task, stop, console
         self.folder = start.folder
         self.start = start

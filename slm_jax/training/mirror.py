@@ -14,10 +14,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from slm_jax.config import RunConfig
 from slm_jax.errors import InputError
 from slm_jax.files import user_path
 from slm_jax.training.checkpoint import CHECKSUMS, METADATA, best_step, find_damage, saved_steps
+from slm_jax.training.config import BaseRunConfig
 from slm_jax.training.progress import format_duration
 from slm_jax.training.run_folder import RunFolder
 
@@ -28,7 +28,7 @@ QUIET_CLOSE = 3.0  # seconds that the end of a run waits for every checkpoint, b
 CLOSE_TIMEOUT = 300.0  # seconds that the end of a run waits for the last copies
 
 
-def find_mirror(config: RunConfig) -> RunFolder | None:
+def find_mirror(config: BaseRunConfig) -> RunFolder | None:
     """Return the run's folder in ``checkpoint.mirror``, whether or not it is there yet; None without a mirror.
 
     Raises:

@@ -7,9 +7,9 @@ import optax
 from jaxtyping import Array
 from optax import contrib
 
-from slm_jax.config import OptimizerConfig
 from slm_jax.errors import InputError
 from slm_jax.model import Params
+from slm_jax.training.config import OptimizerConfig
 
 DECAYED_LEAVES = ("kernel", "embedding", "lora_a", "lora_b")
 

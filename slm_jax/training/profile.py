@@ -5,7 +5,7 @@ from pathlib import Path
 
 import jax
 
-from slm_jax.config import parse_profile
+from slm_jax.training.config import parse_profile
 
 FOLDER = "profile"  # in the run's folder
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from slm_jax.config import RunConfig
 from slm_jax.training import hardware
+from slm_jax.training.config import BaseRunConfig
 from slm_jax.training.loggers import Logger
 from slm_jax.training.plots import draw_loss
 from slm_jax.training.progress import ProgressLine
@@ -35,7 +35,7 @@ class RunRecord:
         sampled: the steps that have a sample.
     """
 
-    def __init__(self, config: RunConfig, task: Task, folder: RunFolder, progress: ProgressLine, n_devices: int):
+    def __init__(self, config: BaseRunConfig, task: Task, folder: RunFolder, progress: ProgressLine, n_devices: int):
         self.folder, self.progress = folder, progress
         self._config, self._task = config, task
         # The formula of the FLOPs is that of a whole language model's step.

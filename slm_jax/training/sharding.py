@@ -14,8 +14,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from slm_jax.config import MeshConfig
 from slm_jax.errors import InputError
+from slm_jax.training.config import MeshConfig
 
 BATCH_SPEC = PartitionSpec(("data", "fsdp"))
 

@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from slm_jax.config import RunConfig
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.training.checkpoint import best_step, find_damage, read_metadata, saved_steps
+from slm_jax.training.config import BaseRunConfig
 from slm_jax.training.identity import first_difference
 from slm_jax.training.mirror import copy_checkpoint, copy_file, find_mirror, other_files
 from slm_jax.training.run_folder import FROZEN, RunFolder
@@ -122,7 +122,7 @@ class Start:
             )
 
 
-def find_start(config: RunConfig) -> Start:
+def find_start(config: BaseRunConfig) -> Start:
     """Look at the run's folder, and at its mirror's, and decide where to start: at the latest whole checkpoint.
 
     Raises:
@@ -147,7 +147,7 @@ def find_start(config: RunConfig) -> Start:
     return start
 
 
-def _find_start(config: RunConfig) -> Start:
+def _find_start(config: BaseRunConfig) -> Start:
     run, mirror = RunFolder(config.folder), find_mirror(config)
     places = [run] if mirror is None else [run, mirror]
     for place in places:
@@ -230,7 +230,7 @@ def _move_warnings(metadata: dict[str, Any]) -> list[str]:
     return [f"the checkpoint was made elsewhere ({then}; here {here}): the run goes on, but not bit for bit"]
 
 
-def _decay_warnings(config: RunConfig, metadata: dict[str, Any], step: int, place: RunFolder) -> list[str]:
+def _decay_warnings(config: BaseRunConfig, metadata: dict[str, Any], step: int, place: RunFolder) -> list[str]:
     """Say that more steps were asked of a run whose final decay has begun already."""
     optimizer, was = config.optimizer, metadata["config"].get("train", {})
     total, more = was.get("steps"), config.train.steps

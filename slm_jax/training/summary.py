@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import optax
 
-from slm_jax.config import RunConfig
+from slm_jax.training.config import BaseRunConfig
 from slm_jax.training.progress import ProgressLine, format_duration
 from slm_jax.training.run_folder import FROZEN, RunFolder
 
@@ -35,7 +35,7 @@ RUN_FILES = {
 
 
 def summarize(
-    config: RunConfig,
+    config: BaseRunConfig,
     folder: RunFolder,
     validation: dict[int, float],
     seconds: float,

@@ -15,12 +15,12 @@ from slm_jax.model import Params, join_blocks, split_blocks
 from slm_jax.nn.lora import TRAINED, init_adapters, merge_adapters
 
 if TYPE_CHECKING:  # who loads weights needs no command line
-    import slm_jax.config
+    from slm_jax.training.config import BaseRunConfig, LoRAConfig
 
 HEADS = ("class_head", "out_head")
 
 
-def split_params(params: Params, config: "slm_jax.config.RunConfig", key: jax.Array) -> tuple[Params, Params]:
+def split_params(params: Params, config: "BaseRunConfig", key: jax.Array) -> tuple[Params, Params]:
     """Split a model's whole params tree as ``trainable`` says; return (trainable, frozen).
 
     Args:
@@ -57,7 +57,7 @@ def _split_names(params: Params, trained: set[str]) -> tuple[Params, Params]:
     return trainable, {name: tree for name, tree in params.items() if name not in trained}
 
 
-def _split_lora(params: Params, config: "slm_jax.config.LoRAConfig", key: jax.Array) -> tuple[Params, Params]:
+def _split_lora(params: Params, config: "LoRAConfig", key: jax.Array) -> tuple[Params, Params]:
     """Freeze everything but the adapters, and but a new classification head that has none."""
     adapters = init_adapters(
         key, params, config.targets, rank=config.rank, alpha=config.alpha, drop_rate=config.drop_rate

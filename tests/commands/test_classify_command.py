@@ -8,7 +8,7 @@ import pytest
 import slm_jax
 from slm_jax import cli
 from slm_jax.commands.classify import Options
-from slm_jax.options import name_words, parse
+from slm_jax.config import name_words, parse
 
 CATS, DOGS = "the cat sat on the mat", "the dog sat on the log"
 

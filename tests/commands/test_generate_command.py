@@ -6,8 +6,8 @@ import pytest
 
 from slm_jax import cli
 from slm_jax.commands.generate import Options, read_prompt
+from slm_jax.config import parse
 from slm_jax.errors import InputError
-from slm_jax.options import parse
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slm_jax.config import DataConfig, TokenizerConfig
 from slm_jax.data import corpus as corpus_module
+from slm_jax.data.config import DataConfig, TokenizerConfig
 from slm_jax.data.corpus import (
     END_OF_TEXT,
     Corpus,

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from slm_jax.config import DataConfig, InstructionConfig
 from slm_jax.data.builtin_instructions import INSTRUCTION, docstring_entries
+from slm_jax.data.config import DataConfig, InstructionConfig
 from slm_jax.data.instructions import load_instructions, read_examples
 from slm_jax.data.templates import Message
 from slm_jax.errors import InputError, MissingInputError

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from slm_jax.config import ClassificationConfig, DataConfig
+from slm_jax.data.config import ClassificationConfig, DataConfig
 from slm_jax.data.labelled import class_weights, load_labelled
 from slm_jax.errors import InputError, MissingInputError
 

@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 from slm_jax.cli import main
-from slm_jax.config import ClassificationConfig, DataConfig
+from slm_jax.data.config import ClassificationConfig, DataConfig
 from slm_jax.data.labelled import load_labelled
 
 FILE = Path(__file__).parents[2] / "notebooks" / "data" / "sentiment.jsonl"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from slm_jax.config import DataConfig
+from slm_jax.data.config import DataConfig
 from slm_jax.data.splits import first_places, grouped, share, shared, split_fractions
 from slm_jax.errors import InputError
 

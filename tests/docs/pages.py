@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from slm_jax import cli
-from slm_jax.config import parse_args
+from slm_jax.tasks.config import parse_args
 
 ROOT = Path(__file__).parents[2]
 FENCE = re.compile(

@@ -8,7 +8,7 @@ import jaxtyping
 import numpy as np
 import pytest
 
-from slm_jax.config import DataConfig, TokenizerConfig
+from slm_jax.data.config import DataConfig, TokenizerConfig
 from slm_jax.data.corpus import load_corpus
 from slm_jax.errors import InputError
 from slm_jax.evaluation import TextLoss, evaluate_source, text_loss, to_dict

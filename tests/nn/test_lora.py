@@ -13,7 +13,6 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from slm_jax.config import LoRAConfig, RunConfig
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.model import GPTConfig, GPTModel, init_cache, init_params, unstack_blocks
 from slm_jax.nn.lora import (
@@ -26,7 +25,9 @@ from slm_jax.nn.lora import (
     split_adapters,
 )
 from slm_jax.runs import load_gpt2
+from slm_jax.tasks.config import RunConfig
 from slm_jax.tasks.pretraining import make_loss_fn
+from slm_jax.training.config import LoRAConfig
 from slm_jax.training.trainable import merge_params, split_params, whole_params
 from slm_jax.weights import save_gpt2
 from slm_jax.weights.adapters import load_adapters, save_adapters

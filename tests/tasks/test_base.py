@@ -12,23 +12,17 @@ from flax.traverse_util import flatten_dict
 from orbax.checkpoint import v1 as ocp
 
 from slm_jax import cli
-from slm_jax.config import (
-    DataConfig,
-    ModelSection,
-    OptimizerConfig,
-    RunConfig,
-    SampleConfig,
-    TokenizerConfig,
-    TrainConfig,
-    dump_config,
-)
+from slm_jax.config import dump_config
+from slm_jax.data.config import DataConfig, TokenizerConfig
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.model import GPTConfig, init_params
 from slm_jax.runs import Run, save_run
 from slm_jax.tasks import pretraining
 from slm_jax.tasks.base import count_steps, find_base
+from slm_jax.tasks.config import RunConfig
 from slm_jax.tokenizer import CharTokenizer
 from slm_jax.training.checkpoint import saved_steps
+from slm_jax.training.config import ModelConfig, OptimizerConfig, SampleConfig, TrainConfig
 from slm_jax.training.start import find_start
 from slm_jax.training.step import make_eval_step
 from slm_jax.training.trainable import from_leaf_table, leaf_table, whole_params
@@ -61,7 +55,7 @@ def config(place, base="run", **more):
     fields = {
         "base": None if base is None else str(folder / base),
         "runs_dir": str(folder / "runs"),
-        "model": ModelSection(unroll=False),
+        "model": ModelConfig(unroll=False),
         "data": DataConfig(source=f"text:{folder / 'text.txt'}"),
         "train": TrainConfig(steps=4, batch_size=4, eval_batch_size=8),
         "optimizer": OptimizerConfig(warmup_steps=0),
@@ -95,7 +89,7 @@ def test_without_a_base_there_is_none(place):
 
 
 def test_execution_of_a_base_may_change_and_its_shape_may_not(place):
-    section = ModelSection(drop_rate=0.25, remat="full", attention="explicit", unroll=True, dtype="bfloat16")
+    section = ModelConfig(drop_rate=0.25, remat="full", attention="explicit", unroll=True, dtype="bfloat16")
     cfg = find(config(place, model=section)).model_config
     assert (cfg.drop_rate, cfg.remat, cfg.attention, cfg.unroll, cfg.dtype) == (
         0.25,
@@ -105,7 +99,7 @@ def test_execution_of_a_base_may_change_and_its_shape_may_not(place):
         "bfloat16",
     )
     assert (cfg.emb_dim, cfg.param_dtype) == (16, "float32")
-    assert find(config(place, model=ModelSection(emb_dim=16, n_layers=2))).model_config.emb_dim == 16
+    assert find(config(place, model=ModelConfig(emb_dim=16, n_layers=2))).model_config.emb_dim == 16
 
 
 @pytest.mark.parametrize(
@@ -121,7 +115,7 @@ def test_execution_of_a_base_may_change_and_its_shape_may_not(place):
 )
 def test_another_shape_than_the_bases_is_refused(place, section, said):
     with pytest.raises(InputError, match=said):
-        find(config(place, model=ModelSection(**section)))
+        find(config(place, model=ModelConfig(**section)))
 
 
 @pytest.mark.parametrize("base", ["run", "weights"])

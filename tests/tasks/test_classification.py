@@ -9,18 +9,12 @@ import optax
 import pytest
 
 from slm_jax.classifier import GPTClassifier
-from slm_jax.config import (
-    ClassificationConfig,
-    DataConfig,
-    ModelSection,
-    OptimizerConfig,
-    RunConfig,
-    TokenizerConfig,
-    TrainConfig,
-)
+from slm_jax.data.config import ClassificationConfig, DataConfig, TokenizerConfig
 from slm_jax.errors import InputError
 from slm_jax.model import GPTConfig
 from slm_jax.tasks.classification import build, make_loss_fn
+from slm_jax.tasks.config import RunConfig
+from slm_jax.training.config import ModelConfig, OptimizerConfig, TrainConfig
 from slm_jax.training.start import find_start
 from slm_jax.training.step import TrainState, accumulated_gradients, make_eval_step, make_train_step
 from slm_jax.training.task import EvaluationSums
@@ -141,7 +135,7 @@ def config(folder, rows, section=None):
     return RunConfig(
         task="classification",
         runs_dir=str(folder),
-        model=ModelSection(emb_dim=16, n_heads=2, n_layers=1, context_length=SEQ, unroll=False),
+        model=ModelConfig(emb_dim=16, n_heads=2, n_layers=1, context_length=SEQ, unroll=False),
         tokenizer=TokenizerConfig(kind="char"),
         data=DataConfig(source=f"jsonl:{file}"),
         train=TrainConfig(steps=5, batch_size=4, eval_batch_size=4),

@@ -28,11 +28,14 @@ from orbax.checkpoint import v1 as ocp
 
 from slm_jax import cli, load_classifier
 from slm_jax.commands import finetune
-from slm_jax.config import CheckpointConfig, DataConfig, FinetuneConfig, InstructionConfig, RunConfig, dump_config
+from slm_jax.config import dump_config
+from slm_jax.data.config import DataConfig, InstructionConfig
 from slm_jax.errors import InputError
 from slm_jax.model import GPTModel
 from slm_jax.runs import load_gpt2, load_model, load_run, read_checkpoint
+from slm_jax.tasks.config import FinetuneConfig, RunConfig
 from slm_jax.training.checkpoint import load_params, read_metadata, saved_steps
+from slm_jax.training.config import CheckpointConfig
 from slm_jax.training.trainable import from_leaf_table, merge_params
 from slm_jax.weights.adapters import add_adapters, load_adapters, merge_adapters, split_adapters
 from slm_jax.weights.param_file import read_tree, write_tree

@@ -17,10 +17,10 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from slm_jax.classifier import GPTClassifier
-from slm_jax.config import FinetuneConfig
 from slm_jax.model import GPTModel
 from slm_jax.runs import load_gpt2
 from slm_jax.tasks import classification, pretraining
+from slm_jax.tasks.config import FinetuneConfig
 from slm_jax.training.step import TrainState, make_train_step
 from slm_jax.training.trainable import split_params, whole_params
 from slm_jax.weights import huggingface

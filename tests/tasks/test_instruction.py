@@ -9,23 +9,16 @@ import numpy as np
 import optax
 import pytest
 
-from slm_jax.config import (
-    DataConfig,
-    InstructionConfig,
-    ModelSection,
-    OptimizerConfig,
-    RunConfig,
-    SampleConfig,
-    TokenizerConfig,
-    TrainConfig,
-)
+from slm_jax.data.config import DataConfig, InstructionConfig, TokenizerConfig
 from slm_jax.data.instruction_batches import Tokens, instruction_batches, instruction_eval_batches, pack
 from slm_jax.data.templates import Message, Template
 from slm_jax.errors import InputError
 from slm_jax.model import GPTConfig, GPTModel, init_params
+from slm_jax.tasks.config import RunConfig
 from slm_jax.tasks.instruction import answer, build
 from slm_jax.tasks.pretraining import make_loss_fn
 from slm_jax.tokenizer import CharTokenizer
+from slm_jax.training.config import ModelConfig, OptimizerConfig, SampleConfig, TrainConfig
 from slm_jax.training.start import find_start
 from slm_jax.training.step import TrainState, accumulated_gradients, make_eval_step, make_train_step
 
@@ -155,7 +148,7 @@ def config(folder, entries, section=None):
     return RunConfig(
         task="instruction",
         runs_dir=str(folder),
-        model=ModelSection(emb_dim=16, n_heads=2, n_layers=1, context_length=32, unroll=False),
+        model=ModelConfig(emb_dim=16, n_heads=2, n_layers=1, context_length=32, unroll=False),
         tokenizer=TokenizerConfig(path=str(folder / "tokenizer")),
         data=DataConfig(source=f"json:{folder / 'data.json'}"),
         train=TrainConfig(steps=5, batch_size=4, eval_batch_size=4),

@@ -10,13 +10,15 @@ import pytest
 from pretraining import metrics, options
 
 from slm_jax import cli
-from slm_jax.config import DataConfig, ModelSection, RunConfig, SampleConfig, TrainConfig
+from slm_jax.data.config import DataConfig
 from slm_jax.data.token_file import write_token_file
 from slm_jax.errors import InputError
 from slm_jax.model import GPTConfig, GPTModel, init_params
 from slm_jax.nn.lora import add_adapters, init_adapters
 from slm_jax.tasks import pretraining
+from slm_jax.tasks.config import RunConfig
 from slm_jax.tokenizer import CharTokenizer
+from slm_jax.training.config import ModelConfig, SampleConfig, TrainConfig
 from slm_jax.training.start import find_start
 
 CHARS = CharTokenizer().build_vocab("abcdefghijklmnopqrstuvwxyz")
@@ -40,7 +42,7 @@ def build(folder, source, *, validation_source=None, batch_size=4, epochs=None, 
     config = RunConfig(
         runs_dir=str(folder),
         data=DataConfig(source, validation_source=validation_source, **data),
-        model=ModelSection(n_layers=1, emb_dim=8, n_heads=2, context_length=CONTEXT),
+        model=ModelConfig(n_layers=1, emb_dim=8, n_heads=2, context_length=CONTEXT),
         train=TrainConfig(steps=1000, epochs=epochs, batch_size=batch_size, eval_batch_size=3),
         sample=SampleConfig(every=0),
     )

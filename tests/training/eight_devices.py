@@ -14,12 +14,13 @@ import numpy as np
 import optax
 
 from slm_jax.classifier import GPTClassifier
-from slm_jax.config import LoRAConfig, MeshConfig, OptimizerConfig, RunConfig
 from slm_jax.errors import InputError
 from slm_jax.model import GPTConfig, GPTModel, init_params
 from slm_jax.tasks import classification
+from slm_jax.tasks.config import RunConfig
 from slm_jax.tasks.pretraining import make_loss_fn
 from slm_jax.training.checkpoint import Checkpoints
+from slm_jax.training.config import LoRAConfig, MeshConfig, OptimizerConfig
 from slm_jax.training.optimizer import make_optimizer, make_schedule
 from slm_jax.training.sharding import (
     batch_sharding,

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slm_jax.config import MeshConfig, OptimizerConfig
 from slm_jax.model import GPTConfig, GPTModel, init_params
 from slm_jax.tasks.pretraining import make_loss_fn
+from slm_jax.training.config import MeshConfig, OptimizerConfig
 from slm_jax.training.optimizer import make_optimizer, make_schedule
 from slm_jax.training.sharding import make_mesh, put_batch, state_shardings
 from slm_jax.training.step import TrainState, make_train_step

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from slm_jax.config import RunConfig, parse_args, to_dict
-from slm_jax.options import flatten
+from slm_jax.config import flatten, to_dict
+from slm_jax.tasks.config import RunConfig, parse_args
 from slm_jax.training.identity import first_difference, identity
 
 # DESIGN.md: model shape, tokenizer, data source, split, seed, task, optimizer, batch …

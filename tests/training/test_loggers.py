@@ -9,9 +9,10 @@ import pytest
 from pretraining import options
 
 from slm_jax import cli
-from slm_jax.config import LoggingConfig, RunConfig
 from slm_jax.errors import InputError
+from slm_jax.tasks.config import RunConfig
 from slm_jax.training import loggers
+from slm_jax.training.config import LoggingConfig
 from slm_jax.training.loggers import WANDB_ID, TensorBoardLogger, WandbLogger, check_loggers, figures
 
 

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from jax.experimental import multihost_utils
 
-from slm_jax.config import CheckpointConfig, RunConfig
 from slm_jax.errors import InputError
+from slm_jax.tasks.config import RunConfig
 from slm_jax.training import mirror as mirror_module
 from slm_jax.training.checkpoint import CHECKSUMS, METADATA, Checkpoints, find_damage, saved_steps
+from slm_jax.training.config import CheckpointConfig
 from slm_jax.training.mirror import Mirror, copy_checkpoint, find_mirror, other_files
 from slm_jax.training.run_folder import RunFolder
 from slm_jax.training.start import Start, find_start

@@ -14,10 +14,11 @@ import optax
 import pytest
 from flax.traverse_util import flatten_dict
 
-from slm_jax.config import LoRAConfig, OptimizerConfig, RunConfig
 from slm_jax.errors import InputError
 from slm_jax.model import GPTConfig, init_params, param_shapes
+from slm_jax.tasks.config import RunConfig
 from slm_jax.training.checkpoint import Checkpoints
+from slm_jax.training.config import LoRAConfig, OptimizerConfig
 from slm_jax.training.optimizer import decay_mask, make_optimizer, make_schedule, muon_or_adam
 from slm_jax.training.step import TrainState, make_train_step
 from slm_jax.training.trainable import split_params

@@ -8,8 +8,8 @@ import pytest
 from pretraining import metrics, options
 
 from slm_jax import cli
-from slm_jax.config import parse_profile
 from slm_jax.errors import InputError
+from slm_jax.training.config import parse_profile
 from slm_jax.training.profile import StepProfile
 
 

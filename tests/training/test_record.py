@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
-from slm_jax.config import RunConfig
 from slm_jax.model import GPTConfig
+from slm_jax.tasks.config import RunConfig
 from slm_jax.tokenizer import CharTokenizer
 from slm_jax.training import hardware, record
 from slm_jax.training.loggers import TensorBoardLogger

@@ -15,11 +15,12 @@ import pytest
 from pretraining import options
 
 from slm_jax.cli import main
-from slm_jax.config import MeshConfig, RunConfig
 from slm_jax.errors import InputError
 from slm_jax.nn.loss import cross_entropy
 from slm_jax.tasks import pretraining
+from slm_jax.tasks.config import RunConfig
 from slm_jax.training.checkpoint import Checkpoints
+from slm_jax.training.config import MeshConfig
 from slm_jax.training.interrupt import StopRequest
 from slm_jax.training.sharding import (
     check_batch_size,

@@ -13,21 +13,13 @@ import pytest
 from rich.console import Console
 
 from slm_jax import cli
-from slm_jax.config import (
-    CheckpointConfig,
-    DataConfig,
-    ModelSection,
-    OptimizerConfig,
-    RunConfig,
-    SampleConfig,
-    TokenizerConfig,
-    TrainConfig,
-    dump_config,
-    to_dict,
-)
+from slm_jax.config import dump_config, to_dict
+from slm_jax.data.config import DataConfig, TokenizerConfig
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.tasks import pretraining
+from slm_jax.tasks.config import RunConfig
 from slm_jax.training.checkpoint import METADATA, Checkpoints, best_step, find_damage, saved_steps, write_checksums
+from slm_jax.training.config import CheckpointConfig, ModelConfig, OptimizerConfig, SampleConfig, TrainConfig
 from slm_jax.training.interrupt import StopRequest
 from slm_jax.training.loop import train
 from slm_jax.training.start import find_start
@@ -41,7 +33,7 @@ def config(folder, steps):
         runs_dir=str(folder),
         data=DataConfig(source=f"text:{folder / 'text.txt'}"),
         tokenizer=TokenizerConfig(kind="char"),
-        model=ModelSection(n_layers=1, emb_dim=8, n_heads=2, context_length=8),
+        model=ModelConfig(n_layers=1, emb_dim=8, n_heads=2, context_length=8),
         train=TrainConfig(steps=steps, batch_size=2, eval_every=2),
         optimizer=OptimizerConfig(warmup_steps=0),
         checkpoint=CheckpointConfig(every=2),

@@ -9,9 +9,9 @@ import numpy as np
 import optax
 import pytest
 
-from slm_jax.config import OptimizerConfig
 from slm_jax.model import GPTConfig, GPTModel, init_params
 from slm_jax.tasks.pretraining import make_loss_fn
+from slm_jax.training.config import OptimizerConfig
 from slm_jax.training.optimizer import make_optimizer, make_schedule
 from slm_jax.training.step import (
     CompiledByShape,

@@ -11,11 +11,12 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from slm_jax.classifier import GPTClassifier
-from slm_jax.config import LoRAConfig, OptimizerConfig, RunConfig
 from slm_jax.errors import InputError
 from slm_jax.model import GPTConfig, GPTModel, get_gpt_config, init_params
 from slm_jax.tasks.classification import make_loss_fn
+from slm_jax.tasks.config import RunConfig
 from slm_jax.training.checkpoint import checkpoint_bytes
+from slm_jax.training.config import LoRAConfig, OptimizerConfig
 from slm_jax.training.optimizer import make_optimizer
 from slm_jax.training.step import TrainState, make_train_step
 from slm_jax.training.trainable import from_leaf_table, leaf_table, merge_params, split_params, whole_params

@@ -17,11 +17,11 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from slm_jax.config import OptimizerConfig
 from slm_jax.generation.decode import generate
 from slm_jax.model import GPTModel, init_cache
 from slm_jax.runs import load_gpt2
 from slm_jax.tasks.pretraining import make_loss_fn
+from slm_jax.training.config import OptimizerConfig
 from slm_jax.training.optimizer import make_optimizer
 from slm_jax.training.step import TrainState, make_train_step
 from slm_jax.weights import huggingface

@@ -8,7 +8,8 @@ from typing import Any
 import grain
 import jax
 
-from slm_jax.config import RunConfig, to_dict
+from slm_jax.config import to_dict
+from slm_jax.tasks.config import RunConfig
 from slm_jax.tasks.pretraining import build
 from slm_jax.tools.bench.measure import Clock, Timing, time_calls
 from slm_jax.tools.bench.result import Result

@@ -10,8 +10,9 @@ from pathlib import Path
 import jax
 
 from slm_jax.commands import set_up
-from slm_jax.config import RunConfig, dump_config, parse_args, to_dict
+from slm_jax.config import dump_config, to_dict
 from slm_jax.errors import InputError
+from slm_jax.tasks.config import RunConfig, parse_args
 from slm_jax.tools.bench.child import output_of
 from slm_jax.tools.bench.peak import PeakMemory
 from slm_jax.tools.bench.result import Result

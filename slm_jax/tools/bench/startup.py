@@ -9,9 +9,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from slm_jax.config import RunConfig, dump_config, to_dict
+from slm_jax.config import dump_config, to_dict
 from slm_jax.errors import InputError
 from slm_jax.files import cache_folder
+from slm_jax.tasks.config import RunConfig
 from slm_jax.tools.bench.child import failed, output_of, start_python
 from slm_jax.tools.bench.measure import Timing
 from slm_jax.tools.bench.result import Result

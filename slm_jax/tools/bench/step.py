@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from slm_jax.config import RunConfig
 from slm_jax.data.corpus import load_corpus
 from slm_jax.errors import InputError
 from slm_jax.model import GPTConfig, GPTModel, Params, init_params
+from slm_jax.tasks.config import RunConfig
 from slm_jax.tasks.pretraining import make_loss_fn
 from slm_jax.tools.plan.shapes import find_shapes
 from slm_jax.training.hardware import device_memory, flops_per_token

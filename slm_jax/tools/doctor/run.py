@@ -8,9 +8,9 @@ from typing import Any
 
 import jax
 
-from slm_jax.config import RunConfig, parse_args
 from slm_jax.errors import InputError
 from slm_jax.runs import read_frozen
+from slm_jax.tasks.config import RunConfig, parse_args
 from slm_jax.tools.doctor.machine import Finding, folder_size, guarded, start_error
 from slm_jax.training.checkpoint import CHECKSUMS, best_step, find_damage, read_metadata, saved_steps
 from slm_jax.training.progress import format_bytes, format_duration

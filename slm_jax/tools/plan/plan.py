@@ -3,16 +3,16 @@
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import get_args
+from typing import Any, get_args
 
 import jax
 
 from slm_jax.attention import choose_implementation
-from slm_jax.config import RunConfig
 from slm_jax.errors import InputError
 from slm_jax.model import DType, Remat
 from slm_jax.nn.target import Target, compiling_for
 from slm_jax.tasks.base import run_dtype
+from slm_jax.tasks.config import RunConfig
 from slm_jax.tools.plan.memory import Memory, State, Work, evaluation_memory, state_bytes, step_memory
 from slm_jax.tools.plan.shapes import Shapes, find_shapes
 from slm_jax.training.hardware import Device, device_memory, find_device, flops_per_token
@@ -165,7 +165,7 @@ def make_plan(
     )
 
 
-def _changed(config: RunConfig, **model: object) -> RunConfig:
+def _changed(config: RunConfig, **model: Any) -> RunConfig:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **model))
 
 

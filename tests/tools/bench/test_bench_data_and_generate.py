@@ -8,9 +8,9 @@ import jax
 import pytest
 from pretraining import options
 
-from slm_jax.config import parse_args
 from slm_jax.errors import InputError
 from slm_jax.model import GPTConfig, init_params
+from slm_jax.tasks.config import parse_args
 from slm_jax.tools.bench.ceilings import Ceilings
 from slm_jax.tools.bench.data import bench_data, per_batch
 from slm_jax.tools.bench.generate import bench_generate, bytes_per_step, time_generation

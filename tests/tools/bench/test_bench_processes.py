@@ -6,8 +6,8 @@ import jax
 import pytest
 from pretraining import options
 
-from slm_jax.config import parse_args
 from slm_jax.errors import InputError
+from slm_jax.tasks.config import parse_args
 from slm_jax.tools.bench import memory
 from slm_jax.tools.bench.child import output_of
 from slm_jax.tools.bench.startup import bench_startup

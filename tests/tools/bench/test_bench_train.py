@@ -8,8 +8,8 @@ import pytest
 from pretraining import options
 
 from slm_jax import cli
-from slm_jax.config import RunConfig, parse_args
 from slm_jax.errors import InputError
+from slm_jax.tasks.config import RunConfig, parse_args
 from slm_jax.tools.bench.ceilings import Ceilings
 from slm_jax.tools.bench.step import BenchStep, compile_step, with_known_vocabulary
 from slm_jax.tools.bench.train import StepTimer, bench_train, speed_figures

@@ -6,12 +6,13 @@ import shlex
 
 import pytest
 
-from slm_jax.config import FinetuneConfig, ModelSection, RunConfig, parse_args
 from slm_jax.data.token_file import json_path, write_token_file
 from slm_jax.errors import InputError
+from slm_jax.tasks.config import FinetuneConfig, RunConfig, parse_args
 from slm_jax.tokenizer import CharTokenizer
 from slm_jax.tools.plan import make_plan
 from slm_jax.tools.plan.plan import ASSUMED_MFU
+from slm_jax.training.config import ModelConfig
 
 GPT2 = ("--model.preset", "gpt2-small", "--tokenizer.kind", "gpt2")
 
@@ -176,7 +177,7 @@ def test_rows_longer_than_the_context_are_refused(task, data):
 
 def test_a_base_keeps_its_shape():
     with pytest.raises(InputError, match=r"model\.n_layers is 3, and the base's is 12; leave it out"):
-        make_plan(FinetuneConfig(base="gpt2", model=ModelSection(n_layers=3)), "t4")
+        make_plan(FinetuneConfig(base="gpt2", model=ModelConfig(n_layers=3)), "t4")
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import pytest
 from recipes import training_step
 
-from slm_jax.config import OptimizerConfig, RunConfig
 from slm_jax.model import GPTConfig, GPTModel, get_gpt_config, init_params, param_shapes
 from slm_jax.nn.target import Target, compiling_for
+from slm_jax.tasks.config import RunConfig
 from slm_jax.tasks.pretraining import make_loss_fn
 from slm_jax.tools.plan.memory import (
     State,
@@ -22,6 +22,7 @@ from slm_jax.tools.plan.memory import (
     state_bytes,
     step_memory,
 )
+from slm_jax.training.config import OptimizerConfig
 from slm_jax.training.memory import device_bytes
 from slm_jax.training.optimizer import make_optimizer
 
