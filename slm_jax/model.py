@@ -471,6 +471,20 @@ def init_params(cfg: GPTConfig, key: jax.Array) -> Params:
     return GPTModel(cfg).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
 
+def axis_sizes(cfg: GPTConfig) -> dict[str, int]:
+    """Return the size of every axis that :mod:`slm_jax.nn.axes` names; a classifier also has ``classes``."""
+    return {
+        "layers": cfg.n_layers,
+        "embed": cfg.emb_dim,
+        "heads": cfg.n_heads,
+        "kv_heads": cfg.n_heads,
+        "head_dim": cfg.emb_dim // cfg.n_heads,
+        "mlp": 4 * cfg.emb_dim,
+        "vocab": cfg.vocab_size,
+        "positions": cfg.context_length,
+    }
+
+
 def param_shapes(cfg: GPTConfig) -> Params:
     """Return the params tree as shapes and dtypes, without making any array."""
     cfg = dataclasses.replace(cfg, attention="auto")  # what is asked for may be another machine's, as in a plan
