@@ -33,7 +33,7 @@ from slm_jax import GPTConfig, GPTModel, generate, get_gpt_config
 from slm_jax.errors import InputError
 from slm_jax.model import init_params, unstack_blocks
 from slm_jax.runs import load_gpt2
-from slm_jax.weights import save_gpt2
+from slm_jax.weights.writer import save_gpt2
 
 Generate = Callable[[np.ndarray, int], np.ndarray]  # (prompts, number of new tokens) -> the new tokens
 

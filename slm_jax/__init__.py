@@ -10,13 +10,12 @@ if TYPE_CHECKING:
     from slm_jax import attention, model, tasks, tokenizer
     from slm_jax.classifier import GPTClassifier
     from slm_jax.evaluation.capture import ablate, capture
-    from slm_jax.evaluation.classify import load_classifier
     from slm_jax.generation.decode import generate
     from slm_jax.model import GPTConfig, GPTModel, get_gpt_config, init_cache, unstack_blocks
-    from slm_jax.runs import Run, load_gpt2, load_model, load_run
+    from slm_jax.runs import Run, load_classifier, load_gpt2, load_model, load_run
     from slm_jax.tokenizer import get_tokenizer
     from slm_jax.weights import adapters as lora
-    from slm_jax.weights import save_gpt2
+    from slm_jax.weights.writer import save_gpt2
 
 __version__ = "0.1.0"
 __all__ = [
@@ -55,11 +54,11 @@ _HOMES = {
     "get_gpt_config": "model",
     "get_tokenizer": "tokenizer",
     "init_cache": "model",
-    "load_classifier": "evaluation.classify",
+    "load_classifier": "runs",
     "load_gpt2": "runs",
     "load_model": "runs",
     "load_run": "runs",
-    "save_gpt2": "weights",
+    "save_gpt2": "weights.writer",
     "unstack_blocks": "model",
 }
 _MODULES = {

@@ -11,10 +11,13 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from slm_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -139,6 +142,15 @@ def unwritable(path: Path, error: OSError, what: str = "place") -> InputError:
     """Return what to raise for a file or folder that cannot be written; ``what``: to choose another one of."""
     free = "free space there or " if error.errno in _FULL else ""
     return InputError(f"{path}: cannot be written: {error.strerror or error}; {free}choose another {what}")
+
+
+def write_png(figure: "Figure", path: Path) -> None:
+    """Write a picture in one step: a reader sees the old file or the new one."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    partial = path.with_suffix(".partial.png")
+    FigureCanvasAgg(figure).print_png(str(partial))
+    partial.replace(path)
 
 
 def sha256(path: Path) -> str:

@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
+from slm_jax.classifier import GPTClassifier
 from slm_jax.data.templates import Template
 from slm_jax.errors import InputError, MissingInputError
+from slm_jax.evaluation.classes import Classifier
 from slm_jax.files import new_folder, read_json
 from slm_jax.model import DType, GPTConfig, Params, param_shapes
 from slm_jax.nn.lora import split_adapters
@@ -30,8 +32,8 @@ from slm_jax.training.run_folder import FROZEN, split_step
 from slm_jax.training.step import TrainState
 from slm_jax.training.trainable import from_leaf_table, merge_params, whole_params
 from slm_jax.weights.hub import find_weights
-from slm_jax.weights.param_file import read_tree, tree_fingerprint
 from slm_jax.weights.reader import read_weights
+from slm_jax.weights.trees import read_tree, tree_fingerprint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +99,30 @@ def load_model(source: str | Path, tokenizer: Tokenizer | None = None, *, n_head
     cfg, params = load_gpt2(path, n_heads=n_heads, dtype=best_dtype())
     tokenizer = tokenizer or _tokenizer_beside(path, cfg)
     return Run(path, None, _with_vocabulary(cfg, tokenizer, path), params, tokenizer)
+
+
+def load_classifier(source: str | Path, step: int | str = "best") -> Classifier:
+    """Load what ``slm-jax finetune`` made of a model with ``task: classification``.
+
+    Args:
+        source: a run such as ``runs/classify_builtin``, or ``runs/classify_builtin@800`` with the step.
+        step: a step, ``"best"`` (the lowest validation loss) or ``"latest"``.
+
+    Returns:
+        What is called with a list of texts and gives a :class:`Prediction` for each.
+
+    Raises:
+        MissingInputError: no run there, or no checkpoint of that step.
+        InputError: a run that is no classifier; a damaged checkpoint; a step that is none.
+    """
+    checkpoint = find_checkpoint(source, step)
+    if checkpoint is None:
+        raise MissingInputError(f"{source}: no run with checkpoints there; expected one such as runs/classify_builtin")
+    cfg, params, metadata = read_checkpoint(*checkpoint, "float32", classifier=True)
+    classes = tuple(metadata["classes"])
+    model = GPTClassifier(cfg, n_classes=len(classes), pooling=metadata["pooling"])
+    tokenizer = tokenizer_from_dict(metadata["tokenizer"])
+    return Classifier(model, params, tokenizer, classes, metadata["max_length"])
 
 
 def find_tokenizer(source: str | Path, cfg: GPTConfig) -> Tokenizer:

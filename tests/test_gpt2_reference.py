@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from slm_jax.model import GPTConfig, GPTModel, param_shapes
-from slm_jax.weights import save_gpt2
+from slm_jax.weights.writer import save_gpt2
 
 CFG = GPTConfig(emb_dim=8, n_heads=2, n_layers=1, context_length=256)
 

@@ -16,7 +16,7 @@ from slm_jax.runs import load_gpt2, load_model, load_run
 from slm_jax.tokenizer import CharTokenizer, GPT2Tokenizer
 from slm_jax.training.checkpoint import Checkpoints
 from slm_jax.training.step import TrainState
-from slm_jax.weights import save_gpt2
+from slm_jax.weights.writer import save_gpt2
 
 TOKENIZER = CharTokenizer("abcdefgh")
 CONFIG = GPTConfig(vocab_size=9, context_length=8, emb_dim=8, n_heads=2, n_layers=2)

@@ -12,7 +12,7 @@ from slm_jax.errors import InputError
 from slm_jax.files import user_path
 
 if TYPE_CHECKING:
-    from slm_jax.evaluation.classify import Prediction
+    from slm_jax.evaluation.classes import Prediction
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ def main(args: Sequence[str]) -> int:
 
 def run(options: Options) -> int:
     """Print a line for each text; return 0."""
-    from slm_jax.evaluation.classify import load_classifier
+    from slm_jax.runs import load_classifier
 
     set_up()
     texts = options.text or _lines(options.file)

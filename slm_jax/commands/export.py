@@ -43,7 +43,7 @@ def run(options: Options) -> int:
     from slm_jax.files import check_new_folder
     from slm_jax.runs import find_tokenizer, load_gpt2
     from slm_jax.tokenizer import get_tokenizer
-    from slm_jax.weights import save_gpt2
+    from slm_jax.weights.writer import save_gpt2
 
     check_new_folder(options.out)
     if options.format == "adapter":

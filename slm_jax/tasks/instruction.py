@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from slm_jax.data.corpus import make_tokenizer
 from slm_jax.data.instruction_batches import (
@@ -26,8 +25,8 @@ from slm_jax.errors import InputError, MissingInputError
 from slm_jax.evaluation.responses import Response, score_responses
 from slm_jax.evaluation.results import perplexity
 from slm_jax.files import replace_text
-from slm_jax.generation.decode import generate
-from slm_jax.model import GPTConfig, GPTModel, Params, init_params, unstack_blocks
+from slm_jax.generation.conversation import answer, prompt_room
+from slm_jax.model import GPTModel, Params, init_params
 from slm_jax.tasks.base import count_steps, find_base, longest_allowed, new_base, prepare_params
 from slm_jax.tasks.config import RunConfig
 from slm_jax.tasks.pretraining import make_loss_fn
@@ -37,8 +36,6 @@ from slm_jax.training.step import Batch
 from slm_jax.training.task import Evaluate, Moment, Task
 
 __all__ = ["answer", "build", "format_prompt"]
-
-ANSWERS_AT_A_TIME = 16
 
 
 def build(config: RunConfig, start: Start, stop: Callable[[], None] | None = None) -> Task:
@@ -78,7 +75,7 @@ def build(config: RunConfig, start: Start, stop: Callable[[], None] | None = Non
         for name in ("validation", "test")
     }
     n_new = config.sample.max_new_tokens
-    room, asked = _room(cfg, n_new), splits.test[: section.responses]
+    room, asked = prompt_room(cfg, n_new), splits.test[: section.responses]
 
     def fits(example: Example) -> bool:
         return len(tokenizer.encode(template.prompt(example.prompt))) <= room
@@ -126,65 +123,6 @@ def _template(name: str, start: Start) -> Template:
             "anew with --run NAME"
         )
     return saved
-
-
-def answer(
-    model: GPTModel,
-    params: Params,
-    prompts: Sequence[Sequence[Message]],
-    *,
-    tokenizer: Tokenizer,
-    template: Template,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    key: jax.Array | None = None,
-    stop: Callable[[], None] = lambda: None,
-) -> list[str]:
-    """Answer conversations, each as if it were alone; the answers end where the model or the template ends them.
-
-    Args:
-        model: the model.
-        params: its parameters, in any form that it runs.
-        prompts: the messages of each, the last the user's.
-        tokenizer: the model's.
-        template: how the model was shown conversations.
-        max_new_tokens: the most tokens of an answer. Of a prompt that leaves no room for them in the model's context,
-            half of the context at most, the beginning is left out.
-        temperature: 0 always takes the likeliest token.
-        top_k: how many of the likeliest tokens are drawn from; None: all.
-        key: of the draws.
-        stop: called for every few answers; may raise to stop early.
-    """
-    room = _room(model.cfg, max_new_tokens)
-    ids = [tokenizer.encode(template.prompt(messages))[-room:] for messages in prompts]
-    params = unstack_blocks(params)
-    answers: list[str] = []
-    for first in range(0, len(ids), ANSWERS_AT_A_TIME):
-        stop()
-        batch = ids[first : first + ANSWERS_AT_A_TIME]
-        rows = generate(
-            model, params, batch,
-            max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, eos_id=tokenizer.eot_id,
-            past_context="stop", key=None if key is None else jax.random.fold_in(key, first),
-        )  # fmt: skip
-        added = [np.asarray(row)[len(ask) :] for row, ask in zip(rows, batch, strict=True)]
-        answers += [_answer(ids, tokenizer, template) for ids in added]
-    return answers
-
-
-def _room(cfg: GPTConfig, max_new_tokens: int) -> int:
-    """Return how many tokens of a prompt leave room for an answer."""
-    return cfg.context_length - min(max_new_tokens, cfg.context_length // 2)
-
-
-def _answer(ids: np.ndarray, tokenizer: Tokenizer, template: Template) -> str:
-    """Return the text up to the end-of-text token or a text that ends an answer."""
-    ends = np.flatnonzero(ids == tokenizer.eot_id)
-    text = tokenizer.decode(ids[: ends[0]] if ends.size else ids)
-    for end in template.stop:
-        text = text.partition(end)[0]
-    return text.strip()
 
 
 def _texts(examples: Sequence[Example], template: Template) -> list[str]:

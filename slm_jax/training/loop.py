@@ -58,7 +58,7 @@ from slm_jax.training.step import (
 from slm_jax.training.summary import environment, summarize, tell_end
 from slm_jax.training.task import Moment, Task, purpose_key
 from slm_jax.training.trainable import leaf_table, merge_params
-from slm_jax.weights.param_file import tree_fingerprint, write_tree
+from slm_jax.weights.trees import tree_fingerprint, write_tree
 
 MAX_SKIPPED = 3  # steps in a row without finite gradients after which training stops
 

@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slm_jax.files import write_png
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 TRAINING, VALIDATION, ACCURACY = "#9ab8d9", "#c2410c", "#4d7c0f"
 
@@ -49,15 +50,6 @@ def draw_loss(rows: list[dict[str, Any]], path: Path, title: str, unit: str = "n
     lines = axes.get_lines() + _draw_accuracy(axes, _points(rows, "val", "accuracy"))
     figure.legend(handles=lines, frameon=False, loc="outside lower center", ncols=len(lines), fontsize=9)
     write_png(figure, path)
-
-
-def write_png(figure: "Figure", path: Path) -> None:
-    """Write a picture in one step: who reads the file sees the old one or the new one."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    partial = path.with_suffix(".partial.png")
-    FigureCanvasAgg(figure).print_png(str(partial))
-    partial.replace(path)
 
 
 def _points(rows: list[dict[str, Any]], split: str, key: str) -> list[tuple[int, float]]:

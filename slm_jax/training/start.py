@@ -16,7 +16,7 @@ from slm_jax.training.identity import first_difference
 from slm_jax.training.mirror import copy_checkpoint, copy_file, find_mirror, other_files
 from slm_jax.training.run_folder import FROZEN, RunFolder
 from slm_jax.training.summary import environment, rounding_changes
-from slm_jax.weights.param_file import read_tree
+from slm_jax.weights.trees import read_tree
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from slm_jax.nn.lora import (
     merge_adapters,
     split_adapters,
 )
-from slm_jax.weights.param_file import Params, read_tree, write_tree
+from slm_jax.weights.trees import Params, read_tree, write_tree
 
 __all__ = [
     "add_adapters",

@@ -20,7 +20,7 @@ from slm_jax.weights import book, huggingface, nanogpt
 from slm_jax.weights.files import AGAIN, FLOATS, OURS, Tensor, TensorFiles, find_file, open_tensors
 from slm_jax.weights.foreign import describe
 from slm_jax.weights.names import NameMap, largest_first, leaf_shapes
-from slm_jax.weights.param_file import DIGESTS
+from slm_jax.weights.trees import DIGESTS
 
 OURS_FIELDS = ("n_heads", "drop_rate", "exact_gelu", "unpadded_vocab_size")
 

@@ -11,7 +11,7 @@ import pytest
 from slm_jax import cli
 from slm_jax.model import GPTConfig, param_shapes
 from slm_jax.tokenizer import CharTokenizer
-from slm_jax.weights import save_gpt2
+from slm_jax.weights.writer import save_gpt2
 
 TEXT = "the cat sat on the mat, and the dog sat on the log. User: Assistant:\n"
 

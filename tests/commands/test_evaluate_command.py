@@ -17,7 +17,7 @@ from slm_jax.runs import load_model
 from slm_jax.tokenizer import CharTokenizer
 from slm_jax.training.checkpoint import Checkpoints
 from slm_jax.training.step import TrainState
-from slm_jax.weights import save_gpt2
+from slm_jax.weights.writer import save_gpt2
 
 TEXT = "the cat sat on the mat, and the dog sat on the log. " * 9
 

@@ -12,12 +12,12 @@ import pytest
 import slm_jax
 from slm_jax import cli
 from slm_jax.errors import InputError
-from slm_jax.evaluation.classify import Classifier
+from slm_jax.evaluation.classes import Classifier
 from slm_jax.model import GPTConfig, init_params
 from slm_jax.runs import read_checkpoint
 from slm_jax.tokenizer import CharTokenizer
 from slm_jax.training.checkpoint import METADATA, write_checksums
-from slm_jax.weights import save_gpt2
+from slm_jax.weights.writer import save_gpt2
 
 MAX_LENGTH = 24
 TEXTS = ["the cat sat", "a dog", "so the dog sat on a log", "the cat " * 10, "cat"]

@@ -29,9 +29,9 @@ from slm_jax.tasks.config import RunConfig
 from slm_jax.tasks.pretraining import make_loss_fn
 from slm_jax.training.config import LoRAConfig
 from slm_jax.training.trainable import merge_params, split_params, whole_params
-from slm_jax.weights import save_gpt2
 from slm_jax.weights.adapters import load_adapters, save_adapters
-from slm_jax.weights.param_file import write_tree
+from slm_jax.weights.trees import write_tree
+from slm_jax.weights.writer import save_gpt2
 
 CFG = GPTConfig(vocab_size=29, context_length=16, emb_dim=12, n_heads=3, n_layers=2, tie_weights=False)
 RANK, ALPHA = 3, 7.0

@@ -26,7 +26,7 @@ from slm_jax.training.config import ModelConfig, OptimizerConfig, SampleConfig, 
 from slm_jax.training.start import find_start
 from slm_jax.training.step import make_eval_step
 from slm_jax.training.trainable import from_leaf_table, leaf_table, whole_params
-from slm_jax.weights import save_gpt2
+from slm_jax.weights.writer import save_gpt2
 
 # Checkpoints are read here as they lie on the disk, without saying onto which devices.
 pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided when restoring")

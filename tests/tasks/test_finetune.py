@@ -38,7 +38,7 @@ from slm_jax.training.checkpoint import load_params, read_metadata, saved_steps
 from slm_jax.training.config import CheckpointConfig
 from slm_jax.training.trainable import from_leaf_table, merge_params
 from slm_jax.weights.adapters import add_adapters, load_adapters, merge_adapters, split_adapters
-from slm_jax.weights.param_file import read_tree, write_tree
+from slm_jax.weights.trees import read_tree, write_tree
 
 # Checkpoints are read here as they lie on the disk, without saying onto which devices.
 pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided when restoring")

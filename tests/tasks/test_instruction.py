@@ -13,9 +13,10 @@ from slm_jax.data.config import DataConfig, InstructionConfig, TokenizerConfig
 from slm_jax.data.instruction_batches import Tokens, instruction_batches, instruction_eval_batches, pack
 from slm_jax.data.templates import Message, Template
 from slm_jax.errors import InputError
+from slm_jax.generation.conversation import answer
 from slm_jax.model import GPTConfig, GPTModel, init_params
 from slm_jax.tasks.config import RunConfig
-from slm_jax.tasks.instruction import answer, build
+from slm_jax.tasks.instruction import build
 from slm_jax.tasks.pretraining import make_loss_fn
 from slm_jax.tokenizer import CharTokenizer
 from slm_jax.training.config import ModelConfig, OptimizerConfig, SampleConfig, TrainConfig

@@ -21,7 +21,7 @@ from slm_jax.training.mirror import Mirror, copy_checkpoint, find_mirror, other_
 from slm_jax.training.run_folder import RunFolder
 from slm_jax.training.start import Start, find_start
 from slm_jax.training.step import TrainState
-from slm_jax.weights.param_file import write_tree
+from slm_jax.weights.trees import write_tree
 
 
 def save(checkpoints, step, loss=None):

@@ -11,9 +11,8 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from slm_jax.files import unwritable
+from slm_jax.files import unwritable, write_png
 from slm_jax.tools.bench.ceilings import Ceilings
-from slm_jax.training.plots import write_png
 from slm_jax.training.summary import environment
 
 MEASURED, BOUND = "#c2410c", "#9ab8d9"

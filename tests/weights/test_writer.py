@@ -18,7 +18,7 @@ from slm_jax.model import GPTConfig, GPTModel, param_shapes, split_blocks
 from slm_jax.nn.lora import add_adapters, init_adapters, merge_adapters
 from slm_jax.runs import load_gpt2
 from slm_jax.tokenizer import CharTokenizer, GPT2Tokenizer
-from slm_jax.weights import save_gpt2
+from slm_jax.weights.writer import save_gpt2
 
 SMALL = {"vocab_size": 31, "context_length": 8, "emb_dim": 8, "n_heads": 2, "n_layers": 2}
 

@@ -17,9 +17,9 @@ from slm_jax.nn.lora import merge_adapters
 from slm_jax.tokenizer import GPT2Tokenizer, Tokenizer
 from slm_jax.weights.files import FLOATS, OURS
 from slm_jax.weights.names import NameMap, Slot, leaf_shapes
-from slm_jax.weights.param_file import write_tensors
 from slm_jax.weights.reader import FORMATS, OURS_FIELDS
 from slm_jax.weights.transformers_folder import folder_files
+from slm_jax.weights.trees import write_tensors
 
 FormatName = Literal["huggingface", "nanogpt", "book"]
 

@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from slm_jax.errors import InputError, MissingInputError
-from slm_jax.weights import param_file
-from slm_jax.weights.param_file import DIGESTS, read_tree, tree_fingerprint, write_tree
+from slm_jax.weights import trees
+from slm_jax.weights.trees import DIGESTS, read_tree, tree_fingerprint, write_tree
 
 TREE = {
     "scale": np.float32(0.5),
@@ -99,7 +99,7 @@ def test_a_place_that_cannot_be_written_says_why_and_keeps_the_file(file, monkey
         raise SafetensorError(said)
 
     before = file.read_bytes()
-    monkeypatch.setattr(param_file, "save_file", fail)
+    monkeypatch.setattr(trees, "save_file", fail)
     with pytest.raises(OSError, match=r"params\.safetensors") as caught:
         write_tree(file, {"one": np.ones(1)})
     assert caught.value.errno == code
