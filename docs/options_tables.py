@@ -12,12 +12,12 @@ import types
 from typing import Any, Literal, Union, get_args, get_origin
 
 from slm_jax.cli import COMMANDS
-from slm_jax.config import flatten, meaning
+from slm_jax.config import execution_keys, flatten, meaning
 from slm_jax.model import PRESETS, count_params, get_gpt_config
 from slm_jax.tasks.config import FinetuneConfig, RunConfig
-from slm_jax.training.identity import EXECUTION_KEYS, EXECUTION_SECTIONS
 
 WORDS = {int: "whole number", float: "number", bool: "true or false", str: "text", type(None): "null"}
+EXECUTION = execution_keys(RunConfig())
 OF_FINETUNE = flatten(dataclasses.asdict(FinetuneConfig()))
 
 
@@ -95,7 +95,7 @@ def _entry(cls: Any, field: Any, prefix: str, hyphens: bool) -> str:
         key = f"{prefix}{field.name}"
         if OF_FINETUNE[key] != default:
             parts.append(f"default of finetune {_shown(OF_FINETUNE[key])}")
-        if key in EXECUTION_KEYS or key.startswith(EXECUTION_SECTIONS):
+        if key in EXECUTION:
             parts.append("may change on a resume")
     return f"{' · '.join(parts)}\n:   {_escaped(meaning(cls, field.name))}"
 

@@ -19,6 +19,22 @@ from slm_jax.errors import InputError, MissingInputError
 
 Options = TypeVar("Options")
 
+# Marks a field, or a section of a field, that may change between two starts of a run: field(metadata=EXECUTION).
+EXECUTION: Mapping[str, bool] = {"execution": True}
+
+
+def execution_keys(config: Any, prefix: str = "") -> set[str]:
+    """Return the dotted keys of a configuration that are marked with :data:`EXECUTION`."""
+    keys: set[str] = set()
+    for field in dataclasses.fields(config):
+        name, value = prefix + field.name, getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            inner = flatten(dataclasses.asdict(value), f"{name}.")  # type: ignore[arg-type]
+            keys |= set(inner) if field.metadata.get("execution") else execution_keys(value, f"{name}.")
+        elif field.metadata.get("execution"):
+            keys.add(name)
+    return keys
+
 
 def parse(cls: type[Options], args: Sequence[str], prog: str) -> Options:
     """Read ``--config FILE.yaml`` recipes and options in the order they are given; what comes later wins.

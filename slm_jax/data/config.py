@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Literal
 
+from slm_jax.config import EXECUTION
+
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
@@ -101,4 +103,4 @@ class InstructionConfig:
     packing: bool = False
     too_long: Literal["drop", "truncate"] = "drop"
     max_length: int | None = None
-    responses: int | None = None
+    responses: int | None = dataclasses.field(default=None, metadata=EXECUTION)

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from slm_jax.config import check_at_least, check_seed, flatten, to_dict
+from slm_jax.config import EXECUTION, check_at_least, check_seed, flatten, to_dict
 from slm_jax.data.config import DataConfig, TokenizerConfig
 from slm_jax.errors import InputError
 from slm_jax.files import user_path
@@ -68,14 +68,14 @@ class TrainConfig:
         profile: FROM:TO, such as 100:105, the steps between which a profile is written to the run's folder; null: none.
     """
 
-    steps: int | None = 800
-    epochs: float | None = None
+    steps: int | None = dataclasses.field(default=800, metadata=EXECUTION)
+    epochs: float | None = dataclasses.field(default=None, metadata=EXECUTION)
     batch_size: int = 8
-    accumulate: int = 1
-    eval_every: int = 200
-    eval_batch_size: int | None = 32
-    log_every: int = 10
-    profile: str | None = None
+    accumulate: int = dataclasses.field(default=1, metadata=EXECUTION)
+    eval_every: int = dataclasses.field(default=200, metadata=EXECUTION)
+    eval_batch_size: int | None = dataclasses.field(default=32, metadata=EXECUTION)
+    log_every: int = dataclasses.field(default=10, metadata=EXECUTION)
+    profile: str | None = dataclasses.field(default=None, metadata=EXECUTION)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +186,9 @@ class ModelConfig:
         dtype: what activations are computed in; auto: bfloat16 where the hardware has it, else float32.
     """
 
-    preset: Literal["tiny", "mini", "gpt2-small", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "tiny"
+    preset: Literal["tiny", "mini", "gpt2-small", "gpt2-medium", "gpt2-large", "gpt2-xl"] = dataclasses.field(
+        default="tiny", metadata=EXECUTION
+    )
     vocab_size: int | None = None
     context_length: int | None = None
     emb_dim: int | None = None
@@ -198,10 +200,10 @@ class ModelConfig:
     bias: bool | None = None
     exact_gelu: bool | None = None
     param_dtype: DType | None = None
-    remat: Remat | None = None
-    attention: AttentionKind | None = None
-    unroll: bool | None = None
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    remat: Remat | None = dataclasses.field(default=None, metadata=EXECUTION)
+    attention: AttentionKind | None = dataclasses.field(default=None, metadata=EXECUTION)
+    unroll: bool | None = dataclasses.field(default=None, metadata=EXECUTION)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = dataclasses.field(default="auto", metadata=EXECUTION)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,9 +239,9 @@ class BaseRunConfig:
 
     task: Literal["pretraining", "classification", "instruction"] = "pretraining"
     seed: int = 0
-    run: str | None = None
-    runs_dir: str = "runs"
-    resume: Literal["auto", "never", "must"] = "auto"
+    run: str | None = dataclasses.field(default=None, metadata=EXECUTION)
+    runs_dir: str = dataclasses.field(default="runs", metadata=EXECUTION)
+    resume: Literal["auto", "never", "must"] = dataclasses.field(default="auto", metadata=EXECUTION)
     base: str | None = None
     base_optimizer: bool = False
     trainable: Literal["all", "head", "last_block", "last_n_blocks", "lora"] = "all"
@@ -249,10 +251,10 @@ class BaseRunConfig:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
-    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
-    logging: LoggingConfig = dataclasses.field(default_factory=LoggingConfig)
-    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
-    sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig, metadata=EXECUTION)
+    logging: LoggingConfig = dataclasses.field(default_factory=LoggingConfig, metadata=EXECUTION)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig, metadata=EXECUTION)
+    sample: SampleConfig = dataclasses.field(default_factory=SampleConfig, metadata=EXECUTION)
     lora: LoRAConfig = dataclasses.field(default_factory=LoRAConfig)
 
     def __post_init__(self) -> None:

@@ -4,19 +4,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from slm_jax.config import flatten, to_dict
+from slm_jax.config import execution_keys, flatten, to_dict
 from slm_jax.model import GPTConfig
 from slm_jax.training.config import BaseRunConfig
-
-# What may differ between the two sides of a resume; every other key is a run's identity.
-EXECUTION_SECTIONS = ("checkpoint.", "logging.", "mesh.", "sample.")
-EXECUTION_KEYS = {
-    *("run", "runs_dir", "resume", "model.dtype", "model.remat", "model.attention", "model.unroll", "model.preset"),
-    "model.unpadded_vocab_size",  # follows from the tokenizer and model.vocab_size
-    *("train.steps", "train.epochs", "train.accumulate", "train.eval_every", "train.eval_batch_size"),
-    *("train.log_every", "train.profile", "instruction.responses"),
-}
-
 
 # Keys that runs of earlier versions do not have, with the value that those had in effect.
 _LATER_KEYS = {
@@ -32,8 +22,8 @@ def identity(config: BaseRunConfig, model: GPTConfig) -> dict[str, Any]:
     return {
         key: list(value) if isinstance(value, tuple) else value  # as JSON has it
         for key, value in values.items()
-        if key not in EXECUTION_KEYS
-        and not key.startswith((*EXECUTION_SECTIONS, *_unused_keys(config)))
+        if key not in {*execution_keys(config), "model.unpadded_vocab_size"}  # follows from model.vocab_size
+        and not key.startswith(tuple(_unused_keys(config)))
         and (key, value) not in _LATER_KEYS.items()
     }
 
