@@ -70,7 +70,9 @@ class Page(HTMLParser):
         assert len(ids) == len(set(ids))
         referred = [value for name in ("src", "href", "xlink:href", "action", "srcset") for value in self.values(name)]
         referred += re.findall(r"url\(([^)]*)\)", self.html)
-        assert all(value.startswith(("#", "data:image/png;base64,")) for value in referred)
+        assert all(
+            value.startswith(("#", "data:image/png;base64,", "data:image/svg+xml;base64,")) for value in referred
+        )
         assert {value[1:] for value in referred if value.startswith("#")} <= set(ids)
         assert "@import" not in self.html
         assert not {"script", "link", "iframe", "object", "embed"} & set(self.elements)

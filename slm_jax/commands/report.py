@@ -10,22 +10,22 @@ from slm_jax.errors import InputError
 from slm_jax.files import check_new_file, write_file
 
 FILE = "report.html"
-PAGES = (".html", ".htm")  # the only files that are replaced: a run's others cannot be written again
+PAGES = (".html", ".htm")  # the only existing files that are replaced
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """Write a run as one HTML page that needs no network; several runs are compared on the same axes.
 
-    Words that belong to no option are runs; all after -- are.
+    Words that belong to no option are runs; all words after -- are.
 
     Attributes:
         run: a run's folder, such as runs/tiny, or runs/tiny@800 for the attention of one of its checkpoints; may be
             given several times, and without --run.
-        out: the file to write, such as page.html; a file that is there is replaced if its name ends in .html or .htm.
+        out: the file to write, such as page.html; an existing file is replaced if its name ends in .html or .htm.
             null: report.html, in the run's folder, or for several runs in the current one.
-        text: of one run, the text whose attention is drawn (its first 20 tokens at most); null: its latest sample, or
-            an English sentence.
+        text: for a single run, the text whose attention is drawn (at most its first 20 tokens); null: the run's latest
+            sample, or an English sentence.
     """
 
     run: tuple[str, ...] = ()
@@ -35,10 +35,8 @@ class Options:
     def __post_init__(self) -> None:
         if not self.run:
             raise InputError("no run; expected one or several, such as slm-jax report runs/tiny")
-        if self.out == "":
-            raise InputError("out is ''; expected a file, such as page.html")
         if self.text == "":
-            raise InputError("text is ''; expected a text of at least one character, or leave --text out")
+            raise InputError("text is ''; expected at least one character")
 
 
 def main(args: Sequence[str]) -> int:
@@ -47,14 +45,13 @@ def main(args: Sequence[str]) -> int:
 
 
 def run(options: Options) -> int:
-    """Write the page, and say where; return 0."""
+    """Write the page and print its path; return 0."""
     import jax
 
-    from slm_jax.tools.report.compare import write_comparison
-    from slm_jax.tools.report.page import write_page
-    from slm_jax.tools.report.read import read_records
+    from slm_jax.tools.report.page import write_comparison, write_page
+    from slm_jax.tools.report.record import read_records
 
-    jax.config.update("jax_platforms", "cpu")  # an accelerator that is here is left to those who train
+    jax.config.update("jax_platforms", "cpu")  # leave accelerators to those who train
     use_compile_cache()
     records = read_records(options.run)
     single = records[0] if len(records) == 1 else None
@@ -63,7 +60,7 @@ def run(options: Options) -> int:
     folder = Path() if single is None else single.folder.path
     out = check_new_file(folder / FILE if options.out is None else options.out, "out", "page.html")
     if out.exists() and out.resolve().suffix.lower() not in PAGES:
-        raise InputError(f"{out}: is there, and only files that end in .html are replaced; choose another --out")
+        raise InputError(f"{out}: exists, and only files that end in .html are replaced; choose another --out")
     content = write_comparison(records) if single is None else write_page(single, options.text)
     write_file(out, content)
     print(f"written to {out}")

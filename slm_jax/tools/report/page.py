@@ -1,22 +1,57 @@
-"""The page of one run."""
+"""The page of one run, or of several beside each other."""
 
+import functools
+import json
 import math
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
 from safetensors import SafetensorError, safe_open
 
-from slm_jax.tools.report.attention import attention_section
-from slm_jax.tools.report.classes import classes_section
-from slm_jax.tools.report.curves import draw_curves, note_not_finite
-from slm_jax.tools.report.html import Html, details, page, section, table, tag, typed
-from slm_jax.tools.report.read import Record, Row, defaults, figure, listed, number, read_responses, read_samples
+from slm_jax.model import GPTConfig, param_shapes
+from slm_jax.tools.report.attention import read_maps
+from slm_jax.tools.report.curves import draw_curves, look
+from slm_jax.tools.report.record import Record, Row, defaults, figure, number
 from slm_jax.training.progress import format_duration
 from slm_jax.training.run_folder import FROZEN
 from slm_jax.training.trainable import leaf_table
 
-MOST_SAMPLES, MOST_RESPONSES, OPEN_RESPONSES = 30, 24, 4
-CONSTANTS = ("lora_scale", "lora_drop_rate")  # lie beside adapters, and are no parameters
+MOST_SAMPLES, MOST_RESPONSES, MOST_CLASSES = 30, 24, 30
+CONSTANTS = ("lora_scale", "lora_drop_rate")  # lie beside adapters and are not parameters
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+SCORES = {"loss": ".4f", "perplexity": ",.2f", "accuracy": ".2%", "macro_f1": ".4f", "exact_match": ".2%"}
+SCORES |= {"rouge_l": ".4f"}
+NAMES = {"loss": "loss, nats", "macro_f1": "macro F1", "exact_match": "exact match", "rouge_l": "ROUGE-L"}
+OF_THE_FOLDER = ("run", "runs_dir", "resume")
+
+# HTML has no place for control characters and for halves of characters.
+_NOT_TEXT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+
+
+class Table(NamedTuple):
+    """A table: ``numbers`` are the columns that are aligned right."""
+
+    head: Sequence[object]
+    rows: Sequence[Sequence[object]]
+    numbers: Sequence[int] = ()
+    caption: str = ""
+
+
+@functools.cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("slm_jax.tools.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.globals |= {"draw_curves": draw_curves, "look": look, "zip": zip}
+    return environment
+
+
+def _render(template: str, **values: object) -> str:
+    return _NOT_TEXT.sub("\ufffd", _environment().get_template(template).render(**values))
 
 
 def write_page(record: Record, text: str | None = None) -> str:
@@ -24,42 +59,42 @@ def write_page(record: Record, text: str | None = None) -> str:
 
     Args:
         record: the run.
-        text: whose attention is drawn; None: the latest sample.
+        text: the text whose attention is drawn; None: the latest sample.
 
     Raises:
         InputError: a text that the model's tokenizer cannot encode.
     """
-    parts = {
-        "curves": ("Curves", _curves(record)),
-        "classes": ("Classes", classes_section(record)),
-        "responses": ("Responses", _responses(record)),
-        "samples": ("Samples", _samples(record)),
-        "attention": ("Attention", attention_section(record, text)),
-        "parameters": ("Parameters", _parameters(record)),
-        "config": ("Configuration", _config(record)),
-        "environment": ("Environment", _environment(record)),
-    }
-    links = [tag("a", title, href=f"#{name}") for name, (title, content) in parts.items() if any(content)]
-    sections = [section(name, title, *content) for name, (title, content) in parts.items()]
-    return page(
-        f"{record.label} · report of a run",
-        tag("header", tag("h1", record.label), tag("p", _subtitle(record), class_="dim"), _facts(record)),
-        tag("nav", *links, aria_label="sections"),
-        *sections,
+    maps = read_maps(record, text)
+    return _render(
+        "run.html",
+        record=record,
+        facts=facts(record),
+        scores=_scores(record),
+        classes=_classes(record),
+        responses=record.responses(),
+        most_responses=MOST_RESPONSES,
+        samples=_spread(record.samples(), MOST_SAMPLES),
+        maps=None if isinstance(maps, str) else maps,
+        no_maps=maps,
+        parameters=_parameters(record),
+        config=_config(record),
+        environment=Table(["", "trained with"], list(record.environment.items())),
     )
 
 
-def _subtitle(record: Record) -> str:
-    parts = [record.task]
-    if source := record.config.get("data.source"):
-        parts.append(f"on {source}")
-    if base := record.config.get("base"):
-        parts.append(f"from {base}, trainable: {record.config.get('trainable', 'all')}")
-    return f"{' '.join(parts)} · {record.state}"
+def write_comparison(records: Sequence[Record]) -> str:
+    """Return the page of several runs as HTML; runs of different tasks are drawn apart."""
+    tasks = dict.fromkeys(record.task for record in records)
+    groups = [[record for record in records if record.task == task] for task in tasks]
+    return _render(
+        "comparison.html",
+        records=records,
+        groups=[{"records": group, "same_tokens": _same_tokens(group), "tables": _compare(group)} for group in groups],
+    )
 
 
 def facts(record: Record) -> dict[str, str]:
-    """Return the figures of a run that one looks at first, by name; what is not known is left out."""
+    """Return the most important figures of a run by name; unknown ones are left out."""
     shown = {"steps": f"{record.last_step:,}"}
     total = record.config.get("train.steps")
     if isinstance(total, int) and total != record.last_step:
@@ -68,10 +103,10 @@ def facts(record: Record) -> dict[str, str]:
         shown["lowest validation loss"] = f"{best[1]:.4f} at step {best[0]:,}"
         if record.unit == "token":
             shown["its perplexity"] = f"{math.exp(min(best[1], 700)):,.2f}"
-    test = record.measured("after", "test")
-    for key, name, form in (("accuracy", "test accuracy", ".2%"), ("rouge_l", "test ROUGE-L", ".4f")):
+    test = record.measured("after")
+    for key, name in (("accuracy", "test accuracy"), ("rouge_l", "test ROUGE-L")):
         if key in test:
-            shown[name] = figure(test[key], form)
+            shown[name] = figure(test[key], SCORES[key])
     train = [row for row in record.rows if row["split"] == "train"]
     if train:
         shown["last training loss"] = figure(train[-1].get("loss"), ".4f")
@@ -82,96 +117,92 @@ def facts(record: Record) -> dict[str, str]:
     seconds = np.array([number(row["seconds"]) for row in [*record.rows, record.summary] if "seconds" in row])
     if np.isfinite(seconds).any():
         shown["time"] = format_duration(float(np.nanmax(seconds)))
-    rows = parameter_rows(record)
-    if rows:
-        trained = sum(row["count"] for row in rows if row["trained"])
-        whole = sum(row["count"] for row in rows)
+    if rows := parameter_rows(record):
+        trained, whole = sum(row["count"] for row in rows if row["trained"]), sum(row["count"] for row in rows)
         shown["parameters"] = f"{whole:,}" if trained == whole else f"{whole:,} ({trained:,} trained)"
     return shown
 
 
-def _facts(record: Record) -> Html:
-    return tag("dl", *(tag("div", tag("dt", name), tag("dd", value)) for name, value in facts(record).items()))
+# --- What a task measured ---
 
 
-def _curves(record: Record) -> list[Html]:
-    if not record.rows:
-        return [tag("p", "The log is empty.", class_="dim")]
-    drawn = draw_curves([record], "run", leave_out=("bits",))
-    parts = [drawn or tag("p", "No figure of the log is finite.", class_="dim"), note_not_finite(record)]
-    if record.best() is None:
-        parts.append(tag("p", "No validation loss yet.", class_="dim"))
-    return parts
-
-
-def _samples(record: Record) -> list[Html]:
-    samples = read_samples(record.folder)
-    chosen = _spread(samples, MOST_SAMPLES)
-    shown = [
-        details(f"Step {step:,}", tag("pre", text), opened=i in (0, len(chosen) - 1))
-        for i, (step, text) in enumerate(chosen)
-    ]
-    if len(chosen) < len(samples):
-        shown.append(tag("p", f"{len(chosen)} of {len(samples):,}; samples.md has all of them.", class_="dim"))
-    return shown
-
-
-def _spread(items: list[tuple[int, str]], most: int) -> list[tuple[int, str]]:
-    """Return so many items at most, at equal distances, the first and the last among them."""
-    if len(items) <= most:
-        return items
-    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
-
-
-def _responses(record: Record) -> list[Html]:
-    if record.task != "instruction":
-        return []
-    return [_scores(record), *_answers(record)]
-
-
-def _scores(record: Record) -> Html:
-    before, after = (record.measured(moment, "test") for moment in ("before", "after"))
+def _scores(record: Record) -> Table | None:
+    """Return the figures of each split before and after training; None if nothing was measured."""
+    moments = [moment for moment in ("before", "after") if record.measured(moment)]
+    splits = [split for split in ("test", "validation", "train") if any(record.measured(m, split) for m in moments)]
     rows = []
-    for key, name, form in (
-        ("loss", "loss, nats a token", ".4f"),
-        ("perplexity", "perplexity", ",.2f"),
-        ("exact_match", "exact match", ".2%"),
-        ("rouge_l", "ROUGE-L", ".4f"),
-    ):
-        cells = [figure(figures[key], form) if key in figures else "–" for figures in (before, after)]
-        if key in before or key in after:
-            rows.append([name, *cells])
-    if not rows:
-        return Html("")
-    return table(["test instructions", "before", "after training"], rows, numbers=(1, 2))
+    for split in splits:
+        for key, form in SCORES.items():
+            cells = [record.measured(moment, split).get(key) for moment in moments]
+            if any(cell is not None for cell in cells):
+                rows.append([split, NAMES.get(key, key), *(figure(cell, form, "–") for cell in cells)])
+    head = ["split", "", *(f"{moment} training" for moment in moments)]
+    return Table(head, rows, range(2, len(head))) if rows else None
 
 
-def _answers(record: Record) -> list[Html]:
-    answers = read_responses(record)
-    shown = [_response(*answer) for answer in answers[:MOST_RESPONSES]]
-    parts = shown[:OPEN_RESPONSES]
-    if rest := shown[OPEN_RESPONSES:]:
-        parts.append(details(f"{len(rest)} more", *rest))
-    if len(answers) > len(shown):
-        file = "responses-before.json" if answers[0][2] is None else "responses.json"
-        parts.append(tag("p", f"{len(shown)} of {len(answers):,}; {file} has all of them.", class_="dim"))
-    return parts
+def _classes(record: Record) -> dict[str, Any] | None:
+    """Return the confusion matrices of a classifier by split, and the table of its classes; None if it is none."""
+    moments = [moment for moment in ("before", "after") if "confusion" in record.measured(moment)]
+    if not moments:
+        return None
+    matrices = {
+        split: [
+            matrix
+            for moment in moments
+            if (matrix := _matrix(record.measured(moment, split), f"{split} texts, {moment} training"))
+        ]
+        for split in ("test", "validation", "train")
+    }
+    last = record.measured(moments[-1])
+    names = last.get("classes")
+    columns = [last.get(name) for name in ("classes", "precision", "recall", "f1", "support")]
+    rows = []
+    if all(isinstance(column, list) for column in columns):
+        rows = [
+            [name, *(figure(value, ".4f", "–") for value in values[:3]), figure(values[3], ",.0f", "–")]
+            for name, *values in zip(*columns, strict=False)
+        ]
+    caption = f"test texts, {moments[-1]} training"
+    return {
+        "too_many": len(names) if isinstance(names, list) and len(names) > MOST_CLASSES else 0,
+        "picture": (record.folder.path / "confusion.png").is_file() and not record.continued,
+        "matrices": matrices,
+        "by_class": Table(["class", "precision", "recall", "F1", "texts"], rows, range(1, 5), caption)
+        if rows
+        else None,
+    }
 
 
-def _response(entry: Row, before: str | None, after: str | None) -> Html:
-    asked = [entry.get("instruction"), entry.get("input")]
-    messages = [message for message in listed(entry.get("messages")) if isinstance(message, dict)]
-    asked += [f"{message.get('role')}: {message.get('content')}" for message in messages]
-    texts = {"reference": entry.get("output"), "before training": before, "after training": after}
-    columns = [tag("div", tag("h4", name), tag("pre", text)) for name, text in texts.items() if text is not None]
-    return tag(
-        "article", tag("h3", "\n".join(str(part) for part in asked if part)), tag("div", *columns, class_="answers")
-    )
+def _matrix(figures: Row, caption: str) -> dict[str, Any] | None:
+    """Return a confusion matrix with each cell's share of its true class; None if the figures hold none."""
+    names = figures.get("classes")
+    try:
+        counts = np.array(figures.get("confusion"), np.int64)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    if not isinstance(names, list) or counts.shape != (len(names), len(names)) or (counts < 0).any():
+        return None
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    return {"caption": caption, "names": names, "counts": counts.tolist(), "shares": shares.tolist()}
+
+
+def _spread(items: list[tuple[int, str]], most: int) -> dict[str, Any]:
+    """Return at most so many items at equal distances, the first and the last included, and how many there are."""
+    chosen = items
+    if len(items) > most:
+        chosen = [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
+    return {"shown": chosen, "total": len(items)}
+
+
+# --- Parameters, configuration ---
 
 
 def parameter_rows(record: Record) -> list[Row]:
     """Return path, shape, count, dtype and whether it is trained, of each array of the model; read from headers."""
-    leaves = _leaves(record.metadata.get("leaves")) or _leaves_of_model(record)
+    try:
+        leaves = record.metadata.get("leaves") or leaf_table(param_shapes(GPTConfig(**record.metadata["model"])))
+    except (KeyError, TypeError, ValueError):
+        return []
     trained = [(path, shape, dtype, True) for path, (*shape, dtype) in leaves.items()]
     return [
         {"path": path, "shape": shape, "count": math.prod(shape), "dtype": dtype, "trained": is_trained}
@@ -180,25 +211,9 @@ def parameter_rows(record: Record) -> list[Row]:
     ]
 
 
-def _leaves(table: object) -> dict[str, list]:
-    """Return the leaves that a checkpoint lists, but for what is no shape with a dtype."""
-    leaves = {path: listed(leaf) for path, leaf in table.items()} if isinstance(table, dict) else {}
-    return {path: leaf for path, leaf in leaves.items() if leaf and all(isinstance(size, int) for size in leaf[:-1])}
-
-
-def _leaves_of_model(record: Record) -> dict[str, list]:
-    """Return the leaves of a checkpoint that does not list them: those of its model."""
-    from slm_jax.model import GPTConfig, param_shapes
-
-    try:
-        return leaf_table(param_shapes(GPTConfig(**record.metadata["model"])))
-    except (KeyError, TypeError, ValueError, OverflowError):
-        return {}
-
-
 def _frozen(record: Record) -> list[tuple[str, list[int], str, bool]]:
     file = record.folder.path / FROZEN
-    if not record.metadata or record.metadata.get("trainable", "all") == "all" or not file.is_file():
+    if record.metadata.get("trainable", "all") == "all" or not file.is_file():
         return []
     try:
         with safe_open(file, "numpy") as tensors:
@@ -211,47 +226,76 @@ def _frozen(record: Record) -> list[tuple[str, list[int], str, bool]]:
         return []
 
 
-def _parameters(record: Record) -> list[Html]:
+def _parameters(record: Record) -> Table | None:
     rows = parameter_rows(record)
     whole = sum(row["count"] for row in rows)
     if not whole:
-        return [tag("p", "Not known: no checkpoint can be read.", class_="dim")]
-    partly = not all(row["trained"] for row in rows)
-    head = ["path", "shape", "count", "share", "dtype", *(["trained"] if partly else [])]
-    cells = []
-    for row in rows:
-        shape, share = " × ".join(map(str, row["shape"])), _share(row["count"] / whole)
-        cells.append([tag("code", row["path"]), shape, f"{row['count']:,}", share, row["dtype"]])
-        cells[-1] += [("yes" if row["trained"] else "no")] if partly else []
-    cells.append(["all", "", f"{whole:,}", "", *[""] * (len(head) - 4)])
-    tied = record.metadata.get("model", {}).get("tie_weights")
-    said = "The output head is the token embedding, transposed (tie_weights), and counts once." if tied else ""
-    return [table(head, cells, numbers=(2, 3)), tag("p", said, class_="dim") if said else Html("")]
+        return None
+    head = ["path", "shape", "count", "share", "dtype", "trained"]
+    cells = [
+        [
+            _code(row["path"]),
+            " × ".join(map(str, row["shape"])),
+            f"{row['count']:,}",
+            "< 0.1%" if row["count"] < 0.0005 * whole else f"{row['count'] / whole:.1%}",
+            row["dtype"],
+            "yes" if row["trained"] else "no",
+        ]
+        for row in rows
+    ]
+    return Table(head, [*cells, ["all", "", f"{whole:,}", "", "", ""]], (2, 3))
 
 
-def _share(share: float) -> str:
-    return "< 0.1%" if 0 < share < 0.0005 else f"{share:.1%}"
-
-
-def _config(record: Record) -> list[Html]:
-    if not record.config:
-        return [tag("p", "There is no config.yaml that can be read.", class_="dim")]
-    usual = defaults(record.task)
-    usual["run"] = record.config.get("run")  # a name is nobody's default
+def _config(record: Record) -> dict[str, Any]:
+    """Return the tables of the keys that differ from their defaults, and of all keys."""
+    usual = {**defaults(record.task), "run": record.config.get("run")}  # a name is no default
     changed = {key for key, value in record.config.items() if key not in usual or usual[key] != value}
-    all_rows = [[tag("code", key), typed(value, key in changed)] for key, value in record.config.items()]
     rows = [
-        [tag("code", key), typed(value), typed(usual[key]) if key in usual else "no such key now"]
-        for key, value in record.config.items()
+        [_code(key), _typed(record.config[key]), _typed(usual[key]) if key in usual else "no such key now"]
+        for key in record.config
         if key in changed
     ]
-    parts = [table(["differs from the default", "here", "default"], rows)] if rows else []
-    if not rows:
-        parts = [tag("p", "Every key has its default.")]
-    return [*parts, details(f"all {len(all_rows)} keys", table(["key", "value"], all_rows))]
+    every = [[_code(key), _typed(value, key in changed)] for key, value in record.config.items()]
+    return {
+        "changed": Table(["differs from the default", "here", "default"], rows),
+        "all": Table(["key", "value"], every),
+    }
 
 
-def _environment(record: Record) -> list[Html]:
-    if not record.environment:
-        return [tag("p", "Not recorded in this run's folder.", class_="dim")]
-    return [table(["", "trained with"], [[key, str(value)] for key, value in record.environment.items()])]
+def _code(text: object) -> Markup:
+    return Markup("<code>{}</code>").format(text)
+
+
+def _typed(value: object, marked: bool = False) -> Markup:
+    """Return a value as it is typed in a recipe."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return _code(Markup("<mark>{}</mark>").format(text) if marked else text)
+
+
+# --- Several runs ---
+
+
+def _same_tokens(records: Sequence[Record]) -> bool:
+    """Return whether all known tokenizers are the same, or the loss is not one of tokens."""
+    known = [record.metadata["tokenizer"] for record in records if record.metadata.get("tokenizer")]
+    return records[0].unit != "token" or all(tokenizer == known[0] for tokenizer in known)
+
+
+def _compare(records: Sequence[Record]) -> dict[str, Table]:
+    """Return the tables of the final figures and of the settings that differ."""
+    figures = [{"state": record.state, **facts(record)} for record in records]
+    names = list(dict.fromkeys(name for one in sorted(figures, key=len, reverse=True) for name in one))
+    rows = [
+        [record.label, *(one.get(name, "–") for name in names)] for record, one in zip(records, figures, strict=True)
+    ]
+    settings = [
+        {**record.config, **{f"environment: {key}": value for key, value in record.environment.items()}}
+        for record in records
+    ]
+    keys = dict.fromkeys(key for one in settings for key in one if key not in OF_THE_FOLDER)
+    shown = {key: [_typed(one[key]) if key in one else Markup("–") for one in settings] for key in keys}
+    different = [[_code(key), *values] for key, values in shown.items() if len(set(values)) > 1]
+    return {
+        "figures": Table(["run", *names], rows, range(2, len(names) + 1)),
+        "settings": Table(["key", *(record.label for record in records)], different),
+    }

@@ -1,17 +1,16 @@
-"""What must hold of a page: it is written of whatever a folder holds, and says what is not there."""
+"""A report's page: it is written for whatever a folder holds, and says what is missing."""
 
 import json
-import time
 
 import pytest
 from reports import CONFIG, Page, make_run, train, val
 
 from slm_jax.errors import InputError, MissingInputError
-from slm_jax.tools.report import read
-from slm_jax.tools.report.classes import MOST_CLASSES, classes_section
-from slm_jax.tools.report.compare import write_comparison
-from slm_jax.tools.report.page import MOST_SAMPLES, facts, write_page
-from slm_jax.tools.report.read import defaults, figure, read_records, read_responses, read_samples, steps_to_try
+from slm_jax.tools.report import record as reading
+from slm_jax.tools.report.page import MOST_CLASSES, MOST_SAMPLES, facts, write_comparison, write_page
+from slm_jax.tools.report.record import defaults, figure, read_records, steps_to_try
+
+MARKUP = "<b>&\"'</b> 日本語 😀 </style></pre><script>alert(1)</script>"
 
 
 def page_of(*folders):
@@ -20,10 +19,10 @@ def page_of(*folders):
     return Page(write_page(records[0]) if len(records) == 1 else write_comparison(records)).check_whole()
 
 
-def test_an_empty_folder_but_for_its_configuration(tmp_path):
+def test_a_folder_that_holds_only_a_configuration(tmp_path):
     page = page_of(make_run(tmp_path / "a"))
-    for said in ("The log is empty.", "no checkpoint yet", "no checkpoint can be read", "Not recorded"):
-        assert said in page.text
+    for text in ("The log is empty.", "no checkpoint yet", "no checkpoint can be read", "Not recorded"):
+        assert text in page.text
 
 
 def test_a_run_in_progress(tmp_path):
@@ -41,105 +40,60 @@ def test_a_run_that_diverged(tmp_path):
     assert "No figure of the log" in page_of(make_run(tmp_path / "b", [val(1, None)])).text
 
 
-def test_a_long_log_is_quick_and_small(tmp_path):
+def test_the_page_of_a_long_log_is_small(tmp_path):
     folder = make_run(tmp_path / "a", [train(i, 2 + (i % 7) / 10) for i in range(1, 20_001)])
-    began = time.process_time()
-    page = page_of(folder)
-    assert time.process_time() - began < 10  # less than 1 s
-    assert len(page.html) < 200_000
+    assert len(page_of(folder).html) < 300_000
 
 
-def test_names_and_samples_are_escaped(tmp_path):
-    text = "## Step 5\n\n    <script>alert(1)</script> 日本 \x00\n    ## Step 6\n\n## Step 10\n\n    ok\n\n"
-    folder = make_run(tmp_path / '<b>&"', [train(1)], samples_md=text)
+def test_markup_in_names_samples_and_answers_stays_text(tmp_path):
+    sample = f"## Step 5\n\n    {MARKUP} \x00\n    ## Step 6\n\n## Step 10\n\n    ok\n\n"
+    answer = json.dumps([{"instruction": MARKUP, "output": MARKUP, "model_response": MARKUP}])
+    files = {"samples_md": sample, "responses_json": answer, "responses_before_json": answer}
+    config = f"task: instruction\ndata: {{source: {json.dumps(MARKUP, ensure_ascii=False)}}}\n"
+    folder = make_run(tmp_path / '<i>&"', [train(1)], config, **files)
+    for page in (page_of(folder), page_of(folder, make_run(tmp_path / "b", [train(1)], "task: instruction"))):
+        assert '<i>&"' in page.texts
+        assert MARKUP in page.texts
+        assert not {"b", "i", "script"} & set(page.elements)
     page = page_of(folder)
-    assert '<b>&"' in page.texts
-    assert "b" not in page.elements
-    assert "<script>alert(1)</script> 日本 \ufffd\n## Step 6" in page.texts
-    assert page.elements.count("details") == 3  # two samples, all keys
-    assert page.values("open") == [None, None]
+    assert page.texts.count(MARKUP) == 6  # the instruction, three answers, twice in the configuration
+    assert f"{MARKUP} \ufffd\n## Step 6" in page.texts
 
 
 def test_samples_first_and_last_are_open(tmp_path):
     text = "".join(f"## Step {i}\n\n    text {i}\n\n" for i in range(100))
     folder = make_run(tmp_path / "a", [train(1)], samples_md=text)
     (record,) = read_records([str(folder)])
-    assert read_samples(record.folder)[7] == (7, "text 7")
+    assert record.samples()[7] == (7, "text 7")
     page = page_of(folder)
     assert {"text 0", "text 99"} <= set(page.texts)
+    assert page.values("open") == [None, None]
     assert f"{MOST_SAMPLES} of 100; samples.md has all of them." in page.text
 
 
-@pytest.mark.parametrize(
-    "content", ["[1, 2", "7", "[]", "null", '{"before": 3, "after": {"test": []}, "environment": 3}']
-)
+@pytest.mark.parametrize("content", ["[1, 2", "7", "[]", "null", '{"before": 3, "after": {"test": []}}'])
 @pytest.mark.parametrize("task", ["pretraining", "classification", "instruction"])
-def test_files_that_say_something_else(tmp_path, task, content):
+def test_damaged_files(tmp_path, task, content):
     files = dict.fromkeys(("summary_json", "before_json", "responses_json", "responses_before_json"), content)
     rows = [{"step": "x", "split": "train"}, {"step": 2, "split": 3}, {"step": 2, "split": "val"}]
     page_of(make_run(tmp_path / "a", rows, f"task: {task}\n", **files))
 
 
-NO_FIGURES = (3, "x", 10**400, 1e300, -1, [3], [[1], [2, 3]], [[10**400, 1e300], [-1, 0.5]], {"a": 1}, [])
-
-
-@pytest.mark.parametrize("value", NO_FIGURES)
-@pytest.mark.parametrize("key", ["classes", "confusion", "support", "precision", "loss", "accuracy"])
-def test_figures_of_a_classifier_that_are_none_are_left_out(tmp_path, key, value):
+@pytest.mark.parametrize("value", [3, "x", 10**400, -1, [3], [[1], [2, 3]], [[-1, 0.5]], {"a": 1}, []])
+@pytest.mark.parametrize("key", ["classes", "confusion", "support", "precision", "accuracy"])
+def test_invalid_figures_of_a_classifier_are_left_out(tmp_path, key, value):
     measured = {"classes": ["a", "b"], "confusion": [[1, 2], [3, 4]], "support": [3, 7], "accuracy": 0.5, "loss": 0.5}
     measured |= {name: [0.5, 0.5] for name in ("precision", "recall", "f1")}
-    summary = {"step": 1, "seconds": value, "after": {"test": {**measured, key: value}}}
-    (record,) = read_records(
-        [str(make_run(tmp_path / "a", [train(1)], "task: classification", summary_json=json.dumps(summary)))]
-    )
-    page = Page("".join(classes_section(record)))
-    assert facts(record)["steps"] == "1"
-    assert page.text
-    assert ("true ↓, predicted →" in page.text) == (key not in ("classes", "confusion"))
+    summary = json.dumps({"step": 1, "after": {"test": {**measured, key: value}}})
+    page_of(make_run(tmp_path / "a", [train(1)], "task: classification", summary_json=summary))
 
 
-def test_a_log_whose_figures_are_too_large(tmp_path):
-    rows = [val(0, 3.0), train(1), train(2, 10**400, tokens=10**400), val(2, 1e308), train(-1), val(10**400)]
-    folder = make_run(tmp_path / "a", rows, summary_json="[" * 100_000)
-    (record,) = read_records([str(folder)])
-    assert [row["step"] for row in record.rows] == [0, 1, 2, 2]
-    assert record.best() == (0, 3.0)
-    assert "in 1 logged steps loss or gradients were not finite" in page_of(folder).text
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        "[1, 2",
-        "7",
-        "",
-        "task: [1]\n",
-        "task: other\nfoo: {bar: '\\'}\n",
-        'a: "\\ud800"',
-        "a: &b [*b]",
-        "a: [2020-01-01: 1]",
-    ],
-)
-def test_configurations_of_another_kind(tmp_path, config):
-    page_of(make_run(tmp_path / "a", (), config))
-
-
-def test_what_differs_from_the_defaults_is_marked(tmp_path):
-    page = page_of(make_run(tmp_path / "a", [train(1)], CONFIG + "seed: 0\noptimizer: {learning_rate: 0.5}\n"))
-    marks = page.html.count("<mark>")
-    assert marks == 2  # the steps and the learning rate
-    assert "0.004" in page.texts  # the default
-    assert "all 4 keys" in page.text
-    assert defaults("classification")["optimizer.learning_rate"] == 1e-3
-    assert defaults("instruction")["data.source"] == "builtin:docstrings"
-
-
-def test_a_classifier(tmp_path):
+def test_the_figures_of_a_classifier(tmp_path):
     def figures(right):
-        matrix = [[right, 10 - right], [3, 7]]
-        measured = {"classes": ["ham", "<spam>"], "confusion": matrix, "accuracy": (right + 7) / 20, "macro_f1": 0.5}
-        measured |= {"precision": [0.5, 0.5], "recall": [0.5, 0.5], "f1": [0.5, 0.5], "support": [10, 10], "loss": 0.5}
-        return dict.fromkeys(("train", "validation", "test"), measured)
+        figure = {"classes": ["ham", "<spam>"], "confusion": [[right, 10 - right], [3, 7]], "support": [10, 10]}
+        figure |= {"accuracy": (right + 7) / 20, "macro_f1": 0.5, "loss": 0.25}
+        figure |= {name: [0.5, 0.25] for name in ("precision", "recall", "f1")}
+        return dict.fromkeys(("train", "validation", "test"), figure)
 
     summary = json.dumps({"step": 1, "before": figures(4), "after": figures(9)})
     page = page_of(make_run(tmp_path / "a", [train(1), val(1)], "task: classification", summary_json=summary))
@@ -160,38 +114,29 @@ def test_responses_before_and_after(tmp_path):
     assert "<i>3</i>" in page.texts
     assert page.texts.count("old") == page.texts.count("new") == page.texts.count("right") == 24
     assert "24 of 40; responses.json has all of them." in page.text
-    (record,) = read_records([str(make_run(tmp_path / "b", [], responses_before_json=before))])
-    assert read_responses(record)[0] == ({**asked[0], "model_response": "old"}, "old", None)
-    before_alone = make_run(tmp_path / "c", [train(1)], "task: instruction", responses_before_json=before)
-    assert "24 of 40; responses-before.json has all of them." in page_of(before_alone).text
+    folder = make_run(tmp_path / "b", [train(1)], "task: instruction", responses_before_json=before)
+    (record,) = read_records([str(folder)])
+    assert record.responses()[0] == ({**asked[0], "model_response": "old"}, "old", None)
+    assert "24 of 40; responses-before.json has all of them." in page_of(folder).text
 
 
-def test_a_finished_run_that_goes_on_shows_no_figures_of_its_earlier_end(tmp_path):
-    summary = json.dumps(
-        {"step": 1, "seconds": 60.0, "before": {"test": {"loss": 3.0}}, "after": {"test": {"loss": 2.0}}}
-    )
-    folders = [
-        make_run(tmp_path / name, [train(1), *rows], "task: classification", summary_json=summary)
-        for name, rows in (("finished", []), ("goes_on", [train(2, seconds=90.0)]))
-    ]
-    finished, goes_on = read_records([str(folder) for folder in folders])
-    assert (finished.measured("after", "test"), facts(finished)["time"]) == ({"loss": 2.0}, "1 min 00 s")
-    assert (goes_on.measured("after", "test"), facts(goes_on)["time"]) == ({}, "1 min 30 s")
-    assert goes_on.measured("before", "test") == {"loss": 3.0}
-
-
-def test_answers_of_an_earlier_end_are_not_shown(tmp_path):
+def test_a_finished_run_that_was_continued_shows_no_figures_of_its_earlier_end(tmp_path):
     old, new = (
         json.dumps([{"instruction": "?", "output": "right", "model_response": word}]) for word in ("old", "new")
     )
-    files = {"responses_before_json": old, "responses_json": new, "summary_json": json.dumps({"step": 1})}
-    shown = {
-        step: page_of(make_run(tmp_path / str(step), [train(step)], "task: instruction", **files)).texts
-        for step in (1, 2)
-    }
-    assert {"old", "new"} <= set(shown[1])
-    assert "old" in shown[2]
-    assert "new" not in shown[2]
+    summary = {"step": 1, "seconds": 60.0, "before": {"test": {"loss": 3.0}}, "after": {"test": {"loss": 2.0}}}
+    files = {"summary_json": json.dumps(summary), "responses_before_json": old, "responses_json": new}
+    folders = [
+        make_run(tmp_path / name, [train(1), *rows], "task: instruction", **files)
+        for name, rows in (("finished", []), ("continued", [train(2, seconds=90.0)]))
+    ]
+    finished, continued = read_records([str(folder) for folder in folders])
+    assert (finished.measured("after"), facts(finished)["time"]) == ({"loss": 2.0}, "1 min 00 s")
+    assert (continued.measured("after"), facts(continued)["time"]) == ({}, "1 min 30 s")
+    assert continued.measured("before") == {"loss": 3.0}
+    assert {"old", "new"} <= set(page_of(folders[0]).texts)
+    assert "old" in page_of(folders[1]).texts
+    assert "new" not in page_of(folders[1]).texts
 
 
 def test_the_matrices_of_many_classes_are_left_to_the_picture(tmp_path):
@@ -199,18 +144,24 @@ def test_the_matrices_of_many_classes_are_left_to_the_picture(tmp_path):
     figures = {"classes": names, "confusion": [[1] * len(names)] * len(names), "accuracy": 0.1}
     summary = json.dumps({"step": 1, "before": {"test": figures}, "after": {"test": figures}})
     folder = make_run(tmp_path / "a", [train(1)], "task: classification", summary_json=summary)
-    said = "Matrices of 31 classes are too large here"
-    assert page_of(folder).texts.count(f"{said}.") == 1
-    assert "Validation and training texts" not in page_of(folder).text
+    assert "Matrices of 31 classes are too large here." in page_of(folder).texts
     (folder / "confusion.png").touch()
-    assert f"{said}; confusion.png has that of the test texts." in page_of(folder).texts
+    assert "too large here; confusion.png has that of the test texts." in page_of(folder).text
+
+
+def test_the_configuration_against_the_defaults(tmp_path):
+    text = CONFIG + "seed: 7\nold_key: 1\ndata: {source: named:the-verdict}\n"
+    page = page_of(make_run(tmp_path / "a", [train(1)], text))
+    assert {"seed", "old_key", "no such key now", "named:the-verdict"} <= set(page.texts)
+    assert page.texts.count("task") == 1  # the default, so among all keys only
+    assert defaults("classification")["task"] == "classification"
 
 
 def test_runs_of_one_task_share_their_axes(tmp_path):
     a = make_run(tmp_path / "a", [val(0, 3.0), train(1), val(10, 2.0)], CONFIG + "seed: 1\n")
     b = make_run(tmp_path / "b", [val(0, 3.0), train(1), val(20, 1.0)], CONFIG + "seed: 2\nrun: b\n")
     page = page_of(a, b)
-    assert page.values("aria-label")[0] == "loss of 2 runs over 20 steps, between 1 and 3"
+    assert page.values("alt")[0] == "loss of 2 runs over 20 steps, between 1 and 3"
     assert page.elements.count("figure") == 4
     assert "seed" in page.texts
     assert "train.steps" not in page.texts  # equal
@@ -222,11 +173,11 @@ def test_runs_of_different_tasks_are_drawn_apart(tmp_path):
     a = make_run(tmp_path / "a", [train(1)])
     b = make_run(tmp_path / "b", [train(1)], "task: classification")
     page = page_of(a, b)
-    assert "different tasks, and their losses are drawn apart" in page.text
+    assert "drawn apart" in page.text
     assert {"Pretraining: a", "Classification: b"} <= set(page.texts)
 
 
-def test_runs_of_one_name_are_told_apart(tmp_path):
+def test_runs_of_one_name_have_different_labels(tmp_path):
     folders = [make_run(tmp_path / place / "run", [train(1)]) for place in ("one", "two")]
     assert [record.label for record in read_records([str(folder) for folder in folders])] == [str(f) for f in folders]
     assert len(read_records([str(folders[0]), f"{folders[0]}/"])) == 1
@@ -234,10 +185,10 @@ def test_runs_of_one_name_are_told_apart(tmp_path):
 
 def test_a_run_is_read_with_one_step(tmp_path, monkeypatch):
     run = make_run(tmp_path / "run", [train(1)])
-    monkeypatch.setattr(read, "find_checkpoint", lambda folder, step: (folder, int(step)))
+    monkeypatch.setattr(reading, "find_checkpoint", lambda folder, step: (folder, int(step)))
     assert read_records([f"{run}@350", f"{run}@350"])[0].step == 350
     for names in ((f"{run}@350", f"{run}@400"), (str(run), f"{run}@400")):
-        with pytest.raises(InputError, match=f"{names[0]} and {names[1]}: are one run with different steps"):
+        with pytest.raises(InputError, match=f"{names[0]} and {names[1]}: .*different steps"):
             read_records(names)
 
 
@@ -245,32 +196,24 @@ def test_the_best_checkpoint_is_tried_first_and_then_the_latest(tmp_path, monkey
     (record,) = read_records([str(make_run(tmp_path / "a"))])
     assert steps_to_try(record.folder, None) == []
     assert steps_to_try(record.folder, 7) == [7]
-    monkeypatch.setattr(read, "saved_steps", lambda folder: [1, 2, 3])
-    monkeypatch.setattr(read, "best_step", lambda folder: 2)
+    monkeypatch.setattr(reading, "saved_steps", lambda folder: [1, 2, 3])
+    monkeypatch.setattr(reading, "best_step", lambda folder: 2)
     assert steps_to_try(record.folder, None) == [2, 3, 1]
-
-    def unreadable(folder):
-        raise InputError("not a checkpoint")
-
-    monkeypatch.setattr(read, "best_step", unreadable)
-    assert steps_to_try(record.folder, None) == [3, 2, 1]
 
 
 def test_the_median_of_the_speeds(tmp_path):
     rows = [train(step, tokens_per_second=speed) for step, speed in enumerate([1.0, None, 3.0, 100.0, 5.0])]
     (record,) = read_records([str(make_run(tmp_path / "a", rows))])
     assert facts(record)["tokens a second"] == "4 (median)"
-    (record,) = read_records([str(make_run(tmp_path / "b", [train(1, tokens_per_second=None)]))])
-    assert "tokens a second" not in facts(record)
 
 
-def test_what_is_no_figure_is_said():
+def test_figures_that_are_not_finite():
     assert figure(0.5, ".1%") == "50.0%"
-    assert figure(None, ".1%") == figure(float("nan"), ".1%") == "not finite"
+    assert figure(None, ".1%") == figure(float("nan"), ".1%") == figure(1e301, ".1%") == "not finite"
     assert figure("x", ".1%", "–") == "–"
 
 
-def test_what_is_no_run(tmp_path):
+def test_missing_runs_and_checkpoints(tmp_path):
     with pytest.raises(MissingInputError, match="no run there"):
         read_records([str(tmp_path)])
     with pytest.raises(MissingInputError, match="no checkpoint in this run yet"):
