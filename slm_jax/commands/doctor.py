@@ -1,4 +1,4 @@
-"""``slm-jax doctor``: what this machine, or a run, is fit for, and what to mend."""
+"""``slm-jax doctor``: check this machine, or a run, and say what to fix."""
 
 import dataclasses
 import itertools
@@ -12,10 +12,10 @@ from slm_jax.config import parse
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Look at this machine, and at a run; nothing is downloaded. The exit status is 1 if there is a problem.
+    """Check this machine, and a run; nothing is downloaded. The exit status is 1 if there is a problem.
 
     Attributes:
-        run: a run's folder, such as runs/tiny, to look at, too; every checkpoint of it is read. null: none.
+        run: the folder of a run to check as well, such as runs/tiny; every checkpoint of it is read. null: none.
         format: text, one line a check, or json, a list of objects with level, name and text.
     """
 
@@ -29,9 +29,9 @@ def main(args: Sequence[str]) -> int:
 
 
 def run(options: Options) -> int:
-    """Print what is found; return 1 if some of it is a problem, else 0."""
-    from slm_jax.tools.doctor.machine import examine_machine
-    from slm_jax.tools.doctor.run import examine_run
+    """Print the findings; return 1 if one of them is a problem, else 0."""
+    from slm_jax.tools.doctor.machine_checks import examine_machine
+    from slm_jax.tools.doctor.run_checks import examine_run
     from slm_jax.training.run_folder import find_run
 
     folder = None if options.run is None else find_run(options.run)

@@ -1,4 +1,4 @@
-"""What must hold of ``slm-jax doctor``: a line a check, valid JSON, and an exit status that tells of problems."""
+"""``slm-jax doctor``: one line for each check, valid JSON, and an exit status that shows problems."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def test_it_prints_a_line_a_check(classifier, capsys):
     assert list(dict.fromkeys(names))[:3] == ["packages", "extras", "devices"]
     assert names[-1] == "next"
     assert f"slm-jax classify --run {classifier}" in lines[-1]
-    assert any("frozen.safetensors, what was not trained: whole" in line for line in lines)
+    assert any("frozen.safetensors, the frozen parameters: intact" in line for line in lines)
 
 
 def test_json_has_the_same_findings_and_a_problem_shows_in_the_status(tmp_path, monkeypatch, capsys):
@@ -47,7 +47,7 @@ def test_a_device_that_cannot_be_started_is_one_problem(tmp_path, classifier):
     (problem,) = (line for line in done.stdout.splitlines() if line.startswith("problem"))
     assert "JAX cannot start its devices" in problem
     assert "JAX_PLATFORMS is abacus: unset it" in problem
-    assert "frozen.safetensors, what was not trained: whole" in done.stdout
+    assert "frozen.safetensors, the frozen parameters: intact" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What must hold of the doctor's look at a run: it finds what is damaged or odd, and says how to go on."""
+"""The doctor's checks of a run: they find what is damaged, and name the command that resumes it."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ from slm_jax import cli
 from slm_jax.model import GPTConfig, init_params
 from slm_jax.runs import Run, save_run
 from slm_jax.tokenizer import CharTokenizer
-from slm_jax.tools.doctor.run import check_config, check_machine, check_next, examine_run
+from slm_jax.tools.doctor.run_checks import check_config, check_machine, check_next, examine_run
 from slm_jax.training.run_folder import RunFolder
 
 TEXT = "the cat sat on the mat, and the dog sat on the log. " * 20
@@ -65,7 +65,7 @@ def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_run_that_is_well_has_no_problem_and_is_not_changed(run):
+def test_an_intact_run_has_no_problem_and_is_not_changed(run):
     before = contents(run)
     found = examine(run)
     assert contents(run) == before
@@ -78,26 +78,26 @@ def test_a_run_that_is_well_has_no_problem_and_is_not_changed(run):
     assert ("the best" in three) != ("the best" in six)
     (log,) = found["log"]
     assert "up to step 6" in log.text
-    assert found["machine"][0].text.endswith("as here: going on is bit for bit the unbroken run")
-    assert "drive/cats has step 3, step 6, each whole" in found["mirror"][0].text
+    assert found["machine"][0].text.endswith("as here: a resume is bit for bit the unbroken run")
+    assert "drive/cats has step 3, step 6, each intact" in found["mirror"][0].text
     (next_step,) = found["next"]
-    assert next_step.text.startswith(f"done, 6 steps: slm-jax generate --run {run}")
+    assert next_step.text.startswith(f"finished, 6 steps: slm-jax generate --run {run}")
 
 
-def test_on_a_gpu_it_promises_no_equal_bits(run, monkeypatch):
+def test_on_a_gpu_it_does_not_promise_equal_bits(run, monkeypatch):
     monkeypatch.setattr("jax.default_backend", lambda: "gpu")
-    (finding,) = check_machine(RunFolder(run))
-    assert finding.text.endswith("the unbroken run, but for what kernels round differently from run to run")
+    ((_, text),) = check_machine(RunFolder(run))
+    assert "apart from kernels that round differently" in text
 
 
-def test_what_it_says_comes_next_works(run, capsys):
+def test_the_suggested_command_works(run, capsys):
     (next_step,) = examine(run)["next"]
     command = next_step.text.partition("for more: slm-jax ")[2].replace("--train.steps N", "--train.steps 7").split()
     assert cli.main(command) == 0
-    assert examine(run)["next"][0].text.startswith("done, 7 steps")
+    assert examine(run)["next"][0].text.startswith("finished, 7 steps")
 
 
-def test_a_run_that_was_moved_is_gone_on_with_where_it_is(run, tmp_path):
+def test_a_run_that_was_moved_resumes_where_it_is(run, tmp_path):
     moved = tmp_path / "elsewhere" / "dogs"
     shutil.copytree(run, moved)
     (next_step,) = examine(moved)["next"]
@@ -111,10 +111,10 @@ def test_a_damaged_checkpoint_is_named(run):
     (problem,) = problems(found)
     assert f"{file} is damaged" in problem
     assert f"delete {run / 'checkpoints' / '3'}, the others are not affected" in problem
-    assert "whole" in found["checkpoints"][1].text
+    assert "intact" in found["checkpoints"][1].text
 
 
-def test_no_whole_checkpoint_is_a_problem_of_its_own(run):
+def test_no_intact_checkpoint_is_a_problem_of_its_own(run):
     for step in ("3", "6"):
         (run / "checkpoints" / step / "_CHECKPOINT_METADATA").write_text("{}")
     assert "every checkpoint is damaged" in problems(examine(run))[-1]
@@ -126,11 +126,11 @@ def test_a_checkpoint_without_checksums_and_leftovers_are_notes(run):
     found = examine(run)
     assert problems(found) == []
     notes = [finding.text for finding in found["checkpoints"] if finding.level == "note"]
-    assert "saved without checksums" in notes[0]
-    assert "1 set aside or unfinished (4.damaged-1)" in notes[1]
+    assert "without checksums" in notes[0]
+    assert "1 damaged or unfinished (4.damaged-1)" in notes[1]
 
 
-def test_the_log_tells_of_skipped_steps_cut_lines_and_steps_without_checkpoint(run):
+def test_the_log_shows_skipped_steps_damage_and_steps_without_checkpoint(run):
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     first = next(row for row in rows if row["split"] == "train")
     first |= {"loss": None, "skipped": True}
@@ -141,7 +141,7 @@ def test_the_log_tells_of_skipped_steps_cut_lines_and_steps_without_checkpoint(r
     assert [finding.level for finding in found] == ["problem", "ok", "note", "note"]
     assert f"damaged in line {len(rows) + 1} of {len(rows) + 1}" in found[0].text
     assert "not finite in 1 logged steps, which were skipped: 1;" in found[2].text
-    assert "goes on for 3 steps after the latest checkpoint" in found[3].text
+    assert found[3].text.startswith("3 steps after the latest checkpoint")
 
 
 def test_another_machine_is_a_note(run):
@@ -154,7 +154,7 @@ def test_another_machine_is_a_note(run):
     assert finding.level == "note"
     assert "trained on 1 × TPU v5 lite" in finding.text
     assert "(was TPU v5 lite)" in finding.text
-    assert finding.text.endswith("the same data in the same order, but not bit for bit")
+    assert finding.text.endswith("not bit for bit")
 
 
 def test_a_mirror_may_be_behind_damaged_or_gone(machine, run):
@@ -165,20 +165,20 @@ def test_a_mirror_may_be_behind_damaged_or_gone(machine, run):
     (mirror / "checkpoints" / "3" / "sha256.json").write_text("")
     assert "step 3: " in problems(examine(run))[0]
     shutil.rmtree(machine / "drive")
-    assert "is not there; mount it" in problems(examine(run))[0]
+    assert "does not exist; mount it" in problems(examine(run))[0]
 
 
 def test_a_configuration_of_another_version_is_a_problem(run):
     config = run / "config.yaml"
     config.write_text(config.read_text() + "new_key: 1\n")
-    (finding,) = check_config(RunFolder(run))
-    assert (finding.level, "new_key" in finding.text) == ("problem", True)
+    ((level, text),) = check_config(RunFolder(run))
+    assert (level, "new_key" in text) == ("problem", True)
 
 
 def test_a_run_that_is_being_trained_is_left_alone(run):
     with RunFolder(run).lock():
-        assert check_next(RunFolder(run))[0].text == "it is being trained by another process now"
-    assert check_next(RunFolder(run))[0].level == "ok"
+        assert list(check_next(RunFolder(run))) == [("note", "another process is training it now")]
+    assert [level for level, _ in check_next(RunFolder(run))] == ["ok"]
 
 
 def test_imported_weights_and_a_run_that_has_just_begun(tmp_path):
@@ -187,11 +187,11 @@ def test_imported_weights_and_a_run_that_has_just_begun(tmp_path):
     save_run(tmp_path / "imported", Run(tmp_path, None, cfg, init_params(cfg, jax.random.key(0)), tokenizer))
     found = examine(tmp_path / "imported")
     assert problems(found) == []
-    assert "imported" in found["config"][0].text
+    assert "weights only" in found["config"][0].text
     assert found["next"][0].text == f"slm-jax generate --run {tmp_path / 'imported'}"
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "config.yaml").write_text("run: new\n")
     found = examine(tmp_path / "new")
     assert problems(found) == []
     assert found["checkpoints"][0].text.startswith("none yet")
-    assert found["next"][0].text.startswith("at step 0 of 800; to go on: slm-jax train --config")
+    assert found["next"][0].text.startswith("at step 0 of 800; to resume: slm-jax train --config")

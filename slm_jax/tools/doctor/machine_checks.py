@@ -1,0 +1,371 @@
+"""Checks of this machine as training will find it: versions, devices, memory, caches, network."""
+
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from packaging.requirements import Requirement
+
+from slm_jax.data.named import NAMED_FILES
+from slm_jax.files import check_reachable
+from slm_jax.nn.target import target_of
+from slm_jax.tokenizer import GPT2Tokenizer
+from slm_jax.tools.doctor.checks import Check, Finding, Level, folder_size, one_line, perform
+from slm_jax.training import hardware
+from slm_jax.training.loggers import PACKAGES
+from slm_jax.training.progress import format_bytes
+from slm_jax.weights.hub import PINS
+
+Found = Iterator[tuple[Level, str]]
+
+NETWORK_SECONDS = 3.0
+SMALL = 2e9  # bytes; a checkpoint of GPT-2 small with its optimizer takes 1.5 GB
+
+HOSTS = {
+    "huggingface.co": "GPT-2's weights",
+    "openaipublic.blob.core.windows.net": "GPT-2's tokenizer",
+    "raw.githubusercontent.com": "the named texts",
+    "storage.googleapis.com": "TensorFlow Datasets",
+}
+EXTRAS = {
+    "torch": ("torch", "reads .pt, .pth and .bin weights"),
+    **{extra: (package, f"logging.{extra}") for extra, package in PACKAGES.items()},
+}
+SETTINGS = ("JAX_", "XLA_", "LIBTPU_INIT_ARGS", "CUDA_VISIBLE_DEVICES", "NPROC")
+
+
+def examine_machine() -> Iterator[Finding]:
+    """Yield what each check of this machine finds, in less than ten seconds; writes only to caches."""
+    checks: dict[str, Check] = {
+        "packages": check_packages,
+        "extras": check_extras,
+        "devices": check_devices,
+        "computation": check_computation,
+        "dtype": check_dtype,
+        "threads": check_threads,
+        "memory": check_memory,
+        "disk": check_disk,
+        "cache": check_caches,
+        "settings": check_settings,
+        "network": check_network,
+    }
+    return perform(checks)
+
+
+# --- Software ---
+
+
+def check_packages() -> Found:
+    """Compare the installed versions with those that slm-jax requires."""
+    try:
+        requirements = [Requirement(text) for text in metadata.requires("slm-jax") or []]
+    except metadata.PackageNotFoundError:
+        yield "note", f"Python {platform.python_version()}; slm-jax is not installed, so versions were not compared"
+        return
+    shown = ("slm-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    versions = [f"{name} {version}" for name in shown if (version := _version(name))]
+    yield "ok", ", ".join([f"Python {platform.python_version()}", *versions])
+    yield from unmet(each for each in requirements if each.marker is None or each.marker.evaluate({"extra": ""}))
+
+
+def unmet(requirements: Iterable[Requirement]) -> Found:
+    """Yield a problem for each package that is missing or has another version than required."""
+    for requirement in requirements:
+        version = _version(requirement.name)
+        if version is None or not requirement.specifier.contains(version, prereleases=True):
+            found = f"is {version}; expected {requirement.specifier}" if version else "is missing"
+            yield "problem", f"{requirement.name} {found}: pip install '{requirement}'"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def check_extras() -> Found:
+    """List which optional packages are installed."""
+    there, lacking = [], []
+    for extra, (package, use) in EXTRAS.items():
+        if importlib.util.find_spec(package):
+            there.append(f"{package} {_version(package) or ''}".strip())
+        else:
+            lacking.append(f"{package} ({use}): pip install -e '.[{extra}]'")
+    yield (
+        "ok",
+        "; ".join([", ".join(there) or "none installed", *(["not installed: " + "; ".join(lacking)] * bool(lacking))]),
+    )
+
+
+# --- Devices ---
+
+
+class Nvidia(NamedTuple):
+    """The names of a machine's NVIDIA GPUs, and the driver's version, such as 580.82 (empty: unknown)."""
+
+    names: tuple[str, ...]
+    driver: str
+
+
+def check_devices() -> Found:
+    """Describe JAX's devices, and report accelerators of the machine that JAX does not see."""
+    if error := start_error():
+        asked = os.environ.get("JAX_PLATFORMS")
+        remedy = f"JAX_PLATFORMS is {asked}: unset it, or install what it needs" if asked else "try JAX_PLATFORMS=cpu"
+        yield "problem", f"JAX cannot start its devices ({error}); {remedy}"
+    else:
+        devices = jax.devices()
+        kinds = [device.device_kind for device in devices]
+        memory = {device.device_kind: hardware.device_memory(device) for device in jax.local_devices()}
+        parts = []
+        for kind in dict.fromkeys(kinds):
+            size = memory.get(kind) if devices[0].platform != "cpu" else None
+            parts.append(f"{kinds.count(kind)} × {kind}" + (f" with {format_bytes(size)} each" if size else ""))
+        yield "ok", ", ".join(parts)
+    used = "cpu" if error else devices[0].platform
+    yield from unseen_gpus(used)
+    yield from unseen_tpu(used)
+
+
+def start_error() -> str | None:
+    """Return why JAX cannot start its devices; None if it can."""
+    try:
+        jax.devices()
+    except Exception as error:  # of several kinds, an AssertionError without a message among them
+        return one_line(error) or type(error).__name__
+    return None
+
+
+def unseen_gpus(platform: str) -> Found:
+    """Report NVIDIA GPUs of the machine while JAX computes on another platform."""
+    gpus = find_nvidia()
+    if platform != "cpu" or gpus is None:
+        return
+    what = ", ".join(gpus.names) or "an NVIDIA GPU"
+    major = int(gpus.driver.partition(".")[0] or 0)
+    if hidden := _hidden_by("cuda", "gpu"):
+        yield "note", f"{what} is not used, as {hidden}; unset that to use it"
+    elif 0 < major < 525:
+        yield "problem", f"{what}: its driver {gpus.driver} is too old: install 525 or later, then the extra cuda12"
+    else:
+        extra = "cuda12" if 0 < major < 580 else "cuda13"
+        driver = f" (driver {gpus.driver})" if gpus.driver else ""
+        yield "problem", f"JAX does not see {what}{driver}: pip install -U -e '.[{extra}]', then restart"
+
+
+def find_nvidia() -> Nvidia | None:
+    """Ask ``nvidia-smi``, or else the kernel, which NVIDIA GPUs the machine has; None: it has none."""
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        lines = subprocess.run(query, capture_output=True, text=True, timeout=3, check=True).stdout.splitlines()
+        if gpus := [line.rpartition(", ") for line in lines]:
+            return Nvidia(tuple(name for name, _, _ in gpus), gpus[0][2])
+    except (OSError, subprocess.SubprocessError):  # containers often have the GPU without the program
+        pass
+    if not any(Path(device).exists() for device in ("/dev/nvidia0", "/dev/nvidiactl")):
+        return None
+    try:
+        version = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", Path("/proc/driver/nvidia/version").read_text())
+    except OSError:
+        version = None
+    return Nvidia((), version[1] if version else "")
+
+
+def unseen_tpu(platform: str) -> Found:
+    """Report an attached TPU while JAX computes on another platform."""
+    signs = [name for name in ("TPU_ACCELERATOR_TYPE", "TPU_NAME", "COLAB_TPU_ADDR") if os.environ.get(name)]
+    signs += ["/dev/accel0"] * Path("/dev/accel0").exists()
+    if platform == "tpu" or not signs:
+        return
+    if hidden := _hidden_by("tpu"):
+        yield "note", f"the TPU ({signs[0]}) is not used, as {hidden}; unset that to use it"
+    else:
+        remedy = "pip install -U -e '.[tpu]', end other processes that use it, and restart"
+        yield "problem", f"JAX does not see the TPU ({signs[0]}): {remedy}"
+
+
+def _hidden_by(*names: str) -> str | None:
+    """Return the setting that keeps JAX from a platform with these names, if there is one."""
+    chosen = os.environ.get("JAX_PLATFORMS", "")
+    if chosen and not set(names) & set(chosen.lower().split(",")):
+        return f"JAX_PLATFORMS is {chosen}"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if "cuda" in names and visible is not None and visible.strip() in ("", "-1"):
+        return f"CUDA_VISIBLE_DEVICES is {visible!r}"
+    return None
+
+
+def check_computation() -> Found:
+    """Multiply matrices of whole numbers on each device; every precision must give the exact product."""
+    if start_error():
+        return
+    rng = np.random.default_rng(0)
+    a, b = (rng.integers(-2, 3, (256, 256)).astype(np.float32) for _ in range(2))
+    multiply = jax.jit(jnp.matmul)
+    began = time.perf_counter()
+    for device in jax.local_devices():
+        try:
+            result = np.asarray(multiply(jax.device_put(a, device), jax.device_put(b, device)))
+        except jax.errors.JaxRuntimeError as error:
+            remedy = "end other programs that use it, or restart the machine"
+            yield "problem", f"{device} cannot compute: {one_line(error)}; {remedy}"
+            return
+        if (result != a @ b).any():
+            yield "problem", f"{device} multiplies wrongly; use another one, and have this one examined"
+            return
+    seconds = time.perf_counter() - began
+    yield "ok", f"matrix products are exact on {jax.local_device_count()} device(s) ({seconds:.2f} s)"
+
+
+def check_dtype() -> Found:
+    """Report the dtype that ``model.dtype auto`` chooses."""
+    if start_error():
+        return
+    device = jax.devices()[0]
+    capability = target_of(device).capability
+    dtype = hardware.best_dtype(device)
+    if dtype == "bfloat16":
+        why = "this device has it in hardware"
+    elif capability is not None:
+        why = f"compute capability {capability} only emulates bfloat16"
+    else:
+        why = "bfloat16 would not be faster here"
+    yield "ok", f"model.dtype auto is {dtype}: {why}"
+
+
+# --- The machine ---
+
+
+def check_threads() -> Found:
+    """Count cores; pretend devices need more threads than XLA starts by itself."""
+    there = os.cpu_count() or 1
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else there
+    yield "ok", f"{usable} CPU core{'s' * (usable > 1)}" + (f" of {there}" if usable < there else "")
+    pretended = re.search(r"xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+    needed, n_threads = 2 * int(pretended[1]) if pretended else 0, os.environ.get("NPROC", "")
+    if needed > 2 and not (n_threads.isdecimal() and int(n_threads) >= needed):
+        what = f"XLA_FLAGS asks for {needed // 2} pretend devices and NPROC is {n_threads or 'not set'}"
+        yield "problem", f"{what}: they may hang; set NPROC={needed}"
+
+
+def check_memory() -> Found:
+    """Report the memory that programs can still allocate."""
+    free = hardware.machine_memory()
+    if free is None:
+        yield "note", "the free memory is unknown on this system"
+    elif free < SMALL:
+        yield "note", f"{format_bytes(free)} free: enough for small models only; end other programs for larger ones"
+    else:
+        yield "ok", f"{format_bytes(free)} free"
+
+
+def check_disk() -> Found:
+    """Report the free disk space for runs below the current folder, and whether it is writable."""
+    folder = Path("runs").resolve()
+    folder = next(place for place in (folder, *folder.parents) if place.is_dir())
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            free = shutil.disk_usage(folder).free
+    except OSError as error:
+        yield "problem", f"{folder}: cannot write there ({error.strerror}); choose another folder with --runs_dir"
+        return
+    text = f"{format_bytes(free)} free for runs in {folder}"
+    if free < SMALL:
+        yield "note", f"{text}; a checkpoint of GPT-2 small takes 1.5 GB: free some, or use --runs_dir"
+    else:
+        yield "ok", text
+
+
+def check_caches() -> Found:
+    """Report what is kept between starts: compiled programs and downloads."""
+    yield compile_cache()
+    yield tokenizer_files()
+    yield named_texts()
+    yield _hugging_face()
+
+
+def compile_cache() -> tuple[Level, str]:
+    """Report the cache of compiled programs, as the command has set it."""
+    folder = getattr(jax.config, "jax_compilation_cache_dir", None)
+    if folder is None:
+        return "note", "compiled programs are not kept, so every start compiles again; set JAX_COMPILATION_CACHE_DIR"
+    if Path(folder).is_dir() and not os.access(folder, os.W_OK):
+        return "note", f"{folder}: not writable for compiled programs; set JAX_COMPILATION_CACHE_DIR to another folder"
+    size = format_bytes(folder_size(Path(folder)))
+    return "ok", f"compiled programs: {size} in {folder}; may be deleted at any time"
+
+
+def tokenizer_files() -> tuple[Level, str]:
+    """Report whether GPT-2's tokenizer is on this machine."""
+    lacking = GPT2Tokenizer().lacking()
+    if not lacking:
+        return "ok", "GPT-2's tokenizer files are on this machine"
+    if "TIKTOKEN_CACHE_DIR" in os.environ:
+        return "note", f"TIKTOKEN_CACHE_DIR: {'; '.join(lacking)}; downloaded at first use"
+    return "note", "GPT-2's tokenizer is downloaded at first use; set TIKTOKEN_CACHE_DIR to a folder that keeps it"
+
+
+def named_texts() -> tuple[Level, str]:
+    """Report which named texts are on this machine."""
+    folder = os.environ.get("SLM_JAX_DATA")
+    if not folder:
+        return "ok", "SLM_JAX_DATA is not set: named texts are downloaded at first use, and kept"
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        return "problem", f"SLM_JAX_DATA is {folder}: no such folder; create it, or unset SLM_JAX_DATA"
+    there = [name for name, entry in NAMED_FILES.items() if (path / entry.file).is_file()]
+    return "ok", f"SLM_JAX_DATA has {', '.join(there) or 'none of the named texts'}"
+
+
+def _hugging_face() -> tuple[Level, str]:
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE)
+    repositories = {name: (f"models--openai-community--{name}", f"models--{name}") for name in PINS}
+    there = [name for name, places in repositories.items() if any((folder / place).is_dir() for place in places)]
+    text = f"Hugging Face's, {folder}: {', '.join(there) or 'no GPT-2 weights yet'}"
+    if constants.HF_HUB_OFFLINE:
+        return "note", f"{text}; HF_HUB_OFFLINE is set, so nothing is downloaded from there"
+    return "ok", text
+
+
+def check_settings() -> Found:
+    """List the environment variables that change how JAX computes."""
+    values = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(SETTINGS)]
+    if values:
+        yield "ok", one_line("  ".join(values), 2_000)
+
+
+def check_network() -> Found:
+    """Try the servers that files are downloaded from, all at once."""
+    with ThreadPoolExecutor(len(HOSTS)) as pool:
+        errors = dict(zip(HOSTS, pool.map(_connection_error, HOSTS), strict=True))
+    lacking = [f"{host} ({what})" for host, what in HOSTS.items() if errors[host]]
+    if not lacking:
+        yield "ok", f"reached {', '.join(HOSTS)}"
+        return
+    reasons = "; ".join(dict.fromkeys(error for error in errors.values() if error))
+    offline = "builtin: sources, your own files and earlier downloads work offline"
+    yield "note", f"cannot reach {', '.join(lacking)}: {reasons}; {offline}"
+
+
+def _connection_error(host: str) -> str | None:
+    try:
+        check_reachable(f"https://{host}", NETWORK_SECONDS)
+    except OSError as error:
+        return one_line(error, 80)
+    return None

@@ -1,0 +1,224 @@
+"""Checks of a run's folder: whether it is intact, how far it is, how it went, and what can be done next."""
+
+import contextlib
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from slm_jax.errors import InputError
+from slm_jax.runs import read_frozen
+from slm_jax.tasks.config import RunConfig, parse_args
+from slm_jax.tools.doctor.checks import Finding, Level, folder_size, perform
+from slm_jax.tools.doctor.machine_checks import start_error
+from slm_jax.training.checkpoint import CHECKSUMS, best_step, find_damage, read_metadata, saved_steps
+from slm_jax.training.progress import format_bytes, format_duration
+from slm_jax.training.run_folder import RunFolder
+from slm_jax.training.summary import environment, rounding_changes
+
+Found = Iterator[tuple[Level, str]]
+
+
+def examine_run(run: RunFolder) -> Iterator[Finding]:
+    """Yield what each check of a run finds; reads every file of every checkpoint."""
+    checks = {
+        "config": check_config,
+        "checkpoints": check_checkpoints,
+        "log": check_log,
+        "machine": check_machine,
+        "mirror": check_mirror,
+        "size": check_size,
+        "next": check_next,
+    }
+    return perform({name: functools.partial(check, run) for name, check in checks.items()})
+
+
+def check_config(run: RunFolder) -> Found:
+    """Read the configuration."""
+    if not (run.path / "config.yaml").is_file():
+        yield "note", "no config.yaml: weights only, usable for generation and as --base; training cannot resume here"
+        return
+    try:
+        config = _config(run)
+    except InputError as error:
+        yield "problem", f"{error}; the checkpoints can still be used: slm-jax generate --run {run.path}"
+        return
+    base = "" if config.base is None else f", from {config.base}, trainable {config.trainable}"
+    yield "ok", f"{config.task} on {config.data.source}{base}"
+
+
+def check_checkpoints(run: RunFolder) -> Found:
+    """Compare every checkpoint with its checksums."""
+    steps = saved_steps(run.checkpoints)
+    if not steps:
+        yield "note", "none yet; one is saved every checkpoint.every steps"
+        return
+    damage = {step: _damage(run, step) for step in steps}
+    intact = [step for step in steps if not damage[step]]
+    best = best_step(run.checkpoints) if intact == steps else None
+    for step in steps:
+        if damage[step]:
+            folder = run.checkpoints / str(step)
+            yield "problem", f"step {step:,}: {damage[step]}; delete {folder}, the others are not affected"
+            continue
+        loss = read_metadata(run.checkpoints, step)["validation_loss"]
+        marks = [mark for mark, marked in (("the latest", steps[-1]), ("the best", best)) if marked == step]
+        parts = [f"step {step:,}", *([f"validation loss {loss:.4f}"] if loss is not None else []), *marks]
+        if (run.checkpoints / str(step) / CHECKSUMS).is_file():
+            yield "ok", f"{', '.join(parts)}: intact (SHA-256)"
+        else:
+            yield "note", f"{', '.join(parts)}: complete, but without checksums: the process ended while saving them"
+    if intact:
+        yield from _check_frozen(run, intact[-1])
+    else:
+        yield (
+            "problem",
+            "every checkpoint is damaged: copy the run from its mirror or a backup, or use a new --run NAME",
+        )
+    others = [path for path in run.checkpoints.iterdir() if path.is_dir() and not path.name.isdecimal()]
+    if others:
+        size, names = format_bytes(sum(map(folder_size, others))), ", ".join(path.name for path in others[:3])
+        text = f"{len(others)} damaged or unfinished ({names}), {size}: may be deleted while nothing trains the run"
+        yield "note", text
+
+
+def _damage(run: RunFolder, step: int) -> str | None:
+    damage = find_damage(run.checkpoints / str(step))
+    if damage is None:
+        try:
+            read_metadata(run.checkpoints, step)
+        except InputError as error:
+            return str(error)
+    return damage
+
+
+def _check_frozen(run: RunFolder, step: int) -> Found:
+    metadata = read_metadata(run.checkpoints, step)
+    if metadata.get("trainable", "all") == "all":
+        return
+    try:
+        read_frozen(run.path, metadata)
+    except InputError as error:
+        yield "problem", f"frozen parameters: {error}"
+    else:
+        yield "ok", "frozen.safetensors, the frozen parameters: intact"
+
+
+def check_log(run: RunFolder) -> Found:
+    """Read the log: how far it goes, and which steps were skipped."""
+    rows = run.metrics()
+    if not rows:
+        yield "note", "empty"
+        return
+    n_lines = len(run.metrics_file.read_text(encoding="utf-8", errors="replace").splitlines())
+    if n_lines > len(rows):
+        where = f"metrics.jsonl is damaged in line {len(rows) + 1} of {n_lines}"
+        yield "problem", f"{where}; the rest is ignored, and dropped when the run resumes"
+    last = rows[-1]
+    text = f"{len(rows):,} lines up to step {last['step']:,}"
+    train, validation = ([row for row in rows if row["split"] == split] for split in ("train", "val"))
+    if train:
+        text += f", training loss {_loss(train[-1])}"
+    if validation:
+        lowest = min(validation, key=lambda row: math.inf if row.get("loss") is None else row["loss"])
+        text += f", validation loss {_loss(validation[-1])} (lowest {_loss(lowest)} at step {lowest['step']:,})"
+    if "seconds" in last:
+        text += f", {format_duration(last['seconds'])} in all"
+    yield "ok", text
+    skipped = [row["step"] for row in train if row.get("loss") is None or row.get("skipped")]
+    if skipped:
+        shown = ", ".join(f"{step:,}" for step in skipped[:5]) + (" …" if len(skipped) > 5 else "")
+        what = f"loss or gradients were not finite in {len(skipped)} logged steps, which were skipped: {shown}"
+        yield "note", f"{what}; if more follow, lower --optimizer.learning_rate or raise --optimizer.warmup_steps"
+    steps = saved_steps(run.checkpoints)
+    if steps and last["step"] > steps[-1]:
+        yield "note", f"{last['step'] - steps[-1]:,} steps after the latest checkpoint; a resume repeats them"
+
+
+def _loss(row: dict[str, Any]) -> str:
+    return "not finite" if row.get("loss") is None else f"{row['loss']:.4f}"
+
+
+def check_machine(run: RunFolder) -> Found:
+    """Compare this machine with that of the latest checkpoint."""
+    metadata = _latest_metadata(run)
+    if "environment" not in metadata or start_error():
+        return
+    was, now = metadata["environment"], environment(jax.device_count())
+    versions = ", ".join(f"{name} {was[name]}" for name in ("jax", "flax", "python") if name in was)
+    trained = f"trained on {was.get('devices', '?')} × {was.get('device', '?')} with {versions}"
+    changed = rounding_changes(was, now)
+    if changed:
+        here = ", ".join(f"{key} {now[key]} (was {was[key]})" for key in changed)
+        yield "note", f"{trained}; here {here}: a resume reads the same data in the same order, but is not bit for bit"
+        return
+    # The kernels of a GPU add in whatever order threads arrive.
+    but = ", apart from kernels that round differently from run to run" if jax.default_backend() == "gpu" else ""
+    yield "ok", f"{trained}, as here: a resume is bit for bit the unbroken run{but}"
+
+
+def check_mirror(run: RunFolder) -> Found:
+    """Compare the mirror's checkpoints with the run's."""
+    config = _config(run) if (run.path / "config.yaml").is_file() else None
+    if config is None or config.mirror_folder is None:
+        return
+    mirror = RunFolder(config.mirror_folder)
+    if mirror.path.resolve() == run.path.resolve():
+        yield "ok", "this is the mirror; training with the same --run and --checkpoint.mirror resumes from it"
+        return
+    if not mirror.path.is_dir():
+        yield "problem", f"{mirror.path} does not exist; mount it: until then the run is on this disk only"
+        return
+    here, there = saved_steps(run.checkpoints), saved_steps(mirror.checkpoints)
+    for step in there:
+        if damage := _damage(mirror, step):
+            remedy = "the next start copies it again" if step in here else "delete that checkpoint there"
+            yield "problem", f"{mirror.path}: step {step:,}: {damage}; {remedy}"
+            return
+    text = f"{mirror.path} has {', '.join(f'step {step:,}' for step in there) or 'no checkpoint'}"
+    if here and (not there or there[-1] < here[-1]):
+        yield "note", f"{text}, not the latest, {here[-1]:,}; the next start copies it"
+    else:
+        yield "ok", f"{text}, each intact"
+
+
+def check_size(run: RunFolder) -> Found:
+    """Report the disk space of the run."""
+    whole, checkpoints = folder_size(run.path), folder_size(run.checkpoints)
+    yield "ok", f"{format_bytes(whole)} in {run.path}, of which checkpoints {format_bytes(checkpoints)}"
+
+
+def check_next(run: RunFolder) -> Found:
+    """Suggest the next command."""
+    if not (run.path / "config.yaml").is_file():
+        yield "ok", f"slm-jax generate --run {run.path}"
+        return
+    if run.is_locked():
+        yield "note", "another process is training it now"
+        return
+    config = _config(run)
+    command = "slm-jax train" if config.task == "pretraining" else "slm-jax finetune"
+    resume = f"{command} --config {run.path / 'config.yaml'}"
+    if config.folder.resolve() != run.path.resolve():
+        resume += f" --runs_dir {run.path.parent} --run {run.path.name}"
+    summary, steps = run.read_json("summary.json"), saved_steps(run.checkpoints)
+    if isinstance(summary, dict) and steps and summary.get("step") == steps[-1]:
+        use = {"pretraining": "generate", "classification": "classify", "instruction": "chat"}[config.task]
+        text = f"finished, {steps[-1]:,} steps: slm-jax {use} --run {run.path}; for more: {resume} --train.steps N"
+        yield "ok", text
+        return
+    total = f" of {config.train.steps:,}" if config.train.steps else ""
+    yield "ok", f"at step {steps[-1] if steps else 0:,}{total}; to resume: {resume}"
+
+
+def _config(run: RunFolder) -> RunConfig:
+    return parse_args(["--config", str(run.path / "config.yaml")])
+
+
+def _latest_metadata(run: RunFolder) -> dict[str, Any]:
+    for step in reversed(saved_steps(run.checkpoints)):
+        with contextlib.suppress(InputError):
+            return read_metadata(run.checkpoints, step)
+    return {}
