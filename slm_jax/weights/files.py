@@ -1,4 +1,4 @@
-"""Files of tensors: safetensors, one or in shards, and PyTorch's pickles, told apart by their content."""
+"""Files of tensors: safetensors (one file, or shards with an index) and PyTorch's pickles, recognised by content."""
 
 import dataclasses
 import math
@@ -19,32 +19,32 @@ from slm_jax.errors import InputError, MissingInputError
 from slm_jax.files import read_json
 
 INDEX = "model.safetensors.index.json"
-OURS = "slm_jax"  # the key of what our own exports state in their metadata
+OURS = "slm_jax"  # metadata key of what our own exports state about the model
 CHUNK_BYTES = 16 << 20
 _DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 FLOATS = tuple(_DTYPES.values())
 AGAIN = "download or export it again"
-_WRONG_KIND = (
-    (b"version https://git-lfs", "is a git-lfs pointer, not the weights; fetch them with: git lfs pull"),
-    (
-        (b"<!doctype", b"<html", b"<head", b"<!--"),
-        "is an HTML page, not weights; download the file itself, not the page that shows it",
-    ),
-    (b"gguf", "is a GGUF file, which slm_jax does not read; expected safetensors or a PyTorch file"),
-    (b"\x89hdf", "is an HDF5 file of TensorFlow, which slm_jax does not read; expected safetensors or a PyTorch file"),
-)
+_READABLE = ("model.safetensors", INDEX, "pytorch_model.bin", "ckpt.pt")
+_UNREADABLE = ("pytorch_model.bin.index.json", "tf_model.h5", "flax_model.msgpack", "model.ckpt.index")
+_EXPECTED = "expected safetensors or a PyTorch file"
+_WRONG_KIND = {
+    b"version https://git-lfs": "a git-lfs pointer; fetch the weights with: git lfs pull",
+    **dict.fromkeys((b"<!doctype", b"<html", b"<head", b"<!--"), "an HTML page; download the file itself"),
+    b"gguf": f"a GGUF file; {_EXPECTED}",
+    b"\x89hdf": f"an HDF5 file of TensorFlow; {_EXPECTED}",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor that is read when it is asked for, a few rows at a time.
+    """A tensor that is read on demand, a few rows at a time.
 
     Attributes:
-        file: where it is.
-        name: as the file has it.
-        shape: its shape.
-        dtype: NumPy's name of its dtype, or the file's name of one that is no float.
-        rows: gives, for as long as it is open, what slices of the first axis can be taken from.
+        file: file that holds the tensor.
+        name: name in the file.
+        shape: shape.
+        dtype: NumPy's name of the dtype; the file's own name if it is not a float.
+        rows: opens the tensor, so that slices of its first axis can be read.
     """
 
     file: Path
@@ -54,12 +54,11 @@ class Tensor:
     rows: Callable[[], AbstractContextManager[Any]]
 
     def chunks(self) -> Iterator[np.ndarray]:
-        """Yield the tensor in order of its first axis; mapped pages are let go at the end."""
-        n_rows = self.shape[0]
+        """Yield the tensor in slices of its first axis; mapped pages are released at the end."""
         step = max(1, CHUNK_BYTES // max(1, 8 * math.prod(self.shape[1:])))
         with self.rows() as rows:
-            for start in range(0, n_rows, step):
-                yield rows[start : min(start + step, n_rows)]
+            for start in range(0, self.shape[0], step):
+                yield rows[start : min(start + step, self.shape[0])]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,13 +66,13 @@ class TensorFiles:
     """All tensors of a model.
 
     Attributes:
-        file: the file that holds them or lists their shards.
-        tensors: by their names in the files.
-        metadata: the text that safetensors files carry.
-        model_args: nanoGPT's configuration.
+        file: the file that holds the tensors, or the index that lists their shards.
+        tensors: the tensors by name.
+        metadata: text metadata of safetensors files.
+        model_args: nanoGPT's configuration, stored in its checkpoint.
 
     Raises:
-        InputError: a tensor's name that cannot be printed.
+        InputError: a tensor's name is not printable.
     """
 
     file: Path
@@ -83,12 +82,12 @@ class TensorFiles:
 
     def __post_init__(self) -> None:
         for name in self.tensors:
-            if not name.isprintable():  # it would break up the errors that name it
-                raise InputError(f"{self.file}: a tensor is called {name!r}; expected the names of a GPT-2: {AGAIN}")
+            if not name.isprintable():  # error messages of one line show names
+                raise InputError(f"{self.file}: a tensor is called {name!r}; expected the tensors of a GPT-2")
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The tensors' shapes."""
+        """The tensors' shapes by name."""
         return {name: tensor.shape for name, tensor in self.tensors.items()}
 
 
@@ -97,54 +96,48 @@ def find_file(path: Path) -> Path:
 
     Raises:
         MissingInputError: neither a file nor a folder with weights.
-        InputError: a folder whose weights are in a form that is not read.
+        InputError: a folder with weights in a format that is not supported.
     """
     if path.is_file():
         return path
     if not path.is_dir():
         raise MissingInputError(f"{path}: no such file or folder; expected weights, a run, or a name such as gpt2")
-    for name in ("model.safetensors", INDEX, "pytorch_model.bin", "ckpt.pt"):
+    for name in _READABLE:
         if (path / name).is_file():
             return path / name
-    for name in ("pytorch_model.bin.index.json", "tf_model.h5", "flax_model.msgpack", "model.ckpt.index"):
+    for name in _UNREADABLE:
         if (path / name).is_file():
             raise InputError(
-                f"{path / name}: slm_jax does not read this form; convert it to model.safetensors (load it with "
-                "transformers and call save_pretrained)"
+                f"{path / name}: unsupported format; convert it to safetensors with transformers' save_pretrained"
             )
-    raise MissingInputError(
-        f"{path}: no weights in this folder; expected model.safetensors, {INDEX}, pytorch_model.bin, ckpt.pt, "
-        "or a run's checkpoints"
-    )
+    raise MissingInputError(f"{path}: no weights in this folder; expected {', '.join(_READABLE)}, or a run")
 
 
 def open_tensors(file: Path) -> TensorFiles:
-    """Open a safetensors file, an index of shards or a PyTorch file; no tensor is read yet.
+    """Open a safetensors file, an index of shards or a PyTorch file without reading any tensor.
 
     Raises:
         MissingInputError: a shard is missing.
-        InputError: a damaged file, another kind of file, a pickle without PyTorch to read it.
+        InputError: the file is damaged or of another kind, or is a pickle and PyTorch is not installed.
     """
     try:
         if file.name.endswith(".index.json"):
             return _open_shards(file)
         with file.open("rb") as stream:
             start = stream.read(64)
-        if start[8:9] == b"{":  # first: a header's length may begin with any bytes, a pickle's included
+        if start[8:9] == b"{":  # checked first: the header's length may begin with any bytes, even a pickle's
             return TensorFiles(file, *_open_safetensors(file))
         if start.startswith((b"PK\x03\x04", b"\x80")):
             return _open_torch(file)
-    except MissingInputError:  # an OSError, too
+    except MissingInputError:  # also an OSError
         raise
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error.strerror or error}") from None
     if not start:
         raise InputError(f"{file}: the file is empty (0 bytes); {AGAIN}")
     start = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    for magic, message in _WRONG_KIND:
-        if start.startswith(magic):
-            raise InputError(f"{file}: this {message}")
-    raise InputError(f"{file}: neither a safetensors nor a PyTorch file; {AGAIN}")
+    kind = next((kind for magic, kind in _WRONG_KIND.items() if start.startswith(magic)), None)
+    raise InputError(f"{file}: {kind}" if kind else f"{file}: neither safetensors nor a PyTorch file; {AGAIN}")
 
 
 def _open_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -170,29 +163,24 @@ def _mapped(file: Path, name: str) -> Iterator[Any]:
 def _open_shards(index: Path) -> TensorFiles:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{index}: no weight_map of tensors to files in it; {AGAIN}")
+        raise InputError(f"{index}: weight_map is missing or empty; {AGAIN}")
     for name, shard in weight_map.items():
         valid = isinstance(shard, str) and re.fullmatch(r"[^/\\:]+\.safetensors", shard) and shard.isprintable()
         if not valid or not name.isprintable():
-            raise InputError(
-                f"{index}: weight_map has {shard!r} for {name!r}; expected a .safetensors file in the same folder"
-            )
+            raise InputError(f"{index}: weight_map has {shard!r} for {name!r}; expected a file beside the index")
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
     for shard in dict.fromkeys(weight_map.values()):
         if not (index.parent / shard).is_file():
             raise MissingInputError(f"{index.parent / shard}: this shard is missing; {index.name} lists it")
         found = open_tensors(index.parent / shard)
-        for name, tensor in found.tensors.items():
-            if name in tensors:
-                raise InputError(f"{tensor.file}: tensor {name} is in {tensors[name].file.name}, too; expected it once")
-            tensors[name] = tensor
+        if twice := found.tensors.keys() & tensors.keys():
+            raise InputError(f"{found.file}: tensor {min(twice)} is also in another shard; expected it once")
+        tensors |= found.tensors
         metadata |= found.metadata
     for name, shard in weight_map.items():
         if name not in tensors or tensors[name].file.name != shard:
-            raise InputError(
-                f"{index.parent / shard}: tensor {name} is not in it, though {index.name} says so; {AGAIN}"
-            )
+            raise InputError(f"{index.parent / shard}: lacks tensor {name}, which {index.name} lists; {AGAIN}")
     return TensorFiles(index, tensors, metadata)
 
 
@@ -201,14 +189,10 @@ def _open_torch(file: Path) -> TensorFiles:
         import torch
     except ImportError:
         raise InputError(
-            f"{file}: a pickle, which only PyTorch can read safely; install it (pip install -e '.[torch]') "
-            "or convert the file to safetensors"
+            f"{file}: reading a pickle needs PyTorch: pip install 'slm_jax[torch]', or convert it to safetensors"
         ) from None
-    if tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2]) < (2, 6):
-        raise InputError(  # CVE-2025-32434
-            f"{file}: PyTorch {torch.__version__} does not read pickles safely; expected 2.6 or later: "
-            "pip install -U torch"
-        )
+    if tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2]) < (2, 6):  # CVE-2025-32434
+        raise InputError(f"{file}: PyTorch {torch.__version__} cannot read pickles safely; expected 2.6 or later")
     with file.open("rb") as stream:
         zipped = stream.read(2) == b"PK"
     if zipped:
@@ -216,15 +200,12 @@ def _open_torch(file: Path) -> TensorFiles:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            # PyTorch's own format, of before 1.6, cannot be mapped.
+            # The format that PyTorch wrote before 1.6 cannot be memory-mapped.
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
-    except Exception as error:  # of any kind: unpickling runs into whatever the bytes lead to
+    except Exception as error:  # of any type: it depends on the bytes
         unsafe = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it holds objects ({unsafe[1]}), which may run code" if unsafe else "it is damaged or no state dict"
-        raise InputError(
-            f"{file}: PyTorch does not load it with weights_only=True: {reason}; save model.state_dict(), or use "
-            "safetensors"
-        ) from None
+        raise InputError(f"{file}: torch.load(weights_only=True) fails: {reason}; expected a state dict") from None
     model_args = content.get("model_args") if isinstance(content, dict) else None
     for key in ("model", "model_state_dict", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
@@ -244,22 +225,22 @@ def _open_torch(file: Path) -> TensorFiles:
 
 
 def _check_crc(file: Path) -> None:
-    """Refuse a zip file of which a bit has flipped: PyTorch does not look."""
+    """Refuse a zip file with a flipped bit; PyTorch does not check."""
     try:
         with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()
     except OSError:
         raise
-    except Exception:  # of any kind: whatever the bytes lead to
-        damaged = "its list of contents"
+    except Exception:  # of any type: it depends on the bytes
+        damaged = "its directory"
     if damaged:
-        raise InputError(f"{file}: damaged: {damaged!r} in it is not as it was written; {AGAIN}")
+        raise InputError(f"{file}: damaged: {damaged!r} has a wrong checksum; {AGAIN}")
 
 
 def _torch_rows(tensor: Any) -> np.ndarray:
     import torch
 
     tensor = tensor.detach().resolve_neg()
-    if tensor.dtype == torch.bfloat16:  # NumPy has none: the same bits
+    if tensor.dtype == torch.bfloat16:  # NumPy has no bfloat16 of its own: the same bits
         return tensor.contiguous().view(torch.int16).numpy().view(jnp.bfloat16.dtype)
     return tensor.numpy()

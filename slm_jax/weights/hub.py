@@ -12,13 +12,13 @@ FILE = "model.safetensors"
 
 
 class Pin(NamedTuple):
-    """What is downloaded under a name: the repository's commit and, where known, the file's SHA-256."""
+    """What a name stands for: a commit of the repository and, where known, the file's SHA-256."""
 
     revision: str
     sha256: str | None = None
 
 
-# Without a SHA-256 here, that which the server has for this commit is checked.
+# Without a SHA-256 here, the one that the server has for this commit is checked.
 PINS = {
     "gpt2": Pin(
         "607a30d783dfa663caf39e06633721c8d4cfcd7e", "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707"
@@ -29,24 +29,29 @@ PINS = {
         "15ea56dee5df4983c59b2538573817e1667135e2", "0f8b28eb05a8075f48b61b6f35332978c74fc7763fa9fb4051a1c30511736a6a"
     ),
 }
+_ALIASES = {"gpt2-small": "gpt2"}
 
 
-def find_by_name(name: str) -> Path:
-    """Return the weights of ``gpt2``, ``gpt2-medium``, ``gpt2-large`` or ``gpt2-xl``.
+def find_weights(source: str | Path) -> Path:
+    """Return the file or folder of weights for a path or a name such as ``gpt2-medium``.
 
-    Looked for in ``$SLM_JAX_DATA/<name>/``, then in Hugging Face's cache, else downloaded.
+    A path of that name comes first, then ``$SLM_JAX_DATA/<name>/``, then Hugging Face's cache, then a download.
 
     Raises:
-        MissingInputError: not on this machine, and not to be downloaded.
-        InputError: a file whose SHA-256 is not the expected one.
+        MissingInputError: not on this machine, and the download fails.
+        InputError: a file whose SHA-256 is wrong.
     """
+    name = _ALIASES.get(str(source), str(source))
+    path = user_path(source)
+    if path.exists() or name not in PINS:
+        return path
     data = os.environ.get("SLM_JAX_DATA")
     if data and (Path(data).expanduser() / name).is_dir():
         return Path(data).expanduser() / name
     from huggingface_hub import try_to_load_from_cache
 
     pin = PINS[name]
-    for repository in (f"openai-community/{name}", name):  # the second is how it was called before
+    for repository in (f"openai-community/{name}", name):  # the second is its former name
         cached = try_to_load_from_cache(repository, FILE, revision=pin.revision)
         if isinstance(cached, str):
             return _verified(Path(cached), pin)
@@ -62,35 +67,21 @@ def _download(name: str, pin: Pin) -> Path:
         if constants.HF_HUB_OFFLINE:
             raise OSError("HF_HUB_OFFLINE is set")
         check_reachable(constants.ENDPOINT, 2)
-        # One that takes connections and does not answer (a captive portal) would be tried for minutes.
+        # The library would retry for minutes if a server accepts connections and doesn't answer (a captive portal).
         requests.head(f"{constants.ENDPOINT}/{repository}/resolve/{pin.revision}/{FILE}", timeout=2)
         return Path(hf_hub_download(repository, FILE, revision=pin.revision))
-    except Exception as error:  # of the download's own libraries, which change with its version
+    except Exception as error:  # the libraries' exception types change between versions
         cause = " ".join(str(error).split())[:200]
         raise MissingInputError(
-            f"{name}: not in $SLM_JAX_DATA/{name}, not in Hugging Face's cache, and cannot be downloaded from "
-            f"{constants.ENDPOINT}/{repository} ({cause}); connect once, or put {FILE} and config.json in "
-            f"$SLM_JAX_DATA/{name}"
+            f"{name}: not in $SLM_JAX_DATA/{name} or Hugging Face's cache, and the download from "
+            f"{constants.ENDPOINT}/{repository} failed ({cause})"
         ) from None
 
 
 def _verified(file: Path, pin: Pin) -> Path:
-    expected = pin.sha256 or file.resolve().name  # the cache names a file by the SHA-256 that the server has for it
+    expected = pin.sha256 or file.resolve().name  # the cache names a file by the SHA-256 that the server reports
     if not re.fullmatch(r"[0-9a-f]{64}", expected):  # a cache of copies, on a system without symbolic links
         return file
-    digest = sha256(file)
-    if digest != expected:
-        raise InputError(
-            f"{file}: its SHA-256 is {digest}; expected {expected}: delete {file.resolve()} and load it again"
-        )
+    if (digest := sha256(file)) != expected:
+        raise InputError(f"{file}: SHA-256 is {digest}, expected {expected}; delete {file.resolve()} and try again")
     return file
-
-
-_ALIASES = {"gpt2-small": "gpt2"}
-
-
-def find_weights(source: str | Path) -> Path:
-    """Return the file or folder of weights that a path or a name stands for, downloading it if need be."""
-    name = _ALIASES.get(str(source), str(source))
-    path = user_path(source)
-    return path if path.exists() or name not in PINS else find_by_name(name)
