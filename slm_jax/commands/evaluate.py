@@ -13,7 +13,7 @@ from slm_jax.errors import InputError
 from slm_jax.files import check_new_file, user_path, write_file
 
 if TYPE_CHECKING:
-    from slm_jax.evaluation import Response
+    from slm_jax.evaluation.responses import Response
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +82,8 @@ def main(args: Sequence[str]) -> int:
 
 def run(options: Options) -> int:
     """Measure, and print or write the figures; return 0."""
-    from slm_jax.evaluation import read_responses, score_responses, to_dict
+    from slm_jax.evaluation.responses import read_responses, score_responses
+    from slm_jax.evaluation.results import to_dict
 
     _check_sources(options)
     responses = None if options.responses is None else read_responses(user_path(options.responses))
@@ -105,7 +106,8 @@ def _measure(options: Options, source: str, responses: "list[Response] | None") 
     from rich.console import Console
     from rich.progress import track
 
-    from slm_jax.evaluation import reference_loss, to_dict
+    from slm_jax.evaluation.responses import reference_loss
+    from slm_jax.evaluation.results import to_dict
     from slm_jax.model import GPTModel
 
     set_up()
@@ -129,19 +131,20 @@ def _measure(options: Options, source: str, responses: "list[Response] | None") 
 def _check_sources(options: Options) -> None:
     """Find a mistake in the last source before the first is measured."""
     from slm_jax.data.sources import check_text_column, parse_source
-    from slm_jax.evaluation.rows import read_rows
+    from slm_jax.evaluation.benchmarks import read_examples
 
     if options.source is not None:
         parse_source(options.source)
         check_text_column(options.text_column, [options.source])
     for name in ("lambada", "hellaswag"):
         if getattr(options, name) is not None:
-            read_rows(getattr(options, name), name, options.limit)
+            read_examples(getattr(options, name), name, options.limit)
 
 
 def _measurements(options: Options) -> dict[str, Any]:
     """Return what is to be measured by name, as functions of model, params and tokenizer."""
-    from slm_jax.evaluation import evaluate_source, hellaswag, lambada
+    from slm_jax.evaluation.benchmarks import hellaswag, lambada
+    from slm_jax.evaluation.text import evaluate_source
 
     chosen: dict[str, Any] = {}
     if options.source is not None:

@@ -1,29 +1,37 @@
-"""LAMBADA and HellaSwag, scored as EleutherAI's lm-evaluation-harness scores them with no examples in the prompt."""
+"""LAMBADA and HellaSwag, scored zero-shot as EleutherAI's lm-evaluation-harness scores them."""
 
 import dataclasses
 import re
+from typing import Any
 
 import numpy as np
 
+from slm_jax.data.rows import Row, read_jsonl, read_tfds
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.evaluation.logprobs import Pair, Track, continuation_logprobs, encode_pair, is_truncated
 from slm_jax.evaluation.results import perplexity, standard_error
-from slm_jax.evaluation.rows import Row, read_rows
+from slm_jax.files import user_path
 from slm_jax.model import GPTModel, Params
 from slm_jax.tokenizer import Tokenizer
 
+# Each benchmark in TensorFlow Datasets: the split that is scored, and the fields that have another name there.
+_TFDS = {
+    "lambada": ("test", {"passage": "text"}),
+    "hellaswag": ("validation", {"context": "ctx"}),
+}
+
 
 @dataclasses.dataclass(frozen=True)
-class LambadaResult:
-    """How well last words are predicted.
+class BenchmarkResult:
+    """Result of a benchmark.
 
     Attributes:
-        source: as it was named.
-        n_examples: passages scored.
-        n_truncated: of these, how many are longer than the model's context and lost their beginning.
-        acc: share of passages in which each token of the last word is the likeliest.
-        acc_stderr: its standard error; NaN for one passage.
-        perplexity: e to the power of the mean over passages of the last word's negative log-probability.
+        source: source of the examples, as given.
+        n_examples: number of examples scored.
+        n_truncated: examples that are longer than the model's context and were truncated on the left.
+        acc: accuracy: share of passages whose last word has the most likely tokens (LAMBADA), or of contexts whose
+            right ending has the largest log-probability (HellaSwag).
+        acc_stderr: standard error of ``acc``; NaN for one example.
     """
 
     source: str
@@ -31,28 +39,28 @@ class LambadaResult:
     n_truncated: int
     acc: float
     acc_stderr: float
+
+
+@dataclasses.dataclass(frozen=True)
+class LambadaResult(BenchmarkResult):
+    """Result of LAMBADA.
+
+    Attributes:
+        perplexity: exp of the mean over passages of the last word's negative log-probability (nats).
+    """
+
     perplexity: float
 
 
 @dataclasses.dataclass(frozen=True)
-class HellaSwagResult:
-    """How often the right ending is the likeliest.
+class HellaSwagResult(BenchmarkResult):
+    """Result of HellaSwag.
 
     Attributes:
-        source: as it was named.
-        n_examples: contexts scored, each with all its endings.
-        n_truncated: of these, how many are longer than the model's context and lost their beginning.
-        acc: share of examples in which the right ending has the largest log-probability.
-        acc_stderr: its standard error; NaN for one example.
-        acc_norm: the same by log-probability a character of the ending, which longer endings do not suffer from.
-        acc_norm_stderr: its standard error.
+        acc_norm: accuracy by log-probability per character of the ending, which doesn't favour short endings.
+        acc_norm_stderr: standard error of ``acc_norm``.
     """
 
-    source: str
-    n_examples: int
-    n_truncated: int
-    acc: float
-    acc_stderr: float
     acc_norm: float
     acc_norm_stderr: float
 
@@ -70,31 +78,26 @@ def lambada(
     """Score the prediction of each passage's last word (Paperno et al. 2016).
 
     The context is the text up to its last space, the target that space and the last word, as in the harness's
-    ``lambada_openai``; white space after the last word is left out. TensorFlow Datasets has the original texts, lower
-    case and with spaces around punctuation (``lambada_standard``), on which figures are worse.
+    ``lambada_openai``; trailing white space is removed. TensorFlow Datasets has the original texts, lower case and
+    with spaces around punctuation (``lambada_standard``), on which scores are lower.
 
     Args:
         model: the model.
         params: its parameters.
-        tokenizer: that of the model.
+        tokenizer: the model's tokenizer.
         source: ``jsonl:FILE`` with ``text`` in each line, or ``tfds:lambada[:SPLIT]`` (default: test).
-        batch_size: passages computed at a time.
-        limit: only so many from the start.
-        track: sees each batch go by, to show progress.
+        batch_size: passages per batch.
+        limit: score only the first ``limit`` passages.
+        track: wraps the list of batches, to show progress.
 
     Raises:
-        InputError: a source that cannot be read, or a line that is not such an example.
+        InputError: the source cannot be read, or an example is malformed.
     """
-    rows = read_rows(source, "lambada", limit)
+    rows = read_examples(source, "lambada", limit)
     pairs = [_lambada_pair(tokenizer, row) for row in rows]
     logprobs, is_greedy = continuation_logprobs(model, params, pairs, batch_size, track)
-    acc = float(is_greedy.mean())
     return LambadaResult(
-        source=source,
-        n_examples=len(rows),
-        n_truncated=sum(is_truncated(model, pair) for pair in pairs),
-        acc=acc,
-        acc_stderr=standard_error(acc, len(rows)),
+        **_common(source, [[is_truncated(model, pair)] for pair in pairs], is_greedy),
         perplexity=perplexity(-float(logprobs.mean())),
     )
 
@@ -109,42 +112,59 @@ def hellaswag(
     limit: int | None = None,
     track: Track = iter,
 ) -> HellaSwagResult:
-    """Score the choice among endings of a context (Zellers et al. 2019).
+    """Score the choice among endings of a context (Zellers et al. 2019); arguments and errors as :func:`lambada`.
 
-    The context is ``activity_label: ctx_a Ctx_b``, with ``ctx_b`` capitalised, and each ending follows after a space;
-    WikiHow's marks in brackets are taken out. Where a line has no ``ctx_a`` and ``ctx_b`` (as in TensorFlow
-    Datasets), ``ctx`` is used as it is, which differs in that one capital letter and so a little in the figures.
-
-    Args:
-        model: the model.
-        params: its parameters.
-        tokenizer: that of the model.
-        source: ``jsonl:FILE`` with ``activity_label``, ``ctx_a`` and ``ctx_b`` (or ``ctx``), ``endings`` and ``label``
-            in each line, or ``tfds:hellaswag[:SPLIT]`` (default: validation; the test split has no labels).
-        batch_size: endings computed at a time.
-        limit: only so many examples from the start.
-        track: sees each batch go by, to show progress.
-
-    Raises:
-        InputError: a source that cannot be read, or a line that is not such an example.
+    The context is ``activity_label: ctx_a Ctx_b``, with ``ctx_b`` capitalised; each ending follows after a space, and
+    WikiHow's bracketed markers are removed. If a line has no ``ctx_a`` and ``ctx_b`` (as in TensorFlow Datasets),
+    ``ctx`` is used as it is, which differs in that one capital letter and changes the scores slightly. ``source`` is
+    ``jsonl:FILE`` with these fields, ``endings`` and ``label``, or ``tfds:hellaswag[:SPLIT]`` (default: validation;
+    the test split has no labels).
     """
-    rows = read_rows(source, "hellaswag", limit)
-    examples = [_hellaswag_example(tokenizer, row) for row in rows]
+    examples = [_hellaswag_example(tokenizer, row) for row in read_examples(source, "hellaswag", limit)]
     pairs = [pair for example in examples for pair in example.pairs]
     logprobs, _ = continuation_logprobs(model, params, pairs, batch_size, track)
     by_example = np.split(logprobs, np.cumsum([len(example.pairs) for example in examples])[:-1])
     scored = list(zip(by_example, examples, strict=True))
-    acc = float(np.mean([scores.argmax() == example.label for scores, example in scored]))
+    hits = np.array([scores.argmax() == example.label for scores, example in scored])
     acc_norm = float(np.mean([(scores / example.lengths).argmax() == example.label for scores, example in scored]))
     return HellaSwagResult(
-        source=source,
-        n_examples=len(rows),
-        n_truncated=sum(any(is_truncated(model, pair) for pair in example.pairs) for example in examples),
-        acc=acc,
-        acc_stderr=standard_error(acc, len(rows)),
+        **_common(source, [[is_truncated(model, pair) for pair in example.pairs] for example in examples], hits),
         acc_norm=acc_norm,
-        acc_norm_stderr=standard_error(acc_norm, len(rows)),
+        acc_norm_stderr=standard_error(acc_norm, len(examples)),
     )
+
+
+def _common(source: str, truncated: list[list[bool]], hits: np.ndarray) -> dict[str, Any]:
+    acc = float(hits.mean())
+    return {
+        "source": source,
+        "n_examples": len(hits),
+        "n_truncated": sum(map(any, truncated)),
+        "acc": acc,
+        "acc_stderr": standard_error(acc, len(hits)),
+    }
+
+
+def read_examples(source: str, benchmark: str, limit: int | None) -> list[Row]:
+    """Read the first ``limit`` examples (all, if None) of ``jsonl:FILE`` or ``tfds:BENCHMARK[:SPLIT]``.
+
+    Raises:
+        InputError: another kind of source; a file, line or download that cannot be read; no examples.
+    """
+    kind, _, rest = source.partition(":")
+    if kind == "jsonl" and rest:
+        rows = read_jsonl(user_path(rest), limit)
+    elif kind == "tfds" and rest.partition(":")[0] == benchmark:
+        default_split, renamed = _TFDS[benchmark]
+        rows = [
+            Row(row.where, {renamed.get(name, name): value for name, value in row.fields.items()})
+            for row in read_tfds(benchmark, rest.partition(":")[2] or default_split, limit)
+        ]
+    else:
+        raise InputError(f"{source!r} has no {benchmark} examples; expected jsonl:FILE or tfds:{benchmark}[:SPLIT]")
+    if not rows:
+        raise InputError(f"{source}: empty; expected at least one example")
+    return rows
 
 
 def _lambada_pair(tokenizer: Tokenizer, row: Row) -> Pair:
@@ -157,7 +177,7 @@ def _lambada_pair(tokenizer: Tokenizer, row: Row) -> Pair:
 
 @dataclasses.dataclass(frozen=True)
 class _Example:
-    """An example of HellaSwag, encoded; ``lengths`` are the endings' characters."""
+    """An encoded example of HellaSwag; ``lengths``: characters of each ending."""
 
     pairs: list[Pair]
     lengths: np.ndarray
@@ -172,7 +192,7 @@ def _hellaswag_example(tokenizer: Tokenizer, row: Row) -> _Example:
     endings = [_without_brackets(ending) for ending in endings]
     return _Example(
         pairs=[_encode(tokenizer, row, context, f" {ending}") for ending in endings],
-        lengths=np.array([len(ending) or 1e-9 for ending in endings]),  # one of nothing is never chosen by acc_norm
+        lengths=np.array([len(ending) or 1e-9 for ending in endings]),  # acc_norm never chooses an empty one
         label=_label(row, len(endings)),
     )
 
@@ -184,7 +204,7 @@ def _hellaswag_context(row: Row) -> str:
 
 
 def _without_brackets(text: str) -> str:
-    """Take WikiHow's marks out of a text, as the harness does, step for step."""
+    """Remove WikiHow's markers exactly as the harness does."""
     text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
     return text.replace("  ", " ")
 
@@ -202,7 +222,7 @@ def _label(row: Row, n_endings: int) -> int:
 def _encode(tokenizer: Tokenizer, row: Row, context: str, continuation: str) -> Pair:
     try:
         return encode_pair(tokenizer, context, continuation)
-    except MissingInputError:  # of the tokenizer's own files
+    except MissingInputError:  # a file of the tokenizer
         raise
     except InputError as error:
         raise InputError(f"{row.where}: {error}") from None

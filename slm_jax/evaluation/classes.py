@@ -1,4 +1,4 @@
-"""How well texts are classified: accuracy, precision, recall and F1 a class, and the confusion matrix."""
+"""Classes of texts: predict them, and measure accuracy, precision, recall, F1 and the confusion matrix."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -19,19 +19,19 @@ from slm_jax.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MOST_CLASSES = 10  # whose matrix fits 80 columns
+MOST_CLASSES = 10  # of a confusion matrix that fits 80 columns
 LONGEST_NAME = 18  # characters
 
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """What a classifier says of a text.
+    """A classifier's prediction for a text.
 
     Attributes:
-        label: the likeliest class.
-        probability: of that class.
-        probabilities: of every class; they sum to 1.
-        truncated: whether the text is longer than what the classifier reads, so that its end was not looked at.
+        label: most likely class.
+        probability: probability of ``label``.
+        probabilities: probability of each class; they sum to 1.
+        truncated: whether the text is longer than the classifier's ``max_length`` and was truncated.
     """
 
     label: str
@@ -41,12 +41,12 @@ class Prediction:
 
 
 class Classifier:
-    """Tells the classes of texts: ``classifier(["a text", "another"])[0].label``.
+    """Predicts classes of texts: ``classifier(["a text", "another"])[0].label``.
 
-    It computes in float32 on every device, so that a text's probabilities do not depend on those beside it (≤1e-6).
+    It computes in float32 on every device, so that a text's probabilities don't depend on its batch (≤1e-6).
 
     Attributes:
-        classes: their names.
+        classes: names of the classes.
         max_length: tokens of a text that are read, as in training.
     """
 
@@ -64,25 +64,23 @@ class Classifier:
             with jax.default_matmul_precision("highest"):
                 return jax.nn.softmax(model.apply({"params": params}, inputs, lengths))  # type: ignore[arg-type]
 
-        self._probabilities = jax.jit(probabilities)  # compiled once for each width of a batch
+        self._probabilities = jax.jit(probabilities)  # compiled once per width of a batch
 
     def __call__(self, texts: Sequence[str], batch_size: int = 32) -> list[Prediction]:
-        """Return a prediction for each text, in their order.
+        """Predict the class of each text, in their order.
 
         Args:
-            texts: any number; what is longer than ``max_length`` tokens is cut off there.
-            batch_size: texts computed at a time.
+            texts: any number; only the first ``max_length`` tokens of each are read.
+            batch_size: texts per batch.
 
         Raises:
-            InputError: one text instead of a list of them; a text that is empty or that the tokenizer cannot encode; a
-                ``batch_size`` below 1.
+            InputError: one text instead of a list of texts; a text that is empty or that the tokenizer cannot encode.
         """
-        from slm_jax.data.text_batches import classification_eval_batches, encode_text  # Grain takes most of a second
+        from slm_jax.data.text_batches import classification_eval_batches, encode_text  # imports Grain: 0.8 s
 
         if isinstance(texts, str):
             raise InputError(f"texts is {texts!r:.60}; expected a list of texts, even for a single one")
-        if batch_size < 1:
-            raise InputError(f"batch_size is {batch_size}; expected at least 1")
+        assert batch_size >= 1, batch_size
         for text in texts:
             if not isinstance(text, str) or not text.strip():
                 raise InputError(f"a text is {text!r:.60}; expected text that is not empty")
@@ -91,7 +89,7 @@ class Classifier:
             return []
         batches = classification_eval_batches(
             [ids[: self.max_length] for ids in encoded],
-            np.arange(len(encoded), dtype=np.int32),  # not classes: which text a row is, as rows are sorted by length
+            np.arange(len(encoded), dtype=np.int32),  # index of the text, in place of its label
             batch_size=round_up(len(encoded), 1, batch_size),
             limit=self.max_length,
             bucketed=True,
@@ -111,17 +109,17 @@ class Classifier:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ClassFigures:
-    """What a confusion matrix says.
+    """Figures of a confusion matrix.
 
     Attributes:
-        classes: the names of the classes.
-        confusion: (classes, classes), how many texts of each true class (row) got each label (column).
-        accuracy: share of texts that got their own class.
-        precision: a class: of the texts that got it, the share that is of it; 0 where none got it.
-        recall: a class: of its texts, the share that got it; 0 where it has no text.
-        f1: a class: the harmonic mean of precision and recall; 0 where both are.
-        support: a class: how many texts are of it.
-        macro_f1: the mean of ``f1``, each class alike.
+        classes: names of the classes.
+        confusion: (classes, classes), number of texts by true class (row) and predicted class (column).
+        accuracy: share of texts whose class was predicted correctly.
+        precision: for each class, the share of texts predicted as this class that belong to it; 0 if there are none.
+        recall: for each class, the share of its texts that were predicted as this class; 0 if it has no text.
+        f1: for each class, the harmonic mean of precision and recall; 0 if both are 0.
+        support: for each class, the number of its texts.
+        macro_f1: unweighted mean of ``f1``.
     """
 
     classes: tuple[str, ...]
@@ -146,21 +144,14 @@ class ClassFigures:
 
 
 def class_figures(confusion: Int[np.ndarray, "classes classes"], classes: Sequence[str]) -> ClassFigures:
-    """Compute what scikit-learn's ``classification_report`` with ``zero_division=0`` says.
+    """Compute the figures of scikit-learn's ``classification_report`` with ``zero_division=0``.
 
     Args:
-        confusion: (classes, classes), how many texts of each true class (row) got each label (column).
-        classes: their names.
-
-    Raises:
-        InputError: names for another number of classes; no text at all.
+        confusion: (classes, classes), number of texts by true class (row) and predicted class (column); not all zero.
+        classes: names of the classes.
     """
-    if len(classes) != len(confusion):
-        raise InputError(
-            f"{len(classes)} names of classes and a confusion matrix of {len(confusion)}; expected one name a row"
-        )
-    if not confusion.sum():
-        raise InputError("the confusion matrix is all zeros; expected at least one text to measure on")
+    assert len(classes) == len(confusion), classes
+    assert confusion.any(), "no texts"
     right, support, predicted = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
     f1 = _share(2 * right, support + predicted)
     return ClassFigures(
@@ -176,12 +167,12 @@ def class_figures(confusion: Int[np.ndarray, "classes classes"], classes: Sequen
 
 
 def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """Divide; 0 where the whole is."""
+    """Divide; 0 where ``whole`` is 0."""
     return part / np.maximum(whole, 1)
 
 
 def class_table(figures: ClassFigures) -> str:
-    """Return the figures as text of at most 80 columns; the matrix is left out where it would not fit."""
+    """Return the figures as text of at most 80 columns; the matrix is left out if it doesn't fit."""
     names = [f"{i} {name}" for i, name in enumerate(_short(figures.classes))]
     width = max(len(name) for name in names)
     lines = [f"{'':{width}}  precision  recall      F1  texts"]
@@ -199,20 +190,20 @@ def class_table(figures: ClassFigures) -> str:
 
 
 def draw_confusion(figures: Mapping[str, ClassFigures], path: Path, title: str) -> None:
-    """Draw confusion matrices beside each other into a PNG.
+    """Draw confusion matrices side by side into a PNG.
 
-    A cell holds the number of texts and their share of the true class, which is also its colour; with more than ten
-    classes the colour has to do.
+    A cell shows the number of texts and, also as its colour, their share of the true class; with more than ten
+    classes only the colour.
 
     Args:
-        figures: by the name of the split, at least one, all of the same classes.
-        path: where to write.
-        title: what to write above the picture.
+        figures: figures by name of the split, at least one, all of the same classes.
+        path: file to write.
+        title: title above the picture.
     """
     from matplotlib.figure import Figure
 
     names = _short(next(iter(figures.values())).classes)
-    side, margin = min(2.2 + 0.4 * len(names), 8), 0.06 * max(map(len, names))  # inches of a panel, and of names
+    side, margin = min(2.2 + 0.4 * len(names), 8), 0.06 * max(map(len, names))  # inches of a panel and of the names
     size = (side * len(figures) + margin, side + margin + 1)
     figure = Figure(figsize=size, dpi=120, layout="compressed")
     panels = figure.subplots(1, len(figures), squeeze=False)[0]
@@ -245,6 +236,6 @@ def _draw_matrix(axes: "Axes", figures: ClassFigures) -> None:
 
 
 def _short(names: Sequence[str]) -> list[str]:
-    """Cut long names off, and keep each on one line."""
+    """Truncate long names, and keep each on one line."""
     names = [" ".join(name.split()) for name in names]
     return [name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…" for name in names]

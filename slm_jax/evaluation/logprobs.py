@@ -16,9 +16,9 @@ from slm_jax.model import GPTModel, Params
 from slm_jax.tokenizer import Tokenizer
 
 Pair = tuple[Sequence[int], Sequence[int]]
-Track = Callable[[Sequence[Any]], Iterable[Any]]  # gives the batches back one by one, such as rich.progress.track
+Track = Callable[[Sequence[Any]], Iterable[Any]]  # yields the batches, such as rich.progress.track
 
-SHORTEST_BUCKET = 16  # tokens; below it a program of its own costs more than the padding
+SHORTEST_BUCKET = 16  # tokens; below, compiling another program costs more than padding
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -34,7 +34,7 @@ def target_logprobs(
         chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
         return chosen - jax.nn.logsumexp(logits, axis=-1), logits.argmax(axis=-1) == targets
 
-    return jax.lax.map(score, (hidden, targets))  # row by row: a whole batch of logits would fill the memory
+    return jax.lax.map(score, (hidden, targets))  # row by row: the logits of a whole batch could fill the memory
 
 
 def continuation_logprobs(
@@ -42,25 +42,25 @@ def continuation_logprobs(
 ) -> tuple[Float[np.ndarray, " pairs"], Bool[np.ndarray, " pairs"]]:
     """Score continuations of contexts, as EleutherAI's lm-evaluation-harness does (its ``loglikelihood``).
 
-    Of a pair that does not fit, the last tokens are kept: ``context_length`` of them go in, and the continuation's
-    last token is only a target. A continuation that is itself longer than the context, where the harness stops, is
-    scored in pieces of ``context_length``, each after all that fits before it.
+    A pair that is too long is truncated on the left: the model sees ``context_length`` tokens, and the continuation's
+    last token is only a target. A continuation that is itself longer than the context (an error in the harness) is
+    scored in pieces of ``context_length``, each after as much as fits before it.
 
     Args:
         model: the model.
         params: its parameters.
         pairs: (context ids, continuation ids), neither empty.
-        batch_size: pairs computed at a time.
-        track: sees each batch go by, to show progress.
+        batch_size: pairs per batch.
+        track: wraps the list of batches, to show progress.
 
     Returns:
         (logprobs, is_greedy), in the order of the pairs: the summed log-probability of each continuation in nats, and
-        whether each of its tokens is the likeliest after what precedes it.
+        whether each of its tokens is the argmax.
 
     Raises:
-        InputError: an empty context or continuation; an id outside the vocabulary; a model that gives NaN.
+        InputError: an id outside the vocabulary; a model that gives NaN.
     """
-    check_batch_size(batch_size)
+    assert batch_size >= 1, batch_size
     logprobs, is_greedy = np.zeros(len(pairs)), np.ones(len(pairs), bool)
     for width, batch in track(list(_batches(model, pairs, batch_size))):
         inputs, targets = np.zeros((2, batch_size, width), np.int32)
@@ -71,10 +71,10 @@ def continuation_logprobs(
             scored = slice(len(row.ids) - 1 - row.n_scored, len(row.ids) - 1)
             logprobs[row.pair] += scores[i, scored].sum(dtype=np.float64)
             is_greedy[row.pair] &= hits[i, scored].all()
-    if not np.isfinite(logprobs).all():  # the largest of NaNs would be the first
+    if not np.isfinite(logprobs).all():  # the argmax of NaNs would be the first
         raise InputError(
-            f"the model gives pair {np.argmin(np.isfinite(logprobs))} no finite probability: its weights are damaged, "
-            f"or too large for {model.cfg.dtype}; compute in float32, or take an earlier checkpoint"
+            f"the log-probability of pair {np.argmin(np.isfinite(logprobs))} is not finite: the weights are damaged or "
+            f"overflow {model.cfg.dtype}; use float32 or an earlier checkpoint"
         )
     return logprobs, is_greedy
 
@@ -82,53 +82,37 @@ def continuation_logprobs(
 def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Pair:
     """Encode a context and its continuation as the lm-evaluation-harness does.
 
-    White space at the context's end moves to the continuation, where a token begins with it; both are encoded as one
-    text and cut where the context's own tokens end. A context without tokens becomes the end-of-text id.
+    White space at the end of the context moves to the continuation, where a token begins with it; both are encoded as
+    one text and split after the context's own tokens. An empty context becomes the end-of-text id.
 
     Raises:
-        InputError: a continuation of which the tokenizer makes no token.
+        InputError: the tokenizer makes no token of the continuation.
     """
     stripped = context.rstrip()
     context_ids = tokenizer.encode(stripped) if stripped else []
     continuation_ids = tokenizer.encode(context + continuation)[len(context_ids) :]
     if not continuation_ids:
-        raise InputError(
-            f"the tokenizer makes no token of {continuation!r:.60} on its own; expected text that it encodes"
-        )
+        raise InputError(f"the tokenizer makes no token of {continuation!r:.60}; expected text that it encodes")
     return context_ids or [tokenizer.eot_id], continuation_ids
 
 
 def is_truncated(model: GPTModel, pair: Pair) -> bool:
-    """Whether a pair is longer than what the model can look at."""
+    """Whether a pair is longer than the model's context."""
     return len(pair[0]) + len(pair[1]) > model.cfg.context_length + 1
 
 
 def check_ids(ids: np.ndarray, vocab_size: int) -> None:
-    """Check ids before they go to the device, where wrong ones would silently become others.
-
-    Raises:
-        InputError: an id that the model does not have.
-    """
+    """Raise InputError for an id outside the vocabulary, which JAX would silently clamp."""
     if ids.min() < 0 or ids.max() >= vocab_size:
         where = int(np.argmax((ids < 0) | (ids >= vocab_size)))
         raise InputError(
-            f"token {where} has id {ids[where]}, outside the model's vocabulary of {vocab_size}; "
-            "use the tokenizer that the model was trained with"
+            f"token {where} has id {ids[where]}, outside the model's vocabulary of {vocab_size}; was it encoded with "
+            "another tokenizer?"
         )
 
 
-def check_batch_size(batch_size: int) -> None:
-    """Check the size of a batch.
-
-    Raises:
-        InputError: below 1.
-    """
-    if batch_size < 1:
-        raise InputError(f"batch_size is {batch_size}; expected at least 1")
-
-
 class _Row(NamedTuple):
-    """At most ``context_length`` + 1 ids, the last ``n_scored`` of which count for a pair."""
+    """At most ``context_length + 1`` ids of a pair; the last ``n_scored`` are scored."""
 
     pair: int
     ids: np.ndarray
@@ -136,7 +120,7 @@ class _Row(NamedTuple):
 
 
 def _batches(model: GPTModel, pairs: Sequence[Pair], batch_size: int) -> Iterator[tuple[int, list[_Row]]]:
-    """Put rows of about the same length together, the longest first; give each batch with its width."""
+    """Yield (width, rows): batches of rows of about the same length, the longest first."""
     rows = sorted(_rows(model, pairs), key=lambda row: len(row.ids), reverse=True)
     context = model.cfg.context_length
     for width, group in itertools.groupby(rows, lambda row: round_up(len(row.ids) - 1, SHORTEST_BUCKET, context)):
@@ -147,8 +131,8 @@ def _batches(model: GPTModel, pairs: Sequence[Pair], batch_size: int) -> Iterato
 def _rows(model: GPTModel, pairs: Sequence[Pair]) -> Iterable[_Row]:
     context_length = model.cfg.context_length
     for i, (context, continuation) in enumerate(pairs):
-        if not len(context) or not len(continuation):
-            raise InputError(f"pair {i} lacks a context or a continuation; expected at least one token of each")
+        assert len(context), f"pair {i} has no context"
+        assert len(continuation), f"pair {i} has no continuation"
         ids = np.array([*context, *continuation], np.int64)
         check_ids(ids, model.cfg.vocab_size)
         for start in range(len(context), len(ids), context_length):

@@ -1,4 +1,4 @@
-"""How good the responses to instructions are: against references, and how likely a model finds the references."""
+"""Responses to instructions: compared with references, and the loss of the references under a model."""
 
 import dataclasses
 import re
@@ -16,12 +16,12 @@ from slm_jax.tokenizer import Tokenizer
 
 
 class Response(NamedTuple):
-    """What a model answered.
+    """An instruction with a model's response and the reference.
 
     Attributes:
-        where: where the entry stands, for messages.
+        where: location of the entry, for messages.
         messages: the conversation; the last message is the reference.
-        response: the model's answer in place of the reference.
+        response: the model's response.
     """
 
     where: str
@@ -30,17 +30,17 @@ class Response(NamedTuple):
 
     @property
     def reference(self) -> str:
-        """The answer that was expected."""
+        """The expected response."""
         return self.messages[-1].content
 
 
 @dataclasses.dataclass(frozen=True)
 class ResponseScores:
-    """How near responses come to their references.
+    """Agreement of responses with their references.
 
     Attributes:
-        n: responses scored.
-        exact_match: share of responses that are equal to their reference (:func:`exact_match`).
+        n: number of responses.
+        exact_match: share of responses that equal their reference (:func:`exact_match`).
         rouge_l: mean of :func:`rouge_l`, 0 to 1.
     """
 
@@ -51,13 +51,13 @@ class ResponseScores:
 
 @dataclasses.dataclass(frozen=True)
 class ReferenceLoss:
-    """How likely a model finds the references.
+    """Loss of the references under a model.
 
     Attributes:
-        n_tokens: tokens of all references, each with its end.
-        n_truncated: references that are, with their prompt, longer than the model's context and lost its beginning.
-        loss: mean nats a token.
-        perplexity: e to the power of ``loss``.
+        n_tokens: tokens of all references, each with its end-of-text token.
+        n_truncated: references that don't fit the model's context with their prompt, which was truncated on the left.
+        loss: mean nats per token.
+        perplexity: exp(loss).
     """
 
     n_tokens: int
@@ -67,25 +67,24 @@ class ReferenceLoss:
 
 
 def read_responses(path: Path) -> list[Response]:
-    """Read a ``responses.json``: a list of objects, each an entry with its reference and a model's answer.
+    """Read a ``responses.json``: a list of entries, each with a reference and a model's response.
 
-    An entry has ``instruction`` and maybe ``input``, or ``messages``; the reference is ``output``, the answer
+    An entry has ``instruction`` and optionally ``input``, or ``messages``; the reference is ``output``, the response
     ``model_response`` (the book's names).
 
     Raises:
-        InputError: a file that cannot be read, or is no such list; a field that is missing, no text, or empty where
-            only an answer may be.
+        InputError: the file cannot be read or is not such a list; a field is missing, is not text, or is empty.
     """
     rows = read_json(path)
     if not rows:
-        raise InputError(f"{path}: an empty list; expected at least one entry with output and model_response")
+        raise InputError(f"{path}: empty; expected entries with output and model_response")
     return [_response(row) for row in rows]
 
 
 def _response(row: Row) -> Response:
     answer, reference = row.text("model_response"), row.text("output")
     if not reference.strip():
-        raise InputError(f"{row.where}: output is empty; expected the reference to compare with, or leave it out")
+        raise InputError(f"{row.where}: output is empty; expected a reference")
     asked = entry_messages(row.fields, row.where)
     if asked[-1].role == "assistant":
         asked = asked[:-1]
@@ -93,15 +92,15 @@ def _response(row: Row) -> Response:
 
 
 def exact_match(reference: str, response: str) -> bool:
-    """Whether reference and response are equal but for white space at the ends and its amount between words."""
+    """Whether reference and response are equal, up to white space."""
     return reference.split() == response.split()
 
 
 def rouge_l(reference: str, response: str) -> float:
-    """Return the F1 of the longest common subsequence of words of reference and response, 0 to 1 (Lin 2004, ROUGE-L).
+    """Return ROUGE-L: the F1 of the longest common subsequence of words, 0 to 1 (Lin 2004).
 
-    Words are those of google-research's ``rouge_score`` without stemming: runs of a to z and digits, in lower case.
-    So text in another script has none, and a text without words scores 0, even against itself.
+    Words are those of google-research's ``rouge_score`` without stemming: runs of a to z and digits, in lower case. A
+    text without such words (for example in another script) scores 0, even against itself.
     """
     expected, found = (re.findall(r"[a-z0-9]+", text.lower()) for text in (reference, response))
     if not expected or not found:
@@ -111,7 +110,7 @@ def rouge_l(reference: str, response: str) -> float:
 
 def _common_length(a: Sequence[str], b: Sequence[str]) -> int:
     """Return the length of the longest common subsequence."""
-    lengths = [0] * (len(b) + 1)  # of the words of a so far and the first j of b
+    lengths = [0] * (len(b) + 1)  # for the words of a so far and the first j of b
     for word in a:
         diagonal = 0
         for j, other in enumerate(b, start=1):
@@ -120,13 +119,7 @@ def _common_length(a: Sequence[str], b: Sequence[str]) -> int:
 
 
 def score_responses(entries: Sequence[Response]) -> ResponseScores:
-    """Compare responses with their references.
-
-    Raises:
-        InputError: no response.
-    """
-    if not entries:
-        raise InputError("no responses to score; expected at least one")
+    """Compare responses, at least one, with their references."""
     return ResponseScores(
         n=len(entries),
         exact_match=sum(exact_match(entry.reference, entry.response) for entry in entries) / len(entries),
@@ -144,22 +137,13 @@ def reference_loss(
     batch_size: int = 8,
     track: Track = iter,
 ) -> ReferenceLoss:
-    """Measure how likely a model finds the references, each after its prompt and up to its end-of-text token.
+    """Measure the loss of the references, each after its prompt in the template and up to its end-of-text token.
 
-    Args:
-        model: the model.
-        params: its parameters.
-        tokenizer: that of the model.
-        template: how the model saw conversations in training.
-        entries: whose references; what was answered does not matter.
-        batch_size: references computed at a time.
-        track: sees each batch go by, to show progress.
+    The responses of ``entries`` are not used; ``batch_size`` and ``track`` as for :func:`continuation_logprobs`.
 
     Raises:
-        InputError: no entry; a text that the tokenizer cannot encode; a model that gives NaN.
+        InputError: a text that the tokenizer cannot encode; a model that gives NaN.
     """
-    if not entries:
-        raise InputError("no references to score; expected at least one")
     pairs = [_encode(tokenizer, template, entry) for entry in entries]
     logprobs, _ = continuation_logprobs(model, params, pairs, batch_size, track)
     n_tokens = sum(len(reference) for _, reference in pairs)
@@ -168,11 +152,11 @@ def reference_loss(
 
 
 def _encode(tokenizer: Tokenizer, template: Template, entry: Response) -> Pair:
-    """Encode prompt and reference each by itself, as training does."""
+    """Encode prompt and reference separately, as training does."""
     reference, _ = template.pieces(entry.messages)[-1]
     try:
         return tokenizer.encode(template.prompt(entry.messages)), [*tokenizer.encode(reference), tokenizer.eot_id]
-    except MissingInputError:  # of the tokenizer's own files
+    except MissingInputError:  # a file of the tokenizer
         raise
     except InputError as error:
         raise InputError(f"{entry.where}: {error}") from None

@@ -1,4 +1,4 @@
-"""What the evaluations' results share: figures that are always plain floats, and their JSON form."""
+"""What the results of evaluations share."""
 
 import dataclasses
 import math
@@ -6,13 +6,13 @@ from typing import Any
 
 
 def to_dict(result: Any) -> dict[str, Any]:
-    """Return a result as JSON data; NaN and infinities, which JSON does not have, become null."""
+    """Return a result as JSON data; NaN and infinities become null."""
     fields = dataclasses.asdict(result)
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
 
 
 def perplexity(loss: float) -> float:
-    """Return e to the power of a loss in nats; infinity where a float ends."""
+    """Return exp(loss) of a loss in nats; infinity if it overflows."""
     try:
         return math.exp(loss)
     except OverflowError:
@@ -20,5 +20,5 @@ def perplexity(loss: float) -> float:
 
 
 def standard_error(accuracy: float, n_examples: int) -> float:
-    """Return the standard error of a mean of zeros and ones; NaN for a single one."""
+    """Return the standard error of an accuracy; NaN for a single example."""
     return math.sqrt(accuracy * (1 - accuracy) / (n_examples - 1)) if n_examples > 1 else math.nan

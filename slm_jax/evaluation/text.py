@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Integer
@@ -11,7 +11,7 @@ from slm_jax.data.corpus import encode_documents, open_tokens, split_at_end_of_t
 from slm_jax.data.documents import read_documents
 from slm_jax.data.sources import check_text_column, is_token_source
 from slm_jax.errors import InputError, MissingInputError
-from slm_jax.evaluation.logprobs import Track, check_batch_size, check_ids, target_logprobs
+from slm_jax.evaluation.logprobs import Track, check_ids, target_logprobs
 from slm_jax.evaluation.results import perplexity
 from slm_jax.model import GPTModel, Params
 from slm_jax.tokenizer import Tokenizer
@@ -21,29 +21,15 @@ Split = Literal["all", "train", "validation"]
 
 @dataclasses.dataclass(frozen=True)
 class TextLoss:
-    """The cross-entropy of a text.
-
-    Attributes:
-        loss_sum: nats, over all targets.
-        n_targets: tokens that were predicted: all but the first.
-    """
+    """The cross-entropy of a text: nats summed over its targets (all tokens but the first), and their number."""
 
     loss_sum: float
     n_targets: int
 
     @property
     def loss(self) -> float:
-        """Nats a target."""
+        """Nats per target."""
         return self.loss_sum / self.n_targets
-
-    @property
-    def perplexity(self) -> float:
-        """E to the power of the loss."""
-        return perplexity(self.loss)
-
-    def bits_per_byte(self, n_bytes: int) -> float:
-        """Return bits a byte, comparable between tokenizers; ``n_bytes``: of the text in UTF-8."""
-        return self.loss_sum / math.log(2) / n_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,15 +37,15 @@ class SourceLoss:
     """The cross-entropy of a source, or of one split of it.
 
     Attributes:
-        source: as it was named.
+        source: source, as given.
         split: all, train or validation.
         context_length: tokens of a window.
-        stride: tokens between windows' starts.
-        n_targets: tokens that were predicted: all but the first.
-        n_bytes: of the text in UTF-8; None where the source is tokens.
-        loss: nats a target.
-        perplexity: e to the power of the loss.
-        bits_per_byte: None where the source is tokens.
+        stride: tokens between the starts of windows.
+        n_targets: number of predicted tokens: all but the first.
+        n_bytes: size of the text in UTF-8; None for a source of tokens.
+        loss: nats per target.
+        perplexity: exp(loss).
+        bits_per_byte: None for a source of tokens.
     """
 
     source: str
@@ -83,34 +69,23 @@ def text_loss(
     batch_size: int = 8,
     track: Track = iter,
 ) -> TextLoss:
-    """Measure the loss of a text of any length, each token but the first a target exactly once.
+    """Measure the loss of a text of any length; each token but the first is a target exactly once.
 
-    A window of ``context_length`` tokens predicts as many targets, one token on; the next window starts ``stride``
-    tokens later, and of its targets only those count that none before had. A small stride gives each target more to
-    look back on (at least ``context_length - stride`` tokens) and costs as many times more.
+    A window of ``context_length`` tokens (default: the model's) predicts as many targets, shifted by one; the next
+    window starts ``stride`` tokens later (default: ``context_length``), and only its targets that no earlier window
+    had count. A small stride gives each target more context (at least ``context_length - stride`` tokens) and costs
+    proportionally more. Hugging Face's recipe ("Perplexity of fixed-length models") counts a window's last target
+    among its ``max_length`` tokens: it is this one with ``context_length = max_length - 1``.
 
-    Hugging Face's recipe ("Perplexity of fixed-length models") counts a window's last target among its
-    ``max_length`` tokens: it is this one with a ``context_length`` of ``max_length - 1``.
-
-    Args:
-        model: the model.
-        params: its parameters.
-        tokens: 1-D ids.
-        context_length: of a window; default: the model's.
-        stride: 1 to ``context_length``; default: ``context_length``, so that windows do not overlap.
-        batch_size: windows computed at a time.
-        track: sees each batch go by, to show progress.
+    ``batch_size`` windows are computed at a time; ``track`` wraps the list of batches, to show progress.
 
     Raises:
-        InputError: fewer than two tokens, an id outside the vocabulary, a number out of its range.
+        InputError: fewer than two tokens, an id outside the vocabulary, a number out of range.
     """
     context_length, stride = _window(model, context_length, stride)
-    check_batch_size(batch_size)
     tokens = np.asarray(tokens)
-    if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
-        raise InputError(f"tokens are {tokens.dtype} of shape {tokens.shape}; expected one row of whole-number ids")
     if tokens.size < 2:
-        raise InputError(f"empty text: {tokens.size} tokens; expected at least 2, as the first is not predicted")
+        raise InputError(f"empty text: {tokens.size} tokens; expected at least 2 (the first is not predicted)")
     check_ids(tokens, model.cfg.vocab_size)
     n_targets = tokens.size - 1
     width = min(context_length, n_targets)
@@ -143,33 +118,29 @@ def evaluate_source(
     batch_size: int = 8,
     track: Track = iter,
 ) -> SourceLoss:
-    """Measure the loss of a source, or of a split of it.
+    """Measure the loss of a source, or of a split of it; see :func:`text_loss` for the other arguments.
 
-    Documents follow each other with the end-of-text id between them, and the splits are those that pretraining makes
-    of the same source with the same ``validation_fraction``.
+    Documents are joined with the end-of-text id, and the splits are those that pretraining makes of the same source
+    with the same ``validation_fraction``.
 
     Args:
         model: the model.
         params: its parameters.
-        tokenizer: that of the model.
+        tokenizer: the model's tokenizer.
         source: as for pretraining: ``text:GLOB``, ``named:NAME``, ``builtin:python-docs``, ``tokens:FILE.bin``.
-        text_column: where the texts of rows are (:func:`slm_jax.data.documents.documents`).
+        text_column: column of the texts in rows (:func:`slm_jax.data.documents.documents`).
         split: which part.
-        validation_fraction: how much of the source is the validation split; between 0 and 1.
-        context_length: of a window (:func:`text_loss`).
-        stride: tokens between windows' starts (:func:`text_loss`).
-        batch_size: windows computed at a time.
-        track: sees each batch go by, to show progress.
+        validation_fraction: share of the source that is the validation split; between 0 and 1.
+        context_length: tokens of a window.
+        stride: tokens between the starts of windows.
+        batch_size: windows per batch.
+        track: wraps the list of batches, to show progress.
 
     Raises:
-        InputError: a source that cannot be read, or that the tokenizer or the model cannot take.
+        InputError: a source that cannot be read, or doesn't fit the tokenizer or the model.
     """
-    if split not in get_args(Split):
-        raise InputError(f"split is {split!r}; expected one of {', '.join(get_args(Split))}")
-    if not 0 < validation_fraction < 1:
-        raise InputError(f"validation_fraction is {validation_fraction}; expected a number between 0 and 1")
+    assert 0 < validation_fraction < 1, validation_fraction
     context_length, stride = _window(model, context_length, stride)  # before a long read
-    check_batch_size(batch_size)
     check_text_column(text_column, [source])
     if is_token_source(source):
         tokens, n_bytes = _token_split(source, tokenizer, split, validation_fraction), None
@@ -189,8 +160,8 @@ def evaluate_source(
         n_targets=measured.n_targets,
         n_bytes=n_bytes,
         loss=measured.loss,
-        perplexity=measured.perplexity,
-        bits_per_byte=None if n_bytes is None else measured.bits_per_byte(n_bytes),
+        perplexity=perplexity(measured.loss),
+        bits_per_byte=None if n_bytes is None else measured.loss_sum / math.log(2) / n_bytes,
     )
 
 

@@ -1,16 +1,37 @@
-"""Conversations: a prompt from a template, the answer up to its end, and no more than the model's context holds."""
+"""Conversations: a prompt from a template, the answer up to its end, within the model's context."""
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
 
-from slm_jax.data.templates import Message, Template
-from slm_jax.generation.decode import generate
+from slm_jax.data.templates import TEMPLATES, Message, Template
+from slm_jax.errors import InputError
+from slm_jax.generation.decode import generate, stream_text
+from slm_jax.generation.sampler import Sampling
 from slm_jax.model import GPTConfig, GPTModel, Params, unstack_blocks
 from slm_jax.tokenizer import Tokenizer
 
 ANSWERS_AT_A_TIME = 16
+
+
+def template_or_alpaca(template: Template | None, source: object) -> Template:
+    """Return a model's template; if it has none, Alpaca's, with a warning on stderr that names ``source``."""
+    if template is None:
+        print(f"{source}: was not trained on instructions; using the template alpaca", file=sys.stderr)
+        return TEMPLATES["alpaca"]
+    return template
+
+
+def plain_template(user: str = "User", assistant: str = "Assistant") -> Template:
+    """Return a template for models without one: plain text, each message after its speaker's name."""
+    return Template(user_start=f"\n{user}: ", assistant_start=f"\n{assistant}:")
+
+
+def prompt_room(cfg: GPTConfig, max_new_tokens: int) -> int:
+    """Return how many tokens of a prompt leave room for an answer, at least half of the context."""
+    return cfg.context_length - min(max_new_tokens, cfg.context_length // 2)
 
 
 def answer(
@@ -26,20 +47,20 @@ def answer(
     key: jax.Array | None = None,
     stop: Callable[[], None] = lambda: None,
 ) -> list[str]:
-    """Answer conversations, each as if it were alone; the answers end where the model or the template ends them.
+    """Answer conversations independently of each other, each up to the end-of-text token or the template's stop text.
 
     Args:
         model: the model.
-        params: its parameters, in any form that it runs.
-        prompts: the messages of each, the last the user's.
-        tokenizer: the model's.
-        template: how the model was shown conversations.
-        max_new_tokens: the most tokens of an answer. Of a prompt that leaves no room for them in the model's context,
-            half of the context at most, the beginning is left out.
-        temperature: 0 always takes the likeliest token.
-        top_k: how many of the likeliest tokens are drawn from; None: all.
-        key: of the draws.
-        stop: called for every few answers; may raise to stop early.
+        params: its parameters, in any form that the model runs.
+        prompts: conversations; the last message of each is the user's.
+        tokenizer: the model's tokenizer.
+        template: the template that the model was trained with.
+        max_new_tokens: maximum number of tokens of an answer. A prompt of more than :func:`prompt_room` tokens is
+            truncated on the left.
+        temperature: see :class:`slm_jax.generation.sampler.Sampling`; 0 is greedy.
+        top_k: see :class:`slm_jax.generation.sampler.Sampling`.
+        key: random key; not needed if greedy.
+        stop: called before each batch; may raise to stop early.
     """
     room = prompt_room(model.cfg, max_new_tokens)
     ids = [tokenizer.encode(template.prompt(messages))[-room:] for messages in prompts]
@@ -53,20 +74,100 @@ def answer(
             max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, eos_id=tokenizer.eot_id,
             past_context="stop", key=None if key is None else jax.random.fold_in(key, first),
         )  # fmt: skip
-        added = [np.asarray(row)[len(ask) :] for row, ask in zip(rows, batch, strict=True)]
-        answers += [_text(ids, tokenizer, template) for ids in added]
+        new = [np.asarray(row)[len(prompt) :] for row, prompt in zip(rows, batch, strict=True)]
+        answers += [_text(ids, tokenizer, template) for ids in new]
     return answers
 
 
-def prompt_room(cfg: GPTConfig, max_new_tokens: int) -> int:
-    """Return how many tokens of a prompt leave room for an answer, at least half of the context."""
-    return cfg.context_length - min(max_new_tokens, cfg.context_length // 2)
-
-
 def _text(ids: np.ndarray, tokenizer: Tokenizer, template: Template) -> str:
-    """Return the text up to the end-of-text token or a text that ends an answer."""
+    """Return an answer's text up to the end-of-text token or the first stop text."""
     ends = np.flatnonzero(ids == tokenizer.eot_id)
     text = tokenizer.decode(ids[: ends[0]] if ends.size else ids)
     for end in template.stop:
         text = text.partition(end)[0]
     return text.strip()
+
+
+class Conversation:
+    """A conversation with a model, which remembers its turns.
+
+    Attributes:
+        turns: pairs of a message and its answer; the oldest are dropped when the context is full.
+        sampling: how tokens are chosen; may be replaced between answers.
+    """
+
+    def __init__(
+        self,
+        model: GPTModel,
+        params: Params,
+        tokenizer: Tokenizer,
+        template: Template,
+        sampling: Sampling,
+        *,
+        max_new_tokens: int,
+        introduction: str = "",
+        seed: int = 0,
+    ):
+        self.turns: list[tuple[str, str]] = []
+        self.sampling = sampling
+        self._model = model
+        self._params = unstack_blocks(params)
+        self._tokenizer = tokenizer
+        self._template = template
+        self._max_new_tokens = max_new_tokens
+        self._introduction = introduction
+        self._key = jax.random.key(seed)
+        self._n_answers = 0
+
+    def answer(self, message: str) -> Iterator[str]:
+        """Yield the answer piece by piece; it is remembered even if the iterator is closed early.
+
+        Raises:
+            InputError: a message that is too long, or that the tokenizer cannot encode.
+        """
+        turns, prompt = self._fit(message)
+        pieces = stream_text(
+            self._model, self._params, self._tokenizer, prompt, self.sampling,
+            max_new_tokens=self._max_new_tokens, stop=self._template.stop, past_context="stop",
+            key=jax.random.fold_in(self._key, self._n_answers),
+        )  # fmt: skip
+        self.turns = turns
+        self._n_answers += 1
+        return self._remember(message, pieces)
+
+    def _remember(self, message: str, pieces: Iterator[str]) -> Iterator[str]:
+        answer = ""
+        try:
+            for piece in pieces:
+                shown = piece if answer.strip() else piece.lstrip()
+                answer += piece
+                yield shown
+        finally:
+            self.turns.append((message, answer.rstrip()))  # keeps leading space: the model will see what it wrote
+
+    def prompt(self, message: str) -> str:
+        """Return the text that the answer to a message would continue.
+
+        Raises:
+            InputError: the message alone is too long, or the tokenizer cannot encode it.
+        """
+        return self._fit(message)[1]
+
+    def _fit(self, message: str) -> tuple[list[tuple[str, str]], str]:
+        """Return the latest turns that leave room for an answer, and the text with them and the message."""
+        room = prompt_room(self._model.cfg, self._max_new_tokens)
+        for first in range(len(self.turns) + 1):
+            prompt = self._text(self.turns[first:], message)
+            n_tokens = len(self._tokenizer.encode(prompt))
+            if n_tokens <= room:
+                return self.turns[first:], prompt
+        raise InputError(
+            f"the message with its template makes {n_tokens} tokens; expected at most {room}: the model's context has "
+            f"{self._model.cfg.context_length}, for prompt and answer"
+        )
+
+    def _text(self, turns: Sequence[tuple[str, str]], message: str) -> str:
+        messages = [Message("system", self._introduction)] if self._introduction else []
+        for question, answer in turns:
+            messages += [Message("user", question), Message("assistant", answer)]
+        return self._template.prompt([*messages, Message("user", message)])

@@ -1,8 +1,8 @@
 """Text from a model: the prompt in one pass, then token after token from a cache of keys and values.
 
-The loop over tokens runs on the device. While a text fits the model's context, each step computes one token and looks
-the others up in the cache. Position embeddings are absolute, so once the context is full and the window of tokens
-slides, every token in it changes its position: from there on the window is computed anew for each token.
+The loop over tokens runs on the device. While a text fits the model's context, each step computes one token and takes
+the others' keys and values from the cache. Position embeddings are absolute: once the context is full and the window
+of tokens slides, every token in it changes its position, so the whole window is recomputed for each token.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from slm_jax.nn.cache import KVCache
 from slm_jax.tokenizer import Tokenizer
 
 PastContext = Literal["slide", "stop"]
-NO_ID = -1  # in place of an end-of-text id where there is none
+NO_ID = -1  # stands for "no end-of-text id"
 
 
 def generate(
@@ -40,19 +40,19 @@ def generate(
     past_context: PastContext = "slide",
     key: jax.Array | None = None,
 ) -> Any:
-    """Continue prompts, each as if it were alone (the book's chapters 4 and 5).
+    """Continue prompts independently of each other (the book's chapters 4 and 5).
 
     Args:
         model: the model.
-        params: its parameters, in any form that the model runs; ``unstack_blocks(params)`` saves a copy a call.
+        params: its parameters, in any form that the model runs; ``unstack_blocks(params)`` saves a copy per call.
         prompts: ids (batch, seq), or a list of lists of ids of different lengths.
-        max_new_tokens: how many tokens to add.
+        max_new_tokens: number of tokens to add.
         temperature, top_k, top_p, min_p, repetition_penalty: see
             :class:`slm_jax.generation.sampler.Sampling`; temperature 0 is greedy and needs no key.
         eos_id: after this id a row only repeats it; None: rows never stop.
-        past_context: what comes when a text fills the context: ``slide`` goes on from its last ``context_length``
+        past_context: what to do when a text fills the context: ``slide`` continues from its last ``context_length``
             tokens, ``stop`` ends it.
-        key: of the random draws: one key, from which row i takes ``fold_in(key, i)``, or an array of one key a row.
+        key: random key, from which row i takes ``fold_in(key, i)``, or an array of one key per row.
 
     Returns:
         For an array int32 (batch, seq + max_new_tokens), prompt included; for a list a list of 1-D arrays. With
@@ -60,7 +60,7 @@ def generate(
 
     Raises:
         InputError: a prompt that is empty, longer than the context or has an id outside the vocabulary; a number out
-            of its range; no key to sample with.
+            of range; no key to sample with.
     """
     ragged = isinstance(prompts, Sequence)
     rows = [_as_row(row) for row in (prompts if ragged else np.atleast_1d(prompts))]  # one transfer from a device
@@ -87,8 +87,8 @@ def stream(
 ) -> Iterator[np.ndarray]:
     """Yield the next token of every prompt, int32 (batch,), until all have ended or ``max_new_tokens`` are made.
 
-    A row that has ended yields ``eos_id`` (``NO_ID`` without one). Arguments and errors are those of :func:`generate`;
-    errors are raised at once, not at the first token.
+    A row that has ended yields ``eos_id`` (``NO_ID`` without one). Arguments and errors as for :func:`generate`;
+    errors are raised immediately, not at the first token.
     """
     rows = [_as_row(row) for row in prompts]
     columns = _decode(model, params, rows, sampling, max_new_tokens, eos_id, past_context, key, chunk=1)
@@ -109,8 +109,8 @@ def stream_text(
 ) -> Iterator[str]:
     """Yield the continuation of a prompt piece by piece, up to the end of the text or the first of ``stop``.
 
-    An empty prompt is the start of a document. Characters of several tokens, and what may yet become a stop string,
-    are held back until they are complete. Arguments and errors are otherwise those of :func:`generate`.
+    An empty prompt is the start of a document. Incomplete characters, and text that may become a stop string, are held
+    back until they are complete. Other arguments and errors as for :func:`generate`.
 
     Raises:
         InputError: an empty stop string; a prompt that the tokenizer cannot encode.
@@ -120,7 +120,7 @@ def stream_text(
         raise InputError("a stop string is empty; expected text, such as a line break")
     prompt_ids = tokenizer.encode(prompt)
     n_ids = tokenizer.vocab_size
-    if n_ids < (model.cfg.unpadded_vocab_size or model.cfg.vocab_size):  # no text can be made of the others
+    if n_ids < (model.cfg.unpadded_vocab_size or model.cfg.vocab_size):  # the other ids have no text
         model = GPTModel(dataclasses.replace(model.cfg, unpadded_vocab_size=n_ids))
     columns = stream(
         model, params, [prompt_ids or [tokenizer.eot_id]], sampling,
@@ -133,7 +133,7 @@ def _pieces(
     tokenizer: Tokenizer, prompt_ids: list[int], new_ids: Iterator[int], stop: tuple[str, ...]
 ) -> Iterator[str]:
     ids, shown = list(prompt_ids), len(tokenizer.decode(prompt_ids))
-    text = ""  # new, and not yet shown
+    text = ""  # new and not shown yet
     for token in new_ids:
         if token in (tokenizer.eot_id, NO_ID):
             break
@@ -143,7 +143,7 @@ def _pieces(
         if ends:
             yield text[: min(ends)]
             return
-        whole = text.rstrip("\ufffd")  # the bytes of a character that lacks some
+        whole = text.rstrip("\ufffd")  # bytes of an incomplete character
         ready = len(whole) - _held_back(whole, stop)
         if ready > 0:
             yield text[:ready]
@@ -152,7 +152,7 @@ def _pieces(
 
 
 def _held_back(text: str, stop: tuple[str, ...]) -> int:
-    """Return how many characters at the end of a text may be the beginning of a stop string."""
+    """Return how many characters at the end of a text may be the start of a stop string."""
     longest = max(map(len, stop), default=0)
     return next((n for n in range(min(longest, len(text)), 0, -1) if any(s.startswith(text[-n:]) for s in stop)), 0)
 
@@ -160,11 +160,11 @@ def _held_back(text: str, stop: tuple[str, ...]) -> int:
 class _Text(NamedTuple):
     """The texts being written, on the device.
 
-    window: int32 (batch, context), the last tokens of each row, filled up on the right.
-    lengths: int32 (batch,), how many of them are tokens.
+    window: int32 (batch, context), the last tokens of each row, padded on the right.
+    lengths: int32 (batch,), number of tokens in the window.
     ended: bool (batch,).
-    seen: bool (batch, vocab), the tokens that each row has; None without a repetition penalty.
-    n_new: int32 (), how many tokens were added to each row.
+    seen: bool (batch, vocab), the tokens that each row contains; None without a repetition penalty.
+    n_new: int32 (), number of tokens added to each row.
     """
 
     window: Any
@@ -175,10 +175,10 @@ class _Text(NamedTuple):
 
 
 class _Rules(NamedTuple):
-    """What decides on the next token, as values, so that a change compiles nothing.
+    """What determines the next token, as values, so that a change doesn't recompile.
 
     numbers: of :class:`Sampling`.
-    keys: (batch,), one a row; None if greedy.
+    keys: (batch,), one per row; None if greedy.
     eos_id: or ``NO_ID``.
     """
 
@@ -198,10 +198,10 @@ def _decode(
     key: jax.Array | None,
     chunk: int | None,
 ) -> Iterator[np.ndarray]:
-    """Check at once, then give new tokens in portions (batch, n): of ``chunk`` tokens, or as they come."""
+    """Check the arguments, then yield new tokens in portions (batch, n) of at most ``chunk`` tokens."""
     _check(model, params, rows, max_new_tokens, eos_id, past_context)
     if not sampling.is_greedy and key is None:
-        raise InputError("sampling needs a key: pass key=jax.random.key(seed), or temperature=0 for greedy")
+        raise InputError("no key to sample with; expected key=jax.random.key(seed), or temperature=0 (greedy)")
     keys = None if sampling.is_greedy else _row_keys(key, len(rows))
     rules = _Rules(sampling.numbers(), keys, np.int32(NO_ID if eos_id is None else eos_id))
     decoder = _Decoder(model, None if sampling.is_greedy else sampling.top_k, past_context == "stop")
@@ -210,7 +210,7 @@ def _decode(
 
 @dataclasses.dataclass(frozen=True)
 class _Decoder:
-    """The compiled parts of generation; its fields are what they are compiled for, beside the arrays' shapes."""
+    """The compiled parts of generation; its fields are their static arguments."""
 
     model: GPTModel
     top_k: int | None
@@ -219,19 +219,19 @@ class _Decoder:
     def portions(
         self, params: Params, rows: list[np.ndarray], rules: _Rules, max_new_tokens: int, chunk: int
     ) -> Iterator[np.ndarray]:
-        """Give new tokens in portions (batch, n), n at most ``chunk``, until all are made or every row has ended."""
+        """Yield new tokens in portions (batch, n), n at most ``chunk``, until all are made or every row has ended."""
         context = self.model.cfg.context_length
         longest = max(row.size for row in rows)
-        capacity = round_up(min(longest + max_new_tokens - 1, context), 128, context)  # the last is only made
+        capacity = round_up(min(longest + max_new_tokens - 1, context), 128, context)  # the last token is not cached
         params = unstack_blocks(params)
         text = _start(self.model.cfg, rows, keeps_seen=rules.numbers["repetition_penalty"] is not None)
         text, cache = self.prefill(params, text, rules, round_up(longest, 16, capacity), capacity)
-        # A cached step puts the newest token of each row into the cache; when that of the longest has no room there,
-        # it slides, or else it has ended and does not matter any more.
+        # A cached step writes the newest token of each row into the cache. When the longest row has no room left, the
+        # window slides, or the row has ended and no longer matters.
         n_cached = max_new_tokens if self.stop_when_full else min(max_new_tokens, context - longest + 1)
         n_made = 0
         while True:
-            made: _Text = jax.device_get(text._replace(seen=None))  # once a portion: it waits for the device
+            made: _Text = jax.device_get(text._replace(seen=None))  # blocks: once per portion
             columns = made.lengths[:, None] + np.arange(n_made - made.n_new, 0)
             yield np.take_along_axis(made.window, columns, axis=1)
             n_made = int(made.n_new)
@@ -245,7 +245,7 @@ class _Decoder:
 
     @functools.partial(jax.jit, static_argnames=("self", "length", "capacity"))
     def prefill(self, params: Params, text: _Text, rules: _Rules, length: int, capacity: int) -> tuple[_Text, KVCache]:
-        """Put the prompts, of at most ``length`` tokens, into a new cache in one pass, and add a token to each."""
+        """Write the prompts, of at most ``length`` tokens, into a new cache in one pass, and add a token to each."""
         cache = init_cache(self.model.cfg, params, text.window.shape[0], capacity)
         hidden, cache = self._hidden(params, text.window[:, :length], cache=cache)
         return self._add_tokens(params, text, hidden, rules), cache
@@ -258,14 +258,14 @@ class _Decoder:
 
         def step(carry: tuple[_Text, KVCache]) -> tuple[_Text, KVCache]:
             text, cache = carry
-            # All but the newest token are in it; what filled up a shorter prompt behind them is not part of the text.
+            # The cache holds all but the newest token; entries after them come from padding.
             cache = cache._replace(lengths=text.lengths - 1)
             newest = jnp.take_along_axis(text.window, cache.lengths[:, None], axis=1)
             hidden, cache = self._hidden(params, newest, cache=cache)
             return self._add_tokens(params, text, hidden, rules), cache
 
         last = text.n_new + n
-        return jax.lax.while_loop(lambda carry: _goes_on(carry[0], last), step, (text, cache))
+        return jax.lax.while_loop(lambda carry: _continues(carry[0], last), step, (text, cache))
 
     @functools.partial(jax.jit, static_argnames=("self",))
     def sliding_steps(self, params: Params, text: _Text, rules: _Rules, n: Int[Array, ""] | int) -> _Text:
@@ -275,7 +275,7 @@ class _Decoder:
             return self._add_tokens(params, text, self._hidden(params, text.window), rules)
 
         last = text.n_new + n
-        return jax.lax.while_loop(lambda text: _goes_on(text, last), step, text)
+        return jax.lax.while_loop(lambda text: _continues(text, last), step, text)
 
     def _hidden(self, params: Params, tokens: Int[Array, "batch seq"], **options: Any) -> Any:
         return self.model.apply({"params": params}, tokens, method="hidden", **options)
@@ -309,7 +309,7 @@ class _Decoder:
         )
 
 
-def _goes_on(text: _Text, last: Int[Array, ""]) -> Array:
+def _continues(text: _Text, last: Int[Array, ""]) -> Array:
     return (text.n_new < last) & ~text.ended.all()
 
 
@@ -323,12 +323,12 @@ def _start(cfg: GPTConfig, rows: list[np.ndarray], keeps_seen: bool) -> _Text:
 
 
 def round_up(n: int, least: int, most: int) -> int:
-    """Return ``n`` or the next power of two, so that few lengths are compiled for; from ``least`` to ``most``."""
+    """Return the next power of two between ``least`` and ``most``, so that few lengths are compiled."""
     return min(max(1 << (n - 1).bit_length(), least), most)
 
 
 def _row_keys(key: Any, n_rows: int) -> jax.Array:
-    """Return one key a row, which makes a row's draws its own."""
+    """Return one key per row, so that a row's draws don't depend on the others."""
     try:
         if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):  # jax.random.PRNGKey's
             key = jax.random.wrap_key_data(key)
@@ -337,22 +337,19 @@ def _row_keys(key: Any, n_rows: int) -> jax.Array:
     if key.ndim == 0:
         return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(n_rows))
     if key.shape != (n_rows,):
-        raise InputError(f"key has the shape {key.shape}; expected one key, or one for each of {n_rows} prompts")
+        raise InputError(f"key has the shape {key.shape}; expected one key, or {n_rows}")
     return key
 
 
 def _as_row(prompt: Any) -> np.ndarray:
-    """Return one prompt's ids as they are (a cast could turn them into others); an empty one has no type to keep."""
+    """Return a prompt's ids with their own dtype: a cast could change ids."""
     try:
         row = np.asarray(prompt)
-    except ValueError:  # lists of different lengths in it
+    except ValueError:  # nested lists of different lengths
         row = np.array(None)
     if row.ndim != 1 or (row.size and not np.issubdtype(row.dtype, np.integer)):
         shown = " ".join(repr(prompt).split())
-        raise InputError(
-            f"a prompt is {shown:.60}; expected whole-number ids, one row a prompt: an array (batch, seq) or a list of "
-            "lists, even for a single prompt"
-        )
+        raise InputError(f"a prompt is {shown:.60}; expected integer ids: an array (batch, seq) or a list of lists")
     return row
 
 
@@ -364,26 +361,22 @@ def _check(
     if not rows or any(row.size == 0 for row in rows):
         raise InputError("the prompt is empty; expected at least one token, such as the end-of-text id")
     context, n_ids = model.cfg.context_length, model.cfg.unpadded_vocab_size or model.cfg.vocab_size
+    longest = context - 1 if past_context == "stop" else context
     for i, row in enumerate(rows):
         bad = row[(row < 0) | (row >= n_ids)]
         if bad.size:
             raise InputError(
-                f"prompt {i} has the token id {bad[0]}, outside the vocabulary of {n_ids}; "
-                "was it encoded with another tokenizer?"
+                f"prompt {i} has token id {bad[0]}; expected ids below the vocabulary size of {n_ids} "
+                "(was it encoded with another tokenizer?)"
             )
-        if row.size > context:
+        if row.size > longest:
             raise InputError(
-                f"prompt {i} has {row.size} tokens, more than the model's context of {context}; "
-                f"shorten it, such as to its last {context} tokens"
-            )
-        if past_context == "stop" and row.size == context:
-            raise InputError(
-                f"prompt {i} fills the model's context of {context} tokens, and past_context is stop; "
-                "shorten it, or let the window slide"
+                f"prompt {i} has {row.size} tokens; expected at most {longest} "
+                f"(context_length {context}, past_context {past_context})"
             )
     if not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
-        raise InputError(f"max_new_tokens is {max_new_tokens}; expected at least 1, a whole number")
+        raise InputError(f"max_new_tokens is {max_new_tokens}; expected a whole number of at least 1")
     if eos_id is not None and not (isinstance(eos_id, int | np.integer) and 0 <= eos_id < n_ids):
-        raise InputError(f"eos_id is {eos_id}; expected an id below {n_ids}, such as the tokenizer's eot_id, or None")
+        raise InputError(f"eos_id is {eos_id}; expected an id below {n_ids}, or None")
     if past_context not in get_args(PastContext):
         raise InputError(f"past_context is {past_context!r}; expected slide or stop")

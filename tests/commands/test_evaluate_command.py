@@ -11,7 +11,10 @@ import pytest
 
 from slm_jax import cli
 from slm_jax.data.templates import Template
-from slm_jax.evaluation import evaluate_source, hellaswag, lambada, read_responses, reference_loss, to_dict
+from slm_jax.evaluation.benchmarks import hellaswag, lambada
+from slm_jax.evaluation.responses import read_responses, reference_loss
+from slm_jax.evaluation.results import to_dict
+from slm_jax.evaluation.text import evaluate_source
 from slm_jax.model import GPTModel, init_params
 from slm_jax.runs import load_model
 from slm_jax.tokenizer import CharTokenizer

@@ -1,13 +1,18 @@
-"""What must hold of the figures of classes: scikit-learn's, readable as text and as a picture."""
+"""What must hold of classes: predictions that don't depend on the batch, and scikit-learn's figures."""
 
 import json
 import struct
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from slm_jax.classifier import GPTClassifier, init_classifier
 from slm_jax.errors import InputError
-from slm_jax.evaluation.classes import class_figures, class_table, draw_confusion
+from slm_jax.evaluation.classes import Classifier, class_figures, class_table, draw_confusion
+from slm_jax.model import GPTConfig
+from slm_jax.tokenizer import CharTokenizer
 
 # scikit-learn 1.9.1, classification_report(true, predicted, labels=range(n), zero_division=0): precision, recall, F1
 # and support of each class, then accuracy and macro F1.
@@ -48,13 +53,6 @@ def test_json_holds_everything():
     for name in ("precision", "recall", "f1"):
         assert content[name] == list(getattr(figures, name))
     assert class_figures(np.array(content["confusion"]), content["classes"]).to_dict() == content
-
-
-def test_what_says_nothing_is_refused():
-    with pytest.raises(InputError, match="3 names of classes and a confusion matrix of 2"):
-        figures_of([[1, 0], [0, 1]], ["a", "b", "c"])
-    with pytest.raises(InputError, match="all zeros; expected at least one text"):
-        figures_of([[0, 0], [0, 0]])
 
 
 # As text
@@ -99,7 +97,7 @@ def test_a_name_stays_on_its_line():
 # As a picture
 
 
-@pytest.mark.parametrize("n_classes", [2, 6, 40])
+@pytest.mark.parametrize("n_classes", [2, 40])
 def test_a_picture_is_written(tmp_path, n_classes):
     confusion = np.eye(n_classes, dtype=int) * 1234
     names = [f"a $name_ of $a {i} that goes on" for i in range(n_classes)]  # would be an error as a formula
@@ -113,9 +111,60 @@ def test_a_picture_is_written(tmp_path, n_classes):
     assert [path.name for path in tmp_path.iterdir()] == ["confusion.png"]
 
 
-def test_a_picture_follows_the_figures(tmp_path):
-    pictures = set()
-    for confusion in ([[5, 0], [0, 5]], [[5, 0], [1, 4]], [[50, 0], [0, 50]]):
-        draw_confusion({"test": figures_of(confusion)}, tmp_path / "confusion.png", "a")
-        pictures.add((tmp_path / "confusion.png").read_bytes())
-    assert len(pictures) == 3
+# Predictions
+
+TEXTS = ["the cat sat", "a dog", "so the dog sat on a log", "the cat " * 10, "cat"]
+LENGTH = 24
+
+
+@pytest.fixture(scope="module")
+def untrained():
+    tokenizer = CharTokenizer("abcdefghijklmnopqrstuvwxyz ")
+    cfg = GPTConfig(vocab_size=tokenizer.vocab_size, context_length=32, emb_dim=16, n_heads=2, n_layers=2)
+    model = GPTClassifier(cfg, n_classes=2, pooling="mean")
+    params = jax.tree.map(lambda leaf: leaf * 8, init_classifier(model, jax.random.key(0)))
+    return model, params, tokenizer
+
+
+@pytest.fixture
+def classifier(untrained):
+    return Classifier(*untrained, classes=("cat", "dog"), max_length=LENGTH)
+
+
+def test_probabilities_are_the_models_in_the_order_of_the_texts_whatever_the_batch(classifier, untrained):
+    model, params, tokenizer = untrained
+    expected = []
+    for text in TEXTS:
+        ids = jnp.array([tokenizer.encode(text)[:LENGTH]], jnp.int32)
+        expected.append(jax.nn.softmax(model.apply({"params": params}, ids, jnp.array([ids.shape[1]])))[0])
+    for batch_size in (1, 3, 32):
+        for order in (range(5), range(4, -1, -1)):
+            predictions = classifier([TEXTS[i] for i in order], batch_size)
+            for i, prediction in zip(order, predictions, strict=True):
+                np.testing.assert_allclose(list(prediction.probabilities.values()), expected[i], atol=1e-6)
+                assert prediction.label == ("cat", "dog")[int(expected[i].argmax())]
+                assert prediction.probability == max(prediction.probabilities.values())
+                assert prediction.truncated == (len(TEXTS[i]) > LENGTH)
+    assert len({prediction.label for prediction in classifier(TEXTS)}) == 2
+    assert classifier([]) == []
+
+
+def test_one_program_is_compiled_per_width(classifier):
+    for texts in (["a cat"] * 5, ["the dog", "cat"] * 4, ["cat"] * 7):
+        classifier(texts)
+    assert classifier._probabilities._cache_size() == 1
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        ("the cat", "texts is 'the cat'; expected a list"),
+        (["a cat", ""], "a text is ''"),
+        ([" \n"], r"a text is ' \\n'"),
+        (["a cat", "Müller"], "'M' at offset 0"),
+    ],
+)
+def test_texts_that_cannot_be_classified_are_refused(classifier, texts, expected):
+    with pytest.raises(InputError, match=expected) as caught:
+        classifier(texts)
+    assert "\n" not in str(caught.value)

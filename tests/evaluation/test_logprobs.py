@@ -87,25 +87,15 @@ def test_truncated_is_what_loses_tokens(transformer):
     assert [is_truncated(transformer.model, pair) for pair in PAIRS] == [False] * len(LENGTHS) + [True] * len(TOO_LONG)
 
 
-@pytest.mark.parametrize(
-    ("bad", "message"),
-    [
-        (([], [1]), "pair 1 lacks a context or a continuation"),
-        (([1], []), "pair 1 lacks"),
-        (([1, 12], [1]), "token 1 has id 12, outside the model's vocabulary of 12"),
-        (([1], [-2]), "id -2"),
-    ],
-)
-def test_pairs_that_cannot_be_scored_are_refused(transformer, bad, message):
-    with pytest.raises(InputError, match=message):
+@pytest.mark.parametrize("bad", [([1, 12], [1]), ([1], [-2])])
+def test_ids_outside_the_vocabulary_are_refused(transformer, bad):
+    with pytest.raises(InputError, match=r"id (12|-2), outside the model's vocabulary of 12"):
         continuation_logprobs(transformer.model, transformer.params, [([1], [2]), bad])
-    with pytest.raises(InputError, match="batch_size is 0"):
-        continuation_logprobs(transformer.model, transformer.params, [([1], [2])], 0)
 
 
 def test_a_model_of_nans_is_refused(transformer):
     params = jax.tree.map(lambda leaf: leaf * np.nan, transformer.params)
-    with pytest.raises(InputError, match="pair 0 no finite probability"):
+    with pytest.raises(InputError, match="pair 0 is not finite"):
         continuation_logprobs(transformer.model, params, [([1], [2])])
 
 
@@ -141,6 +131,6 @@ def test_without_a_context_the_end_of_text_stands_for_it(bpe, context):
 
 
 def test_a_continuation_without_tokens_is_refused():
-    with pytest.raises(InputError, match="makes no token of ' ' on its own"):
+    with pytest.raises(InputError, match="makes no token of ' '"):
         encode_pair(SimpleTokenizer().build_vocab("a b"), "a", " ")
     assert encode_pair(CharTokenizer().build_vocab("a b"), "a", " ")[1] == [0]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from slm_jax.data.templates import TEMPLATES, Message, Template
-from slm_jax.errors import InputError, MissingInputError
+from slm_jax.errors import InputError
 from slm_jax.evaluation.responses import (
     Response,
     exact_match,
@@ -69,8 +69,6 @@ def test_scores_are_means_over_the_responses():
     scores = score_responses([response("a b", "a b"), response("x y x y z", "y x z"), response("a", "b")])
     assert (scores.n, scores.exact_match) == (3, 1 / 3)
     assert math.isclose(scores.rouge_l, 1.75 / 3)
-    with pytest.raises(InputError, match="no responses to score"):
-        score_responses([])
 
 
 # Files
@@ -95,34 +93,29 @@ def without(name):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "expected"),
     [
-        ([], "an empty list; expected at least one entry with output and model_response"),
-        ({"a": 1}, "expected one list of JSON objects"),
+        ([], "empty"),
+        ({"a": 1}, "list"),
         ([ALPACA, 3], "entry 2: "),
-        ([ALPACA, without("model_response")], "entry 2: no field 'model_response' but instruction, input, output"),
-        ([without("output")], "entry 1: no field 'output' but instruction, input, model_response"),
-        ([without("instruction")], "entry 1: no field 'instruction' but input, output, model_response"),
-        ([{**ALPACA, "output": " "}], "entry 1: output is empty; expected the reference"),
+        ([ALPACA, without("model_response")], "entry 2: no field 'model_response' "),
+        ([without("output")], "entry 1: no field 'output'"),
+        ([without("instruction")], "entry 1: no field 'instruction'"),
+        ([{**ALPACA, "output": " "}], "entry 1: output is empty"),
         ([{**ALPACA, "model_response": None}], "entry 1: model_response is None; expected text"),
         ([{**without("instruction"), "messages": []}], "entry 1: no message of a user"),
         ([{**ALPACA, "messages": [{"role": "judge", "content": "?"}]}], "message 1: role is 'judge'; expected one of"),
     ],
 )
-def test_a_bad_file_is_one_line(tmp_path, content, said):
+def test_a_bad_file_is_one_line(tmp_path, content, expected):
     path = tmp_path / "responses.json"
     path.write_text(json.dumps(content))
     with pytest.raises(InputError) as caught:
         read_responses(path)
     message = str(caught.value)
     assert message.startswith(str(path))
-    assert said in message
+    assert expected in message
     assert "\n" not in message
-
-
-def test_a_missing_file_is_said(tmp_path):
-    with pytest.raises(MissingInputError, match=r"none.json: no such file"):
-        read_responses(tmp_path / "none.json")
 
 
 # The references' probability
@@ -171,12 +164,6 @@ def test_what_cannot_be_encoded_is_named(model):
     bigrams, tokenizer = model
     with pytest.raises(InputError, match=r"here: .*'z'"):
         reference_loss(bigrams.model, bigrams.params, tokenizer, TEMPLATE, [response("z", "")])
-    with pytest.raises(InputError, match="no references"):
-        reference_loss(bigrams.model, bigrams.params, tokenizer, TEMPLATE, [])
-
-
-def test_the_end_of_a_text_cannot_be_forged(model):
-    bigrams, _ = model
-    tokenizer = BPETokenizer.train("ab" * 9, vocab_size=258)
+    tokenizer = BPETokenizer.train("ab" * 9, vocab_size=258)  # the end of a text cannot be forged
     with pytest.raises(InputError, match=r"here: .*<\|endoftext\|>"):
         reference_loss(bigrams.model, bigrams.params, tokenizer, TEMPLATES["alpaca"], [response("a<|endoftext|>", "")])

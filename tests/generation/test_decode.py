@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import slm_jax
 from slm_jax.errors import InputError
 from slm_jax.generation.decode import _pieces, generate, stream, stream_text
 from slm_jax.generation.sampler import Sampling
@@ -73,11 +72,6 @@ def test_each_row_of_a_ragged_batch_is_as_if_alone(params):
         assert row.tolist() == naive_greedy(params, prompt, 9)
 
 
-def test_greedy_needs_no_key_and_ignores_one(params):
-    prompts = jnp.array([PROMPTS[1]])
-    assert (greedy(params, prompts, 6) == greedy(params, prompts, 6, key=KEY)).all()
-
-
 # What comes back
 
 
@@ -90,7 +84,7 @@ def test_an_array_gives_an_array_with_its_prompts(params, prompts):
     assert ((ids >= 0) & (ids < VOCAB)).all()
 
 
-@pytest.mark.parametrize("prompts", [[[1], [2, 3, 4]], [[1, 2], [3, 4]], ([1], [2]), [np.array([1, 2])], [[5]]])
+@pytest.mark.parametrize("prompts", [[[1], [2, 3, 4]], ([1], [2]), [np.array([1, 2])]])
 def test_lists_give_a_list_of_rows_with_their_prompts(params, prompts):
     rows = greedy(params, prompts, 3)
     assert isinstance(rows, list)
@@ -98,10 +92,6 @@ def test_lists_give_a_list_of_rows_with_their_prompts(params, prompts):
     for prompt, row in zip(prompts, rows, strict=True):
         assert (row.shape, row.dtype) == ((len(prompt) + 3,), jnp.int32)
         assert row[: len(prompt)].tolist() == list(prompt)
-
-
-def test_it_is_among_the_public_names():
-    assert slm_jax.generate is generate
 
 
 # The end of a text
@@ -192,15 +182,11 @@ def test_top_k_holds_at_every_step(params):
         assert len(set(rank)) > 1
 
 
-def test_top_k_of_one_is_greedy(params):
-    sampled = generate(MODEL, params, PROMPTS, max_new_tokens=8, temperature=2.0, top_k=1, key=KEY)
+@pytest.mark.parametrize("options", [{"temperature": 2.0, "top_k": 1}, {"temperature": 1e-4}])
+def test_one_candidate_or_a_low_temperature_is_greedy(params, options):
+    sampled = generate(MODEL, params, PROMPTS, max_new_tokens=8, key=KEY, **options)
     for one, other in zip(sampled, greedy(params, PROMPTS, 8), strict=True):
         assert one.tolist() == other.tolist()
-
-
-def test_a_low_temperature_is_nearly_greedy(params):
-    sampled = generate(MODEL, params, [PROMPTS[1]], max_new_tokens=8, temperature=1e-4, key=KEY)
-    assert sampled[0].tolist() == naive_greedy(params, PROMPTS[1], 8)
 
 
 def test_the_same_key_gives_the_same_text(params):
@@ -373,34 +359,23 @@ def test_a_character_of_several_tokens_comes_whole():
     ("prompts", "more", "expected"),
     [
         ([], {}, "the prompt is empty"),
-        ([[]], {}, "the prompt is empty"),
         ([[1], []], {}, "the prompt is empty"),
-        (np.zeros((2, 0), int), {}, "the prompt is empty"),
-        ([[1, 2], [3, VOCAB]], {}, f"prompt 1 has the token id {VOCAB}, outside the vocabulary of {VOCAB}"),
-        ([[-1]], {}, "prompt 0 has the token id -1"),
-        ([[2**31]], {}, "the token id 2147483648"),
-        (np.array([[2**32 + 1]]), {}, "the token id 4294967297"),  # as 32 bits it would be 1
-        ([[1.5]], {}, "a prompt is [1.5]; expected whole-number ids"),
-        ([1, 2, 3], {}, "a prompt is 1; expected whole-number ids, one row a prompt"),
-        (np.array([1, 2, 3]), {}, "one row a prompt"),
-        (["hello"], {}, "a prompt is 'hello'; expected whole-number ids"),
-        ([[1, [2]]], {}, "a prompt is [1, [2]]; expected whole-number ids"),
-        ([[1]], {"max_new_tokens": 0}, "max_new_tokens is 0; expected at least 1, a whole number"),
-        ([[1]], {"max_new_tokens": -2}, "max_new_tokens is -2"),
-        ([[1]], {"temperature": -0.5}, "temperature is -0.5; expected 0 (greedy) or above"),
-        ([[1]], {"temperature": float("nan")}, "temperature is nan"),
-        ([[1]], {"temperature": float("inf")}, "temperature is inf"),
-        ([[1]], {"top_k": 0}, "top_k is 0; expected a whole number of at least 1"),
-        ([[1]], {"top_p": 0.0}, "top_p is 0.0; expected above 0"),
-        ([[1]], {"temperature": 1.0, "key": None}, "sampling needs a key: pass key=jax.random.key(seed)"),
-        ([[1]], {"key": jnp.ones(2)}, "key is Array([1., 1.], dtype=float32); expected a random key"),
-        (np.zeros((1, 2, 3), int), {}, "a prompt is array([[0, 0, 0], [0, 0, 0]]); expected whole-number ids"),
-        (5, {}, "a prompt is np.int64(5); expected whole-number ids"),
-        ([[1]], {"eos_id": VOCAB}, f"eos_id is {VOCAB}; expected an id below {VOCAB}"),
-        ([[1]], {"eos_id": -1}, "eos_id is -1"),
-        ([[1]], {"key": jax.random.split(KEY, 3)}, "key has the shape (3,); expected one key, or one for each of 1"),
-        ([[1], [0] * 7], {}, "prompt 1 has 7 tokens, more than the model's context of 6; shorten it"),
-        ([[0] * 6], {"past_context": "stop"}, "prompt 0 fills the model's context of 6 tokens"),
+        ([[1, 2], [3, VOCAB]], {}, f"prompt 1 has token id {VOCAB}"),
+        ([[-1]], {}, "prompt 0 has token id -1"),
+        (np.array([[2**32 + 1]]), {}, "token id 4294967297"),  # would be 1 in 32 bits
+        ([[1.5]], {}, "a prompt is [1.5]; expected integer ids"),
+        ([1, 2, 3], {}, "a prompt is 1; expected integer ids"),
+        (["hello"], {}, "a prompt is 'hello'"),
+        ([[1, [2]]], {}, "a prompt is [1, [2]]"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ([[1]], {"temperature": -0.5}, "temperature is -0.5"),
+        ([[1]], {"temperature": 1.0, "key": None}, "no key to sample with"),
+        ([[1]], {"key": jnp.ones(2)}, "expected a random key"),
+        (np.zeros((1, 2, 3), int), {}, "a prompt is array([[0, 0, 0], [0, 0, 0]])"),
+        ([[1]], {"eos_id": VOCAB}, f"eos_id is {VOCAB}"),
+        ([[1]], {"key": jax.random.split(KEY, 3)}, "key has the shape (3,)"),
+        ([[1], [0] * 7], {}, "prompt 1 has 7 tokens; expected at most 6"),
+        ([[0] * 6], {"past_context": "stop"}, "prompt 0 has 6 tokens; expected at most 5"),
     ],
 )
 def test_bad_input_is_one_clear_line(params, prompts, more, expected):
@@ -411,9 +386,7 @@ def test_bad_input_is_one_clear_line(params, prompts, more, expected):
 
 
 def test_params_still_in_their_variables_are_refused(params):
-    with pytest.raises(
-        InputError, match=r"""expected the params tree, such as model.init\(key, tokens\)\["params"\]"""
-    ):
+    with pytest.raises(InputError, match=r"tok_emb.*params"):
         greedy({"params": params}, [[1]], 2)
 
 

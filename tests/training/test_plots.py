@@ -67,7 +67,7 @@ def test_with_nothing_to_draw_there_is_no_file(tmp_path, rows):
 
 def test_importing_the_library_imports_no_drawing_nor_other_frameworks():
     program = (
-        "import sys, slm_jax, slm_jax.evaluation, slm_jax.training.loop, slm_jax.tasks.pretraining\n"
+        "import sys, slm_jax, slm_jax.evaluation.classes, slm_jax.training.loop, slm_jax.tasks.pretraining\n"
         "print([n for n in ('matplotlib', 'tensorflow', 'tensorflow_datasets', 'torch') if n in sys.modules])"
     )
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
