@@ -8,16 +8,14 @@ import dataclasses
 import html
 import importlib
 import re
-import types
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any
 
 from slm_jax.cli import COMMANDS
-from slm_jax.config import execution_keys, flatten, meaning
+from slm_jax.config import EXECUTION, Key, describe, flatten, keys
 from slm_jax.model import PRESETS, count_params, get_gpt_config
 from slm_jax.tasks.config import FinetuneConfig, RunConfig
 
-WORDS = {int: "whole number", float: "number", bool: "true or false", str: "text", type(None): "null"}
-EXECUTION = execution_keys(RunConfig())
+WORDS = {int: "whole number", float: "number", bool: "true or false", str: "text", tuple: "texts", type(None): "null"}
 OF_FINETUNE = flatten(dataclasses.asdict(FinetuneConfig()))
 
 
@@ -59,12 +57,16 @@ def options_class(command: str) -> Any:
 def command_options(command: str) -> str:
     """Return what a command does and its options, without those of a run, which are a page of their own."""
     cls = options_class(command)
-    of_run = {field.name for field in dataclasses.fields(RunConfig)} if issubclass(cls, RunConfig) else set()
-    own = [field for field in dataclasses.fields(cls) if field.name not in of_run]
-    entries = [_entry(cls, field, "--", hyphens=not of_run) for field in own]
+    of_run = keys(RunConfig) if issubclass(cls, RunConfig) else {}
+    own = {name: key for name, key in keys(cls).items() if name not in of_run}
+    sections = {name.partition(".")[0] for name in own if "." in name}
+    entries = [
+        _entry(key, f"--{name if of_run else name.replace('_', '-')}") for name, key in own.items() if "." not in name
+    ]
+    entries += [f"`--{name}.KEY`\n:   {_escaped(describe(cls)[name])}" for name in sections]
     if of_run:
         entries.append("Any key of a run: see [configuration](configuration.md).")
-    elif not any(field.name == "config" for field in dataclasses.fields(cls)):
+    else:
         entries.append("`--config` · text\n:   a YAML file with any of these options.")
     about = (cls.__doc__ or "").partition("Attributes:")[0]
     if cls in (RunConfig, FinetuneConfig):  # which say what a run is, not what is done
@@ -74,34 +76,22 @@ def command_options(command: str) -> str:
 
 def section_keys(section: str) -> str:
     """Return the keys of a section of a recipe; ``run`` stands for those without a section."""
-    if section == "run":
-        cls, prefix = RunConfig, ""
-    else:
-        cls, prefix = next(f.type for f in dataclasses.fields(RunConfig) if f.name == section), f"{section}."
-    fields = [field for field in dataclasses.fields(cls) if not dataclasses.is_dataclass(field.type)]
-    return "\n\n".join(_entry(cls, field, prefix, hyphens=False) for field in fields)
+    entries = []
+    for name, key in keys(RunConfig).items():
+        if (name.rpartition(".")[0] or "run") == section:
+            more = [] if OF_FINETUNE[name] == key.default else [f"default of finetune {_shown(OF_FINETUNE[name])}"]
+            entries.append(_entry(key, name, *more, *["may change on a resume"] * (EXECUTION in key.markers)))
+    if not entries:
+        raise KeyError(section)
+    return "\n\n".join(entries)
 
 
-def _entry(cls: Any, field: Any, prefix: str, hyphens: bool) -> str:
+def _entry(key: Key, name: str, *more: str) -> str:
     """Return one option: its name, values and default, and what it means."""
-    name = prefix + (field.name.replace("_", "-") if hyphens else field.name)
-    if dataclasses.is_dataclass(field.type):
-        example = dataclasses.fields(field.type)[0].name
-        return f"`{name}.KEY`, such as `{name}.{example}`\n:   {_escaped(meaning(cls, field.name))}"
-    parts = [f"`{name}`", _values(field.type)]
-    default = _default(field)
-    parts.append("required" if default is dataclasses.MISSING else f"default {_shown(default)}")
-    if not prefix.startswith("--"):
-        key = f"{prefix}{field.name}"
-        if OF_FINETUNE[key] != default:
-            parts.append(f"default of finetune {_shown(OF_FINETUNE[key])}")
-        if key in EXECUTION:
-            parts.append("may change on a resume")
-    return f"{' · '.join(parts)}\n:   {_escaped(meaning(cls, field.name))}"
-
-
-def _default(field: Any) -> Any:
-    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    choices = [f"`{choice}`" for choice in key.choices]
+    values = " or ".join([*choices, *(WORDS[kind] for kind in key.kinds)])
+    default = "required" if key.default is dataclasses.MISSING else f"default {_shown(key.default)}"
+    return f"{' · '.join([f'`{name}`', values, default, *more])}\n:   {_escaped(key.help)}"
 
 
 def _shown(value: Any) -> str:
@@ -112,17 +102,6 @@ def _shown(value: Any) -> str:
     if isinstance(value, tuple):
         return " ".join(f"`{item}`" for item in value) or "none"
     return f"`{value}`" if value != "" else "empty"
-
-
-def _values(kind: Any) -> str:
-    """Say what values a type has."""
-    if get_origin(kind) is Literal:
-        return " or ".join(f"`{choice}`" for choice in get_args(kind))
-    if get_origin(kind) in (Union, types.UnionType):
-        return " or ".join(_values(one) for one in get_args(kind))
-    if get_origin(kind) is tuple:
-        return "texts"
-    return WORDS.get(kind, "section")
 
 
 def _escaped(text: str) -> str:

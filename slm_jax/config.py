@@ -1,85 +1,241 @@
-"""A command's options: a frozen dataclass, read from YAML recipes and the command line, strictly.
+"""Configuration: frozen dataclasses, read strictly from YAML recipes and the command line.
 
-Each field is a key of a recipe and an option; a field that is itself a dataclass is a section, whose keys are dotted
-(``--train.steps 500``). Types come from the annotations, help from the docstring's ``Attributes``, the checks of
-ranges from ``__post_init__``.
+Each field is a key of a recipe and an option. A field that is itself a dataclass is a section, whose keys are dotted
+(``--train.steps 500``). Ranges stand beside the field (``Annotated[int, Ge(1)]``), its help in the docstring's
+``Attributes``. Keys marked :data:`Execution` may change when a run is resumed; the others are its identity.
 """
 
+import collections
 import dataclasses
 import difflib
+import functools
+import importlib.resources
+import operator
 import re
-from collections.abc import Mapping, Sequence
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser
+from annotated_types import Ge, Gt, Le, Lt
 
 from slm_jax.errors import InputError, MissingInputError
+from slm_jax.files import user_path
 
 Options = TypeVar("Options")
+T = TypeVar("T")
 
-# Marks a field, or a section of a field, that may change between two starts of a run: field(metadata=EXECUTION).
-EXECUTION: Mapping[str, bool] = {"execution": True}
+EXECUTION = "execution"
+Execution = Annotated[T, EXECUTION]  # a field or a section that says how, where or for how long a run is computed
+Positive = Annotated[int, Ge(1)]
+NotNegative = Annotated[int, Ge(0)]
+AboveZero = Annotated[float, Gt(0)]
+Rate = Annotated[float, Ge(0), Lt(1)]
+Fraction = Annotated[float, Gt(0), Lt(1)]
+Seed = Annotated[int, Ge(0), Lt(2**32)]  # larger seeds repeat
 
-
-def execution_keys(config: Any, prefix: str = "") -> set[str]:
-    """Return the dotted keys of a configuration that are marked with :data:`EXECUTION`."""
-    keys: set[str] = set()
-    for field in dataclasses.fields(config):
-        name, value = prefix + field.name, getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            inner = flatten(dataclasses.asdict(value), f"{name}.")  # type: ignore[arg-type]
-            keys |= set(inner) if field.metadata.get("execution") else execution_keys(value, f"{name}.")
-        elif field.metadata.get("execution"):
-            keys.add(name)
-    return keys
+_BOUNDS = {Ge: ("ge", "at least"), Gt: ("gt", "above"), Le: ("le", "at most"), Lt: ("lt", "below")}
+_METAVARS = {bool: "BOOL", int: "INT", float: "FLOAT", str: "TEXT", tuple: "TEXT", types.NoneType: "null"}
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", tuple: "a list of texts"}
 
 
-def parse(cls: type[Options], args: Sequence[str], prog: str) -> Options:
-    """Read ``--config FILE.yaml`` recipes and options in the order they are given; what comes later wins.
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """A field of a configuration.
 
-    Names may be typed with hyphens or underscores. Text arrives as it was typed; a field ``tuple[str, ...]`` collects
-    the texts of an option that is given several times. ``--help`` prints every option and exits.
+    Attributes:
+        name: dotted, such as ``train.steps``.
+        kinds: types of its values.
+        choices: texts that it may be.
+        markers: what stands beside it: ranges, EXECUTION.
+        default: value where the key is not given; ``dataclasses.MISSING`` for a required key.
+        owner: dataclass that has the field.
+    """
+
+    name: str
+    kinds: tuple[type, ...]
+    choices: tuple[str, ...]
+    markers: tuple[Any, ...]
+    default: Any
+    owner: type
+
+    @property
+    def help(self) -> str:
+        """Description of the field in its dataclass's docstring."""
+        return describe(self.owner)[self.name.rpartition(".")[2]]
+
+    @property
+    def expected(self) -> str:
+        """Values that the key may have, in words."""
+        words = [word for kind, word in _KINDS.items() if kind in self.kinds]
+        words += [f"one of {', '.join(self.choices)}"] if self.choices else []
+        return " or ".join([*words, "null"] if types.NoneType in self.kinds else words)
+
+    def read(self, word: str) -> Any:
+        """Return the value of a word of the command line: text as it is, anything else as YAML reads it."""
+        if word == "null" and types.NoneType in self.kinds:
+            return None
+        if str in self.kinds or word in self.choices:
+            return word
+        try:
+            return yaml.load(word, _Loader)
+        except (yaml.YAMLError, ValueError):
+            return word
+
+    def check(self, value: Any) -> Any:
+        """Return the value, a list as a tuple, a whole number as a float where the field has one.
+
+        Raises:
+            InputError: a value of another type or out of range.
+        """
+        if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
+            value = tuple(value)
+        elif type(value) is int and int not in self.kinds and float in self.kinds:
+            value = float(value)
+        if type(value) not in self.kinds and not (isinstance(value, str) and value in self.choices):
+            raise InputError(f"{self.name} is {shown(value)}; expected {self.expected}")
+        if type(value) in (int, float):
+            bounds = [(*_BOUNDS[type(mark)], mark) for mark in self.markers if type(mark) in _BOUNDS]
+            limits = [(getattr(operator, name), word, getattr(mark, name)) for name, word, mark in bounds]
+            if not (abs(value) < float("inf") and all(holds(value, limit) for holds, _, limit in limits)):
+                expected = " and ".join(["finite", *(f"{word} {limit}" for _, word, limit in limits)])
+                raise InputError(f"{self.name} is {value}; expected {expected.removeprefix('finite and ')}")
+        return value
+
+
+@functools.cache
+def keys(cls: Any) -> dict[str, Key]:
+    """Return the keys of a configuration by their dotted names, in the order of the fields."""
+    found: dict[str, Key] = {}
+    hints = get_type_hints(cls, include_extras=True)
+    for field in dataclasses.fields(cls):
+        kinds, markers = _unwrap(hints[field.name])
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if hasattr(kinds[0], "__dataclass_fields__"):
+            for leaf, key in keys(kinds[0]).items():
+                found[f"{field.name}.{leaf}"] = dataclasses.replace(
+                    key, name=f"{field.name}.{leaf}", markers=markers + key.markers, default=getattr(default, leaf)
+                )
+        else:
+            choices = tuple(choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind))
+            plain = tuple(get_origin(kind) or kind for kind in kinds if get_origin(kind) is not Literal)
+            found[field.name] = Key(field.name, plain, choices, markers, default, cls)
+    return found
+
+
+def _unwrap(hint: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Return the alternatives of a type, and the markers beside them."""
+    if get_origin(hint) is Annotated:
+        kinds, markers = _unwrap(get_args(hint)[0])
+        return kinds, (*markers, *hint.__metadata__)
+    if get_origin(hint) in (Union, types.UnionType):
+        parts = [_unwrap(part) for part in get_args(hint)]
+        return tuple(kind for kinds, _ in parts for kind in kinds), tuple(mark for _, marks in parts for mark in marks)
+    return (hint,), ()
+
+
+def execution_keys(config: Any) -> set[str]:
+    """Return the dotted keys of a configuration that may change when a run is resumed."""
+    return {name for name, key in keys(config.__class__).items() if EXECUTION in key.markers}
+
+
+@functools.cache
+def describe(cls: type) -> dict[str, str]:
+    """Return the description of each field in the docstrings of a dataclass and of those that it inherits from."""
+    import docstring_parser
+
+    return {
+        param.arg_name: " ".join((param.description or "").split())
+        for owner in reversed(cls.__mro__)
+        for param in docstring_parser.parse(owner.__doc__ or "", docstring_parser.DocstringStyle.GOOGLE).params
+    }
+
+
+def check(config: Any) -> None:
+    """Check each value of a configuration that was made in Python.
+
+    Raises:
+        InputError: a value of another type or out of range.
+    """
+    for name, key in keys(config.__class__).items():
+        key.check(operator.attrgetter(name)(config))
+
+
+def parse(cls: Callable[..., Options], args: Sequence[str], prog: str, positional: str | None = None) -> Options:
+    """Read ``--config RECIPE`` and options in the order they are given; later ones win.
+
+    Names may be typed with hyphens or underscores. Text arrives as typed; a field ``tuple[str, ...]`` collects the
+    texts of an option that is given several times. ``--help`` prints every option and exits.
 
     Args:
         cls: the frozen dataclass of the command's options.
         args: the words after the command.
         prog: the command as it is typed, for ``--help``.
+        positional: the option of words that belong to no option; all words after ``--`` do.
 
     Raises:
-        InputError: an unknown key, a value of the wrong type or out of range, a required one that is missing;
-            a file that is missing or not YAML.
+        InputError: an unknown key, a value of another type or out of range, a missing required key, a recipe that
+            is not there or not YAML.
     """
-    words = _canonical(cls, args)
-    parser = _make_parser(cls, prog)
-    for recipe in recipe_files(cls, args):
-        _check_keys(cls, _read_yaml(cls, recipe), str(recipe))
-    try:
-        return _instantiate(cls, parser, words)
-    except (ArgumentError, InputError) as error:
-        raise InputError(_locate(cls, parser, words, _explain(cls, error))) from None
+    if any(name == "help" for name, _ in _split(cls, args, positional)):
+        print(_help(cls, prog))
+        raise SystemExit(0)
+    values = given(cls, args, positional)
+    for name, key in keys(cls).items():
+        if key.default is dataclasses.MISSING and name not in values:
+            raise InputError(f"{_option(cls, name)} is missing; expected {key.help.rstrip('.')}")
+    options = {name: value for name, value in values.items() if "." not in name}
+    fields: dict[str, Any] = getattr(cls, "__dataclass_fields__", {})
+    for section in {name.partition(".")[0] for name in values} - options.keys():
+        changes = {name.partition(".")[2]: value for name, value in values.items() if name.startswith(f"{section}.")}
+        options[section] = dataclasses.replace(fields[section].default_factory(), **changes)
+    return cls(**options)
 
 
-def name_words(args: Sequence[str], option: str) -> list[str]:
-    """Write words that belong to no option as ``--option=WORD``; all words after ``--`` are such."""
-    named: list[str] = []
-    words = iter(args)
-    for word in words:
-        if word == "--":
-            named += [f"--{option}={rest}" for rest in words]
-        elif word in ("-h", "--help") or (word.startswith("--") and "=" in word):
-            named.append(word)
-        elif word.startswith("--"):
-            named += [word, *(value for value in [next(words, None)] if value is not None)]
-        else:
-            named.append(f"--{option}={word}")
-    return named
+def given(cls: Any, args: Sequence[str], positional: str | None = None) -> dict[str, Any]:
+    """Return the values that recipes and options give, by dotted key.
+
+    Raises:
+        InputError: as :func:`parse`.
+    """
+    values: dict[str, Any] = {}
+    texts: dict[str, list[str]] = collections.defaultdict(list)
+    for name, word in _split(cls, args, positional):
+        if name == "config":
+            values |= _read_recipe(cls, find_recipe(word))
+        if name in ("config", "help"):
+            continue
+        key = _find(cls, name, word)
+        texts[name].append(word)
+        values[name] = key.check(texts[name] if tuple in key.kinds else key.read(word))
+    return values
 
 
 def recipe_files(cls: type, args: Sequence[str]) -> list[Path]:
-    """Return the files named by ``--config``, in their order."""
-    return [Path(word.partition("=")[2]) for word in _canonical(cls, args) if word.startswith("--config=")]
+    """Return the recipes named by ``--config``, in their order."""
+    return [find_recipe(word) for name, word in _split(cls, args) if name == "config"]
+
+
+def find_recipe(name: str) -> Path:
+    """Return the file that ``--config`` names: a path, or the name of a recipe that comes with slm_jax.
+
+    Raises:
+        MissingInputError: neither.
+    """
+    path, folder = user_path(name), recipe_folder()
+    if path.is_file():
+        return path
+    recipes = {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+    if name not in recipes:
+        raise MissingInputError(f"{name}: no such file; expected a YAML file or one of {', '.join(recipes)}")
+    return recipes[name]
+
+
+def recipe_folder() -> Path:
+    """Return the folder of the recipes that come with slm_jax: in the installed package, or in the checkout."""
+    packaged = Path(str(importlib.resources.files("slm_jax"))) / "configs"
+    return packaged if packaged.is_dir() else packaged.parents[1] / "configs"
 
 
 def flatten(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
@@ -88,19 +244,6 @@ def flatten(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
     return flat
-
-
-def meaning(cls: Any, name: str) -> str:
-    """Return what the docstring of a dataclass, or of one that it is made of, says of a field.
-
-    Raises:
-        KeyError: none of them says anything.
-    """
-    for owner in cls.__mro__:
-        described = re.search(rf"^( +){name}: (.*?)(?=^\1\S|^\s*$|\Z)", owner.__doc__ or "", re.MULTILINE | re.DOTALL)
-        if described:
-            return " ".join(described[2].split())
-    raise KeyError(f"{cls.__name__} does not say what {name} is")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -113,227 +256,106 @@ def dump_config(config: Any) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
-def check_at_least(values: Mapping[str, Any], limits: Mapping[str, float]) -> None:
-    """Let None through; raise InputError for the first of ``values`` that is below its limit, infinite or NaN."""
-    for key, least in limits.items():
-        if values[key] is not None and not least <= values[key] < float("inf"):
-            finite = " and finite" if values[key] == float("inf") else ""
-            raise InputError(f"{key} is {values[key]}; expected at least {least:g}{finite}")
+def shown(value: Any) -> str:
+    """Return a value as YAML has it, for a message."""
+    return str(value).lower() if isinstance(value, bool) else "null" if value is None else f"{value!r:.60}"
 
 
-def check_seed(seed: int) -> None:
-    """Raise InputError for a seed that does not fit 32 bits."""
-    check_at_least({"seed": seed}, {"seed": 0})
-    if seed >= 2**32:
-        raise InputError(f"seed is {seed}; expected below 2**32, beyond which seeds repeat")
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1, but ``1e-3`` is a number, as in YAML 1.2."""
 
 
-class _HyphenParser(ArgumentParser):
-    """A parser whose help shows ``--top-k`` for the field ``top_k``."""
-
-    def format_help(self, *args: Any, **kwargs: Any) -> str:
-        text = super().format_help(*args, **kwargs).replace("[ITEM,...]", "TEXT")
-        return re.sub(r"--\w+", lambda option: option[0].replace("_", "-"), text)
-
-
-def _make_parser(cls: Any, prog: str) -> ArgumentParser:
-    kind = ArgumentParser if _sections(cls) else _HyphenParser
-    parser = kind(prog=prog, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="a recipe: YAML with any of the keys below")
-    parser.add_class_arguments(cls)
-    return parser
-
-
-def _instantiate(cls: Any, parser: ArgumentParser, words: Sequence[str]) -> Any:
-    values = parser.instantiate(parser.parse_args(list(words)))
-    options = cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
-    for key, text in _optional_texts(cls, words).items():
-        options = _with_value(options, key, text)
-    return options
-
-
-def _with_value(options: Any, key: str, value: Any) -> Any:
-    """Return the options with another value for a dotted key."""
-    name, _, rest = key.partition(".")
-    return dataclasses.replace(options, **{name: _with_value(getattr(options, name), rest, value) if rest else value})
-
-
-def _optional_texts(cls: Any, words: Sequence[str]) -> dict[str, str]:
-    """Return the texts given for fields ``str | None``: the parser would take one such as ``# Title`` for null."""
-    given: dict[str, Any] = {}
-    for word in words:
-        key, _, value = word[2:].partition("=")
-        given.update(flatten(_read_yaml(cls, Path(value))) if key == "config" else {key: value})
-    optional = [key for key, field in _fields(cls).items() if set(get_args(field.type)) == {str, type(None)}]
-    return {key: given[key] for key in optional if isinstance(given.get(key), str) and given[key] != "null"}
-
-
-def _canonical(cls: Any, args: Sequence[str]) -> list[str]:
-    """Write every option as ``--name=value`` with underscores, and the texts of a repeated one as one YAML list.
-
-    So a value that starts with a dash is not taken for an option, nor one that looks like YAML for a list.
-    """
-    known = {"config": None, **_fields(cls)}
-    words: list[str] = []
-    texts: dict[str, list[str]] = {}
-    rest = list(args)
-    while rest:
-        word = rest.pop(0)
-        key, has_value, value = _split(word)
-        if key is None or key not in known:
-            words.append(word if key is None else f"--{key}{has_value}{value}")
-            continue
-        if not has_value and rest and _split(rest[0])[0] not in {*known, "help"}:
-            has_value, value = "=", rest.pop(0)
-        if has_value and _is_texts(known[key]):
-            texts.setdefault(key, []).append(value)
-            words = [word for word in words if not word.startswith(f"--{key}=")]
-            value = yaml.safe_dump(texts[key], default_style='"', default_flow_style=True)
-        words.append(f"--{key}{has_value}{value}")
-    return words
-
-
-def _split(word: str) -> tuple[str | None, str, str]:
-    """Take ``--some-name=value`` apart: ``some_name``, ``=`` and the value; no name for what is no option."""
-    option, equals, value = word.partition("=")
-    return (option[2:].replace("-", "_") if option.startswith("--") else None), equals, value
-
-
-def _is_texts(field: Any) -> bool:
-    return field is not None and get_origin(field.type) is tuple
-
-
-def _read_yaml(cls: Any, path: Path) -> dict[Any, Any]:
-    key, value = _example(cls)
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        expected = f"a recipe: a YAML file with keys such as {key}"
-        raise MissingInputError(f"{path}: {error.strerror}; expected {expected}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 at byte {error.start}; expected a YAML file") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: not valid YAML: {_one_line(error)}") from None
-    if not isinstance(values, dict):
-        found = "nothing" if values is None else f"{values!r:.60}"
-        raise InputError(f"{path}: expected keys and values, such as {key}: {value}, found {found}")
-    return values
-
-
-def _check_keys(cls: Any, values: dict[Any, Any], where: str) -> None:
-    """Refuse what is not one of the keys, and null where there must be a value; ``where`` is named."""
-    fields, sections = _fields(cls), _sections(cls)
-    for key, value in values.items():
-        if key in sections and not isinstance(value, dict):
-            raise InputError(f"{where}: {key} is {value!r:.60}; expected keys such as {sections[key]} below it")
-    for key in [*flatten(values), *(key for key, value in values.items() if value == {})]:
-        if key not in fields and key not in sections:
-            raise InputError(f"{where}: {_unknown_key(cls, str(key))}")
-    for key, value in flatten(values).items():
-        # The parser itself lets null pass in a file.
-        if key in fields and value is None and type(None) not in get_args(fields[key].type):
-            raise InputError(f"{where}: {key} is null; expected {_expected_value(cls, key)}")
-
-
-def _fields(cls: Any, prefix: str = "") -> dict[str, Any]:
-    """Return the dataclass field of every dotted key."""
-    fields: dict[str, Any] = {}
-    for field in dataclasses.fields(cls):
-        section = dataclasses.is_dataclass(field.type)
-        fields.update(_fields(field.type, f"{prefix}{field.name}.") if section else {prefix + field.name: field})
-    return fields
+_EXPONENT = re.compile(r"[-+]?(\d[\d_]*\.?|\.\d)[\d_]*[eE][-+]?\d+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
 
 
 def _sections(cls: Any) -> dict[str, str]:
     """Return the sections, each with its first key."""
-    keys = [key.partition(".") for key in _fields(cls)]
-    return {section: key for section, dot, key in reversed(keys) if dot}
+    names = [name.partition(".") for name in keys(cls)]
+    return {section: key for section, dot, key in reversed(names) if dot}
 
 
-def _example(cls: Any, section: str = "") -> tuple[str, Any]:
-    """Return a key with a value that it may have, for messages."""
-    fields = {key: field for key, field in _fields(cls).items() if key.startswith(section)}
-    for key, field in fields.items():
-        if field.default not in (dataclasses.MISSING, None, "", ()):
-            return key, field.default
-    first = next(iter(fields))
-    return first, first.upper()
+def _option(cls: Any, name: str) -> str:
+    """Return a key as ``--help`` shows it: with hyphens, but for the keys of recipes."""
+    return f"--{name if _sections(cls) else name.replace('_', '-')}"
 
 
-def _expected_value(cls: Any, key: str) -> str:
-    default = _fields(cls)[key].default
-    if default is dataclasses.MISSING:
-        return meaning(cls, key).rstrip(".")
-    return f"a value, such as {default!r}; leave the key out for the default"
+def _split(cls: Any, args: Sequence[str], positional: str | None = None) -> Iterator[tuple[str, str]]:
+    """Split words into keys, written with underscores, and their texts."""
+    names = {*keys(cls), *_sections(cls), "config", "help"}
+    rest = list(args)
+    while rest:
+        word = rest.pop(0)
+        name, equals, text = word.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
+        if word in ("-h", "--help"):
+            yield "help", ""
+        elif word == "--" and positional:
+            yield from ((positional, text) for text in rest)
+            return
+        elif not word.startswith("--") or word == "--":
+            if positional is None:
+                raise InputError(f"{word!r:.60} is not an option; expected --KEY VALUE")
+            yield positional, word
+        elif equals:
+            yield name, text
+        elif rest and not (rest[0].startswith("--") and rest[0][2:].partition("=")[0].replace("-", "_") in names):
+            yield name, rest.pop(0)
+        elif name in names:
+            raise InputError(f"{_option(cls, name)} has no value; expected {_option(cls, name)} VALUE")
+        else:
+            _find(cls, name, "")
 
 
-def _option(cls: Any, key: str) -> str:
-    """Return a key as ``--help`` shows it."""
-    return f"--{key if _sections(cls) else key.replace('_', '-')}"
+def _find(cls: Any, name: str, value: Any) -> Key:
+    """Return the key of a name.
+
+    Raises:
+        InputError: there is none; the nearest is named.
+    """
+    known, sections = keys(cls), _sections(cls)
+    if name in known:
+        return known[name]
+    if name in sections:
+        raise InputError(f"{name} is {shown(value)}; expected keys such as {name}.{sections[name]}")
+    leaves = {key.rpartition(".")[2]: key for key in reversed(known)}
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    near += [leaves[leaf] for leaf in difflib.get_close_matches(name.rpartition(".")[2], leaves, n=1, cutoff=0.7)]
+    raise InputError(f"unknown key {name}; " + (f"did you mean {near[0]}?" if near else "see --help for all keys"))
 
 
-def _locate(cls: Any, parser: ArgumentParser, words: Sequence[str], message: str) -> str:
-    """Say which recipe file an error came from, if one of them by itself is wrong in the same way."""
-    if message.startswith("--"):  # about the command line
-        return message
-    required = [f"--{key}=" for key, field in _fields(cls).items() if _is_required(field)]
-    needed = [word for word in words if word.startswith(tuple(required))]
-    for recipe in [word for word in words if word.startswith("--config=")]:
-        try:
-            _instantiate(cls, parser, [*needed, recipe])
-        except (ArgumentError, InputError) as in_file:
-            if _explain(cls, in_file) == message:
-                return f"{recipe.partition('=')[2]}: {message}"
-    return message
+def _read_recipe(cls: Any, path: Path) -> dict[str, Any]:
+    """Return the checked values of a recipe by dotted key."""
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected keys and values, found {shown(content)}")
+    values: dict[str, Any] = {}
+    for name, value in content.items():
+        inner = isinstance(value, dict) and name in _sections(cls)
+        values |= {f"{name}.{leaf}": item for leaf, item in value.items()} if inner else {str(name): value}
+    try:
+        return {name: _find(cls, name, value).check(value) for name, value in values.items()}
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
-def _is_required(field: Any) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+def _help(cls: Any, prog: str) -> str:
+    """Return the text of ``--help``."""
+    import argparse
 
-
-def _explain(cls: Any, error: Exception) -> str:
-    """Turn the parser's error into one line: the key, its value and what was expected, or the nearest key."""
-    message = _one_line(error)
-    if missing := re.search(r"arguments are required: (?P<key>[\w.]+)", message):
-        return f"{_option(cls, missing['key'])} is missing; expected {meaning(cls, missing['key']).rstrip('.')}"
-    if bare := re.search(r"argument --(?P<key>[\w.]+): expected one argument", message):
-        return f"{_option(cls, bare['key'])} has no value; expected {_option(cls, bare['key'])} VALUE"
-    if option := re.search(r"[Uu]nrecognized arguments: --(?P<key>[^\s=]+)", message):
-        return _unknown_key(cls, option["key"])
-    if word := re.search(r"[Uu]nrecognized arguments: (?P<word>.*)", message):
-        return f"{word['word']!r} is not an option; expected --KEY VALUE, such as {_example_option(cls)}"
-    if section := re.search(r'Parser key "(?P<key>\w+)": Unable to load config .(?P<value>.*?). - ', message):
-        example = _example_option(cls, f"{section['key']}.")
-        return f"{section['key']} is {section['value']!r}; expected one of its keys, such as {example}"
-    if wrong := re.search(r'Parser key "(?P<key>[\w.]+)":.*(?:Got|Given) value: (?P<value>.*)', message):
-        return f"{wrong['key']} is {wrong['value']!r}; expected {_expected_type(message)}"
-    return message
-
-
-def _example_option(cls: Any, section: str = "") -> str:
-    key, value = _example(cls, section)
-    return f"{_option(cls, key)} {value}"
-
-
-def _unknown_key(cls: Any, key: str) -> str:
-    known = list(_fields(cls))
-    leaves = {name.rpartition(".")[2]: name for name in reversed(known)}
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    near += [leaves[leaf] for leaf in difflib.get_close_matches(key.rpartition(".")[2], leaves, n=1, cutoff=0.7)]
-    hint = f"did you mean {near[0]}?" if near else "see --help for all keys"
-    return f"unknown key {key}; {hint}"
-
-
-def _expected_type(message: str) -> str:
-    """Name the types that the parser's message lists, in words."""
-    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
-    words |= {"tuple": "a list of texts", "NoneType": "null"}
-    types = re.findall(r"Expected a <class '(\w+)'>", message)
-    named = [words[name] for name in sorted(types, key="NoneType".__eq__) if name in words]  # null last
-    for choices in re.findall(r"Literal\[(.*?)\]", message):
-        named.append("one of " + choices.replace("'", ""))
-    return " or ".join(dict.fromkeys(named)) or "another type"
-
-
-def _one_line(error: Exception) -> str:
-    return re.sub(r"\s+", " ", str(error)).strip()
+    about = re.split(r"\n\s*(?:Attributes|Raises):", cls.__doc__ or "")[0]
+    parser = argparse.ArgumentParser(prog, "%(prog)s [OPTIONS]", " ".join(about.split()), add_help=False)
+    parser.add_argument("--config", metavar="RECIPE", help="YAML file, or a recipe of slm_jax by name, with these keys")
+    groups: dict[str, Any] = {"": parser}
+    for name, key in keys(cls).items():
+        section = name.rpartition(".")[0]
+        if section not in groups:
+            groups[section] = parser.add_argument_group(section, describe(cls)[section])
+        default = "required" if key.default is dataclasses.MISSING else f"default: {shown(key.default)}"
+        values = "{" + ",".join(key.choices) + "}" if key.choices else "|".join(_METAVARS[kind] for kind in key.kinds)
+        text = f"{key.help.rstrip('.')} ({default})".replace("%", "%%")
+        groups[section].add_argument(_option(cls, name), metavar=values, help=text)
+    return parser.format_help()

@@ -3,10 +3,12 @@
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from annotated_types import Ge
 
 from slm_jax.commands import load, set_up
-from slm_jax.config import check_at_least, parse
+from slm_jax.config import AboveZero, NotNegative, Positive, parse
 from slm_jax.errors import InputError
 from slm_jax.files import check_new_file, write_file
 from slm_jax.model import get_gpt_config
@@ -66,15 +68,13 @@ class TrainOptions(RunOptions):
         peak: FLOP/s of one device instead, such as 989e12; or measured: peak and bandwidth are measured here, at best.
     """
 
-    repeats: int = 30
-    warmup: int = 5
+    repeats: Positive = 30
+    warmup: NotNegative = 5
     device: str | None = None
-    peak: float | Literal["measured"] | None = None
+    peak: AboveZero | Literal["measured"] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least(vars(self), {"repeats": 1, "warmup": 0})
-        _check_peak(self.peak)
         if self.device is not None:
             named_device(self.device)
 
@@ -98,16 +98,14 @@ class GenerateOptions(Output):
     run: str | None = None
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     batch_sizes: str = "1,8"
-    prompt_tokens: int = 64
-    new_tokens: int = 64
-    repeats: int = 5
-    warmup: int = 1
-    peak: float | Literal["measured"] | None = None
+    prompt_tokens: Positive = 64
+    new_tokens: Annotated[int, Ge(2)] = 64
+    repeats: Positive = 5
+    warmup: Positive = 1
+    peak: AboveZero | Literal["measured"] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least(vars(self), {"prompt_tokens": 1, "new_tokens": 2, "repeats": 1, "warmup": 1})
-        _check_peak(self.peak)
         _parse_sizes(self.batch_sizes)
         if self.run is not None and self.model != ModelConfig():
             raise InputError(f"run is {self.run} and there are keys of model, too; expected only one of them")
@@ -125,16 +123,10 @@ class DataOptions(RunOptions):
             take; null: not said.
     """
 
-    repeats: int = 20
-    warmup: int = 2
-    batches: int = 10
-    step_ms: float | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_at_least(vars(self), {"repeats": 1, "warmup": 0, "batches": 1})
-        if self.step_ms is not None and not 0 < self.step_ms < float("inf"):
-            raise InputError(f"step_ms is {self.step_ms}; expected a number above 0")
+    repeats: Positive = 20
+    warmup: NotNegative = 2
+    batches: Positive = 10
+    step_ms: AboveZero | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,11 +137,7 @@ class StartupOptions(RunOptions):
         repeats: how often each.
     """
 
-    repeats: int = 3
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_at_least(vars(self), {"repeats": 1})
+    repeats: Positive = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,8 +287,3 @@ def _parse_sizes(text: str) -> tuple[int, ...]:
     if not all(word.strip().isdecimal() and int(word) for word in words):
         raise InputError(f"batch_sizes is {text!r}; expected whole numbers of at least 1, such as 1,8")
     return tuple(map(int, words))
-
-
-def _check_peak(peak: float | str | None) -> None:
-    if isinstance(peak, int | float) and not 0 < peak < float("inf"):
-        raise InputError(f"peak is {peak}; expected FLOP/s of one device, such as 989e12, or measured")

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from slm_jax.commands import load, set_up
-from slm_jax.config import check_at_least, check_seed, parse
+from slm_jax.config import Positive, Seed, parse
 from slm_jax.data.templates import Message, Template, load_template
 from slm_jax.errors import InputError
 
@@ -47,22 +47,20 @@ class Options:
 
     run: str
     tokenizer: str | None = None
-    n_heads: int | None = None
+    n_heads: Positive | None = None
     template: str | None = None
     introduction: str = ""
     you: str | None = None
     model: str | None = None
-    max_new_tokens: int = 200
+    max_new_tokens: Positive = 200
     temperature: float = 0.8
     top_k: int | None = 50
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
-        check_at_least(vars(self), {"n_heads": 1, "max_new_tokens": 1})
-        check_seed(self.seed)
         self.sampling()
         for key in ("you", "model"):
             name = getattr(self, key)

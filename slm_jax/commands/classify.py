@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from slm_jax.commands import set_up
-from slm_jax.config import check_at_least, name_words, parse
+from slm_jax.config import Positive, parse
 from slm_jax.errors import InputError
 from slm_jax.files import user_path
 
@@ -35,17 +35,16 @@ class Options:
     text: tuple[str, ...] = ()
     file: str | None = None
     format: Literal["text", "json"] = "text"
-    batch_size: int = 32
+    batch_size: Positive = 32
 
     def __post_init__(self) -> None:
-        check_at_least(vars(self), {"batch_size": 1})
         if self.text and self.file is not None:
             raise InputError(f"text is {self.text[0]!r:.60} and file {self.file}; expected only one")
 
 
 def main(args: Sequence[str]) -> int:
     """Read the options and run; see ``slm-jax classify --help``."""
-    return run(parse(Options, name_words(args, "text"), "slm-jax classify"))
+    return run(parse(Options, args, "slm-jax classify", positional="text"))
 
 
 def run(options: Options) -> int:

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from slm_jax.commands import load, set_up, template_of
-from slm_jax.config import check_at_least, parse
+from slm_jax.config import Fraction, Positive, parse
 from slm_jax.errors import InputError
 from slm_jax.files import check_new_file, user_path, write_file
 
@@ -46,26 +46,22 @@ class Options:
 
     run: str | None = None
     tokenizer: str | None = None
-    n_heads: int | None = None
+    n_heads: Positive | None = None
     source: str | None = None
     text_column: str | None = None
     split: Literal["all", "train", "validation"] = "all"
-    validation_fraction: float = 0.1
-    context_length: int | None = None
-    stride: int | None = None
+    validation_fraction: Fraction = 0.1
+    context_length: Positive | None = None
+    stride: Positive | None = None
     lambada: str | None = None
     hellaswag: str | None = None
     responses: str | None = None
-    limit: int | None = None
-    batch_size: int = 8
+    limit: Positive | None = None
+    batch_size: Positive = 8
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     out: str | None = None
 
     def __post_init__(self) -> None:
-        limits = ("n_heads", "context_length", "stride", "limit", "batch_size")
-        check_at_least(vars(self), dict.fromkeys(limits, 1))
-        if not 0 < self.validation_fraction < 1:
-            raise InputError(f"validation_fraction is {self.validation_fraction}; expected a number between 0 and 1")
         needs_run = any(source is not None for source in (self.source, self.lambada, self.hellaswag))
         if not needs_run and self.responses is None:
             raise InputError("nothing to measure; expected --source, --lambada, --hellaswag or --responses")

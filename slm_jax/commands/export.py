@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from slm_jax.config import check_at_least, flatten, parse
+from slm_jax.config import Positive, flatten, parse
 from slm_jax.errors import InputError, MissingInputError
 
 
@@ -27,10 +27,7 @@ class Options:
     out: str
     format: Literal["huggingface", "nanogpt", "book", "adapter"] = "huggingface"
     tokenizer: str | None = None
-    n_heads: int | None = None
-
-    def __post_init__(self) -> None:
-        check_at_least(vars(self), {"n_heads": 1})
+    n_heads: Positive | None = None
 
 
 def main(args: Sequence[str]) -> int:

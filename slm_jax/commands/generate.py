@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from slm_jax.commands import load, set_up, template_of
-from slm_jax.config import check_at_least, check_seed, parse
+from slm_jax.config import Positive, Seed, parse
 from slm_jax.errors import InputError, MissingInputError
 
 if TYPE_CHECKING:
@@ -42,13 +42,13 @@ class Options:
 
     run: str
     tokenizer: str | None = None
-    n_heads: int | None = None
+    n_heads: Positive | None = None
     prompt: str = ""
     prompt_file: str | None = None
     instruction: str | None = None
     input: str = ""
-    num_samples: int = 1
-    max_new_tokens: int = 200
+    num_samples: Positive = 1
+    max_new_tokens: Positive = 200
     temperature: float = 0.8
     top_k: int | None = 50
     top_p: float | None = None
@@ -56,11 +56,9 @@ class Options:
     repetition_penalty: float | None = None
     stop: tuple[str, ...] = ()
     past_context: Literal["slide", "stop"] = "slide"
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
-        check_at_least(vars(self), {"n_heads": 1, "num_samples": 1, "max_new_tokens": 1})
-        check_seed(self.seed)
         self.sampling()
         if self.prompt and self.prompt_file is not None:
             raise InputError(f"prompt is {self.prompt!r:.60} and prompt_file {self.prompt_file}; expected only one")

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from slm_jax.commands import load
-from slm_jax.config import check_at_least, parse
+from slm_jax.config import Positive, parse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,10 +23,7 @@ class Options:
     run: str
     runs_dir: str = "runs"
     tokenizer: str | None = None
-    n_heads: int | None = None
-
-    def __post_init__(self) -> None:
-        check_at_least(vars(self), {"n_heads": 1})
+    n_heads: Positive | None = None
 
 
 def main(args: Sequence[str]) -> int:

@@ -1,16 +1,13 @@
 """``slm-jax plan``: what a run will need of an accelerator that is not here."""
 
-import contextlib
 import dataclasses
-import itertools
 import json
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
-import yaml
+from annotated_types import Ge, Gt, Le
 
-from slm_jax.config import check_at_least, parse, recipe_files
-from slm_jax.errors import InputError
+from slm_jax.config import Positive, given, parse
 from slm_jax.tasks.config import FinetuneConfig, RunConfig
 
 
@@ -31,16 +28,10 @@ class Options(RunConfig):
     """
 
     device: str = "cpu"
-    devices: int = 1
-    mfu: float | None = None
-    tokens: float | None = None
+    devices: Positive = 1
+    mfu: Annotated[float, Gt(0), Le(1)] | None = None
+    tokens: Annotated[float, Ge(1)] | None = None
     format: Literal["table", "json"] = "table"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_at_least(vars(self), {"devices": 1, "tokens": 1})
-        if self.mfu is not None and not 0 < self.mfu <= 1:
-            raise InputError(f"mfu is {self.mfu}; expected a number above 0 and at most 1, such as 0.4")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +41,8 @@ class FinetuneOptions(FinetuneConfig, Options):
 
 def main(args: Sequence[str]) -> int:
     """Read the options and run; see ``slm-jax plan --help``."""
-    if _finetunes(args):
-        return run(parse(FinetuneOptions, args, "slm-jax plan"))
-    return run(parse(Options, args, "slm-jax plan"))
+    pretrains = given(Options, args).get("task", "pretraining") == "pretraining"
+    return run(parse(Options if pretrains else FinetuneOptions, args, "slm-jax plan"))
 
 
 def run(options: Options) -> int:
@@ -70,15 +60,3 @@ def run(options: Options) -> int:
     else:
         print_plan(plan, Console())
     return 0
-
-
-def _finetunes(args: Sequence[str]) -> bool:
-    """Return whether recipes or the command line name a task of fine-tuning; what is wrong with them is told later."""
-    tasks = ["pretraining"]
-    for recipe in recipe_files(Options, args):
-        with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError):
-            values = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-            tasks += [values["task"]] if isinstance(values, dict) and "task" in values else []
-    for word, following in itertools.pairwise([*args, ""]):
-        tasks += [following] if word == "--task" else [word[7:]] if word.startswith("--task=") else []
-    return tasks[-1] in ("classification", "instruction")

@@ -8,9 +8,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from slm_jax.config import check_at_least, parse
+from annotated_types import Ge, Le
+
+from slm_jax.config import NotNegative, Positive, parse
 from slm_jax.errors import InputError
 from slm_jax.files import check_new_file
 
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from slm_jax.tokenizer import Tokenizer
 
 PLAIN_INTERVAL = 5.0  # seconds between two lines where there is no terminal
-_VOCAB_SIZE, _LARGEST_VOCAB_SIZE = 4_096, 1_000_000
+_VOCAB_SIZE = 4_096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,22 +59,18 @@ class Options:
     overwrite: bool = False
     text_column: str | None = None
     tokenizer: str = "gpt2"
-    vocab_size: int | None = None
+    vocab_size: Annotated[int, Ge(257), Le(1_000_000)] | None = None
     deduplicate: bool = True
-    min_characters: int = 0
-    max_symbol_ratio: float | None = None
-    max_repeated_lines: float | None = None
-    show: int = 0
-    context_length: int = 64
+    min_characters: NotNegative = 0
+    max_symbol_ratio: Annotated[float, Ge(0)] | None = None
+    max_repeated_lines: Annotated[float, Ge(0)] | None = None
+    show: NotNegative = 0
+    context_length: Positive = 64
     packing: bool = False
 
     def __post_init__(self) -> None:
-        limits = {"vocab_size": 257, "min_characters": 0, "max_symbol_ratio": 0, "max_repeated_lines": 0}
-        check_at_least(vars(self), {**limits, "show": 0, "context_length": 1})
         if not self.source:
             raise InputError("--source is missing; expected the text, such as text:GLOB")
-        if (self.vocab_size or 0) > _LARGEST_VOCAB_SIZE:
-            raise InputError(f"vocab_size is {self.vocab_size}; expected at most {_LARGEST_VOCAB_SIZE}")
         if self.vocab_size is not None and self.tokenizer != "bpe":
             raise InputError(f"vocab_size is {self.vocab_size}, but {self.tokenizer} has its own; add --tokenizer bpe")
 

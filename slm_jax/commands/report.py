@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from slm_jax.commands import use_compile_cache
-from slm_jax.config import name_words, parse
+from slm_jax.config import parse
 from slm_jax.errors import InputError
 from slm_jax.files import check_new_file, write_file
 
@@ -41,7 +41,7 @@ class Options:
 
 def main(args: Sequence[str]) -> int:
     """Read the options and run; see ``slm-jax report --help``."""
-    return run(parse(Options, name_words(args, "run"), "slm-jax report"))
+    return run(parse(Options, args, "slm-jax report", positional="run"))
 
 
 def run(options: Options) -> int:

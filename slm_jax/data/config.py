@@ -1,9 +1,11 @@
 """Configuration of the data: tokenizer, source, splits and windows, and how rows become examples."""
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
-from slm_jax.config import EXECUTION
+from annotated_types import Ge
+
+from slm_jax.config import Execution, Fraction, NotNegative, Positive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +19,7 @@ class TokenizerConfig:
     """
 
     kind: Literal["bpe", "char", "simple", "gpt2"] = "bpe"
-    vocab_size: int = 4_096
+    vocab_size: Positive = 4_096
     path: str | None = None
 
 
@@ -45,11 +47,11 @@ class DataConfig:
 
     source: str = "builtin:python-docs"
     validation_source: str | None = None
-    validation_fraction: float = 0.1
+    validation_fraction: Fraction = 0.1
     test_source: str | None = None
-    test_fraction: float = 0.2
+    test_fraction: Fraction = 0.2
     sampling: Literal["random", "stride"] = "random"
-    stride: int | None = None
+    stride: Positive | None = None
     shuffle: bool = True
     packing: bool = False
     text_column: str | None = None
@@ -80,7 +82,7 @@ class ClassificationConfig:
     group_duplicates: bool = True
     pooling: Literal["last", "mean", "first"] = "last"
     pad_to: Literal["batch", "longest"] = "batch"
-    max_length: int | None = None
+    max_length: Positive | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,5 +104,5 @@ class InstructionConfig:
     mask_prompt: bool = True
     packing: bool = False
     too_long: Literal["drop", "truncate"] = "drop"
-    max_length: int | None = None
-    responses: int | None = dataclasses.field(default=None, metadata=EXECUTION)
+    max_length: Annotated[int, Ge(2)] | None = None
+    responses: Execution[NotNegative | None] = None

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Literal
 
-from slm_jax.config import check_at_least, parse, recipe_files
+from slm_jax.config import parse, recipe_files
 from slm_jax.data.config import ClassificationConfig, DataConfig, InstructionConfig
 from slm_jax.training.config import BaseRunConfig, CheckpointConfig, OptimizerConfig, SampleConfig, TrainConfig
 
@@ -22,18 +22,35 @@ class RunConfig(BaseRunConfig):
         instruction: fine-tuning on instructions.
     """
 
+    task: Literal["pretraining", "classification", "instruction"] = "pretraining"
     classification: ClassificationConfig = dataclasses.field(default_factory=ClassificationConfig)
     instruction: InstructionConfig = dataclasses.field(default_factory=InstructionConfig)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        values = {
-            "classification.max_length": self.classification.max_length,
-            "instruction.max_length": self.instruction.max_length,
-            "instruction.responses": self.instruction.responses,
-        }
-        limits = {"classification.max_length": 1, "instruction.max_length": 2, "instruction.responses": 0}
-        check_at_least(values, limits)
+    @property
+    def default_run(self) -> str:
+        """Name of the task's recipe whose keys are the defaults."""
+        return TASKS[self.task].recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskDefaults:
+    """What a task does by default.
+
+    Attributes:
+        recipe: name of the recipe with the same keys.
+        source: its data.
+    """
+
+    recipe: str
+    source: str
+
+
+# The registry of tasks: module slm_jax.tasks.NAME and key of its section in RunConfig.
+TASKS = {
+    "pretraining": TaskDefaults("tiny", "builtin:python-docs"),
+    "classification": TaskDefaults("classify_builtin", "builtin:prose-or-code"),
+    "instruction": TaskDefaults("sft_builtin", "builtin:docstrings"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +60,7 @@ class FinetuneConfig(RunConfig):
     task: Literal["pretraining", "classification", "instruction"] = "classification"
     base: str | None = "runs/tiny"
     trainable: Literal["all", "head", "last_block", "last_n_blocks", "lora"] = "last_block"
-    data: DataConfig = dataclasses.field(default_factory=lambda: DataConfig(source="builtin:prose-or-code"))
+    data: DataConfig = dataclasses.field(default_factory=lambda: DataConfig(source=TASKS["classification"].source))
     optimizer: OptimizerConfig = dataclasses.field(
         default_factory=lambda: OptimizerConfig(learning_rate=1e-3, warmup_steps=20)
     )
@@ -54,8 +71,8 @@ class FinetuneConfig(RunConfig):
     sample: SampleConfig = dataclasses.field(default_factory=lambda: SampleConfig(temperature=0.0))
 
     def __post_init__(self) -> None:
-        if self.task == "instruction" and self.data.source == "builtin:prose-or-code":  # has texts with classes
-            object.__setattr__(self, "data", dataclasses.replace(self.data, source="builtin:docstrings"))
+        if self.data.source == TASKS["classification"].source:  # nothing else can be trained on it
+            object.__setattr__(self, "data", dataclasses.replace(self.data, source=TASKS[self.task].source))
         super().__post_init__()
 
 

@@ -8,9 +8,11 @@ starts of a run.
 import dataclasses
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from slm_jax.config import EXECUTION, check_at_least, check_seed, flatten, to_dict
+from annotated_types import Ge, Le
+
+from slm_jax.config import AboveZero, Execution, NotNegative, Positive, Rate, Seed, check
 from slm_jax.data.config import DataConfig, TokenizerConfig
 from slm_jax.errors import InputError
 from slm_jax.files import user_path
@@ -40,17 +42,17 @@ class OptimizerConfig:
     """
 
     kind: Literal["adamw", "muon"] = "adamw"
-    learning_rate: float = 4e-3
-    muon_learning_rate: float = 0.02
+    learning_rate: AboveZero = 4e-3
+    muon_learning_rate: AboveZero = 0.02
     schedule: Literal["cosine", "constant", "wsd"] = "cosine"
-    warmup_steps: int = 100
-    decay_steps: int | None = None
-    final_learning_rate: float | None = None
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.99
-    eps: float = 1e-8
-    clip_norm: float | None = 1.0
+    warmup_steps: NotNegative = 100
+    decay_steps: NotNegative | None = None
+    final_learning_rate: Annotated[float, Ge(0)] | None = None
+    weight_decay: Annotated[float, Ge(0)] = 0.1
+    beta1: Rate = 0.9
+    beta2: Rate = 0.99
+    eps: AboveZero = 1e-8
+    clip_norm: AboveZero | None = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,14 +70,14 @@ class TrainConfig:
         profile: FROM:TO, such as 100:105, the steps between which a profile is written to the run's folder; null: none.
     """
 
-    steps: int | None = dataclasses.field(default=800, metadata=EXECUTION)
-    epochs: float | None = dataclasses.field(default=None, metadata=EXECUTION)
-    batch_size: int = 8
-    accumulate: int = dataclasses.field(default=1, metadata=EXECUTION)
-    eval_every: int = dataclasses.field(default=200, metadata=EXECUTION)
-    eval_batch_size: int | None = dataclasses.field(default=32, metadata=EXECUTION)
-    log_every: int = dataclasses.field(default=10, metadata=EXECUTION)
-    profile: str | None = dataclasses.field(default=None, metadata=EXECUTION)
+    steps: Execution[Positive | None] = 800
+    epochs: Execution[AboveZero | None] = None
+    batch_size: Positive = 8
+    accumulate: Execution[Positive] = 1
+    eval_every: Execution[Positive] = 200
+    eval_batch_size: Execution[Positive | None] = 32
+    log_every: Execution[Positive] = 10
+    profile: Execution[str | None] = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +91,8 @@ class CheckpointConfig:
             goes on from the latest checkpoint of either folder. null: none.
     """
 
-    every: int = 200
-    keep: int = 2
+    every: Positive = 200
+    keep: Positive = 2
     mirror: str | None = None
 
 
@@ -120,9 +122,9 @@ class MeshConfig:
         tensor: reserved; 1.
     """
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
+    data: Annotated[int, Ge(-1)] = -1
+    fsdp: Positive = 1
+    tensor: Annotated[int, Ge(1), Le(1)] = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,11 +139,11 @@ class SampleConfig:
         top_k: how many of the likeliest tokens are drawn from; null: all.
     """
 
-    every: int = 200
+    every: NotNegative = 200
     prompt: str | None = None
-    max_new_tokens: int = 100
-    temperature: float = 0.8
-    top_k: int | None = 50
+    max_new_tokens: Positive = 100
+    temperature: Annotated[float, Ge(0)] = 0.8
+    top_k: Positive | None = 50
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,10 +158,10 @@ class LoRAConfig:
         drop_rate: dropout on what goes into an adapter.
     """
 
-    rank: int = 8
-    alpha: float = 16.0
+    rank: Positive = 8
+    alpha: AboveZero = 16.0
     targets: tuple[str, ...] = ("attn/*", "ff/*")
-    drop_rate: float = 0.0
+    drop_rate: Rate = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,24 +188,22 @@ class ModelConfig:
         dtype: what activations are computed in; auto: bfloat16 where the hardware has it, else float32.
     """
 
-    preset: Literal["tiny", "mini", "gpt2-small", "gpt2-medium", "gpt2-large", "gpt2-xl"] = dataclasses.field(
-        default="tiny", metadata=EXECUTION
-    )
-    vocab_size: int | None = None
-    context_length: int | None = None
-    emb_dim: int | None = None
-    n_heads: int | None = None
-    n_layers: int | None = None
-    drop_rate: float | None = None
+    preset: Execution[Literal["tiny", "mini", "gpt2-small", "gpt2-medium", "gpt2-large", "gpt2-xl"]] = "tiny"
+    vocab_size: Positive | None = None
+    context_length: Positive | None = None
+    emb_dim: Positive | None = None
+    n_heads: Positive | None = None
+    n_layers: Positive | None = None
+    drop_rate: Rate | None = None
     qkv_bias: bool | None = None
     tie_weights: bool | None = None
     bias: bool | None = None
     exact_gelu: bool | None = None
     param_dtype: DType | None = None
-    remat: Remat | None = dataclasses.field(default=None, metadata=EXECUTION)
-    attention: AttentionKind | None = dataclasses.field(default=None, metadata=EXECUTION)
-    unroll: bool | None = dataclasses.field(default=None, metadata=EXECUTION)
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = dataclasses.field(default="auto", metadata=EXECUTION)
+    remat: Execution[Remat | None] = None
+    attention: Execution[AttentionKind | None] = None
+    unroll: Execution[bool | None] = None
+    dtype: Execution[Literal["auto", "float32", "bfloat16", "float16"]] = "auto"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,28 +237,36 @@ class BaseRunConfig:
         lora: the adapters.
     """
 
-    task: Literal["pretraining", "classification", "instruction"] = "pretraining"
-    seed: int = 0
-    run: str | None = dataclasses.field(default=None, metadata=EXECUTION)
-    runs_dir: str = dataclasses.field(default="runs", metadata=EXECUTION)
-    resume: Literal["auto", "never", "must"] = dataclasses.field(default="auto", metadata=EXECUTION)
+    task: str = "pretraining"
+    seed: Seed = 0
+    run: Execution[str | None] = None
+    runs_dir: Execution[str] = "runs"
+    resume: Execution[Literal["auto", "never", "must"]] = "auto"
     base: str | None = None
     base_optimizer: bool = False
     trainable: Literal["all", "head", "last_block", "last_n_blocks", "lora"] = "all"
-    trainable_blocks: int = 2
+    trainable_blocks: Positive = 2
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
-    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig, metadata=EXECUTION)
-    logging: LoggingConfig = dataclasses.field(default_factory=LoggingConfig, metadata=EXECUTION)
-    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig, metadata=EXECUTION)
-    sample: SampleConfig = dataclasses.field(default_factory=SampleConfig, metadata=EXECUTION)
+    checkpoint: Execution[CheckpointConfig] = dataclasses.field(default_factory=CheckpointConfig)
+    logging: Execution[LoggingConfig] = dataclasses.field(default_factory=LoggingConfig)
+    mesh: Execution[MeshConfig] = dataclasses.field(default_factory=MeshConfig)
+    sample: Execution[SampleConfig] = dataclasses.field(default_factory=SampleConfig)
     lora: LoRAConfig = dataclasses.field(default_factory=LoRAConfig)
 
     def __post_init__(self) -> None:
-        _check_numbers(self)
+        check(self)
+        if not self.mesh.data:
+            raise InputError("mesh.data is 0; expected -1 (all devices) or at least 1")
+        if self.train.profile is not None:
+            parse_profile(self.train.profile)
+        for key, folder in (("runs_dir", self.runs_dir), ("checkpoint.mirror", self.checkpoint.mirror)):
+            if folder is not None and not folder.strip():
+                raise InputError(f"{key} is {folder!r}; expected a folder")
+        check_run_name(self.name)
         if self.train.steps is None and self.train.epochs is None:
             raise InputError("train.steps and train.epochs are both null; expected at least one of them")
         if self.train.batch_size % self.train.accumulate:
@@ -266,8 +274,6 @@ class BaseRunConfig:
                 f"train.accumulate is {self.train.accumulate}, which does not divide train.batch_size "
                 f"{self.train.batch_size}; expected a divisor of it"
             )
-        if self.mesh.tensor != 1:
-            raise InputError(f"mesh.tensor is {self.mesh.tensor}; tensor parallelism is not there yet, expected 1")
         if self.trainable != "all" and self.base is None:
             raise InputError(
                 f"trainable is {self.trainable} and base is null; expected a base, as the rest of a new model would "
@@ -280,8 +286,12 @@ class BaseRunConfig:
     @property
     def name(self) -> str:
         """The run's name."""
-        default = {"pretraining": "tiny", "classification": "classify_builtin", "instruction": "sft_builtin"}
-        return default[self.task] if self.run is None else self.run
+        return self.default_run if self.run is None else self.run
+
+    @property
+    def default_run(self) -> str:
+        """The name of a run without a recipe."""
+        return "tiny"
 
     @property
     def folder(self) -> Path:
@@ -312,54 +322,6 @@ class BaseRunConfig:
         if overrides["vocab_size"] > vocab_size:
             overrides["unpadded_vocab_size"] = vocab_size
         return get_gpt_config(preset, dtype=dtype, **overrides)
-
-
-def _check_numbers(config: BaseRunConfig) -> None:
-    """Refuse numbers outside their range, naming key, value and range."""
-    at_least: dict[str, float] = {
-        "tokenizer.vocab_size": 1,
-        "data.stride": 1,
-        "optimizer.warmup_steps": 0,
-        "optimizer.decay_steps": 0,
-        "optimizer.weight_decay": 0,
-        "optimizer.final_learning_rate": 0,
-        "train.steps": 1,
-        "train.batch_size": 1,
-        "train.accumulate": 1,
-        "train.eval_every": 1,
-        "train.eval_batch_size": 1,
-        "train.log_every": 1,
-        "checkpoint.every": 1,
-        "checkpoint.keep": 1,
-        "mesh.fsdp": 1,
-        "sample.every": 0,
-        "sample.max_new_tokens": 1,
-        "sample.temperature": 0,
-        "sample.top_k": 1,
-        "trainable_blocks": 1,
-        "lora.rank": 1,
-    }
-    values = flatten(to_dict(config))
-    check_seed(config.seed)
-    check_at_least(values, at_least)
-    above_zero = ("learning_rate", "muon_learning_rate", "eps", "clip_norm")
-    for key in (*(f"optimizer.{name}" for name in above_zero), "train.epochs", "lora.alpha"):
-        if values[key] is not None and not 0 < values[key] < float("inf"):
-            raise InputError(f"{key} is {values[key]}; expected a number above 0")
-    for key in ("optimizer.beta1", "optimizer.beta2", "lora.drop_rate"):
-        if not 0 <= values[key] < 1:
-            raise InputError(f"{key} is {values[key]}; expected a number of at least 0 and below 1")
-    for key in ("data.validation_fraction", "data.test_fraction"):
-        if not 0 < values[key] < 1:
-            raise InputError(f"{key} is {values[key]}; expected a number between 0 and 1")
-    if config.mesh.data != -1 and config.mesh.data < 1:
-        raise InputError(f"mesh.data is {config.mesh.data}; expected -1 (all devices) or at least 1")
-    if config.train.profile is not None:
-        parse_profile(config.train.profile)
-    for key in ("runs_dir", "checkpoint.mirror"):
-        if values[key] is not None and not values[key].strip():
-            raise InputError(f"{key} is {values[key]!r}; expected a folder, or leave it out")
-    check_run_name(config.name)
 
 
 def parse_profile(steps: str) -> tuple[int, int]:

@@ -12,7 +12,7 @@ import pytest
 import slm_jax
 from slm_jax import cli
 from slm_jax.commands.classify import Options
-from slm_jax.config import name_words, parse
+from slm_jax.config import parse
 from slm_jax.errors import InputError
 from slm_jax.runs import read_checkpoint
 from slm_jax.tokenizer import CharTokenizer
@@ -46,7 +46,7 @@ def test_texts_are_words_that_belong_to_no_option(classifier, capsys):
 
 def test_a_text_is_taken_as_it_was_typed(classifier, capsys):
     texts = ["the cat: {the}", "[cat, dog]", "# the", "null", "", "the\ncat\t sat", "é 🐈", "-1", "--run", "--"]
-    options = parse(Options, name_words(["--run", "x", "--", *texts], "text"), "slm-jax classify")
+    options = parse(Options, ["--run", "x", "--", *texts], "slm-jax classify", positional="text")
     assert options.text == tuple(texts)
     (line,), _ = classify(capsys, "--run", str(classifier), "the\ncat sat")
     assert line.endswith("\tthe cat sat")  # a line for a text

@@ -134,7 +134,10 @@ def test_it_writes_to_a_file_or_says_why_not(weights, files, tmp_path, capsys):
         (["--responses", "none.json"], "none.json: no such file"),
         (["--responses", "~nouser/x"], "cannot be used as a path"),
         (["--responses", __file__], "test_evaluate_command.py: not JSON"),
-        (["--source", "text:x", "--validation-fraction", "1"], "validation_fraction is 1.0; expected a number between"),
+        (
+            ["--source", "text:x", "--validation-fraction", "1"],
+            "validation_fraction is 1.0; expected above 0",
+        ),
         (["--source", "text:x", "--stride", "0"], "stride is 0; expected at least 1"),
         (["--source", "text:x", "--split", "test"], "split is 'test'; expected one of all, train, validation"),
         (["--lambada", "lambada.jsonl"], "lambada.jsonl"),

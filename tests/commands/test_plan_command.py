@@ -40,7 +40,7 @@ def test_every_recipe_can_be_planned(recipe, tmp_path, monkeypatch, capsys):
     ("words", "message"),
     [
         (["--device", "a100"], "device is 'a100'; did you mean a100-80g or a100-40g?"),
-        (["--device", "h100", "--mfu", "40"], "mfu is 40.0; expected a number above 0 and at most 1"),
+        (["--device", "h100", "--mfu", "40"], "mfu is 40.0; expected above 0 and at most 1"),
         (["--device", "h100", "--devices", "0"], "devices is 0; expected at least 1"),
         (["--device", "h100", "--tokens", "many"], "tokens is 'many'; expected a number"),
         (["--device", "h100", "--task", "classification", "--base", "runs/no"], "base runs/no is no run that is there"),
@@ -56,5 +56,5 @@ def test_a_mistake_is_answered_in_one_line(words, message, capsys):
 def test_help_names_every_device(words, capsys):
     with pytest.raises(SystemExit):
         cli.main(["plan", *words, "--help"])
-    listed = " ".join(capsys.readouterr().out.split()).split("--device DEVICE ")[1].partition(": this machine")[0]
+    listed = " ".join(capsys.readouterr().out.split()).split("--device TEXT ")[1].partition(": this machine")[0]
     assert set(listed.replace(", or", ",").split(", ")) == {*(device.name for device in DEVICES), "cpu"}

@@ -131,7 +131,7 @@ def test_mistakes_are_one_line(trained, capsys, tmp_path, monkeypatch):
     assert "unknown key output" in fails(capsys, trained, "--output", "x")
     assert "--out has no value" in fails(capsys, trained, "--out")
     assert "out is ''; expected a file" in fails(capsys, trained, "--out", "")
-    assert "text is ''; expected a text" in fails(capsys, trained, "--text", "")
+    assert "text is ''; expected" in fails(capsys, trained, "--text", "")
     assert f"{trained} and {trained}@20: one run" in fails(capsys, trained, f"{trained}@20")
 
 
