@@ -1,4 +1,4 @@
-"""The blocks of code in a page, and how the tests run each kind as a reader would, only shorter."""
+"""The code blocks of a page, and how the tests run each kind as a reader would, with trainings cut short."""
 
 import contextlib
 import dataclasses
@@ -25,23 +25,45 @@ FENCE = re.compile(
     re.M | re.S,
 )
 LANGUAGES = ("sh", "python", "yaml", "text", "csv", "tsv", "json", "jsonl")  # from text on only shown, or written
-# Of blocks that are not run, and of those that are slow or change the machine, only the options are looked at.
-OTHER_PROGRAMS = ("cd", "git", "hf", "jupyter", "mkdocs", "pip", "pytest", "python", "srun", "tensorboard")
+# Other programs in blocks marked "not run", of which nothing is checked.
+OTHER_PROGRAMS = (
+    "cd",
+    "git",
+    "hf",
+    "jupyter",
+    "lint-imports",
+    "mkdocs",
+    "pip",
+    "pre-commit",
+    "pytest",
+    "python",
+    "srun",
+)
+# Programs that change the machine, serve pages or take long.
+NOT_HERE = ("pip install", "pre-commit", "mkdocs serve", "slm-jax bench startup")
 NOT_RUN = re.compile(r"<!-- not run: (.+) -->")
-# What makes any training short, and its compilation (a loop over the blocks); a base brings its own model.
+# What makes a training short, and its compilation; a base brings its own model.
 SHORT = {
     "train.batch_size": 8, "train.eval_every": 4, "train.eval_batch_size": 64, "sample.max_new_tokens": 4,
     "model.unroll": "false",
 }  # fmt: skip
 SMALL = {"model.emb_dim": 16, "model.n_heads": 2, "model.n_layers": 4, "model.context_length": 128}
+# Trainings that several pages begin with: done once for all pages.
+SHARED = {
+    "python train.py": ["train", "--config", "configs/tiny.yaml", "--tokenizer.vocab_size", "512"],
+    "python finetune.py": ["finetune", "--config", "configs/classify_builtin.yaml"],
+    "python finetune.py --config configs/sft_builtin.yaml": ["finetune", "--config", "configs/sft_builtin.yaml"],
+}
 STAND_IN = re.compile(r"""(?<=--run )gpt2\b(?!-)|(?<=--base )gpt2\b(?!-)|(?<=load_model\(")gpt2(?=")""")
-NEEDS_NAMED = re.compile(r"named:|tinyshakespeare|configs/(shakespeare|verdict|classify_spam|sft_instruction)")
+NEEDS_NAMED = re.compile(
+    r"named:|tinyshakespeare|(configs/|config )(shakespeare|verdict|classify_spam|sft_instruction)"
+)
 NEEDS_GPT2_TOKENS = re.compile(r"gpt2|configs/verdict|tokenizer(\.kind)? gpt2|slm-jax prepare(?!.*--tokenizer)")
 
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """One fenced block: its language, the file it is named after, and why it is not run, where it is not."""
+    """One fenced block: its language, the file it is named after, and why it is not run, if it is not."""
 
     language: str
     title: str | None
@@ -51,11 +73,9 @@ class Block:
 
 
 def blocks(text: str) -> list[Block]:
-    """Return the fenced blocks of a page in order; every fence must be of a block, and be made of three backticks."""
+    """Return the fenced blocks of a page in order."""
     found = []
-    assert not re.search(r"^\s*(>\s*```|````|~~~)", text, re.M), "a fence that is not looked at"
-    fences = len(re.findall(r"^ *```", text, re.M))
-    assert fences == 2 * len(FENCE.findall("\n" + text)), "a fence without its end"
+    assert len(re.findall(r"^ *```", text, re.M)) == 2 * len(FENCE.findall("\n" + text)), "a fence without its end"
     for match in FENCE.finditer("\n" + text):
         title, reason = re.search(r'title="([^"]+)"', match["rest"]), NOT_RUN.search(match["before"])
         body = re.sub(rf"^{match['indent']}", "", match["body"], flags=re.M)
@@ -65,24 +85,21 @@ def blocks(text: str) -> list[Block]:
 
 
 def commands(body: str) -> list[str]:
-    """Return the commands of a shell block: lines, continued ones joined, and what ``&&`` joins apart."""
+    """Return the commands of a shell block: one a line, continued lines joined, ``a && b`` split, comments removed."""
     lines = re.sub(r"\s*\\\n\s*", " ", body).splitlines()
-    return [part.strip() for line in lines for part in re.split(r"\s+&&\s+", line) if part.split("#")[0].strip()]
+    parts = [re.sub(r"(^|\s+)#.*", "", part).strip() for line in lines for part in re.split(r"\s+&&\s+", line)]
+    return [part for part in parts if part]
 
 
 class Reader:
-    """Runs the blocks of one page in a folder that looks like the repository.
-
-    Attributes:
-        namespace: what the page's Python has defined so far.
-    """
+    """Runs the blocks of one page in a folder that looks like a checkout; ``namespace`` is the page's Python so far."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.namespace: dict[str, Any] = {}
 
     def read(self, block: Block) -> None:
-        """Run one block, or look whether it could be run."""
+        """Run one block, or check its options if it is not to be run."""
         if block.title:
             path = self.folder / block.title
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,7 +111,10 @@ class Reader:
         elif block.language == "python":
             compile(block.body, "block.py", "exec") if block.not_run else self.python(block.body)
         elif block.language == "yaml":
-            parse_yaml(block.body, self.folder)
+            path = self.folder / "block.yaml"
+            path.write_text(block.body)
+            assert isinstance(yaml.safe_load(block.body), dict)
+            parse_args(["--config", str(path)])
 
     def python(self, code: str) -> None:
         """Run Python with what the page has defined before."""
@@ -104,12 +124,14 @@ class Reader:
             self.namespace = runpy.run_path(str(path), self.namespace, "block")
 
     def run(self, command: str) -> None:
-        """Run one shell command; training is made short."""
-        if missing(command) or command.startswith(("pip install", "slm-jax bench startup", "mkdocs serve")):
+        """Run one shell command."""
+        if command in SHARED:
+            return
+        if missing(command) or command.startswith(NOT_HERE):
             self.check(command)
             return
-        command = re.sub(r"(?<=runs/)([\w-]+)@\d+", r"\1", STAND_IN.sub("stand-in", command))  # few steps, no such one
-        words = shlex.split(command, comments=True)
+        command = re.sub(r"(?<=runs/)([\w-]+)@\d+", r"\1", STAND_IN.sub("stand-in", command))  # the run has few steps
+        words = shlex.split(command)
         own = slm_jax_words(words)
         if own is None:
             self.shell(command)
@@ -117,39 +139,38 @@ class Reader:
         environment = dict(word.split("=", 1) for word in words[: words.index(own[0])])
         own = shorter(own[1:])
         if environment:
-            done = subprocess.run(
-                [sys.executable, "-m", "slm_jax", *own], env=os.environ | environment, capture_output=True, text=True
-            )
+            program = [sys.executable, "-m", "slm_jax", *own]
+            done = subprocess.run(program, env=os.environ | environment, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
             return
         status = in_this_process(own)
         assert status == 0 or (own[0] == "doctor" and status == 1), f"{command}: exit status {status}"
 
     def shell(self, command: str) -> None:
-        """Run what is not only slm_jax's, in a shell that finds this environment's programs."""
+        """Run another program in a shell that finds this environment's programs."""
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        if short := re.match(r"python benchmarks/[^ ]+|pytest", command):  # long, and with tests of their own
+        if short := re.match(r"python benchmarks/[^ ]+|pytest", command):  # they take long and have tests of their own
             command = f"{short[0]} --help"
         environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)}
         done = subprocess.run(["bash", "-ec", command], env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, f"{command}: {done.stderr}"
 
     def check(self, command: str) -> None:
-        """Look whether the options of a command exist, without running it."""
-        words = shlex.split(command, comments=True)
+        """Check that the options of a command exist, without running it."""
+        words = shlex.split(command)
         if command.startswith("pip install"):
             known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
             for extras in re.findall(r"\[([\w,]+)\]", command):
                 assert set(extras.split(",")) <= set(known), command
         own = slm_jax_words(words)
-        assert own or words[0] in OTHER_PROGRAMS or "=" in words[0], f"{command}: not a program that pages speak of"
+        assert own or words[0] in OTHER_PROGRAMS or "=" in words[0], f"{command}: unknown program"
         if own is not None and own[1:]:
             with unittest.mock.patch(f"{cli.COMMANDS[own[1]][0]}.run", return_value=0):
-                in_this_process(own[1:], expected=(0,))
+                assert in_this_process(own[1:]) == 0, command
 
 
 def slm_jax_words(words: list[str]) -> list[str] | None:
-    """Return the program and words of a command that is only slm_jax's, environment before it dropped; else None."""
+    """Return the words of a command of slm_jax without the environment before it; None for other programs."""
     while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
         words = words[1:]
     if not words or {"|", ">", "<", ";"} & set(words):
@@ -162,7 +183,7 @@ def slm_jax_words(words: list[str]) -> list[str] | None:
 
 
 def shorter(words: list[str]) -> list[str]:
-    """Return the words of a command with what makes it short."""
+    """Return the words of a command, with options that make it short."""
     more: dict[str, object] = {}
     if words[0] in ("train", "finetune") and "--help" not in words:
         more = dict(SHORT)
@@ -181,31 +202,20 @@ def shorter(words: list[str]) -> list[str]:
     return [*words, *(part for key, value in more.items() for part in (f"--{key}", str(value)))]
 
 
-def in_this_process(words: list[str], expected: tuple[int, ...] = ()) -> int:
-    """Run a command of slm_jax as its program does, on an empty standard input; return its exit status."""
-    out, before = io.StringIO(), sys.stdin
-    sys.stdin = io.StringIO("Hello\n")
+def in_this_process(words: list[str]) -> int:
+    """Run a command of slm_jax as its program does; return its exit status."""
+    before, sys.stdin = sys.stdin, io.StringIO("Hello\n")
     try:
-        with contextlib.redirect_stdout(out):
-            status = cli.main(words)
+        with contextlib.redirect_stdout(io.StringIO()):
+            return cli.main(words)
     except SystemExit as end:
-        status = int(end.code or 0)
+        return int(end.code or 0)
     finally:
         sys.stdin = before
-    assert not expected or status in expected, f"{shlex.join(words)}: exit status {status}"
-    return status
-
-
-def parse_yaml(text: str, folder: Path) -> None:
-    """Read a recipe, or a part of one, as a run would."""
-    assert isinstance(yaml.safe_load(text), dict)
-    path = folder / "block.yaml"
-    path.write_text(text)
-    parse_args(["--config", str(path)])
 
 
 def missing(command: str) -> bool:
-    """Return whether a command needs texts or GPT-2's tokens, and they are not on this machine."""
+    """Return whether a command needs texts or GPT-2's tokens that are not on this machine."""
     if NEEDS_NAMED.search(command) and not os.environ.get("SLM_JAX_DATA"):
         return True
     return bool(NEEDS_GPT2_TOKENS.search(command)) and not os.environ.get("TIKTOKEN_CACHE_DIR")
