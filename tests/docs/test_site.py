@@ -4,6 +4,7 @@ import dataclasses
 import html.parser
 import json
 import os
+import pydoc
 import re
 import subprocess
 import sys
@@ -27,6 +28,7 @@ TEXTS = [
     *sorted(DOCS.rglob("*.md")),
     *sorted((ROOT / "notebooks").glob("*_*.py")),
 ]
+MODULES = {"slm_jax", *(path.stem for path in (ROOT / "slm_jax").glob("[a-z]*") if path.stem != "train")}
 
 
 def build(folder: Path) -> None:
@@ -151,6 +153,14 @@ def test_links_of_the_notebooks_into_the_repository_lead_to_files():
         text = "".join("".join(cell["source"]) for cell in json.loads(notebook.read_text())["cells"])
         for target in re.findall(rf"{re.escape(REPOSITORY)}/(?:blob|tree)/main/([^)\s#]+)", text):
             assert (ROOT / target).exists(), (notebook.name, target)
+
+
+def test_the_names_beside_those_of_the_book_exist():
+    rows = re.findall(r"^\| (?!the book)[^|]* \| ([^|]*) \|", (DOCS / "book.md").read_text(), re.M)
+    code = {name for cell in rows for name in re.findall(r"`(\w+(?:\.\w+)+)(?:\(.*?\))?`", cell)}
+    names = {name.removeprefix("slm_jax.") for name in code if name.split(".")[0] in MODULES}
+    assert len(names) > 30
+    assert [name for name in names if not pydoc.locate(f"slm_jax.{name}")] == []
 
 
 def test_what_the_texts_import_is_in_the_reference():
