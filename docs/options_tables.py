@@ -1,15 +1,19 @@
-"""The options of commands and the keys of recipes, as lists for a page, from the dataclasses that the program reads.
+"""Lists for the reference, made from the program itself.
 
-A page has ``<!-- options: COMMAND -->`` (or ``bench KIND``), ``<!-- keys: SECTION -->``, ``<!-- commands -->`` or
-``<!-- presets -->``.
+A page has ``<!-- options: COMMAND -->`` (or ``bench KIND``), ``<!-- keys: SECTION -->``, ``<!-- commands -->``,
+``<!-- presets -->``, ``<!-- names -->`` or ``<!-- modules: PACKAGE -->``.
 """
 
 import dataclasses
 import html
 import importlib
+import inspect
+import pkgutil
 import re
+from collections.abc import Callable
 from typing import Any
 
+import slm_jax
 from slm_jax.cli import COMMANDS
 from slm_jax.config import EXECUTION, Key, describe, flatten, keys
 from slm_jax.model import PRESETS, count_params, get_gpt_config
@@ -20,13 +24,45 @@ OF_FINETUNE = flatten(dataclasses.asdict(FinetuneConfig()))
 
 
 def fill_in(markdown: str) -> str:
-    """Replace the comments that stand for lists of options; an unknown command or section is an error."""
-    tables = {"commands": command_table, "presets": preset_table, "options": command_options, "keys": section_keys}
+    """Replace the comments that stand for lists; an unknown command, section or package is an error."""
+    tables: dict[str, Callable[..., str]] = {
+        "commands": command_table,
+        "presets": preset_table,
+        "options": command_options,
+        "keys": section_keys,
+        "modules": package_modules,
+        "names": public_names,
+    }
     return re.sub(
-        r"<!-- (commands|presets|options|keys)(?:: ([\w ]+))? -->",
+        rf"<!-- ({'|'.join(tables)})(?:: ([\w. ]+))? -->",
         lambda match: tables[match[1]](*([match[2]] if match[2] else [])),
         markdown,
     )
+
+
+def package_modules(package: str) -> str:
+    """Return the directives that document all public modules of a package, without its configuration."""
+    found = pkgutil.iter_modules(importlib.import_module(package).__path__)
+    names = [one.name for one in found if not one.ispkg and one.name != "config" and not one.name.startswith("_")]
+    return "\n\n".join(f"::: {package}.{name}" for name in names)
+
+
+def public_names() -> str:
+    """Return the public names of slm_jax, with the first sentence of their docstrings."""
+    rows = ["| name | description |", "|---|---|"]
+    for name in slm_jax.__all__:
+        thing = getattr(slm_jax, name)
+        about = inspect.cleandoc(thing.__doc__ or "").partition("\n\n")[0].replace("\n", " ")
+        about = re.split(r"(?<!al)\. ", re.sub(r":\w+:`~?(?:[\w.]*\.)?(\w+)`", r"`\1`", about))[0]
+        rows.append(f"| [`{name}`][{address(thing)}] | {_escaped(about.rstrip('.'))} |")
+    return "\n".join(rows)
+
+
+def address(thing: Any) -> str:
+    """Return the dotted path of the module that defines a public name, and of a package its first module."""
+    if not inspect.ismodule(thing):
+        return f"{thing.__module__}.{thing.__qualname__}"
+    return f"{thing.__name__}.pretraining" if thing.__name__ == "slm_jax.tasks" else thing.__name__
 
 
 def command_table() -> str:
