@@ -1,11 +1,9 @@
-"""Fine-tune a GPT: ``python finetune.py [--config FILE.yaml] [--any.key value]``, the same as ``slm-jax finetune``."""
+"""Fine-tune a GPT: ``python finetune.py [--config RECIPE] [--any.key value]``, the same as ``slm-jax finetune``."""
 
 import sys
 
-try:
-    from slm_jax.cli import main
-except KeyboardInterrupt:  # Ctrl-C while JAX is being imported, when there is nothing to save yet
-    sys.exit(130)
+from slm_jax.cli import main
 
 if __name__ == "__main__":
-    raise SystemExit(main(["finetune", *sys.argv[1:]]))
+    sys.argv.insert(1, "finetune")
+    raise SystemExit(main())

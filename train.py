@@ -1,11 +1,9 @@
-"""Pretrain a GPT: ``python train.py [--config FILE.yaml] [--any.key value]``, the same as ``slm-jax train``."""
+"""Pretrain a GPT: ``python train.py [--config RECIPE] [--any.key value]``, the same as ``slm-jax train``."""
 
 import sys
 
-try:
-    from slm_jax.cli import main
-except KeyboardInterrupt:  # Ctrl-C while JAX is being imported, when there is nothing to save yet
-    sys.exit(130)
+from slm_jax.cli import main
 
 if __name__ == "__main__":
-    raise SystemExit(main(["train", *sys.argv[1:]]))
+    sys.argv.insert(1, "train")
+    raise SystemExit(main())
