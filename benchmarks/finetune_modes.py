@@ -15,8 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slm_jax.classifier import GPTClassifier
-from slm_jax.model import Params, get_gpt_config
+from slm_jax.model import GPTClassifier, Params, get_gpt_config
 from slm_jax.tasks.classification import make_loss_fn
 from slm_jax.tasks.config import FinetuneConfig
 from slm_jax.training.config import LoRAConfig, OptimizerConfig

@@ -31,7 +31,8 @@ import numpy as np
 
 from slm_jax import GPTConfig, GPTModel, generate, get_gpt_config
 from slm_jax.errors import InputError
-from slm_jax.model import init_params, unstack_blocks
+from slm_jax.model import init_params
+from slm_jax.nn.blocks import unstack_blocks
 from slm_jax.runs import load_gpt2
 from slm_jax.weights.writer import save_gpt2
 

@@ -121,7 +121,8 @@ def _slm_jax_generation(work: Work) -> Rounds:
     import jax
 
     from slm_jax import GPTConfig, GPTModel, generate
-    from slm_jax.model import init_params, unstack_blocks
+    from slm_jax.model import init_params
+    from slm_jax.nn.blocks import unstack_blocks
 
     dtype: Any = work.dtype
     cfg = GPTConfig(

@@ -19,8 +19,8 @@ import numpy as np
 import yaml
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from slm_jax.attention import choose_implementation
 from slm_jax.model import GPTConfig, GPTModel, get_gpt_config, init_params, param_shapes
+from slm_jax.nn.fused_attention import choose_implementation
 from slm_jax.nn.target import Target, compiling_for
 from slm_jax.tasks.pretraining import make_loss_fn
 from slm_jax.tools.plan.memory import Work, state_bytes, step_memory

@@ -18,10 +18,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import safe_open
+from slm_jax.nn.layers import LayerNorm, gelu
 
 import slm_jax
 from slm_jax.model import FeedForward, get_gpt_config
-from slm_jax.nn.layers import LayerNorm, gelu
 
 jax.config.update("jax_default_matmul_precision", "highest")  # GPUs and TPUs otherwise round the factors of a product
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#7F7F7F"  # told apart by colour-blind readers too

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from slm_jax import attention, model, tasks, tokenizer
-    from slm_jax.classifier import GPTClassifier
     from slm_jax.evaluation.capture import ablate, capture
     from slm_jax.generation.decode import generate
-    from slm_jax.model import GPTConfig, GPTModel, get_gpt_config, init_cache, unstack_blocks
+    from slm_jax.model import GPTClassifier, GPTConfig, GPTModel, get_gpt_config, init_cache
+    from slm_jax.nn.blocks import unstack_blocks
     from slm_jax.runs import Run, load_classifier, load_gpt2, load_model, load_run
     from slm_jax.tokenizer import get_tokenizer
     from slm_jax.weights import adapters as lora
@@ -44,7 +44,7 @@ __all__ = [
 
 # The module of each public name; a module that is public itself has its own path.
 _HOMES = {
-    "GPTClassifier": "classifier",
+    "GPTClassifier": "model",
     "GPTConfig": "model",
     "GPTModel": "model",
     "Run": "runs",
@@ -59,7 +59,7 @@ _HOMES = {
     "load_model": "runs",
     "load_run": "runs",
     "save_gpt2": "weights.writer",
-    "unstack_blocks": "model",
+    "unstack_blocks": "nn.blocks",
 }
 _MODULES = {
     "attention": "attention",

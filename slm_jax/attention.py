@@ -1,4 +1,4 @@
-"""Attention, one step at a time: from a weighted average without parameters to the layer that GPTModel uses.
+"""Attention, one step at a time: from a weighted average without parameters to several heads at once.
 
 Read it top to bottom. Each step keeps what the one before it had and adds one idea:
 
@@ -7,9 +7,11 @@ Read it top to bottom. Each step keeps what the one before it had and adds one i
 3. `CausalAttention`: no token sees the tokens after it, and dropout hides some of the rest during training.
 4. `MultiHeadAttentionWrapper`: several of step 3 side by side.
 5. `MultiHeadAttention`: the same with one matrix per role, cut into heads, and a projection that mixes them.
-6. `FusedMultiHeadAttention`: step 5 in one matrix multiplication, on the fastest kernel the machine has.
 
-Every step can hand back its attention weights (`return_weights=True`) to be drawn: row t holds how much of each
+The layer that GPTModel uses, :class:`slm_jax.nn.fused_attention.FusedMultiHeadAttention`, is step 5 on the fastest
+kernel that the machine has.
+
+Every step can return its attention weights (`return_weights=True`) to be drawn: row t holds how much of each
 token goes into output t. They are the weights that were used, so after dropout where dropout is on.
 
 Sources: Vaswani et al., "Attention Is All You Need" (2017), section 3.2; Raschka, "Build a Large Language Model
@@ -17,25 +19,14 @@ Sources: Vaswani et al., "Attention Is All You Need" (2017), section 3.2; Raschk
 """
 
 import math
-from functools import partial
-from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax.typing import Dtype, Initializer
 from jax import Array
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 
 from slm_jax.errors import InputError
-from slm_jax.nn.cache import LayerCache, cached_attention
-from slm_jax.nn.flash import flash_attention
-from slm_jax.nn.flash import obstacle as flash_obstacle
-from slm_jax.nn.layers import Dense
-from slm_jax.nn.lora import Adapter
-from slm_jax.nn.target import target
-
-Implementation = Literal["auto", "xla", "cudnn", "flash", "explicit"]
 
 # --- Step 1: attention without anything to learn ---
 
@@ -88,7 +79,7 @@ class SelfAttention(nn.Module):
         self, x: Float[Array, "*batch seq d_in"], *, return_weights: bool = False
     ) -> Float[Array, "*batch seq d_out"] | tuple[Float[Array, "*batch seq d_out"], Float[Array, "*batch seq seq"]]:
         """Return the context vectors (..., seq, d_out), or with `return_weights` the pair (context, weights)."""
-        _check_width(x, self.d_in)
+        _check(x, self.d_in)
         queries = nn.Dense(self.d_out, use_bias=self.qkv_bias, name="query")(x)
         keys = nn.Dense(self.d_out, use_bias=self.qkv_bias, name="key")(x)
         values = nn.Dense(self.d_out, use_bias=self.qkv_bias, name="value")(x)
@@ -131,9 +122,7 @@ class CausalAttention(nn.Module):
         self, x: Float[Array, "*batch seq d_in"], *, deterministic: bool = True, return_weights: bool = False
     ) -> Float[Array, "*batch seq d_out"] | tuple[Float[Array, "*batch seq d_out"], Float[Array, "*batch seq seq"]]:
         """Return the context vectors (..., seq, d_out), or with `return_weights` the pair (context, weights)."""
-        _check_width(x, self.d_in)
-        _check_length(x, self.context_length)
-        _check_rate(self.drop_rate)
+        _check(x, self.d_in, context_length=self.context_length, drop_rate=self.drop_rate)
         queries = nn.Dense(self.d_out, use_bias=self.qkv_bias, name="query")(x)
         keys = nn.Dense(self.d_out, use_bias=self.qkv_bias, name="key")(x)
         values = nn.Dense(self.d_out, use_bias=self.qkv_bias, name="value")(x)
@@ -252,14 +241,18 @@ class MultiHeadAttention(nn.Module):
         self, x: Float[Array, "batch seq d_in"], *, deterministic: bool = True, return_weights: bool = False
     ) -> Float[Array, "batch seq d_out"] | tuple[Float[Array, "batch seq d_out"], Float[Array, "batch heads seq seq"]]:
         """Return the context vectors (batch, seq, d_out), or with `return_weights` the pair (context, weights)."""
-        _check_width(x, self.d_in)
-        _check_length(x, self.context_length)
-        _check_rate(self.drop_rate)
-        head_dim = _head_dim("d_out", self.d_out, self.n_heads)
+        _check(
+            x,
+            self.d_in,
+            context_length=self.context_length,
+            drop_rate=self.drop_rate,
+            d_out=self.d_out,
+            n_heads=self.n_heads,
+        )
         batch, seq, _ = x.shape
 
         # (batch, seq, d_out) -> (batch, seq, n_heads, head_dim): cutting the last axis moves no numbers.
-        heads = (batch, seq, self.n_heads, head_dim)
+        heads = (batch, seq, self.n_heads, self.d_out // self.n_heads)
         queries = nn.Dense(self.d_out, use_bias=self.qkv_bias, name="query")(x).reshape(heads)
         keys = nn.Dense(self.d_out, use_bias=self.qkv_bias, name="key")(x).reshape(heads)
         values = nn.Dense(self.d_out, use_bias=self.qkv_bias, name="value")(x).reshape(heads)
@@ -276,231 +269,17 @@ class MultiHeadAttention(nn.Module):
         return (context, weights) if return_weights else context
 
 
-# --- Step 6: the one GPTModel uses ---
+# --- Checks of the inputs ---
 
 
-class FusedMultiHeadAttention(nn.Module):
-    """Step 5 made fast: one matrix for q, k and v together, and a kernel that suits the machine; same result.
-
-    One (D, 3D) multiplication keeps an accelerator busier than three of (D, D). The attention itself goes to flash
-    attention where there is one (cuDNN's on recent NVIDIA GPUs, a Pallas kernel on TPUs), which never writes the
-    (seq, seq) weights to memory, and to `causal_attention` or `jax.nn.dot_product_attention` otherwise: see
-    `choose_implementation`.
-
-    Input and output (batch, seq, emb_dim), weights (batch, n_heads, seq, seq).
-    Params: `qkv/kernel` (D, 3D), its columns q, k, v and within each head after head; `qkv/bias` (3D,) only with
-    `qkv_bias`; `out_proj/kernel` (D, D); `out_proj/bias` (D,) only with `out_bias`.
-
-    `dtype` is what is computed in (None: that of inputs and params), `param_dtype` what the params are kept in; the
-    softmax is float32 in any case. Dropout on the weights draws from the 'dropout' rng when `deterministic=False`.
-
-    Source: Vaswani et al., section 3.2.2; book, section 3.6.2; flash attention: Dao et al. (2022).
-    """
-
-    emb_dim: int
-    n_heads: int
-    drop_rate: float = 0.0
-    qkv_bias: bool = False
-    out_bias: bool = True
-    dtype: Dtype | None = None
-    param_dtype: Dtype = jnp.float32
-    kernel_init: Initializer = nn.initializers.lecun_normal()
-    out_kernel_init: Initializer = nn.initializers.lecun_normal()
-    implementation: Implementation = "auto"
-
-    @overload
-    def __call__(
-        self,
-        x: Array,
-        *,
-        mask: Array | None = ...,
-        segment_ids: Array | None = ...,
-        deterministic: bool = ...,
-        return_weights: Literal[False] = ...,
-    ) -> Array: ...
-    @overload
-    def __call__(
-        self,
-        x: Array,
-        *,
-        mask: Array | None = ...,
-        segment_ids: Array | None = ...,
-        deterministic: bool = ...,
-        return_weights: Literal[True],
-    ) -> tuple[Array, Array]: ...
-    @overload
-    def __call__(self, x: Array, *, cache: LayerCache, start: Array | None) -> tuple[Array, LayerCache]: ...
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "batch seq emb"],
-        *,
-        mask: Bool[Array, "#batch 1 seq seq"] | None = None,
-        segment_ids: Int[Array, "batch seq"] | None = None,
-        deterministic: bool = True,
-        return_weights: bool = False,
-        cache: LayerCache | None = None,
-        start: Int[Array, "batch"] | None = None,
-    ) -> Float[Array, "batch seq emb"] | tuple[Float[Array, "batch seq emb"], Any]:
-        """Return the layer's output (batch, seq, emb), or with `return_weights` the pair (output, weights).
-
-        With a `cache`, which holds `start` tokens of each row, the tokens go on from those, and the result is the pair
-        (output, extended cache); there is no mask, dropout or choice of implementation then.
-
-        `segment_ids` are those of documents packed into one row: a token attends only within its own. `mask`, for
-        anything else, is True where attention is allowed, and only ever takes away from what the causal mask allows.
-        Whatever it says, a token may attend to itself, so that no row of weights is empty.
-        """
-        _check_width(x, self.emb_dim)
-        _check_rate(self.drop_rate)
-        head_dim = _head_dim("emb_dim", self.emb_dim, self.n_heads)
-        batch, seq, _ = x.shape
-        if mask is not None:
-            mask = mask | jnp.eye(seq, dtype=bool)
-
-        dense = partial(Dense, dtype=self.dtype, param_dtype=self.param_dtype)
-        qkv = dense(3 * self.emb_dim, use_bias=self.qkv_bias, kernel_init=self.kernel_init, name="qkv")(x)
-        heads = (batch, seq, self.n_heads, head_dim)
-        q, k, v = (
-            Adapter(name=f"{name}_adapter")(columns.reshape(heads), x, deterministic)
-            for name, columns in zip("qkv", jnp.split(qkv, 3, axis=-1), strict=True)
-        )
-
-        weights = None
-        if cache is not None:
-            assert start is not None
-            context, cache = cached_attention(q, k, v, cache, start)
-        else:
-            dropping = self.drop_rate > 0 and not deterministic
-            chosen = choose_implementation(
-                self.implementation,
-                q.dtype,
-                head_dim,
-                needs_weights=dropping or return_weights,
-                odd_mask=(mask is not None or segment_ids is not None) and seq % 2 == 1,
-                other_mask=mask is not None,
-            )
-            if segment_ids is not None and chosen != "flash":
-                within = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
-                mask = within if mask is None else mask & within
-            if chosen == "flash":
-                context = flash_attention(q, k, v, segment_ids)
-            elif chosen == "explicit":
-                key = self.make_rng("dropout") if dropping else None
-                context, weights = causal_attention(q, k, v, mask=mask, dropout_rate=self.drop_rate, dropout_key=key)
-            else:
-                context = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation=chosen)
-
-        context = context.reshape(batch, seq, self.emb_dim)
-        out_proj = dense(self.emb_dim, use_bias=self.out_bias, kernel_init=self.out_kernel_init, name="out_proj")
-        output = Adapter(name="out_proj_adapter")(out_proj(context), context, deterministic)
-        if cache is not None:
-            return output, cache
-        return (output, weights) if return_weights else output
-
-
-def choose_implementation(
-    requested: str,
-    dtype: Dtype,
-    head_dim: int,
-    needs_weights: bool,
-    odd_mask: bool = False,
-    device: tuple[str, float | None] | None = None,
-    other_mask: bool = False,
-) -> Literal["xla", "cudnn", "flash", "explicit"]:
-    """Say how attention is to be computed; all ways give the same numbers to rounding.
-
-    "auto" takes flash attention, cuDNN's or a TPU's, where it runs; else `causal_attention` ("explicit") on CPUs, where
-    it was measured faster forward and backward (the whole layer 1.05 to 1.8 times), and jax.nn's "xla" elsewhere. Only
-    "explicit" holds the weights, so dropout on them, or a wish to see them, leads there from "auto" and "xla".
-
-    Args:
-        requested: "auto", "xla", "cudnn", "flash" or "explicit".
-        dtype: of queries, keys and values.
-        head_dim: columns of one head.
-        needs_weights: whether the weights must exist: dropout is active, or they are to be returned.
-        odd_mask: whether there is an extra mask over an odd number of tokens (cuDNN has no gradient for it).
-        device: (JAX's platform name, NVIDIA's compute capability or None), such as ("gpu", 8.0) or ("cpu", None);
-            by default what is compiled for (:func:`slm_jax.nn.target.target`).
-        other_mask: whether there is a mask that segments do not say.
-
-    Raises:
-        InputError: for an unknown name, and for a requested implementation that cannot work here.
-    """
-    platform, capability = target() if device is None else device
-    dtype = jnp.dtype(dtype)
-    obstacles = {  # why it cannot be used, and what would help
-        "cudnn": _cudnn_obstacle(dtype, head_dim, odd_mask, platform, capability),
-        "flash": flash_obstacle(dtype, platform),
-    }
-    if other_mask:
-        obstacles["flash"] = "it knows no mask but that of segments; leave the mask out"
-    if needs_weights:
-        never = "it never forms the weights that dropout and return_weights need; set drop_rate to 0"
-        obstacles = dict.fromkeys(obstacles, never)
-    if requested in obstacles and obstacles[requested] is not None:
-        raise InputError(
-            f"attention implementation {requested!r} cannot be used: {obstacles[requested]}, or use 'auto'"
-        )
-    for name in ("cudnn", "flash"):
-        if requested == name or (requested == "auto" and obstacles[name] is None):
-            return name
-    if requested == "explicit" or (requested in ("auto", "xla") and needs_weights):
-        return "explicit"
-    if requested == "auto":
-        return "explicit" if platform == "cpu" else "xla"
-    if requested != "xla":
-        raise InputError(
-            f"attention implementation {requested!r}, expected 'auto', 'xla', 'cudnn', 'flash' or 'explicit'"
-        )
-    if platform == "cpu" and dtype == jnp.float16:
-        raise InputError("attention implementation 'xla' has no float16 on a CPU: use 'auto', or another dtype")
-    return "xla"
-
-
-def _cudnn_obstacle(dtype: Dtype, head_dim: int, odd_mask: bool, platform: str, capability: float | None) -> str | None:
-    """Say why cuDNN's attention cannot be used, and what would help; None: it can."""
-    if capability is None or capability < 8.0:
-        here = platform if capability is None else f"compute capability {capability}"
-        return f"it needs an NVIDIA GPU of compute capability 8.0 or more, and this is {here}; find such a GPU"
-    if dtype not in (jnp.float16, jnp.bfloat16):
-        return f"it computes in float16 or bfloat16, and this is {dtype}; set dtype to bfloat16"
-    if head_dim > 128 or head_dim % 8:
-        return f"it needs emb_dim / n_heads <= 128 and a multiple of 8, and this is {head_dim}; change n_heads"
-    if odd_mask:
-        return "it has no gradient for a mask over an odd number of tokens; make the sequence length even"
-    return None
-
-
-# --- What is refused ---
-
-
-def _check_width(x: Array, expected: int) -> None:
-    if x.shape[-1] != expected:
-        raise InputError(
-            f"attention input of shape {x.shape} has {x.shape[-1]} features, expected {expected}: "
-            "give embeddings of that width, or build the layer for this one"
-        )
-
-
-def _check_length(x: Array, context_length: int) -> None:
-    if x.shape[-2] > context_length:
-        raise InputError(
-            f"sequence of {x.shape[-2]} tokens, expected at most context_length = {context_length}: "
-            "shorten the input or raise context_length"
-        )
-
-
-def _check_rate(drop_rate: float) -> None:
+def _check(
+    x: Array, width: int, *, context_length: int | None = None, drop_rate: float = 0.0, d_out: int = 1, n_heads: int = 1
+) -> None:
+    if x.shape[-1] != width:
+        raise InputError(f"attention input of shape {x.shape} has {x.shape[-1]} features, expected {width}")
+    if context_length is not None and x.shape[-2] > context_length:
+        raise InputError(f"sequence of {x.shape[-2]} tokens, expected at most context_length = {context_length}")
     if not 0 <= drop_rate < 1:
-        raise InputError(f"drop_rate is {drop_rate}, expected 0 <= drop_rate < 1: 0 drops nothing, 0.1 is common")
-
-
-def _head_dim(name: str, width: int, n_heads: int) -> int:
-    if n_heads < 1 or width % n_heads:
-        raise InputError(
-            f"{name} = {width} cannot be cut into n_heads = {n_heads} equal heads: "
-            f"choose n_heads that divides {name}, or change {name}"
-        )
-    return width // n_heads
+        raise InputError(f"drop_rate is {drop_rate}, expected 0 <= drop_rate < 1")
+    if n_heads < 1 or d_out % n_heads:
+        raise InputError(f"d_out is {d_out}, expected a multiple of n_heads = {n_heads}")

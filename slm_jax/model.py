@@ -1,14 +1,13 @@
-"""GPT-2 as Flax modules: configuration, layer norm, feed-forward, transformer block, the whole model.
+"""GPT-2 as Flax modules: configuration, presets, transformer block, the whole model, and a classifier made of it.
 
-The parameters are a plain nested dict. All blocks are stacked: every leaf under ``blocks`` has the layer as its
-first axis, and one block's code is applied along it (``flax.linen.scan``). How the stack is executed, as a loop,
-unrolled, rematerialised or in consecutive segments, never changes that tree.
+The parameters are a plain nested dict, whose axes :mod:`slm_jax.nn.axes` names. All blocks are stacked: every leaf
+under ``blocks`` has the layer as its first axis, and one block's code is applied along it (``flax.linen.scan``). How
+the stack is executed (as a loop, unrolled, rematerialised or in consecutive segments) never changes that tree.
 
 Sources: Radford et al. 2019 (GPT-2); the book's chapter 4.
 """
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
@@ -18,18 +17,20 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from slm_jax.attention import FusedMultiHeadAttention
 from slm_jax.errors import InputError
+from slm_jax.nn.axes import STACK, Params, count
+from slm_jax.nn.blocks import segment_lengths
 from slm_jax.nn.cache import KVCache, LayerCache
-from slm_jax.nn.heads import float32_logits
-from slm_jax.nn.layers import Dense, LayerNorm, gelu
+from slm_jax.nn.fused_attention import FusedMultiHeadAttention
+from slm_jax.nn.fused_attention import Implementation as AttentionKind
+from slm_jax.nn.heads import OutHead, Pooling, float32_logits, pool
 from slm_jax.nn.lora import Adapter
+from slm_jax.nn.mlp import FeedForward
+from slm_jax.nn.norms import LayerNorm
 from slm_jax.nn.target import target
 
 DType = Literal["float32", "bfloat16", "float16"]
 Remat = Literal["none", "dots", "full"]
-AttentionKind = Literal["auto", "xla", "cudnn", "flash", "explicit"]
-Params = dict[str, Any]
 
 INIT_STD = 0.02  # GPT-2's standard deviation for every weight matrix
 
@@ -148,26 +149,18 @@ def get_gpt_config(name: str = "gpt2-small", **overrides: Any) -> GPTConfig:
     return GPTConfig(**{**preset, **overrides})
 
 
-class FeedForward(nn.Module):
-    """Expand to four times the width, GELU (Hendrycks & Gimpel 2016; GPT-2 has its tanh form), and project back."""
-
-    cfg: GPTConfig
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "batch seq emb"], deterministic: bool = True) -> Float[Array, "batch seq emb"]:
-        """Map (batch, seq, emb) to the same shape, each position by itself."""
-        cfg = self.cfg
-        common: dict[str, Any] = {"use_bias": cfg.bias, "dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
-        fc = Dense(4 * cfg.emb_dim, kernel_init=nn.initializers.normal(INIT_STD), name="fc", **common)
-        proj = Dense(cfg.emb_dim, kernel_init=residual_init(cfg), name="proj", **common)
-        x = Adapter(name="fc_adapter")(fc(x), x, deterministic)
-        x = gelu(x, cfg.exact_gelu)
-        return Adapter(name="proj_adapter")(proj(x), x, deterministic)
-
-
-def residual_init(cfg: GPTConfig) -> nn.initializers.Initializer:
-    """GPT-2's initialiser for the 2·n_layers projections that are summed into the residual stream."""
-    return nn.initializers.normal(INIT_STD / math.sqrt(2 * cfg.n_layers))
+def axis_sizes(cfg: GPTConfig) -> dict[str, int]:
+    """Return the size of every axis that :mod:`slm_jax.nn.axes` names; a classifier also has ``classes``."""
+    return {
+        "layers": cfg.n_layers,
+        "embed": cfg.emb_dim,
+        "heads": cfg.n_heads,
+        "kv_heads": cfg.n_heads,
+        "head_dim": cfg.emb_dim // cfg.n_heads,
+        "mlp": 4 * cfg.emb_dim,
+        "vocab": cfg.vocab_size,
+        "positions": cfg.context_length,
+    }
 
 
 class TransformerBlock(nn.Module):
@@ -186,7 +179,12 @@ class TransformerBlock(nn.Module):
     ) -> tuple[Float[Array, "batch seq emb"], LayerCache | None]:
         """Map (batch, seq, emb) to the same shape; the second result is the block's cache, extended, if it has one."""
         cfg = self.cfg
-        norm: dict[str, Any] = {"use_bias": cfg.bias, "dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
+        dtypes: dict[str, Any] = {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
+        # GPT-2 scales down the initial values of the 2 · n_layers projections that are summed into the stream.
+        inits: dict[str, Any] = {
+            "kernel_init": nn.initializers.normal(INIT_STD),
+            "out_kernel_init": nn.initializers.normal(INIT_STD / math.sqrt(2 * cfg.n_layers)),
+        }
         dropout = nn.Dropout(cfg.drop_rate, deterministic=deterministic)
         attention = FusedMultiHeadAttention(
             emb_dim=cfg.emb_dim,
@@ -194,35 +192,22 @@ class TransformerBlock(nn.Module):
             drop_rate=cfg.drop_rate,
             qkv_bias=cfg.qkv_bias and cfg.bias,
             out_bias=cfg.bias,
-            dtype=cfg.dtype,
-            param_dtype=cfg.param_dtype,
-            kernel_init=nn.initializers.normal(INIT_STD),
-            out_kernel_init=residual_init(cfg),
             implementation=cfg.attention,
             name="attn",
+            **dtypes,
+            **inits,
         )
-        normed = LayerNorm(**norm, name="norm1")(x)
+        feed_forward = FeedForward(
+            axis_sizes(cfg)["mlp"], use_bias=cfg.bias, exact_gelu=cfg.exact_gelu, name="ff", **dtypes, **inits
+        )
+        normed = LayerNorm(use_bias=cfg.bias, name="norm1", **dtypes)(x)
         if cache is None:
             attended = attention(normed, segment_ids=segment_ids, deterministic=deterministic)
         else:
             attended, cache = attention(normed, cache=cache, start=start)
         x = x + dropout(attended)
-        x = x + dropout(FeedForward(cfg, name="ff")(LayerNorm(**norm, name="norm2")(x), deterministic))
-        return x, cache
-
-
-class OutHead(nn.Module):
-    """The untied output head: hidden states to float32 logits."""
-
-    cfg: GPTConfig
-
-    @nn.compact
-    def __call__(self, hidden: Float[Array, "batch seq emb"]) -> Float[Array, "batch seq vocab"]:
-        """Map (batch, seq, emb) to float32 (batch, seq, vocab_size)."""
-        cfg = self.cfg
-        shape = (cfg.emb_dim, cfg.vocab_size)
-        kernel = self.param("kernel", nn.initializers.normal(INIT_STD), shape, cfg.param_dtype)
-        return float32_logits(hidden, kernel)
+        normed = LayerNorm(use_bias=cfg.bias, name="norm2", **dtypes)(x)
+        return x + dropout(feed_forward(normed, deterministic)), cache
 
 
 def init_cache(cfg: GPTConfig, params: Params, batch_size: int, capacity: int) -> KVCache:
@@ -244,12 +229,23 @@ def init_cache(cfg: GPTConfig, params: Params, batch_size: int, capacity: int) -
     if not 1 <= capacity <= cfg.context_length:
         raise InputError(f"a cache of {capacity} tokens; expected 1 to the model's context of {cfg.context_length}")
 
-    def empty(n_blocks: int) -> LayerCache:
-        shape = (n_blocks, batch_size * cfg.n_heads, capacity, cfg.emb_dim // cfg.n_heads)
-        return LayerCache(jnp.zeros(shape, cfg.dtype), jnp.zeros(shape, cfg.dtype))
-
-    blocks = {name: empty(length) for name, length in _segment_lengths(params).items()}
+    zeros = {
+        name: jnp.zeros(shape, cfg.dtype)
+        for name, shape in _cache_shapes(cfg, segment_lengths(params), batch_size, capacity).items()
+    }
+    blocks = {name: LayerCache(keys, jnp.copy(keys)) for name, keys in zeros.items()}
     return KVCache(blocks, jnp.zeros(batch_size, jnp.int32))
+
+
+def _cache_shapes(
+    cfg: GPTConfig, segments: Mapping[str, int], batch_size: int, capacity: int
+) -> dict[str, tuple[int, ...]]:
+    """Return the shape of the keys, and of the values, of each segment of blocks."""
+    sizes = axis_sizes(cfg)
+    return {
+        name: (n_blocks, batch_size * sizes["kv_heads"], capacity, sizes["head_dim"])
+        for name, n_blocks in segments.items()
+    }
 
 
 class GPTModel(nn.Module):
@@ -276,9 +272,9 @@ class GPTModel(nn.Module):
         self.drop = nn.Dropout(cfg.drop_rate)
         self.final_norm = LayerNorm(use_bias=cfg.bias, dtype=cfg.dtype, param_dtype=cfg.param_dtype)
         if not cfg.tie_weights:
-            self.out_head = OutHead(cfg)
+            self.out_head = OutHead(cfg.vocab_size, cfg.param_dtype, init)
             self.out_head_adapter = Adapter()
-        segments = _segment_lengths(self.variables.get("params", {})) or {"blocks": cfg.n_layers}
+        segments = segment_lengths(self.variables.get("params", {})) or {STACK: cfg.n_layers}
         for name, length in segments.items():
             setattr(self, name, _block_stack(cfg, length))
         self.segments = segments
@@ -373,11 +369,8 @@ def _check_tokens_fit(
         raise InputError(f"{batch} rows of tokens and a cache for {rows}; make it with batch_size={batch}")
     if seq > capacity:
         raise InputError(f"{seq} tokens are more than the cache's capacity of {capacity}; make a larger one")
-    shapes = {
-        name: (n_blocks, rows * cfg.n_heads, capacity, cfg.emb_dim // cfg.n_heads)
-        for name, n_blocks in segments.items()
-    }
-    if {name: layer.keys.shape for name, layer in cache.blocks.items()} != shapes:
+    shapes = {name: layer.keys.shape for name, layer in cache.blocks.items()}
+    if shapes != _cache_shapes(cfg, segments, rows, capacity):
         raise InputError(
             f"the cache has the segments {', '.join(cache.blocks)} and the params {', '.join(segments)}, or it is of "
             "another shape of model; make it with init_cache(cfg, params, ...) for these"
@@ -411,78 +404,9 @@ def _block_stack(cfg: GPTConfig, length: int) -> nn.Module:
     return stack(cfg)
 
 
-def _segment_lengths(params: Mapping[str, Any]) -> dict[str, int]:
-    """Name and number of blocks of each segment in a params tree, first to last."""
-    names = sorted((n for n in params if n.startswith("blocks")), key=lambda n: int(n.partition("_")[2] or 0))
-    return {name: jax.tree.leaves(params[name])[0].shape[0] for name in names}
-
-
-def split_blocks(params: Params, *cuts: int) -> Params:
-    """Cut the stack of blocks in consecutive segments, ``blocks_0``, ``blocks_1`` …; ``cuts`` are after so many blocks.
-
-    The model runs any such form. Freezing everything but ``blocks_1`` and what follows it saves the backward pass
-    through ``blocks_0``: hand the two parts over as separate trees and differentiate one of them.
-
-    Raises:
-        InputError: cuts that are not ascending, or not between the first block and the last.
-    """
-    length = jax.tree.leaves(params["blocks"])[0].shape[0]
-    bounds = [0, *cuts, length]
-    for cut, end in itertools.pairwise(bounds):
-        if not cut < end:
-            raise InputError(f"cannot cut {length} blocks after {list(cuts)}; expected ascending, 1 to {length - 1}")
-    segments = {
-        f"blocks_{i}": jax.tree.map(lambda leaf, start=start, end=end: leaf[start:end], params["blocks"])
-        for i, (start, end) in enumerate(itertools.pairwise(bounds))
-    }
-    return {**{name: value for name, value in params.items() if name != "blocks"}, **segments}
-
-
-def unstack_blocks(params: Params) -> Params:
-    """Give each block arrays of its own: what generates fastest, as no token then cuts the stack up anew.
-
-    Args:
-        params: a params tree, its blocks stacked, in segments or already apart.
-
-    Returns:
-        The same values with ``blocks_0``, ``blocks_1`` … for ``blocks``; each leaf in them keeps a first axis, of 1.
-    """
-    lengths = _segment_lengths(params).values()
-    if "blocks" not in params and set(lengths) == {1}:
-        return params
-    return _unstack(params if "blocks" in params else join_blocks(params))
-
-
-@jax.jit
-def _unstack(params: Params) -> Params:
-    return split_blocks(params, *range(1, jax.tree.leaves(params["blocks"])[0].shape[0]))
-
-
-def join_blocks(params: Params) -> Params:
-    """Undo :func:`split_blocks`: one stack ``blocks`` again."""
-    names = list(_segment_lengths(params))
-    rest = {name: value for name, value in params.items() if name not in names}
-    stack = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *(params[name] for name in names))
-    return {**rest, "blocks": stack}
-
-
 def init_params(cfg: GPTConfig, key: jax.Array) -> Params:
     """Make a model's parameters in ``param_dtype``; under ``jax.jit`` they are placed as they are made."""
     return GPTModel(cfg).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
-
-
-def axis_sizes(cfg: GPTConfig) -> dict[str, int]:
-    """Return the size of every axis that :mod:`slm_jax.nn.axes` names; a classifier also has ``classes``."""
-    return {
-        "layers": cfg.n_layers,
-        "embed": cfg.emb_dim,
-        "heads": cfg.n_heads,
-        "kv_heads": cfg.n_heads,
-        "head_dim": cfg.emb_dim // cfg.n_heads,
-        "mlp": 4 * cfg.emb_dim,
-        "vocab": cfg.vocab_size,
-        "positions": cfg.context_length,
-    }
 
 
 def param_shapes(cfg: GPTConfig) -> Params:
@@ -493,4 +417,65 @@ def param_shapes(cfg: GPTConfig) -> Params:
 
 def count_params(cfg: GPTConfig) -> int:
     """Count a model's parameters, a tied head once."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(param_shapes(cfg)))
+    return count(param_shapes(cfg))
+
+
+def forward_flops(cfg: GPTConfig, tokens: float, seen: float, n_logits: float) -> float:
+    """Count the FLOPs of a forward pass: 2 for each parameter and token, and 4 · layers · width for each pair attended.
+
+    Args:
+        cfg: the model.
+        tokens: tokens that go through the blocks.
+        seen: tokens that each of them attends to, on average.
+        n_logits: positions whose logits are computed.
+    """
+    sizes = axis_sizes(cfg)
+    multiplied = count(param_shapes(cfg), lambda axes: not axes.is_table and "vocab" not in axes.outputs)
+    pairs = 4.0 * sizes["layers"] * sizes["heads"] * sizes["head_dim"] * seen
+    return (2.0 * multiplied + pairs) * tokens + 2.0 * sizes["embed"] * sizes["vocab"] * n_logits
+
+
+class GPTClassifier(GPTModel):
+    """A GPT with a classification head; its params tree is the GPT's, with ``class_head`` for ``out_head``.
+
+    ``GPTClassifier(cfg, n_classes=2).apply({"params": params}, tokens, lengths)`` gives float32 logits
+    (batch, n_classes). The head is one linear layer with a bias on one vector a text, which ``pooling`` makes of the
+    hidden states: the last real token's, their mean, or the first token's. What lies behind a text's length is ignored.
+
+    Source: the book's chapter 6, which takes the last token.
+    """
+
+    n_classes: int = 2
+    pooling: Pooling = "last"
+
+    def setup(self) -> None:
+        """Create the submodules."""
+        super().setup()
+        init = nn.initializers.normal(INIT_STD)
+        self.class_head = nn.Dense(self.n_classes, kernel_init=init, param_dtype=self.cfg.param_dtype)
+        self.class_head_adapter = Adapter()
+
+    def __call__(  # type: ignore[override]
+        self, tokens: Int[Array, "batch seq"], lengths: Int[Array, "batch"], *, deterministic: bool = True
+    ) -> Float[Array, "batch classes"]:
+        """Compute the logits of the classes.
+
+        Args:
+            tokens: int32 (batch, seq), padded on the right with any ids.
+            lengths: real tokens of each row, at least 1.
+            deterministic: False applies dropout.
+
+        Returns:
+            float32 (batch, n_classes).
+
+        Raises:
+            InputError: more tokens than ``context_length``.
+        """
+        hidden = self.hidden(tokens, deterministic=deterministic)
+        pooled = pool(hidden.astype(jnp.float32), lengths, self.pooling)
+        return self.class_head_adapter(self.class_head(pooled), pooled, deterministic)
+
+
+def init_classifier(model: GPTClassifier, key: jax.Array) -> Params:
+    """Return new parameters."""
+    return model.init(key, jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32))["params"]

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
-from slm_jax.classifier import GPTClassifier
 from slm_jax.data.templates import Template
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.evaluation.classes import Classifier
 from slm_jax.files import new_folder, read_json
-from slm_jax.model import DType, GPTConfig, Params, param_shapes
+from slm_jax.model import DType, GPTClassifier, GPTConfig, Params, param_shapes
+from slm_jax.nn.blocks import merge_params
 from slm_jax.nn.lora import split_adapters
 from slm_jax.tokenizer import FILE_NAME, GPT2Tokenizer, Tokenizer, load_tokenizer, tokenizer_from_dict
 from slm_jax.training.checkpoint import (
@@ -30,7 +30,7 @@ from slm_jax.training.checkpoint import (
 from slm_jax.training.hardware import best_dtype
 from slm_jax.training.run_folder import FROZEN, split_step
 from slm_jax.training.step import TrainState
-from slm_jax.training.trainable import from_leaf_table, merge_params, whole_params
+from slm_jax.training.trainable import from_leaf_table, whole_params
 from slm_jax.weights.hub import find_weights
 from slm_jax.weights.reader import read_weights
 from slm_jax.weights.trees import read_tree, tree_fingerprint

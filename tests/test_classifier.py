@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from slm_jax.classifier import GPTClassifier, pool
 from slm_jax.errors import InputError
-from slm_jax.model import GPTConfig, GPTModel
+from slm_jax.model import GPTClassifier, GPTConfig, GPTModel
+from slm_jax.nn.heads import pool
 
 CFG = GPTConfig(vocab_size=29, context_length=32, emb_dim=16, n_heads=2, n_layers=2, unroll=False)
 POOLINGS = ("last", "mean", "first")

@@ -22,10 +22,9 @@ from slm_jax.model import (
     count_params,
     get_gpt_config,
     init_params,
-    join_blocks,
     param_shapes,
-    split_blocks,
 )
+from slm_jax.nn.blocks import join_blocks, split_blocks
 
 # As a loop, which compiles faster than the unrolled stack; that both give the same numbers is a test below.
 SMALL = GPTConfig(vocab_size=61, context_length=16, emb_dim=24, n_heads=3, n_layers=3, unroll=False)
@@ -93,7 +92,7 @@ def test_the_published_parameter_counts(name, overrides, expected):
 
 def contract(cfg):
     """DESIGN.md's table of the params tree."""
-    L, D, V, T = cfg.n_layers, cfg.emb_dim, cfg.vocab_size, cfg.context_length
+    L, D, H, V, T = cfg.n_layers, cfg.emb_dim, cfg.n_heads, cfg.vocab_size, cfg.context_length
     shapes = {
         "tok_emb/embedding": (V, D),
         "pos_emb/embedding": (T, D),
@@ -101,9 +100,9 @@ def contract(cfg):
         "blocks/norm1/bias": (L, D),
         "blocks/norm2/scale": (L, D),
         "blocks/norm2/bias": (L, D),
-        "blocks/attn/qkv/kernel": (L, D, 3 * D),
-        "blocks/attn/qkv/bias": (L, 3 * D),
-        "blocks/attn/out_proj/kernel": (L, D, D),
+        **{f"blocks/attn/{name}/kernel": (L, D, H, D // H) for name in "qkv"},
+        **{f"blocks/attn/{name}/bias": (L, H, D // H) for name in "qkv"},
+        "blocks/attn/out_proj/kernel": (L, H, D // H, D),
         "blocks/attn/out_proj/bias": (L, D),
         "blocks/ff/fc/kernel": (L, D, 4 * D),
         "blocks/ff/fc/bias": (L, 4 * D),
@@ -114,7 +113,7 @@ def contract(cfg):
         "out_head/kernel": (D, V),
     }
     absent = {"out_head/kernel"} if cfg.tie_weights else set()
-    absent |= set() if cfg.qkv_bias else {"blocks/attn/qkv/bias"}
+    absent |= set() if cfg.qkv_bias else {f"blocks/attn/{name}/bias" for name in "qkv"}
     absent |= set() if cfg.bias else {name for name in shapes if name.endswith("/bias")}
     return {name: shape for name, shape in shapes.items() if name not in absent}
 
@@ -200,14 +199,14 @@ def numpy_gpt2(params, tokens, n_heads):
     size = emb // n_heads
     for layer in range(len(p["blocks/norm1/scale"])):
         b = {name.removeprefix("blocks/"): leaf[layer] for name, leaf in p.items() if name.startswith("blocks/")}
-        qkv = numpy_layer_norm(x, b["norm1/scale"], b["norm1/bias"]) @ b["attn/qkv/kernel"] + b["attn/qkv/bias"]
+        normed = numpy_layer_norm(x, b["norm1/scale"], b["norm1/bias"])
         context = np.zeros_like(x)
         for head in range(n_heads):
-            q, k, v = (qkv[:, part * emb + head * size :][:, :size] for part in range(3))
+            q, k, v = (normed @ b[f"attn/{n}/kernel"][:, head] + b[f"attn/{n}/bias"][head] for n in "qkv")
             for t in range(len(tokens)):
                 scores = np.exp(q[t] @ k[: t + 1].T / np.sqrt(size))
                 context[t, head * size :][:size] = scores / scores.sum() @ v[: t + 1]
-        x = x + context @ b["attn/out_proj/kernel"] + b["attn/out_proj/bias"]
+        x = x + context @ b["attn/out_proj/kernel"].reshape(emb, emb) + b["attn/out_proj/bias"]
         wide = numpy_layer_norm(x, b["norm2/scale"], b["norm2/bias"]) @ b["ff/fc/kernel"] + b["ff/fc/bias"]
         x = x + numpy_gelu(wide) @ b["ff/proj/kernel"] + b["ff/proj/bias"]
     x = numpy_layer_norm(x, p["final_norm/scale"], p["final_norm/bias"])

@@ -132,7 +132,8 @@ class Chat:
     def __init__(self, loaded: "Run", options: Options):
         import jax
 
-        from slm_jax.model import GPTModel, unstack_blocks
+        from slm_jax.model import GPTModel
+        from slm_jax.nn.blocks import unstack_blocks
 
         self._model = GPTModel(loaded.model_config)
         self._params = unstack_blocks(loaded.params)

@@ -89,7 +89,8 @@ def run(options: Options) -> int:
 
     from slm_jax.data.templates import Message
     from slm_jax.generation.decode import stream_text
-    from slm_jax.model import GPTModel, unstack_blocks
+    from slm_jax.model import GPTModel
+    from slm_jax.nn.blocks import unstack_blocks
 
     set_up()
     start = options.prompt if options.prompt_file is None else read_prompt(Path(options.prompt_file))

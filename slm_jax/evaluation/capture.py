@@ -20,20 +20,16 @@ from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Float, Int
 
 from slm_jax.errors import InputError
-from slm_jax.model import GPTConfig, GPTModel, Params, unstack_blocks
+from slm_jax.model import GPTConfig, GPTModel, Params, axis_sizes
+from slm_jax.nn.axes import ADAPTER, INPUT_POINTS, POINTS
+from slm_jax.nn.blocks import unstack_blocks
+from slm_jax.nn.dense import DenseParams
 
-# Of a block, in the order in which they are computed; the last is the block itself.
-_IN_BLOCK = (
-    *("/norm1", "/attn/q", "/attn/k", "/attn/v", "/attn/weights", "/attn/heads", "/attn"),
-    *("/norm2", "/ff/hidden", "/ff", ""),
-)
-
-# What goes into a submodule: its name, and which argument it is.
+# A block's submodules that are watched by their input: the point's name, the axis of its units, the argument's index.
 _INPUTS = {
-    "/attn/out_proj": ("/attn/heads", 0),
-    "/attn/out_proj_adapter": ("/attn/heads", 1),
-    "/ff/proj": ("/ff/hidden", 0),
-    "/ff/proj_adapter": ("/ff/hidden", 1),
+    matrix + suffix: (point, axis, index)
+    for point, (matrix, axis) in INPUT_POINTS.items()
+    for suffix, index in (("", 0), (ADAPTER, 1))
 }
 
 _OPTIONS = ("positions", "segment_ids", "lengths")
@@ -156,7 +152,7 @@ class _Watcher:
     def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], context: Any) -> Any:
         """Do one call, ``call(*args, **kwargs)``, of the module and method that Flax's ``context`` names."""
         module = context.module
-        if context.method_name != "__call__" or not module.path:
+        if context.method_name != "__call__" or not module.path or isinstance(module, DenseParams):
             return call(*args, **kwargs)
         stack, *rest = module.path
         if stack.startswith("blocks_"):
@@ -170,21 +166,20 @@ class _Watcher:
 
     def _watch_input(self, module: nn.Module, block: str, part: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Return the arguments for a submodule whose input has units: the heads, or the neurons."""
-        inside, index = _INPUTS[part]
-        name, x = block + inside, args[index]
-        units = x.reshape(*x.shape[:-1], self.cfg.n_heads if inside == "/attn/heads" else x.shape[-1], -1)
+        point, axis, index = _INPUTS[part]
+        name, x = block + point, args[index]
         if name in self.kept:
-            units = jnp.where(self.kept[name][:, None], units, 0)
-            x = units.reshape(x.shape)
+            units = x.reshape(*x.shape[:2], axis_sizes(self.cfg)[axis], -1)
+            x = jnp.where(self.kept[name][:, None], units, 0).reshape(x.shape)
         if index == 0:
-            self._sow(module, name, units if inside == "/attn/heads" else x)
+            self._sow(module, name, x)
         return (*args[:index], x, *args[index + 1 :])
 
     def _watch_output(
         self, module: nn.Module, block: str, part: str, args: tuple[Any, ...], call: Callable[..., Any]
     ) -> Any:
         """Call a submodule of a block, or the block itself, and return its output."""
-        name = block + part.removesuffix("_adapter")  # the query is what its adapter, if there is one, made of it
+        name = block + part.removesuffix(ADAPTER)  # the query is what its adapter, if there is one, made of it
         if f"{name}/weights" in self.wanted:
             output, weights = call(return_weights=True)
             self._sow(module, f"{name}/weights", weights)
@@ -207,7 +202,7 @@ class _Watcher:
 
 def _find(patterns: str | Sequence[str], cfg: GPTConfig) -> tuple[str, ...]:
     """Return the names of what is to be captured, in the order of the model."""
-    blocks = [f"blocks/{i}{part}" for i in range(cfg.n_layers) for part in _IN_BLOCK]
+    blocks = [f"blocks/{i}{part}" for i in range(cfg.n_layers) for part in POINTS]
     names = ["embeddings", *blocks, "final_norm", "logits"]
     found: set[str] = set()
     for pattern in _listed(patterns):
@@ -223,7 +218,8 @@ def _masks(patterns: str | Sequence[str], cfg: GPTConfig) -> dict[str, np.ndarra
 
     As arguments of the compiled program, so that it is the same whichever head is taken out.
     """
-    shapes = {"": (), "/attn": (), "/attn/heads": (cfg.n_heads,), "/ff": (), "/ff/hidden": (4 * cfg.emb_dim,)}
+    shapes: dict[str, tuple[int, ...]] = {"": (), "/attn": (), "/ff": ()}
+    shapes |= {point: (axis_sizes(cfg)[axis],) for point, (_, axis) in INPUT_POINTS.items()}
     kept = {f"blocks/{i}{part}": np.ones(shape, bool) for i in range(cfg.n_layers) for part, shape in shapes.items()}
     for pattern in _listed(patterns):
         whole, parent, matches = _regex(pattern), _regex(pattern.rpartition("/")[0]), 0

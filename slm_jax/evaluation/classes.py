@@ -9,11 +9,10 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from slm_jax.classifier import GPTClassifier
 from slm_jax.errors import InputError
 from slm_jax.files import write_png
 from slm_jax.generation.decode import round_up
-from slm_jax.model import Params
+from slm_jax.model import GPTClassifier, Params
 from slm_jax.tokenizer import Tokenizer
 
 if TYPE_CHECKING:

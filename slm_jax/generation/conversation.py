@@ -10,7 +10,8 @@ from slm_jax.data.templates import TEMPLATES, Message, Template
 from slm_jax.errors import InputError
 from slm_jax.generation.decode import generate, stream_text
 from slm_jax.generation.sampler import Sampling
-from slm_jax.model import GPTConfig, GPTModel, Params, unstack_blocks
+from slm_jax.model import GPTConfig, GPTModel, Params
+from slm_jax.nn.blocks import unstack_blocks
 from slm_jax.tokenizer import Tokenizer
 
 ANSWERS_AT_A_TIME = 16

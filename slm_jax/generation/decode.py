@@ -17,7 +17,8 @@ from jaxtyping import Array, Float, Int
 
 from slm_jax.errors import InputError
 from slm_jax.generation.sampler import Numbers, Sampling, choose_tokens
-from slm_jax.model import GPTConfig, GPTModel, Params, init_cache, unstack_blocks
+from slm_jax.model import GPTConfig, GPTModel, Params, init_cache
+from slm_jax.nn.blocks import unstack_blocks
 from slm_jax.nn.cache import KVCache
 from slm_jax.tokenizer import Tokenizer
 

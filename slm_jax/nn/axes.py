@@ -37,13 +37,23 @@ class Axes(NamedTuple):
 
     @property
     def is_matrix(self) -> bool:
-        """Whether it maps vectors to vectors: weight decay applies to these, and to embeddings."""
+        """Whether it is a matrix or an embedding, and neither a bias nor a scale; weight decay applies to these."""
         return bool(self.inputs)
 
     @property
     def is_table(self) -> bool:
         """Whether it is an embedding: its rows are looked up, not multiplied (but by a head that is tied to it)."""
         return self.inputs in (("vocab",), ("positions",))
+
+    @property
+    def is_head(self) -> bool:
+        """Whether it belongs to an output head; a tied one is the token embedding, which does not count."""
+        return self.outputs in (("vocab",), ("classes",))
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it is one of the two thin matrices of a LoRA adapter."""
+        return "rank" in self.names
 
     def shape(self, sizes: dict[str, int]) -> tuple[int, ...]:
         """Return the parameter's shape, given the size of every axis."""
@@ -84,8 +94,8 @@ _BLOCK = {
     "ff/proj/bias": "embed",
 }
 TABLE: dict[str, Axes] = {
-    **{path: _axes(text) for path, text in _TOP.items()},
     **{f"{STACK}/{path}": _axes(text)._replace(stack=("layers",)) for path, text in _BLOCK.items()},
+    **{path: _axes(text) for path, text in _TOP.items()},
 }
 
 
@@ -122,5 +132,18 @@ def _join(path: tuple[Any, ...]) -> str:
 
 def count(params: Any, wanted: Callable[[Axes], bool] = lambda axes: True) -> int:
     """Count the parameters of a tree (arrays or shapes) whose axes are ``wanted``."""
-    sizes = map_axes(lambda axes, leaf: leaf.size if axes is not None and wanted(axes) else 0, params)
-    return sum(jax.tree.leaves(sizes))
+
+    def size(axes: Axes | None, leaf: Any) -> int:
+        assert axes is not None, "a leaf that the table does not name"
+        return leaf.size if wanted(axes) else 0
+
+    return sum(jax.tree.leaves(map_axes(size, params)))
+
+
+# What :func:`slm_jax.evaluation.capture.capture` sees of a block, in the order of computation; the last is the block.
+POINTS = (
+    *("/norm1", "/attn/q", "/attn/k", "/attn/v", "/attn/weights", "/attn/heads", "/attn"),
+    *("/norm2", "/ff/hidden", "/ff", ""),
+)
+# Those of them that are the input of a matrix, with the matrix and the axis that counts their units.
+INPUT_POINTS = {"/attn/heads": ("/attn/out_proj", "heads"), "/ff/hidden": ("/ff/proj", "mlp")}

@@ -15,8 +15,8 @@ _LANES = 128  # the kernel wants rows of a multiple of these
 _LARGEST_BLOCK = 512
 
 
-def obstacle(dtype: Any, platform: str) -> str | None:
-    """Say why :func:`flash_attention` cannot be used and what would help; None: it can.
+def flash_obstacle(dtype: Any, platform: str) -> str | None:
+    """Return why :func:`flash_attention` cannot be used; None if it can.
 
     Args:
         dtype: of queries, keys and values.

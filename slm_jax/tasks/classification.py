@@ -11,19 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from slm_jax.classifier import GPTClassifier, init_classifier
 from slm_jax.data.corpus import make_tokenizer
 from slm_jax.data.labelled import LabelledSplits, class_weights, load_labelled
 from slm_jax.data.text_batches import bucket_width, classification_batches, classification_eval_batches, encode_texts
 from slm_jax.evaluation.classes import ClassFigures, class_figures, class_table, draw_confusion
-from slm_jax.model import GPTConfig, Params
+from slm_jax.model import GPTClassifier, GPTConfig, Params, init_classifier
+from slm_jax.nn.blocks import merge_params
 from slm_jax.tasks.base import count_steps, find_base, longest_allowed, new_base, prepare_params
 from slm_jax.tasks.config import RunConfig
 from slm_jax.tokenizer import Tokenizer
 from slm_jax.training.start import Start
 from slm_jax.training.step import Batch, LossFn, Sums
 from slm_jax.training.task import Evaluate, EvaluationSums, Moment, Task
-from slm_jax.training.trainable import merge_params
 
 SPLITS = ("train", "validation", "test")
 

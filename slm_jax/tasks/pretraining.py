@@ -17,6 +17,7 @@ from slm_jax.data.windows import check_window, steps_per_epoch, train_batches, v
 from slm_jax.errors import InputError
 from slm_jax.generation.decode import generate
 from slm_jax.model import GPTModel, Params, init_params
+from slm_jax.nn.blocks import merge_params
 from slm_jax.nn.heads import head_kernel
 from slm_jax.nn.loss import cross_entropy
 from slm_jax.tasks.base import count_steps, find_base, new_base, prepare_params
@@ -24,7 +25,6 @@ from slm_jax.tasks.config import RunConfig
 from slm_jax.training.start import Start
 from slm_jax.training.step import Batch, LossFn, Sums
 from slm_jax.training.task import Task
-from slm_jax.training.trainable import merge_params
 
 PROMPT_TOKENS = 8  # of the validation text, to start a sample with
 

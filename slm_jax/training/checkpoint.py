@@ -26,6 +26,7 @@ from slm_jax.training.step import TrainState
 
 CHECKSUMS = "sha256.json"
 METADATA = "_CHECKPOINT_METADATA"  # Orbax's name
+FORMAT = 2  # of the params tree and the metadata; 1 had query, key and value in one kernel
 
 
 class Checkpoints:
@@ -81,7 +82,7 @@ class Checkpoints:
             force=True,
             overwrite=exists,
             metrics=None if validation_loss is None else {"validation_loss": validation_loss},
-            custom_metadata={**metadata, "validation_loss": validation_loss},
+            custom_metadata={**metadata, "format": FORMAT, "validation_loss": validation_loss},
         )
         self._background = threading.Thread(target=self._finish, args=(response, step))
         self._background.start()
@@ -164,6 +165,8 @@ def read_metadata(folder: Path, step: int) -> dict[str, Any]:
                 raise TypeError(f"{key} is {metadata[key]!r:.40}")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: not a checkpoint of slm_jax ({error!r}); choose another step") from None
+    if (found := metadata.pop("format", 1)) != FORMAT:
+        raise InputError(f"{path}: checkpoint format {found}, from another version of slm_jax; expected {FORMAT}")
     return metadata
 
 

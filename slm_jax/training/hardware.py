@@ -11,7 +11,7 @@ from typing import Literal
 import jax
 
 from slm_jax.errors import InputError
-from slm_jax.model import DType, GPTConfig, count_params
+from slm_jax.model import DType, GPTConfig, forward_flops
 from slm_jax.nn.target import target, target_of
 
 
@@ -115,12 +115,9 @@ def peak_flops(dtype: DType, device: jax.Device | None = None) -> float | None:
 def flops_per_token(cfg: GPTConfig) -> float:
     """Return the FLOPs of training on one token: 6·N + 12·layers·width·context (Chowdhery et al. 2022, appendix B).
 
-    N leaves out the position embeddings; a tied head counts once, as the matrix product that it is.
+    N leaves out embeddings that are only looked up. The backward pass takes twice the FLOPs of the forward pass.
     """
-    n_params = count_params(cfg) - cfg.context_length * cfg.emb_dim
-    if not cfg.tie_weights:
-        n_params -= cfg.vocab_size * cfg.emb_dim  # the input embedding is a look-up, not a product
-    return 6.0 * n_params + 12.0 * cfg.n_layers * cfg.emb_dim * cfg.context_length
+    return 3 * forward_flops(cfg, 1, cfg.context_length, 1)
 
 
 def device_memory(device: jax.Device | None = None) -> int | None:

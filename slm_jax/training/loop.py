@@ -21,6 +21,7 @@ from rich.console import Console
 from slm_jax.config import dump_config, to_dict
 from slm_jax.errors import InputError
 from slm_jax.model import Params
+from slm_jax.nn.blocks import merge_params
 from slm_jax.nn.lora import split_adapters
 from slm_jax.training import hardware
 from slm_jax.training.checkpoint import Checkpoints, best_step, checkpoint_bytes, load_params, saved_steps
@@ -57,7 +58,7 @@ from slm_jax.training.step import (
 )
 from slm_jax.training.summary import environment, summarize, tell_end
 from slm_jax.training.task import Moment, Task, purpose_key
-from slm_jax.training.trainable import leaf_table, merge_params
+from slm_jax.training.trainable import leaf_table
 from slm_jax.weights.trees import tree_fingerprint, write_tree
 
 MAX_SKIPPED = 3  # steps in a row without finite gradients after which training stops

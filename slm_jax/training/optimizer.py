@@ -1,17 +1,15 @@
-"""AdamW and Muon, decay masked by leaf name, clipping by the global norm, and schedules of the training step."""
+"""AdamW and Muon, decay of matrices only, clipping by the global norm, and schedules of the training step."""
 
+import functools
 import math
 
-import jax
 import optax
 from jaxtyping import Array
 from optax import contrib
 
 from slm_jax.errors import InputError
-from slm_jax.model import Params
+from slm_jax.nn.axes import Axes, Params, map_axes
 from slm_jax.training.config import OptimizerConfig
-
-DECAYED_LEAVES = ("kernel", "embedding", "lora_a", "lora_b")
 
 
 def make_schedule(cfg: OptimizerConfig, total_steps: int) -> optax.Schedule:
@@ -54,11 +52,8 @@ def make_schedule(cfg: OptimizerConfig, total_steps: int) -> optax.Schedule:
 
 
 def decay_mask(params: Params) -> Params:
-    """Return a tree that is True where weight decay applies: matrices and embeddings, told by their leaf's name.
-
-    A rank would not tell: in the stacked tree the norms' scales are matrices too.
-    """
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in DECAYED_LEAVES, params)
+    """Return a tree that is True where weight decay applies: matrices, adapters' matrices and embeddings."""
+    return map_axes(lambda axes, _: axes is not None and axes.is_matrix, params)
 
 
 def muon_or_adam(params: Params) -> Params:
@@ -67,10 +62,10 @@ def muon_or_adam(params: Params) -> Params:
     Embeddings and heads are not for Muon (Jordan et al. 2024), nor are adapters, whose matrices are thin.
     """
 
-    def label(path: tuple[jax.tree_util.DictKey, ...], _: object) -> str:
-        return "muon" if path[0].key.startswith("blocks") and path[-1].key == "kernel" else "adam"
+    def label(axes: Axes | None, _: object) -> str:
+        return "muon" if axes and axes.stack and axes.is_matrix and not axes.is_adapter else "adam"
 
-    return jax.tree_util.tree_map_with_path(label, params)
+    return map_axes(label, params)
 
 
 def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformation:
@@ -93,13 +88,18 @@ def _scale_by_muon(cfg: OptimizerConfig) -> optax.GradientTransformation:
     """
     rate = cfg.muon_learning_rate / cfg.learning_rate
 
-    def matrix_axes(updates: Params) -> Params:  # Optax takes a leaf with a third axis for no matrix
-        return jax.tree.map(lambda _: contrib.MuonDimensionNumbers(-2, -1), updates)
+    def numbers(axes: Axes | None, _: object) -> contrib.MuonDimensionNumbers:
+        assert axes is not None
+        first = len(axes.stack)
+        outputs = first + len(axes.inputs)
+        return contrib.MuonDimensionNumbers(tuple(range(first, outputs)), tuple(range(outputs, len(axes.names))))
 
-    def scale(update: Array, _: object) -> Array:
-        n_in, n_out = update.shape[-2:]
+    def scale(axes: Axes | None, update: Array) -> Array:
+        assert axes is not None
+        n_in, n_out = (math.prod(update.shape[axis] for axis in part) for part in numbers(axes, update))
         return rate * math.sqrt(max(1, n_out / n_in)) * update
 
     return optax.chain(
-        contrib.scale_by_muon(weight_dimension_numbers=matrix_axes), optax.stateless_with_tree_map(scale)
+        contrib.scale_by_muon(weight_dimension_numbers=functools.partial(map_axes, numbers)),
+        optax.stateless(lambda updates, _: map_axes(scale, updates)),
     )

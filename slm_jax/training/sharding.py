@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from slm_jax.errors import InputError
+from slm_jax.nn.axes import Axes, map_axes
 from slm_jax.training.config import MeshConfig
 
 BATCH_SPEC = PartitionSpec(("data", "fsdp"))
@@ -96,23 +97,35 @@ def compiler_options(platform: str, n_devices: int, environ: Mapping[str, str] =
 
 
 def state_shardings(mesh: Mesh, tree: Any) -> Any:
-    """Return the sharding of every leaf: its largest axis that ``fsdp`` divides is split, small leaves are whole.
+    """Return the sharding of every leaf: one axis is split along ``fsdp`` (:func:`split_axis`), small leaves are whole.
 
-    ``tree`` holds arrays or shapes; any part of a training state will do.
+    Args:
+        mesh: the mesh.
+        tree: arrays or shapes; any part of a training state.
     """
 
-    def leaf_sharding(leaf: Any) -> NamedSharding:
-        split = split_axis(leaf.shape, mesh.shape["fsdp"])
+    def leaf_sharding(axes: Axes | None, leaf: Any) -> NamedSharding:
+        split = split_axis(axes, leaf.shape, mesh.shape["fsdp"])
         names = () if split is None else ("fsdp" if axis == split else None for axis in range(leaf.ndim))
         return NamedSharding(mesh, PartitionSpec(*names))
 
-    return jax.tree.map(leaf_sharding, tree)
+    return map_axes(leaf_sharding, tree)
 
 
-def split_axis(shape: tuple[int, ...], n_shards: int) -> int | None:
-    """Return which axis of a shape ``n_shards`` split: see :func:`state_shardings`; None: each has it whole."""
-    axes = [axis for axis, size in enumerate(shape) if n_shards > 1 and size % n_shards == 0]
-    return max(axes, key=lambda axis: shape[axis]) if axes and math.prod(shape) >= 2**12 else None
+def split_axis(axes: Axes | None, shape: tuple[int, ...], n_shards: int) -> int | None:
+    """Return the axis of a parameter that ``n_shards`` devices split; None if each device has it whole.
+
+    It is the width of the residual stream, else the largest other axis, of those that ``n_shards`` divides; never the
+    layers', which are taken one by one.
+    """
+    if axes is None or n_shards == 1 or math.prod(shape) < 2**12:
+        return None
+    sizes = {
+        axis: (name == "embed", size)
+        for axis, (name, size) in enumerate(zip(axes.names, shape, strict=True))
+        if name != "layers" and size % n_shards == 0
+    }
+    return max(sizes, key=lambda axis: sizes[axis], default=None)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -4,20 +4,19 @@ A frozen trunk is a segment of its own (``blocks_0``), so that no gradient is co
 no optimizer state. The forms that training uses lead back to the one tree of the contract: :func:`whole_params`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from slm_jax.errors import InputError
-from slm_jax.model import Params, join_blocks, split_blocks
-from slm_jax.nn.lora import TRAINED, init_adapters, merge_adapters
+from slm_jax.nn.axes import ADAPTER, STACK, Axes, Params, find_axes
+from slm_jax.nn.blocks import join_blocks, merge_params, segment_lengths, split_blocks
+from slm_jax.nn.lora import init_adapters, merge_adapters
 
 if TYPE_CHECKING:  # who loads weights needs no command line
     from slm_jax.training.config import BaseRunConfig, LoRAConfig
-
-HEADS = ("class_head", "out_head")
 
 
 def split_params(params: Params, config: "BaseRunConfig", key: jax.Array) -> tuple[Params, Params]:
@@ -31,30 +30,43 @@ def split_params(params: Params, config: "BaseRunConfig", key: jax.Array) -> tup
     Raises:
         InputError: more blocks than the model has; no head of its own; a LoRA pattern that matches nothing.
     """
-    heads = {name for name in HEADS if name in params}
     if config.trainable == "all":
         return params, {}
     if config.trainable == "lora":
         return _split_lora(params, config.lora, key)
     if config.trainable == "head":
-        if not heads:
+        if not _heads(params):
             raise InputError(
                 "trainable is head, but the model's output head is its token embedding (tie_weights); "
                 "expected last_block, last_n_blocks, all or lora"
             )
-        return _split_names(params, heads)
-    n_layers = jax.tree.leaves(params["blocks"])[0].shape[0]
+        return _split(params, lambda path: path.partition("/")[0] in _heads(params))
+    n_layers = segment_lengths(params)[STACK]
     n_blocks = 1 if config.trainable == "last_block" else config.trainable_blocks
     if n_blocks > n_layers:
         raise InputError(f"trainable_blocks is {n_blocks}, and the model has {n_layers} blocks; expected at most that")
-    if n_blocks == n_layers:
-        return _split_names(params, {"blocks", "final_norm", *heads})
-    return _split_names(split_blocks(params, n_layers - n_blocks), {"blocks_1", "final_norm", *heads})
+    if n_blocks < n_layers:
+        params = split_blocks(params, n_layers - n_blocks)
+    # Everything after the frozen blocks: the other blocks, the final norm, and the heads.
+    return _split(params, lambda path: not path.startswith(f"{STACK}_0/") and not _axes(path).is_table)
 
 
-def _split_names(params: Params, trained: set[str]) -> tuple[Params, Params]:
-    trainable = {name: tree for name, tree in params.items() if name in trained}
-    return trainable, {name: tree for name, tree in params.items() if name not in trained}
+def _axes(path: str) -> Axes:
+    axes = find_axes(path)
+    assert axes is not None, path
+    return axes
+
+
+def _heads(params: Params) -> set[str]:
+    """Return the names of the output heads."""
+    return {path.partition("/")[0] for path in flatten_dict(params, sep="/") if _axes(path).is_head}
+
+
+def _split(params: Params, is_trained: Callable[[str], bool]) -> tuple[Params, Params]:
+    flat = flatten_dict(params, sep="/")
+    trained = {path: leaf for path, leaf in flat.items() if is_trained(path)}
+    frozen = {path: leaf for path, leaf in flat.items() if path not in trained}
+    return unflatten_dict(trained, sep="/"), unflatten_dict(frozen, sep="/")
 
 
 def _split_lora(params: Params, config: "LoRAConfig", key: jax.Array) -> tuple[Params, Params]:
@@ -62,29 +74,20 @@ def _split_lora(params: Params, config: "LoRAConfig", key: jax.Array) -> tuple[P
     adapters = init_adapters(
         key, params, config.targets, rank=config.rank, alpha=config.alpha, drop_rate=config.drop_rate
     )
-    trains_head = "class_head_adapter" not in adapters
-    flat = flatten_dict(merge_params(params, adapters), sep="/")
-    trained = {
-        path: leaf
-        for path, leaf in flat.items()
-        if path.endswith(TRAINED) or (trains_head and path.startswith("class_head/"))
-    }
-    frozen = {path: leaf for path, leaf in flat.items() if path not in trained}
-    return unflatten_dict(trained, sep="/"), unflatten_dict(frozen, sep="/")
-
-
-def merge_params(*trees: Params) -> Params:
-    """Merge disjoint trees into one."""
-    flat: dict[str, Any] = {}
-    for tree in trees:
-        flat.update(flatten_dict(tree, sep="/"))
-    return unflatten_dict(flat, sep="/")
+    params = merge_params(params, adapters)
+    return _split(
+        params,
+        lambda path: (
+            _axes(path).is_adapter
+            or ("classes" in _axes(path).names and path.partition("/")[0] + ADAPTER not in adapters)
+        ),
+    )
 
 
 def whole_params(trainable: Params, frozen: Params) -> Params:
     """Return the model's one tree: trainable and frozen merged, blocks in one stack, adapters added to matrices."""
     params = merge_params(frozen, trainable)
-    return merge_adapters(params if "blocks" in params else join_blocks(params))
+    return merge_adapters(join_blocks(params))
 
 
 def leaf_table(params: Mapping[str, Any]) -> dict[str, list[Any]]:

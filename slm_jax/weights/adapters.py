@@ -5,10 +5,10 @@ from pathlib import Path
 from flax.traverse_util import flatten_dict
 
 from slm_jax.errors import InputError
+from slm_jax.nn.axes import ADAPTER
 from slm_jax.nn.lora import (
     TARGETS,
     TRAINED,
-    _place,
     add_adapters,
     find_targets,
     init_adapters,
@@ -50,7 +50,7 @@ def load_adapters(file: str | Path) -> Params:
     needed = {*TRAINED, "lora_scale"}
     flat = flatten_dict(adapters, sep="/")
     places = {path.rpartition("/")[0] for path in flat}
-    known = {_place(target) for target in TARGETS}
+    known = {place + ADAPTER for place in TARGETS.values()}
     if not places or not places <= known or any(f"{place}/{name}" not in flat for place in places for name in needed):
         raise InputError(f"{file}: holds no adapters of slm_jax; expected a file that save_adapters wrote")
     return adapters

@@ -1,4 +1,4 @@
-"""The book's ``GPTModel``: query, key and value apart, an output head of its own, weights as (out, in).
+"""The book's ``GPTModel``: query, key and value in separate tensors, an output head of its own, weights as (out, in).
 
 Source: rasbt/LLMs-from-scratch, chapter 4 (``GPTModel``) and chapter 5 (how it is saved).
 """
@@ -22,12 +22,12 @@ _TOP: NameMap = {
     HEAD: Slot("out_head/kernel", transpose=True),
 }
 _BLOCK: NameMap = {
-    "att.W_query.weight": Slot("attn/qkv/kernel", part=0, transpose=True),
-    "att.W_key.weight": Slot("attn/qkv/kernel", part=1, transpose=True),
-    "att.W_value.weight": Slot("attn/qkv/kernel", part=2, transpose=True),
-    "att.W_query.bias": Slot("attn/qkv/bias", part=0),
-    "att.W_key.bias": Slot("attn/qkv/bias", part=1),
-    "att.W_value.bias": Slot("attn/qkv/bias", part=2),
+    "att.W_query.weight": Slot("attn/q/kernel", transpose=True),
+    "att.W_key.weight": Slot("attn/k/kernel", transpose=True),
+    "att.W_value.weight": Slot("attn/v/kernel", transpose=True),
+    "att.W_query.bias": Slot("attn/q/bias"),
+    "att.W_key.bias": Slot("attn/k/bias"),
+    "att.W_value.bias": Slot("attn/v/bias"),
     "att.out_proj.weight": Slot("attn/out_proj/kernel", transpose=True),
     "att.out_proj.bias": Slot("attn/out_proj/bias"),
     "ff.layers.0.weight": Slot("ff/fc/kernel", transpose=True),

@@ -8,7 +8,7 @@ from typing import Any
 
 from slm_jax.errors import InputError
 from slm_jax.files import read_json
-from slm_jax.model import GPTConfig
+from slm_jax.model import GPTConfig, axis_sizes
 from slm_jax.weights.files import TensorFiles
 from slm_jax.weights.names import NameMap, Slot, expand, shape_fields
 
@@ -26,8 +26,8 @@ TOP: NameMap = {
 BLOCK: NameMap = {
     "ln_1.weight": Slot("norm1/scale"),
     "ln_1.bias": Slot("norm1/bias"),
-    "attn.c_attn.weight": Slot("attn/qkv/kernel"),
-    "attn.c_attn.bias": Slot("attn/qkv/bias"),
+    "attn.c_attn.weight": Slot("attn/q/kernel", "attn/k/kernel", "attn/v/kernel"),
+    "attn.c_attn.bias": Slot("attn/q/bias", "attn/k/bias", "attn/v/bias"),
     "attn.c_proj.weight": Slot("attn/out_proj/kernel"),
     "attn.c_proj.bias": Slot("attn/out_proj/bias"),
     "ln_2.weight": Slot("norm2/scale"),
@@ -95,15 +95,16 @@ def stated(files: TensorFiles) -> dict[str, Any]:
     for key, allowed in _FIXED.items():
         if key in content and content[key] not in allowed:
             expected = " or ".join(map(repr, allowed))
-            raise InputError(f"{file}: {key} is {content[key]!r}; expected {expected}: slm_jax computes nothing else")
+            raise InputError(f"{file}: {key} is {content[key]!r}; expected {expected}: slm_jax supports nothing else")
     fields: dict[str, Any] = {}
     for key, field in _FIELDS.items():
         value = content.get(key)
         if value is not None and fields.setdefault(field, value) != value:
             raise InputError(f"{file}: n_head is {fields[field]!r} and {key} {value!r}; expected one or the other")
     emb_dim = shapes(files).get("emb_dim")
-    if emb_dim and content.get("n_inner") not in (None, 4 * emb_dim):
-        raise InputError(f"{file}: n_inner is {content['n_inner']!r}; expected null or 4 times n_embd")
+    hidden = axis_sizes(GPTConfig(emb_dim=emb_dim, n_heads=1))["mlp"] if emb_dim else None
+    if hidden and content.get("n_inner") not in (None, hidden):
+        raise InputError(f"{file}: n_inner is {content['n_inner']!r}; expected null or {hidden}")
     fields["exact_gelu"] = content.get("activation_function") == "gelu"
     if not content.get("tie_word_embeddings", True):
         fields["tie_weights"] = False

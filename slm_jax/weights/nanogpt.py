@@ -3,14 +3,13 @@
 ``bias=False`` drops every bias. Source: karpathy/nanoGPT, ``model.py`` and ``train.py``.
 """
 
-import dataclasses
 from typing import Any
 
 from slm_jax.errors import InputError
 from slm_jax.model import GPTConfig
 from slm_jax.weights import huggingface
 from slm_jax.weights.files import OURS, TensorFiles
-from slm_jax.weights.names import NameMap, expand
+from slm_jax.weights.names import NameMap, Slot, expand
 
 NAME = "nanoGPT"
 EMBEDDING = huggingface.EMBEDDING
@@ -59,7 +58,7 @@ def stated(files: TensorFiles) -> dict[str, Any]:
 def names(cfg: GPTConfig) -> NameMap:
     """Return the name map of a model."""
     block = {
-        name: dataclasses.replace(slot, transpose=slot.path.endswith("kernel"))
+        name: Slot(*slot.paths, transpose=name.endswith(".weight") and not name.startswith("ln_"))
         for name, slot in huggingface.BLOCK.items()
     }
     return expand(cfg, huggingface.TOP, block, "h.{}.")

@@ -19,7 +19,7 @@ from slm_jax.model import PRESETS, GPTConfig, Params
 from slm_jax.weights import book, huggingface, nanogpt
 from slm_jax.weights.files import AGAIN, FLOATS, OURS, Tensor, TensorFiles, find_file, open_tensors
 from slm_jax.weights.foreign import describe
-from slm_jax.weights.names import NameMap, largest_first, leaf_shapes
+from slm_jax.weights.names import NameMap, Slot, largest_first, leaf_shapes
 from slm_jax.weights.trees import DIGESTS
 
 OURS_FIELDS = ("n_heads", "drop_rate", "exact_gelu", "unpadded_vocab_size")
@@ -71,12 +71,12 @@ def read_weights(
     except InputError as error:
         raise InputError(f"{files.file}: {error}") from None
     # First the shapes, which do not depend on the heads: who is asked for their number has a GPT-2.
-    _check(form, files, {name: slot.foreign_shape(shapes[slot.path]) for name, slot in name_map.items()})
+    _check(form, files, {name: slot.shape(shapes) for name, slot in name_map.items()})
     try:
         cfg = dataclasses.replace(cfg, n_heads=_heads(fields, n_heads))
     except InputError as error:
         raise InputError(f"{files.file}: {error}") from None
-    return cfg, _read(files, name_map, shapes, cfg.param_dtype, sharding)
+    return cfg, _read(files, name_map, leaf_shapes(cfg), cfg.param_dtype, sharding)
 
 
 def _bare(name: str) -> str:
@@ -221,16 +221,16 @@ def _read(
 ) -> Params:
     digests = _digests(files)
     place = _placement(sharding, shapes)
-    leaves = {}
-    for path in largest_first(shapes):
-        leaf = _aligned(shapes[path], np.dtype(dtype))
+    placed = {}
+    for paths in largest_first(shapes, name_map):
+        leaves = {path: _aligned(shapes[path], np.dtype(dtype)) for path in paths}
         for name, slot in name_map.items():
-            if slot.path == path:
-                _fill(slot.view(leaf), files.tensors[name], digests)
+            if slot.paths == paths:
+                _fill(leaves, slot, files.tensors[name], digests)
         # The largest first, while least is there: where a device makes a copy, that bounds the peak.
-        leaves[path] = jax.block_until_ready(place(path, leaf))
-        del leaf
-    return unflatten_dict(leaves, sep="/")
+        for path in paths:
+            placed[path] = jax.block_until_ready(place(path, leaves.pop(path)))
+    return unflatten_dict(placed, sep="/")
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -241,21 +241,22 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return memory[offset : offset + n_bytes].view(dtype).reshape(shape)
 
 
-def _fill(target: np.ndarray, tensor: Tensor, digests: Mapping[str, str]) -> None:
+def _fill(leaves: Mapping[str, np.ndarray], slot: Slot, tensor: Tensor, digests: Mapping[str, str]) -> None:
     """Copy a tensor into its place, converted, and look at every value on the way."""
     digest = hashlib.sha256()
+    dtype = leaves[slot.paths[0]].dtype
     start = 0
     for chunk in tensor.chunks():
-        part = target[start : start + len(chunk)]
         with np.errstate(over="ignore"):
-            part[...] = chunk
-        if not np.isfinite(part).all():
+            rows = chunk.astype(dtype, copy=False)
+        if not np.isfinite(rows).all():
             if np.isfinite(chunk).all():
-                raise InputError(f"{tensor.file}: tensor {tensor.name} is too large for {target.dtype}; use float32")
+                raise InputError(f"{tensor.file}: tensor {tensor.name} is too large for {dtype}; use float32")
             raise InputError(
                 f"{tensor.file}: tensor {tensor.name} holds NaN or infinity; the training diverged or the file is "
                 "damaged: use another checkpoint"
             )
+        slot.write(leaves, start, rows)
         if digests:
             digest.update(np.ascontiguousarray(chunk).view(np.uint8).data)
         start += len(chunk)

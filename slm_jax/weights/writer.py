@@ -12,7 +12,8 @@ from flax.traverse_util import flatten_dict
 
 from slm_jax.errors import InputError
 from slm_jax.files import check_new_folder, new_folder
-from slm_jax.model import GPTConfig, Params, join_blocks
+from slm_jax.model import GPTConfig, Params
+from slm_jax.nn.blocks import join_blocks
 from slm_jax.nn.lora import merge_adapters
 from slm_jax.tokenizer import GPT2Tokenizer, Tokenizer
 from slm_jax.weights.files import FLOATS, OURS
@@ -133,11 +134,11 @@ def _names(cfg: GPTConfig, format: FormatName) -> NameMap:
 
 
 def _tensors(leaves: Mapping[str, np.ndarray], names: NameMap) -> dict[str, np.ndarray]:
-    """Cut the leaves into foreign tensors; only transposed and cut ones are copies."""
+    """Cut the leaves into foreign tensors; only transposed and joined ones are copies."""
     for path, leaf in leaves.items():
         if not np.isfinite(leaf).all():
             raise InputError(f"parameter {path} holds NaN or infinity; the training diverged: export another step")
-    return {name: np.ascontiguousarray(slot.view(leaves[slot.path])) for name, slot in sorted(names.items())}
+    return {name: slot.read(leaves) for name, slot in sorted(names.items())}
 
 
 def _write(file: Path, tensors: dict[str, np.ndarray], cfg: GPTConfig) -> None:

@@ -45,8 +45,8 @@ def test_a_pretraining_run(trained, capsys):
     assert [text for text in page.texts if text in titles] == titles * 2  # links, headings
     assert "finished" in page.text
     assert page.elements.count("image") == 2  # a layer of two heads
-    assert "blocks/attn/qkv/kernel" in page.texts
-    assert "1 × 32 × 96" in page.texts
+    assert "blocks/attn/q/kernel" in page.texts
+    assert "1 × 32 × 2 × 16" in page.texts
     assert "jax" in page.texts
     assert len(page.html) < 200_000
     before = page.html

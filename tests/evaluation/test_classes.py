@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from slm_jax.classifier import GPTClassifier, init_classifier
 from slm_jax.errors import InputError
 from slm_jax.evaluation.classes import Classifier, class_figures, class_table, draw_confusion
-from slm_jax.model import GPTConfig
+from slm_jax.model import GPTClassifier, GPTConfig, init_classifier
 from slm_jax.tokenizer import CharTokenizer
 
 # scikit-learn 1.9.1, classification_report(true, predicted, labels=range(n), zero_division=0): precision, recall, F1

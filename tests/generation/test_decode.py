@@ -11,7 +11,8 @@ import pytest
 from slm_jax.errors import InputError
 from slm_jax.generation.decode import _pieces, generate, stream, stream_text
 from slm_jax.generation.sampler import Sampling
-from slm_jax.model import GPTConfig, GPTModel, param_shapes, split_blocks, unstack_blocks
+from slm_jax.model import GPTConfig, GPTModel, param_shapes
+from slm_jax.nn.blocks import split_blocks, unstack_blocks
 from slm_jax.tokenizer import BPETokenizer, CharTokenizer
 
 CONTEXT, VOCAB = 6, 16

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from slm_jax.errors import InputError
-from slm_jax.model import GPTConfig, GPTModel, init_cache, param_shapes, split_blocks, unstack_blocks
+from slm_jax.model import GPTConfig, GPTModel, init_cache, param_shapes
+from slm_jax.nn.blocks import split_blocks, unstack_blocks
 
 CFG = GPTConfig(vocab_size=32, context_length=16, emb_dim=12, n_heads=3, n_layers=3, unroll=False)
 MODEL = GPTModel(CFG)

@@ -13,7 +13,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from slm_jax.attention import causal_attention
-from slm_jax.nn.flash import flash_attention, obstacle
+from slm_jax.nn.flash import flash_attention
 
 AXES, AUTO = ("data", "fsdp"), (AxisType.Auto,) * 2
 

@@ -18,12 +18,12 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from recipes import RECIPES, initial_params, read, shapes, training_step, with_tokens
 
-from slm_jax.classifier import GPTClassifier
 from slm_jax.data.builtin import python_docs
 from slm_jax.errors import MissingInputError
 from slm_jax.generation.decode import _Decoder, _Rules, _start
 from slm_jax.generation.sampler import Sampling
-from slm_jax.model import GPTModel, get_gpt_config, param_shapes, unstack_blocks
+from slm_jax.model import GPTClassifier, GPTModel, get_gpt_config, param_shapes
+from slm_jax.nn.blocks import unstack_blocks
 from slm_jax.nn.target import compiling_for
 from slm_jax.runs import Run, save_run
 from slm_jax.tasks import classification, pretraining

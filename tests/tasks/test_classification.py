@@ -8,10 +8,9 @@ import numpy as np
 import optax
 import pytest
 
-from slm_jax.classifier import GPTClassifier
 from slm_jax.data.config import ClassificationConfig, DataConfig, TokenizerConfig
 from slm_jax.errors import InputError
-from slm_jax.model import GPTConfig
+from slm_jax.model import GPTClassifier, GPTConfig
 from slm_jax.tasks.classification import build, make_loss_fn
 from slm_jax.tasks.config import RunConfig
 from slm_jax.training.config import ModelConfig, OptimizerConfig, TrainConfig

@@ -32,11 +32,12 @@ from slm_jax.config import dump_config
 from slm_jax.data.config import DataConfig, InstructionConfig
 from slm_jax.errors import InputError
 from slm_jax.model import GPTModel
+from slm_jax.nn.blocks import merge_params
 from slm_jax.runs import load_gpt2, load_model, load_run, read_checkpoint
 from slm_jax.tasks.config import FinetuneConfig, RunConfig
 from slm_jax.training.checkpoint import load_params, read_metadata, saved_steps
 from slm_jax.training.config import CheckpointConfig
-from slm_jax.training.trainable import from_leaf_table, merge_params
+from slm_jax.training.trainable import from_leaf_table
 from slm_jax.weights.adapters import add_adapters, load_adapters, merge_adapters, split_adapters
 from slm_jax.weights.trees import read_tree, write_tree
 
@@ -121,7 +122,7 @@ def test_what_is_frozen_stays_bitwise_and_what_is_trained_changes(place, tuned, 
             assert tuned_params[path][:1].tobytes() == base[path][:1].tobytes()
             assert (tuned_params[path][1:] != base[path][1:]).any()
         return
-    kernels = {f"blocks/{name}/kernel" for name in ("attn/qkv", "attn/out_proj", "ff/fc", "ff/proj")}
+    kernels = {f"blocks/{name}/kernel" for name in ("attn/q", "attn/k", "attn/v", "attn/out_proj", "ff/fc", "ff/proj")}
     assert changed == kernels  # by the merged adapters
     frozen = flat(read_tree(run / "frozen.safetensors"))
     for path, leaf in base.items():

@@ -16,8 +16,7 @@ from flax.traverse_util import flatten_dict
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from slm_jax.classifier import GPTClassifier
-from slm_jax.model import GPTModel
+from slm_jax.model import GPTClassifier, GPTModel
 from slm_jax.runs import load_gpt2
 from slm_jax.tasks import classification, pretraining
 from slm_jax.tasks.config import FinetuneConfig
@@ -47,7 +46,7 @@ def golden(tmp_path_factory):
 def in_their_names(cfg, params):
     """Cut one of our trees into their tensors."""
     leaves = {path: np.asarray(leaf) for path, leaf in flatten_dict(params, sep="/").items()}
-    theirs = {name: slot.view(leaves[slot.path]) for name, slot in huggingface.names(cfg).items()}
+    theirs = {name: slot.read(leaves) for name, slot in huggingface.names(cfg).items()}
     return {**theirs, "score.weight": leaves["class_head/kernel"].T}
 
 

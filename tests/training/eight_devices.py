@@ -13,9 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from slm_jax.classifier import GPTClassifier
 from slm_jax.errors import InputError
-from slm_jax.model import GPTConfig, GPTModel, init_params
+from slm_jax.model import GPTClassifier, GPTConfig, GPTModel, init_params
 from slm_jax.tasks import classification
 from slm_jax.tasks.config import RunConfig
 from slm_jax.tasks.pretraining import make_loss_fn

@@ -193,6 +193,18 @@ def test_a_validation_loss_that_is_no_number_is_refused_by_name(loss, saved):
         best_step(saved)
 
 
+@pytest.mark.parametrize("format", [1, None])
+def test_another_format_is_refused(format, saved):
+    path = saved / "20" / "_CHECKPOINT_METADATA"
+    content = json.loads(path.read_text())
+    assert content["custom_metadata"].pop("format") == 2
+    if format:
+        content["custom_metadata"]["format"] = format
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"format 1.*expected 2"):
+        read_metadata(saved, 20)
+
+
 def test_a_loss_that_diverged_is_not_the_lowest(folder):
     with Checkpoints(folder, keep=5) as checkpoints:
         for step, loss in ((10, float("nan")), (20, 2.0), (30, 3.0)):

@@ -34,8 +34,7 @@ STEPS = 8
 DECAYED = {
     "tok_emb/embedding",
     "pos_emb/embedding",
-    "blocks/attn/qkv/kernel",
-    "blocks/attn/out_proj/kernel",
+    *(f"blocks/attn/{name}/kernel" for name in ("q", "k", "v", "out_proj")),
     "blocks/ff/fc/kernel",
     "blocks/ff/proj/kernel",
     "out_head/kernel",
@@ -134,7 +133,7 @@ def test_matrices_and_embeddings_decay_and_nothing_else(tied):
     assert shapes["blocks"]["norm1"]["scale"].ndim == 2  # so that a rule by rank would be wrong
     mask = flatten_dict(decay_mask(shapes), sep="/")
     assert {name for name, decays in mask.items() if decays} == DECAYED - ({"out_head/kernel"} if tied else set())
-    assert {"blocks/norm1/scale", "blocks/norm2/bias", "blocks/attn/qkv/bias", "final_norm/scale"} <= mask.keys()
+    assert {"blocks/norm1/scale", "blocks/norm2/bias", "blocks/attn/q/bias", "final_norm/scale"} <= mask.keys()
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
@@ -167,6 +166,12 @@ MUON = dataclasses.replace(OPTIMIZER, kind="muon", muon_learning_rate=0.03)  # t
 MATRICES = {name for name in DECAYED if name.startswith("blocks/")}
 
 
+def as_matrices(name, leaf):
+    """A stacked kernel as (layers, in, out): the axes of heads and their width become one."""
+    n_inputs = CFG.emb_dim * (4 if name == "blocks/ff/proj/kernel" else 1)
+    return np.asarray(leaf).reshape(len(leaf), n_inputs, -1)
+
+
 def direction(cfg, params, gradients):
     """What the optimizer makes of the last gradient, before the learning rate; and its state."""
     optimizer = make_optimizer(cfg)
@@ -184,10 +189,12 @@ def test_the_steps_are_those_of_muon_written_in_numpy(params, gradients):
     actual = flatten_dict(train(MUON, params, gradients, STEPS), sep="/")
     rates = np.float64(make_schedule(MUON, STEPS)(jnp.arange(STEPS)))
     for name in MATRICES:
-        p = np.float64(flatten_dict(params, sep="/")[name])
+        p = as_matrices(name, np.float64(flatten_dict(params, sep="/")[name]))
         m = np.zeros_like(p)
         for step, tree in enumerate(gradients):
-            g = np.float64(flatten_dict(tree, sep="/")[name]) * min(1.0, MUON.clip_norm / global_norm(tree))
+            g = as_matrices(name, np.float64(flatten_dict(tree, sep="/")[name])) * min(
+                1.0, MUON.clip_norm / global_norm(tree)
+            )
             m = 0.95 * m + 0.05 * g
             ahead = 0.95 * m / (1 - 0.95 ** (step + 2)) + 0.05 * g / (1 - 0.95 ** (step + 1))
             for layer in range(CFG.n_layers):
@@ -196,8 +203,8 @@ def test_the_steps_are_those_of_muon_written_in_numpy(params, gradients):
                     x = 3.4445 * x - 4.7750 * (x @ x.T) @ x + 2.0315 * (x @ x.T) @ (x @ x.T) @ x
                 scale = 3 * np.sqrt(max(1, x.shape[1] / x.shape[0]))
                 p[layer] -= rates[step] * (scale * x + MUON.weight_decay * p[layer])
-        moved = np.abs(p - flatten_dict(params, sep="/")[name]).max()
-        np.testing.assert_allclose(actual[name], p, atol=1e-4 * moved, err_msg=name)
+        moved = np.abs(p - as_matrices(name, flatten_dict(params, sep="/")[name])).max()
+        np.testing.assert_allclose(as_matrices(name, actual[name]), p, atol=1e-4 * moved, err_msg=name)
 
 
 def test_what_is_no_matrix_of_a_block_moves_as_under_adamw(params, gradients):
@@ -223,12 +230,11 @@ def test_each_layer_of_a_stack_moves_as_if_it_were_alone(params, gradients):
 def test_muons_singular_values_are_near_its_rate_and_larger_where_a_matrix_widens(params, gradients):
     cfg = dataclasses.replace(MUON, weight_decay=0.0)
     updates, _ = direction(cfg, params, gradients)
-    widening = {"blocks/attn/qkv/kernel": 3, "blocks/ff/fc/kernel": 4}
     for name in MATRICES:
-        values = np.linalg.svd(cfg.learning_rate * np.asarray(updates[name]), compute_uv=False)
+        values = np.linalg.svd(cfg.learning_rate * as_matrices(name, updates[name]), compute_uv=False)
         assert values.shape == (CFG.n_layers, CFG.emb_dim)
         # Five iterations bring what is above 1e-3 of the norm to within 0.3 of 1, by their design.
-        values /= cfg.muon_learning_rate * np.sqrt(widening.get(name, 1))
+        values /= cfg.muon_learning_rate * np.sqrt(4 if name == "blocks/ff/fc/kernel" else 1)
         assert values.min() > 0.65
         assert values.max() < 1.25
 

@@ -108,7 +108,7 @@ def test_parameters_and_optimizer_state_are_split_along_fsdp(eight, mesh, parts,
     """After training: each device holds its share of every large leaf, and all of the small ones."""
     for accumulate in (1, 2):
         leaves = eight["shards"][f"{mesh} accumulate={accumulate}"][tree]
-        assert any("qkv" in name for name in leaves)
+        assert any("attn/q" in name for name in leaves)
         split = 0
         for name, (shape, shards) in leaves.items():
             large = np.prod(shape) >= 4096
@@ -123,7 +123,7 @@ def test_parameters_and_optimizer_state_are_split_along_fsdp(eight, mesh, parts,
 def test_what_one_device_saved_is_restored_on_eight(eight, state_of_one, mesh):
     restored = eight[f"restored on {mesh}"]
     assert restored["bits"] == eight_devices.bits(eight_devices.raw(state_of_one))
-    shape, shards = next(leaf for name, leaf in restored["shards"].items() if "qkv" in name and "kernel" in name)
+    shape, shards = next(leaf for name, leaf in restored["shards"].items() if "attn/q" in name and "kernel" in name)
     assert np.prod(shape) // np.prod(shards[0]) == {"data=8": 1, "data=4,fsdp=2": 2, "fsdp=8": 8}[mesh]
 
 

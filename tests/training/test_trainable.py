@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from slm_jax.classifier import GPTClassifier
 from slm_jax.errors import InputError
-from slm_jax.model import GPTConfig, GPTModel, get_gpt_config, init_params
+from slm_jax.model import GPTClassifier, GPTConfig, GPTModel, get_gpt_config, init_params
+from slm_jax.nn.blocks import merge_params
 from slm_jax.tasks.classification import make_loss_fn
 from slm_jax.tasks.config import RunConfig
 from slm_jax.training.checkpoint import checkpoint_bytes
 from slm_jax.training.config import LoRAConfig, OptimizerConfig
 from slm_jax.training.optimizer import make_optimizer
 from slm_jax.training.step import TrainState, make_train_step
-from slm_jax.training.trainable import from_leaf_table, leaf_table, merge_params, split_params, whole_params
+from slm_jax.training.trainable import from_leaf_table, leaf_table, split_params, whole_params
 
 CFG = GPTConfig(vocab_size=29, context_length=16, emb_dim=16, n_heads=2, n_layers=4, unroll=False)
 UNROLLED = dataclasses.replace(CFG, unroll=True)  # XLA counts the work of a loop's body once

@@ -63,7 +63,7 @@ class Golden:
         """Cut one of our trees into their tensors."""
         leaves = {path: np.asarray(leaf) for path, leaf in flat(params).items()}
         assert {path: leaf.shape for path, leaf in leaves.items()} == leaf_shapes(self.cfg)
-        return {name: slot.view(leaves[slot.path]) for name, slot in huggingface.names(self.cfg).items()}
+        return {name: slot.read(leaves) for name, slot in huggingface.names(self.cfg).items()}
 
     def batch(self, i):
         tokens = self.trees["batches"][""][i]

@@ -14,7 +14,8 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from slm_jax.errors import InputError
-from slm_jax.model import GPTConfig, GPTModel, param_shapes, split_blocks
+from slm_jax.model import GPTConfig, GPTModel, param_shapes
+from slm_jax.nn.blocks import split_blocks
 from slm_jax.nn.lora import add_adapters, init_adapters, merge_adapters
 from slm_jax.runs import load_gpt2
 from slm_jax.tokenizer import CharTokenizer, GPT2Tokenizer

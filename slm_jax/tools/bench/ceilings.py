@@ -8,7 +8,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from slm_jax.model import DType, GPTConfig, count_params
+from slm_jax.model import DType
 from slm_jax.training.hardware import Device, device_here, find_device
 
 _SECONDS = 1.0  # of each measurement
@@ -101,17 +101,3 @@ def _fastest(run: Callable[[], object]) -> float:
         run()
         fastest = min(fastest, time.perf_counter() - began)
     return fastest
-
-
-def forward_flops(cfg: GPTConfig, tokens: float, seen: float, n_logits: float) -> float:
-    """Return the FLOPs of a forward pass.
-
-    Args:
-        cfg: the model.
-        tokens: that go through the blocks.
-        seen: how many tokens each of them attends to, on average.
-        n_logits: positions whose logits are computed.
-    """
-    table = cfg.vocab_size * cfg.emb_dim
-    blocks = count_params(cfg) - cfg.context_length * cfg.emb_dim - table * (1 if cfg.tie_weights else 2)
-    return 2.0 * blocks * tokens + 4.0 * cfg.n_layers * cfg.emb_dim * seen * tokens + 2.0 * table * n_logits

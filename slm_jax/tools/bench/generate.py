@@ -11,8 +11,9 @@ import numpy as np
 
 from slm_jax.errors import InputError
 from slm_jax.generation.decode import generate
-from slm_jax.model import GPTConfig, GPTModel, Params, unstack_blocks
-from slm_jax.tools.bench.ceilings import Ceilings, forward_flops
+from slm_jax.model import GPTConfig, GPTModel, Params, forward_flops
+from slm_jax.nn.blocks import unstack_blocks
+from slm_jax.tools.bench.ceilings import Ceilings
 from slm_jax.tools.bench.measure import Clock, Timing
 from slm_jax.tools.bench.result import Result, bound_rows
 

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from slm_jax.model import GPTConfig, Params, Remat, is_unrolled
+from slm_jax.nn.axes import Axes, map_axes
 from slm_jax.nn.loss import n_pieces
 from slm_jax.nn.target import Target
 from slm_jax.training.optimizer import muon_or_adam
@@ -207,8 +208,9 @@ def state_bytes(trainable: Params, frozen: Params, n_shards: int = 1, muon: bool
     trained = _tree_bytes(trainable, n_shards)
     moments = 2 * trained
     if muon:
-        labels = jax.tree.leaves(muon_or_adam(trainable))
-        of_muon = [leaf for leaf, label in zip(jax.tree.leaves(trainable), labels, strict=True) if label == "muon"]
+        of_muon = jax.tree.map(
+            lambda leaf, label: leaf if label == "muon" else None, trainable, muon_or_adam(trainable)
+        )
         moments -= _tree_bytes(of_muon, n_shards)
     parameters = trained + _tree_bytes(frozen, n_shards)
     gathered = 0.0
@@ -220,7 +222,8 @@ def state_bytes(trainable: Params, frozen: Params, n_shards: int = 1, muon: bool
 
 
 def _tree_bytes(tree: Any, n_shards: int) -> float:
-    return sum(
-        leaf.size * leaf.dtype.itemsize / (1 if split_axis(leaf.shape, n_shards) is None else n_shards)
-        for leaf in jax.tree.leaves(tree)
-    )
+    def leaf_bytes(axes: Axes | None, leaf: Any) -> float:
+        shards = 1 if split_axis(axes, leaf.shape, n_shards) is None else n_shards
+        return leaf.size * leaf.dtype.itemsize / shards
+
+    return sum(jax.tree.leaves(map_axes(leaf_bytes, tree)))

@@ -7,9 +7,9 @@ from typing import Any, get_args
 
 import jax
 
-from slm_jax.attention import choose_implementation
 from slm_jax.errors import InputError
 from slm_jax.model import DType, Remat
+from slm_jax.nn.fused_attention import choose_implementation
 from slm_jax.nn.target import Target, compiling_for
 from slm_jax.tasks.base import run_dtype
 from slm_jax.tasks.config import RunConfig

@@ -6,11 +6,10 @@ from typing import Any, NamedTuple
 
 import jax
 
-from slm_jax.classifier import GPTClassifier, init_classifier
 from slm_jax.data.token_file import json_path, read_description
 from slm_jax.errors import InputError
 from slm_jax.files import user_path
-from slm_jax.model import GPTConfig, Params, get_gpt_config, param_shapes
+from slm_jax.model import GPTClassifier, GPTConfig, Params, get_gpt_config, init_classifier, param_shapes
 from slm_jax.runs import find_checkpoint
 from slm_jax.tasks.base import as_configured, longest_allowed, run_dtype
 from slm_jax.tasks.config import RunConfig

@@ -11,10 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from slm_jax.classifier import GPTClassifier
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.evaluation.capture import capture
-from slm_jax.model import GPTModel, Params
+from slm_jax.model import GPTClassifier, GPTModel, Params
 from slm_jax.runs import read_checkpoint
 from slm_jax.tokenizer import Tokenizer, tokenizer_from_dict
 from slm_jax.tools.report.record import Record, steps_to_try

@@ -9,8 +9,8 @@ import pytest
 from rich.console import Console
 
 from slm_jax.errors import InputError
-from slm_jax.model import get_gpt_config
-from slm_jax.tools.bench.ceilings import Ceilings, find_ceilings, forward_flops, measure_bandwidth, measure_flops
+from slm_jax.model import forward_flops, get_gpt_config
+from slm_jax.tools.bench.ceilings import Ceilings, find_ceilings, measure_bandwidth, measure_flops
 from slm_jax.tools.bench.measure import Timing, time_calls
 from slm_jax.tools.bench.peak import PeakMemory
 from slm_jax.tools.bench.result import Result, draw_result, print_result
