@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +10,6 @@ from slm_jax.files import cache_folder
 from slm_jax.training.host_memory import keep_freed_memory
 
 if TYPE_CHECKING:
-    from slm_jax.data.templates import Template
     from slm_jax.runs import Run
 
 MOST_CACHED = 2 * 2**30  # bytes of compiled programs; then those not used for longest are removed
@@ -57,13 +55,3 @@ def load(source: str, tokenizer: str | None, n_heads: int | None) -> "Run":
     from slm_jax.tokenizer import get_tokenizer
 
     return load_model(source, None if tokenizer is None else get_tokenizer(tokenizer), n_heads=n_heads)
-
-
-def template_of(loaded: "Run") -> "Template":
-    """Return the template that a model was shown instructions in; say so where it was not, and take Alpaca's."""
-    from slm_jax.data.templates import TEMPLATES
-
-    if loaded.template is not None:
-        return loaded.template
-    print(f"{loaded.folder}: was not trained on instructions; using the template alpaca", file=sys.stderr)
-    return TEMPLATES["alpaca"]

@@ -1,4 +1,4 @@
-"""``slm-jax classify``: tell the classes of texts."""
+"""``slm-jax classify``: predict classes of texts."""
 
 import dataclasses
 import json
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Print the class of each text, its probability and the text, with tabs between them, a line for each.
+    """Print a line per text: its class, the probability of the class and the text, separated by tabs.
 
-    Words that belong to no option are texts; all after -- are. Without texts or a file the lines of the standard input
-    are the texts.
+    Words that belong to no option are texts, and so are all words after --. Without texts or a file, the lines of the
+    standard input are the texts.
 
     Attributes:
-        run: the folder of a run that was fine-tuned for classification, such as runs/classify_builtin, or
+        run: folder of a run that was fine-tuned for classification, such as runs/classify_builtin, or
             runs/classify_builtin@80 for one of its checkpoints.
         text: a text; may be given several times, and without --text.
-        file: a UTF-8 file with a text in each line instead; blank lines are left out.
-        format: text, or json with all probabilities, an object in each line.
-        batch_size: texts computed at a time.
+        file: UTF-8 file with a text per line; blank lines are skipped.
+        format: text, or json: one object per line, with the probabilities of all classes.
+        batch_size: texts per batch.
     """
 
     run: str
@@ -39,7 +39,7 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.text and self.file is not None:
-            raise InputError(f"text is {self.text[0]!r:.60} and file {self.file}; expected only one")
+            raise InputError("text and file are given; expected only one")
 
 
 def main(args: Sequence[str]) -> int:
@@ -56,7 +56,11 @@ def run(options: Options) -> int:
     classifier = load_classifier(options.run)
     predictions = classifier(texts, options.batch_size)
     if n_truncated := sum(prediction.truncated for prediction in predictions):
-        print(f"{n_truncated:,} of {len(texts):,} texts cut off after {classifier.max_length} tokens", file=sys.stderr)
+        print(
+            f"warning: {n_truncated:,} of {len(texts):,} texts are longer than {classifier.max_length} tokens and were "
+            "truncated on the right",
+            file=sys.stderr,
+        )
     for text, prediction in zip(texts, predictions, strict=True):
         print(_shown(text, prediction, options.format))
     return 0
@@ -69,7 +73,7 @@ def _shown(text: str, prediction: "Prediction", format: str) -> str:
 
 
 def _lines(file: str | None) -> list[str]:
-    """Return the texts in a file or the standard input, one a line; say how many lines are blank."""
+    """Return the lines of a file or of the standard input; warn of blank ones, which are skipped."""
     from slm_jax.data.text_files import read_text
 
     if file is None and sys.stdin.isatty():
@@ -78,7 +82,7 @@ def _lines(file: str | None) -> list[str]:
     lines = lines[:-1] if lines[-1] == "" else lines
     texts = [line for line in lines if line.strip()]
     if not texts:
-        raise InputError(f"{file or 'standard input'}: no text; expected one in each line")
+        raise InputError(f"{file or 'standard input'}: no text; expected one per line")
     if n_blank := len(lines) - len(texts):
-        print(f"{file or 'standard input'}: left out {n_blank:,} blank of {len(lines):,} lines", file=sys.stderr)
+        print(f"{file or 'standard input'}: skipped {n_blank:,} blank of {len(lines):,} lines", file=sys.stderr)
     return texts

@@ -1,4 +1,4 @@
-"""``slm-jax evaluate``: measure a model, or the responses that one gave."""
+"""``slm-jax evaluate``: measure a model, or responses to instructions."""
 
 import dataclasses
 import json
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from slm_jax.commands import load, set_up, template_of
+from slm_jax.commands import load, set_up
 from slm_jax.config import Fraction, Positive, parse
 from slm_jax.errors import InputError
 from slm_jax.files import check_new_file, user_path, write_file
@@ -23,25 +23,25 @@ class Options:
     Attributes:
         run: a run's folder such as runs/tiny, or runs/tiny@800 for one of its checkpoints; or GPT-2 weights: a file,
             a folder or a name such as gpt2; null: only responses are measured.
-        tokenizer: gpt2, or a saved one: its file or folder, or a run's folder; null: the run's own, or GPT-2's.
-        n_heads: attention heads, where weights do not say how many.
-        source: a text to measure the loss on: builtin:python-docs, text:GLOB, jsonl:GLOB, parquet:GLOB, tfds:NAME,
+        tokenizer: gpt2, or a saved tokenizer: its file or folder, or a run's folder; null: the run's own, or GPT-2's.
+        n_heads: number of attention heads, if the weights do not state it.
+        source: text to measure the loss on: builtin:python-docs, text:GLOB, jsonl:GLOB, parquet:GLOB, tfds:NAME,
             named:NAME or tokens:FILE.bin.
-        text_column: the column of the texts in jsonl:, parquet: and tfds: sources; null: text, or in tfds:, where
-            there is none, the only feature that is text.
-        split: which part of the source, split as pretraining splits it: all, train or validation.
-        validation_fraction: how much of the source is its validation split, 0 to 1.
+        text_column: column of the texts in jsonl:, parquet: and tfds: sources; null: text, or in tfds: the only text
+            feature.
+        split: which part of the source, split as in pretraining: all, train or validation.
+        validation_fraction: share of the source that is its validation split, between 0 and 1.
         context_length: tokens of a window; null: the model's.
-        stride: tokens from one window to the next, from 1 (slow, each token has the most to look back on) to the
-            context length; null: the context length.
+        stride: tokens between the starts of windows, from 1 (slow; each token has the most context) to the context
+            length; null: the context length.
         lambada: jsonl:FILE with a text in each line, or tfds:lambada.
-        hellaswag: jsonl:FILE in the form of the original files, or tfds:hellaswag.
-        responses: a JSON list of entries with output and model_response, such as a run's responses.json: how near they
-            are to each other; with a run also how likely that finds the outputs.
-        limit: only so many examples of LAMBADA and HellaSwag; null: all.
-        batch_size: sequences computed at a time.
-        dtype: what to compute in; only float32 gives the same figures on every machine.
-        out: a file for the JSON; null: it is printed.
+        hellaswag: jsonl:FILE with the fields of the original files, or tfds:hellaswag.
+        responses: JSON list of entries with output and model_response, such as a run's responses.json: how well they
+            agree; with a run also the loss of the outputs.
+        limit: number of examples of LAMBADA and HellaSwag; null: all.
+        batch_size: sequences per batch.
+        dtype: dtype of the computation; only float32 gives the same figures on every machine.
+        out: file for the JSON; null: it is printed.
     """
 
     run: str | None = None
@@ -66,9 +66,9 @@ class Options:
         if not needs_run and self.responses is None:
             raise InputError("nothing to measure; expected --source, --lambada, --hellaswag or --responses")
         if self.text_column is not None and self.source is None:
-            raise InputError(f"text_column is {self.text_column!r}, but there is no --source; add one or leave it out")
+            raise InputError(f"text_column is {self.text_column!r}, but there is no --source")
         if needs_run and self.run is None:
-            raise InputError("no model to measure; expected --run, such as runs/tiny (only --responses goes without)")
+            raise InputError("no model to measure; expected --run, such as runs/tiny")
 
 
 def main(args: Sequence[str]) -> int:
@@ -81,7 +81,7 @@ def run(options: Options) -> int:
     from slm_jax.evaluation.responses import read_responses, score_responses
     from slm_jax.evaluation.results import to_dict
 
-    _check_sources(options)
+    _check_sources(options)  # before the first is measured
     responses = None if options.responses is None else read_responses(user_path(options.responses))
     out = None if options.out is None else check_new_file(options.out, "out", "figures.json")
     figures = {} if options.run is None else _measure(options, options.run, responses)
@@ -102,30 +102,39 @@ def _measure(options: Options, source: str, responses: "list[Response] | None") 
     from rich.console import Console
     from rich.progress import track
 
+    from slm_jax.evaluation.benchmarks import hellaswag, lambada
     from slm_jax.evaluation.responses import reference_loss
     from slm_jax.evaluation.results import to_dict
+    from slm_jax.evaluation.text import evaluate_source
+    from slm_jax.generation.conversation import template_or_alpaca
     from slm_jax.model import GPTModel
 
     set_up()
     loaded = load(source, options.tokenizer, options.n_heads)
     figures: dict[str, Any] = {"run": str(loaded.folder), "step": loaded.step, "dtype": options.dtype}
     model = GPTModel(dataclasses.replace(loaded.model_config, dtype=options.dtype))
-    measurements = _measurements(options)
+    given = vars(options)
+    text = ("source", "text_column", "split", "validation_fraction", "context_length", "stride")
+    measurements: dict[str, partial[Any]] = {}
+    if options.source is not None:
+        measurements["text"] = partial(evaluate_source, **{name: given[name] for name in text})
+    for name, function in (("lambada", lambada), ("hellaswag", hellaswag)):
+        if given[name] is not None:
+            measurements[name] = partial(function, source=given[name], limit=options.limit)
     if responses is not None:
-        measurements["references"] = partial(
-            reference_loss, template=template_of(loaded), entries=responses, batch_size=options.batch_size
-        )
+        template = template_or_alpaca(loaded.template, loaded.folder)
+        measurements["references"] = partial(reference_loss, template=template, entries=responses)
     console = Console(stderr=True)
-    # Accelerators multiply float32 with fewer bits unless told not to.
+    # By default, accelerators multiply float32 with fewer bits.
     with jax.default_matmul_precision("highest" if options.dtype == "float32" else "default"):
         for name, measure in measurements.items():
             show = partial(track, description=name, console=console, transient=True, disable=not console.is_terminal)
-            figures[name] = to_dict(measure(model, loaded.params, loaded.tokenizer, track=show))
+            result = measure(model, loaded.params, loaded.tokenizer, batch_size=options.batch_size, track=show)
+            figures[name] = to_dict(result)
     return figures
 
 
 def _check_sources(options: Options) -> None:
-    """Find a mistake in the last source before the first is measured."""
     from slm_jax.data.sources import check_text_column, parse_source
     from slm_jax.evaluation.benchmarks import read_examples
 
@@ -135,26 +144,3 @@ def _check_sources(options: Options) -> None:
     for name in ("lambada", "hellaswag"):
         if getattr(options, name) is not None:
             read_examples(getattr(options, name), name, options.limit)
-
-
-def _measurements(options: Options) -> dict[str, Any]:
-    """Return what is to be measured by name, as functions of model, params and tokenizer."""
-    from slm_jax.evaluation.benchmarks import hellaswag, lambada
-    from slm_jax.evaluation.text import evaluate_source
-
-    chosen: dict[str, Any] = {}
-    if options.source is not None:
-        chosen["text"] = partial(
-            evaluate_source,
-            source=options.source,
-            text_column=options.text_column,
-            split=options.split,
-            validation_fraction=options.validation_fraction,
-            context_length=options.context_length,
-            stride=options.stride,
-            batch_size=options.batch_size,
-        )
-    for name, function, source in (("lambada", lambada, options.lambada), ("hellaswag", hellaswag, options.hellaswag)):
-        if source is not None:
-            chosen[name] = partial(function, source=source, batch_size=options.batch_size, limit=options.limit)
-    return chosen

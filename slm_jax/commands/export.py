@@ -1,33 +1,28 @@
-"""``slm-jax export``: hand a model to another program."""
+"""``slm-jax export``: write a model for another program."""
 
 import dataclasses
 import sys
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from slm_jax.config import Positive, flatten, parse
+from slm_jax.commands.model_options import ModelOptions
+from slm_jax.config import flatten, parse
 from slm_jax.errors import InputError, MissingInputError
+from slm_jax.weights.registry import FormatName
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """Write a model for Hugging Face's transformers, for nanoGPT or for the book's code, or only its adapters.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(ModelOptions):
+    """Write a model for Hugging Face's transformers, for nanoGPT or for the book's code, or only its LoRA adapters.
 
     Attributes:
-        run: a run's folder such as runs/tiny, or runs/tiny@800 for one of its checkpoints; or GPT-2 weights: a file,
-            a folder or a name such as gpt2.
-        out: the folder to write; it must be new or empty.
-        format: huggingface (a folder for GPT2LMHeadModel), nanogpt or book (model.safetensors with their names), or
-            adapter (what LoRA trained, alone: adapter.safetensors for slm_jax.lora.load_adapters).
-        tokenizer: gpt2, or a saved one: its file or folder, or a run's folder; null: the run's own, or GPT-2's.
-        n_heads: attention heads, where weights do not say how many.
+        out: folder to write; it must be new or empty.
+        format: format of another program (huggingface: a folder for GPT2LMHeadModel; else model.safetensors with the
+            program's names), or adapter (only the LoRA adapters: adapter.safetensors for slm_jax.lora.load_adapters).
     """
 
-    run: str
     out: str
-    format: Literal["huggingface", "nanogpt", "book", "adapter"] = "huggingface"
-    tokenizer: str | None = None
-    n_heads: Positive | None = None
+    format: Literal[FormatName, "adapter"] = "huggingface"
 
 
 def main(args: Sequence[str]) -> int:
@@ -36,7 +31,7 @@ def main(args: Sequence[str]) -> int:
 
 
 def run(options: Options) -> int:
-    """Write the folder, and say how to open it; return 0."""
+    """Write the folder, and print how to open it; return 0."""
     from slm_jax.files import check_new_folder
     from slm_jax.runs import find_tokenizer, load_gpt2
     from slm_jax.tokenizer import get_tokenizer
@@ -50,7 +45,7 @@ def run(options: Options) -> int:
     if tokenizer is None:
         try:
             tokenizer = find_tokenizer(options.run, cfg)
-        except InputError as error:  # weights can do without
+        except InputError as error:  # the weights are useful without one
             print(f"slm-jax export: the weights only: {error}", file=sys.stderr)
     figures = _figures(options.run)
     folder = save_gpt2(cfg, params, options.out, format=options.format, tokenizer=tokenizer, card=figures)
@@ -61,7 +56,7 @@ def run(options: Options) -> int:
 
 
 def _export_adapters(source: str, out: str) -> int:
-    """Write what LoRA trained of a run, without the model; return 0."""
+    """Write the LoRA adapters of a run, without the model; return 0."""
     from slm_jax.files import new_folder
     from slm_jax.runs import find_checkpoint, read_adapters
     from slm_jax.training.checkpoint import read_metadata
@@ -75,12 +70,12 @@ def _export_adapters(source: str, out: str) -> int:
         save_adapters(partial / "adapter.safetensors", adapters)
     print(f"{out} written: adapter.safetensors")
     if "classes" in read_metadata(checkpoint[0] / "checkpoints", checkpoint[1]):
-        print("the head of a classifier is no adapter: its classes are in the run only", file=sys.stderr)
+        print("the classifier's head is not part of the adapters; it stays in the run", file=sys.stderr)
     return 0
 
 
 def _figures(source: str) -> dict[str, Any]:
-    """Return what the model card says of a run's checkpoint; nothing for other weights."""
+    """Return the figures of a run's checkpoint for the model card; none for other weights."""
     from slm_jax.runs import find_checkpoint
     from slm_jax.training.checkpoint import read_metadata
 

@@ -1,4 +1,4 @@
-"""``slm-jax import``: GPT-2 weights of another program as a run."""
+"""``slm-jax import``: weights of another program as a run."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,11 +12,11 @@ class Options:
     """Make a run of GPT-2 weights: Hugging Face's, nanoGPT's, the book's, or gpt2, gpt2-medium, -large, -xl by name.
 
     Attributes:
-        source: a file or folder of weights, or a name such as gpt2.
-        run: the new run's name; it must not exist.
-        runs_dir: where runs are kept.
-        tokenizer: gpt2, or a saved one: its file or folder, or a run's folder; null: the weights' own, or GPT-2's.
-        n_heads: attention heads, where weights do not say how many.
+        source: file or folder of weights, or a name such as gpt2.
+        run: name of the new run; it must not exist.
+        runs_dir: folder of the runs.
+        tokenizer: gpt2, or a saved tokenizer: its file or folder, or a run's folder; null: the source's, or GPT-2's.
+        n_heads: number of attention heads, if the weights do not state it.
     """
 
     source: str
@@ -32,7 +32,7 @@ def main(args: Sequence[str]) -> int:
 
 
 def run(options: Options) -> int:
-    """Write the run, and say what to do with it; return 0."""
+    """Write the run, and print the next command; return 0."""
     from slm_jax.files import check_new_folder, user_path
     from slm_jax.model import count_params
     from slm_jax.runs import save_run

@@ -25,11 +25,6 @@ def template_or_alpaca(template: Template | None, source: object) -> Template:
     return template
 
 
-def plain_template(user: str = "User", assistant: str = "Assistant") -> Template:
-    """Return a template for models without one: plain text, each message after its speaker's name."""
-    return Template(user_start=f"\n{user}: ", assistant_start=f"\n{assistant}:")
-
-
 def prompt_room(cfg: GPTConfig, max_new_tokens: int) -> int:
     """Return how many tokens of a prompt leave room for an answer, at least half of the context."""
     return cfg.context_length - min(max_new_tokens, cfg.context_length // 2)

@@ -54,7 +54,7 @@ def test_a_text_is_taken_as_it_was_typed(classifier, capsys):
 
 def test_json_has_all_probabilities(classifier, capsys):
     lines, said = classify(capsys, "--run", str(classifier), "--format", "json", "the cat", DOGS + ", and the cat")
-    assert said == ["1 of 2 texts cut off after 24 tokens"]
+    assert said == ["warning: 1 of 2 texts are longer than 24 tokens and were truncated on the right"]
     rows = [json.loads(line) for line in lines]
     assert [set(row) for row in rows] == [{"text", "label", "probability", "probabilities", "truncated"}] * 2
     assert [row["truncated"] for row in rows] == [False, True]
@@ -69,14 +69,14 @@ def test_lines_of_a_file_or_of_the_standard_input(classifier, tmp_path, capsys, 
     file = tmp_path / "texts.txt"
     for content, n_blank in (
         (f"{CATS}\n{DOGS}\n", ""),
-        (f"\ufeff{CATS}\r\n \n\n{DOGS}", "left out 2 blank of 4 lines"),
+        (f"\ufeff{CATS}\r\n \n\n{DOGS}", "skipped 2 blank of 4 lines"),
     ):
         file.write_bytes(content.encode())
         lines, said = classify(capsys, *run, "--file", str(file))
         assert lines == expected
         assert said == ([f"{file}: {n_blank}"] if n_blank else [])
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{CATS}\n\n{DOGS}\n"))
-    assert classify(capsys, *run) == (expected, ["standard input: left out 1 blank of 3 lines"])
+    assert classify(capsys, *run) == (expected, ["standard input: skipped 1 blank of 3 lines"])
 
 
 class Terminal(io.StringIO):
@@ -110,7 +110,7 @@ def test_without_a_text_it_says_how_to_give_one(capsys, monkeypatch, tmp_path):
         (["--run", "x", "cat"], "x: no run with checkpoints there"),
         (["--run", "x", "--batch-size", "0", "cat"], "batch_size is 0; expected at least 1"),
         (["--run", "x", "--format", "xml", "cat"], "format is 'xml'; expected one of text, json"),
-        (["--run", "x", "--file", "y", "cat"], "text is 'cat' and file y; expected only one"),
+        (["--run", "x", "--file", "y", "cat"], "text and file are given; expected only one"),
         (["--run", "x", "--files", "y", "cat"], "unknown key files; did you mean file?"),
         (["--run", "x", "--file", "none.txt"], "none.txt: no such file (looked from"),
     ],
