@@ -105,7 +105,7 @@ def test_without_a_text_it_says_how_to_give_one(capsys, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["cat"], "--run is missing; expected the folder of a run"),
+        (["cat"], "--run is missing; expected folder of a run"),
         (["--run"], "--run has no value"),
         (["--run", "x", "cat"], "x: no run with checkpoints there"),
         (["--run", "x", "--batch-size", "0", "cat"], "batch_size is 0; expected at least 1"),
