@@ -139,8 +139,7 @@ def _check_sources(options: Options) -> None:
     from slm_jax.evaluation.benchmarks import read_examples
 
     if options.source is not None:
-        parse_source(options.source)
-        check_text_column(options.text_column, [options.source])
+        check_text_column(options.text_column, [parse_source(options.source)])
     for name in ("lambada", "hellaswag"):
         if getattr(options, name) is not None:
             read_examples(getattr(options, name), name, options.limit)

@@ -1,4 +1,4 @@
-"""``slm-jax prepare``: any source of text becomes a file of token ids, once."""
+"""``slm-jax prepare``: encode a source of text into a file of token ids, once."""
 
 import dataclasses
 import shlex
@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Ge, Le
@@ -21,37 +20,38 @@ if TYPE_CHECKING:
 
     from slm_jax.data.filters import Rules
     from slm_jax.data.prepare import Prepared
+    from slm_jax.data.rows import Source
     from slm_jax.tokenizer import Tokenizer
 
-PLAIN_INTERVAL = 5.0  # seconds between two lines where there is no terminal
+PLAIN_INTERVAL = 5.0  # seconds between two progress lines without a terminal
 _VOCAB_SIZE = 4_096
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Make a file of token ids of any text, once, however large; training takes it as --data.source tokens:FILE.bin.
+    """Encode text of any size into a file of token ids, once; train with it: --data.source tokens:FILE.bin.
 
     Attributes:
         source: the text: text:GLOB, jsonl:GLOB (both also .gz and .zst), parquet:GLOB, tfds:NAME[/CONFIG][:SPLIT],
-            named:NAME or builtin:python-docs; given several times, one after the other.
+            named:NAME or builtin:python-docs; several are read one after the other.
         out: the file to write, FILE.bin: ids of 2 bytes, or 4 if the vocabulary needs them; FILE.bin.json beside it
-            says what they are.
-        overwrite: whether to replace a file that is there.
-        text_column: the column of the texts in jsonl:, parquet: and tfds: sources; null: text, or in tfds:, where there
-            is none, the only feature that is text.
-        tokenizer: gpt2, bpe (trained on the first 100 million characters of the source), or a saved one: its file or
-            folder, or a run's folder.
-        vocab_size: how many tokens a trained bpe has, up to a million; null: 4096.
-        deduplicate: whether a document that is a copy of an earlier one is left out (about 100 bytes of memory each);
-            like the limits below not asked of documents over 16 million characters, which are always kept.
-        min_characters: shorter documents are left out.
-        max_symbol_ratio: documents of which a larger share of characters is neither letter nor digit nor white space
-            are left out, such as 0.3; null: none.
-        max_repeated_lines: documents of which a larger share of lines was there before are left out, such as 0.3;
-            null: none.
-        show: how many batches to print at the end, as the model will see them.
-        context_length: tokens of a row that is shown.
-        packing: whether rows are shown as with --data.packing true.
+            describes them.
+        overwrite: whether to replace an existing file.
+        text_column: the column of the texts in sources of rows, such as jsonl: and parquet:; null: text, or in tfds:,
+            if it has no text, the only feature that is text.
+        tokenizer: gpt2, bpe (trained on the first 100 million characters of the source), or the path of a saved one:
+            its file or folder, or a run's folder.
+        vocab_size: vocabulary size of a trained bpe, up to a million; null: 4096.
+        deduplicate: whether to leave out copies of an earlier document (about 100 bytes of memory per document); this
+            and the limits below don't apply to documents over 16 million characters, which are always kept.
+        min_characters: leave out shorter documents.
+        max_symbol_ratio: leave out documents with a larger share of characters that are neither letters nor digits nor
+            white space, such as 0.3; null: keep all.
+        max_repeated_lines: leave out documents with a larger share of lines that repeat an earlier line, such as 0.3;
+            null: keep all.
+        show: number of batches to print at the end, as the model will see them.
+        context_length: tokens per row of these batches.
+        packing: whether to show rows packed as with --data.packing true.
     """
 
     source: tuple[str, ...]
@@ -81,32 +81,32 @@ def main(args: Sequence[str]) -> int:
 
 
 def run(options: Options) -> int:
-    """Write the file and say what is in it; return 0, or 128 and the number of the signal that stopped it."""
-    with _Stop() as stop:
-        try:
-            return _run(options, stop)
-        except KeyboardInterrupt:
-            return 128 + (stop.signum or signal.SIGINT)
+    """Write the file and summarize it; return 0, or 128 plus the number of the signal that stopped it."""
+    try:
+        with _on_signal(_interrupt):
+            return _run(options)
+    except KeyboardInterrupt as interrupt:  # so that no partial file is left
+        return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
 
 
-def _run(options: Options, stop: "_Stop") -> int:
+def _run(options: Options) -> int:
     from rich.console import Console
 
-    from slm_jax.data.documents import source_bytes
     from slm_jax.data.filters import Rules
     from slm_jax.data.prepare import prepare
-    from slm_jax.data.sources import check_text_column
+    from slm_jax.data.sources import check_text_column, parse_source
 
-    check_text_column(options.text_column, options.source)
-    out = _check_out(options)
-    sizes = [source_bytes(source) for source in options.source]
-    total = None if None in sizes else sum(filter(None, sizes))
+    sources = [parse_source(text) for text in options.source]
+    check_text_column(options.text_column, sources)
+    out = _check_out(options, sources)
+    files = [source.files() for source in sources]
+    total = None if None in files else sum(path.stat().st_size for paths in files for path in paths or ())
     rules = Rules(options.deduplicate, options.min_characters, options.max_symbol_ratio, options.max_repeated_lines)
     progress_console = Console(stderr=True)
-    tokenizer = _tokenizer(options, progress_console, stop)
-    with _Display(progress_console, total, stop) as display:
+    tokenizer = _tokenizer(options, sources, progress_console)
+    with _Progress(progress_console, total) as progress:
         prepared = prepare(
-            options.source, out, tokenizer, text_column=options.text_column, rules=rules, report=display.report
+            sources, out, tokenizer, text_column=options.text_column, rules=rules, report=progress.report
         )
     console = Console(soft_wrap=True, highlight=False, markup=False)
     _print_summary(console, options, prepared, rules)
@@ -126,67 +126,24 @@ def _run(options: Options, stop: "_Stop") -> int:
     return 0
 
 
-class _Lines:
-    """Prints a line now and then."""
-
-    def __init__(self, console: "Console") -> None:
-        self._console, self._last = console, time.monotonic()
-
-    def say(self, text: str) -> None:
-        if time.monotonic() - self._last >= PLAIN_INTERVAL:
-            self._last = time.monotonic()
-            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-class _Display:
-    """A bar in a terminal, a line now and then elsewhere; asks at each report whether to stop."""
-
-    def __init__(self, console: "Console", total_bytes: int | None, stop: "_Stop") -> None:
-        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-        self._console, self._total, self._stop = console, total_bytes, stop
-        self._start, self._lines = time.monotonic(), _Lines(console)
-        bar = (BarColumn(bar_width=24), TaskProgressColumn(), TimeRemainingColumn()) if total_bytes else ()
-        self._live = Progress(*bar, TextColumn("{task.description}"), console=console, disable=not console.is_terminal)
-        self._task = self._live.add_task("reading", total=total_bytes)
-
-    def __enter__(self) -> "_Display":
-        self._live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._live.stop()
-
-    def report(self, progress: "Prepared") -> None:
-        self._stop.check()
-        seconds = max(time.monotonic() - self._start, 1e-9)
-        rate = f"{progress.tokens / seconds:,.0f} tokens/s"
-        text = f"{_documents(progress.documents)} · {progress.tokens:,} tokens · {rate}"
-        if self._console.is_terminal:
-            self._live.update(self._task, completed=progress.bytes_read, description=text)
-        else:
-            self._lines.say((f"{progress.bytes_read / self._total:.0%} · " if self._total else "") + text)
-
-
-def _check_out(options: Options) -> Path:
-    """Refuse a file that cannot be written, or must not be, before anything is read."""
-    from slm_jax.data.documents import source_files
+def _check_out(options: Options, sources: "Sequence[Source]") -> Path:
+    """Refuse a file that cannot or must not be written, before anything is read."""
     from slm_jax.data.token_file import json_path
 
     out = check_new_file(options.out, "out", "tokens.bin").resolve()
     if out.suffix != ".bin":
         raise InputError(f"out is {options.out!r}; expected a file FILE.bin, such as tokens.bin")
-    there = [path for path in (out, json_path(out)) if path.exists()]
-    for source in options.source:
-        for file in source_files(source) or ():
-            if any(file.exists() and file.samefile(path) for path in there):
-                raise InputError(f"{file}: is to be read for {source} and would be replaced; choose another --out")
-    if there and not options.overwrite:
-        raise InputError(f"{there[0]}: is there already; choose another --out, or add --overwrite true")
+    existing = [path for path in (out, json_path(out)) if path.exists()]
+    for source in sources:
+        for file in source.files() or ():
+            if any(file.exists() and file.samefile(path) for path in existing):
+                raise InputError(f"{file}: is read for {source} and would be replaced; choose another --out")
+    if existing and not options.overwrite:
+        raise InputError(f"{existing[0]}: exists; choose another --out, or add --overwrite true")
     return out
 
 
-def _tokenizer(options: Options, console: "Console", stop: "_Stop") -> "Tokenizer":
+def _tokenizer(options: Options, sources: "Sequence[Source]", console: "Console") -> "Tokenizer":
     from slm_jax.data.prepare import train_tokenizer
     from slm_jax.tokenizer import get_tokenizer
 
@@ -195,10 +152,51 @@ def _tokenizer(options: Options, console: "Console", stop: "_Stop") -> "Tokenize
     vocab_size = options.vocab_size or _VOCAB_SIZE
     console.print(f"training a tokenizer of {vocab_size:,} tokens on the start of the text", highlight=False)
     lines = _Lines(console)
-    with stop.at_once():
+    # Nothing is being written yet, and native code that runs for long would keep Python's handlers from running.
+    with _on_signal(signal.SIG_DFL):
         return train_tokenizer(
-            options.source, vocab_size, options.text_column, lambda n: lines.say(f"{n:,} characters read")
+            sources, vocab_size, options.text_column, lambda n: lines.print(f"{n:,} characters read")
         )
+
+
+class _Lines:
+    """Prints at most one line every few seconds."""
+
+    def __init__(self, console: "Console") -> None:
+        self._console, self._last = console, time.monotonic()
+
+    def print(self, text: str) -> None:
+        if time.monotonic() - self._last >= PLAIN_INTERVAL:
+            self._last = time.monotonic()
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+class _Progress:
+    """A bar in a terminal, a line every few seconds elsewhere."""
+
+    def __init__(self, console: "Console", total_bytes: int | None) -> None:
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+        self._console, self._total = console, total_bytes
+        self._start, self._lines = time.monotonic(), _Lines(console)
+        bar = (BarColumn(bar_width=24), TaskProgressColumn(), TimeRemainingColumn()) if total_bytes else ()
+        self._live = Progress(*bar, TextColumn("{task.description}"), console=console, disable=not console.is_terminal)
+        self._task = self._live.add_task("reading", total=total_bytes)
+
+    def __enter__(self) -> "_Progress":
+        self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def report(self, prepared: "Prepared") -> None:
+        rate = prepared.tokens / max(time.monotonic() - self._start, 1e-9)
+        text = f"{_documents(prepared.documents)} · {prepared.tokens:,} tokens · {rate:,.0f} tokens/s"
+        if self._console.is_terminal:
+            self._live.update(self._task, completed=prepared.bytes_read, description=text)
+        else:
+            self._lines.print((f"{prepared.bytes_read / self._total:.0%} · " if self._total else "") + text)
 
 
 def _print_summary(console: "Console", options: Options, prepared: "Prepared", rules: "Rules") -> None:
@@ -210,8 +208,19 @@ def _print_summary(console: "Console", options: Options, prepared: "Prepared", r
         f"  {_documents(prepared.documents)}, {prepared.tokens:,} tokens, {format_bytes(prepared.text_bytes)} of text, "
         f"in {format_duration(prepared.seconds)} ({rate:,.0f} tokens/s)"
     )
-    for reason, text in _LEFT_OUT.items():
-        if prepared.counts[reason] or _applies(rules, reason):
+    lines = {  # reason: text, and whether the rule is on, so that its count is shown even if it is 0
+        "empty": ("left out: rows or files without text", False),
+        "duplicates": ("left out: copies of an earlier document", rules.deduplicate),
+        "short": ("left out: fewer characters than min_characters", rules.min_characters > 0),
+        "symbols": ("left out: more symbols than max_symbol_ratio", rules.max_symbol_ratio is not None),
+        "repeated_lines": (
+            "left out: more repeated lines than max_repeated_lines",
+            rules.max_repeated_lines is not None,
+        ),
+        "unfiltered": ("kept unfiltered: longer than 16 million characters", False),
+    }
+    for reason, (text, is_on) in lines.items():
+        if prepared.counts[reason] or is_on:
             console.print(f"  {prepared.counts[reason]:,} {text}")
 
 
@@ -219,64 +228,16 @@ def _documents(n: int) -> str:
     return f"{n:,} document{'' if n == 1 else 's'}"
 
 
-_LEFT_OUT = {
-    "empty": "left out: rows or files without text",
-    "duplicates": "left out: copies of an earlier document",
-    "short": "left out: fewer characters than min_characters",
-    "symbols": "left out: more symbols than max_symbol_ratio",
-    "repeated_lines": "left out: more repeated lines than max_repeated_lines",
-    "unfiltered": "kept without a look: longer than 16 million characters",
-}
+def _interrupt(signum: int, _frame: Any) -> None:
+    raise KeyboardInterrupt(signum)
 
 
-def _applies(rules: "Rules", reason: str) -> bool:
-    return {
-        "duplicates": rules.deduplicate,
-        "short": rules.min_characters > 0,
-        "symbols": rules.max_symbol_ratio is not None,
-        "repeated_lines": rules.max_repeated_lines is not None,
-    }.get(reason, False)
-
-
-class _Stop:
-    """SIGINT and SIGTERM as a KeyboardInterrupt, so that nothing half made is left.
-
-    Attributes:
-        signum: of the first signal that came.
-    """
-
-    def __init__(self) -> None:
-        self.signum: int | None = None
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> "_Stop":
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            self._previous[signum] = signal.signal(signum, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for signum, handler in self._previous.items():
-            signal.signal(signum, handler)
-
-    def check(self) -> None:
-        """Raise it again: in a callback of the garbage collector, of which JAX has one, Python drops exceptions."""
-        if self.signum is not None:
-            raise KeyboardInterrupt
-
-    @contextmanager
-    def at_once(self) -> Iterator[None]:
-        """Let a signal end the process: while other code than Python's is at work, nothing else would; not to be used
-        where something is being written.
-        """
-        self.check()
-        for signum in self._previous:
-            signal.signal(signum, signal.SIG_DFL)
-        try:
-            yield
-        finally:
-            for signum in self._previous:
-                signal.signal(signum, self._note)
-
-    def _note(self, signum: int, _frame: FrameType | None) -> None:
-        self.signum = self.signum or signum
-        raise KeyboardInterrupt
+@contextmanager
+def _on_signal(handler: Any) -> Iterator[None]:
+    """Handle SIGINT and SIGTERM in a block."""
+    previous = {signum: signal.signal(signum, handler) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for signum, before in previous.items():
+            signal.signal(signum, before)

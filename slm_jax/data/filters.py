@@ -1,6 +1,6 @@
-"""Which documents are worth training on: no exact copy of an earlier one, and of some quality.
+"""Filters for documents: exact copies and low quality.
 
-The measures of quality are the simplest of those that MassiveText used (Rae et al. 2021, "Scaling language models").
+The quality measures are the simplest of those that MassiveText used (Rae et al. 2021, "Scaling language models").
 """
 
 import dataclasses
@@ -10,21 +10,19 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-LONGEST = 1 << 24  # characters of a document up to which it is held whole
+LONGEST = 1 << 24  # characters; longer documents are not held in memory
 _SYMBOL = re.compile(r"[^\w\s]|_")
 
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """What is left out.
+    """Which documents are left out.
 
     Attributes:
-        deduplicate: copies of an earlier document; white space around it makes no difference.
-        min_characters: documents that are shorter.
-        max_symbol_ratio: documents of which a larger share of characters is neither letter nor digit nor white space;
-            None: none.
-        max_repeated_lines: documents of which a larger share of lines was there before, not counting empty ones;
-            None: none.
+        deduplicate: whether to leave out copies of an earlier document (white space at the ends is ignored).
+        min_characters: length below which a document is left out.
+        max_symbol_ratio: largest share of characters that are neither letters nor digits nor white space; None: any.
+        max_repeated_lines: largest share of lines that repeat an earlier one, not counting empty ones; None: any.
     """
 
     deduplicate: bool = True
@@ -37,9 +35,9 @@ class DocumentFilter:
     """Applies rules to documents in their order; remembers a digest of each, which takes about 100 bytes.
 
     Attributes:
-        counts: how many were left out, by reason: ``empty`` (of which who reads tells), ``short``, ``symbols``,
-            ``repeated_lines``, ``duplicates``; and how many were ``unfiltered``: kept without a look because they are
-            longer than `LONGEST`.
+        counts: number of documents left out, by reason: ``empty`` (counted by the reader), ``short``, ``symbols``,
+            ``repeated_lines``, ``duplicates``; and the number of ``unfiltered`` documents, which are longer than
+            `LONGEST` and always kept.
     """
 
     def __init__(self, rules: Rules) -> None:
@@ -48,11 +46,11 @@ class DocumentFilter:
         self._seen: set[bytes] = set()
 
     def count(self, reason: str) -> None:
-        """Count one more."""
+        """Count one more document."""
         self.counts[reason] += 1
 
     def select(self, documents: Iterable[Iterable[str]]) -> Iterator[Iterator[str]]:
-        """Yield the documents that stay; each one, as each of ``documents``, is an iterator of its pieces."""
+        """Yield the documents that are kept; a document is an iterator of its pieces."""
         for document in documents:
             pieces = iter(document)
             start, whole = _take(pieces, LONGEST)
@@ -73,14 +71,13 @@ class DocumentFilter:
         return "duplicates" if rules.deduplicate and self._is_copy(text) else None
 
     def _is_copy(self, text: str) -> bool:
-        digest = hashlib.blake2b(text.strip().encode(), digest_size=16).digest()
         n_before = len(self._seen)
-        self._seen.add(digest)
+        self._seen.add(hashlib.blake2b(text.strip().encode(), digest_size=16).digest())
         return len(self._seen) == n_before
 
 
 def _take(pieces: Iterable[str], n_characters: int) -> tuple[list[str], bool]:
-    """Return the first pieces, until they are longer than ``n_characters``, and whether these are all."""
+    """Return the first pieces, until they exceed ``n_characters``, and whether these are all."""
     taken: list[str] = []
     for piece in pieces:
         taken.append(piece)
@@ -96,6 +93,6 @@ def symbol_ratio(text: str) -> float:
 
 
 def repeated_lines(text: str) -> float:
-    """Return the share of lines, empty ones apart, that are the same as an earlier one."""
+    """Return the share of lines, empty ones apart, that repeat an earlier one."""
     lines = [line for part in text.split("\n") if (line := part.strip())]
     return sum(n - 1 for n in Counter(lines).values()) / max(1, len(lines))

@@ -1,8 +1,8 @@
-"""Conversations to batches: which tokens are learned, several examples in a row, and an order that is f(seed, step).
+"""Conversations to batches, in an order that is f(seed, step).
 
-A batch has ``inputs`` and ``targets`` (int32, (batch, width)) and ``weights`` (float32, 1 where a target counts);
-where examples share rows ``segment_ids`` (int32, 1, 2, … and 0 for padding) and ``positions`` (int32, from 0 for each
-example), too. Padding is on the right and never a target.
+A batch has ``inputs`` and ``targets`` (int32, (batch, width)) and ``weights`` (float32, 1 where a target counts, else
+0); where examples share rows, also ``segment_ids`` (int32, 1, 2, … and 0 for padding) and ``positions`` (int32, from 0
+for each example). Padding is on the right and never a target.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from jaxtyping import Bool, Int32
 from slm_jax.data.instructions import Example
 from slm_jax.data.templates import Template
 from slm_jax.data.text_batches import bucket_width
-from slm_jax.data.windows import Batch
+from slm_jax.data.windows import Batch, endless_batches
 from slm_jax.errors import InputError
 from slm_jax.tokenizer import Tokenizer
 
@@ -26,8 +26,8 @@ class Tokens:
     """One example as tokens.
 
     Attributes:
-        ids: the whole conversation and the end of the text; all but the last are inputs, all but the first targets.
-        counts: whether a token is learned; the first, which nothing comes before, is not.
+        ids: the whole conversation and the end-of-text id; all but the last are inputs, all but the first targets.
+        counts: whether a token counts in the loss; the first one never does.
     """
 
     ids: Int32[np.ndarray, " tokens"]
@@ -35,15 +35,12 @@ class Tokens:
 
     @property
     def n_inputs(self) -> int:
-        """The positions that it takes."""
+        """Number of positions in a row."""
         return len(self.ids) - 1
 
 
 TooLong = Literal["drop", "truncate"]
 Row = list[Tokens]  # the examples that share a row
-
-
-# Encoding
 
 
 def encode_examples(
@@ -57,22 +54,22 @@ def encode_examples(
 ) -> tuple[list[Tokens], tuple[str, ...]]:
     """Turn examples into tokens, each piece of the template by itself, as generation will see the prompt.
 
-    The end-of-text token comes last, once, and is learned.
+    The end-of-text token comes last, once, and counts in the loss.
 
     Args:
         examples: at least one.
         tokenizer: the model's.
         template: how the turns become one text.
-        mask_prompt: whether only responses are learned.
-        max_length: tokens that may go in, so that an example may have one more.
-        too_long: ``drop`` leaves out what is longer; ``truncate`` cuts tokens off the front, never any of the last
-            response: an example is left out if that and one token before it do not fit.
+        mask_prompt: whether only responses count in the loss.
+        max_length: most input tokens of an example (it has one token more).
+        too_long: ``drop`` leaves out longer examples; ``truncate`` cuts tokens off the front, but never from the last
+            response: an example is left out if that and one token before it don't fit.
 
     Returns:
-        The examples that are left, and a line for each thing that was done to others.
+        The remaining examples, and notes on those that were dropped or truncated.
 
     Raises:
-        InputError: a text that the tokenizer cannot encode; no example that is left.
+        InputError: a text that the tokenizer cannot encode; no remaining example.
     """
     encoded, n_dropped, n_cut, n_tokens_cut = [], 0, 0, 0
     for example in examples:
@@ -88,21 +85,20 @@ def encode_examples(
     total = f"{len(examples):,} example{'' if len(examples) == 1 else 's'}"
     longer = f"{'the response alone is' if too_long == 'truncate' else 'they are'} longer than {max_length} tokens"
     if not encoded:
-        truncate = ", instruction.too_long truncate," if too_long == "drop" else ""
         raise InputError(
-            f"nothing to learn from: {total}, and {longer}; expected shorter ones, a greater "
-            f"instruction.max_length{truncate} or a model with a larger context"
+            f"nothing to learn from: {total}, and {longer}; expected shorter ones, or a larger instruction.max_length "
+            "and model.context_length"
         )
     notes = []
     if n_dropped:
         notes.append(f"left out {n_dropped:,} of {total}: {longer}")
     if n_cut:
-        notes.append(f"cut {n_tokens_cut:,} tokens off the front of {n_cut:,} of {total}: {max_length} may go in")
+        notes.append(f"truncated {n_cut:,} of {total} to {max_length} tokens: cut {n_tokens_cut:,} off the front")
     return encoded, tuple(notes)
 
 
 def _encode(example: Example, tokenizer: Tokenizer, template: Template, mask_prompt: bool) -> tuple[Tokens, int]:
-    """Return an example's tokens, and how many of them are the last response with the end of the text."""
+    """Return an example's tokens, and how many of them are the last response with the end-of-text token."""
     ids: list[int] = []
     counts: list[bool] = []
     n_piece = 0
@@ -126,21 +122,16 @@ def _without_front(tokens: Tokens, n: int) -> Tokens:
     return Tokens(tokens.ids[n:], counts)
 
 
-# Packing
-
-
 def pack(tokens: Sequence[Tokens], width: int, seed: int) -> list[Row]:
     """Put examples together in rows of at most ``width`` inputs: each, in a random order, in the first that has room.
 
-    Raises:
-        InputError: an example that is longer than a row.
+    No example may be longer than ``width``.
     """
     room = np.full(len(tokens), width)
     rows: list[Row] = []
     for i in np.random.default_rng(seed).permutation(len(tokens)):
         example = tokens[i]
-        if example.n_inputs > width:
-            raise InputError(f"an example of {example.n_inputs} tokens does not fit in a row of {width}; leave it out")
+        assert example.n_inputs <= width, "an example doesn't fit in a row"
         row = int(np.argmax(room >= example.n_inputs))
         if row == len(rows):
             rows.append([])
@@ -149,31 +140,31 @@ def pack(tokens: Sequence[Tokens], width: int, seed: int) -> list[Row]:
     return rows
 
 
-# Batches
-
-
 def instruction_batches(
     rows: Sequence[Row], *, batch_size: int, limit: int, bucketed: bool, packed: bool, seed: int
 ) -> grain.MapDataset:
     """Return the endless sequence of training batches; element ``i`` is the batch of step ``i``.
 
     Args:
-        rows: the examples of each, one or what :func:`pack` put together.
-        batch_size: rows of a batch. Batches go on across the end of an epoch, so no row is left out.
-        limit: the most that a batch may be wide.
-        bucketed: whether a batch is only as wide as its longest row, rounded up by `bucket_width`; or else ``limit``.
-        packed: whether rows may have several examples, so that batches say with ``segment_ids`` and ``positions``
-            where they are.
-        seed: of the order, which is new each epoch.
+        rows: the examples of each row: one, or those that :func:`pack` put together.
+        batch_size: rows per batch. Batches continue across the end of an epoch, so no row is left out.
+        limit: the most tokens of a row.
+        bucketed: whether the width of a batch is its longest row, rounded up by `bucket_width`, instead of ``limit``.
+        packed: whether rows may have several examples, so that batches have ``segment_ids`` and ``positions``.
+        seed: seed of the order, which is new each epoch.
     """
-    order = grain.MapDataset.range(len(rows)).seed(seed).shuffle().repeat().batch(batch_size, drop_remainder=True)
-    return order.map(lambda indices: _batch([rows[int(i)] for i in indices], batch_size, limit, bucketed, packed))
+    return endless_batches(
+        len(rows),
+        lambda indices: _batch([rows[int(i)] for i in indices], batch_size, limit, bucketed, packed),
+        batch_size=batch_size,
+        seed=seed,
+    )
 
 
 def instruction_eval_batches(
     rows: Sequence[Row], *, batch_size: int, limit: int, bucketed: bool, packed: bool
 ) -> Iterator[Batch]:
-    """Yield every row once, sorted by length to save padding; what fills the last batch has weight 0.
+    """Yield every row once, sorted by length to save padding; padding of the last batch has weight 0.
 
     Arguments as for :func:`instruction_batches`.
     """

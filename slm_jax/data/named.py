@@ -1,13 +1,15 @@
-"""A few well-known small files by name: found in $SLM_JAX_DATA, else downloaded once; always checked by SHA-256."""
+"""``named:`` sources: well-known small files, from $SLM_JAX_DATA or downloaded once, always checked by SHA-256."""
 
-import difflib
 import hashlib
 import os
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from slm_jax.data.text_files import unreadable
+from slm_jax.data.row_files import Json, Tsv
+from slm_jax.data.rows import OnRead, Pieces, Row, Source, ignore_bytes
+from slm_jax.data.text_files import TextFiles, unreadable
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.files import cache_folder, check_reachable, sha256
 
@@ -16,13 +18,18 @@ READ_SECONDS = 20.0  # without one byte from a server that was reached
 
 
 class NamedFile(NamedTuple):
-    """Where a file comes from and what it must contain."""
+    """A file, where it comes from, what it must contain, and the source that reads it.
+
+    Attributes:
+        header: column names if the file is a table without a header line.
+    """
 
     file: str
     url: str
     sha256: str
     licence: str
-    plain_text: bool  # False: labelled texts or instructions, for fine-tuning
+    reader: type[Source]
+    header: tuple[str, ...] = ()
 
 
 _GITHUB = "https://raw.githubusercontent.com"
@@ -34,62 +41,71 @@ NAMED_FILES: dict[str, NamedFile] = {
         url=f"{_BOOK}/ch02/01_main-chapter-code/the-verdict.txt",
         sha256="b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f",
         licence="public domain (Edith Wharton, 1908)",
-        plain_text=True,
+        reader=TextFiles,
     ),
     "tinyshakespeare": NamedFile(
         file="tinyshakespeare.txt",
         url=f"{_GITHUB}/karpathy/char-rnn/6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e/data/tinyshakespeare/input.txt",
         sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
         licence="public domain",
-        plain_text=True,
+        reader=TextFiles,
     ),
     "sms-spam": NamedFile(
         file="sms-spam.tsv",
         url=f"{_GITHUB}/justmarkham/pycon-2016-tutorial/5339710562cc46c4a32a369d63f1e8751a18a54e/data/sms.tsv",
         sha256="7d039a24a6083ed9ef0f806ebad56bbb976e3aeb8de05669173bfdc4996c239d",
         licence="CC BY 4.0 (SMS Spam Collection, UCI)",
-        plain_text=False,
+        reader=Tsv,
+        header=("label", "text"),
     ),
     "instruction-data": NamedFile(
         file="instruction-data.json",
         url=f"{_BOOK}/ch07/01_main-chapter-code/instruction-data.json",
         sha256="7e09a9af353722ca15c18bc580f093f9c39d3178335a75177319cb1e1d163944",
         licence="Apache-2.0",
-        plain_text=False,
+        reader=Json,
     ),
 }
 
 
-def plain_text_names() -> list[str]:
-    """The names that `read_documents("named:NAME")` takes."""
-    return [name for name, entry in NAMED_FILES.items() if entry.plain_text]
+class Named(Source):
+    """One of the named files, read as the format that it has."""
+
+    scheme, form, names = "named", "named:NAME", NAMED_FILES
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether the file has fields."""
+        return NAMED_FILES[self.name].reader is not TextFiles
+
+    def rows(self, columns: Sequence[str] = (), on_read: OnRead = ignore_bytes) -> Iterator[Row]:
+        """Return the rows of a file with fields."""
+        return self._file().rows(columns, on_read) if self.has_rows else super().rows(columns, on_read)
+
+    def texts(self, column: str | None = None, on_read: OnRead = ignore_bytes) -> Iterator[Pieces]:
+        """Return the whole text, or the texts in a column."""
+        return self._file().texts(column, on_read)
+
+    def _file(self) -> Source:
+        entry = NAMED_FILES[self.name]
+        return entry.reader(str(named_file(self.name)), header=entry.header)
 
 
 def named_file(name: str) -> Path:
-    """The path of a named file with its pinned content: in $SLM_JAX_DATA, in the cache, or downloaded into the cache.
+    """Return the path of a named file with its pinned content, downloaded into the cache unless $SLM_JAX_DATA has it.
 
     The cache is `slm_jax/data` under $XDG_CACHE_HOME, or under `~/.cache` where that is not set.
 
     Raises:
-        MissingInputError: a file that could not be downloaded; without a network within five seconds.
-        InputError: an unknown name, a file with other content, a cache that cannot be written.
+        MissingInputError: the file could not be downloaded (offline, within five seconds).
+        InputError: a file with other content, a cache that cannot be written.
     """
-    entry = NAMED_FILES.get(name)
-    if entry is None:
-        near = difflib.get_close_matches(name, NAMED_FILES, n=1, cutoff=0.5)
-        hint = f"did you mean named:{near[0]}? " if near else ""
-        raise InputError(f"named:{name}: no such name; {hint}the names are {', '.join(NAMED_FILES)}")
-
+    entry = NAMED_FILES[name]
     folder = os.environ.get("SLM_JAX_DATA")
     if folder and (path := Path(folder).expanduser() / entry.file).exists():
-        found = _digest(path)
-        if found != entry.sha256:
-            raise InputError(
-                f"named:{name}: {path} is not the expected file: its SHA-256 is {found}, expected {entry.sha256}; "
-                f"replace it by {entry.url}, or read your own file with text:{path}"
-            )
+        if (found := _digest(path)) != entry.sha256:
+            raise InputError(f"{path}: SHA-256 is {found}, expected {entry.sha256} of {entry.url}")
         return path
-
     path = cache_folder() / "data" / entry.file
     if not (path.is_file() and _digest(path) == entry.sha256):
         _download(name, entry, path)
@@ -107,14 +123,13 @@ def _download(name: str, entry: NamedFile, destination: Path) -> None:
     """Put the file at `destination`, whole and checked, or leave nothing there."""
     import requests
 
-    by_hand = f"place the file as {entry.file} in a folder and set SLM_JAX_DATA to that folder"
+    by_hand = f"put the file as {entry.file} into a folder and set SLM_JAX_DATA to that folder"
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=destination.parent, prefix=f".{entry.file}.")
     except OSError as error:
         raise InputError(
-            f"named:{name}: cannot write in {destination.parent}: {error.strerror}; "
-            f"set XDG_CACHE_HOME to a folder that can be written, or {by_hand}"
+            f"named:{name}: cannot write in {destination.parent}: {error.strerror}; set XDG_CACHE_HOME, or {by_hand}"
         ) from error
 
     digest = hashlib.sha256()
@@ -128,15 +143,15 @@ def _download(name: str, entry: NamedFile, destination: Path) -> None:
                     file.write(chunk)
         if digest.hexdigest() != entry.sha256:
             raise InputError(
-                f"named:{name}: {entry.url} gave something else: its SHA-256 is {digest.hexdigest()}, "
-                f"expected {entry.sha256}; perhaps a login or proxy page came instead: {by_hand}"
+                f"named:{name}: {entry.url} gave a file with SHA-256 {digest.hexdigest()}, expected {entry.sha256}; "
+                f"if that is a login or proxy page, {by_hand}"
             )
         Path(temporary).replace(destination)
     except OSError as error:  # requests' errors are OSErrors, too
         reason = " ".join(str(error).split()) or type(error).__name__
         raise MissingInputError(
-            f"named:{name}: not in SLM_JAX_DATA ({os.environ.get('SLM_JAX_DATA') or 'not set'}) and could not be "
-            f"downloaded from {entry.url} ({reason}); {by_hand}"
+            f"named:{name}: not in SLM_JAX_DATA ({os.environ.get('SLM_JAX_DATA') or 'not set'}) and not downloadable "
+            f"from {entry.url} ({reason}); {by_hand}"
         ) from error
     finally:
         Path(temporary).unlink(missing_ok=True)

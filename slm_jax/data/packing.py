@@ -2,7 +2,7 @@
 
 The tokens are cut right before every end-of-text id, so that a piece is ``[eot, t1 … tn]`` with the targets
 ``[t1 … tn, eot]``: every token but the first is a target once, and a document's start is learned after the same id
-that generation starts from. What is longer than a row is cut again.
+that generation starts from. Pieces longer than a row are cut again.
 
 A batch has ``inputs`` and ``targets`` (int32, (batch, context), targets one token on), ``weights`` (float32, 0 on
 padding), ``segment_ids`` (int32, 1, 2 … for a row's pieces, 0 for padding) and ``positions`` (int32, from 0 in each
@@ -16,20 +16,20 @@ import grain
 import numpy as np
 from jaxtyping import Int, Int32, Int64, Integer
 
-from slm_jax.data.windows import Batch
+from slm_jax.data.windows import Batch, endless_batches
 from slm_jax.errors import InputError
 
 _CHUNK = 1 << 22  # tokens searched at a time, so that a memory-mapped file stays out of memory
 
 
 class PackedRows:
-    """Rows of packed documents; which documents share one is fixed here, and no token is copied.
+    """Rows of packed documents, planned without copying any token.
 
-    Takes about 16 bytes a document (60 while they are packed), and a few seconds for a million of them.
+    Takes about 16 bytes per document (60 while packing), and a few seconds for a million of them.
 
     Attributes:
-        n_documents: the documents.
-        width: tokens of a row.
+        n_documents: number of documents.
+        width: tokens per row.
     """
 
     def __init__(self, tokens: Integer[np.ndarray, " tokens"], eot_id: int, width: int):
@@ -37,8 +37,8 @@ class PackedRows:
 
         Args:
             tokens: at least 2.
-            eot_id: what documents start after.
-            width: tokens of a row: the context length.
+            eot_id: id that documents start after.
+            width: tokens per row: the context length.
 
         Raises:
             InputError: fewer tokens.
@@ -48,7 +48,7 @@ class PackedRows:
         documents = _document_starts(tokens, eot_id)
         self.n_documents = len(documents) - 1
         self.width = width
-        self._tokens = np.asarray(tokens)  # indexing a np.memmap itself takes longer
+        self._tokens = np.asarray(tokens)  # indexing a np.memmap is slower
         self._starts = _cut(documents, width)
         self._pieces, self._bounds = _group(best_fit(np.diff(self._starts).astype(np.int32), width))
 
@@ -59,7 +59,7 @@ class PackedRows:
         return {name: values[0] for name, values in self.batch(np.array([row])).items()}
 
     def batch(self, rows: Int[np.ndarray, " batch"]) -> Batch:
-        """Return a batch of rows, each given by its number."""
+        """Return a batch of the rows with the given numbers."""
         n_pieces = self._bounds[rows + 1] - self._bounds[rows]
         pieces = self._pieces[_ranges(self._bounds[rows], n_pieces)]
         lengths = self._starts[pieces + 1] - self._starts[pieces]
@@ -79,11 +79,11 @@ class PackedRows:
 
     @property
     def tokens_per_row(self) -> float:
-        """The targets of a row that count, on average."""
+        """Mean number of targets per row that count."""
         return (self._tokens.size - 1) / len(self)
 
     def describe(self) -> str:
-        """Say in a line what was packed and how much of it is padding."""
+        """Return a line with the numbers of documents and rows, and the share of padding."""
         documents = f"{self.n_documents:,} document{'' if self.n_documents == 1 else 's'}"
         rows = f"{len(self):,} row{'' if len(self) == 1 else 's'}"
         return f"packed {documents} into {rows} of {self.width:,}, {1 - self.tokens_per_row / self.width:.1%} padding"
@@ -94,17 +94,15 @@ def packed_batches(rows: PackedRows, *, batch_size: int, shuffle: bool, seed: in
 
     Args:
         rows: the packed documents.
-        batch_size: rows of a batch. Batches go on across the end of an epoch, so no row is left out.
-        shuffle: whether rows come in a new random order each epoch; or else in the order of their first documents.
-        seed: of that order.
+        batch_size: rows per batch. Batches continue across the end of an epoch, so no row is left out.
+        shuffle: whether rows have a new random order each epoch, or the order of their first documents.
+        seed: seed of that order.
     """
-    order = grain.MapDataset.range(len(rows)).seed(seed)
-    order = (order.shuffle() if shuffle else order).repeat()
-    return order.batch(batch_size, drop_remainder=True).map(rows.batch)
+    return endless_batches(len(rows), rows.batch, batch_size=batch_size, seed=seed, shuffle=shuffle)
 
 
 def packed_validation_batches(rows: PackedRows, *, batch_size: int) -> Iterator[Batch]:
-    """Yield every row once; what fills the last batch has weight 0."""
+    """Yield every row once; padding of the last batch has weight 0."""
     for first in range(0, len(rows), batch_size):
         batch = rows.batch(np.arange(first, min(first + batch_size, len(rows))))
         n_empty = batch_size - len(batch["inputs"])
@@ -112,10 +110,10 @@ def packed_validation_batches(rows: PackedRows, *, batch_size: int) -> Iterator[
 
 
 def best_fit(lengths: Int32[np.ndarray, " pieces"], width: int) -> Int32[np.ndarray, " pieces"]:
-    """Give each piece a row of at most ``width``: from the longest on, the fullest row that has room, or a new one.
+    """Assign each piece to a row of at most ``width``: from the longest on, to the fullest row with room, or a new one.
 
-    "Best-fit decreasing", in constant time a piece: open rows are kept by the room that is left, and a bit says for
-    each room whether there is such a row.
+    "Best-fit decreasing", in constant time per piece: open rows are indexed by their remaining room, and bit ``n`` of
+    ``rooms`` is set if there is a row with room for ``n`` tokens.
     """
     row_of = np.empty(len(lengths), np.int32)
     by_room = [array("i") for _ in range(width + 1)]
@@ -138,7 +136,7 @@ def best_fit(lengths: Int32[np.ndarray, " pieces"], width: int) -> Int32[np.ndar
 
 
 def _document_starts(tokens: Integer[np.ndarray, " tokens"], eot_id: int) -> Int64[np.ndarray, " documents_and_1"]:
-    """Return where documents start, and last where all inputs end: the last token is only a target."""
+    """Return the starts of the documents, and the end of all inputs: the last token is only a target."""
     end = tokens.size - 1
     starts = [
         begin + np.flatnonzero(tokens[begin : min(begin + _CHUNK, end)] == eot_id) for begin in range(0, end, _CHUNK)
@@ -148,20 +146,20 @@ def _document_starts(tokens: Integer[np.ndarray, " tokens"], eot_id: int) -> Int
 
 
 def _cut(starts: Int64[np.ndarray, " starts"], width: int) -> Int64[np.ndarray, " pieces_and_1"]:
-    """Add starts, so that nothing between two of them is longer than ``width``."""
+    """Add starts so that no piece between two of them is longer than ``width``."""
     n_pieces = -(-np.diff(starts) // width)
     nth = _ranges(np.zeros_like(n_pieces), n_pieces)
     return np.append(np.repeat(starts[:-1], n_pieces) + nth * width, starts[-1])
 
 
 def _ranges(starts: Int[np.ndarray, " ranges"], lengths: Int[np.ndarray, " ranges"]) -> Int[np.ndarray, " all"]:
-    """Count up from each start, as many numbers as its length, one range after the other."""
+    """Concatenate the ranges with the given starts and lengths."""
     before = np.cumsum(lengths) - lengths
     return np.arange(lengths.sum()) + np.repeat(starts - before, lengths)
 
 
 def _group(row_of: Int32[np.ndarray, " pieces"]) -> tuple[Int32[np.ndarray, " pieces"], Int[np.ndarray, " rows_and_1"]]:
-    """Return the pieces row by row, in the order of the text within a row and of rows' first pieces, and the bounds."""
+    """Return the pieces row by row (rows sorted by their first piece, pieces by text order), and the rows' bounds."""
     _, first = np.unique(row_of, return_index=True)
     rank = np.empty(len(first), np.int32)
     rank[np.argsort(first)] = np.arange(len(first))

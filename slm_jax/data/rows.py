@@ -1,304 +1,147 @@
-"""Rows of data with named fields, from JSON, JSON Lines, tables and TensorFlow Datasets."""
+"""What every source yields: rows of named fields, or the pieces of texts."""
 
-import contextlib
-import csv
 import difflib
-import importlib
-import importlib.util
-import io
 import itertools
-import json
-import os
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-from urllib.parse import urlsplit
+from typing import Any, ClassVar, NamedTuple
 
-import numpy as np
+from slm_jax.errors import InputError
 
-from slm_jax.data.fields import get_field, get_text
-from slm_jax.data.text_files import iter_text, read_text, untold
-from slm_jax.errors import InputError, MissingInputError
-from slm_jax.files import check_reachable
+OnRead = Callable[[int], None]  # called with the number of bytes read from files since the last call
+Pieces = Iterator[str]  # one text, in pieces
 
-CONNECT_SECONDS = 1.5  # offline, TensorFlow Datasets itself would try for minutes
-TFDS_URL = "https://storage.googleapis.com"  # tried for a data set that does not say where it comes from
-# Where TensorFlow Datasets keeps builders that its list of names lacks until they are imported.
-_OLD_BUILDERS = ("text", "summarization", "question_answering", "translate", "text_simplification")
 
-_JSON_TYPES = {
-    list: "a list",
-    str: "text",
-    int: "a number",
-    float: "a number",
-    bool: "true or false",
-    type(None): "null",
-}
+def ignore_bytes(_: int) -> None:
+    """Ignore how many bytes were read."""
 
 
 class Row(NamedTuple):
-    """One example: its fields, and where it stands, such as ``spam.csv line 12``, for messages."""
+    """One example: its fields, and its place, such as ``spam.csv line 12``, for messages."""
 
     where: str
-    fields: dict[str, Any]
+    fields: Mapping[str, Any]
 
-    def text(self, name: str) -> str:
-        """Return a field that must be text."""
-        return get_text(self.fields, name, self.where)
+    def field(self, name: str, setting: str | None = None) -> Any:
+        """Return a required field; ``setting`` is the configuration key that chose its name, for the message.
 
-    def field(self, name: str) -> Any:
-        """Return a field that must be there."""
-        return get_field(self.fields, name, self.where)
+        Raises:
+            InputError: the field is missing.
+        """
+        if name not in self.fields:
+            raise no_field(self.where, name, self.fields, setting)
+        return self.fields[name]
+
+    def text(self, name: str, setting: str | None = None) -> str:
+        """Return a required field that must be text, perhaps empty; arguments as for `field`.
+
+        Raises:
+            InputError: the field is missing, is not text, or has a lone surrogate.
+        """
+        value = self.field(name, setting)
+        if not isinstance(value, str):
+            raise InputError(f"{self.where}: {name} is {value!r:.60}; expected text")
+        if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+            raise InputError(f"{self.where}: {name} has half a surrogate pair; expected valid Unicode")
+        return value
+
+    def filled(self, name: str, setting: str | None = None) -> str:
+        """Return a required field that must be text with more than white space; arguments as for `field`.
+
+        Raises:
+            InputError: as `text`, or the text is empty.
+        """
+        if not (text := self.text(name, setting)).strip():
+            raise InputError(f"{self.where}: {name} is empty; expected text")
+        return text
 
 
-# Files
+class Source:
+    """Where data comes from: ``SCHEME:NAME``, parsed by `slm_jax.data.sources.parse_source`.
 
+    A subclass reads one scheme. It implements `rows`, or `texts` if its data has no named fields.
 
-def iter_jsonl(path: Path, told: Callable[[int], None] = untold) -> Iterator[Row]:
-    """Yield the objects of a file that has one a line, one at a time; empty lines are none.
-
-    Args:
-        path: the file; ``.gz`` and ``.zst`` are decompressed.
-        told: as for `iter_text`.
-
-    Raises:
-        InputError: a file that cannot be read, or is not UTF-8; a line that is no JSON object.
+    Attributes:
+        scheme: the part before the colon.
+        form: how such a source is written, for messages.
+        names: the names that exist; None if that isn't known before reading.
+        name: the part after the colon.
+        header: column names for tables without a header line.
+        split: the split that is read from a data set with splits if the name doesn't have one.
     """
-    for number, line in enumerate(_lines(iter_text(path, told)), start=1):
-        if line.strip():
-            where = f"{path} line {number}"
-            value = _parse_json(where, line, "one JSON object a line")
-            if not isinstance(value, dict):
-                raise InputError(f"{where}: {line!r:.60} is no JSON object; expected one a line")
-            yield Row(where, value)
 
+    scheme: ClassVar[str]
+    form: ClassVar[str]
+    names: ClassVar[Collection[str] | None] = None
 
-def read_jsonl(path: Path, limit: int | None = None) -> list[Row]:
-    """Read the first ``limit`` objects (all, if None) of a file that has one a line; as `iter_jsonl`."""
-    return list(itertools.islice(iter_jsonl(path), limit))
+    def __init__(self, name: str, *, header: Sequence[str] = (), split: str = "train") -> None:
+        if self.names is not None and name not in self.names:
+            hint = did_you_mean(name, self.names)
+            raise InputError(f"{self.scheme}:{name}: no such data set{hint}; expected one of {', '.join(self.names)}")
+        self.name, self.header, self.split = name, tuple(header), split
 
+    def __str__(self) -> str:
+        return f"{self.scheme}:{self.name}"
 
-def _lines(pieces: Iterable[str]) -> Iterator[str]:
-    held: list[str] = []  # of a line that has not ended
-    for piece in pieces:
-        *ended, last = piece.split("\n")  # splitlines() would cut at U+2028, too
-        for line in ended:
-            yield "".join([*held, line])
-            held.clear()
-        held.append(last)
-    yield "".join(held)
+    @property
+    def has_rows(self) -> bool:
+        """Whether the data has named fields."""
+        return True
 
+    def files(self) -> list[Path] | None:
+        """Return the files that the source names; None if it doesn't name any."""
+        return None
 
-def read_json(path: Path) -> list[Row]:
-    """Read a file that is one list of objects; the first is ``entry 1``.
+    def text_column(self) -> str:
+        """Return the name of the field that holds the text, unless the user sets another one."""
+        return "text"
 
-    Raises:
-        InputError: a file that cannot be read, or is not UTF-8, or anything else.
-    """
-    content = _parse_json(str(path), read_text(path), "one list of JSON objects")
-    if not isinstance(content, list):
-        found = f"one object with {', '.join(content) or 'nothing'}" if isinstance(content, dict) else repr(content)
-        raise InputError(f"{path}: {found:.90} is no list; expected one list of JSON objects")
-    rows = [Row(f"{path} entry {number}", value) for number, value in enumerate(content, start=1)]
-    for where, value in rows:
-        if not isinstance(value, dict):
-            raise InputError(f"{where}: is {_JSON_TYPES[type(value)]}, no JSON object; expected a list of objects")
-    return rows
+    def class_names(self, column: str) -> tuple[str, ...]:
+        """Return the names of a label's classes by index; empty if the source doesn't declare them."""
+        return ()
 
+    def rows(self, columns: Sequence[str] = (), on_read: OnRead = ignore_bytes) -> Iterator[Row]:
+        """Return the rows in a fixed order; missing files are reported at once, other errors while iterating.
 
-def read_table(path: Path, delimiter: str, columns: Sequence[str] = ()) -> list[Row]:
-    r"""Read a table with a header line, or, if ``columns`` names them, without one; empty lines are no rows.
+        Args:
+            columns: the fields that are needed, for formats that can skip the others; default: all.
+            on_read: called with the number of bytes read from files since the last call.
 
-    Fields between commas may be quoted (RFC 4180); between tabs quotes are characters like any other.
+        Raises:
+            InputError: the source cannot be read or has no named fields.
+        """
+        raise InputError(f"source {self} has no named fields; expected rows, such as jsonl:FILE")
 
-    Args:
-        path: the file.
-        delimiter: ``,`` or ``\t``.
-        columns: the names of the columns of a file without a header line.
-
-    Raises:
-        InputError: a file that cannot be read, or is not UTF-8; a column that is there twice; a line with too few or
-            too many fields; a quote that is not closed.
-    """
-    lines = _split_table(path, read_text(path), delimiter)
-    where, names = ("columns", list(columns)) if columns else next(lines, (str(path), []))
-    twice = sorted({name for name in names if name and names.count(name) > 1})
-    if twice:
-        raise InputError(f"{where}: column {twice[0]!r} is there twice ({', '.join(names)}); expected distinct names")
-    rows: list[Row] = []
-    for where, values in lines:
-        if len(values) != len(names):
-            quotes = "; put a field that holds a comma in quotes" if delimiter == "," else ""
-            raise InputError(
-                f"{where}: has {_count(len(values), 'field')}, expected {len(names)} ({', '.join(names):.200}){quotes}"
-            )
-        rows.append(Row(where, dict(zip(names, values, strict=True))))
-    return rows
-
-
-def _split_table(path: Path, text: str, delimiter: str) -> Iterator[tuple[str, list[str]]]:
-    """Yield where each line of a table is, and its fields."""
-    reader = csv.reader(
-        io.StringIO(text, newline=""),
-        delimiter=delimiter,
-        quoting=csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL,
-        strict=True,
-    )
-    while True:
-        where = f"{path} line {reader.line_num + 1}"  # a quoted field may hold line breaks; where it begins
-        try:
-            values = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise InputError(
-                f"{where}: {error}; expected fields separated by {delimiter!r}, "
-                "quoted as in RFC 4180, or use jsonl:FILE"
-            ) from None
-        if values:
-            yield where, values
-
-
-def _parse_json(where: str, text: str, expected: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = f"line {error.lineno}, " if "\n" in text else ""
-        found = text.split("\n")[error.lineno - 1]
-        problem = f"{error.msg} at {line}column {error.colno}"
-        raise InputError(f"{where}: not JSON ({problem}): {found!r:.60}; expected {expected}") from None
-    except (ValueError, RecursionError) as error:  # a number of too many digits, brackets too deep
-        raise InputError(f"{where}: JSON that cannot be read ({error}); expected {expected}") from None
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-# TensorFlow Datasets
-
-
-def read_tfds(name: str, split: str, limit: int | None = None) -> list[Row]:
-    """Read the first ``limit`` examples (all, if None) of a data set of TensorFlow Datasets, downloaded once.
-
-    Args:
-        name: ``imdb_reviews``, or with a configuration, ``glue/sst2``.
-        split: ``train``, or any of its expressions, such as ``train[:1000]``.
-        limit: at least 1.
-
-    Raises:
-        MissingInputError: no such data set or split; without a network, within five seconds, one to be downloaded.
-    """
-    return list(itertools.islice(iter_tfds(tfds_builder(name), name, split), limit))
-
-
-def iter_tfds(builder: Any, name: str, split: str) -> Iterator[Row]:
-    """Yield the examples of a split of a prepared data set; each is read when it is asked for.
-
-    Raises:
-        MissingInputError: no such split, and which there are; files that are damaged.
-    """
-    where = f"tfds:{name}:{split}"
-    try:
-        examples = builder.as_data_source(split)
-        for i in range(len(examples)):
-            yield Row(f"{where} example {i}", {key: _decoded(value) for key, value in examples[i].items()})
-    except Exception as error:  # its errors have no narrower base
-        raise _no_dataset(where, error) from error
-
-
-def tfds_builder(name: str) -> Any:
-    """Return the builder of a data set, prepared as array records, which can be read without TensorFlow.
-
-    Its ``info.features`` says what there is; what is a class has ``names``.
-
-    Raises:
-        MissingInputError: as `read_tfds`; also a data set that only TensorFlow or Apache Beam can prepare or read.
-    """
-    import tensorflow_datasets as tfds
-
-    def find() -> Any:
-        return tfds.builder(name, file_format="array_record", data_dir=os.environ.get("TFDS_DATA_DIR"))
-
-    try:
-        try:
-            builder = find()
-        except tfds.core.DatasetNotFoundError:
-            for package in _OLD_BUILDERS:  # registered by their import
-                importlib.import_module(f"tensorflow_datasets.{package}")
-            builder = find()
-    except Exception as error:  # its errors have no narrower base
-        raise _no_builder(name, error) from error
-    if not (builder.data_path / "dataset_info.json").exists():
-        _prepare_tfds(builder, name)
-    return builder
-
-
-def _prepare_tfds(builder: Any, name: str) -> None:
-    """Download a data set and write it as array records."""
-    import tensorflow_datasets as tfds
-
-    if isinstance(builder, tfds.core.BeamBasedBuilder) and importlib.util.find_spec("apache_beam") is None:
-        raise _needs(name, "Apache Beam")
-    source = next(iter(builder.url_infos or ()), TFDS_URL)
-    try:
-        check_reachable(source, CONNECT_SECONDS)
-        with contextlib.redirect_stdout(sys.stderr):
-            builder.download_and_prepare()
-    except Exception as error:  # its errors have no narrower base
-        if isinstance(error, ImportError) and "tensorflow" in str(error):
-            raise _needs(name, "TensorFlow") from error
-        raise _no_dataset(f"tfds:{name}", error, urlsplit(source).netloc) from error
-
-
-def _needs(name: str, library: str) -> MissingInputError:
-    return MissingInputError(
-        f"tfds:{name}: only {library} can prepare it, which is not installed; where it is, prepare it with "
-        "tfds build --file_format=array_record and copy it into TFDS_DATA_DIR (default ~/tensorflow_datasets), or "
-        "write its texts to a file for parquet: or jsonl:"
-    )
-
-
-def _no_builder(name: str, error: Exception) -> MissingInputError:
-    """Say what a name should have been, or how a data set should have been prepared."""
-    import tensorflow_datasets as tfds
-
-    dataset, _, config = name.partition("/")
-    if isinstance(error, tfds.core.DatasetNotFoundError):
-        near = difflib.get_close_matches(dataset, tfds.list_builders(with_community_datasets=False), n=3)
-        hint = f"did you mean {', '.join(near)}?" if near else "its names are listed at tensorflow.org/datasets"
-        return MissingInputError(f"tfds:{name}: TensorFlow Datasets has nothing of that name; {hint}")
-    if "does not match the file formats" in str(error):
-        return MissingInputError(
-            f"tfds:{name}: is prepared, but in a format that only TensorFlow reads ({' '.join(str(error).split())}); "
-            "prepare it again as array_record: tfds build --file_format=array_record"
+    def texts(self, column: str | None = None, on_read: OnRead = ignore_bytes) -> Iterator[Pieces]:
+        """Return the text of each file or row in a fixed order; null is empty. Arguments and errors as for `rows`."""
+        name = self.text_column() if column is None else column
+        return (
+            iter([row.text(name, "text_column") if row.field(name, "text_column") is not None else ""])
+            for row in self.rows([name], on_read)
         )
-    with suppress(Exception):  # a name that no class has
-        known = list(tfds.builder_cls(dataset).builder_configs)
-        if config and config not in known:
-            near = difflib.get_close_matches(config, known, n=5, cutoff=0.5)
-            hint = f" (did you mean {', '.join(near)}?)" if near else ""
-            expected = f"one of {', '.join(known)}" if known else "none: leave it out"
-            return MissingInputError(
-                f"tfds:{name}: {dataset} has no configuration {config!r}{hint}; expected {expected:.300}"
-            )
-    return _no_dataset(f"tfds:{name}", error)
+
+    def read_rows(self, limit: int | None = None, columns: Sequence[str] = ()) -> list[Row]:
+        """Return the first ``limit`` rows (None: all).
+
+        Raises:
+            InputError: as `rows`, or there is no row.
+        """
+        rows = list(itertools.islice(self.rows(columns), limit))
+        if not rows:
+            raise InputError(f"source {self} is empty; expected at least one row")
+        return rows
 
 
-def _no_dataset(where: str, error: Exception, host: str = "") -> MissingInputError:
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return MissingInputError(
-        f"{where}: {reason:.400}; expected it as array records in TFDS_DATA_DIR (default ~/tensorflow_datasets)"
-        f"{f', or a way to download it from {host}' if host else ''}; or use jsonl:FILE"
+def no_field(where: str, name: str, names: Iterable[str], setting: str | None = None) -> InputError:
+    """Return the error for a missing field, with the fields that exist."""
+    known = list(map(str, names))
+    remedy = f"; set {setting} to one of them" if setting else ""
+    return InputError(
+        f"{where}: no field {name!r}{did_you_mean(name, known)}, only {', '.join(known) or 'none':.300}{remedy}"
     )
 
 
-def _decoded(value: Any) -> Any:
-    """Turn what TensorFlow Datasets gives into what JSON would: text is bytes there, and a number NumPy's."""
-    if isinstance(value, bytes):
-        return value.decode("utf-8", errors="replace")  # a picture, which nobody reads as text
-    if isinstance(value, list | np.ndarray):
-        return [_decoded(item) for item in value]
-    return value.item() if isinstance(value, np.generic) else value
+def did_you_mean(name: str, names: Iterable[str], n: int = 1) -> str:
+    """Return " (did you mean …?)" with the ``n`` nearest names; empty if none is near."""
+    near = difflib.get_close_matches(name, list(names), n=n, cutoff=0.6)
+    return f" (did you mean {', '.join(near)}?)" if near else ""

@@ -1,21 +1,34 @@
-"""How one source is split in three, and which items share their key across splits."""
+"""Splitting one source into training, validation and test items, and finding items that are equal across splits."""
 
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 from slm_jax.data.config import DataConfig
 from slm_jax.errors import InputError
 
+SPLITS = ("train", "validation", "test")
+
+
+@runtime_checkable
+class Placed(Protocol):
+    """An item that knows its place, such as ``spam.csv line 12``."""
+
+    @property
+    def where(self) -> str:
+        """The place, for messages."""
+
+
 T = TypeVar("T")
+P = TypeVar("P", bound=Placed)
 Place = tuple[str, T]  # the split, and the item in it
 
 
 def split_fractions(data: DataConfig) -> tuple[float, float]:
-    """Return how much of the source validates and tests; nothing for a split that has a source of its own.
+    """Return the fractions of the source that validate and test; 0 for a split that has its own source.
 
     Raises:
-        InputError: they leave nothing to train on.
+        InputError: the fractions leave nothing to train on.
     """
     validation = 0.0 if data.validation_source else data.validation_fraction
     test = 0.0 if data.test_source else data.test_fraction
@@ -28,11 +41,22 @@ def split_fractions(data: DataConfig) -> tuple[float, float]:
 
 
 def share(n: int, fraction: float) -> int:
-    """Return how many of ``n`` a fraction is, rounded down, but for the last digits of a float.
-
-    1 - 0.1 - 0.2 is a little more than 0.7, and other sums are a little less.
-    """
+    """Return a fraction of ``n``, rounded down with a tolerance for rounding errors such as those of 1 - 0.1 - 0.2."""
     return math.floor(n * fraction + 1e-6)
+
+
+def require_filled(splits: Mapping[str, Sequence[T]]) -> None:
+    """Check that no split is empty.
+
+    Raises:
+        InputError: a split is empty.
+    """
+    for name, items in splits.items():
+        if not items:
+            raise InputError(
+                f"the {name} split is empty; expected more data, or another data.validation_fraction and "
+                "data.test_fraction"
+            )
 
 
 def grouped(members: Iterable[T], keys: Iterable[Hashable]) -> list[list[T]]:
@@ -53,7 +77,29 @@ def first_places(splits: Mapping[str, Sequence[T]], key: Callable[[T], Hashable]
 
 
 def shared(splits: Mapping[str, Sequence[T]], key: Callable[[T], Hashable]) -> list[tuple[Place[T], Place[T]]]:
-    """Return the items whose key occurs in an earlier split, too, each after the first that has it there."""
+    """Return the items whose key also occurs in an earlier split, each after the first item with that key."""
     first = first_places(splits, key)
     pairs = [(first[key(item)], (name, item)) for name, items in splits.items() for item in items]
     return [(earlier, later) for earlier, later in pairs if earlier[0] != later[0]]
+
+
+def check_apart(
+    splits: Mapping[str, Sequence[P]],
+    key: Callable[[P], Hashable],
+    *,
+    what: str,
+    separate: Sequence[str] = SPLITS,
+    remedy: str = "",
+) -> None:
+    """Check that no split shares a key with one of the splits in ``separate``, those with a source of their own.
+
+    Raises:
+        InputError: a shared key; ``what`` says what it stands for, ``remedy`` how to allow it.
+    """
+    pairs = [(one, two) for one, two in shared(splits, key) if one[0] in separate or two[0] in separate]
+    if pairs:
+        (first_name, first), (name, item) = pairs[0]
+        raise InputError(
+            f"{item.where} ({name}) and {first.where} ({first_name}) have the same {what}, {len(pairs):,} such in "
+            f"all; expected no {what} in two splits{remedy}"
+        )

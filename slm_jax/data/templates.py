@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast, get_args
 
-from slm_jax.data.fields import get_text
+from slm_jax.data.rows import Row
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.files import read_json, user_path
 
@@ -181,23 +181,23 @@ def format_prompt(entry: Mapping[str, Any], template: str | Template = "alpaca")
 
 
 def entry_messages(entry: Mapping[str, Any], where: str) -> tuple[Message, ...]:
-    """Return the turns of an entry; the assistant's is there if the entry has an output or ends with one.
+    """Return the turns of an entry; the last one is the assistant's if the entry has an output or ends with one.
 
     Args:
         entry: fields as :func:`format_prompt` takes them, or as Databricks' Dolly names them (``context``,
             ``response``).
-        where: where the entry stands, for messages.
+        where: the entry's place, for messages.
 
     Raises:
-        InputError: a field that is missing, empty or no text; an unknown role; no message of a user.
+        InputError: a field that is missing, empty or not text; an unknown role; no message of a user.
     """
+    row = Row(where, entry)
     if "messages" in entry:
         return _chat(entry["messages"], where)
     is_dolly = "response" in entry and "output" not in entry
     about, answer = ("context", "response") if is_dolly else ("input", "output")
-    instruction = _filled(entry, "instruction", where)
-    question = Message("user", instruction, get_text(entry, about, where) if about in entry else "")
-    return (question, Message("assistant", _filled(entry, answer, where))) if answer in entry else (question,)
+    question = Message("user", row.filled("instruction"), row.text(about) if about in entry else "")
+    return (question, Message("assistant", row.filled(answer))) if answer in entry else (question,)
 
 
 def _chat(messages: Any, where: str) -> tuple[Message, ...]:
@@ -205,22 +205,13 @@ def _chat(messages: Any, where: str) -> tuple[Message, ...]:
         raise InputError(f"{where}: messages is {messages!r:.60}; expected a list of objects with role and content")
     turns: list[Message] = []
     for number, message in enumerate(messages, start=1):
-        at = f"{where}, message {number}"
-        role = _filled(message, "role", at)
-        if role not in get_args(Role):
-            raise InputError(f"{at}: role is {role!r:.60}; expected one of {', '.join(get_args(Role))}")
-        if role == "system" and number > 1:
-            raise InputError(f"{at}: a system message after others; expected it first")
-        turns.append(Message(cast(Role, role), _filled(message, "content", at)))
+        row = Row(f"{where}, message {number}", message)
+        role = row.filled("role")
+        if role not in get_args(Role) or (role == "system" and number > 1):
+            expected = ", ".join(get_args(Role))
+            raise InputError(f"{row.where}: role is {role!r:.60}; expected one of {expected} (system only first)")
+        turns.append(Message(cast(Role, role), row.filled("content")))
     asked = turns[:-1] if turns and turns[-1].role == "assistant" else turns
     if not any(turn.role == "user" for turn in asked):
-        raise InputError(f"{where}: no message of a user to answer; expected role user before the last answer")
+        raise InputError(f"{where}: no user message to answer; expected role user before the last answer")
     return tuple(turns)
-
-
-def _filled(fields: Mapping[str, Any], name: str, where: str) -> str:
-    """Return a field that must be text and not empty."""
-    text = get_text(fields, name, where)
-    if not text.strip():
-        raise InputError(f"{where}: {name} is empty; expected text, or leave the entry out")
-    return text

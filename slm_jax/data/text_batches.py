@@ -1,7 +1,7 @@
 """Labelled texts to batches, in an order that is f(seed, step).
 
 A batch is a dict of ``inputs`` (int32, (batch, width), padded with zeros on the right), ``lengths`` (int32, (batch,),
-at least 1), ``labels`` (int32, (batch,)) and ``weights`` (float32, (batch,), 0 for what fills the last batch).
+at least 1), ``labels`` (int32, (batch,)) and ``weights`` (float32, (batch,), 0 for rows that fill the last batch).
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,32 +10,32 @@ import grain
 import numpy as np
 from jaxtyping import Float32, Int32
 
-from slm_jax.data.windows import Batch
+from slm_jax.data.windows import Batch, endless_batches
 from slm_jax.errors import InputError
 from slm_jax.tokenizer import Tokenizer
 
-SHORTEST_WIDTH = 16  # tokens; each width is a program to be compiled
+SHORTEST_WIDTH = 16  # tokens; each width is a program to compile
 
 
 def encode_text(text: str, tokenizer: Tokenizer) -> Int32[np.ndarray, " tokens"]:
     """Return the token ids of a text.
 
     Raises:
-        InputError: a text that the tokenizer cannot encode, or of which it makes no token.
+        InputError: a text that the tokenizer cannot encode, or that has no tokens.
     """
     try:
         ids = tokenizer.encode(text)
     except InputError as error:
         raise InputError(f"text {text!r:.60}: {error}") from None
     if not ids:
-        raise InputError(f"text {text!r:.60} has no token; expected at least one: leave the text out")
+        raise InputError(f"text {text!r:.60} has no token; expected at least one")
     return np.array(ids, np.int32)
 
 
 def encode_texts(
     texts: Sequence[str], tokenizer: Tokenizer, max_length: int
 ) -> tuple[list[Int32[np.ndarray, " tokens"]], int]:
-    """Return the token ids of each text, cut off after ``max_length``, and how many were cut.
+    """Return the token ids of each text, truncated to ``max_length``, and how many texts were truncated.
 
     Raises:
         InputError: as :func:`encode_text`.
@@ -61,27 +61,23 @@ def classification_batches(
 ) -> grain.MapDataset:
     """Return the endless sequence of training batches; element ``i`` is the batch of step ``i``.
 
-    Each epoch has its own order. Batches go on across the end of an epoch, so no text is left out.
+    Each epoch has its own order. Batches continue across the end of an epoch, so no text is left out.
 
     Args:
         encoded: token ids of each text, 1 to ``limit``.
-        labels: the class of each text.
-        weights: of each text in the loss.
-        batch_size: texts of a batch.
+        labels: class of each text.
+        weights: weight of each text in the loss.
+        batch_size: texts per batch.
         limit: the most tokens of a row.
-        bucketed: whether a batch is only as wide as its longest text, rounded up by `bucket_width`; or else ``limit``.
-        seed: of the order.
-
-    Raises:
-        InputError: no text; a text longer than ``limit``.
+        bucketed: whether the width of a batch is its longest text, rounded up by `bucket_width`, instead of ``limit``.
+        seed: seed of the order.
     """
-    _check_lengths(encoded, limit)
-
-    def make(texts: np.ndarray) -> Batch:
-        return _batch([encoded[i] for i in texts], labels[texts], weights[texts], limit, bucketed)
-
-    order = grain.MapDataset.range(len(encoded)).seed(seed).shuffle().repeat()
-    return order.batch(batch_size, drop_remainder=True).map(make)
+    return endless_batches(
+        len(encoded),
+        lambda texts: _batch([encoded[i] for i in texts], labels[texts], weights[texts], limit, bucketed),
+        batch_size=batch_size,
+        seed=seed,
+    )
 
 
 def classification_eval_batches(
@@ -92,21 +88,10 @@ def classification_eval_batches(
     limit: int,
     bucketed: bool,
 ) -> Iterator[Batch]:
-    """Yield every text once, the shortest first, so that a batch's texts are alike in length.
+    """Yield every text once, sorted by length to save padding; rows that fill the last batch have weight 0, length 1.
 
-    Rows that fill the last batch have weight 0 and length 1.
-
-    Args:
-        encoded: token ids of each text, 1 to ``limit``.
-        labels: the class of each text.
-        batch_size: texts of a batch.
-        limit: the most tokens of a row.
-        bucketed: whether a batch is only as wide as its longest text, rounded up by `bucket_width`; or else ``limit``.
-
-    Raises:
-        InputError: no text; a text longer than ``limit``.
+    Arguments as for :func:`classification_batches`.
     """
-    _check_lengths(encoded, limit)
     order = np.argsort([ids.size for ids in encoded], kind="stable")
     for first in range(0, len(order), batch_size):
         texts = order[first : first + batch_size]
@@ -118,14 +103,6 @@ def classification_eval_batches(
             limit,
             bucketed,
         )
-
-
-def _check_lengths(encoded: Sequence[np.ndarray], limit: int) -> None:
-    if not encoded:
-        raise InputError("no text to make batches of; expected at least one")
-    longest = max(ids.size for ids in encoded)
-    if longest > limit:
-        raise InputError(f"a text of {longest} tokens does not fit rows of {limit}; cut it off with encode_texts")
 
 
 def _batch(rows: Sequence[np.ndarray], labels: np.ndarray, weights: np.ndarray, limit: int, bucketed: bool) -> Batch:

@@ -1,40 +1,81 @@
-"""Text files in UTF-8, plain or compressed (``.gz``, ``.zst``), read in pieces."""
+"""``text:`` sources: text files in UTF-8, plain or compressed (``.gz``, ``.zst``), read in pieces."""
 
 import codecs
+import glob
 import gzip
 import itertools
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from slm_jax.data.rows import OnRead, Pieces, Source, ignore_bytes
 from slm_jax.errors import InputError, MissingInputError
+from slm_jax.files import user_path
 
 PIECE = 1 << 20  # bytes, before they are decoded
 
 
-def untold(_: int) -> None:
-    """Ignore how many bytes were read."""
+class TextFiles(Source):
+    """Each file is one text."""
+
+    scheme, form = "text", "text:GLOB"
+
+    @property
+    def has_rows(self) -> bool:
+        """False: text has no fields."""
+        return False
+
+    def files(self) -> list[Path]:
+        """Return the files that match, sorted."""
+        return matching_files(self.name)
+
+    def texts(self, column: str | None = None, on_read: OnRead = ignore_bytes) -> Iterator[Pieces]:
+        """Return the text of each file; ``column`` is ignored."""
+        return (iter_text(path, on_read) for path in self.files())
 
 
-def iter_text(path: Path, told: Callable[[int], None] = untold) -> Iterator[str]:
+def matching_files(pattern: str) -> list[Path]:
+    """Return the files that a path or glob pattern matches, sorted; ``~`` and ``**`` work, folders are left out.
+
+    Raises:
+        InputError: a folder, or one on the path that cannot be read.
+        MissingInputError: no file matches.
+    """
+    literal = user_path(pattern)
+    try:
+        if literal.is_dir():
+            raise InputError(f"{literal} is a folder; expected files, such as {literal / '**' / '*.txt'}")
+        if literal.exists():  # before globbing: a name may contain brackets
+            return [literal]
+    except OSError as error:  # a folder on the path that may not be entered, a name that is too long
+        raise unreadable(literal, error) from error
+    found = glob.glob(str(literal), recursive=True)  # noqa: PTH207 (Path.glob takes no absolute pattern)
+    files = [path for path in sorted(map(Path, found)) if not path.is_dir()]
+    if not files:
+        what = "no file matches; quote patterns" if glob.has_magic(pattern) else "no such file"
+        raise MissingInputError(f"{literal}: {what} (current folder: {Path.cwd()})")
+    return files
+
+
+def iter_text(path: Path, on_read: OnRead = ignore_bytes) -> Iterator[str]:
     """Yield the text of a file in pieces of at most a megabyte, without a byte order mark and with CR LF as LF.
 
     Args:
-        path: a file; one that ends in ``.gz`` or ``.zst`` is decompressed.
-        told: called with the number of bytes that were read of it since the last call.
+        path: a file; ``.gz`` and ``.zst`` are decompressed.
+        on_read: called with the number of bytes of the file that were read since the last call.
 
     Raises:
-        InputError: a file that cannot be read, is cut off or damaged, in another encoding, or binary.
+        InputError: a file that cannot be read, is truncated, damaged, binary or not in UTF-8.
     """
-    held = ""  # a CR that an LF may follow
-    for text in _decode(path, _chunks(path, told)):
-        text = held + text
-        held = "\r" if text.endswith("\r") else ""
+    carry = ""  # a CR that an LF may follow
+    for decoded in _decode(path, _chunks(path, on_read)):
+        text = carry + decoded
+        carry = "\r" if text.endswith("\r") else ""
         if piece := text.removesuffix("\r").replace("\r\n", "\n"):
             yield piece
-    if held:
-        yield held
+    if carry:
+        yield carry
 
 
 def read_text(path: Path) -> str:
@@ -43,15 +84,13 @@ def read_text(path: Path) -> str:
 
 
 def unreadable(path: Path, error: OSError) -> InputError:
-    """Return what to raise for a file that cannot be opened or read."""
+    """Return the error for a file that cannot be opened or read."""
     if isinstance(error, FileNotFoundError):
-        return MissingInputError(f"{path}: no such file (looked from {Path.cwd()}); check the path")
-    if isinstance(error, IsADirectoryError):
-        return InputError(f"{path} is a folder, expected a file")
-    return InputError(f"{path}: cannot be read: {error.strerror or error}; check what it is and its permissions")
+        return MissingInputError(f"{path}: no such file (current folder: {Path.cwd()})")
+    return InputError(f"{path}: cannot be read: {error.strerror or error}")
 
 
-def _chunks(path: Path, told: Callable[[int], None]) -> Iterator[bytes]:
+def _chunks(path: Path, on_read: OnRead) -> Iterator[bytes]:
     try:
         raw = path.open("rb")
     except OSError as error:
@@ -61,16 +100,16 @@ def _chunks(path: Path, told: Callable[[int], None]) -> Iterator[bytes]:
         while True:
             try:
                 chunk: bytes = stream.read(PIECE)
-                if stream is not raw and raw.tell() == 0:  # as a copy that broke off at once leaves it
+                if stream is not raw and raw.tell() == 0:  # a copy that was interrupted at once
                     raise EOFError("the file is empty")
             except (OSError, EOFError, zlib.error) as error:
                 if isinstance(error, OSError) and error.errno is not None:
                     raise unreadable(path, error) from error
+                reason = " ".join(str(error).split())
                 raise InputError(
-                    f"{path}: the compressed file is cut off or damaged, after {size:,} bytes of text "
-                    f"({' '.join(str(error).split())}); copy or download it again"
+                    f"{path}: the compressed file is truncated or damaged after {size:,} bytes of text ({reason})"
                 ) from error
-            told(raw.tell() - at)
+            on_read(raw.tell() - at)
             at, size = raw.tell(), size + len(chunk)
             if not chunk:
                 return
@@ -91,11 +130,9 @@ def _decompressed(path: Path, raw: BinaryIO) -> Any:
 def _decode(path: Path, chunks: Iterable[bytes]) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")()
     n_bytes = n_characters = n_lines = n_nuls = 0
-    for chunk in itertools.chain(chunks, [b""]):  # at the last the decoder knows that nothing follows
+    for chunk in itertools.chain(chunks, [b""]):  # the last one tells the decoder that nothing follows
         if not n_bytes and chunk.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            raise InputError(
-                f"{path}: is UTF-16, expected UTF-8; convert it: iconv -f UTF-16 -t UTF-8 {path} > NEW.txt"
-            )
+            raise InputError(f"{path}: is UTF-16, expected UTF-8; convert it with iconv -f UTF-16 -t UTF-8")
         undecoded = len(decoder.getstate()[0])
         try:
             text = decoder.decode(chunk, final=not chunk)
@@ -103,15 +140,13 @@ def _decode(path: Path, chunks: Iterable[bytes]) -> Iterator[str]:
             at = n_bytes - undecoded + error.start
             line = n_lines + error.object.count(b"\n", 0, error.start) + 1
             raise InputError(
-                f"{path}: not UTF-8: byte {at} (line {line}) is 0x{error.object[error.start]:02x}; if the file is text "
-                f"in another encoding, convert it, such as: iconv -f WINDOWS-1252 -t UTF-8 {path} > NEW.txt"
+                f"{path}: not UTF-8: byte {at} (line {line}) is 0x{error.object[error.start]:02x}; convert it, such as "
+                "with iconv -f WINDOWS-1252 -t UTF-8"
             ) from error
         if not n_characters:
             text = text.removeprefix("\ufeff")
         n_bytes, n_characters = n_bytes + len(chunk), n_characters + len(text)
         n_lines, n_nuls = n_lines + text.count("\n"), n_nuls + text.count("\0")
         if n_nuls * 100 > n_characters:
-            raise InputError(
-                f"{path}: {n_nuls} of {n_characters} characters are NUL: a binary file, expected text in UTF-8"
-            )
+            raise InputError(f"{path}: {n_nuls} of {n_characters} characters are NUL; expected text, not a binary file")
         yield text

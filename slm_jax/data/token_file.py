@@ -1,15 +1,14 @@
-"""Files of token ids: bare little-endian integers, as nanoGPT writes them, with a JSON file beside them that says
-what they are.
+"""``tokens:`` sources: files of token ids, bare little-endian integers as nanoGPT writes them, described by JSON.
 
-``FILE.bin`` holds nothing but ids, uint16 where the vocabulary has at most 65,536 tokens and uint32 where it has more.
-``FILE.bin.json`` holds the tokenizer, the counts and the SHA-256 of the ids; without it, ids are taken for uint16.
+``FILE.bin`` holds only ids, uint16 if the vocabulary has at most 65,536 tokens, else uint32. ``FILE.bin.json`` holds
+the tokenizer, the counts and the SHA-256 of the ids; without it, ids are read as uint16.
 """
 
 import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,8 +16,9 @@ from typing import Any, BinaryIO
 import numpy as np
 from jaxtyping import UInt
 
+from slm_jax.data.rows import OnRead, Pieces, Source, ignore_bytes
 from slm_jax.data.text_files import unreadable
-from slm_jax.errors import InputError, MissingInputError
+from slm_jax.errors import InputError
 from slm_jax.files import partial_path, read_json, replace_text, sha256, unwritable
 from slm_jax.tokenizer import Tokenizer, fingerprint, tokenizer_from_dict
 
@@ -28,13 +28,28 @@ _FIELDS = {
     **{"format": str, "version": int, "dtype": str, "tokens": int, "documents": int, "vocab_size": int},
     **{"tokenizer": dict, "tokenizer_sha256": str, "sha256": str, "source": str, "counts": dict},
 }
-# Files of ids that have a header; read as bare ids, it would pass for tokens.
+# Files of ids with a header, which would be read as tokens.
 _NOT_HEADERLESS = {
-    b"\x93NUMPY": "a NumPy .npy file; write the bare ids: np.load(FILE).astype('<u2').tofile('ids.bin')",
-    (20240520).to_bytes(4, "little"): "an llm.c file, which has a header of 1024 bytes; cut it off: tail -c +1025 FILE",
+    b"\x93NUMPY": "a NumPy .npy file; convert it: np.load(FILE).astype('<u2').tofile('ids.bin')",
+    (20240520).to_bytes(4, "little"): "an llm.c file, which has a header of 1024 bytes; remove it: tail -c +1025 FILE",
 }
 _CHUNK = 1 << 22  # tokens checked at a time
 _AGAIN = "write it again with slm-jax prepare"
+
+
+class TokenSource(Source):
+    """A file of token ids; its name is the path."""
+
+    scheme, form = "tokens", "tokens:FILE.bin"
+
+    @property
+    def has_rows(self) -> bool:
+        """False: ids have no fields."""
+        return False
+
+    def texts(self, column: str | None = None, on_read: OnRead = ignore_bytes) -> Iterator[Pieces]:
+        """Raise InputError."""
+        raise InputError(f"source {self} holds token ids, expected text, such as text:GLOB")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,8 +58,8 @@ class TokenFile:
 
     Attributes:
         tokens: 1-D, mapped into memory, read-only.
-        tokenizer: the one that made them; None for bare ids.
-        sha256: of the file's bytes; None for bare ids.
+        tokenizer: the tokenizer of the ids; None for bare ids.
+        sha256: SHA-256 of the file's bytes; None for bare ids.
     """
 
     tokens: UInt[np.ndarray, " tokens"]
@@ -53,85 +68,69 @@ class TokenFile:
 
 
 def json_path(path: Path) -> Path:
-    """Return where the description of a token file lies: ``FILE.bin.json``."""
+    """Return the path of a token file's description: ``FILE.bin.json``."""
     return path.with_name(f"{path.name}.json")
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """Return the smallest type that ids are kept in."""
+    """Return the dtype of ids: uint16 if it is large enough, else uint32."""
     return _DTYPES["uint16" if vocab_size <= 2**16 else "uint32"]
 
 
 def open_token_file(path: str | Path) -> TokenFile:
-    """Map a file of ids, after it was read once and compared with its JSON file, if it has one.
+    """Map a file of ids, after checking it against its JSON file, if it has one (which reads the whole file once).
 
     Args:
         path: ``FILE.bin``; ``~`` is expanded.
 
     Raises:
         MissingInputError: no such file.
-        InputError: a file that is empty, cut short, changed, or something else; a JSON file that cannot be read or
+        InputError: a file that is empty, truncated, changed, or something else; a JSON file that cannot be read or
             describes other ids. Bare ids must still be compared with a vocabulary: `check_ids`.
     """
     path = Path(path).expanduser()
-    described = json_path(path).exists()
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             start = file.read(8)
     except OSError as error:
-        if described and isinstance(error, FileNotFoundError):
-            raise MissingInputError(
-                f"{path}: no such file, though {json_path(path).name} is there: it was not finished, or one of the two "
-                f"was moved alone; {_AGAIN}"
-            ) from None
-        if isinstance(error, FileNotFoundError):
-            raise MissingInputError(
-                f"{path}: no such file (looked from {Path.cwd()}); make it with slm-jax prepare --source TEXT --out "
-                f"{path}, or check the path"
-            ) from None
         raise unreadable(path, error) from None
-    if described:
+    if json_path(path).exists():
         return _open_described(path, size)
-    if size == 0:
-        raise InputError(f"{path}: the token file is empty; expected uint16 ids, two bytes each")
     for magic, what in _NOT_HEADERLESS.items():
         if start.startswith(magic):
             raise InputError(f"{path}: expected bare uint16 ids, found {what}")
-    if size % 2:
-        raise InputError(
-            f"{path}: {size} bytes, an odd number; expected uint16 ids, two bytes each: "
-            "the file was cut short or holds something else; write it again"
-        )
+    if size == 0 or size % 2:
+        raise InputError(f"{path}: {size} bytes; expected uint16 ids, two bytes each (empty or truncated?)")
     return TokenFile(map_ids(path, _DTYPES["uint16"]), None, None)
 
 
 def check_ids(tokens: UInt[np.ndarray, " tokens"], vocab_size: int, path: str | Path) -> None:
-    """Compare every id with the vocabulary: about a second a billion ids when the file is in memory.
+    """Check that every id is in the vocabulary: about a second per billion ids if the file is in memory.
 
     On the device an id out of range would silently become another one.
 
     Raises:
-        InputError: an id is not below ``vocab_size``; names the first one, and ``path``.
+        InputError: an id is not below ``vocab_size``.
     """
     for begin in range(0, len(tokens), _CHUNK):
         chunk = tokens[begin : begin + _CHUNK]
         if int(chunk.max()) >= vocab_size:
             where = int(np.argmax(chunk >= vocab_size))
             raise InputError(
-                f"{path}: token {begin + where} has id {chunk[where]}, but the vocabulary has {vocab_size} "
-                f"(ids 0 to {vocab_size - 1}); use the tokenizer that the file was made with, or encode the text again"
+                f"{path}: token {begin + where} has id {chunk[where]}, but the vocabulary has {vocab_size} ids; use "
+                "the tokenizer that the file was made with"
             )
 
 
 class TokenWriter:
-    """Appends ids to a token file; given by `write_token_file`.
+    """Appends ids to a token file; made by `write_token_file`.
 
     Attributes:
-        tokens: how many were written.
-        documents: how many the caller says they are.
-        counts: of what was left out, by reason.
-        sha256: of what was written; empty before all is.
+        tokens: number of ids written.
+        documents: number of documents, set by the caller.
+        counts: documents that were left out, by reason, set by the caller.
+        sha256: SHA-256 of the ids, set at the end.
     """
 
     def __init__(self, file: BinaryIO, vocab_size: int) -> None:
@@ -144,7 +143,7 @@ class TokenWriter:
         self._digest = hashlib.sha256()
 
     def write(self, ids: Sequence[int] | UInt[np.ndarray, " ids"]) -> None:
-        """Append ids that are below the vocabulary's size."""
+        """Append ids, each below the vocabulary's size."""
         data = np.asarray(ids, dtype=self._dtype).tobytes()
         self._file.write(data)
         self._digest.update(data)
@@ -159,18 +158,18 @@ class TokenWriter:
 
 @contextmanager
 def write_token_file(path: Path, tokenizer: Tokenizer, source: str) -> Iterator[TokenWriter]:
-    """Give a writer of a token file that appears, whole and with its JSON file, when the block ends without an error.
+    """Yield a writer of a token file that appears, with its JSON file, when the block ends without an error.
 
-    Ids go to a partial file beside it, which disappears whatever happens. A file that is there is replaced; of several
-    writers at once the last one to end has it.
+    Ids go to a partial file beside it, which is always removed. An existing file is replaced; of several simultaneous
+    writers the last one wins.
 
     Args:
-        path: ``FILE.bin``; its folder is made.
-        tokenizer: what the ids mean.
+        path: ``FILE.bin``; its folder is created.
+        tokenizer: the tokenizer of the ids.
         source: where the text came from.
 
     Raises:
-        InputError: whatever keeps the file from being written, such as a full disk.
+        InputError: the file cannot be written, such as on a full disk.
     """
     partial = partial_path(path)
     try:
@@ -179,11 +178,24 @@ def write_token_file(path: Path, tokenizer: Tokenizer, source: str) -> Iterator[
             writer = TokenWriter(file, tokenizer.vocab_size)
             yield writer
             writer.finish()
+        description = {
+            "format": FORMAT,
+            "version": VERSION,
+            "source": source,
+            "dtype": token_dtype(tokenizer.vocab_size).name,
+            "tokens": writer.tokens,
+            "documents": writer.documents,
+            "counts": writer.counts,
+            "sha256": writer.sha256,
+            "vocab_size": tokenizer.vocab_size,
+            "tokenizer_sha256": fingerprint(tokenizer),
+            "tokenizer": tokenizer.to_dict(),
+        }
         with _alone_in(path.parent):
-            # The JSON file first: ids without one would pass for bare uint16.
-            replace_text(json_path(path), json.dumps(_description(writer, tokenizer, source), indent=2) + "\n")
+            # The JSON file first: ids without one would be read as bare uint16.
+            replace_text(json_path(path), json.dumps(description, indent=2) + "\n")
             partial.replace(path)
-    except (InputError, BrokenPipeError):  # of what is done in the block
+    except (InputError, BrokenPipeError):  # from the block
         raise
     except OSError as error:
         raise unwritable(path, error) from None
@@ -194,7 +206,7 @@ def write_token_file(path: Path, tokenizer: Tokenizer, source: str) -> Iterator[
 
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
-    """Wait for other writers, so that no file ends up beside another one's JSON; where the system has such locks."""
+    """Wait for other writers, so that ids and JSON belong together; on systems that have such locks."""
     try:
         import fcntl
 
@@ -210,39 +222,21 @@ def _alone_in(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _description(writer: TokenWriter, tokenizer: Tokenizer, source: str) -> dict[str, Any]:
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        "source": source,
-        "dtype": token_dtype(tokenizer.vocab_size).name,
-        "tokens": writer.tokens,
-        "documents": writer.documents,
-        "counts": writer.counts,
-        "sha256": writer.sha256,
-        "vocab_size": tokenizer.vocab_size,
-        "tokenizer_sha256": fingerprint(tokenizer),
-        "tokenizer": tokenizer.to_dict(),
-    }
-
-
 def _open_described(path: Path, size: int) -> TokenFile:
     file = json_path(path)
     about = read_description(file)
     dtype = _DTYPES[about["dtype"]]
-    expected = about["tokens"] * dtype.itemsize
-    if size != expected:
-        raise InputError(
-            f"{path}: {size} bytes, but {file.name} says {about['tokens']} ids of {dtype.itemsize} bytes ({expected}): "
-            f"the file was cut short or replaced; {_AGAIN}, or delete {file.name} if these are bare uint16 ids"
-        )
-    digest = sha256(path)
-    if digest != about["sha256"]:
-        raise InputError(
-            f"{path}: its SHA-256 is {digest}, but {file.name} says {about['sha256']}: the file was changed or "
-            f"damaged; {_AGAIN}"
-        )
-    return TokenFile(map_ids(path, dtype), _described_tokenizer(file, about), digest)
+    if size != about["tokens"] * dtype.itemsize:
+        raise InputError(f"{path}: {size} bytes, but {file.name} says {about['tokens']} ids of {dtype.name}; {_AGAIN}")
+    if (digest := sha256(path)) != about["sha256"]:
+        raise InputError(f"{path}: SHA-256 is {digest}, but {file.name} says {about['sha256']}; {_AGAIN}")
+    try:
+        tokenizer = tokenizer_from_dict(about["tokenizer"])
+        if fingerprint(tokenizer) != about["tokenizer_sha256"] or tokenizer.vocab_size != about["vocab_size"]:
+            raise InputError("not the one that tokenizer_sha256 and vocab_size describe")
+    except InputError as error:
+        raise InputError(f"{file}: tokenizer: {error}; {_AGAIN}") from None
+    return TokenFile(map_ids(path, dtype), tokenizer, digest)
 
 
 def map_ids(path: Path, dtype: np.dtype[Any]) -> UInt[np.ndarray, " tokens"]:
@@ -254,16 +248,11 @@ def read_description(file: Path) -> dict[str, Any]:
     """Read and check a description, ``FILE.bin.json``.
 
     Raises:
-        InputError: it cannot be read, or describes no ids.
+        InputError: the file cannot be read or doesn't describe ids.
     """
     about = read_json(file, _AGAIN)
-    if about.get("format") != FORMAT:
-        raise InputError(
-            f"{file}: does not describe token ids (no format {FORMAT!r}); {_AGAIN}, or move it away if "
-            f"{file.stem} holds bare uint16 ids"
-        )
-    if about.get("version") != VERSION:
-        raise InputError(f"{file}: version is {about.get('version')!r}; expected {VERSION}; {_AGAIN}")
+    if (about.get("format"), about.get("version")) != (FORMAT, VERSION):
+        raise InputError(f"{file}: does not describe token ids (format {FORMAT!r}, version {VERSION}); {_AGAIN}")
     for name, kind in _FIELDS.items():
         if not isinstance(about.get(name), kind) or about[name] is True:
             raise InputError(f"{file}: {name} is {about.get(name)!r:.60}; expected {kind.__name__}; {_AGAIN}")
@@ -273,18 +262,3 @@ def read_description(file: Path) -> dict[str, Any]:
         if type(n) is not int or n < 0:
             raise InputError(f"{file}: {name} is {n!r:.60}; expected a whole number, at least 0; {_AGAIN}")
     return about
-
-
-def _described_tokenizer(file: Path, about: Mapping[str, Any]) -> Tokenizer:
-    try:
-        tokenizer = tokenizer_from_dict(about["tokenizer"])
-        found = {"tokenizer_sha256": fingerprint(tokenizer), "vocab_size": tokenizer.vocab_size}
-    except InputError as error:
-        raise InputError(f"{file}: tokenizer: {error}; {_AGAIN}") from None
-    for name, value in found.items():
-        if value != about[name]:
-            raise InputError(
-                f"{file}: {name} is {about[name]!r}, but the tokenizer in the same file has {value!r}: "
-                f"the file was changed; {_AGAIN}"
-            )
-    return tokenizer

@@ -1,10 +1,10 @@
 """Token arrays to batches: windows at fixed strides or random offsets, in an order that is f(seed, step).
 
 A batch is a dict of ``inputs`` and ``targets`` (int32, (batch, context), targets one token on) and ``weights``
-(float32, 1 where a target counts).
+(float32, 1 where a target counts, else 0).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import grain
 import numpy as np
@@ -14,6 +14,23 @@ from slm_jax.errors import InputError
 Batch = dict[str, np.ndarray]
 
 
+def endless_batches(
+    n: int, make: Callable[[np.ndarray], Batch], *, batch_size: int, seed: int, shuffle: bool = True
+) -> grain.MapDataset:
+    """Return the endless sequence of batches of ``n`` items; element ``i`` is the batch of step ``i``.
+
+    Args:
+        n: number of items.
+        make: makes a batch of the items with the given indices, (batch_size,).
+        batch_size: items per batch. Batches continue across the end of an epoch, so no item is left out.
+        seed: seed of the order.
+        shuffle: whether each epoch has its own random order.
+    """
+    order = grain.MapDataset.range(n).seed(seed)
+    order = (order.shuffle() if shuffle else order).repeat()
+    return order.batch(batch_size, drop_remainder=True).map(make)
+
+
 class RandomOffset(grain.transforms.RandomMap):
     """Draw where a window starts (nanoGPT's sampling)."""
 
@@ -21,7 +38,7 @@ class RandomOffset(grain.transforms.RandomMap):
         self._n_offsets = n_offsets
 
     def random_map(self, element: int, rng: np.random.Generator) -> int:
-        """Return an offset from 0 to ``n_offsets`` - 1; ``element`` only counts the draws."""
+        """Return an offset from 0 to ``n_offsets`` - 1; ``element`` is ignored."""
         return int(rng.integers(self._n_offsets))
 
 
@@ -39,12 +56,12 @@ def train_batches(
 
     Args:
         tokens: 1-D token ids.
-        context_length: tokens of a window; its targets reach one further.
-        batch_size: windows of a batch. Batches go on across the end of an epoch, so no window is left out.
+        context_length: tokens per window; its targets reach one token further.
+        batch_size: windows per batch. Batches continue across the end of an epoch, so no window is left out.
         sampling: ``stride`` or ``random``.
-        stride: tokens between windows' starts under ``stride``; None: ``context_length``.
-        shuffle: whether ``stride`` windows are shuffled anew each epoch.
-        seed: of offsets and shuffling.
+        stride: tokens between the starts of ``stride`` windows; None: ``context_length``.
+        shuffle: whether ``stride`` windows have a new random order each epoch.
+        seed: seed of offsets and order.
 
     Raises:
         InputError: fewer tokens than one window.
@@ -52,10 +69,15 @@ def train_batches(
     check_window(tokens.size, context_length, "training")
     if sampling == "random":
         starts = grain.MapDataset.range(1).seed(seed).repeat().random_map(RandomOffset(tokens.size - context_length))
-    else:
-        starts = grain.MapDataset.source(window_starts(tokens.size, context_length, stride)).seed(seed)
-        starts = (starts.shuffle() if shuffle else starts).repeat()
-    return starts.batch(batch_size, drop_remainder=True).map(lambda starts: _windows(tokens, starts, context_length))
+        return starts.batch(batch_size, drop_remainder=True).map(lambda at: _windows(tokens, at, context_length))
+    strided = window_starts(tokens.size, context_length, stride)
+    return endless_batches(
+        len(strided),
+        lambda windows: _windows(tokens, strided[windows], context_length),
+        batch_size=batch_size,
+        seed=seed,
+        shuffle=shuffle,
+    )
 
 
 def steps_per_epoch(n_tokens: int, *, context_length: int, batch_size: int, sampling: str, stride: int | None) -> float:
@@ -66,7 +88,7 @@ def steps_per_epoch(n_tokens: int, *, context_length: int, batch_size: int, samp
 
 
 def window_starts(n_tokens: int, context_length: int, stride: int | None) -> np.ndarray:
-    """Return where the windows of a strided pass start, each with one more token behind it for the last target.
+    """Return the starts of the windows of a strided pass, each followed by one more token for the last target.
 
     ``stride`` is the distance of two starts in tokens; None: ``context_length``.
     """
@@ -74,9 +96,9 @@ def window_starts(n_tokens: int, context_length: int, stride: int | None) -> np.
 
 
 def validation_batches(tokens: np.ndarray, *, context_length: int, batch_size: int) -> Iterator[Batch]:
-    """Yield all ``tokens`` once, in windows that do not overlap, so that every token but the first is a target once.
+    """Yield all ``tokens`` in windows that don't overlap, so that every token but the first is a target once.
 
-    What fills the last window and the last batch has weight 0.
+    Padding of the last window and the last batch has weight 0.
     """
     starts = np.arange(0, tokens.size - 1, context_length)
     filled = np.append(starts, np.full(-len(starts) % batch_size, tokens.size))
@@ -85,13 +107,11 @@ def validation_batches(tokens: np.ndarray, *, context_length: int, batch_size: i
 
 
 def check_window(n_tokens: int, context_length: int, split: str) -> None:
-    """Check that a split has enough tokens.
+    """Check that a split has at least one window (training) or one target (validation).
 
     Raises:
-        InputError: not even one window (training) or one target (validation).
+        InputError: fewer tokens.
     """
-    if n_tokens == 0:
-        raise InputError(f"empty text: the {split} split has no tokens; expected at least {context_length + 1}")
     needed = context_length + 1 if split == "training" else 2
     if n_tokens < needed:
         raise InputError(
@@ -101,8 +121,8 @@ def check_window(n_tokens: int, context_length: int, split: str) -> None:
 
 
 def _windows(tokens: np.ndarray, starts: np.ndarray, context_length: int) -> Batch:
-    """Cut a batch of windows; past the end of the tokens they are filled with zeros of weight 0."""
-    tokens = np.asarray(tokens)  # each slice of a np.memmap would make a new one, which takes longer than the copy
+    """Cut a batch of windows; past the end of the tokens, padding is 0 with weight 0."""
+    tokens = np.asarray(tokens)  # slicing a np.memmap makes a new one, which is slower than the copy
     rows = np.zeros((len(starts), context_length + 1), np.int32)
     for row, start in zip(rows, starts.tolist(), strict=True):
         chunk = tokens[start : start + context_length + 1]

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from slm_jax.data.rows import Row, read_jsonl, read_tfds
+from slm_jax.data.rows import Row
+from slm_jax.data.sources import parse_source
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.evaluation.logprobs import Pair, Track, continuation_logprobs, encode_pair, is_truncated
 from slm_jax.evaluation.results import perplexity, standard_error
-from slm_jax.files import user_path
 from slm_jax.model import GPTModel, Params
 from slm_jax.tokenizer import Tokenizer
 
@@ -93,8 +93,7 @@ def lambada(
     Raises:
         InputError: the source cannot be read, or an example is malformed.
     """
-    rows = read_examples(source, "lambada", limit)
-    pairs = [_lambada_pair(tokenizer, row) for row in rows]
+    pairs = [_lambada_pair(tokenizer, row) for row in read_examples(source, "lambada", limit)]
     logprobs, is_greedy = continuation_logprobs(model, params, pairs, batch_size, track)
     return LambadaResult(
         **_common(source, [[is_truncated(model, pair)] for pair in pairs], is_greedy),
@@ -146,25 +145,14 @@ def _common(source: str, truncated: list[list[bool]], hits: np.ndarray) -> dict[
 
 
 def read_examples(source: str, benchmark: str, limit: int | None) -> list[Row]:
-    """Read the first ``limit`` examples (all, if None) of ``jsonl:FILE`` or ``tfds:BENCHMARK[:SPLIT]``.
+    """Read the first ``limit`` examples (None: all) of ``lambada`` or ``hellaswag`` from a source of rows.
 
     Raises:
-        InputError: another kind of source; a file, line or download that cannot be read; no examples.
+        InputError: a source that cannot be read; no examples.
     """
-    kind, _, rest = source.partition(":")
-    if kind == "jsonl" and rest:
-        rows = read_jsonl(user_path(rest), limit)
-    elif kind == "tfds" and rest.partition(":")[0] == benchmark:
-        default_split, renamed = _TFDS[benchmark]
-        rows = [
-            Row(row.where, {renamed.get(name, name): value for name, value in row.fields.items()})
-            for row in read_tfds(benchmark, rest.partition(":")[2] or default_split, limit)
-        ]
-    else:
-        raise InputError(f"{source!r} has no {benchmark} examples; expected jsonl:FILE or tfds:{benchmark}[:SPLIT]")
-    if not rows:
-        raise InputError(f"{source}: empty; expected at least one example")
-    return rows
+    split, renamed = _TFDS[benchmark]
+    rows = parse_source(source, split=split).read_rows(limit)
+    return [Row(row.where, {renamed.get(name, name): value for name, value in row.fields.items()}) for row in rows]
 
 
 def _lambada_pair(tokenizer: Tokenizer, row: Row) -> Pair:

@@ -7,9 +7,11 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Integer
 
-from slm_jax.data.corpus import encode_documents, open_tokens, split_at_end_of_text, split_documents
+from slm_jax.data.corpus import encode_documents, open_tokens, split_documents
 from slm_jax.data.documents import read_documents
-from slm_jax.data.sources import check_text_column, is_token_source
+from slm_jax.data.rows import Source
+from slm_jax.data.sources import check_text_column, parse_source
+from slm_jax.data.token_file import TokenSource
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.evaluation.logprobs import Track, check_ids, target_logprobs
 from slm_jax.evaluation.results import perplexity
@@ -141,11 +143,12 @@ def evaluate_source(
     """
     assert 0 < validation_fraction < 1, validation_fraction
     context_length, stride = _window(model, context_length, stride)  # before a long read
-    check_text_column(text_column, [source])
-    if is_token_source(source):
-        tokens, n_bytes = _token_split(source, tokenizer, split, validation_fraction), None
+    parsed, n_bytes = parse_source(source), None
+    check_text_column(text_column, [parsed])
+    if isinstance(parsed, TokenSource):
+        tokens = _token_split(parsed, tokenizer, split, validation_fraction)
     else:
-        tokens, n_bytes = _text_split(source, text_column, tokenizer, split, validation_fraction)
+        tokens, n_bytes = _text_split(parsed, text_column, tokenizer, split, validation_fraction)
     try:
         measured = text_loss(
             model, params, tokens, context_length=context_length, stride=stride, batch_size=batch_size, track=track
@@ -165,17 +168,17 @@ def evaluate_source(
     )
 
 
-def _token_split(source: str, tokenizer: Tokenizer, split: Split, validation_fraction: float) -> np.ndarray:
+def _token_split(source: TokenSource, tokenizer: Tokenizer, split: Split, validation_fraction: float) -> np.ndarray:
     tokens = open_tokens(source, tokenizer).tokens
     cut = int(len(tokens) * (1 - validation_fraction))
     return {"all": tokens, "train": tokens[:cut], "validation": tokens[cut:]}[split]
 
 
 def _text_split(
-    source: str, text_column: str | None, tokenizer: Tokenizer, split: Split, validation_fraction: float
+    source: Source, text_column: str | None, tokenizer: Tokenizer, split: Split, validation_fraction: float
 ) -> tuple[np.ndarray, int]:
     """Return the ids and the number of UTF-8 bytes."""
-    documents = split_at_end_of_text(read_documents(source, text_column))
+    documents = read_documents(source, text_column)
     if split != "all":
         train, validation = split_documents(documents, validation_fraction)
         documents = train if split == "train" else validation

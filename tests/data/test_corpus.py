@@ -17,9 +17,9 @@ from slm_jax.data.corpus import (
     encode_documents,
     load_corpus,
     open_tokens,
-    split_at_end_of_text,
     split_documents,
 )
+from slm_jax.data.sources import parse_source
 from slm_jax.data.token_file import write_token_file
 from slm_jax.errors import InputError
 from slm_jax.tokenizer import BPETokenizer, CharTokenizer, SimpleTokenizer, fingerprint
@@ -142,7 +142,6 @@ def test_documents_are_separated_and_nothing_else_is_special(tmp_path, kind):
 @KINDS
 def test_a_literal_end_of_text_separates_documents(text_file, kind):
     text = f"{END_OF_TEXT}first one{END_OF_TEXT}\n\n{END_OF_TEXT}second{END_OF_TEXT}{END_OF_TEXT}third{END_OF_TEXT}"
-    assert split_at_end_of_text([text, "fourth"]) == ["first one", "second", "third", "fourth"]
     source = DataConfig(text_file(text), validation_source=text_file("one more", "v.txt"))
     corpus = load_corpus(source, kind)
     assert documents_of(corpus.train, corpus.tokenizer) == ["first one", "second", "third"]
@@ -283,7 +282,7 @@ def test_text_and_ids_do_not_mix(token_file, text_file, saved_tokenizer):
 # Prepared token files, which carry their tokenizer
 
 CHARS, OTHERS = CharTokenizer().build_vocab("abcdefghi"), CharTokenizer().build_vocab("abcdefghz")
-NOBODY_ASKED = TokenizerConfig()
+DEFAULT = TokenizerConfig()
 
 
 @pytest.fixture
@@ -301,7 +300,7 @@ def prepared(tmp_path):
 IDS = [0, 1, 2, 9, 3, 4, 5, 6, 7, 8]
 
 
-@pytest.mark.parametrize("asked", [NOBODY_ASKED, CHAR], ids=["nothing", "its kind"])
+@pytest.mark.parametrize("asked", [DEFAULT, CHAR], ids=["nothing", "its kind"])
 def test_a_prepared_file_needs_no_tokenizer(prepared, asked):
     corpus = load_corpus(DataConfig(prepared(IDS), validation_fraction=0.3), asked)
     assert [*corpus.train, *corpus.validation] == IDS
@@ -315,8 +314,8 @@ def test_a_prepared_file_needs_no_tokenizer(prepared, asked):
 def test_a_prepared_file_of_the_tokenizer_asked_for_or_saved_is_read(prepared, saved_tokenizer):
     source = DataConfig(prepared(IDS))
     assert load_corpus(source, saved_tokenizer).train.tolist() == IDS[:9]
-    assert load_corpus(source, NOBODY_ASKED, saved=CHARS).tokenizer is CHARS
-    assert open_tokens(source.source, CHARS).tokens.tolist() == IDS
+    assert load_corpus(source, DEFAULT, saved=CHARS).tokenizer is CHARS
+    assert open_tokens(parse_source(source.source), CHARS).tokens.tolist() == IDS
 
 
 def refused(call, *said):
@@ -336,27 +335,25 @@ def test_a_prepared_file_of_another_tokenizer_is_refused(prepared, tmp_path):
     the_other = f"is the char tokenizer {other}; "
 
     path = str(OTHERS.save(tmp_path / "others.json"))
-    refused(
-        lambda: load_corpus(data, TokenizerConfig(path=path)), *made, f"the one asked for {the_other}leave tokenizer."
-    )
+    refused(lambda: load_corpus(data, TokenizerConfig(path=path)), *made, f"the configured one {the_other}prepare")
     for kind in ("gpt2", "simple"):
-        refused(lambda kind=kind: load_corpus(data, TokenizerConfig(kind=kind)), *made, kind, "leave tokenizer.kind")
-    model = f"the model's {the_other}prepare the text with the model's: slm-jax prepare --tokenizer RUN"
-    refused(lambda: load_corpus(data, NOBODY_ASKED, saved=OTHERS), *made, model)
-    refused(lambda: open_tokens(source, OTHERS), *made, model)
+        refused(lambda kind=kind: load_corpus(data, TokenizerConfig(kind=kind)), *made, kind)
+    model = f"the model's {the_other}prepare the text with that one: slm-jax prepare --tokenizer PATH"
+    refused(lambda: load_corpus(data, DEFAULT, saved=OTHERS), *made, model)
+    refused(lambda: open_tokens(parse_source(source), OTHERS), *made, model)
     validation = prepared(IDS, OTHERS, "val.bin")
     refused(
-        lambda: load_corpus(DataConfig(source, validation_source=validation), NOBODY_ASKED),
+        lambda: load_corpus(DataConfig(source, validation_source=validation), DEFAULT),
         f"{validation}: made with the char tokenizer {other}, but data.source's is the char tokenizer {one}",
     )
 
 
 def test_a_bare_file_beside_a_prepared_one_is_read_with_its_tokenizer(prepared, token_file):
     source = DataConfig(prepared(IDS), validation_source=token_file([3, 1]))
-    assert load_corpus(source, NOBODY_ASKED).validation.tolist() == [3, 1]
+    assert load_corpus(source, DEFAULT).validation.tolist() == [3, 1]
     outside = DataConfig(prepared(IDS), validation_source=token_file([3, 10]))
-    refused(lambda: load_corpus(outside, NOBODY_ASKED), "token 1 has id 10, but the vocabulary has 10")
-    refused(lambda: load_corpus(dataclasses.replace(source, source=token_file([1])), NOBODY_ASKED), "bare token ids")
+    refused(lambda: load_corpus(outside, DEFAULT), "token 1 has id 10, but the vocabulary has 10")
+    refused(lambda: load_corpus(dataclasses.replace(source, source=token_file([1])), DEFAULT), "bare token ids")
 
 
 def test_the_fingerprint_of_prepared_files_is_of_their_ids_and_the_cut(prepared):
@@ -366,7 +363,7 @@ def test_the_fingerprint_of_prepared_files_is_of_their_ids_and_the_cut(prepared)
         data = DataConfig(prepared(ids), validation_fraction=fraction)
         if validation is not None:
             data = dataclasses.replace(data, validation_source=prepared(validation, name="val.bin"))
-        corpus = load_corpus(data, NOBODY_ASKED)
+        corpus = load_corpus(data, DEFAULT)
         unread = np.zeros(0, np.uint16)
         assert len(corpus.sha256) == (1 if validation is None else 2)
         assert dataclasses.replace(corpus, sha256=()).fingerprint() != corpus.fingerprint()
@@ -381,7 +378,7 @@ def test_the_fingerprint_of_prepared_files_is_of_their_ids_and_the_cut(prepared)
     assert len({fingerprint_of(IDS), *others}) == 7
 
 
-def test_bare_files_keep_the_fingerprint_that_runs_of_earlier_versions_have(token_file, saved_tokenizer):
+def test_the_fingerprint_of_bare_files_is_that_of_their_ids(token_file, saved_tokenizer):
     corpus = load_corpus(DataConfig(token_file(IDS), validation_fraction=0.3), saved_tokenizer)
     parts = [np.array(IDS[:7], "<u4"), np.array(IDS[7:], "<u4")]
     expected = hashlib.sha256(b"".join(str(len(part)).encode() + part.tobytes() for part in parts)).hexdigest()

@@ -1,16 +1,14 @@
 """What must hold of instructions: what is read, how it is split, and that no mistake in a file goes unnamed."""
 
-import ast
 import collections
 import json
 
 import pytest
 
-from slm_jax.data.builtin_instructions import INSTRUCTION, docstring_entries
 from slm_jax.data.config import DataConfig, InstructionConfig
 from slm_jax.data.instructions import load_instructions, read_examples
 from slm_jax.data.templates import Message
-from slm_jax.errors import InputError, MissingInputError
+from slm_jax.errors import InputError
 
 
 def entry(i, output=None):
@@ -60,93 +58,27 @@ def test_alpaca_dolly_and_chat_entries_are_read_from_json_and_jsonl(write, tmp_p
     assert as_lines[2].where == f"{tmp_path / 'data.jsonl'} line 3"
 
 
-def test_tensorflow_datasets_dolly(tmp_path, monkeypatch):
-    """A data set under the real name, written as TensorFlow Datasets writes it, with the real one's fields."""
-    import tensorflow_datasets as tfds
-
-    rows = [
-        {"instruction": "Sum up.", "context": "Long \u2014 text.", "response": "Text.", "category": "summarization"},
-        {"instruction": "Say yes.", "context": "", "response": "Yes.", "category": "open_qa"},
-    ]
-    with tfds.core.registered.skip_registration():
-
-        class Builder(tfds.core.GeneratorBasedBuilder):
-            name, VERSION = "databricks_dolly", tfds.core.Version("1.0.0")
-
-            def _info(self):
-                features = tfds.features.FeaturesDict(dict.fromkeys(rows[0], tfds.features.Text()))
-                return tfds.core.DatasetInfo(builder=self, features=features)
-
-            def _split_generators(self, _):
-                return {"train": self._generate_examples()}
-
-            def _generate_examples(self):
-                yield from enumerate(rows)
-
-    Builder(data_dir=tmp_path, file_format="array_record").download_and_prepare()
-    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-    expected = {
-        (Message("user", "Sum up.", "Long \u2014 text."), Message("assistant", "Text.")),
-        (Message("user", "Say yes."), Message("assistant", "Yes.")),
-    }
-    examples = read_examples("tfds:databricks_dolly")
-    assert {example.messages for example in examples} == expected
-    assert examples[1].where == "tfds:databricks_dolly:train example 1"
-    assert read_examples("tfds:databricks_dolly:train[:1]")[0].messages == examples[0].messages
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (
             [entry(1), {"instruction": "a", "input": "b"}],
-            r"data.json entry 2: no field 'output' but instruction, input",
+            r"data.json entry 2: no field 'output'.*, only instruction, input",
         ),
-        ([{"output": "a"}], r"data.json entry 1: no field 'instruction' but output"),
+        ([{"output": "a"}], r"data.json entry 1: no field 'instruction', only output"),
         ([entry(1), {"instruction": "", "output": "a"}], r"entry 2: instruction is empty"),
         ([{"instruction": "a", "output": "  "}], r"entry 1: output is empty"),
         ([{"instruction": "a", "output": ["b"]}], r"entry 1: output is \['b'\]; expected text"),
-        ([{"messages": [{"role": "user", "content": "a"}]}], r"entry 1: the last message is of role user"),
-        ([entry(1), "text"], r"entry 2: .*no JSON object"),
+        ([{"messages": [{"role": "user", "content": "a"}]}], r"entry 1: the last message has role user"),
+        ([entry(1), "text"], r"entry 2: .*not a JSON object"),
         ({"data": [entry(1)]}, r"expected one list of JSON objects"),
-        ([], r"empty; expected at least one example"),
+        ([], r"empty; expected at least one row"),
     ],
 )
 def test_what_is_no_instruction_is_refused_with_its_place_in_one_line(write, content, message):
     with pytest.raises(InputError, match=message) as error:
         load(write(content))
     assert "\n" not in str(error.value)
-
-
-def test_a_bad_line_of_json_lines_is_named(tmp_path):
-    file = tmp_path / "data.jsonl"
-    file.write_text(json.dumps(entry(1)) + '\n\n{"instruction": \n', encoding="utf-8")
-    with pytest.raises(InputError, match=r"data.jsonl line 3: not JSON"):
-        load(f"jsonl:{file}")
-
-
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        ("data.json", r"no kind \(did you mean json:data.json\?\); expected json:FILE, jsonl:FILE, tfds:NAME"),
-        ("jsno:data.json", r"did you mean json:data.json\?"),
-        ("instruction-data", r"did you mean named:instruction-data\?"),
-        ("text:data.txt", r"no kind 'text' here; expected json:FILE"),
-        ("json:", r"says only the kind; expected json:FILE"),
-        ("named:sms-spam", r"holds no instructions; expected named:instruction-data"),
-        ("named:alpaca", r"no such name; expected named:instruction-data"),
-        ("builtin:python-docs", r"expected builtin:docstrings"),
-    ],
-)
-def test_what_is_no_source_of_instructions_is_refused_in_one_line(source, message):
-    with pytest.raises(InputError, match=message) as error:
-        load(source)
-    assert "\n" not in str(error.value)
-
-
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(MissingInputError, match=r"nothing.json: no such file"):
-        load(f"json:{tmp_path / 'nothing.json'}")
 
 
 # Splits
@@ -204,7 +136,7 @@ def test_equal_prompts_stay_together_at_random(write, seed):
     assert len(where) == 15
     assert all(len(names) == 1 for names in where.values())
     assert sum(len(split) for split in splits[:3]) == 60
-    assert splits.notes[1] == "45 of them repeat the prompt of another, and are in the same split as that"
+    assert splits.notes[1] == "45 of them repeat the prompt of another one, and are in the same split"
 
 
 def test_the_same_instruction_about_something_else_is_not_equal(write):
@@ -229,12 +161,13 @@ def test_given_splits_are_taken_whole(write):
 def test_a_prompt_in_two_given_splits_is_refused(write, order):
     train = write([entry(i) for i in range(10)])
     test = write([entry(20), entry(4, output="Another answer."), entry(5)], "test.json")
-    with pytest.raises(InputError, match=r"test.json entry 2 \(test\) has the same prompt as .*data.json entry 5") as e:
+    with pytest.raises(
+        InputError, match=r"test.json entry 2 \(test\) and .*data.json entry 5 .*same prompt, 2 such"
+    ) as e:
         load(train, test_source=test, split=order)
-    assert "(2 such in all)" in str(e.value)
     assert "\n" not in str(e.value)
     validation = write([entry(5)], "validation.json")
-    with pytest.raises(InputError, match=r"has the same prompt as"):
+    with pytest.raises(InputError, match=r"have the same prompt"):
         load(write([entry(30), entry(31)], "other.json"), test_source=test, validation_source=validation, split=order)
 
 
@@ -245,31 +178,7 @@ def test_equal_prompts_within_the_training_source_are_no_mistake_beside_a_given_
 
 
 def test_a_split_without_examples_is_refused(write):
-    with pytest.raises(InputError, match=r"the test split gets none of the 3 examples of json:.*data.test_fraction"):
+    with pytest.raises(InputError, match=r"the test split is empty.*data.test_fraction"):
         load(write([entry(i) for i in range(3)]), test_fraction=0.1)
     with pytest.raises(InputError, match=r"0.5 and data.test_fraction 0.6 leave nothing to train on"):
         load(write([entry(1)]), validation_fraction=0.5, test_fraction=0.6)
-
-
-# The standard library's docstrings
-
-
-def test_builtin_pairs_are_signatures_and_sentences():
-    entries = docstring_entries()
-    assert len(entries) > 1000
-    assert len({one["input"] for one in entries}) == len(entries)
-    for one in entries:
-        assert one["instruction"] == INSTRUCTION
-        (function,) = ast.parse(f"{one['input']} pass").body
-        assert not function.name.startswith("_")
-        assert "\n" not in one["input"] + one["output"]
-        assert one["output"][0].isupper()
-        assert one["output"][-1] in ".!?:"
-    assert any("async def" in one["input"] for one in entries)
-
-
-def test_builtin_pairs_split_without_overlap():
-    splits = load("builtin:docstrings", test_fraction=0.1)
-    assert sum(len(split) for split in splits[:3]) == len(docstring_entries())
-    assert len(splits.notes) == 1
-    assert splits.train[0].where.startswith("builtin:docstrings entry ")

@@ -334,7 +334,7 @@ def test_hosts_take_slices_of_one_global_batch(monkeypatch, n_hosts):
 
 
 def test_the_order_of_rows_never_changes():
-    """Written down when rows were still cut one by one; another order would break the runs that go on."""
+    """Another order would change the data of resumed runs."""
     tokens = np.arange(1, 401, dtype=np.uint16)
     tokens[::9] = tokens[::23] = 0
     rows = PackedRows(tokens, 0, 16)

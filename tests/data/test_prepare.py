@@ -8,11 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slm_jax.data import documents, filters, prepare, text_files
-from slm_jax.data.corpus import encode_documents, split_at_end_of_text
+from slm_jax.data import filters, prepare, text_files
+from slm_jax.data.builtin import Builtin
+from slm_jax.data.corpus import encode_documents
 from slm_jax.data.documents import read_documents
 from slm_jax.data.filters import Rules
 from slm_jax.data.prepare import cut_pieces, train_tokenizer
+from slm_jax.data.rows import Source
+from slm_jax.data.sources import parse_source
 from slm_jax.data.token_file import open_token_file
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.tokenizer import BPETokenizer, CharTokenizer, GPT2Tokenizer, SimpleTokenizer, Tokenizer
@@ -101,7 +104,7 @@ def test_running_text_is_cut_into_pieces_of_about_the_size():
 
 
 @pytest.fixture
-def sources(tmp_path) -> dict[str, str]:
+def sources(tmp_path) -> dict[str, Source]:
     """Texts that are hard to cut, as files of several kinds."""
     rng = np.random.default_rng(0)
     texts = ["".join(rng.choice(PARTS, size=n)) for n in (1, 5, 300, 40, 2000, 3)]
@@ -109,7 +112,7 @@ def sources(tmp_path) -> dict[str, str]:
     for i, text in enumerate(texts):
         (tmp_path / f"{i:02}.txt").write_bytes(text.encode())
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
-    return {"text": f"text:{tmp_path}/*.txt", "jsonl": f"jsonl:{tmp_path}/a.jsonl"}
+    return {"text": parse_source(f"text:{tmp_path}/*.txt"), "jsonl": parse_source(f"jsonl:{tmp_path}/a.jsonl")}
 
 
 @pytest.mark.parametrize("kind", ["char", "simple", "bpe", "gpt2"])
@@ -119,7 +122,7 @@ def test_a_source_has_the_ids_of_reading_and_encoding_it_whole(
     tokenizers, sources, tmp_path, monkeypatch, kind, piece, source
 ):
     tokenizer = tokenizer_of(tokenizers, kind)
-    whole = split_at_end_of_text(read_documents(sources[source]))
+    whole = read_documents(sources[source])
     if kind == "char":
         tokenizer = CharTokenizer().build_vocab("".join(whole))
     expected = encode_documents(whole, tokenizer)
@@ -137,7 +140,7 @@ def test_a_source_has_the_ids_of_reading_and_encoding_it_whole(
 
 def test_copies_are_left_out_and_counted(tokenizers, sources, tmp_path):
     prepared = prepare.prepare([sources["text"]], tmp_path / "ids.bin", tokenizers["bpe"])
-    whole = split_at_end_of_text(read_documents(sources["text"]))
+    whole = read_documents(sources["text"])
     first_ones = list({text.strip(): text for text in reversed(whole)}.values())[::-1]
     assert prepared.counts["duplicates"] == len(whole) - prepared.documents >= 1
     assert prepared.documents == len(first_ones)
@@ -152,7 +155,10 @@ def test_the_order_is_that_of_the_source_with_many_threads(tmp_path, monkeypatch
     tokenizer = CharTokenizer().build_vocab("".join(texts))
     reports = []
     prepare.prepare(
-        [f"jsonl:{tmp_path}/a.jsonl"], tmp_path / "ids.bin", tokenizer, report=lambda p: reports.append(p.tokens)
+        [parse_source(f"jsonl:{tmp_path}/a.jsonl")],
+        tmp_path / "ids.bin",
+        tokenizer,
+        report=lambda p: reports.append(p.tokens),
     )
     assert tokenizer.decode(open_token_file(tmp_path / "ids.bin").tokens).split("<|endoftext|>") == texts
     assert reports == sorted(reports)
@@ -162,14 +168,14 @@ def test_the_order_is_that_of_the_source_with_many_threads(tmp_path, monkeypatch
 def test_sources_follow_each_other_as_if_they_were_one(tokenizers, tmp_path):
     (tmp_path / "a.txt").write_text("low lower")
     (tmp_path / "b.jsonl").write_text('{"text": "newer"}\n{"text": "low lower"}\n')
-    sources = [f"jsonl:{tmp_path}/b.jsonl", f"text:{tmp_path}/a.txt"]
+    sources = [parse_source(f"jsonl:{tmp_path}/b.jsonl"), parse_source(f"text:{tmp_path}/a.txt")]
     prepared = prepare.prepare(sources, tmp_path / "ids.bin", tokenizers["bpe"])
     opened = open_token_file(tmp_path / "ids.bin")
     assert opened.tokenizer.decode(opened.tokens) == "newer<|endoftext|>low lower"
     assert prepared.counts["duplicates"] == 1
-    assert json.loads((tmp_path / "ids.bin.json").read_text())["source"] == " ".join(sources)
+    assert json.loads((tmp_path / "ids.bin.json").read_text())["source"] == " ".join(map(str, sources))
     with pytest.raises(MissingInputError, match="gone"):
-        prepare.prepare([*sources, "text:gone.txt"], tmp_path / "o" / "ids.bin", tokenizers["bpe"])
+        prepare.prepare([*sources, parse_source("text:gone.txt")], tmp_path / "o" / "ids.bin", tokenizers["bpe"])
     assert not (tmp_path / "o").exists()
 
 
@@ -177,7 +183,7 @@ def test_rows_and_files_without_text_are_counted(tokenizers, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "newer"}\n{"text": null}\n{"text": ""}\n{"text": " \\n"}\n')
     (tmp_path / "a.txt").write_text("<|endoftext|> \n")
     (tmp_path / "b.txt").write_text("low<|endoftext|> ")
-    sources = [f"jsonl:{tmp_path}/a.jsonl", f"text:{tmp_path}/*.txt"]
+    sources = [parse_source(f"jsonl:{tmp_path}/a.jsonl"), parse_source(f"text:{tmp_path}/*.txt")]
     prepared = prepare.prepare(sources, tmp_path / "ids.bin", tokenizers["bpe"])
     assert (prepared.documents, prepared.counts["empty"]) == (2, 4)
 
@@ -189,7 +195,7 @@ def test_progress_is_of_what_was_encoded_not_of_what_was_read_ahead(tokenizers, 
     (tmp_path / "a.txt").write_text("low lower " * 200)
     reports = []
     prepare.prepare(
-        [f"text:{tmp_path}/a.txt"],
+        [parse_source(f"text:{tmp_path}/a.txt")],
         tmp_path / "ids.bin",
         tokenizers["bpe"],
         report=lambda p: reports.append((p.bytes_read, p.text_bytes)),
@@ -203,14 +209,14 @@ def test_long_documents_are_kept_and_counted(tokenizers, tmp_path, monkeypatch):
     monkeypatch.setattr(text_files, "PIECE", 4)
     (tmp_path / "a.txt").write_text("low lower lowest<|endoftext|>low<|endoftext|>low lower lowest")
     prepared = prepare.prepare(
-        [f"text:{tmp_path}/a.txt"], tmp_path / "ids.bin", tokenizers["bpe"], rules=Rules(min_characters=5)
+        [parse_source(f"text:{tmp_path}/a.txt")], tmp_path / "ids.bin", tokenizers["bpe"], rules=Rules(min_characters=5)
     )
     assert (prepared.documents, prepared.counts["short"], prepared.counts["unfiltered"]) == (2, 1, 2)
 
 
 def test_a_pattern_does_not_match_what_is_written(tokenizers, tmp_path):
     (tmp_path / "a.txt").write_text("low lower")
-    prepare.prepare([f"text:{tmp_path}/*"], tmp_path / "ids.bin", tokenizers["bpe"])
+    prepare.prepare([parse_source(f"text:{tmp_path}/*")], tmp_path / "ids.bin", tokenizers["bpe"])
     opened = open_token_file(tmp_path / "ids.bin")
     assert opened.tokenizer.decode(opened.tokens) == "low lower"
 
@@ -235,9 +241,9 @@ def test_text_that_a_tokenizer_lacks_is_named_and_leaves_nothing(sources, tmp_pa
 def test_a_tokenizer_without_its_files_is_found_out_before_reading(tmp_path, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
-    monkeypatch.setattr(documents, "_texts", lambda *_: pytest.fail("was read"))
+    monkeypatch.setattr(Builtin, "texts", lambda *_: pytest.fail("was read"))
     with pytest.raises(MissingInputError, match="TIKTOKEN_CACHE_DIR"):
-        prepare.prepare(["builtin:python-docs"], tmp_path / "ids.bin", GPT2Tokenizer())
+        prepare.prepare([parse_source("builtin:python-docs")], tmp_path / "ids.bin", GPT2Tokenizer())
 
 
 # Training a tokenizer
@@ -248,7 +254,7 @@ def test_a_tokenizer_trained_in_pieces_is_the_one_trained_on_the_whole(tmp_path,
     text = "".join(f"the {i} low lower\tlowest\n newer and wider " for i in range(300))
     (tmp_path / "a.txt").write_text(text)
     whole = BPETokenizer.train(text, vocab_size=300).to_dict()
-    assert train_tokenizer([f"text:{tmp_path}/a.txt"], 300).to_dict() == whole
+    assert train_tokenizer([parse_source(f"text:{tmp_path}/a.txt")], 300).to_dict() == whole
 
 
 def test_it_is_trained_on_the_start_of_the_text(tmp_path, monkeypatch):
@@ -256,6 +262,6 @@ def test_it_is_trained_on_the_start_of_the_text(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("low lower " * 200)
     (tmp_path / "b.txt").write_bytes(b"\xff")  # not even looked at
     reports = []
-    tokenizer = train_tokenizer([f"text:{tmp_path}/*.txt"], 300, report=reports.append)
+    tokenizer = train_tokenizer([parse_source(f"text:{tmp_path}/*.txt")], 300, report=reports.append)
     assert reports == [2000]
     assert tokenizer.decode(tokenizer.encode("low lower")) == "low lower"

@@ -127,22 +127,3 @@ def test_every_text_is_evaluated_once_and_filling_counts_nothing(limit, bucketed
     assert sorted(rows) == [-1, 0, 1, 2, 3, 4]
     np.testing.assert_array_equal(np.concatenate([batch["weights"] for batch in batches]), rows >= 0)
     assert [batch["inputs"].shape for batch in batches] == [(2, width) for width in widths]
-
-
-# Mistakes
-
-
-@pytest.mark.parametrize("bucketed", [True, False])
-def test_texts_that_do_not_fit_are_refused(bucketed):
-    encoded = texts(2, 9)
-    labels, weights = labelled(encoded)
-    with pytest.raises(InputError, match="9 tokens does not fit rows of 8"):
-        classification_batches(encoded, labels, weights, batch_size=2, limit=8, bucketed=bucketed, seed=0)
-    with pytest.raises(InputError, match="9 tokens does not fit rows of 8"):
-        next(classification_eval_batches(encoded, labels, batch_size=2, limit=8, bucketed=bucketed))
-
-
-def test_nothing_makes_no_batch():
-    none = np.zeros(0, np.int32)
-    with pytest.raises(InputError, match="no text to make batches of"):
-        classification_batches([], none, none.astype(np.float32), batch_size=2, limit=8, bucketed=True, seed=0)

@@ -2,24 +2,24 @@
 
 import gzip
 import random
+import re
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from refusals import refused
 
 from slm_jax.data import text_files
+from slm_jax.data.sources import parse_source
 from slm_jax.data.text_files import iter_text, read_text
-from slm_jax.errors import InputError
+from slm_jax.errors import MissingInputError
 
 TEXT = "\ufeffcafé\r\n\ttwo\n\rthree\r\r\n𝒳 und\u2028so\r"  # the mark, and every kind of line end
 READ = "café\n\ttwo\n\rthree\r\n𝒳 und\u2028so\r"
 
 
-def message(error: pytest.ExceptionInfo[InputError]) -> str:
-    text = str(error.value)
-    assert "\n" not in text
-    assert len(text) < 600
-    return text
+def texts(source: str) -> list[str]:
+    return ["".join(pieces) for pieces in parse_source(source).texts()]
 
 
 def zst(data: bytes) -> bytes:
@@ -43,18 +43,18 @@ def test_text_is_the_same_in_pieces_of_any_size(tmp_path, monkeypatch, suffix, s
     assert all(0 < len(piece) <= size + 1 for piece in pieces)  # a held CR may join
 
 
-def test_pieces_are_bounded_and_all_bytes_are_told(tmp_path):
+def test_pieces_are_bounded_and_all_bytes_are_reported(tmp_path):
     """Also of a file that is compressed a thousandfold."""
     text = "a line of text\n" * 400_000
     for suffix, compress in COMPRESS.items():
         path = tmp_path / f"a{suffix}"
         path.write_bytes(compress(text.encode()))
-        told = []
-        pieces = list(iter_text(path, told.append))
+        reported = []
+        pieces = list(iter_text(path, reported.append))
         assert "".join(pieces) == text
         assert max(map(len, pieces)) <= 1 << 20
-        assert sum(told) == path.stat().st_size
-        assert min(told) >= 0
+        assert sum(reported) == path.stat().st_size
+        assert min(reported) >= 0
 
 
 def test_files_that_were_compressed_in_parts_are_read_whole(tmp_path):
@@ -92,11 +92,8 @@ def words(n: int) -> bytes:
 def test_a_damaged_compressed_file_is_one_line(tmp_path, suffix, damage):
     path = tmp_path / f"a.txt{suffix}"
     path.write_bytes(damage(COMPRESS[suffix](words(300_000))))
-    with pytest.raises(
-        InputError, match=r"a\.txt\.(gz|zst): the compressed file is cut off or damaged, after"
-    ) as error:
+    with refused(r"a\.txt\.(gz|zst): the compressed file is truncated or damaged after"):
         read_text(path)
-    assert "copy or download it again" in message(error)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 1 << 20])
@@ -110,16 +107,55 @@ def test_bytes_that_are_not_utf8_are_named_in_any_piece(tmp_path, monkeypatch, s
         (b"a\n\n\xff", r"byte 3 \(line 3\) is 0xff"),
     ]:
         path.write_bytes(COMPRESS[suffix](text))
-        with pytest.raises(InputError, match=f"not UTF-8: {expected}.*iconv") as error:
+        with refused(f"not UTF-8: {expected}.*iconv"):
             read_text(path)
-        message(error)
 
 
 def test_other_encodings_and_binary_files_are_refused_early(tmp_path):
     path = Path(tmp_path / "a.gz")
     path.write_bytes(gzip.compress("plain words".encode("utf-16")))
-    with pytest.raises(InputError, match=r"is UTF-16, expected UTF-8.*iconv"):
+    with refused(r"is UTF-16, expected UTF-8.*iconv"):
         read_text(path)
     path.write_bytes(gzip.compress(bytes(5_000_000)))
-    with pytest.raises(InputError, match="1048576 of 1048576 characters are NUL"):
+    with refused("1048576 of 1048576 characters are NUL"):
         read_text(path)
+
+
+# Which files
+
+
+def test_each_file_is_a_text_in_the_order_of_paths(tmp_path, monkeypatch):
+    for name in ("b.txt", "a.txt", "sub/c.txt", "sub/skip.md", "book [1].txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert texts(f"text:{tmp_path}/?.txt") == ["a.txt", "b.txt"]
+    assert texts(f"text:{tmp_path}/**/?.txt") == ["a.txt", "b.txt", "sub/c.txt"]
+    assert len(texts(f"text:{tmp_path}/**")) == 5  # folders match `**`, too, and are skipped
+    assert texts(f"text:{tmp_path}/book [1].txt") == ["book [1].txt"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert texts("text:~/a.txt") == texts("text:~/a*.txt") == texts("text:a.txt") == ["a.txt"]
+
+
+@pytest.mark.parametrize("rest", ["nothing.txt", "no*.txt", "nowhere/**/*.txt", "link.txt"])
+def test_missing_files_are_named(tmp_path, monkeypatch, rest):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link.txt").symlink_to(tmp_path / "gone.txt")
+    with refused(re.escape(rest), MissingInputError) as error:
+        texts(f"text:{rest}")
+    assert str(tmp_path) in str(error.value)
+
+
+def test_folders_and_unreadable_files_are_named(tmp_path, monkeypatch):
+    with refused(r"is a folder; expected files, such as .*\*\*"):
+        texts(f"text:{tmp_path}")
+    with refused("File name too long"):
+        texts("text:" + "x" * 300)
+    (tmp_path / "a.txt").write_text("secret")
+
+    def refuse(path, mode):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", refuse)  # root may read everything, so no real file will do
+    with refused(r"a\.txt: cannot be read: Permission denied"):
+        texts(f"text:{tmp_path}/a.txt")

@@ -145,7 +145,7 @@ def test_a_changed_file_is_refused(path):
     data = bytearray(path.read_bytes())
     data[4] ^= 1
     path.write_bytes(data)
-    with pytest.raises(InputError, match=r"ids\.bin: its SHA-256 is .*, but ids\.bin\.json says .*prepare") as error:
+    with pytest.raises(InputError, match=r"ids\.bin: SHA-256 is .*, but ids\.bin\.json says .*prepare") as error:
         open_token_file(path)
     message(error)
 
@@ -153,14 +153,14 @@ def test_a_changed_file_is_refused(path):
 @pytest.mark.parametrize("change", [lambda data: data[:-2], lambda data: data + b"\0\0", lambda data: data[:-1]])
 def test_a_file_of_another_length_is_refused(path, change):
     path.write_bytes(change(path.read_bytes()))
-    with pytest.raises(InputError, match=r"bytes, but ids\.bin\.json says 5 ids of 2 bytes \(10\)") as error:
+    with pytest.raises(InputError, match=r"bytes, but ids\.bin\.json says 5 ids of uint16") as error:
         open_token_file(path)
     message(error)
 
 
 def test_a_description_alone_is_not_a_token_file(path):
     path.unlink()
-    with pytest.raises(MissingInputError, match=r"no such file, though ids\.bin\.json is there"):
+    with pytest.raises(MissingInputError, match=r"ids\.bin: no such file"):
         open_token_file(path)
 
 
@@ -174,14 +174,14 @@ def test_a_description_alone_is_not_a_token_file(path):
         (lambda text: text.replace('"duplicates": 3', '"duplicates": -3'), "duplicates is -3; expected a whole number"),
         (lambda text: text.replace('"duplicates": 3', '"duplicates": "3"'), "duplicates is '3'; expected a whole nu"),
         (lambda text: text.replace('"slm_jax token ids"', '"other"'), "does not describe token ids"),
-        (lambda text: text.replace('"version": 1', '"version": 2'), "version is 2; expected 1"),
+        (lambda text: text.replace('"version": 1', '"version": 2'), "does not describe token ids"),
         (lambda text: text.replace('"tokens": 5', '"tokens": "5"'), "tokens is '5'; expected int"),
         (lambda text: text.replace('"tokens": 5', '"tokens": -5'), "tokens is -5; expected a whole number, at least 0"),
         (lambda text: text.replace('"uint16"', '"uint8"'), "dtype is 'uint8'; expected uint16 or uint32"),
         (lambda text: text.replace('"sha256"', '"sha"'), "sha256 is None"),
         (lambda text: text.replace('"kind": "char"', '"kind": "word"'), "tokenizer: not a tokenizer of slm_jax"),
-        (lambda text: text.replace('"a"', '"z"'), "tokenizer_sha256 is .*, but the tokenizer in the same file"),
-        (lambda text: text.replace('"vocab_size": 11', '"vocab_size": 12'), "vocab_size is 12, but the tokenizer"),
+        (lambda text: text.replace('"a"', '"z"'), "tokenizer: not the one that tokenizer_sha256"),
+        (lambda text: text.replace('"vocab_size": 11', '"vocab_size": 12'), "tokenizer: not the one"),
     ],
 )
 def test_a_damaged_description_is_refused(path, change, expected):
@@ -235,8 +235,8 @@ def test_the_first_id_outside_the_vocabulary_is_named(tmp_path, monkeypatch, chu
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (b"", "empty"),
-        (b"\1\0\2", "3 bytes, an odd number"),
+        (b"", "0 bytes; expected uint16"),
+        (b"\1\0\2", "3 bytes; expected uint16"),
         (b"\x93NUMPY\1\0 and so on ", r"\.npy"),
         ((20240520).to_bytes(4, "little") + bytes(1020), r"llm\.c"),
     ],
@@ -252,5 +252,5 @@ def test_files_that_are_not_bare_ids(tmp_path, content, expected):
 def test_paths_that_are_not_files(tmp_path):
     with pytest.raises(MissingInputError, match=r"gone\.bin: no such file"):
         open_token_file(tmp_path / "gone.bin")
-    with pytest.raises(InputError, match="is a folder"):
+    with pytest.raises(InputError, match="cannot be read"):
         open_token_file(tmp_path)

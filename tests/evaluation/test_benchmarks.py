@@ -226,13 +226,13 @@ def test_a_limit_leaves_the_rest_unread(tmp_path):
     with pytest.raises(InputError, match="line 4: not JSON"):
         read_examples(f"jsonl:{path}", "lambada", None)
     path.write_text("\n")
-    with pytest.raises(InputError, match=r"rows\.jsonl: empty"):
+    with pytest.raises(InputError, match=r"rows\.jsonl is empty"):
         read_examples(f"jsonl:{path}", "lambada", None)
 
 
-@pytest.mark.parametrize("source", ["rows.jsonl", "jsonl:", "text:a.txt", "tfds:hellaswag", "tfds:", "tfds:lambada2"])
-def test_sources_of_another_kind_are_refused(source):
-    with pytest.raises(InputError, match="expected jsonl:FILE or tfds:lambada"):
+@pytest.mark.parametrize("source", ["rows.jsonl", "jsonl:", "builtin:python-docs", "tfds:"])
+def test_sources_without_rows_are_refused(source):
+    with pytest.raises(InputError, match=r"expected .*jsonl:"):
         read_examples(source, "lambada", None)
 
 

@@ -1,0 +1,170 @@
+"""``tfds:`` sources: TensorFlow Datasets, downloaded once and read without TensorFlow."""
+
+import contextlib
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from functools import cached_property
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from slm_jax.data.rows import OnRead, Pieces, Row, Source, did_you_mean, ignore_bytes, no_field
+from slm_jax.errors import InputError, MissingInputError
+from slm_jax.files import check_reachable
+
+CONNECT_SECONDS = 1.5  # offline, TensorFlow Datasets itself would try for minutes
+DOWNLOAD_URL = "https://storage.googleapis.com"  # tried for a data set that doesn't say where it is downloaded from
+TEXT_FEATURES = ("text", "sentence", "description")  # usual names; the first that exists is the default
+# Where TensorFlow Datasets keeps builders that its list of names lacks until they are imported.
+_OLD_BUILDERS = ("text", "summarization", "question_answering", "translate", "text_simplification")
+
+
+class TensorFlowDataset(Source):
+    """A split of a data set, such as ``imdb_reviews``, ``glue/sst2`` or ``imdb_reviews:train[:1000]``."""
+
+    scheme, form = "tfds", "tfds:NAME[/CONFIG][:SPLIT]"
+
+    @cached_property
+    def builder(self) -> Any:
+        """The data set, prepared as array records.
+
+        Raises:
+            MissingInputError: no such data set, or it cannot be downloaded (offline, within five seconds) or prepared.
+        """
+        return _find_builder(self.name.partition(":")[0])
+
+    @cached_property
+    def _features(self) -> dict[str, Any]:
+        try:
+            return dict(self.builder.info.features.items())
+        except AttributeError:
+            raise InputError(f"source {self}: its examples have no named features") from None
+
+    def text_column(self) -> str:
+        """Return ``text``, ``sentence`` or ``description``, or else the only feature that is text."""
+        texts = self._text_features()
+        if usual := [name for name in TEXT_FEATURES if name in texts]:
+            return usual[0]
+        if len(texts) != 1:
+            features = ", ".join(texts) or "none"
+            raise InputError(f"source {self}: its text features are {features}; set text_column to one of them")
+        return texts[0]
+
+    def class_names(self, column: str) -> tuple[str, ...]:
+        """Return the names of a label's classes by index."""
+        return tuple(getattr(self._features.get(column), "names", None) or ())
+
+    def texts(self, column: str | None = None, on_read: OnRead = ignore_bytes) -> Iterator[Pieces]:
+        """Return the text of each example."""
+        name = self.text_column() if column is None else column
+        if name not in self._text_features():
+            raise no_field(str(self), name, self._text_features(), "text_column")
+        return (iter([row.text(name)]) for row in self.rows())  # None comes from a truncated file
+
+    def rows(self, columns: Sequence[str] = (), on_read: OnRead = ignore_bytes) -> Iterator[Row]:
+        """Return the examples of the split; each is read when it is asked for."""
+        name, _, split = self.name.partition(":")
+        return self._examples(f"tfds:{name}:{split or self.split}", split or self.split)
+
+    def _examples(self, where: str, split: str) -> Iterator[Row]:
+        builder = self.builder
+        try:
+            examples = builder.as_data_source(split)
+            for i in range(len(examples)):
+                yield Row(f"{where} example {i}", {key: _as_json(value) for key, value in examples[i].items()})
+        except Exception as error:  # its errors have no narrower base
+            raise _unavailable(where, error) from error
+
+    def _text_features(self) -> list[str]:
+        return [
+            name for name, feature in self._features.items() if feature.shape == () and feature.np_dtype == np.object_
+        ]
+
+
+def _find_builder(name: str) -> Any:
+    import tensorflow_datasets as tfds
+
+    def find() -> Any:
+        return tfds.builder(name, file_format="array_record", data_dir=os.environ.get("TFDS_DATA_DIR"))
+
+    try:
+        try:
+            builder = find()
+        except tfds.core.DatasetNotFoundError:
+            for package in _OLD_BUILDERS:  # registered by their import
+                importlib.import_module(f"tensorflow_datasets.{package}")
+            builder = find()
+    except Exception as error:  # its errors have no narrower base
+        raise _not_found(name, error) from error
+    if not (builder.data_path / "dataset_info.json").exists():
+        _prepare(builder, name)
+    return builder
+
+
+def _prepare(builder: Any, name: str) -> None:
+    """Download a data set and write it as array records."""
+    import tensorflow_datasets as tfds
+
+    if isinstance(builder, tfds.core.BeamBasedBuilder) and importlib.util.find_spec("apache_beam") is None:
+        raise _needs(name, "Apache Beam")
+    url = next(iter(builder.url_infos or ()), DOWNLOAD_URL)
+    try:
+        check_reachable(url, CONNECT_SECONDS)
+        with contextlib.redirect_stdout(sys.stderr):
+            builder.download_and_prepare()
+    except Exception as error:  # its errors have no narrower base
+        if isinstance(error, ImportError) and "tensorflow" in str(error):
+            raise _needs(name, "TensorFlow") from error
+        raise _unavailable(f"tfds:{name}", error, f", or a connection to {urlsplit(url).netloc}") from error
+
+
+def _needs(name: str, library: str) -> MissingInputError:
+    return MissingInputError(
+        f"tfds:{name}: only {library} can prepare it, which is not installed; prepare it elsewhere with "
+        "tfds build --file_format=array_record and copy it into TFDS_DATA_DIR (default ~/tensorflow_datasets)"
+    )
+
+
+def _not_found(name: str, error: Exception) -> MissingInputError:
+    """Return the error for an unknown name or configuration, or a data set in another format."""
+    import tensorflow_datasets as tfds
+
+    dataset, _, config = name.partition("/")
+    if isinstance(error, tfds.core.DatasetNotFoundError):
+        hint = did_you_mean(dataset, tfds.list_builders(with_community_datasets=False), n=3)
+        return MissingInputError(f"tfds:{name}: no such data set{hint}; see tensorflow.org/datasets")
+    if "does not match the file formats" in str(error):
+        return MissingInputError(
+            f"tfds:{name}: prepared in a format that only TensorFlow reads ({' '.join(str(error).split())}); "
+            "prepare it again with tfds build --file_format=array_record"
+        )
+    with suppress(Exception):  # a name without a class
+        known = list(tfds.builder_cls(dataset).builder_configs)
+        if config and config not in known:
+            hint = did_you_mean(config, known, n=5)
+            return MissingInputError(
+                f"tfds:{name}: {dataset} has no configuration {config!r}{hint}; expected one of "
+                f"{', '.join(known) or 'none':.300}"
+            )
+    return _unavailable(f"tfds:{name}", error)
+
+
+def _unavailable(where: str, error: Exception, alternative: str = "") -> MissingInputError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return MissingInputError(
+        f"{where}: {reason:.400}; expected array records in TFDS_DATA_DIR (default ~/tensorflow_datasets){alternative}"
+    )
+
+
+def _as_json(value: Any) -> Any:
+    """Convert what TensorFlow Datasets yields to what JSON would hold: bytes to text, NumPy's numbers to Python's."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", errors="replace")  # the bytes of a picture are never read as text
+    if isinstance(value, list | np.ndarray):
+        return [_as_json(item) for item in value]
+    return value.item() if isinstance(value, np.generic) else value

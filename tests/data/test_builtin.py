@@ -1,0 +1,230 @@
+"""What must hold of the built-in data: there without a download, the same each time, and of the kind it should be."""
+
+import ast
+import sys
+import sysconfig
+import textwrap
+import time
+from collections import Counter
+
+import pytest
+
+from slm_jax.data import builtin
+from slm_jax.data.builtin import INSTRUCTION, docstring_entries, prose_or_code, python_docs
+from slm_jax.data.documents import read_documents
+from slm_jax.data.sources import parse_source
+from slm_jax.errors import MissingInputError
+
+# python-docs
+
+
+def test_the_builtin_text_is_plenty_and_always_the_same():
+    first = read_documents(parse_source("builtin:python-docs"))
+    python_docs.cache_clear()
+    assert read_documents(parse_source("builtin:python-docs")) == first
+    whole = "\n\n".join(first)
+    assert 800_000 < len(whole) < 4_000_000
+    assert len(whole.encode("utf-8")) < 1.02 * len(whole)  # English
+    assert 'The "while" statement is used for repeated execution' in whole
+    assert all(document == document.strip() and document for document in first)
+
+
+def test_the_builtin_text_does_not_repeat_itself():
+    documents = read_documents(parse_source("builtin:python-docs"))
+    whole = "\n\n".join(documents)
+    paragraphs = [paragraph for document in documents for paragraph in document.split("\n")]
+    assert len(paragraphs) == len(set(paragraphs)) > 3000
+    assert not [document[:60] for document in documents if len(document) > 200 and whole.count(document) > 1]
+
+
+def test_only_prose_is_kept_each_paragraph_on_one_line():
+    prose = "A paragraph of several lines that\n    says something in words."
+    others = ["short.", "no capital letter at its start, so it is a part of something.", ">>> f(1) + g(2) ** h(3, 4)"]
+    table = "Name | 1 | 2 | 3 | 4 | 5 | 6 | 7 | 8 | 9 | 10 | 11."
+    text = "\n\n".join([prose, *others, table, prose])
+    assert builtin._prose(text, set()) == "A paragraph of several lines that says something in words."
+    assert builtin._prose(text, {" ".join(prose.split())}) == ""
+
+
+def test_modules_are_read_without_being_imported(tmp_path, monkeypatch):
+    long = "A sentence that is long enough to be kept, since it has many words in it."
+    module = f'''"""{long}"""
+raise SystemExit
+def f():
+    """Short."""
+class C:
+    def g(self):
+        """G: {long}"""
+'''
+    for name in ("loud.py", "pkg/__init__.py", "_private.py", "test/t.py", "site-packages/s.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(module.replace("sentence", name))
+    (tmp_path / "copy.py").write_text((tmp_path / "loud.py").read_text())
+    (tmp_path / "broken.py").write_text("def (:\n")
+    (tmp_path / "binary.py").write_bytes(b"\0\xff")
+    (tmp_path / "half.py").write_text(f'"""{long} \\ud800"""')
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+    python_docs.cache_clear()
+    try:
+        loud, package = (long.replace("sentence", name) for name in ("loud.py", "pkg/__init__.py"))
+        # loud.py says nothing that copy.py did not
+        assert read_documents(parse_source("builtin:python-docs")) == [f"{text}\nG: {text}" for text in (loud, package)]
+    finally:
+        python_docs.cache_clear()
+
+
+def test_docstrings_are_kept_until_a_module_changes_and_no_cache_is_needed(tmp_path, monkeypatch):
+    library, cache = tmp_path / "library", tmp_path / "cache"
+    library.mkdir()
+    module = library / "module.py"
+    module.write_text('"""First."""')
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    assert builtin._cached_modules(library) == [("module.py", "First.")]
+    (kept,) = cache.rglob("*.json")
+    kept.write_text('[["module.py", "Kept."]]')
+    assert builtin._cached_modules(library) == [("module.py", "Kept.")]
+    kept.write_text("damaged")
+    assert builtin._cached_modules(library) == [("module.py", "First.")]
+    module.write_text('"""Second."""')
+    assert builtin._cached_modules(library) == [("module.py", "Second.")]
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # nothing can be written there
+    assert builtin._cached_modules(library) == [("module.py", "Second.")]
+
+
+def test_a_python_without_its_source_still_has_the_topics(tmp_path, monkeypatch):
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "python311.zip")})
+    python_docs.cache_clear()
+    try:
+        assert sum(map(len, read_documents(parse_source("builtin:python-docs")))) > 100_000
+        monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+        python_docs.cache_clear()
+        with pytest.raises(MissingInputError, match=r"python311\.zip"):
+            read_documents(parse_source("builtin:python-docs"))
+    finally:
+        python_docs.cache_clear()
+
+
+# prose-or-code
+
+
+@pytest.fixture
+def stdlib(tmp_path, monkeypatch):
+    """A folder that is taken for the standard library."""
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    prose_or_code.cache_clear()
+    yield tmp_path
+    prose_or_code.cache_clear()
+
+
+def test_there_are_some_thousand_texts_of_both_classes_and_none_twice():
+    prose_or_code.cache_clear()
+    start = time.process_time()
+    labelled = prose_or_code()
+    assert time.process_time() - start < 10  # 1.6 s by itself; with room for machines that are busy
+    counts = Counter(row["label"] for row in labelled)
+    assert set(counts) == {"prose", "code"}
+    assert counts["prose"] == counts["code"] > 800
+    texts = [row["text"] for row in labelled]
+    assert len({" ".join(text.split()) for text in texts}) == len(texts)
+    assert max(map(len, texts)) <= 400
+    assert min(map(len, texts)) > 30
+    assert all(text == textwrap.dedent(text).strip() for text in texts)
+    assert prose_or_code() == labelled
+
+
+def test_most_code_is_python_and_no_prose_is():
+    parses = Counter()
+    for row in prose_or_code():
+        try:
+            ast.parse(row["text"])
+            parses[row["label"]] += 1
+        except SyntaxError:
+            continue
+    n = len(prose_or_code()) / 2
+    assert parses["code"] > 0.6 * n  # the rest begins or ends within a statement
+    assert parses["prose"] < 0.01 * n
+
+
+def test_no_character_tells_the_classes_apart():
+    labelled = [(row["text"], row["label"]) for row in prose_or_code()]
+
+    def accuracy(tells) -> float:
+        hits = sum(tells(text) == (label == "code") for text, label in labelled) / len(labelled)
+        return max(hits, 1 - hits)
+
+    characters = {character for text, _ in labelled for character in text}
+    assert max(accuracy(lambda text, c=character: c in text) for character in characters) < 0.9
+    assert max(accuracy(lambda text, c=character: text[-1] == c) for character in characters) < 0.8
+
+
+def test_a_paragraph_has_the_class_of_all_its_lines(stdlib):
+    (stdlib / "module.py").write_text(
+        '''"""The docstring's first paragraph is a sentence of prose.
+
+    >>> a_doctest_is_neither_prose_nor_code(1, 2, 3)
+"""
+
+# A comment that has enough words to be
+# prose, on two lines.
+
+value = compute_something(first_argument, second)
+other = value + 1
+
+mixed = value + 1  # Code with a comment beside it, which is both of them.
+
+text = """A string that is no docstring holds lines
+
+Which read as if they were sentences of some prose.
+
+"""
+
+def function(argument):
+    """Docstrings that stand directly below the code are both.
+
+    Below them come paragraphs that are prose only,
+    whatever their indentation is.
+    """
+
+    first = argument * argument + argument
+    if first:
+        return first
+'''
+    )
+    assert [(row["text"], row["label"]) for row in prose_or_code()] == [
+        ("The docstring's first paragraph is a sentence of prose", "prose"),
+        ("A comment that has enough words to be\nprose, on two lines", "prose"),
+        ("value = compute_something(first_argument, second)\nother = value + 1", "code"),
+        ("first = argument * argument + argument\nif first:\n    return first", "code"),
+    ]
+
+
+def test_files_that_cannot_be_parsed_are_skipped(stdlib):
+    (stdlib / "a.py").write_text("# A comment that has enough words to be read.\n\nbut no Python follows it\n")
+    (stdlib / "b.py").write_bytes(b"# -*- coding: latin-1 -*-\n# \xe9\n")
+    prose, code = "A comment that has enough words to be prose", "value = some_function(first_argument, second)"
+    (stdlib / "c.py").write_text(f"# {prose}.\n\n{code}\n")
+    assert prose_or_code() == ({"text": prose, "label": "prose"}, {"text": code, "label": "code"})
+
+
+def test_a_python_without_source_is_named(stdlib):
+    with pytest.raises(MissingInputError, match=r"builtin:prose-or-code: .* source .* use a file of your own"):
+        prose_or_code()
+
+
+# docstrings
+
+
+def test_builtin_pairs_are_signatures_and_sentences():
+    entries = docstring_entries()
+    assert len(entries) > 1000
+    assert len({one["input"] for one in entries}) == len(entries)
+    for one in entries:
+        assert one["instruction"] == INSTRUCTION
+        (function,) = ast.parse(f"{one['input']} pass").body
+        assert not function.name.startswith("_")
+        assert "\n" not in one["input"] + one["output"]
+        assert one["output"][0].isupper()
+        assert one["output"][-1] in ".!?:"
+    assert any("async def" in one["input"] for one in entries)

@@ -1,0 +1,204 @@
+"""What must hold of named files: downloaded once, always checked, and nothing half there."""
+
+import hashlib
+import os
+import socket
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import requests
+
+from slm_jax.data import named
+from slm_jax.data.documents import read_documents
+from slm_jax.data.named import NAMED_FILES, named_file
+from slm_jax.data.sources import parse_source
+from slm_jax.errors import InputError, MissingInputError
+
+CONTENT = b"It was the best of times,\nit was the worst of times.\n" * 4000
+
+
+class Server(ThreadingHTTPServer):
+    """Gives `body` for every path; counts the requests."""
+
+    body, status, announced, hits = CONTENT, 200, len(CONTENT), 0
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self):
+        self.server.hits += 1
+        self.send_response(self.server.status)
+        self.send_header("Content-Length", str(self.server.announced))
+        self.end_headers()
+        self.wfile.write(self.server.body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def empty_home(tmp_path, monkeypatch):
+    """No data folder, an empty cache, no proxy; gives the folder where downloads are kept."""
+    for name in ("SLM_JAX_DATA", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NO_PROXY", "*")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "slm_jax" / "data"
+
+
+@pytest.fixture
+def server(empty_home, monkeypatch):
+    with Server(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+        thread.start()
+        point_to(monkeypatch, f"http://127.0.0.1:{server.server_port}/verdict.txt")
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def point_to(monkeypatch, url: str) -> None:
+    entry = NAMED_FILES["the-verdict"]._replace(url=url, sha256=hashlib.sha256(CONTENT).hexdigest())
+    monkeypatch.setitem(NAMED_FILES, "the-verdict", entry)
+
+
+def test_a_named_file_is_downloaded_once(server, empty_home):
+    path = named_file("the-verdict")
+    assert path == empty_home / "the-verdict.txt"
+    assert path.read_bytes() == CONTENT
+    assert read_documents(parse_source("named:the-verdict")) == [CONTENT.decode()]
+    assert server.hits == 1
+    assert list(empty_home.iterdir()) == [path]
+
+
+def test_the_cache_is_under_home_by_default(tmp_path, server, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert named_file("the-verdict") == tmp_path / ".cache" / "slm_jax" / "data" / "the-verdict.txt"
+
+
+def test_a_damaged_file_in_the_cache_is_replaced(server, empty_home):
+    empty_home.mkdir(parents=True)
+    (empty_home / "the-verdict.txt").write_bytes(CONTENT[:100])
+    assert named_file("the-verdict").read_bytes() == CONTENT
+
+
+def test_the_data_folder_comes_first_and_must_hold_the_right_file(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLM_JAX_DATA", str(tmp_path))
+    path = tmp_path / "the-verdict.txt"
+    path.write_bytes(CONTENT)
+    assert named_file("the-verdict") == path
+    path.write_bytes(CONTENT + b"!")
+    with pytest.raises(InputError) as error:
+        named_file("the-verdict")
+    for part in (str(path), hashlib.sha256(CONTENT).hexdigest(), hashlib.sha256(CONTENT + b"!").hexdigest()):
+        assert part in str(error.value)
+    assert server.hits == 0
+    path.unlink()
+    assert named_file("the-verdict") != path  # not there: downloaded
+
+
+def test_other_content_is_refused_and_not_kept(server, empty_home):
+    server.body = b"<html>Please log in</html>"
+    server.announced = len(server.body)
+    with pytest.raises(InputError, match="SHA-256") as error:
+        named_file("the-verdict")
+    assert not isinstance(error.value, MissingInputError)
+    assert NAMED_FILES["the-verdict"].sha256 in str(error.value)
+    assert list(empty_home.iterdir()) == []
+
+
+def assert_missing(error: pytest.ExceptionInfo[InputError]) -> None:
+    for part in (NAMED_FILES["the-verdict"].url, "SLM_JAX_DATA", "the-verdict.txt"):
+        assert part in str(error.value)
+
+
+def test_a_server_that_refuses(server, empty_home):
+    server.status = 404
+    with pytest.raises(MissingInputError, match="404") as error:
+        named_file("the-verdict")
+    assert_missing(error)
+    assert list(empty_home.iterdir()) == []
+
+
+def test_a_download_that_breaks_off_leaves_nothing(server, empty_home, monkeypatch):
+    server.body = CONTENT[:1000]  # fewer than announced, then the connection closes
+    with pytest.raises(InputError):
+        named_file("the-verdict")
+    assert list(empty_home.iterdir()) == []
+
+    def interrupted(self, size):
+        yield CONTENT[:10]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(requests.Response, "iter_content", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        named_file("the-verdict")
+    assert list(empty_home.iterdir()) == []
+
+
+def test_a_proxy_is_used_where_the_name_is_unknown_here(server, monkeypatch):
+    monkeypatch.delenv("NO_PROXY")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.setenv("http_proxy", f"127.0.0.1:{server.server_port}")
+    point_to(monkeypatch, "http://no-such-host.invalid/verdict.txt")
+    assert named_file("the-verdict").read_bytes() == CONTENT
+
+
+def test_a_missing_network_is_reported_within_five_seconds(empty_home, monkeypatch):
+    point_to(monkeypatch, "https://no-such-host.invalid/verdict.txt")
+    start = time.monotonic()
+    with pytest.raises(MissingInputError) as error:
+        read_documents(parse_source("named:the-verdict"))
+    assert time.monotonic() - start < 5
+    assert_missing(error)
+    assert list(empty_home.iterdir()) == []
+
+
+def test_a_name_lookup_that_hangs_is_given_up(empty_home, monkeypatch):
+    release = threading.Event()
+
+    def hang(*args, **kwargs):
+        release.wait(60)
+        raise socket.gaierror(-3, "Temporary failure in name resolution")
+
+    assert named.CONNECT_SECONDS + 0.5 < 5
+    monkeypatch.setattr(named, "CONNECT_SECONDS", 0.5)  # so that the test is quick
+    monkeypatch.setattr(socket, "getaddrinfo", hang)
+    point_to(monkeypatch, "https://hangs.invalid/verdict.txt")
+    start = time.monotonic()
+    try:
+        with pytest.raises(MissingInputError, match=r"no answer from hangs\.invalid") as error:
+            named_file("the-verdict")
+        assert time.monotonic() - start < 1.5
+    finally:
+        release.set()
+    assert_missing(error)
+
+
+def test_a_cache_that_cannot_be_written(empty_home, tmp_path):
+    (tmp_path / "cache").write_text("a file where a folder should be")
+    with pytest.raises(InputError, match="XDG_CACHE_HOME"):
+        named_file("the-verdict")
+
+
+@pytest.mark.parametrize("name", NAMED_FILES)
+def test_the_real_files_have_their_pinned_content(name):
+    folder = os.environ.get("SLM_JAX_DATA", "")
+    if not (folder and (Path(folder) / NAMED_FILES[name].file).is_file()):
+        pytest.skip(f"$SLM_JAX_DATA ({folder or 'not set'}) has no {NAMED_FILES[name].file}")
+    assert named_file(name).parent == Path(folder)
+    characters = {"the-verdict": 20_479, "tinyshakespeare": 1_115_394}
+    if name in characters:
+        assert [len(text) for text in read_documents(parse_source(f"named:{name}"))] == [characters[name]]
+
+
+def test_every_entry_is_complete():
+    for entry in NAMED_FILES.values():
+        assert entry.url.startswith("https://")
+        assert len(entry.sha256) == 64
+        assert entry.licence
