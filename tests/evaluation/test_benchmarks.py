@@ -166,7 +166,7 @@ def test_one_example_has_no_standard_error_and_is_truncated_on_the_left(bigrams,
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"texts": "a"}, "line 2: no field 'text' but texts"),
+        ({"texts": "a"}, "line 2: no field 'text' .*only texts"),
         ({"text": 3}, "line 2: text is 3; expected text"),
         ({"text": " \n"}, "line 2: text is empty"),
         ({"text": "a z"}, "line 2: character 'z' at offset 2"),
@@ -230,7 +230,7 @@ def test_a_limit_leaves_the_rest_unread(tmp_path):
         read_examples(f"jsonl:{path}", "lambada", None)
 
 
-@pytest.mark.parametrize("source", ["rows.jsonl", "jsonl:", "builtin:python-docs", "tfds:"])
+@pytest.mark.parametrize("source", ["rows.jsonl", "jsonl:", "builtin:python-docs"])
 def test_sources_without_rows_are_refused(source):
     with pytest.raises(InputError, match=r"expected .*jsonl:"):
         read_examples(source, "lambada", None)

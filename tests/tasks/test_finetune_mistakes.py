@@ -29,15 +29,15 @@ def label(i, **fields):
 
 
 BAD_TEXTS = {
-    "missing column": ([{"message": "a", "label": "x"}], {}, ["line 1", "no column 'text'", "message, label"]),
+    "missing column": ([{"message": "a", "label": "x"}], {}, ["line 1", "no field 'text'", "message, label"]),
     "empty text": (label(3, text=" "), {}, ["line 4", "text is empty"]),
-    "unlabelled row": (label(2, label=None), {}, ["line 3", "label is None", "no label"]),
+    "unlabelled row": (label(2, label=None), {}, ["line 3", "label is None"]),
     "one class": ([{**row, "label": "one"} for row in labelled()], {}, ["one class only", "'one'"]),
     "no such LoRA target": (labelled(), {"trainable": "lora", "lora.targets": "mlp/*"}, ["'mlp/*'", "attn/q"]),
     "too many blocks": (labelled(), {"trainable": "last_n_blocks", "trainable_blocks": 3}, ["3", "has 2 blocks"]),
     "a longer text than the context": (labelled(), {"classification.max_length": 33}, ["is 33", "context of 32"]),
     "a letter that the base lacks": (label(1, text="\u03a9mega"), {}, ["\u03a9"]),
-    "too few texts": (labelled(3), {}, ["split has no text"]),
+    "too few texts": (labelled(3), {}, ["split is empty"]),
     "another tokenizer": (labelled(), {"tokenizer.path": "OTHER"}, ["base", "another tokenizer"]),
     "another shape": (labelled(), {"model.emb_dim": 32}, ["model.emb_dim is 32, and the base's is 16", "leave it out"]),
     "another preset": (labelled(), {"model.preset": "mini"}, ["model.preset is mini", "the base has another shape"]),
@@ -61,8 +61,8 @@ def test_bad_labelled_texts_and_bases_are_one_line(place, tmp_path, capsys, bad)
     ("split", "row", "said"),
     [
         ("test", {"text": "new 1", "label": "signs"}, ["test.jsonl line 1", "'signs'", "never occurs in training"]),
-        ("validation", labelled()[4], ["(validation) and", "(train) are equal", "group_duplicates=false"]),
-        ("test", {"text": "new 2"}, ["test.jsonl line 1", "no column 'label' but text"]),
+        ("validation", labelled()[4], ["(validation) and", "(train) have the same text", "group_duplicates=false"]),
+        ("test", {"text": "new 2"}, ["test.jsonl line 1", "no field 'label'"]),
     ],
     ids=["unseen label", "duplicate", "no labels"],
 )
@@ -73,9 +73,9 @@ def test_bad_texts_of_given_splits_are_one_line(place, tmp_path, capsys, split, 
 
 
 BAD_INSTRUCTIONS = {
-    "no list": ({"instruction": "a", "output": "b"}, {}, ["one object with instruction, output", "no list"]),
-    "no object": ([{"instruction": "a", "output": "b"}, 3], {}, ["entry 2", "a number", "no JSON object"]),
-    "no output": ([{"instruction": "a"}], {}, ["entry 1", "no field 'output' but instruction"]),
+    "no list": ({"instruction": "a", "output": "b"}, {}, ["not a list"]),
+    "no object": ([{"instruction": "a", "output": "b"}, 3], {}, ["entry 2", "not a JSON object"]),
+    "no output": ([{"instruction": "a"}], {}, ["entry 1", "no field 'output'", "only instruction"]),
     "empty output": ([{"instruction": "a", "output": " "}], {}, ["entry 1", "output is empty"]),
     "all too long": (
         [{"instruction": "a" * (40 + i), "output": "b"} for i in range(20)],
@@ -87,7 +87,7 @@ BAD_INSTRUCTIONS = {
         {"instruction.too_long": "truncate"},
         ["nothing to learn from", "the response alone is longer than 32 tokens"],
     ),
-    "too few": (instructions(3), {}, ["split gets none of the 3 examples"]),
+    "too few": (instructions(3), {}, ["split is empty"]),
     "no such template": (instructions(), {"instruction.template": "alpaka"}, ["'alpaka'", "alpaca"]),
     "no base": (instructions(), {"base": "nowhere/at-all"}, ["nowhere/at-all"]),
     "no such LoRA target": (instructions(), {"trainable": "lora", "lora.targets": "class_head"}, ["'class_head'"]),
