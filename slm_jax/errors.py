@@ -1,16 +1,15 @@
-"""What slm_jax raises on a user's mistake.
+"""What slm_jax raises on a user's mistake: one line that says what is wrong, where, and what is expected.
 
-Each message is one line that says what was wrong, where, what was expected and what to do about it.
-The commands print it and exit with status 2; anything else that escapes is a bug and keeps its traceback.
+The commands print it and exit with status 2. Any other exception is a bug and keeps its traceback.
 """
 
 
 class InputError(ValueError):
-    """A value, a text or a file's content that the user can mend."""
+    """A value, a text or a file's content that the user can correct."""
 
 
 class MissingInputError(InputError, FileNotFoundError):
-    """A file, folder, run or download that is not there."""
+    """A file, folder, run or download that does not exist."""
 
     def __str__(self) -> str:  # OSError would format the arguments as an errno
         return str(self.args[0]) if self.args else ""

@@ -1,4 +1,4 @@
-"""Small files and new folders: read strictly, written whole or not at all."""
+"""Small files and new folders: read strictly, written atomically."""
 
 import errno
 import hashlib
@@ -19,14 +19,12 @@ from slm_jax.errors import InputError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
 
 def user_path(text: str | Path) -> Path:
-    """Return the path that a user gave, ``~`` expanded, whether or not something is there.
+    """Return the path that a user gave, ``~`` expanded; nothing need be there.
 
     Raises:
-        InputError: what can be no path, or cannot be looked at: an unknown ``~user``, a NUL, a loop of links.
+        InputError: the path is impossible or inaccessible: an unknown ``~user``, a NUL, a loop of links.
     """
     try:
         path = Path(text).expanduser()
@@ -34,7 +32,7 @@ def user_path(text: str | Path) -> Path:
             path.stat()
     except (RuntimeError, ValueError, OSError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise InputError(f"{str(text)!r}: cannot be used as a path: {reason}; choose another") from None
+        raise InputError(f"{str(text)!r}: cannot be used as a path: {reason}") from None
     return path
 
 
@@ -52,11 +50,11 @@ def cache_folder() -> Path:
 
 
 def read_json(file: Path, remedy: str = "download or export it again") -> dict[str, Any]:
-    """Read a file that is one JSON object; a key that is there twice is refused.
+    """Read a file that is one JSON object without duplicate keys.
 
     Args:
         file: the file.
-        remedy: of whatever is wrong with it.
+        remedy: what to do if it is damaged.
 
     Raises:
         InputError: not such a file.
@@ -65,7 +63,7 @@ def read_json(file: Path, remedy: str = "download or export it again") -> dict[s
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         content = dict(pairs)
         if len(content) < len(pairs):
-            raise ValueError("a key is there twice")
+            raise ValueError("duplicate key")
         return content
 
     try:
@@ -78,27 +76,31 @@ def read_json(file: Path, remedy: str = "download or export it again") -> dict[s
 
 
 def check_new_file(target: str | Path, option: str, example: str) -> Path:
-    """Return the path of a file that is to be written, if it can be; cheap, so that long work may begin with it.
+    """Return the path of a file to be written; cheap, so that it can be checked before long work.
 
     Args:
-        target: what the user gave; its folder need not be there.
-        option: the option it was given with, such as ``out``.
-        example: a name that would do.
+        target: what the user gave; its folder need not exist.
+        option: the option that it was given with, such as ``out``.
+        example: a valid name.
 
     Raises:
-        InputError: what is no file, or is where nothing can be written.
+        InputError: not a file, or a place that cannot be written to.
     """
     path = user_path(target)
     if not str(target) or (path.exists() and not path.is_file()):
         raise InputError(f"{option} is {str(target)!r}; expected a file, such as {example}")
-    parent = next(parent for parent in path.resolve().parents if parent.exists())
-    if not (parent.is_dir() and os.access(parent, os.W_OK)):
-        raise InputError(f"{path}: cannot write there ({parent}); choose another place with --{option}")
+    _check_writable(path.resolve(), path)
     return path
 
 
+def _check_writable(path: Path, given: Path) -> None:
+    parent = next(parent for parent in path.parents if parent.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise InputError(f"{given}: cannot be written: {parent} is not a writable folder")
+
+
 def write_file(path: Path, text: str) -> None:
-    """Write a text file in one step, and its folder; a link stays, and the file that it leads to is replaced.
+    """Write a text file atomically, and its folder; a link stays, and its target is replaced.
 
     Raises:
         InputError: it cannot be written.
@@ -112,15 +114,30 @@ def write_file(path: Path, text: str) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a text file in one step: who reads it sees the old one or the new one.
+    """Write a text file atomically: a reader sees the old file or the new one.
 
     Raises:
-        InputError: the path ends in no name.
+        InputError: the path has no name.
         OSError: it cannot be written.
     """
+    with _replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_png(figure: "Figure", path: Path) -> None:
+    """Write a picture atomically: a reader sees the old file or the new one."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    with _replacing(path) as partial:
+        FigureCanvasAgg(figure).print_png(str(partial))
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Give a file name beside the path; the file replaces the path at the end, or disappears after an error."""
     partial = partial_path(path)
     try:
-        partial.write_text(text, encoding="utf-8")
+        yield partial
         partial.replace(path)
     finally:
         with suppress(OSError):
@@ -128,29 +145,19 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def partial_path(path: Path) -> Path:
-    """Return a new name beside a file, to write it under until it is whole; nobody else takes the same.
+    """Return a new, unique name beside a file, for writing it until it is complete.
 
     Raises:
-        InputError: the path ends in no name, such as ``.`` or ``/``.
+        InputError: the path has no name, such as ``.`` or ``/``.
     """
     if not path.name:
         raise InputError(f"{path}: is a folder; expected a file in it")
     return path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
 
 
-def unwritable(path: Path, error: OSError, what: str = "place") -> InputError:
-    """Return what to raise for a file or folder that cannot be written; ``what``: to choose another one of."""
-    free = "free space there or " if error.errno in _FULL else ""
-    return InputError(f"{path}: cannot be written: {error.strerror or error}; {free}choose another {what}")
-
-
-def write_png(figure: "Figure", path: Path) -> None:
-    """Write a picture in one step: a reader sees the old file or the new one."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    partial = path.with_suffix(".partial.png")
-    FigureCanvasAgg(figure).print_png(str(partial))
-    partial.replace(path)
+def unwritable(path: Path, error: OSError) -> InputError:
+    """Return what to raise for a file or folder that cannot be written."""
+    return InputError(f"{path}: cannot be written: {error.strerror or error}")
 
 
 def sha256(path: Path) -> str:
@@ -160,48 +167,44 @@ def sha256(path: Path) -> str:
 
 
 def check_new_folder(target: str | Path) -> Path:
-    """Return the target, absolute, if :func:`new_folder` can make it; cheap, so that long work may begin with it.
+    """Return the absolute path of a folder to be made; cheap, so that it can be checked before long work.
 
     Raises:
-        InputError: what is no new or empty folder, or is where nothing can be written.
+        InputError: not a new or empty folder, or a place that cannot be written to.
     """
-    target = user_path(target)
+    given = user_path(target)
     try:
-        target = target.resolve()
-        if target == Path.cwd():
-            raise InputError(f"{target}: is the current folder; name a new one")
-        if os.path.ismount(target):
-            raise InputError(f"{target}: is the root of a file system; name a new folder in it")
-        if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-            raise InputError(f"{target}: exists and is not an empty folder; choose a new folder or move this one away")
-        parent = next(parent for parent in target.parents if parent.exists())
+        path = given.resolve()
+        if path == Path.cwd() or os.path.ismount(path):
+            raise InputError(f"{path}: is the current folder or the root of a file system; expected a new folder")
+        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+            raise InputError(f"{path}: exists; expected a new or empty folder")
+        _check_writable(path, path)
     except OSError as error:
-        raise InputError(f"{target}: cannot be looked at: {error.strerror}; choose another folder") from None
-    if not (parent.is_dir() and os.access(parent, os.W_OK)):
-        raise InputError(f"{target}: {parent} is no folder that can be written to; choose another folder")
-    return target
+        raise unwritable(given, error) from None
+    return path
 
 
 @contextmanager
 def new_folder(target: str | Path) -> Iterator[Path]:
-    """Give a folder beside the target that becomes the target when all went well, and else disappears.
+    """Give a folder beside the target; it becomes the target at the end, or disappears after an error.
 
     Raises:
-        InputError: as :func:`check_new_folder`, and whatever keeps the folder from being written.
+        InputError: as :func:`check_new_folder`, or an error of writing.
     """
-    target = check_new_folder(target)
-    partial = target.with_name(f".{uuid.uuid4().hex}.partial")  # short: beside a name of any length it fits
+    path = check_new_folder(target)
+    partial = path.with_name(f".{uuid.uuid4().hex}.partial")  # short, so that it fits beside a name of any length
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir()
         yield partial
-        if os.name == "nt" and target.exists():  # elsewhere a rename replaces an empty folder in one step
-            target.rmdir()
-        partial.rename(target)
-    except InputError:  # a MissingInputError is an OSError, too
+        if os.name == "nt" and path.exists():  # elsewhere a rename replaces an empty folder
+            path.rmdir()
+        partial.rename(path)
+    except InputError:  # a MissingInputError is also an OSError
         raise
     except OSError as error:
-        raise unwritable(target, error, "folder") from None
+        raise unwritable(path, error) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

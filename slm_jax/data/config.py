@@ -14,8 +14,8 @@ class TokenizerConfig:
 
     Attributes:
         kind: bpe (trained on the training text), char, simple (the book's words), or gpt2.
-        vocab_size: how many tokens a trained bpe has; the other kinds follow from the text.
-        path: a saved tokenizer file, folder or run to use instead of training one.
+        vocab_size: tokens of a trained bpe; the text decides for the other kinds.
+        path: saved tokenizer to use instead: its file, its folder or a run.
     """
 
     kind: Literal["bpe", "char", "simple", "gpt2"] = "bpe"
@@ -25,24 +25,24 @@ class TokenizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What is trained on, and how it is cut.
+    """Training data, its splits and its windows.
 
     Attributes:
         source: text: builtin:python-docs, text:GLOB, named:NAME, jsonl:GLOB, parquet:GLOB, tfds:NAME,
-            tokens:FILE.bin (slm-jax prepare writes them); labelled texts: builtin:prose-or-code, csv:FILE, tsv:FILE,
-            jsonl:FILE, tfds:NAME, named:sms-spam; instructions: builtin:docstrings (their default), json:FILE,
+            tokens:FILE.bin (written by slm-jax prepare); labelled texts: builtin:prose-or-code, csv:FILE, tsv:FILE,
+            jsonl:FILE, tfds:NAME, named:sms-spam; instructions: builtin:docstrings, json:FILE,
             jsonl:FILE, tfds:NAME, named:instruction-data.
-        validation_source: a second source to validate on; default: a part of the first.
-        validation_fraction: how much of the source validates when there is no second one, 0 to 1.
-        test_source: fine-tuning: a third source, to test on at the end; default: a part of the first.
-        test_fraction: fine-tuning: how much of the source tests when there is no test_source, 0 to 1.
-        sampling: text: stride takes windows at fixed distances, every one once an epoch; random takes random offsets.
-        stride: text: tokens from one window to the next; default: the context length, so that windows do not overlap.
-        shuffle: whether stride windows, or packed rows, come in a new random order each epoch.
-        packing: text: whether rows are filled with documents, each seeing only itself, instead of windows over the
-            whole text; sampling and stride then mean nothing.
-        text_column: text: the column of the texts in jsonl:, parquet: and tfds: sources; null: text, or in tfds:,
-            where there is none, the only feature that is text.
+        validation_source: second source, for validation; null: a part of the first.
+        validation_fraction: share of the source held out for validation, without a validation_source.
+        test_source: fine-tuning: third source, for the test at the end; null: a part of the first.
+        test_fraction: fine-tuning: share of the source held out for the test, without a test_source.
+        sampling: text: stride takes windows at fixed distances, each once an epoch; random takes random offsets.
+        stride: text: tokens from one window to the next; null: the context length, so that windows do not overlap.
+        shuffle: whether stride windows and packed rows come in a new random order each epoch.
+        packing: text: whether rows are packed with whole documents, each seeing only itself, instead of cut as
+            windows; sampling and stride then have no effect.
+        text_column: text: column of the texts in jsonl:, parquet: and tfds: sources; null: text, or in tfds: the
+            only text feature.
     """
 
     source: str = "builtin:python-docs"
@@ -59,19 +59,19 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ClassificationConfig:
-    """Labelled texts, and the head that tells their classes.
+    """Labelled texts, and the head that predicts their classes.
 
     Attributes:
-        text_column: the column or field of the text; null: text, or what a named or TFDS source calls it.
-        label_column: the column or field of the label; null: label.
+        text_column: column or field of the text; null: text, or the name in a named or TFDS source.
+        label_column: column or field of the label; null: label.
         columns: names of the columns of a csv: or tsv: file without a header line.
-        balance: downsample keeps as many texts of each class as of the rarest; class_weights weighs the loss.
-        split: how one source is split: stratified keeps the shares of the classes, random does not.
+        balance: downsample keeps as many texts of each class as of the rarest; class_weights weights the loss.
+        split: how one source is split: stratified keeps the class proportions, random does not.
         group_duplicates: whether equal texts stay in one split.
-        pooling: what the head sees of a text: its last token, the mean over its tokens, or its first token.
-        pad_to: batch pads to the longest text of a batch, rounded up to a power of two; longest to the longest
+        pooling: input of the head: hidden state of the last token, mean over the tokens, or first token.
+        pad_to: batch pads to the longest text of the batch, rounded up to a power of two; longest pads to the longest
             training text.
-        max_length: tokens after which a text is cut off; null: the model's context.
+        max_length: tokens after which a text is truncated; null: the model's context length.
     """
 
     text_column: str | None = None
@@ -87,16 +87,16 @@ class ClassificationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class InstructionConfig:
-    """Instructions with their responses, and how they become tokens.
+    """Instructions with responses, and how they become tokens.
 
     Attributes:
-        template: alpaca, phi3, chatml, or a JSON file with one of your own.
-        split: how one source is split: random, or in file_order: training, test, validation.
-        mask_prompt: whether only responses are learned, not the instructions.
-        packing: whether several short examples share a row, each seeing only itself.
-        too_long: what happens to an example longer than max_length: drop it, or truncate its prompt from the front.
-        max_length: tokens of an example; null: the model's context.
-        responses: how many test instructions are answered before and after training; null: all.
+        template: alpaca, phi3, chatml, or a JSON file with your own.
+        split: how one source is split: random, or file_order (training, test, validation).
+        mask_prompt: whether the loss covers only the responses.
+        packing: whether short examples share a row, each seeing only itself.
+        too_long: whether an example longer than max_length is dropped, or its prompt truncated on the left.
+        max_length: largest number of tokens of an example; null: the model's context length.
+        responses: number of test instructions answered before and after training; null: all.
     """
 
     template: str = "alpaca"

@@ -1,8 +1,6 @@
-"""Configuration of training: frozen dataclasses, one a section, and what every run has.
+"""Configuration of training: one frozen dataclass for each section, and the keys that every run has.
 
-The defaults are the ``tiny`` recipe. Two kinds of key: *identity* keys say what is trained on what (they must agree for
-a resume); *execution* keys say for how long, where and how often something is reported, and may change between two
-starts of a run.
+The defaults are the ``tiny`` recipe.
 """
 
 import dataclasses
@@ -24,21 +22,20 @@ class OptimizerConfig:
     """The optimizer and its learning-rate schedule.
 
     Attributes:
-        kind: adamw (Loshchilov & Hutter 2019), or muon (Jordan et al. 2024) for the matrices of the blocks beside
-            AdamW for all else: embeddings, heads, adapters, norms and biases.
-        learning_rate: AdamW's peak rate.
-        muon_learning_rate: Muon's peak rate, which takes the same course.
-        schedule: cosine (after the warmup, down to the final rate), constant, or wsd (warmup, stable, decay).
-        warmup_steps: steps in which the rate rises linearly to the peak.
-        decay_steps: wsd: length of the final decay (default: a tenth of all steps); cosine: where the decay ends
-            (default: the last step).
-        final_learning_rate: AdamW's rate at the end of a decay; default: a tenth of the peak.
-        weight_decay: decoupled decay of weight matrices and embeddings, times learning_rate; norms and biases never
-            decay.
-        beta1: AdamW: decay of the first moment.
-        beta2: AdamW: decay of the second moment.
-        eps: AdamW: added to the root of the second moment.
-        clip_norm: the global norm that gradients are clipped to; null: no clipping.
+        kind: adamw (Loshchilov & Hutter 2019), or muon (Jordan et al. 2024) for the matrices of the blocks, with AdamW
+            for embeddings, heads, adapters, norms and biases.
+        learning_rate: AdamW's peak learning rate.
+        muon_learning_rate: Muon's peak learning rate; it follows the same schedule.
+        schedule: cosine (decay after the warm-up), constant, or wsd (warm-up, stable, decay).
+        warmup_steps: steps in which the learning rate rises linearly to its peak.
+        decay_steps: wsd: length of the final decay (null: a tenth of all steps); cosine: step at which the decay ends
+            (null: the last step).
+        final_learning_rate: AdamW's learning rate at the end of the decay; null: a tenth of the peak.
+        weight_decay: decoupled decay of weight matrices and embeddings, times the learning rate; not of norms, biases.
+        beta1: AdamW: decay rate of the first moment.
+        beta2: AdamW: decay rate of the second moment.
+        eps: AdamW: added to the square root of the second moment.
+        clip_norm: largest global norm of the gradients; null: no clipping.
     """
 
     kind: Literal["adamw", "muon"] = "adamw"
@@ -57,17 +54,17 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """How long and in what portions; training ends after ``steps`` or ``epochs``, whichever comes first.
+    """Length and batches of training, which ends after ``steps`` or ``epochs``, whichever comes first.
 
     Attributes:
-        steps: optimizer steps in all.
-        epochs: passes over the training data in all.
-        batch_size: sequences (windows, texts or rows) an optimizer step, over all devices.
-        accumulate: micro-batches that a batch is cut into, to save memory; divides batch_size.
-        eval_every: steps from one evaluation of the whole validation split to the next.
-        eval_batch_size: sequences at a time in evaluation; null: batch_size.
-        log_every: steps from one line of metrics.jsonl to the next.
-        profile: FROM:TO, such as 100:105, the steps between which a profile is written to the run's folder; null: none.
+        steps: total number of optimizer steps.
+        epochs: total number of passes over the training data.
+        batch_size: sequences (windows, texts or rows) per optimizer step, over all devices.
+        accumulate: micro-batches per batch, to save memory; must divide batch_size.
+        eval_every: steps between evaluations of the whole validation split.
+        eval_batch_size: sequences per batch in evaluation; null: batch_size.
+        log_every: steps between lines of metrics.jsonl.
+        profile: steps FROM:TO, such as 100:105, whose profile is written to the run's folder; null: none.
     """
 
     steps: Execution[Positive | None] = 800
@@ -82,13 +79,13 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """What is kept of a run while it goes on.
+    """Checkpoints of a run.
 
     Attributes:
-        every: steps from one checkpoint to the next.
-        keep: how many of the latest are kept, apart from the one of the lowest validation loss.
-        mirror: a second folder for runs, such as a mounted drive's, that finished checkpoints are copied to; a run
-            goes on from the latest checkpoint of either folder. null: none.
+        every: steps between checkpoints.
+        keep: number of latest checkpoints kept, besides the one with the lowest validation loss.
+        mirror: second folder for runs, such as a mounted drive, to which finished checkpoints are copied; a run resumes
+            from the latest checkpoint of either folder; null: none.
     """
 
     every: Positive = 200
@@ -98,13 +95,13 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LoggingConfig:
-    """Where the lines of metrics.jsonl go, too.
+    """Other places that the lines of metrics.jsonl are sent to.
 
     Attributes:
-        tensorboard: whether to TensorBoard's files in the run's folder (needs the extra tensorboard).
-        wandb: to Weights & Biases: online, offline (into the run's folder, for wandb sync), or disabled (needs the
-            extra wandb).
-        wandb_project: the project there.
+        tensorboard: whether to write TensorBoard files in the run's folder (needs the extra tensorboard).
+        wandb: Weights & Biases: online, offline (in the run's folder, for wandb sync) or disabled (needs the extra
+            wandb).
+        wandb_project: project in Weights & Biases.
     """
 
     tensorboard: bool = False
@@ -114,12 +111,12 @@ class LoggingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """How devices share the work.
+    """Device mesh.
 
     Attributes:
         data: devices over which batches are split; -1: all that the other axes leave.
-        fsdp: devices over which parameters and optimizer state are split too.
-        tensor: reserved; 1.
+        fsdp: devices over which batches, parameters and optimizer state are split.
+        tensor: reserved for tensor parallelism.
     """
 
     data: Annotated[int, Ge(-1)] = -1
@@ -129,14 +126,14 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
-    """Text sampled while training.
+    """Text sampled during training.
 
     Attributes:
-        every: steps from one sample to the next; 0: none. An instruction is answered at each evaluation instead.
-        prompt: what the sample starts with; null: the first tokens of the validation text, or its first instruction.
-        max_new_tokens: its length in tokens.
-        temperature: below 1 safer, above 1 wilder, 0 always the likeliest token.
-        top_k: how many of the likeliest tokens are drawn from; null: all.
+        every: steps between samples; 0: none. With task instruction, an instruction is answered at each evaluation.
+        prompt: start of the sample; null: the first tokens of the validation text, or its first instruction.
+        max_new_tokens: tokens to generate.
+        temperature: below 1 is more predictable, above 1 more random, 0 always takes the likeliest token.
+        top_k: number of likeliest tokens to draw from; null: all.
     """
 
     every: NotNegative = 200
@@ -148,14 +145,14 @@ class SampleConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LoRAConfig:
-    """Low-rank adapters (Hu et al. 2021), trained with ``trainable: lora`` beside frozen matrices.
+    """Low-rank adapters of frozen matrices (Hu et al. 2021), for ``trainable: lora``.
 
     Attributes:
-        rank: of the two small matrices that stand for one large change.
-        alpha: the change is multiplied by alpha / rank.
-        targets: patterns of the matrices that get an adapter: attn/q, attn/k, attn/v, attn/out_proj, ff/fc, ff/proj,
+        rank: rank of the change of a matrix.
+        alpha: scale; the change is multiplied by alpha / rank.
+        targets: patterns of the matrices to adapt: attn/q, attn/k, attn/v, attn/out_proj, ff/fc, ff/proj,
             out_head, class_head. A classification head that none matches is trained whole.
-        drop_rate: dropout on what goes into an adapter.
+        drop_rate: dropout on the input of an adapter.
     """
 
     rank: Positive = 8
@@ -166,26 +163,26 @@ class LoRAConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The model: a preset, and any of its fields replaced; null is the preset's value, or the tokenizer's.
+    """The model: a preset with any of its fields replaced; null means the preset's value, or the tokenizer's.
 
     Attributes:
-        preset: tiny, mini, gpt2-small, gpt2-medium, gpt2-large or gpt2-xl.
+        preset: shape of the model.
         vocab_size: number of token ids.
-        context_length: the most tokens that the model can look at.
+        context_length: largest number of tokens that the model can attend to.
         emb_dim: width of the residual stream; divisible by n_heads.
-        n_heads: attention heads a block.
+        n_heads: attention heads per block.
         n_layers: transformer blocks.
         drop_rate: dropout on embeddings, attention weights and both shortcut branches; 0 switches it off.
         qkv_bias: whether the query, key and value projections have a bias.
-        tie_weights: whether the output head is the token embedding, transposed.
-        bias: False drops every bias, those of the layer norms too.
-        exact_gelu: whether GELU is the error function's, as in nanoGPT, instead of GPT-2's tanh form.
-        param_dtype: what parameters are stored in.
-        remat: what the backward pass computes again instead of keeping: nothing, all but the matrix products, or all.
-        attention: how attention is computed; auto takes the fastest that this device and call allow.
-        unroll: whether the stack of blocks is compiled layer by layer rather than as a loop; null: on a CPU without
-            remat, where that is faster.
-        dtype: what activations are computed in; auto: bfloat16 where the hardware has it, else float32.
+        tie_weights: whether the output head is the transposed token embedding.
+        bias: false drops every bias, including those of the layer norms.
+        exact_gelu: whether GELU uses the error function, as in nanoGPT, instead of GPT-2's tanh approximation.
+        param_dtype: dtype of the stored parameters.
+        remat: activations that the backward pass recomputes: none, all but matrix products (dots), or all (full).
+        attention: implementation; auto takes the fastest that the device and the call allow.
+        unroll: whether blocks are compiled one by one rather than as a loop; null: only on a CPU without remat, where
+            that is faster.
+        dtype: dtype of activations; auto: bfloat16 where the hardware has it, else float32.
     """
 
     preset: Execution[Literal["tiny", "mini", "gpt2-small", "gpt2-medium", "gpt2-large", "gpt2-xl"]] = "tiny"
@@ -208,33 +205,32 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class BaseRunConfig:
-    """A whole run, without the sections of the tasks.
+    """The keys that every run has; :class:`slm_jax.tasks.config.RunConfig` adds the sections of the tasks.
 
     Raises:
-        InputError: a value outside its range, or values that do not go together.
+        InputError: a value out of range, or values that do not fit together.
 
     Attributes:
-        task: the stage of training.
-        seed: decides initialisation, data order, dropout and samples.
-        run: the run's name and folder; default: the name of the recipe.
-        runs_dir: where runs are kept.
-        resume: auto goes on where the run stopped, if it exists; never refuses to; must insists.
-        base: what to start from: a run, run@step, GPT-2 weights or a name such as gpt2; null: a new model.
-        base_optimizer: whether the state of the base's optimizer is taken over, too, so that training goes on smoothly;
-            for a base that is a run.
-        trainable: what of it is trained: all, the head, the last_block (with final norm and head), the last_n_blocks,
-            or low-rank adapters (lora).
-        trainable_blocks: of last_n_blocks.
-        model: the model; with a base only its dropout and how it is computed.
+        task: what the model is trained for.
+        seed: seed of initialisation, data order, dropout and samples.
+        run: name of the run and its folder; null: the name of the recipe.
+        runs_dir: folder of the runs.
+        resume: auto resumes the run if it exists; never refuses an existing run; must refuses a new one.
+        base: weights to start from: a run, run@step, GPT-2 weights or a name such as gpt2; null: a new model.
+        base_optimizer: whether to start from the optimizer state of the base, too; only for a base that is a run.
+        trainable: parameters to train: all, the head, the last_block (with final norm and head), the last_n_blocks
+            (likewise), or low-rank adapters (lora).
+        trainable_blocks: number of blocks for last_n_blocks.
+        model: the model; with a base, only drop_rate and the keys of its execution.
         tokenizer: the tokenizer.
         data: the data.
         optimizer: the optimizer.
         train: the training.
         checkpoint: the checkpoints.
-        logging: where metrics go, too.
-        mesh: the devices.
-        sample: the samples.
-        lora: the adapters.
+        logging: other places for metrics.
+        mesh: the device mesh.
+        sample: samples during training.
+        lora: low-rank adapters.
     """
 
     task: str = "pretraining"
@@ -259,6 +255,7 @@ class BaseRunConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        check_run_name(self.name)
         if not self.mesh.data:
             raise InputError("mesh.data is 0; expected -1 (all devices) or at least 1")
         if self.train.profile is not None:
@@ -266,22 +263,18 @@ class BaseRunConfig:
         for key, folder in (("runs_dir", self.runs_dir), ("checkpoint.mirror", self.checkpoint.mirror)):
             if folder is not None and not folder.strip():
                 raise InputError(f"{key} is {folder!r}; expected a folder")
-        check_run_name(self.name)
         if self.train.steps is None and self.train.epochs is None:
             raise InputError("train.steps and train.epochs are both null; expected at least one of them")
         if self.train.batch_size % self.train.accumulate:
             raise InputError(
-                f"train.accumulate is {self.train.accumulate}, which does not divide train.batch_size "
-                f"{self.train.batch_size}; expected a divisor of it"
+                f"train.accumulate is {self.train.accumulate}; expected a divisor of train.batch_size "
+                f"{self.train.batch_size}"
             )
         if self.trainable != "all" and self.base is None:
-            raise InputError(
-                f"trainable is {self.trainable} and base is null; expected a base, as the rest of a new model would "
-                "stay random, or --trainable all"
-            )
+            raise InputError(f"trainable is {self.trainable} and base is null; expected a base or --trainable all")
         if self.trainable == "lora" and not self.lora.targets:
             raise InputError("lora.targets is empty; expected at least one pattern, such as attn/*")
-        self.gpt_config(vocab_size=1)  # refuses now, before any text is read, a shape that no model can have
+        self.gpt_config(vocab_size=1)  # refuses an impossible shape before any text is read
 
     @property
     def name(self) -> str:
@@ -311,28 +304,28 @@ class BaseRunConfig:
             InputError: a ``model.vocab_size`` below that; a shape that no model can have.
         """
         section = dataclasses.asdict(self.model)
-        overrides = {key: value for key, value in section.items() if value is not None}
-        preset = overrides.pop("preset")
-        del overrides["dtype"]
+        overrides = {
+            key: value for key, value in section.items() if value is not None and key not in ("preset", "dtype")
+        }
         if overrides.setdefault("vocab_size", vocab_size) < vocab_size:
             raise InputError(
                 f"model.vocab_size is {overrides['vocab_size']}, but the tokenizer has {vocab_size} token ids; "
-                "leave it null or make it at least that"
+                "expected at least as many, or null"
             )
         if overrides["vocab_size"] > vocab_size:
             overrides["unpadded_vocab_size"] = vocab_size
-        return get_gpt_config(preset, dtype=dtype, **overrides)
+        return get_gpt_config(self.model.preset, dtype=dtype, **overrides)
 
 
 def parse_profile(steps: str) -> tuple[int, int]:
-    """Read ``100:105``: the five steps that lead from step 100 to step 105.
+    """Read ``100:105``: the five steps from step 100 to step 105.
 
     Raises:
         InputError: anything else.
     """
     match = re.fullmatch(r"(\d{1,18}):(\d{1,18})", steps)
     if match is None or int(match[1]) >= int(match[2]):
-        raise InputError(f"train.profile is {steps!r}; expected FROM:TO with FROM below TO, such as 100:105")
+        raise InputError(f"train.profile is {steps!r}; expected FROM:TO, such as 100:105")
     return int(match[1]), int(match[2])
 
 
@@ -340,7 +333,7 @@ def check_run_name(name: str) -> None:
     """Check a run's name.
 
     Raises:
-        InputError: a name that is no folder inside the folder of runs.
+        InputError: a name that is not a folder inside the folder of runs.
     """
     if not name.strip() or Path(name).is_absolute() or ".." in Path(name).parts:
         raise InputError(f"run is {name!r}; expected a folder name inside runs_dir, such as my-run")

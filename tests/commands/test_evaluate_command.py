@@ -124,7 +124,7 @@ def test_it_writes_to_a_file_or_says_why_not(weights, files, tmp_path, capsys):
     assert capsys.readouterr().out == ""
     (tmp_path / "file").write_text("")
     assert cli.main([*args, "--out", str(tmp_path / "file" / "figures.json")]) == 2
-    assert "choose another place with --out" in capsys.readouterr().err
+    assert "is not a writable folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_it_writes_to_a_file_or_says_why_not(weights, files, tmp_path, capsys):
         (["--source", "named:the-verdict", "--lambada", "jsonl:none.jsonl"], "none.jsonl: no such file"),
         (["--source", "text:x", "--out", ""], "out is ''; expected a file"),
         (["--source", "text:x", "--out", "."], "out is '.'; expected a file"),
-        (["--source", "text:x", "--out", f"{__file__}/x.json"], "choose another place with --out"),
+        (["--source", "text:x", "--out", f"{__file__}/x.json"], "is not a writable folder"),
         (["--source", "text:x", "--out", "~nouser/x"], "cannot be used as a path"),
         (["--source", "text:none.txt"], "none.txt: no such file"),
         (["--source", "text:x", "--text-column", "body"], "text_column is 'body', but text:x has no columns"),

@@ -154,7 +154,7 @@ def test_only_pages_are_replaced(trained, capsys, tmp_path):
 
 def test_a_place_that_cannot_be_written_is_refused_before_the_page_is_made(trained, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(report_page, "write_page", lambda *_: pytest.fail("made a page"))
-    assert "cannot write there" in fails(capsys, trained, "--out", trained / "config.yaml" / "x.html")
+    assert "is not a writable folder" in fails(capsys, trained, "--out", trained / "config.yaml" / "x.html")
     assert f"out is '{tmp_path}'; expected a file" in fails(capsys, trained, "--out", tmp_path)
     assert "out is '/dev/null'; expected a file" in fails(capsys, trained, "--out", "/dev/null")
     assert list(tmp_path.iterdir()) == []

@@ -135,7 +135,7 @@ def test_no_file_ends_up_beside_the_json_of_another(tmp_path):
 def test_a_place_that_is_not_full_is_not_said_to_be(tmp_path):
     (tmp_path / "file").write_text("")
     with (
-        pytest.raises(InputError, match=r"ids\.bin: cannot be written: .*; choose another place$"),
+        pytest.raises(InputError, match=r"ids\.bin: cannot be written: "),
         write_token_file(tmp_path / "file" / "ids.bin", TOKENIZER, ""),
     ):
         pass
