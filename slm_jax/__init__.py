@@ -1,6 +1,6 @@
-"""A GPT from scratch in JAX: tokenizers, attention, models, pretraining, fine-tuning, GPT-2 weights, text from them.
+"""A GPT from scratch in JAX: tokenizers, attention, models, pretraining, fine-tuning, GPT-2 weights, generation.
 
-A name is imported when it is first used, so that ``import slm_jax`` takes no time, and ``slm-jax --help`` no JAX.
+A name is imported when it is first used, so that ``import slm_jax`` is fast, and ``slm-jax --help`` needs no JAX.
 """
 
 import importlib
@@ -42,32 +42,21 @@ __all__ = [
     "unstack_blocks",
 ]
 
-# The module of each public name; a module that is public itself has its own path.
+# Module of each public name; a public module has its own path.
 _HOMES = {
-    "GPTClassifier": "model",
-    "GPTConfig": "model",
-    "GPTModel": "model",
-    "Run": "runs",
-    "ablate": "evaluation.capture",
-    "capture": "evaluation.capture",
-    "generate": "generation.decode",
-    "get_gpt_config": "model",
-    "get_tokenizer": "tokenizer",
-    "init_cache": "model",
-    "load_classifier": "runs",
-    "load_gpt2": "runs",
-    "load_model": "runs",
-    "load_run": "runs",
-    "save_gpt2": "weights.writer",
-    "unstack_blocks": "nn.blocks",
+    name: module
+    for module, names in {
+        "evaluation.capture": ["ablate", "capture"],
+        "generation.decode": ["generate"],
+        "model": ["GPTClassifier", "GPTConfig", "GPTModel", "get_gpt_config", "init_cache"],
+        "nn.blocks": ["unstack_blocks"],
+        "runs": ["Run", "load_classifier", "load_gpt2", "load_model", "load_run"],
+        "tokenizer": ["get_tokenizer"],
+        "weights.writer": ["save_gpt2"],
+    }.items()
+    for name in names
 }
-_MODULES = {
-    "attention": "attention",
-    "lora": "weights.adapters",
-    "model": "model",
-    "tasks": "tasks",
-    "tokenizer": "tokenizer",
-}
+_MODULES = {name: name for name in ("attention", "model", "tasks", "tokenizer")} | {"lora": "weights.adapters"}
 
 
 def __getattr__(name: str) -> Any:

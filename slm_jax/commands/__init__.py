@@ -1,4 +1,8 @@
-"""The commands, one module each: what its options are and what it does; and what all of them do before they compute."""
+"""The commands, one module each, and what they share.
+
+A command's module has a frozen dataclass of its options, ``main(args) -> int`` that reads them, and ``run(options)``
+that does the work and returns the exit status. Heavy modules are imported inside ``run``.
+"""
 
 import contextlib
 import os
@@ -12,17 +16,17 @@ from slm_jax.training.host_memory import keep_freed_memory
 if TYPE_CHECKING:
     from slm_jax.runs import Run
 
-MOST_CACHED = 2 * 2**30  # bytes of compiled programs; then those not used for longest are removed
+MOST_CACHED = 2 * 2**30  # bytes of compiled programs; beyond, the least recently used are removed
 
 
 def set_up() -> None:
-    """Do what every command that computes does first: keep compiled programs, and freed memory."""
+    """Prepare a process that computes: keep compiled programs and freed memory."""
     keep_freed_memory()
     use_compile_cache()
 
 
 def use_compile_cache() -> None:
-    """Keep compiled programs, small ones too, in the user's cache folder, unless JAX was told of another place."""
+    """Keep compiled programs in the user's cache folder, unless JAX_COMPILATION_CACHE_DIR names another."""
     import jax
 
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
@@ -39,7 +43,7 @@ def use_compile_cache() -> None:
 
 
 def _remove_unfinished(cache: Path) -> None:
-    """Remove programs whose process or machine died while they were written: JAX keeps no others beside one."""
+    """Remove programs whose writer died: JAX caches nothing more beside an unfinished one."""
     for program in cache.glob("*-cache"):
         time_of_use = program.with_name(f"{program.name.removesuffix('-cache')}-atime")  # is written last
         with contextlib.suppress(FileNotFoundError):  # another process has just removed it
@@ -50,7 +54,7 @@ def _remove_unfinished(cache: Path) -> None:
 
 
 def load(source: str, tokenizer: str | None, n_heads: int | None) -> "Run":
-    """Load the model that the options of a command name, with its tokenizer."""
+    """Load the model that a command's options name, with its tokenizer."""
     from slm_jax.runs import load_model
     from slm_jax.tokenizer import get_tokenizer
 
