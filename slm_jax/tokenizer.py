@@ -2,10 +2,10 @@
 
 Four tokenizers share one interface, `Tokenizer`; a vocabulary is built, trained or loaded, and saved as one JSON file.
 
-Special tokens in text. `<|endoftext|>` marks the end of a document, and text from outside must not be able to
-forge it. `BPETokenizer` and `GPT2Tokenizer` refuse it in text, and `CharTokenizer` spells it out, unless the caller
-says `allow_special=True`; then it becomes `eot_id`. `SimpleTokenizer` follows the book, where it is a word like any
-other and always becomes its id.
+Special tokens in text. `<|endoftext|>` marks the end of a document, and untrusted text must not be able to forge it.
+`BPETokenizer` and `GPT2Tokenizer` refuse it in text, and `CharTokenizer` spells it out, unless the caller passes
+`allow_special=True`; then it becomes `eot_id`. `SimpleTokenizer` follows the book, where it is a word like any other
+and always becomes its id.
 """
 
 import hashlib
@@ -15,7 +15,6 @@ import os
 import re
 import reprlib
 import tempfile
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from itertools import pairwise
@@ -24,7 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_chec
 from urllib.parse import urlsplit
 
 from slm_jax.errors import InputError, MissingInputError
-from slm_jax.files import check_reachable
+from slm_jax.files import check_reachable, write_file
 
 if TYPE_CHECKING:
     import tiktoken
@@ -32,16 +31,17 @@ if TYPE_CHECKING:
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "<|unk|>"
 FILE_NAME = "tokenizer.json"
+CONNECT_SECONDS = 1.5
 
 _T = TypeVar("_T")
-_Table = TypeVar("_Table", bound="_TableTokenizer")
 
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What every tokenizer offers; only `save` and `load` are the same for all."""
+    """The interface of every tokenizer; `from_dict`, `save` and `load` are the same for all."""
 
     kind: str
+    _fields: tuple[str, ...] = ()  # of the saved dict, beside the kind; the arguments of the class
 
     @property
     def vocab_size(self) -> int:
@@ -62,37 +62,39 @@ class Tokenizer(Protocol):
 
     @classmethod
     def from_dict(cls: type[_T], data: Mapping[str, Any]) -> _T:
-        """Rebuild a tokenizer from what `to_dict` gave."""
+        """Rebuild a tokenizer from the result of `to_dict`; InputError: anything else."""
+        kind: Any = cls  # beartype, which the tests run with, takes neither Self nor a TypeVar bound to a protocol
+        if data.get("kind") != kind.kind:
+            raise InputError(
+                f"kind is {reprlib.repr(data.get('kind'))}; expected {kind.kind!r} (or use load_tokenizer)"
+            )
+        if set(data) != {"kind", *kind._fields}:
+            expected = ["kind", *kind._fields]
+            raise InputError(f"a {kind.kind} tokenizer has the keys {expected}, not {reprlib.repr(list(data))}")
+        for name in kind._fields:
+            if not isinstance(data[name], list):
+                raise InputError(f"{name!r} is {reprlib.repr(data[name])}: expected a list")
+        tokenizer: _T = kind(*(data[name] for name in kind._fields))
+        return tokenizer
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write to `path` if that names a file (`….json`), else to `path/tokenizer.json`; return the file."""
-        content = json.dumps(self.to_dict()) + "\n"
         file = Path(path)
         if file.is_dir() or (file.suffix != ".json" and not file.is_file()):
             file = file / FILE_NAME
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")
-        try:
-            with temporary.open("w", encoding="utf-8") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-            temporary.replace(file)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_file(file, json.dumps(self.to_dict()) + "\n")
         return file
 
     @classmethod
     def load(cls: type[_T], path: str | os.PathLike[str]) -> _T:
         """Read a tokenizer of this kind from a file, a folder with `tokenizer.json`, or a run's folder."""
-        kind: Any = cls  # beartype, which the tests run with, takes neither Self nor a TypeVar bound to a protocol
+        kind: Any = cls
         return _load(path, kind.from_dict)
 
 
 class _TableTokenizer(Tokenizer):
-    """A list of strings whose places are their ids, followed by the special tokens."""
+    """A list of strings whose positions are their ids, followed by the special tokens."""
 
-    _field: str
     _special: tuple[str, ...] = (END_OF_TEXT,)
 
     def __init__(self, items: Iterable[Any] | None = None) -> None:
@@ -102,22 +104,22 @@ class _TableTokenizer(Tokenizer):
             self._fill(items)
 
     def _fill(self, items: Iterable[Any]) -> None:
-        tokens = [*items, *self._special]
+        (name,), tokens = self._fields, [*items, *self._special]
         ids: dict[str, int] = {}
         for i, token in enumerate(tokens):
             if not isinstance(token, str) or not token:
-                raise InputError(f"entry {i} of {self._field} is {reprlib.repr(token)}: expected a non-empty string")
+                raise InputError(f"entry {i} of {name} is {reprlib.repr(token)}: expected a non-empty string")
             if ids.setdefault(token, i) != i:
-                raise InputError(f"{token!r} is twice among {self._field} and special tokens: expected one id each")
+                raise InputError(f"{token!r} occurs twice among {name} and special tokens: expected one id each")
         if len(tokens) == len(self._special):
-            raise InputError(f"no {self._field} for a vocabulary: give the text or the list that has them")
+            raise InputError(f"no {name} for a vocabulary: expected at least one")
         self._items, self._tokens, self._ids = tokens[: -len(self._special)], tokens, ids
 
     @property
     def vocab_size(self) -> int:
         """Number of ids, special tokens included; InputError: there is no vocabulary yet."""
         if not self._items:
-            raise InputError(f"this {self.kind} tokenizer has no vocabulary yet: call build_vocab(text) first")
+            raise InputError(f"the {self.kind} tokenizer has no vocabulary yet: call build_vocab(text) first")
         return len(self._tokens)
 
     @property
@@ -127,27 +129,22 @@ class _TableTokenizer(Tokenizer):
 
     def to_dict(self) -> dict[str, Any]:
         """The kind, and the words or characters in the order of their ids."""
-        return {"kind": self.kind, self._field: self._tokens[: self.eot_id]}
-
-    @classmethod
-    def from_dict(cls: type[_Table], data: Mapping[str, Any]) -> _Table:
-        """Rebuild a tokenizer from what `to_dict` gave."""
-        return cls(_content(data, cls.kind, cls._field))
+        return {"kind": self.kind, self._fields[0]: self._tokens[: self.eot_id]}
 
 
 class SimpleTokenizer(_TableTokenizer):
     """The book's word-level tokenizer: words and punctuation marks, and `<|unk|>` for every other word.
 
-    `decode` joins with spaces, so line breaks and exact spacing are not recovered. A `<|endoftext|>` that stands
-    alone between spaces always becomes `eot_id`, as in the book; `allow_special` makes no difference here.
+    `decode` joins with spaces, so line breaks and exact spacing are lost. A `<|endoftext|>` between spaces always
+    becomes `eot_id`, as in the book; `allow_special` is ignored.
     """
 
     kind: str = "simple"
-    _field = "words"
+    _fields = ("words",)
     _special = (END_OF_TEXT, UNKNOWN)
 
     def build_vocab(self, text: str) -> "SimpleTokenizer":
-        """Take the vocabulary from the words of `text`, sorted, and return this tokenizer."""
+        """Make the vocabulary from the words of `text`, sorted, and return this tokenizer."""
         self._fill(sorted(set(self._split(text)).difference(self._special)))
         return self
 
@@ -170,7 +167,7 @@ class CharTokenizer(_TableTokenizer):
     """One id per character, sorted (nanoGPT's ids), then `<|endoftext|>`; the round trip is exact."""
 
     kind: str = "char"
-    _field = "chars"
+    _fields = ("chars",)
 
     def _fill(self, items: Iterable[Any]) -> None:
         super()._fill(items)
@@ -178,7 +175,7 @@ class CharTokenizer(_TableTokenizer):
             raise InputError(f"chars must hold single characters, not {reprlib.repr(wrong[0])}")
 
     def build_vocab(self, text: str) -> "CharTokenizer":
-        """Take the vocabulary from the characters of `text`, sorted, and return this tokenizer."""
+        """Make the vocabulary from the characters of `text`, sorted, and return this tokenizer."""
         self._fill(sorted(set(_check_text(text))))
         return self
 
@@ -191,11 +188,11 @@ class CharTokenizer(_TableTokenizer):
             encoded = [[self._ids[char] for char in document] for document in documents]
         except KeyError as error:
             char = error.args[0]
-            # A special token may hold the unknown character too, and it is not that one.
+            # A special token may hold the unknown character, too.
             plain = text.replace(END_OF_TEXT, self._items[0] * len(END_OF_TEXT)) if allow_special else text
             raise InputError(
                 f"character {char!r} at offset {plain.index(char)} is not in the vocabulary of {len(self._items)} "
-                "characters; build it from text that has every character, or use tokenizer.kind: bpe"
+                "characters; use text that has every character, or tokenizer.kind: bpe"
             ) from None
         return _join(encoded, eot_id)
 
@@ -227,8 +224,8 @@ class _TiktokenTokenizer(Tokenizer):
         offset = _check_text(text).find(END_OF_TEXT)
         if offset >= 0 and not allow_special:
             raise InputError(
-                f"the text holds the special token {END_OF_TEXT} at offset {offset}; "
-                f"pass allow_special=True to encode it as id {self.eot_id}, or take it out of the text"
+                f"the text has the special token {END_OF_TEXT} at offset {offset}; pass allow_special=True to encode "
+                f"it as id {self.eot_id}, or remove it"
             )
         return _join([self._encode_ordinary(document) for document in text.split(END_OF_TEXT)], self.eot_id)
 
@@ -246,11 +243,12 @@ class _TiktokenTokenizer(Tokenizer):
 class BPETokenizer(_TiktokenTokenizer):
     """Byte-level BPE, trained on your own text and split as GPT-2 splits; any Unicode text round-trips.
 
-    Ids 0 … 255 are the bytes, then one id per merge in the order learned, then `<|endoftext|>`.
-    `merges` are pairs of earlier ids: the whole tokenizer. Others, and pairs that make a token again, raise InputError.
+    Ids 0 … 255 are the bytes, then one id per merge in the order learned, then `<|endoftext|>`. `merges` are pairs of
+    earlier ids, each of which makes a new token (else InputError); they define the tokenizer.
     """
 
     kind: str = "bpe"
+    _fields = ("merges",)
     # GPT-2's split: contractions, letters, digits, marks (each with one leading space), white space. The possessive
     # quantifiers keep its meaning and let the engine scan without backtracking.
     _PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
@@ -266,7 +264,7 @@ class BPETokenizer(_TiktokenTokenizer):
                 raise InputError(f"merge {i} is {reprlib.repr(pair)}: expected two ids below {len(tokens)}")
             token = tokens[pair[0]] + tokens[pair[1]]
             if token in self._ranks:
-                raise InputError(f"merge {i} makes {token!r} again, which already has id {self._ranks[token]}")
+                raise InputError(f"merge {i} makes {token!r}, which already has id {self._ranks[token]}")
             self._ranks[token] = len(tokens)
             tokens.append(token)
             self._merges.append((pair[0], pair[1]))
@@ -329,14 +327,9 @@ class BPETokenizer(_TiktokenTokenizer):
         """`{"kind": "bpe", "merges": [[left id, right id], …]}`."""
         return {"kind": self.kind, "merges": [list(pair) for pair in self._merges]}
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "BPETokenizer":
-        """Rebuild a tokenizer from what `to_dict` gave."""
-        return cls(_content(data, cls.kind, "merges"))
-
 
 class GPT2Tokenizer(_TiktokenTokenizer):
-    """GPT-2's BPE through tiktoken; its two files are looked for at the first `encode` or `decode`, not before."""
+    """GPT-2's BPE through tiktoken; its two files are loaded at the first `encode` or `decode`."""
 
     kind: str = "gpt2"
     _URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
@@ -356,38 +349,30 @@ class GPT2Tokenizer(_TiktokenTokenizer):
         import tiktoken
 
         lacking = self.lacking()
-        # tiktoken downloads with no timeout, and offline some systems hang in the name lookup.
-        cause = f"{urlsplit(self._URL).hostname} cannot be reached"
-        if not lacking or _reachable(self._URL):
-            try:
-                return tiktoken.get_encoding("gpt2")
-            except (OSError, ValueError) as error:  # requests' errors are OSErrors; a wrong checksum is a ValueError
-                cause = f"tiktoken failed: {' '.join(str(error).split())}"
+        try:
+            if lacking:  # tiktoken downloads with no timeout, and offline some systems hang in the name lookup
+                check_reachable(self._URL, CONNECT_SECONDS)
+            return tiktoken.get_encoding("gpt2")
+        except (OSError, ValueError) as error:  # requests' errors are OSErrors; a wrong checksum is a ValueError
+            cause = f"download from {urlsplit(self._URL).hostname} failed: {' '.join(str(error).split())}"
         raise MissingInputError(
             f"no files for GPT-2's tokenizer: {'; '.join([*lacking, cause])}. Set TIKTOKEN_CACHE_DIR to a folder that "
-            "holds both files, connect once so that they are downloaded, or train a tokenizer of your own, which "
-            "needs no download (tokenizer.kind: bpe)"
+            "has both files, connect once to download them, or train a tokenizer of your own (tokenizer.kind: bpe)"
         )
 
     def files(self) -> dict[str, bytes]:
         """OpenAI's two files, `vocab.bpe` and `encoder.json`, from tiktoken's cache or downloaded once."""
         from tiktoken.load import read_file_cached
 
-        _ = self.encoding  # finds them, or says why not
+        _ = self.encoding  # downloads them if necessary
         return {name: read_file_cached(self._URL + name, digest) for name, digest in self._SHA256.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """`{"kind": "gpt2"}`: nothing else varies."""
         return {"kind": self.kind}
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "GPT2Tokenizer":
-        """Rebuild a tokenizer from what `to_dict` gave."""
-        _content(data, cls.kind)
-        return cls()
-
     def lacking(self) -> list[str]:
-        """What is wrong with the two files in the folder where tiktoken looks for them."""
+        """What is wrong with the two files in tiktoken's cache folder."""
         default = str(Path(tempfile.gettempdir()) / "data-gym-cache")
         folder = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR", default))
         if not folder:
@@ -412,8 +397,8 @@ def get_tokenizer(name_or_path: str | os.PathLike[str]) -> Tokenizer:
         name_or_path: `"gpt2"`, or the path of a tokenizer's file, its folder or a run's folder.
 
     Raises:
-        MissingInputError: no tokenizer there (GPT-2's files are looked for at the first `encode` or `decode`).
-        InputError: a file that is damaged or no tokenizer's.
+        MissingInputError: no tokenizer there (GPT-2's files are loaded at the first `encode` or `decode`).
+        InputError: a file that is damaged or not a tokenizer's.
     """
     return GPT2Tokenizer() if name_or_path == "gpt2" else load_tokenizer(name_or_path)
 
@@ -424,7 +409,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 
 
 def tokenizer_from_dict(data: Mapping[str, Any]) -> Tokenizer:
-    """Rebuild a tokenizer of any kind from what its `to_dict` gave; InputError: from anything else."""
+    """Rebuild a tokenizer of any kind from the result of its `to_dict`; InputError: anything else."""
     kind = data.get("kind")
     if not isinstance(kind, str) or kind not in _CLASSES:
         raise InputError(f"not a tokenizer of slm_jax: kind is {reprlib.repr(kind)}, expected {', '.join(_CLASSES)}")
@@ -433,7 +418,7 @@ def tokenizer_from_dict(data: Mapping[str, Any]) -> Tokenizer:
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:
-    """Return the SHA-256 of what defines the tokenizer: equal exactly when two tokenizers are the same."""
+    """Return the SHA-256 of the tokenizer's `to_dict`: equal exactly if two tokenizers are the same."""
     canonical = json.dumps(tokenizer.to_dict(), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -449,24 +434,12 @@ def _load(path: str | os.PathLike[str], build: Callable[[Any], _T]) -> _T:
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(data, dict):
-            raise InputError(f"a tokenizer's file is one JSON object with its kind, not {reprlib.repr(data)}")
+            raise InputError(f"expected one JSON object with the tokenizer's kind, not {reprlib.repr(data)}")
         return build(data)
     except InputError as error:
         raise InputError(f"{file}: {error}") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{file}: cannot be read as JSON ({error}); expected a file that save() wrote") from None
-
-
-def _content(data: Mapping[str, Any], kind: str, *fields: str) -> list[Any]:
-    if data.get("kind") != kind:
-        found = reprlib.repr(data.get("kind"))
-        raise InputError(f"not a tokenizer of kind {kind!r} but {found}; load_tokenizer takes any kind")
-    if set(data) != {"kind", *fields}:
-        raise InputError(f"a {kind} tokenizer has the keys {['kind', *fields]}, not {reprlib.repr(list(data))}")
-    content = data[fields[0]] if fields else []
-    if not isinstance(content, list):
-        raise InputError(f"{fields[0]!r} is {reprlib.repr(content)}: expected a list")
-    return content
+        raise InputError(f"{file}: cannot be read as JSON ({error})") from None
 
 
 def _join(parts: list[list[int]], *between: int) -> list[int]:
@@ -478,13 +451,13 @@ def _join(parts: list[list[int]], *between: int) -> list[int]:
 
 def _check_text(text: str) -> str:
     if not isinstance(text, str):
-        raise TypeError(f"text must be a str, not {type(text).__name__}; decode bytes first (data.decode('utf-8'))")
+        raise TypeError(f"text must be a str, not {type(text).__name__}")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise InputError(
-            f"the text has a lone surrogate, {text[error.start]!r}, at offset {error.start}, which is no character and "
-            "has no UTF-8 form; read the source with errors='replace', or take it out"
+            f"the text has a lone surrogate, {text[error.start]!r}, at offset {error.start}; remove it, or read the "
+            "source with errors='replace'"
         ) from None
     return text
 
@@ -492,7 +465,7 @@ def _check_text(text: str) -> str:
 def _check_ids(ids: Iterable[Any], vocab_size: int) -> list[int]:
     items = ids.tolist() if hasattr(ids, "tolist") else ids  # one transfer for an array on a device
     if not isinstance(items, Iterable):
-        raise InputError(f"ids must be a sequence of integers, not {items!r}; put a single id in a list")
+        raise InputError(f"ids must be a sequence of integers, not {items!r}")
     checked = []
     for position, item in enumerate(items):
         try:
@@ -502,7 +475,7 @@ def _check_ids(ids: Iterable[Any], vocab_size: int) -> list[int]:
         if not 0 <= number < vocab_size:
             raise InputError(
                 f"id {reprlib.repr(item)} at position {position} is not in the vocabulary of {vocab_size} tokens: "
-                f"expected one sequence of integers from 0 to {vocab_size - 1}"
+                f"expected integers from 0 to {vocab_size - 1}"
             )
         checked.append(number)
     return checked
@@ -520,11 +493,3 @@ def _training_pieces(text: str | Iterable[str], length: int = 1 << 16) -> Iterat
                 end = cut.start() if cut else len(document)
                 yield document[start:end]
                 start = end
-
-
-def _reachable(url: str, seconds: float = 1.5) -> bool:
-    try:
-        check_reachable(url, seconds)
-    except OSError:
-        return False
-    return True

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from refusals import refused
 
 from slm_jax import tokenizer as tokenizer_module
 from slm_jax.errors import InputError, MissingInputError
@@ -372,61 +373,34 @@ def test_gpt2_ids():
     # The book's chapter 2 prints these ids.
     tokenizer = get_tokenizer("gpt2")
     text = "Hello, do you like tea? <|endoftext|> In the sunlit terraces of someunknownPlace."
-    ids = [
-        15496,
-        11,
-        466,
-        345,
-        588,
-        8887,
-        30,
-        220,
-        50256,
-        554,
-        262,
-        4252,
-        18250,
-        8812,
-        2114,
-        286,
-        617,
-        34680,
-        27271,
-        13,
-    ]
+    ids = [15496, 11, 466, 345, 588, 8887, 30, 220, 50256, 554, 262, 4252, 18250, 8812, 2114, 286]
+    ids += [617, 34680, 27271, 13]
     assert tokenizer.encode(text, allow_special=True) == ids
     assert tokenizer.decode(ids) == text
-
-
-def test_gpt2_says_its_size_without_its_files(monkeypatch, tmp_path):
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(tokenizer_module, "_reachable", lambda url: False)
-    tokenizer = get_tokenizer("gpt2")
-    assert (tokenizer.vocab_size, tokenizer.eot_id) == (50257, 50256)
-    assert tokenizer.to_dict() == {"kind": "gpt2"}
-
-
-def hanging(*args, **kwargs):
-    time.sleep(4)
-    raise OSError("timed out")
 
 
 def refusing(*args, **kwargs):
     raise socket.gaierror("Name or service not known")
 
 
-@pytest.mark.parametrize("connect", [hanging, refusing])
+def test_gpt2_has_its_size_without_its_files(monkeypatch, tmp_path):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(socket, "create_connection", refusing)
+    tokenizer = get_tokenizer("gpt2")
+    assert (tokenizer.vocab_size, tokenizer.eot_id) == (50257, 50256)
+    assert tokenizer.to_dict() == {"kind": "gpt2"}
+
+
+@pytest.mark.parametrize("connect", [lambda *_, **__: time.sleep(4) or refusing(), refusing])
 def test_offline_without_files_fails_soon_and_says_what_to_do(connect, monkeypatch, tmp_path):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(socket, "create_connection", connect)
     start = time.monotonic()
-    with pytest.raises(
-        MissingInputError, match=r"missing.*reached.*TIKTOKEN_CACHE_DIR.*tokenizer\.kind: bpe"
-    ) as caught:
+    with refused(
+        rf"{tmp_path}.*missing.*download .*failed.*TIKTOKEN_CACHE_DIR.*tokenizer\.kind: bpe", MissingInputError
+    ):
         get_tokenizer("gpt2").encode("x")
     assert time.monotonic() - start < 2
-    assert "\n" not in str(caught.value)
-    assert str(tmp_path) in str(caught.value)
 
 
 @needs_gpt2
@@ -436,7 +410,7 @@ def test_a_corrupt_file_is_reported_offline_and_left_alone(monkeypatch, tmp_path
         (tmp_path / file.name).write_bytes(content[:-1] if file.name.startswith("6c7ea1a7") else content)
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(socket, "create_connection", refusing)
-    with pytest.raises(MissingInputError, match=r"vocab\.bpe.*corrupt|encoder\.json.*corrupt") as caught:
+    with refused(r"vocab\.bpe.*corrupt|encoder\.json.*corrupt", MissingInputError) as caught:
         get_tokenizer("gpt2").decode([1])
     assert "missing" not in str(caught.value)
     assert len(list(tmp_path.iterdir())) == 2
@@ -449,22 +423,10 @@ def test_a_failed_download_is_a_users_message(monkeypatch, tmp_path):
         raise ConnectionResetError("reset\nby peer")
 
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(tokenizer_module, "_reachable", lambda url: True)
+    monkeypatch.setattr(tokenizer_module, "check_reachable", lambda url, seconds: None)
     monkeypatch.setattr(tiktoken, "get_encoding", failing)
-    with pytest.raises(MissingInputError, match=r"reset by peer.*TIKTOKEN_CACHE_DIR"):
+    with refused(r"reset by peer.*TIKTOKEN_CACHE_DIR", MissingInputError):
         get_tokenizer("gpt2").encode("x")
-
-
-def test_the_network_check_goes_through_the_proxy(monkeypatch):
-    asked = []
-    monkeypatch.setattr(socket, "create_connection", lambda target, timeout: asked.append(target) or refusing())
-    monkeypatch.setenv("https_proxy", "http://proxy.example:3128")
-    monkeypatch.delenv("no_proxy", raising=False)
-    monkeypatch.delenv("NO_PROXY", raising=False)
-    assert not tokenizer_module._reachable("https://host.example/file")
-    monkeypatch.setenv("no_proxy", "host.example")
-    assert not tokenizer_module._reachable("https://host.example/file")
-    assert asked == [("proxy.example", 3128), ("host.example", 443)]
 
 
 # Files that are not what they should be
@@ -492,7 +454,7 @@ def test_an_unknown_tokenizer_lists_what_is_accepted(name):
         ('{"kind": "char", "chars": ["a"], "more": 1}', "'more'"),
         ('{"kind": "char", "chars": "abc"}', "list"),
         ('{"kind": "char", "chars": []}', "no chars"),
-        ('{"kind": "char", "chars": ["a", "b", "a"]}', "'a' is twice"),
+        ('{"kind": "char", "chars": ["a", "b", "a"]}', "'a' occurs twice"),
         ('{"kind": "char", "chars": ["a", "bc"]}', "'bc'"),
         ('{"kind": "char", "chars": ["a", 1]}', "entry 1 .* 1:"),
         ('{"kind": "simple", "words": ["a", ""]}', "entry 1"),
@@ -513,16 +475,13 @@ def test_an_unknown_tokenizer_lists_what_is_accepted(name):
 def test_a_wrong_file_is_named_with_what_is_wrong(content, message, tmp_path):
     file = tmp_path / "tokenizer.json"
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(InputError, match=message) as caught:
+    with refused(rf"{file}.*{message}"):
         load_tokenizer(tmp_path)
-    assert str(file) in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert len(str(caught.value)) < 400
 
 
 def test_another_kinds_file_is_refused(tmp_path):
     make("char").save(tmp_path)
-    with pytest.raises(InputError, match=r"tokenizer\.json.*'bpe'.*'char'.*load_tokenizer"):
+    with refused(r"tokenizer\.json.*'char'.*'bpe'.*load_tokenizer"):
         BPETokenizer.load(tmp_path)
 
 
@@ -530,11 +489,11 @@ def test_a_failed_save_leaves_the_old_file(monkeypatch, tmp_path):
     file = make("char").save(tmp_path)
     before = file.read_bytes()
 
-    def full(descriptor):
+    def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
+    monkeypatch.setattr(Path, "replace", full)
+    with refused("No space"):
         make("bpe").save(tmp_path)
     assert file.read_bytes() == before
     assert list(tmp_path.iterdir()) == [file]

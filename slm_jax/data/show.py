@@ -1,4 +1,4 @@
-"""Batches as the model will see them, printed for a person."""
+"""Prints batches as the model will see them."""
 
 from collections.abc import Iterator
 
@@ -12,14 +12,14 @@ from slm_jax.data.packing import PackedRows, packed_batches
 from slm_jax.data.windows import Batch, train_batches
 from slm_jax.tokenizer import Tokenizer
 
-ROWS = 2  # of a batch that is shown
-COLUMNS = 100  # that a line may take
-_LABEL, _BAR = 11, 40  # columns
+ROWS = 2  # rows per batch
+COLUMNS = 100  # columns per line
+_LABEL, _BAR = 11, 40  # columns of a line's label, of the picture of a row's documents
 _LONGEST = 16  # columns of a token's text
-_FIRST, _LAST = 2, 1  # blocks of a long row that are shown, at its start and its end
-_DOCUMENTS = 12  # of a row that are pictured
-_PADDING = 3  # tokens of padding that are shown
-_START, _TEXT = 12, 28  # tokens and columns of a document's start beside its picture
+_FIRST, _LAST = 2, 1  # blocks shown of a long row, at its start and its end
+_DOCUMENTS = 12  # documents pictured per row
+_PADDING = 3  # tokens of padding shown
+_START, _TEXT = 12, 28  # tokens and columns shown of a document's start
 _VISIBLE = str.maketrans({" ": "·", "\n": "↵", "\t": "⇥", "\r": "␍"})
 
 
@@ -32,18 +32,18 @@ def show_batches(
     packing: bool,
     console: Console,
 ) -> None:
-    """Print training batches: inputs, targets, which targets count, and where packed which document a token is of.
+    """Print training batches: inputs, targets, which targets count and, if packed, each token's document.
 
     Args:
-        tokens: ids; of fewer than 2 there is nothing to show, which is said.
-        tokenizer: what they mean.
-        n: how many batches.
-        context_length: tokens of a row; windows are shorter where there are not as many.
+        tokens: ids.
+        tokenizer: the tokenizer of the ids.
+        n: number of batches.
+        context_length: tokens per row; windows are shorter if there are fewer tokens.
         packing: whether rows are packed documents or windows over the whole text.
-        console: where to.
+        console: where to print.
     """
     if tokens.size < 2:
-        console.print(f"nothing to show: there is {tokens.size} of the 2 tokens that a batch needs", highlight=False)
+        console.print(f"nothing to show: {tokens.size} tokens, fewer than the 2 that a batch needs", highlight=False)
         return
     batches = _batches(tokens, tokenizer.eot_id, context_length, packing)
     seen = "before it in its own document" if packing else "before it in the row"
@@ -91,7 +91,7 @@ def _row_lines(row: Batch, tokenizer: Tokenizer, number: int) -> Iterator[str]:
 
 
 def _table(row: Batch, tokenizer: Tokenizer) -> dict[str, list[str]]:
-    """Return a line's cells, one a token, by the line's label."""
+    """Return the cells of each line, one per token, by the line's label."""
     counts = row["weights"] > 0
     unused = ["-"] * int((~counts).sum())  # padding, on the right
     table = {
@@ -107,7 +107,7 @@ def _table(row: Batch, tokenizer: Tokenizer) -> dict[str, list[str]]:
 
 
 def _blocks(table: dict[str, list[str]]) -> Iterator[tuple[int, int]]:
-    """Yield which tokens, from and to, fit side by side."""
+    """Yield the ranges of tokens that fit side by side."""
     widths = [2 + max(map(cell_len, cells)) for cells in zip(*table.values(), strict=True)]
     start = used = 0
     for at, width in enumerate(widths):
@@ -127,7 +127,7 @@ def _block_lines(table: dict[str, list[str]], start: int, end: int) -> Iterator[
 
 
 def _document_lines(row: Batch, tokenizer: Tokenizer) -> Iterator[str]:
-    """Yield the attention mask as a picture: for each document where in the row it is, which is all that it sees."""
+    """Yield the attention mask as a picture: for each document its part of the row, which is all that it sees."""
     segment_ids, width = row["segment_ids"], len(row["segment_ids"])
     n_documents = int(segment_ids.max())
     for segment in range(1, n_documents + 1)[:_DOCUMENTS]:
@@ -143,7 +143,7 @@ def _document_lines(row: Batch, tokenizer: Tokenizer) -> Iterator[str]:
 
 
 def _texts(tokenizer: Tokenizer, ids: Int32[np.ndarray, " tokens"]) -> list[str]:
-    """Return what each token says, white space and control characters made visible."""
+    """Return the text of each token, with white space and control characters made visible."""
     texts = [tokenizer.decode([token]).translate(_VISIBLE) for token in ids.tolist()]
     return [
         _shorten("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text), _LONGEST)

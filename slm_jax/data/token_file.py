@@ -25,8 +25,9 @@ from slm_jax.tokenizer import Tokenizer, fingerprint, tokenizer_from_dict
 FORMAT, VERSION = "slm_jax token ids", 1
 _DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 _FIELDS = {
-    **{"format": str, "version": int, "dtype": str, "tokens": int, "documents": int, "vocab_size": int},
-    **{"tokenizer": dict, "tokenizer_sha256": str, "sha256": str, "source": str, "counts": dict},
+    **dict.fromkeys(("dtype", "tokenizer_sha256", "sha256", "source"), str),
+    **dict.fromkeys(("tokens", "documents", "vocab_size"), int),
+    **dict.fromkeys(("tokenizer", "counts"), dict),
 }
 # Files of ids with a header, which would be read as tokens.
 _NOT_HEADERLESS = {
@@ -130,38 +131,34 @@ class TokenWriter:
         tokens: number of ids written.
         documents: number of documents, set by the caller.
         counts: documents that were left out, by reason, set by the caller.
-        sha256: SHA-256 of the ids, set at the end.
+        digest: of the ids written.
     """
 
     def __init__(self, file: BinaryIO, vocab_size: int) -> None:
-        self.tokens = 0
-        self.documents = 0
+        self.tokens = self.documents = 0
         self.counts: dict[str, int] = {}
-        self.sha256 = ""
-        self._file = file
-        self._dtype = token_dtype(vocab_size)
-        self._digest = hashlib.sha256()
+        self.digest = hashlib.sha256()
+        self._file, self._dtype = file, token_dtype(vocab_size)
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the ids written."""
+        return self.digest.hexdigest()
 
     def write(self, ids: Sequence[int] | UInt[np.ndarray, " ids"]) -> None:
         """Append ids, each below the vocabulary's size."""
         data = np.asarray(ids, dtype=self._dtype).tobytes()
         self._file.write(data)
-        self._digest.update(data)
+        self.digest.update(data)
         self.tokens += len(ids)
-
-    def finish(self) -> None:
-        """Flush to the disk and set ``sha256``."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self.sha256 = self._digest.hexdigest()
 
 
 @contextmanager
 def write_token_file(path: Path, tokenizer: Tokenizer, source: str) -> Iterator[TokenWriter]:
     """Yield a writer of a token file that appears, with its JSON file, when the block ends without an error.
 
-    Ids go to a partial file beside it, which is always removed. An existing file is replaced; of several simultaneous
-    writers the last one wins.
+    Ids go to a partial file beside it, which is always removed. An existing file is replaced; of several writers the
+    last one wins.
 
     Args:
         path: ``FILE.bin``; its folder is created.
@@ -177,7 +174,8 @@ def write_token_file(path: Path, tokenizer: Tokenizer, source: str) -> Iterator[
         with partial.open("wb") as file:
             writer = TokenWriter(file, tokenizer.vocab_size)
             yield writer
-            writer.finish()
+            file.flush()
+            os.fsync(file.fileno())
         description = {
             "format": FORMAT,
             "version": VERSION,
@@ -191,10 +189,9 @@ def write_token_file(path: Path, tokenizer: Tokenizer, source: str) -> Iterator[
             "tokenizer_sha256": fingerprint(tokenizer),
             "tokenizer": tokenizer.to_dict(),
         }
-        with _alone_in(path.parent):
-            # The JSON file first: ids without one would be read as bare uint16.
-            replace_text(json_path(path), json.dumps(description, indent=2) + "\n")
-            partial.replace(path)
+        # The JSON file first: ids without one would be read as bare uint16. A mismatch is noticed by the SHA-256.
+        replace_text(json_path(path), json.dumps(description, indent=2) + "\n")
+        partial.replace(path)
     except (InputError, BrokenPipeError):  # from the block
         raise
     except OSError as error:
@@ -202,24 +199,6 @@ def write_token_file(path: Path, tokenizer: Tokenizer, source: str) -> Iterator[
     finally:
         with suppress(OSError):
             partial.unlink()
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Wait for other writers, so that ids and JSON belong together; on systems that have such locks."""
-    try:
-        import fcntl
-
-        handle = os.open(folder, os.O_RDONLY)
-    except (ImportError, OSError):
-        yield
-        return
-    try:
-        with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
 
 
 def _open_described(path: Path, size: int) -> TokenFile:
@@ -254,7 +233,7 @@ def read_description(file: Path) -> dict[str, Any]:
     if (about.get("format"), about.get("version")) != (FORMAT, VERSION):
         raise InputError(f"{file}: does not describe token ids (format {FORMAT!r}, version {VERSION}); {_AGAIN}")
     for name, kind in _FIELDS.items():
-        if not isinstance(about.get(name), kind) or about[name] is True:
+        if type(about.get(name)) is not kind:
             raise InputError(f"{file}: {name} is {about.get(name)!r:.60}; expected {kind.__name__}; {_AGAIN}")
     if about["dtype"] not in _DTYPES:
         raise InputError(f"{file}: dtype is {about['dtype']!r}; expected {' or '.join(_DTYPES)}; {_AGAIN}")

@@ -109,5 +109,5 @@ def test_a_text_shorter_than_a_row_is_shown(packing):
     assert f"1 of {12 if packing else 1} targets count" in shown(tokens[:2], packing=packing)
 
 
-def test_too_little_text_is_said():
-    assert shown(np.array([3], np.uint16)) == "nothing to show: there is 1 of the 2 tokens that a batch needs\n"
+def test_too_little_text_is_reported():
+    assert "nothing to show: 1 tokens" in shown(np.array([3], np.uint16))

@@ -4,8 +4,6 @@ import json
 import resource
 import subprocess
 import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -113,23 +111,6 @@ def test_of_two_writers_at_once_the_later_one_wins_whole(path):
     assert open_token_file(path).tokens.tolist() == [1, 2, 3]
     assert json.loads(json_path(path).read_text())["source"] == "first"
     assert sorted(file.name for file in path.parent.iterdir()) == ["ids.bin", "ids.bin.json"]
-
-
-def test_no_file_ends_up_beside_the_json_of_another(tmp_path):
-    """Many writers, who all end at about the same time."""
-    path, start = tmp_path / "ids.bin", threading.Barrier(8)
-
-    def write(n):
-        for _ in range(20):
-            with write_token_file(path, TOKENIZER, str(n)) as file:
-                file.write([n] * n)
-                start.wait(30)
-
-    with ThreadPoolExecutor(8) as pool:
-        for writer in [pool.submit(write, n) for n in range(1, 9)]:
-            writer.result()
-    tokens = open_token_file(path).tokens
-    assert json.loads(json_path(path).read_text())["source"] == str(len(tokens)) == str(tokens[0])
 
 
 def test_a_place_that_is_not_full_is_not_said_to_be(tmp_path):
