@@ -15,6 +15,7 @@ from slm_jax.errors import InputError, MissingInputError
 from slm_jax.evaluation.classes import Classifier
 from slm_jax.files import new_folder, read_json
 from slm_jax.model import DType, GPTClassifier, GPTConfig, Params, param_shapes
+from slm_jax.nn.axes import HEAD
 from slm_jax.nn.blocks import merge_params
 from slm_jax.nn.lora import split_adapters
 from slm_jax.tokenizer import FILE_NAME, GPT2Tokenizer, Tokenizer, load_tokenizer, tokenizer_from_dict
@@ -385,7 +386,7 @@ def _with_frozen(folder: Path, trained: Params, cfg: GPTConfig, metadata: dict[s
     except (KeyError, TypeError, ValueError):
         raise InputError(f"{file}: does not belong to the run's checkpoints; restore it") from None
     for path, leaf in flatten_dict(param_shapes(cfg), sep="/").items():
-        if found.get(path) != leaf.shape and not (path.startswith("out_head") and "class_head" in params):
+        if found.get(path) != leaf.shape and not (path == HEAD and "classes" in metadata):
             raise InputError(
                 f"{file}: with it {path} has the shape {found.get(path)}, expected {leaf.shape}; restore it"
             )

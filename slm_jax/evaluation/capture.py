@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from slm_jax.errors import InputError
 from slm_jax.model import GPTConfig, GPTModel, Params, axis_sizes
-from slm_jax.nn.axes import ADAPTER, INPUT_POINTS, POINTS
+from slm_jax.nn.axes import ADAPTER, FIRST_POINT, INPUT_POINTS, LAST_POINTS, POINTS, STACK
 from slm_jax.nn.blocks import unstack_blocks
 from slm_jax.nn.dense import DenseParams
 
@@ -84,7 +84,7 @@ def capture(
             "they run whole sequences, without cache or dropout"
         )
     logits, seen = _run(model, unstack_blocks(params), tokens, kept, options, wanted=wanted)
-    seen["logits"] = logits
+    seen[LAST_POINTS[-1]] = logits
     return logits, {name: seen[name] for name in wanted}
 
 
@@ -137,7 +137,7 @@ def _run(
     sown = flatten_dict(state.get("intermediates", {}))
     # What was sown in a block has the first axis of its stack of one.
     return logits, {
-        path[-1]: value[0][0] if path[0].startswith("blocks_") else value[0] for path, value in sown.items()
+        path[-1]: value[0][0] if path[0].startswith(f"{STACK}_") else value[0] for path, value in sown.items()
     }
 
 
@@ -155,13 +155,13 @@ class _Watcher:
         if context.method_name != "__call__" or not module.path or isinstance(module, DenseParams):
             return call(*args, **kwargs)
         stack, *rest = module.path
-        if stack.startswith("blocks_"):
+        if stack.startswith(f"{STACK}_"):
             block, part = stack.replace("_", "/"), "".join(f"/{name}" for name in rest)
             if part in _INPUTS:
                 return call(*self._watch_input(module, block, part, args), **kwargs)
             return self._watch_output(module, block, part, args, functools.partial(call, *args, **kwargs))
         output = call(*args, **kwargs)
-        self._sow(module, "embeddings" if stack == "drop" else stack, output)
+        self._sow(module, FIRST_POINT if stack == "drop" else stack, output)
         return output
 
     def _watch_input(self, module: nn.Module, block: str, part: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -202,8 +202,8 @@ class _Watcher:
 
 def _find(patterns: str | Sequence[str], cfg: GPTConfig) -> tuple[str, ...]:
     """Return the names of what is to be captured, in the order of the model."""
-    blocks = [f"blocks/{i}{part}" for i in range(cfg.n_layers) for part in POINTS]
-    names = ["embeddings", *blocks, "final_norm", "logits"]
+    blocks = [f"{STACK}/{i}{part}" for i in range(cfg.n_layers) for part in POINTS]
+    names = [FIRST_POINT, *blocks, *LAST_POINTS]
     found: set[str] = set()
     for pattern in _listed(patterns):
         matches = [name for name in names if _regex(pattern).fullmatch(name)]
@@ -220,7 +220,7 @@ def _masks(patterns: str | Sequence[str], cfg: GPTConfig) -> dict[str, np.ndarra
     """
     shapes: dict[str, tuple[int, ...]] = {"": (), "/attn": (), "/ff": ()}
     shapes |= {point: (axis_sizes(cfg)[axis],) for point, (_, axis) in INPUT_POINTS.items()}
-    kept = {f"blocks/{i}{part}": np.ones(shape, bool) for i in range(cfg.n_layers) for part, shape in shapes.items()}
+    kept = {f"{STACK}/{i}{part}": np.ones(shape, bool) for i in range(cfg.n_layers) for part, shape in shapes.items()}
     for pattern in _listed(patterns):
         whole, parent, matches = _regex(pattern), _regex(pattern.rpartition("/")[0]), 0
         for name, mask in kept.items():
@@ -248,6 +248,6 @@ def _regex(pattern: str) -> re.Pattern[str]:
 def _unknown(pattern: str, names: list[str], cfg: GPTConfig) -> InputError:
     near = difflib.get_close_matches(pattern, names, n=3) or names[1:4]
     return InputError(
-        f"{pattern!r} is nowhere in this model of {cfg.n_layers} layers, blocks/0 to blocks/{cfg.n_layers - 1}, with "
-        f"{cfg.n_heads} heads each; expected a name such as {', '.join(near)}"
+        f"{pattern!r} is nowhere in this model of {cfg.n_layers} layers, counted from 0, with {cfg.n_heads} heads "
+        f"each; expected a name such as {', '.join(near)}"
     )

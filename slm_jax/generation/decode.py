@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from slm_jax.errors import InputError
 from slm_jax.generation.sampler import Numbers, Sampling, choose_tokens
 from slm_jax.model import GPTConfig, GPTModel, Params, init_cache
-from slm_jax.nn.blocks import unstack_blocks
+from slm_jax.nn.blocks import segment_lengths, unstack_blocks
 from slm_jax.nn.cache import KVCache
 from slm_jax.tokenizer import Tokenizer
 
@@ -357,8 +357,8 @@ def _as_row(prompt: Any) -> np.ndarray:
 def _check(
     model: GPTModel, params: Params, rows: list[np.ndarray], max_new_tokens: int, eos_id: int | None, past_context: str
 ) -> None:
-    if "tok_emb" not in params:
-        raise InputError('params has no "tok_emb"; expected the params tree, such as model.init(key, tokens)["params"]')
+    if not segment_lengths(params):
+        raise InputError('params has no blocks; expected the params tree, such as model.init(key, tokens)["params"]')
     if not rows or any(row.size == 0 for row in rows):
         raise InputError("the prompt is empty; expected at least one token, such as the end-of-text id")
     context, n_ids = model.cfg.context_length, model.cfg.unpadded_vocab_size or model.cfg.vocab_size

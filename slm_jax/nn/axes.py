@@ -13,6 +13,7 @@ import jax
 
 Params = dict[str, Any]
 
+HEAD = "out_head/kernel"  # missing where the head is tied to the token embedding
 STACK = "blocks"  # the subtree whose leaves have the layer as their first axis
 ADAPTER = "_adapter"  # what a LoRA adapter's subtree adds to the name of the matrix that it changes
 
@@ -140,7 +141,9 @@ def count(params: Any, wanted: Callable[[Axes], bool] = lambda axes: True) -> in
     return sum(jax.tree.leaves(map_axes(size, params)))
 
 
-# What :func:`slm_jax.evaluation.capture.capture` sees of a block, in the order of computation; the last is the block.
+# What :func:`slm_jax.evaluation.capture.capture` sees before and after the blocks, and in a block (the last is the
+# block itself), in the order of computation.
+FIRST_POINT, LAST_POINTS = "embeddings", ("final_norm", "logits")
 POINTS = (
     *("/norm1", "/attn/q", "/attn/k", "/attn/v", "/attn/weights", "/attn/heads", "/attn"),
     *("/norm2", "/ff/hidden", "/ff", ""),

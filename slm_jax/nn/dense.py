@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 from flax import linen as nn
-from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Float
 
@@ -30,15 +29,10 @@ def rows_times_kernel(
         precision, options: as for `jax.lax.dot_general`.
     """
     n_axes = len(dimension_numbers[0][0])
-    n_inputs = math.prod(kernel.shape[:n_axes])
-    product = jax.lax.dot_general(
-        x.reshape(-1, n_inputs),
-        kernel.reshape(n_inputs, -1),
-        (((1,), (0,)), ((), ())),
-        precision=precision,
-        **options,
-    )
-    return product.reshape(*x.shape[: x.ndim - n_axes], *kernel.shape[n_axes:])
+    rows = x.reshape(-1, *x.shape[x.ndim - n_axes :])
+    dimensions = ((tuple(range(1, n_axes + 1)), tuple(range(n_axes))), ((), ()))
+    product = jax.lax.dot_general(rows, kernel, dimensions, precision=precision, **options)
+    return product.reshape(*x.shape[: x.ndim - n_axes], *product.shape[1:])
 
 
 class DenseParams(nn.Module):
@@ -62,9 +56,8 @@ class DenseParams(nn.Module):
         return kernel, self.param("bias", nn.initializers.zeros, self.features, self.param_dtype)
 
 
-def multiply(x: Array, kernel: Array, bias: Array | None, dtype: Dtype | None) -> Array:
-    """Return x times the kernel, contracting x's last axis with the kernel's first, plus the bias, in ``dtype``."""
-    x, kernel, bias = promote_dtype(x, kernel, bias, dtype=dtype)
+def multiply(x: Array, kernel: Array, bias: Array | None) -> Array:
+    """Return x times the kernel, contracting x's last axis with the kernel's first, plus the bias."""
     y = rows_times_kernel(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
     return y if bias is None else y + bias
 

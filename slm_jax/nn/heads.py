@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 
 from slm_jax.nn.target import target
 
+HEAD_ADAPTER = "out_head_adapter"
 Pooling = Literal["last", "mean", "first"]
 
 

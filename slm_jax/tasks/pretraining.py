@@ -18,7 +18,7 @@ from slm_jax.errors import InputError
 from slm_jax.generation.decode import generate
 from slm_jax.model import GPTModel, Params, init_params
 from slm_jax.nn.blocks import merge_params
-from slm_jax.nn.heads import head_kernel
+from slm_jax.nn.heads import HEAD_ADAPTER, head_kernel
 from slm_jax.nn.loss import cross_entropy
 from slm_jax.tasks.base import count_steps, find_base, new_base, prepare_params
 from slm_jax.tasks.config import RunConfig
@@ -122,7 +122,7 @@ def make_loss_fn(model: GPTModel) -> LossFn:
             rngs=None if key is None else {"dropout": key},
         )
         targets, weights = batch["targets"], batch["weights"]
-        if "out_head_adapter" in params:  # beside the kernel: its part of the logits is added to them
+        if HEAD_ADAPTER in params:  # beside the kernel: its part of the logits is added to them
             loss = jnp.sum(optax.softmax_cross_entropy_with_integer_labels(run(), targets) * weights)
         else:
             hidden: Any = run(method="hidden")

@@ -330,7 +330,7 @@ def test_a_classifier_is_seen_and_cut_too():
 @pytest.mark.parametrize(
     ("names", "removed", "options", "said"),
     [
-        ("blocks/3", (), {}, "'blocks/3' is nowhere in this model of 3 layers, blocks/0 to blocks/2"),
+        ("blocks/3", (), {}, "'blocks/3' is nowhere in this model of 3 layers"),
         ("blocks/0/atn", (), {}, "expected a name such as blocks/0/attn"),
         (["blocks/0", "block/*"], (), {}, "'block/*' is nowhere"),
         ("blocks", (), {}, "'blocks' is nowhere"),

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.evaluation.capture import capture
 from slm_jax.model import GPTClassifier, GPTModel, Params
+from slm_jax.nn.axes import STACK
 from slm_jax.runs import read_checkpoint
 from slm_jax.tokenizer import Tokenizer, tokenizer_from_dict
 from slm_jax.tools.report.record import Record, steps_to_try
@@ -121,7 +122,7 @@ def _maps(step: int, loaded: _Loaded, text: str | None, sample: str) -> Maps:
     weights = np.zeros((n_layers, n_heads, len(ids), len(ids)), np.float32)
     if ids:
         lengths: dict[str, Any] = {"lengths": jnp.array([len(ids)])} if isinstance(model, GPTClassifier) else {}
-        names = [f"blocks/{layer}/attn/weights" for layer in range(n_layers)]
+        names = [f"{STACK}/{layer}/attn/weights" for layer in range(n_layers)]
         _, seen = capture(model, params, jnp.array([ids], jnp.int32), names, **lengths)
         weights = np.stack([np.asarray(seen[name], np.float32)[0, :n_heads] for name in names])
     tokens = [tokenizer.decode([token]) for token in ids]
