@@ -3,23 +3,20 @@
 Source: rasbt/LLMs-from-scratch, chapter 4 (``GPTModel``) and chapter 5 (how it is saved).
 """
 
+import dataclasses
 import re
 from typing import Any
 
 from slm_jax.model import GPTConfig
 from slm_jax.weights.files import TensorFiles
-from slm_jax.weights.names import NameMap, Slot, expand, shape_fields
+from slm_jax.weights.names import HEAD, POSITIONS, TOKENS, Format, NameMap, Slot
 
-NAME = "the book"
-EMBEDDING = "tok_emb.weight"
-POSITIONS = "pos_emb.weight"
-HEAD = "out_head.weight"
 _TOP: NameMap = {
-    EMBEDDING: Slot("tok_emb/embedding"),
-    POSITIONS: Slot("pos_emb/embedding"),
+    "tok_emb.weight": Slot(TOKENS),
+    "pos_emb.weight": Slot(POSITIONS),
     "final_norm.scale": Slot("final_norm/scale"),
     "final_norm.shift": Slot("final_norm/bias"),
-    HEAD: Slot("out_head/kernel", transpose=True),
+    "out_head.weight": Slot(HEAD, transpose=True),
 }
 _BLOCK: NameMap = {
     "att.W_query.weight": Slot("attn/q/kernel", transpose=True),
@@ -41,27 +38,30 @@ _BLOCK: NameMap = {
 }
 
 
-def clean(name: str) -> str | None:
-    """Return a tensor's name as the map has it; None for a buffer that is no weight."""
-    return None if re.fullmatch(r"trf_blocks\.\d+\.att\.mask", name) else name
+class Book(Format):
+    """The book's names."""
+
+    title = "the book"
+    top = _TOP
+    prefix = "trf_blocks.{}."
+    block = _BLOCK
+
+    def clean(self, name: str) -> str | None:
+        """Leave out the causal mask."""
+        return None if re.fullmatch(r"trf_blocks\.\d+\.att\.mask", name) else name
+
+    def recognise(self, files: TensorFiles) -> bool:
+        """Whether these tensors have the book's names."""
+        return any(name.startswith("trf_blocks.") for name in files.tensors)
+
+    def tensor_fields(self, files: TensorFiles) -> dict[str, Any]:
+        """Return the fields; biases of query, key and value are optional."""
+        qkv_bias = "trf_blocks.0.att.W_query.bias" in files.tensors
+        return {**super().tensor_fields(files), "bias": True, "qkv_bias": qkv_bias, "tie_weights": False}
+
+    def fit(self, cfg: GPTConfig) -> GPTConfig:
+        """Add the other biases and an untied head."""
+        return dataclasses.replace(cfg, bias=True, qkv_bias=cfg.qkv_bias and cfg.bias, tie_weights=False)
 
 
-def recognise(files: TensorFiles) -> bool:
-    """Whether these tensors have the book's names."""
-    return any(name.startswith("trf_blocks.") for name in files.tensors)
-
-
-def shapes(files: TensorFiles) -> dict[str, Any]:
-    """Return the GPTConfig fields that the shapes tell: all but the number of heads."""
-    fields = shape_fields(files.shapes, EMBEDDING, POSITIONS, "trf_blocks")
-    return {**fields, "bias": True, "qkv_bias": "trf_blocks.0.att.W_query.bias" in files.tensors, "tie_weights": False}
-
-
-def stated(files: TensorFiles) -> dict[str, Any]:
-    """Return nothing: the book's files state nothing."""
-    return {}
-
-
-def names(cfg: GPTConfig) -> NameMap:
-    """Return the name map of a model."""
-    return expand(cfg, _TOP, _BLOCK, "trf_blocks.{}.")
+FORMAT = Book()

@@ -20,6 +20,7 @@ from slm_jax.files import read_json
 
 INDEX = "model.safetensors.index.json"
 OURS = "slm_jax"  # metadata key of what our own exports state about the model
+OURS_FIELDS = ("n_heads", "drop_rate", "exact_gelu", "unpadded_vocab_size")
 CHUNK_BYTES = 16 << 20
 _DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 FLOATS = tuple(_DTYPES.values())

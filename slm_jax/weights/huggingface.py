@@ -3,27 +3,47 @@
 Its ``Conv1D`` stores weights as (in, out), like ours. Source: ``transformers``, ``GPT2LMHeadModel`` and ``GPT2Config``.
 """
 
+import dataclasses
+import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
-from slm_jax.errors import InputError
+from slm_jax.errors import InputError, MissingInputError
 from slm_jax.files import read_json
-from slm_jax.model import GPTConfig, axis_sizes
+from slm_jax.model import GPTConfig, axis_sizes, count_params
+from slm_jax.tokenizer import END_OF_TEXT, GPT2Tokenizer, Tokenizer
 from slm_jax.weights.files import TensorFiles
-from slm_jax.weights.names import NameMap, Slot, expand, shape_fields
+from slm_jax.weights.names import HEAD, POSITIONS, TOKENS, Format, NameMap, Slot
 
-NAME = "Hugging Face"
-EMBEDDING = "wte.weight"
-POSITIONS = "wpe.weight"
-HEAD = "lm_head.weight"
-TOP: NameMap = {
-    EMBEDDING: Slot("tok_emb/embedding"),
-    POSITIONS: Slot("pos_emb/embedding"),
+_FIELDS = {
+    "vocab_size": "vocab_size",
+    "n_positions": "context_length",
+    "n_embd": "emb_dim",
+    "n_layer": "n_layers",
+    "n_head": "n_heads",
+}
+_ALIASES = {"num_attention_heads": "n_heads"}
+# Keys that change the function that the model computes, and the values that GPTModel supports.
+_SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu"),
+    "layer_norm_epsilon": (1e-5,),
+    "add_cross_attention": (False,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "tie_word_embeddings": (True, False),
+}
+_GPT2_VOCABULARY = 50_257
+
+
+_TOP: NameMap = {
+    "wte.weight": Slot(TOKENS),
+    "wpe.weight": Slot(POSITIONS),
     "ln_f.weight": Slot("final_norm/scale"),
     "ln_f.bias": Slot("final_norm/bias"),
-    HEAD: Slot("out_head/kernel", transpose=True),
+    "lm_head.weight": Slot(HEAD, transpose=True),
 }
-BLOCK: NameMap = {
+_BLOCK: NameMap = {
     "ln_1.weight": Slot("norm1/scale"),
     "ln_1.bias": Slot("norm1/bias"),
     "attn.c_attn.weight": Slot("attn/q/kernel", "attn/k/kernel", "attn/v/kernel"),
@@ -37,80 +57,172 @@ BLOCK: NameMap = {
     "mlp.c_proj.weight": Slot("ff/proj/kernel"),
     "mlp.c_proj.bias": Slot("ff/proj/bias"),
 }
-# What changes the function that the model computes, and the only values that ours computes.
-_FIXED: dict[str, tuple[Any, ...]] = {
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu"),
-    "layer_norm_epsilon": (1e-5,),
-    "add_cross_attention": (False,),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "tie_word_embeddings": (True, False),
-}
-_FIELDS = {
-    "vocab_size": "vocab_size",
-    "n_positions": "context_length",
-    "n_embd": "emb_dim",
-    "n_layer": "n_layers",
-    "n_head": "n_heads",
-    "num_attention_heads": "n_heads",
-}
 
 
-def clean(name: str) -> str | None:
-    """Return a tensor's name as the map has it; None for a buffer that is no weight."""
-    name = name.removeprefix("transformer.")
-    if re.fullmatch(r"h\.\d+\.attn\.(bias|masked_bias)", name):  # the causal mask; not attn.c_attn.bias
-        return None
-    return re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))
+class HuggingFace(Format):
+    """Names and configuration of ``GPT2LMHeadModel``."""
+
+    title = "Hugging Face"
+    top = _TOP
+    prefix = "h.{}."
+    block = _BLOCK
+
+    def clean(self, name: str) -> str | None:
+        """Remove the prefix, leave out the causal mask, and rename TensorFlow's gamma and beta."""
+        name = name.removeprefix("transformer.")
+        if re.fullmatch(r"h\.\d+\.attn\.(bias|masked_bias)", name):  # the mask; not attn.c_attn.bias
+            return None
+        return re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))
+
+    def is_in_out(self, files: TensorFiles) -> list[bool]:
+        """Return for each weight with more outputs than inputs whether it is stored as (in, out)."""
+        pattern = re.compile(r"h\.\d+\.(attn\.c_attn|mlp\.c_fc)\.weight")
+        shapes = [tensor.shape for name, tensor in files.tensors.items() if pattern.fullmatch(name)]
+        return [len(shape) != 2 or shape[0] < shape[1] for shape in shapes]
+
+    def recognise(self, files: TensorFiles) -> bool:
+        """Whether these tensors are GPT-2's with weights as (in, out): most of them, as one may be wrong."""
+        found = self.is_in_out(files)
+        return bool(found) and 2 * sum(found) >= len(found)
+
+    def tensor_fields(self, files: TensorFiles) -> dict[str, Any]:
+        """Return the fields; all biases are there."""
+        return {**super().tensor_fields(files), "bias": True, "qkv_bias": True}
+
+    def stated_fields(self, files: TensorFiles) -> dict[str, Any]:
+        """Return the fields of ``config.json``, without dropout."""
+        file = files.file.parent / "config.json"
+        if not file.is_file():
+            return {}
+        content = read_json(file)
+        for key, allowed in _SUPPORTED.items():
+            if key in content and content[key] not in allowed:
+                expected = " or ".join(map(repr, allowed))
+                raise InputError(f"{file}: {key} is {content[key]!r}; expected {expected}")
+        fields: dict[str, Any] = {}
+        for key, field in (_FIELDS | _ALIASES).items():
+            value = content.get(key)
+            if value is not None and fields.setdefault(field, value) != value:
+                raise InputError(f"{file}: n_head is {fields[field]!r} and {key} {value!r}; expected one or the other")
+        emb_dim = self.tensor_fields(files).get("emb_dim")
+        hidden = axis_sizes(GPTConfig(emb_dim=emb_dim, n_heads=1))["mlp"] if emb_dim else None
+        if hidden and content.get("n_inner") not in (None, hidden):
+            raise InputError(f"{file}: n_inner is {content['n_inner']!r}; expected null or {hidden}")
+        fields["exact_gelu"] = content.get("activation_function") == "gelu"
+        if not content.get("tie_word_embeddings", True):
+            fields["tie_weights"] = False
+        return fields
+
+    def fit(self, cfg: GPTConfig) -> GPTConfig:
+        """Add all biases."""
+        return dataclasses.replace(cfg, bias=True, qkv_bias=True)
+
+    def written_names(self, cfg: GPTConfig) -> NameMap:
+        """Add the prefix of ``GPT2LMHeadModel``."""
+        head = self.name_of(HEAD)
+        return {name if name == head else f"transformer.{name}": slot for name, slot in self.names(cfg).items()}
+
+    def side_files(
+        self, cfg: GPTConfig, dtype: str, tokenizer: Tokenizer | None, card: Mapping[str, Any]
+    ) -> dict[str, bytes]:
+        """Return configuration, model card, and GPT-2's tokenizer as ``transformers`` reads it."""
+        end = _end_of_text(cfg, tokenizer)
+        tokenizer_files = _tokenizer_files(cfg) if isinstance(tokenizer, GPT2Tokenizer) else {}
+        return {
+            "config.json": _json(_config(cfg, dtype, end)),
+            "generation_config.json": _json(_generation_config(cfg, tokenizer, end)),
+            "README.md": _card(cfg, tokenizer, bool(tokenizer_files), card).encode(),
+            **tokenizer_files,
+        }
 
 
-def widening(files: TensorFiles) -> list[bool]:
-    """Return of each weight that makes vectors wider whether it is (in, out), as here, and not (out, in)."""
-    pattern = re.compile(r"h\.\d+\.(attn\.c_attn|mlp\.c_fc)\.weight")
-    shapes = [tensor.shape for name, tensor in files.tensors.items() if pattern.fullmatch(name)]
-    return [len(shape) != 2 or shape[0] < shape[1] for shape in shapes]
+FORMAT = HuggingFace()
 
 
-def recognise(files: TensorFiles) -> bool:
-    """Whether these cleaned tensors are GPT-2's with weights as (in, out): most of them, as one may be wrong."""
-    found = widening(files)
-    return bool(found) and 2 * sum(found) >= len(found)
+def _json(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()
 
 
-def shapes(files: TensorFiles) -> dict[str, Any]:
-    """Return the GPTConfig fields that the shapes tell: all but the number of heads."""
-    return {**shape_fields(files.shapes, EMBEDDING, POSITIONS, "h"), "bias": True, "qkv_bias": True}
+def _end_of_text(cfg: GPTConfig, tokenizer: Tokenizer | None) -> int | None:
+    if tokenizer is not None:
+        return tokenizer.eot_id
+    is_gpt2s = (cfg.unpadded_vocab_size or cfg.vocab_size) == _GPT2_VOCABULARY
+    return _GPT2_VOCABULARY - 1 if is_gpt2s else None
 
 
-def stated(files: TensorFiles) -> dict[str, Any]:
-    """Return the GPTConfig fields that ``config.json`` states; dropout is left to whoever trains on.
+def _config(cfg: GPTConfig, dtype: str, end: int | None) -> dict[str, Any]:
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        **{key: getattr(cfg, field) for key, field in _FIELDS.items()},
+        "n_ctx": cfg.context_length,
+        "activation_function": "gelu" if cfg.exact_gelu else "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "tie_word_embeddings": cfg.tie_weights,
+        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), cfg.drop_rate),
+        "bos_token_id": end,
+        "eos_token_id": end,
+        "torch_dtype": dtype,
+    }
 
-    Raises:
-        InputError: a configuration that GPTModel does not compute.
-    """
-    file = files.file.parent / "config.json"
-    if not file.is_file():
+
+def _generation_config(cfg: GPTConfig, tokenizer: Tokenizer | None, end: int | None) -> dict[str, Any]:
+    content: dict[str, Any] = {"bos_token_id": end, "eos_token_id": end}
+    vocabulary = tokenizer.vocab_size if tokenizer else cfg.unpadded_vocab_size or cfg.vocab_size
+    if vocabulary < cfg.vocab_size:  # ids that only pad the vocabulary
+        content["suppress_tokens"] = list(range(vocabulary, cfg.vocab_size))
+    return content
+
+
+def _tokenizer_files(cfg: GPTConfig) -> dict[str, bytes]:
+    """Return GPT-2's tokenizer as ``transformers`` reads it, if tiktoken's files are on this machine."""
+    try:
+        files = GPT2Tokenizer().files()
+    except MissingInputError:
         return {}
-    content = read_json(file)
-    for key, allowed in _FIXED.items():
-        if key in content and content[key] not in allowed:
-            expected = " or ".join(map(repr, allowed))
-            raise InputError(f"{file}: {key} is {content[key]!r}; expected {expected}: slm_jax supports nothing else")
-    fields: dict[str, Any] = {}
-    for key, field in _FIELDS.items():
-        value = content.get(key)
-        if value is not None and fields.setdefault(field, value) != value:
-            raise InputError(f"{file}: n_head is {fields[field]!r} and {key} {value!r}; expected one or the other")
-    emb_dim = shapes(files).get("emb_dim")
-    hidden = axis_sizes(GPTConfig(emb_dim=emb_dim, n_heads=1))["mlp"] if emb_dim else None
-    if hidden and content.get("n_inner") not in (None, hidden):
-        raise InputError(f"{file}: n_inner is {content['n_inner']!r}; expected null or {hidden}")
-    fields["exact_gelu"] = content.get("activation_function") == "gelu"
-    if not content.get("tie_word_embeddings", True):
-        fields["tie_weights"] = False
-    return fields
+    settings = {
+        "tokenizer_class": "GPT2Tokenizer",
+        "model_max_length": cfg.context_length,
+        **dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT),
+        "add_prefix_space": False,
+    }
+    return {
+        "vocab.json": files["encoder.json"],
+        "merges.txt": files["vocab.bpe"],
+        "tokenizer_config.json": _json(settings),
+    }
 
 
-def names(cfg: GPTConfig) -> NameMap:
-    """Return the name map of a model."""
-    return expand(cfg, TOP, BLOCK, "h.{}.")
+_CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [gpt2, slm_jax]
+---
+
+# A GPT-2 from slm_jax
+
+{n_params:,} parameters: {cfg.n_layers} layers, {cfg.n_heads} heads, width {cfg.emb_dim}, context \
+{cfg.context_length:,}, vocabulary {cfg.vocab_size:,}, output head {head}.
+
+```python
+from transformers import GPT2LMHeadModel
+model = GPT2LMHeadModel.from_pretrained("path/to/this/folder")
+```
+"""
+
+
+def _card(cfg: GPTConfig, tokenizer: Tokenizer | None, has_files: bool, figures: Mapping[str, Any]) -> str:
+    head = "tied to the token embedding" if cfg.tie_weights else "not tied to the token embedding"
+    card = _CARD.format(n_params=count_params(cfg), cfg=cfg, head=head)
+    if isinstance(tokenizer, GPT2Tokenizer):
+        card += f"\nTokenizer: GPT-2's{'' if has_files else '; its files are not in this folder'}.\n"
+    elif tokenizer is not None:
+        card += f"\nTokenizer: `tokenizer/tokenizer.json` (slm_jax, kind {tokenizer.kind}).\n"
+    if figures:
+        card += "\n| | |\n|---|---|\n"
+    return card + "".join(f"| {_cell(name)} | {_cell(value)} |\n" for name, value in figures.items())
+
+
+def _cell(value: object) -> str:
+    return " ".join(str(value).split()).replace("|", "\\|")

@@ -1,16 +1,20 @@
-"""Where each foreign tensor belongs in the params tree: what a format's name map is made of."""
+"""Name maps: where each tensor of a format belongs in the params tree, and what every format has around its map."""
 
 import dataclasses
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from flax.traverse_util import flatten_dict
 
 from slm_jax.model import GPTConfig, param_shapes
 from slm_jax.nn.axes import STACK, find_axes
+from slm_jax.tokenizer import Tokenizer
+from slm_jax.weights.files import TensorFiles
+
+TOKENS, POSITIONS, HEAD = "tok_emb/embedding", "pos_emb/embedding", "out_head/kernel"
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -18,10 +22,10 @@ class Slot:
     """The leaves of the params tree that one foreign tensor fills.
 
     Attributes:
-        paths: usually one leaf, such as ``blocks/ff/fc/kernel``; several where the format has them in one tensor, side
+        paths: usually one leaf, such as ``blocks/ff/fc/kernel``; several if the format stores them in one tensor, side
             by side along the outputs.
         layer: index into the leaves' first axis; None: they are not stacked.
-        transpose: whether the foreign tensor is (out, in), as PyTorch's ``Linear`` has it, where ours is (in, out).
+        transpose: whether the foreign tensor is (out, in), as in PyTorch's ``Linear``; ours is (in, out).
     """
 
     paths: tuple[str, ...]
@@ -40,7 +44,7 @@ class Slot:
         return tuple(shape)
 
     def read(self, leaves: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Return the foreign tensor that the leaves make; a copy only if it is transposed or made of several."""
+        """Return the foreign tensor made of the leaves; a copy only if it is transposed or made of several."""
         views = self._views(leaves)
         return np.ascontiguousarray(views[0] if len(views) == 1 else np.concatenate(views, self._axis(views)))
 
@@ -84,43 +88,80 @@ def leaf_shapes(cfg: GPTConfig) -> dict[str, tuple[int, ...]]:
     return {path: leaf.shape for path, leaf in flatten_dict(param_shapes(cfg), sep="/").items()}
 
 
-def largest_first(shapes: Mapping[str, tuple[int, ...]], names: NameMap) -> list[tuple[str, ...]]:
-    """Order the leaves, those that share a tensor together: each copy is then small against what is there already."""
-    groups = {slot.paths for slot in names.values()}
-    return sorted(groups, key=lambda paths: (-sum(math.prod(shapes[path]) for path in paths), paths))
+class Format:
+    """A format of weights: its module declares the maps, and overrides the methods in which the format differs.
 
-
-def shape_fields(shapes: Mapping[str, tuple[int, ...]], embedding: str, positions: str, blocks: str) -> dict[str, Any]:
-    """Return the GPTConfig fields that the shapes determine.
-
-    Args:
-        shapes: of the tensors, by their cleaned names.
-        embedding: name of the token embedding.
-        positions: name of the position embedding.
-        blocks: what the names in a block start with, in front of its index.
-    """
-    pattern = re.compile(re.escape(blocks) + r"\.(\d+)\.")
-    fields = {"n_layers": len({found[1] for name in shapes if (found := pattern.match(name))})}
-    if len(shapes.get(embedding, ())) == 2:
-        fields["vocab_size"], fields["emb_dim"] = shapes[embedding]
-    if len(shapes.get(positions, ())) == 2:
-        fields["context_length"] = shapes[positions][0]
-    return fields
-
-
-def expand(cfg: GPTConfig, top: NameMap, block: NameMap, prefix: str) -> NameMap:
-    """Make a model's whole name map from that of its top level and that of one block.
-
-    Args:
-        cfg: the model; leaves that it lacks (biases, a head of its own) are left out.
+    Attributes:
+        title: name of the format in messages.
         top: names and slots outside the blocks.
-        block: names and slots of a block, both without prefix.
-        prefix: of a block's names, with ``{}`` for its index.
+        block: names and slots of a block, without prefix.
+        prefix: prefix of a block's names, with ``{}`` for its index.
     """
-    names = dict(top)
-    for layer in range(cfg.n_layers):
-        for name, slot in block.items():
-            paths = (f"{STACK}/{path}" for path in slot.paths)
-            names[prefix.format(layer) + name] = Slot(*paths, layer=layer, transpose=slot.transpose)
-    leaves = leaf_shapes(cfg)
-    return {name: slot for name, slot in names.items() if leaves.keys() >= set(slot.paths)}
+
+    title: ClassVar[str]
+    top: ClassVar[NameMap]
+    block: ClassVar[NameMap]
+    prefix: ClassVar[str]
+
+    # Reading
+
+    def clean(self, name: str) -> str | None:
+        """Return a tensor's name as in the map; None for a buffer, such as a mask."""
+        return name
+
+    def recognise(self, files: TensorFiles) -> bool:
+        """Whether these tensors, their names cleaned, are of this format."""
+        raise NotImplementedError
+
+    def tensor_fields(self, files: TensorFiles) -> dict[str, Any]:
+        """Return the GPTConfig fields that follow from the tensors: all but the number of heads."""
+        pattern = re.compile(re.escape(self.prefix).replace(r"\{\}", r"(\d+)"))
+        fields = {"n_layers": len({found[1] for name in files.tensors if (found := pattern.match(name))})}
+        tokens, positions = (files.shapes.get(self.name_of(leaf), ()) for leaf in (TOKENS, POSITIONS))
+        if len(tokens) == 2:
+            fields["vocab_size"], fields["emb_dim"] = tokens
+        if len(positions) == 2:
+            fields["context_length"] = positions[0]
+        return fields
+
+    def stated_fields(self, files: TensorFiles) -> dict[str, Any]:
+        """Return the GPTConfig fields that are stated beside the tensors.
+
+        Raises:
+            InputError: a configuration that GPTModel does not support.
+        """
+        return {}
+
+    def names(self, cfg: GPTConfig) -> NameMap:
+        """Return a model's whole name map; leaves that the model lacks (biases, an untied head) are left out."""
+        names = dict(self.top)
+        for layer in range(cfg.n_layers):
+            for name, slot in self.block.items():
+                paths = (f"{STACK}/{path}" for path in slot.paths)
+                names[self.prefix.format(layer) + name] = Slot(*paths, layer=layer, transpose=slot.transpose)
+        leaves = leaf_shapes(cfg)
+        return {name: slot for name, slot in names.items() if leaves.keys() >= set(slot.paths)}
+
+    def name_of(self, leaf: str) -> str:
+        """Return the name of a leaf outside the blocks."""
+        return next(name for name, slot in self.top.items() if slot.paths == (leaf,))
+
+    # Writing
+
+    def fit(self, cfg: GPTConfig) -> GPTConfig:
+        """Return the configuration with what the format cannot leave out (biases, an untied head).
+
+        Raises:
+            InputError: a model that the format cannot hold.
+        """
+        return cfg
+
+    def written_names(self, cfg: GPTConfig) -> NameMap:
+        """Return the name map of the written file."""
+        return self.names(cfg)
+
+    def side_files(
+        self, cfg: GPTConfig, dtype: str, tokenizer: Tokenizer | None, card: Mapping[str, Any]
+    ) -> dict[str, bytes]:
+        """Return the files beside the weights by name."""
+        return {}

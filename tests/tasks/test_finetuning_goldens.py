@@ -22,7 +22,7 @@ from slm_jax.tasks import classification, pretraining
 from slm_jax.tasks.config import FinetuneConfig
 from slm_jax.training.step import TrainState, make_train_step
 from slm_jax.training.trainable import split_params, whole_params
-from slm_jax.weights import huggingface
+from slm_jax.weights.huggingface import FORMAT
 
 GOLDEN = Path(__file__).parents[1] / "goldens" / "finetuning.safetensors"
 
@@ -46,14 +46,14 @@ def golden(tmp_path_factory):
 def in_their_names(cfg, params):
     """Cut one of our trees into their tensors."""
     leaves = {path: np.asarray(leaf) for path, leaf in flatten_dict(params, sep="/").items()}
-    theirs = {name: slot.read(leaves) for name, slot in huggingface.names(cfg).items()}
+    theirs = {name: slot.read(leaves) for name, slot in FORMAT.names(cfg).items()}
     return {**theirs, "score.weight": leaves["class_head/kernel"].T}
 
 
 def of_kind(tensors, kind):
     """Their tensors of one kind, by the names that our map has."""
     named = {name.removeprefix(f"{kind}/"): value for name, value in tensors.items() if name.startswith(f"{kind}/")}
-    return {huggingface.clean(name) or name: value for name, value in named.items()}
+    return {FORMAT.clean(name) or name: value for name, value in named.items()}
 
 
 def norm(tensors):

@@ -24,7 +24,7 @@ from slm_jax.tasks.pretraining import make_loss_fn
 from slm_jax.training.config import OptimizerConfig
 from slm_jax.training.optimizer import make_optimizer
 from slm_jax.training.step import TrainState, make_train_step
-from slm_jax.weights import huggingface
+from slm_jax.weights.huggingface import FORMAT
 from slm_jax.weights.names import leaf_shapes
 
 FOLDER = Path(__file__).parents[1] / "goldens"
@@ -57,13 +57,13 @@ class Golden:
 
     def theirs(self, kind):
         """One of the file's trees, by the names that our map has."""
-        return {huggingface.clean(name): value for name, value in self.trees[kind].items()}
+        return {FORMAT.clean(name): value for name, value in self.trees[kind].items()}
 
     def in_their_names(self, params):
         """Cut one of our trees into their tensors."""
         leaves = {path: np.asarray(leaf) for path, leaf in flat(params).items()}
         assert {path: leaf.shape for path, leaf in leaves.items()} == leaf_shapes(self.cfg)
-        return {name: slot.read(leaves) for name, slot in huggingface.names(self.cfg).items()}
+        return {name: slot.read(leaves) for name, slot in FORMAT.names(self.cfg).items()}
 
     def batch(self, i):
         tokens = self.trees["batches"][""][i]

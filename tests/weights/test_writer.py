@@ -238,8 +238,8 @@ def test_what_is_no_params_tree_is_said(tmp_path):
         return params | {"final_norm": params["final_norm"] | {"scale": leaf}}
 
     for wrong, expected in (
-        ({"params": params}, r'the entries params; expected .*\["params"\]'),
-        ({}, "the entries none"),
+        ({"params": params}, r'params has params; expected .*\["params"\]'),
+        ({}, "params has nothing"),
         (param_shapes(cfg), "is a ShapeDtypeStruct of float32"),
         (with_scale(jnp.ones(8, jnp.int32)), "final_norm/scale is a .* of int32"),
         (with_scale([1.0] * 8), "final_norm/scale is a list"),
