@@ -164,7 +164,7 @@ class Reader:
                 assert set(extras.split(",")) <= set(known), command
         own = slm_jax_words(words)
         assert own or words[0] in OTHER_PROGRAMS or "=" in words[0], f"{command}: unknown program"
-        if own is not None and own[1:]:
+        if own is not None and own[1:] and not own[1].startswith("-"):
             with unittest.mock.patch(f"{cli.COMMANDS[own[1]][0]}.run", return_value=0):
                 assert in_this_process(own[1:]) == 0, command
 
