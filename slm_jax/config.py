@@ -74,14 +74,15 @@ class Key:
 
     def read(self, word: str) -> Any:
         """Return the value of a word of the command line: text as it is, anything else as YAML reads it."""
-        if word == "null" and types.NoneType in self.kinds:
+        if word == "null" and (types.NoneType in self.kinds or str not in self.kinds):
             return None
         if str in self.kinds or word in self.choices:
             return word
         try:
-            return yaml.load(word, _Loader)
+            value = yaml.load(word, _Loader)
         except (yaml.YAMLError, ValueError):
             return word
+        return word if value is None else value
 
     def check(self, value: Any) -> Any:
         """Return the value, a list as a tuple, a whole number as a float where the field has one.
@@ -355,7 +356,7 @@ def _help(cls: Any, prog: str) -> str:
         if section not in groups:
             groups[section] = parser.add_argument_group(section, describe(cls)[section])
         default = "required" if key.default is dataclasses.MISSING else f"default: {shown(key.default)}"
-        values = "{" + ",".join(key.choices) + "}" if key.choices else "|".join(_METAVARS[kind] for kind in key.kinds)
+        values = "|".join([*key.choices, *(_METAVARS[kind] for kind in key.kinds)])
         text = f"{key.help.rstrip('.')} ({default})".replace("%", "%%")
         groups[section].add_argument(_option(cls, name), metavar=values, help=text)
     return parser.format_help()

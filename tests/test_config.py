@@ -179,7 +179,12 @@ def test_help_shows_every_option_with_its_default(capsys):
     out = " ".join(capsys.readouterr().out.split())
     for part in ("usage: slm-jax something", "--run TEXT a folder such as runs/tiny, or a file (required)", "100% dry"):
         assert part in out
-    for part in ("--top-k INT|null how many tokens; 0: all (default: 50)", "{slide,stop}", "--small.size INT"):
+    for part in (
+        "--top-k INT|null how many tokens; 0: all (default: 50)",
+        "slide|stop",
+        "measured|FLOAT|null",
+        "--small.size INT",
+    ):
         assert part in out
 
 
