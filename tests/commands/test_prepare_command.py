@@ -14,7 +14,6 @@ from rich.console import Console
 
 from slm_jax import cli
 from slm_jax.commands.prepare import PLAIN_INTERVAL, _Progress
-from slm_jax.data import token_file
 from slm_jax.data.prepare import Prepared
 from slm_jax.data.token_file import open_token_file
 from slm_jax.tokenizer import CharTokenizer
@@ -115,18 +114,6 @@ def test_progress_is_a_line_now_and_then():
     progress.report(Prepared(bytes_read=200, documents=1, tokens=5))
     (line,) = console.file.getvalue().splitlines()
     assert line.startswith("50% · 1 document · 5 tokens · ")
-
-
-def test_too_little_text_to_show_is_said(tmp_path, tokenizer, capsys):
-    (tmp_path / "a.txt").write_text("x")
-    given = ["--source", f"text:{tmp_path}/a.txt", "--out", tmp_path / "a.bin", "--tokenizer", tokenizer]
-    assert prepare(*given, "--show", 1) == 0
-    assert "nothing to show: 1 tokens" in capsys.readouterr().out
-
-
-def test_what_is_shown_is_not_read_a_second_time(source, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(token_file, "sha256", lambda path: pytest.fail("was read"))
-    assert prepare("--source", source, "--out", tmp_path / "a.bin", "--tokenizer", tokenizer, "--show", 1) == 0
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,13 @@
 import dataclasses
 import hashlib
 import json
+import re
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusals import refused
 
 from slm_jax.data import corpus as corpus_module
 from slm_jax.data.config import DataConfig, TokenizerConfig
@@ -21,7 +23,6 @@ from slm_jax.data.corpus import (
 )
 from slm_jax.data.sources import parse_source
 from slm_jax.data.token_file import write_token_file
-from slm_jax.errors import InputError
 from slm_jax.tokenizer import BPETokenizer, CharTokenizer, SimpleTokenizer, fingerprint
 
 CHAR, SIMPLE = TokenizerConfig(kind="char"), TokenizerConfig(kind="simple")
@@ -74,10 +75,6 @@ def test_the_split_shares_nothing_and_has_the_fraction(lengths, fraction):
     assert (train, validation) == split_documents(documents, fraction)
 
 
-def test_the_end_of_a_single_document_validates():
-    assert split_documents([letters(10)], 0.3) == ([letters(10)[:7]], [letters(10)[7:]])
-
-
 def test_both_splits_of_many_documents_are_alike():
     """A plain cut at the end would put one half of an ordered source in one split."""
     documents = ["a" * 10] * 100 + ["b" * 10] * 100
@@ -116,7 +113,7 @@ def test_a_runs_own_tokenizer_is_used(text_file):
     saved = CharTokenizer().build_vocab("abcdefgh ")
     corpus = load_corpus(DataConfig(text_file("bad cab bead")), BPE, saved=saved)
     assert corpus.tokenizer is saved
-    with pytest.raises(InputError, match="not in the vocabulary"):
+    with refused("not in the vocabulary"):
         load_corpus(DataConfig(text_file("xyz " * 9)), BPE, saved=saved)
 
 
@@ -148,27 +145,6 @@ def test_a_literal_end_of_text_separates_documents(text_file, kind):
     assert corpus.tokenizer.eot_id not in (corpus.train[0], corpus.train[-1])
 
 
-@pytest.mark.parametrize("kind", [CHAR, SIMPLE, BPE], ids=["char", "simple", "bpe"])
-@pytest.mark.parametrize(
-    "text", ["a <|endoftext|", "a endoftext|> b", "a<| endoftext |>b", "<|ENDOFTEXT|>", "<|endof text|>", "<|unk|>x"]
-)
-def test_what_only_looks_like_it_is_text(text_file, kind, text):
-    source = DataConfig(text_file(text), validation_source=text_file("ab", "v.txt"))
-    corpus = load_corpus(source, kind)
-    assert corpus.tokenizer.eot_id not in corpus.train
-    if kind is not SIMPLE:
-        assert corpus.tokenizer.decode(corpus.train.tolist()) == text
-
-
-@KINDS
-def test_end_of_text_inside_a_word_cuts_the_word(text_file, kind):
-    """It is never half a word and half an id: the pieces are documents of their own, even where they would join."""
-    source = DataConfig(text_file("<|endof<|endoftext|>text|>"), validation_source=text_file("ab", "v.txt"))
-    corpus = load_corpus(source, kind)
-    assert documents_of(corpus.train, corpus.tokenizer) == ["<|endof", "text|>"]
-    assert (corpus.train == corpus.tokenizer.eot_id).sum() == 1
-
-
 def test_documents_without_a_token_leave_no_separator():
     """White space at the cut between the splits is no word of the word tokenizer."""
     words = SimpleTokenizer().build_vocab("a b")
@@ -176,13 +152,6 @@ def test_documents_without_a_token_leave_no_separator():
         assert encode_documents(documents, words).tolist() == [0, words.eot_id, 1]
     assert encode_documents(["\n"], words).size == 0
     assert encode_documents([], words).size == 0
-
-
-def test_ids_take_two_bytes_where_they_fit():
-    small, large = (CharTokenizer().build_vocab("".join(map(chr, range(0x20000, 0x20000 + n)))) for n in (9, 2**16))
-    assert encode_documents([chr(0x20000)], small).dtype == np.uint16
-    ids = encode_documents([chr(0x20000 + 2**16 - 1), chr(0x20000)], large)
-    assert ids.tolist() == [2**16 - 1, 2**16, 0]
 
 
 # Fingerprint
@@ -257,14 +226,13 @@ def test_a_token_file_of_another_vocabulary_is_refused(token_file, saved_tokeniz
         DataConfig(token_file([1, 2, 10, 3])),
         DataConfig(token_file([1], "good.bin"), validation_source=token_file([1, 2, 10, 3])),
     ):
-        with pytest.raises(InputError, match=r"ids\.bin: token 2 has id 10, but the vocabulary has 10") as error:
+        with refused(r"ids\.bin: token 2 has id 10, but the vocabulary has 10"):
             load_corpus(source, saved_tokenizer)
-        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("kind", ["bpe", "char", "simple"])
 def test_no_tokenizer_can_be_trained_on_ids(token_file, kind):
-    with pytest.raises(InputError, match=rf"no {kind} tokenizer can be trained") as error:
+    with refused(rf"no {kind} tokenizer can be trained") as error:
         load_corpus(DataConfig(token_file([1, 2])), TokenizerConfig(kind=kind))
     assert "--tokenizer.kind gpt2" in str(error.value)
 
@@ -272,7 +240,7 @@ def test_no_tokenizer_can_be_trained_on_ids(token_file, kind):
 def test_text_and_ids_do_not_mix(token_file, text_file, saved_tokenizer):
     ids, text = token_file([1, 2]), text_file("abc")
     for source in (DataConfig(ids, validation_source=text), DataConfig(text, validation_source=ids)):
-        with pytest.raises(InputError, match="one is tokens, the other text") as error:
+        with refused("one is tokens, the other text") as error:
             load_corpus(source, saved_tokenizer)
         assert ids in str(error.value)
         assert text in str(error.value)
@@ -318,13 +286,9 @@ def test_a_prepared_file_of_the_tokenizer_asked_for_or_saved_is_read(prepared, s
     assert open_tokens(parse_source(source.source), CHARS).tokens.tolist() == IDS
 
 
-def refused(call, *said):
-    with pytest.raises(InputError) as error:
+def refuses(call, *said):
+    with refused(".*".join(map(re.escape, said))):
         call()
-    message = str(error.value)
-    assert "\n" not in message
-    for text in said:
-        assert text in message
 
 
 def test_a_prepared_file_of_another_tokenizer_is_refused(prepared, tmp_path):
@@ -335,14 +299,14 @@ def test_a_prepared_file_of_another_tokenizer_is_refused(prepared, tmp_path):
     the_other = f"is the char tokenizer {other}; "
 
     path = str(OTHERS.save(tmp_path / "others.json"))
-    refused(lambda: load_corpus(data, TokenizerConfig(path=path)), *made, f"the configured one {the_other}prepare")
+    refuses(lambda: load_corpus(data, TokenizerConfig(path=path)), *made, f"the configured one {the_other}prepare")
     for kind in ("gpt2", "simple"):
-        refused(lambda kind=kind: load_corpus(data, TokenizerConfig(kind=kind)), *made, kind)
+        refuses(lambda kind=kind: load_corpus(data, TokenizerConfig(kind=kind)), *made, kind)
     model = f"the model's {the_other}prepare the text with that one: slm-jax prepare --tokenizer PATH"
-    refused(lambda: load_corpus(data, DEFAULT, saved=OTHERS), *made, model)
-    refused(lambda: open_tokens(parse_source(source), OTHERS), *made, model)
+    refuses(lambda: load_corpus(data, DEFAULT, saved=OTHERS), *made, model)
+    refuses(lambda: open_tokens(parse_source(source), OTHERS), *made, model)
     validation = prepared(IDS, OTHERS, "val.bin")
-    refused(
+    refuses(
         lambda: load_corpus(DataConfig(source, validation_source=validation), DEFAULT),
         f"{validation}: made with the char tokenizer {other}, but data.source's is the char tokenizer {one}",
     )
@@ -352,8 +316,8 @@ def test_a_bare_file_beside_a_prepared_one_is_read_with_its_tokenizer(prepared, 
     source = DataConfig(prepared(IDS), validation_source=token_file([3, 1]))
     assert load_corpus(source, DEFAULT).validation.tolist() == [3, 1]
     outside = DataConfig(prepared(IDS), validation_source=token_file([3, 10]))
-    refused(lambda: load_corpus(outside, DEFAULT), "token 1 has id 10, but the vocabulary has 10")
-    refused(lambda: load_corpus(dataclasses.replace(source, source=token_file([1])), DEFAULT), "bare token ids")
+    refuses(lambda: load_corpus(outside, DEFAULT), "token 1 has id 10, but the vocabulary has 10")
+    refuses(lambda: load_corpus(dataclasses.replace(source, source=token_file([1])), DEFAULT), "bare token ids")
 
 
 def test_the_fingerprint_of_prepared_files_is_of_their_ids_and_the_cut(prepared):
@@ -391,7 +355,7 @@ def test_the_fingerprint_of_bare_files_is_that_of_their_ids(token_file, saved_to
 def test_a_column_where_no_source_has_any_is_refused(text_file, prepared):
     for source in (text_file("abc"), "builtin:python-docs", prepared(IDS)):
         data = DataConfig(source, text_column="body")
-        refused(lambda data=data: load_corpus(data, CHAR), f"data.text_column is 'body', but {data.source} has no col")
+        refuses(lambda data=data: load_corpus(data, CHAR), f"data.text_column is 'body', but {data.source} has no col")
 
 
 def test_texts_come_from_a_column(tmp_path):
@@ -419,9 +383,8 @@ def test_a_long_text_is_better_prepared(text_file, monkeypatch):
 @pytest.mark.parametrize("text", ["", "  \n\n", END_OF_TEXT, f"\n{END_OF_TEXT}\n{END_OF_TEXT}"])
 @pytest.mark.parametrize("kind", [CHAR, SIMPLE, BPE], ids=["char", "simple", "bpe"])
 def test_an_empty_text_is_refused(text_file, text, kind):
-    with pytest.raises(InputError, match="empty text") as error:
+    with refused("empty text"):
         load_corpus(DataConfig(text_file(text)), kind)
-    assert "\n" not in str(error.value)
 
 
 def test_a_stop_is_asked_for_between_the_phases(text_file):

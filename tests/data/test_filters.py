@@ -1,7 +1,7 @@
 """What must hold of the filter: what it leaves out and counts, and that it looks at no document that is too long."""
 
 from slm_jax.data import filters
-from slm_jax.data.filters import DocumentFilter, Rules, repeated_lines, symbol_ratio
+from slm_jax.data.filters import DocumentFilter, Rules
 
 OFF = Rules(deduplicate=False)
 
@@ -35,13 +35,6 @@ def test_a_limit_is_what_is_still_kept():
     assert select(Rules(min_characters=4), [["word"], ["wor"]])[0] == ["word"]
     assert select(Rules(max_symbol_ratio=0.25), [["abc!"], ["ab!!"]])[0] == ["abc!"]
     assert select(Rules(max_repeated_lines=0.5), [["a\na"], ["a\na\na"]])[0] == ["a\na"]
-
-
-def test_the_measures():
-    assert symbol_ratio("aé1 _#\n中") == 2 / 8
-    assert symbol_ratio("") == 0
-    assert repeated_lines("a\n\nb\n \n a\nc") == 1 / 4
-    assert repeated_lines("") == repeated_lines("\n\n") == 0
 
 
 def test_a_document_that_is_too_long_streams_through(monkeypatch):

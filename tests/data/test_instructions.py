@@ -4,11 +4,11 @@ import collections
 import json
 
 import pytest
+from refusals import refused
 
 from slm_jax.data.config import DataConfig, InstructionConfig
 from slm_jax.data.instructions import load_instructions, read_examples
 from slm_jax.data.templates import Message
-from slm_jax.errors import InputError
 
 
 def entry(i, output=None):
@@ -76,9 +76,8 @@ def test_alpaca_dolly_and_chat_entries_are_read_from_json_and_jsonl(write, tmp_p
     ],
 )
 def test_what_is_no_instruction_is_refused_with_its_place_in_one_line(write, content, message):
-    with pytest.raises(InputError, match=message) as error:
+    with refused(message):
         load(write(content))
-    assert "\n" not in str(error.value)
 
 
 # Splits
@@ -161,13 +160,10 @@ def test_given_splits_are_taken_whole(write):
 def test_a_prompt_in_two_given_splits_is_refused(write, order):
     train = write([entry(i) for i in range(10)])
     test = write([entry(20), entry(4, output="Another answer."), entry(5)], "test.json")
-    with pytest.raises(
-        InputError, match=r"test.json entry 2 \(test\) and .*data.json entry 5 .*same prompt, 2 such"
-    ) as e:
+    with refused(r"test.json entry 2 \(test\) and .*data.json entry 5 .*same prompt, 2 such"):
         load(train, test_source=test, split=order)
-    assert "\n" not in str(e.value)
     validation = write([entry(5)], "validation.json")
-    with pytest.raises(InputError, match=r"have the same prompt"):
+    with refused(r"have the same prompt"):
         load(write([entry(30), entry(31)], "other.json"), test_source=test, validation_source=validation, split=order)
 
 
@@ -178,7 +174,7 @@ def test_equal_prompts_within_the_training_source_are_no_mistake_beside_a_given_
 
 
 def test_a_split_without_examples_is_refused(write):
-    with pytest.raises(InputError, match=r"the test split is empty.*data.test_fraction"):
+    with refused(r"the test split is empty.*data.test_fraction"):
         load(write([entry(i) for i in range(3)]), test_fraction=0.1)
-    with pytest.raises(InputError, match=r"0.5 and data.test_fraction 0.6 leave nothing to train on"):
+    with refused(r"0.5 and data.test_fraction 0.6 leave nothing to train on"):
         load(write([entry(1)]), validation_fraction=0.5, test_fraction=0.6)

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from refusals import refused
 
 from slm_jax.data.config import ClassificationConfig, DataConfig
 from slm_jax.data.labelled import class_weights, load_labelled
-from slm_jax.errors import InputError, MissingInputError
+from slm_jax.errors import MissingInputError
 
 SPLITS = ("train", "validation", "test")
 
@@ -39,13 +40,6 @@ def everything(splits):
 
 def sizes(splits):
     return tuple(len(getattr(splits, name).texts) for name in SPLITS)
-
-
-def message(error: pytest.ExceptionInfo[InputError]) -> str:
-    text = str(error.value)
-    assert "\n" not in text
-    assert len(text) < 700
-    return text
 
 
 # Sources
@@ -91,12 +85,6 @@ def test_classes_are_the_distinct_labels_sorted(tmp_path, labels, classes):
     splits = load(f"jsonl:{path}")
     assert splits.classes == classes
     assert all(text.split()[0].lower() == label for text, label in everything(splits))
-
-
-def test_what_is_built_in_needs_no_file():
-    splits = load("builtin:prose-or-code")
-    assert splits.classes == ("code", "prose")
-    assert min(sizes(splits)) > 100
 
 
 # Splits
@@ -225,11 +213,9 @@ def test_equal_texts_with_different_labels_are_reported(tmp_path):
 def test_equal_texts_across_given_splits_are_refused_unless_allowed(tmp_path):
     train = write(tmp_path / "train.csv", numbered(a=20, b=20))
     test = write(tmp_path / "test.csv", [("new", "a"), (" a  3", "a"), ("b 1", "b"), ("more", "b")])
-    with pytest.raises(
-        InputError, match=r"test.csv line 3 \(test\) and \S*train.csv line 5 \(\w+\) have the same text, 2 such"
-    ) as e:
+    with refused(r"test.csv line 3 \(test\) and \S*train.csv line 5 \(\w+\) have the same text, 2 such") as e:
         load(train, data={"test_source": test})
-    assert "classification.group_duplicates=false" in message(e)
+    assert "classification.group_duplicates=false" in str(e.value)
     splits = load(train, data={"test_source": test}, group_duplicates=False)
     assert sizes(splits) == (36, 4, 4)
     assert any("2 of them across splits" in note for note in splits.notes)
@@ -283,9 +269,8 @@ GOOD = [("text", "label"), *numbered(a=10, b=10)]
 def test_mistakes_in_a_file_are_named(tmp_path, rows, settings, expected):
     path = tmp_path / "rows.csv"
     path.write_text("".join(f"{a},{b}\n" for a, b in rows))
-    with pytest.raises(InputError, match=expected) as error:
+    with refused(expected):
         load(f"csv:{path}", **settings)
-    message(error)
 
 
 @pytest.mark.parametrize(
@@ -295,29 +280,25 @@ def test_mistakes_in_a_file_are_named(tmp_path, rows, settings, expected):
 def test_labels_of_other_types_are_refused(tmp_path, value, expected):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"text": "a", "label": value}))
-    with pytest.raises(InputError, match=rf"rows.jsonl line 1: .*{expected}") as error:
+    with refused(rf"rows.jsonl line 1: .*{expected}"):
         load(f"jsonl:{path}")
-    message(error)
 
 
 @pytest.mark.parametrize("name", ["validation", "test"])
 def test_a_label_never_seen_in_training_is_named(tmp_path, name):
     train = write(tmp_path / "train.csv", numbered(a=20, b=20))
     other = write(tmp_path / "other.csv", [("x", "a"), ("y", "c")])
-    with pytest.raises(
-        InputError, match=rf"other.csv line 3: label 'c' of the {name} split never .*expected one of a, b"
-    ):
+    with refused(rf"other.csv line 3: label 'c' of the {name} split never .*expected one of a, b"):
         load(train, data={f"{name}_source": other})
 
 
 def test_settings_that_cannot_be_are_refused(tmp_path):
     source = write(tmp_path / "rows.csv", numbered(a=20, b=20))
-    with pytest.raises(InputError, match="leave nothing to train on") as error:
+    with refused("leave nothing to train on"):
         load(source, data={"validation_fraction": 0.5, "test_fraction": 0.5})
-    message(error)
-    with pytest.raises(InputError, match=r"classification.columns names the columns of csv: and tsv: files"):
+    with refused(r"classification.columns names the columns of csv: and tsv: files"):
         load("builtin:prose-or-code", columns=("text", "label"))
-    with pytest.raises(MissingInputError, match=r"absent.csv: no such file"):
+    with refused(r"absent.csv: no such file", MissingInputError):
         load(f"csv:{tmp_path / 'absent.csv'}")
-    with pytest.raises(InputError, match="cannot be used as a path"):
+    with refused("cannot be used as a path"):
         load("csv:~nobody-of-this-name/a.csv")

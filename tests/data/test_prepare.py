@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusals import refused
 
 from slm_jax.data import filters, prepare, text_files
 from slm_jax.data.builtin import Builtin
@@ -17,7 +18,7 @@ from slm_jax.data.prepare import cut_pieces, train_tokenizer
 from slm_jax.data.rows import Source
 from slm_jax.data.sources import parse_source
 from slm_jax.data.token_file import open_token_file
-from slm_jax.errors import InputError, MissingInputError
+from slm_jax.errors import MissingInputError
 from slm_jax.tokenizer import BPETokenizer, CharTokenizer, GPT2Tokenizer, SimpleTokenizer, Tokenizer
 
 ALL = Rules(deduplicate=False)
@@ -95,11 +96,6 @@ def test_no_piece_is_more_than_twice_as_long_but_for_a_word(text, size, length):
     assert all(len(piece) <= 2 * length + len("ccc ") for piece in pieces)
 
 
-def test_running_text_is_cut_into_pieces_of_about_the_size():
-    pieces = list(cut_pieces(["some words and more of them\n" * 100] * 100, 1000))
-    assert all(500 <= len(piece) <= 2000 for piece in pieces[:-1])
-
-
 # Preparing
 
 
@@ -174,7 +170,7 @@ def test_sources_follow_each_other_as_if_they_were_one(tokenizers, tmp_path):
     assert opened.tokenizer.decode(opened.tokens) == "newer<|endoftext|>low lower"
     assert prepared.counts["duplicates"] == 1
     assert json.loads((tmp_path / "ids.bin.json").read_text())["source"] == " ".join(map(str, sources))
-    with pytest.raises(MissingInputError, match="gone"):
+    with refused("gone", MissingInputError):
         prepare.prepare([*sources, parse_source("text:gone.txt")], tmp_path / "o" / "ids.bin", tokenizers["bpe"])
     assert not (tmp_path / "o").exists()
 
@@ -222,7 +218,7 @@ def test_a_pattern_does_not_match_what_is_written(tokenizers, tmp_path):
 
 
 def test_nothing_left_is_an_error_and_leaves_nothing(tokenizers, sources, tmp_path):
-    with pytest.raises(InputError, match=r"no document is left \(.* short.*\); loosen the filter"):
+    with refused(r"no document is left \(.* short.*\); loosen the filter"):
         prepare.prepare(
             [sources["text"]], tmp_path / "o" / "ids.bin", tokenizers["bpe"], rules=Rules(min_characters=10_000)
         )
@@ -230,11 +226,8 @@ def test_nothing_left_is_an_error_and_leaves_nothing(tokenizers, sources, tmp_pa
 
 
 def test_text_that_a_tokenizer_lacks_is_named_and_leaves_nothing(sources, tmp_path):
-    with pytest.raises(
-        InputError, match=r"source 'text:.*': in '.*' …: character .* is not in the vocabulary"
-    ) as error:
+    with refused(r"source 'text:.*': in '.*' …: character .* is not in the vocabulary"):
         prepare.prepare([sources["text"]], tmp_path / "o" / "ids.bin", CharTokenizer().build_vocab("abc"))
-    assert "\n" not in str(error.value)
     assert list((tmp_path / "o").iterdir()) == []
 
 
@@ -242,7 +235,7 @@ def test_a_tokenizer_without_its_files_is_found_out_before_reading(tmp_path, mon
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     monkeypatch.setattr(Builtin, "texts", lambda *_: pytest.fail("was read"))
-    with pytest.raises(MissingInputError, match="TIKTOKEN_CACHE_DIR"):
+    with refused("TIKTOKEN_CACHE_DIR", MissingInputError):
         prepare.prepare([parse_source("builtin:python-docs")], tmp_path / "ids.bin", GPT2Tokenizer())
 
 

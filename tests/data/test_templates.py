@@ -3,9 +3,10 @@
 import json
 
 import pytest
+from refusals import refused
 
 from slm_jax.data.templates import TEMPLATES, Message, Template, entry_messages, format_prompt, load_template
-from slm_jax.errors import InputError, MissingInputError
+from slm_jax.errors import MissingInputError
 
 ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 ENTRY = {"instruction": "Name a colour.", "input": "of the sky", "output": "Blue."}
@@ -151,14 +152,14 @@ GOOD = {"user_start": "Q: ", "assistant_start": "A: "}
 def test_a_file_that_is_no_template_is_refused_in_one_line(tmp_path, content, message):
     file = tmp_path / "mine.json"
     file.write_text(json.dumps(content), encoding="utf-8")
-    with pytest.raises(InputError, match=message) as error:
+    with refused(message) as error:
         load_template(str(file))
     assert str(error.value).startswith(str(file))
     assert "\n" not in str(error.value)
 
 
 def test_an_unknown_template_lists_those_there_are():
-    with pytest.raises(MissingInputError, match=r"template 'alpacca': no such file.*alpaca, phi3, chatml"):
+    with refused(r"template 'alpacca': no such file.*alpaca, phi3, chatml", MissingInputError):
         format_prompt(ENTRY, "alpacca")
 
 
@@ -185,9 +186,8 @@ def test_an_unknown_template_lists_those_there_are():
     ],
 )
 def test_an_entry_that_cannot_be_asked_is_refused_in_one_line(entry, message):
-    with pytest.raises(InputError, match=message) as error:
+    with refused(message):
         format_prompt(entry)
-    assert "\n" not in str(error.value)
 
 
 def test_a_system_message_before_the_question_is_a_prompt():

@@ -1,7 +1,6 @@
 """What must hold of windows and batches: what is in them, and that their order is a function of (seed, step)."""
 
 import collections
-import itertools
 
 import grain
 import jax
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusals import refused
 
 from slm_jax.data.windows import check_window, steps_per_epoch, train_batches, validation_batches, window_starts
 from slm_jax.errors import InputError
@@ -94,12 +94,6 @@ def test_batches_go_on_across_the_end_of_an_epoch():
     assert all(dataset[step]["inputs"].shape == (4, 8) for step in range(6))
 
 
-def test_every_order_of_windows_comes_up():
-    first = collections.Counter(starts(batches(batch_size=1, seed=seed), 1)[0] for seed in range(150))
-    assert set(first) == {0, 8, 16, 24, 32, 40}
-    assert chi_square(list(first.values())) < 25.7  # 5 degrees of freedom, p = 1e-4
-
-
 # Random offsets
 
 
@@ -112,20 +106,6 @@ def test_random_offsets_are_uniform_over_all_that_fit():
     counts = collections.Counter(starts(batches(sampling="random", batch_size=100), 45))
     assert set(counts) == set(range(45))  # the last window's last target is the last token
     assert chi_square([counts[i] for i in range(45)]) < 91  # 44 degrees of freedom, p = 1e-4
-
-
-def test_random_offsets_are_independent_of_each_other():
-    drawn = starts(batches(sampling="random", batch_size=100), 45)
-    pairs = collections.Counter((a // 9, b // 9) for a, b in itertools.pairwise(drawn))
-    assert chi_square([pairs[pair] for pair in itertools.product(range(5), repeat=2)]) < 60  # 24 degrees of freedom
-
-
-def test_random_windows_are_cut_as_they_should():
-    batch = batches(sampling="random")[7]
-    for row, target, weights in zip(batch["inputs"], batch["targets"], batch["weights"], strict=True):
-        np.testing.assert_array_equal(row, np.arange(row[0], row[0] + 8))
-        np.testing.assert_array_equal(target, row + 1)
-        assert (weights == 1).all()
 
 
 def test_an_epoch_of_random_offsets_is_as_many_tokens_as_there_are():
@@ -205,21 +185,14 @@ def test_validation_counts_each_token_but_the_first_once(n, context, batch_size)
     assert seen == tokens[1:].tolist()
 
 
-def test_validation_is_the_same_each_time():
-    first, second = (list(validation_batches(TOKENS, context_length=8, batch_size=3)) for _ in range(2))
-    for one, other in zip(first, second, strict=True):
-        same(one, other)
-
-
 # What is refused
 
 
 @pytest.mark.parametrize("sampling", ["stride", "random"])
 def test_a_text_shorter_than_one_window_is_refused(sampling):
     for n in (0, 1, 8):
-        with pytest.raises(InputError, match=rf"training split has {n} tokens, fewer than one window of 9") as error:
+        with refused(rf"training split has {n} tokens, fewer than one window of 9") as error:
             batches(TOKENS[:n], sampling=sampling)
-        assert "\n" not in str(error.value)
         assert "model.context_length" in str(error.value)
     same(batches(TOKENS[:9], sampling=sampling)[0], batches(TOKENS[:9], sampling=sampling)[5])  # one window only
 
