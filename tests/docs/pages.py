@@ -26,19 +26,7 @@ FENCE = re.compile(
 )
 LANGUAGES = ("sh", "python", "yaml", "text", "csv", "tsv", "json", "jsonl")  # from text on only shown, or written
 # Other programs in blocks marked "not run", of which nothing is checked.
-OTHER_PROGRAMS = (
-    "cd",
-    "git",
-    "hf",
-    "jupyter",
-    "lint-imports",
-    "mkdocs",
-    "pip",
-    "pre-commit",
-    "pytest",
-    "python",
-    "srun",
-)
+OTHER_PROGRAMS = re.compile("cd|git|hf|jupyter|lint-imports|mkdocs|pip|pre-commit|pytest|python|srun|tensorboard")
 # Programs that change the machine, serve pages or take long.
 NOT_HERE = ("pip install", "pre-commit", "mkdocs serve", "slm-jax bench startup")
 NOT_RUN = re.compile(r"<!-- not run: (.+) -->")
@@ -49,11 +37,8 @@ SHORT = {
 }  # fmt: skip
 SMALL = {"model.emb_dim": 16, "model.n_heads": 2, "model.n_layers": 4, "model.context_length": 128}
 # Trainings that several pages begin with: done once for all pages.
-SHARED = {
-    "python train.py": ["train", "--config", "configs/tiny.yaml", "--tokenizer.vocab_size", "512"],
-    "python finetune.py": ["finetune", "--config", "configs/classify_builtin.yaml"],
-    "python finetune.py --config configs/sft_builtin.yaml": ["finetune", "--config", "configs/sft_builtin.yaml"],
-}
+TINY, CLASSIFY, ASSISTANT = ("configs/tiny.yaml", "configs/classify_builtin.yaml", "configs/sft_builtin.yaml")
+SHARED = (["train", "--config", TINY], ["finetune", "--config", CLASSIFY], ["finetune", "--config", ASSISTANT])
 STAND_IN = re.compile(r"""(?<=--run )gpt2\b(?!-)|(?<=--base )gpt2\b(?!-)|(?<=load_model\(")gpt2(?=")""")
 NEEDS_NAMED = re.compile(
     r"named:|tinyshakespeare|(configs/|config )(shakespeare|verdict|classify_spam|sft_instruction)"
@@ -125,8 +110,6 @@ class Reader:
 
     def run(self, command: str) -> None:
         """Run one shell command."""
-        if command in SHARED:
-            return
         if missing(command) or command.startswith(NOT_HERE):
             self.check(command)
             return
@@ -135,6 +118,8 @@ class Reader:
         own = slm_jax_words(words)
         if own is None:
             self.shell(command)
+            return
+        if own[1:] in [["train"], ["finetune"], *SHARED]:
             return
         environment = dict(word.split("=", 1) for word in words[: words.index(own[0])])
         own = shorter(own[1:])
@@ -163,7 +148,7 @@ class Reader:
             for extras in re.findall(r"\[([\w,]+)\]", command):
                 assert set(extras.split(",")) <= set(known), command
         own = slm_jax_words(words)
-        assert own or words[0] in OTHER_PROGRAMS or "=" in words[0], f"{command}: unknown program"
+        assert own or OTHER_PROGRAMS.fullmatch(words[0]) or "=" in words[0], f"{command}: unknown program"
         if own is not None and own[1:] and not own[1].startswith("-"):
             with unittest.mock.patch(f"{cli.COMMANDS[own[1]][0]}.run", return_value=0):
                 assert in_this_process(own[1:]) == 0, command
@@ -191,6 +176,8 @@ def shorter(words: list[str]) -> list[str]:
             more["train.steps"] = 4
         if words[0] == "train" and "--base" not in words:
             more |= SMALL
+            if not re.search(r"--(data|tokenizer)\.|--config (?!configs/tiny)", " ".join(words)):
+                more["tokenizer.vocab_size"] = 512  # the same for all pages, so that compiled programs are reused
         if "--optimizer.decay_steps" in words:
             more["optimizer.decay_steps"] = 2
         if words[0] == "finetune":
