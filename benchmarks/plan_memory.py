@@ -25,8 +25,8 @@ from slm_jax.nn.target import Target, compiling_for
 from slm_jax.tasks.pretraining import make_loss_fn
 from slm_jax.tools.plan.memory import Work, state_bytes, step_memory
 from slm_jax.training.config import OptimizerConfig
-from slm_jax.training.memory import device_bytes
 from slm_jax.training.optimizer import make_optimizer, make_schedule
+from slm_jax.training.program import device_bytes
 from slm_jax.training.step import TrainState, make_train_step
 
 CPU_CASES = (

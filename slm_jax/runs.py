@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict
 from slm_jax.data.templates import Template
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.evaluation.classes import Classifier
-from slm_jax.files import new_folder, read_json
+from slm_jax.files import new_folder, read_json, user_path
 from slm_jax.model import DType, GPTClassifier, GPTConfig, Params, param_shapes
 from slm_jax.nn.axes import HEAD
 from slm_jax.nn.blocks import merge_params
@@ -29,7 +29,7 @@ from slm_jax.training.checkpoint import (
     saved_steps,
 )
 from slm_jax.training.hardware import best_dtype
-from slm_jax.training.run_folder import FROZEN, split_step
+from slm_jax.training.run_folder import FROZEN, RunFolder
 from slm_jax.training.step import TrainState
 from slm_jax.training.trainable import from_leaf_table, whole_params
 from slm_jax.weights.hub import find_weights
@@ -245,6 +245,36 @@ def load_gpt2(
         return read_weights(find_weights(source), n_heads, dtype, param_dtype, sharding)
     cfg, params, _ = read_checkpoint(*checkpoint, dtype, param_dtype, n_heads, sharding)
     return cfg, params
+
+
+def find_run(name: str | Path) -> RunFolder:
+    """Return the folder of a run; a name alone is also looked for in ``runs``.
+
+    Raises:
+        MissingInputError: no run there.
+        InputError: an invalid path.
+    """
+    path = user_path(name)
+    for folder in (path, Path("runs") / path):
+        if (folder / "config.yaml").is_file() or (folder / "checkpoints").is_dir():
+            return RunFolder(folder)
+    near = path.parent if path.parent.is_dir() else Path("runs")
+    runs = sorted(str(file.parent) for file in near.glob("*/config.yaml"))
+    there = f"; there are {', '.join(runs[:8])}" if runs else ""
+    raise MissingInputError(f"{path}: no run there; expected a run's folder, such as runs/tiny{there}")
+
+
+def split_step(source: str | Path) -> tuple[Path, str | None]:
+    """Split ``runs/tiny@800`` into folder and step; no step if the whole exists as a path, or has no ``@``.
+
+    Raises:
+        InputError: an invalid path.
+    """
+    path = user_path(source)
+    name, at, step = path.name.rpartition("@")
+    if path.exists() or not at:
+        return path, None
+    return path.parent / name if name else path, step
 
 
 def find_checkpoint(source: str | Path, step: int | str = "best") -> tuple[Path, int] | None:

@@ -1,7 +1,6 @@
 """Every YAML under configs/ parses, says what it promises, and makes a training step of its real shapes."""
 
 import dataclasses
-import importlib
 import math
 import os
 from pathlib import Path
@@ -17,9 +16,9 @@ from slm_jax.errors import MissingInputError
 from slm_jax.model import count_params, get_gpt_config, init_params
 from slm_jax.runs import Run, save_run
 from slm_jax.tasks import pretraining
-from slm_jax.tasks.config import FinetuneConfig, RunConfig, parse_args
+from slm_jax.tasks.config import FinetuneConfig, RunConfig, get_task, parse_args
 from slm_jax.tokenizer import BPETokenizer, get_tokenizer
-from slm_jax.training.start import find_start
+from slm_jax.training.resume import find_start
 from slm_jax.training.step import make_eval_step
 
 MAX_PARAMETERS = 5_000_000  # what is run here and not only lowered
@@ -76,7 +75,7 @@ def test_a_recipe_makes_a_training_step(path, request, tmp_path):
     config = with_tokens(config, tmp_path)
     if config.base is not None:
         config = dataclasses.replace(config, base=str(request.getfixturevalue("base")))
-    task = importlib.import_module(f"slm_jax.tasks.{config.task}").build(config, find_start(config))
+    task = get_task(config.task).build(config, find_start(config))
     assert task.total_steps > 1
     batch = task.train_batches[0]
     rows, width = batch["inputs"].shape
@@ -178,7 +177,7 @@ def test_verdict_is_the_books_chapter_5():
 def test_epochs_become_steps(named_data, tmp_path):
     config = read("verdict", "--runs_dir", str(tmp_path))
     available(config)
-    task = pretraining.build(config, find_start(config))
+    task = pretraining.Pretraining.build(config, find_start(config))
     # 5,145 tokens, nine tenths of the characters to train on: 18 windows of 256 in nine batches of two
     assert task.total_steps == 90
     assert task.tokens_per_step == 512

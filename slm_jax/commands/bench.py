@@ -183,7 +183,7 @@ def _train(options: TrainOptions) -> "Result":
     import jax
 
     from slm_jax.tools.bench.train import bench_train
-    from slm_jax.training.memory import out_of_memory_as_input_error
+    from slm_jax.training.program import out_of_memory_as_input_error
 
     keep_freed_memory()
     jax.config.update("jax_enable_compilation_cache", False)  # what compiling takes is one of the figures
@@ -266,7 +266,7 @@ def _startup(options: StartupOptions) -> "Result":
 
 def _memory(options: MemoryOptions) -> "Result":
     from slm_jax.tools.bench.memory import bench_memory
-    from slm_jax.training.memory import out_of_memory_as_input_error
+    from slm_jax.training.program import out_of_memory_as_input_error
 
     set_up()  # the process that measures takes the step from there
     with out_of_memory_as_input_error():

@@ -30,9 +30,9 @@ def main(args: Sequence[str]) -> int:
 
 def run(options: Options) -> int:
     """Print the findings; return 1 if one of them is a problem, else 0."""
+    from slm_jax.runs import find_run
     from slm_jax.tools.doctor.machine_checks import examine_machine
     from slm_jax.tools.doctor.run_checks import examine_run
-    from slm_jax.training.run_folder import find_run
 
     folder = None if options.run is None else find_run(options.run)
     use_compile_cache()

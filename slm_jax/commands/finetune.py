@@ -7,50 +7,37 @@ from slm_jax.commands import train
 from slm_jax.config import dump_config
 from slm_jax.errors import InputError
 from slm_jax.files import user_path
-from slm_jax.tasks.config import FinetuneConfig, RunConfig, parse_args
+from slm_jax.tasks.config import TASKS, FinetuneConfig, RunConfig, get_task, parse_args
 
 
 def main(args: Sequence[str]) -> int:
     """Read the options and run; see ``slm-jax finetune --help``."""
     options = parse_args(args, FinetuneConfig)
-    if options.task == "pretraining":
-        raise InputError("task is pretraining; expected classification or instruction, or use slm-jax train")
+    if TASKS[options.task].command != "finetune":
+        tasks = " or ".join(name for name, task in TASKS.items() if task.command == "finetune")
+        raise InputError(f"task is {options.task}; expected {tasks}, or use slm-jax train")
     return run(options)
 
 
 def run(options: RunConfig) -> int:
-    """Fine-tune, or go on with a run; return as ``slm-jax train`` does."""
+    """Fine-tune or resume a run; return as ``slm-jax train`` does."""
     first = _missing_base(options)
     if first is not None:
-        _check_data(options)
-        print(f"{options.base} is not there yet: pretraining the tiny model first", file=sys.stderr)
+        get_task(options.task).check_data(options)
+        print(f"{options.base} does not exist yet: pretraining the tiny model first", file=sys.stderr)
         if status := train.run(first):
             return status
     return train.run(options)
 
 
 def _missing_base(options: RunConfig) -> RunConfig | None:
-    """Return the run of the tiny recipe that has to come first; None where the base is there or is another."""
+    """Return the run of the tiny recipe that has to come first; None if the base exists or is another."""
     tiny = RunConfig(run="tiny", runs_dir=options.runs_dir)
     places = (options.folder, options.mirror_folder)
-    goes_on = any(place and (place / "checkpoints").exists() for place in places)
-    if goes_on or user_path(options.base or "") != tiny.folder:
+    resumes = any(place and (place / "checkpoints").exists() for place in places)
+    if resumes or user_path(options.base or "") != tiny.folder:
         return None
     config_file = tiny.folder / "config.yaml"
     begun = config_file.is_file() and config_file.read_text(encoding="utf-8") == dump_config(tiny)
     unfinished = begun and not (tiny.folder / "summary.json").exists()
     return tiny if unfinished or not tiny.folder.exists() else None
-
-
-def _check_data(options: RunConfig) -> None:
-    """Find a mistake in the data before the model is pretrained for it."""
-    if options.task == "classification":
-        from slm_jax.data.labelled import load_labelled
-
-        load_labelled(options.data, options.classification, options.seed)
-    else:
-        from slm_jax.data.instructions import load_instructions
-        from slm_jax.data.templates import load_template
-
-        load_template(options.instruction.template)
-        load_instructions(options.data, options.instruction, options.seed)

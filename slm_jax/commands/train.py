@@ -1,41 +1,40 @@
 """``slm-jax train``: pretrain a GPT."""
 
-import importlib
 import sys
 from collections.abc import Sequence
 
 from slm_jax.commands import set_up
 from slm_jax.errors import InputError
-from slm_jax.tasks.config import RunConfig, parse_args
+from slm_jax.tasks.config import TASKS, RunConfig, get_task, parse_args
 
 
 def main(args: Sequence[str]) -> int:
     """Read the options and run; see ``slm-jax train --help``."""
     options = parse_args(args)
-    if options.task != "pretraining":
-        raise InputError(f"task is {options.task}; expected pretraining here: the others are slm-jax finetune's")
+    if TASKS[options.task].command != "train":
+        raise InputError(f"task is {options.task}; expected pretraining, or use slm-jax finetune")
     return run(options)
 
 
 def run(options: RunConfig) -> int:
-    """Train, or go on with a run, of any task; return 0, 1 where it diverged, or 128 + the signal that stopped it."""
+    """Train or resume a run of any task; return 0, 1 if it diverged, or 128 + the signal that stopped it."""
     from rich.console import Console
 
     from slm_jax.training.interrupt import Interrupted, StopRequest
-    from slm_jax.training.loop import TrainingDiverged, train
-    from slm_jax.training.memory import out_of_memory_as_input_error
+    from slm_jax.training.loop import train
+    from slm_jax.training.program import out_of_memory_as_input_error
+    from slm_jax.training.record import TrainingDiverged
+    from slm_jax.training.resume import find_start
     from slm_jax.training.sharding import initialize_distributed
-    from slm_jax.training.start import find_start
 
-    command = "slm-jax train" if options.task == "pretraining" else "slm-jax finetune"
+    command = f"slm-jax {TASKS[options.task].command}"
     with StopRequest() as stop, out_of_memory_as_input_error():
         try:
             set_up()
             initialize_distributed()
             start = find_start(options)
-            task = importlib.import_module(f"slm_jax.tasks.{options.task}").build(options, start, stop.check)
-            console = Console(quiet=not start.folder.writes)
-            train(options, task, start, stop, console)
+            task = get_task(options.task).build(options, start, stop.check)
+            train(options, task, start, stop, Console(quiet=not start.folder.writes))
         except Interrupted as interruption:
             print(f"{command}: stopped by {interruption}", file=sys.stderr)
             return 128 + interruption.signum

@@ -1,18 +1,17 @@
-"""The stages of training: what each gives to the one loop.
+"""Tasks: what each kind of training gives to the one loop; the registry is :mod:`slm_jax.tasks.config`.
 
-``pretraining`` trains a new model to predict the next token, ``classification`` fine-tunes a model to tell the class of
-a text, and ``instruction`` to answer instructions (the book's chapters 5, 6 and 7). ``base`` holds what fine-tuning
-starts from. A stage is imported when it is first asked for: ``slm_jax.tasks.instruction``.
+``pretraining`` trains a model to predict the next token, ``classification`` fine-tunes it to predict the class of a
+text, and ``instruction`` to follow instructions (chapters 5, 6 and 7 of the book). ``base`` holds what training starts
+from. A module is imported when it is first used: ``slm_jax.tasks.instruction``.
 """
 
 import importlib
+import importlib.util
 from typing import Any
-
-STAGES = ("pretraining", "classification", "instruction")
 
 
 def __getattr__(name: str) -> Any:
-    """Import a stage when it is asked for: ``slm_jax.tasks.instruction``."""
-    if name in STAGES:
-        return importlib.import_module(f"slm_jax.tasks.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    """Import a module of this package when it is first used."""
+    if name.startswith("_") or importlib.util.find_spec(f"slm_jax.tasks.{name}") is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return importlib.import_module(f"slm_jax.tasks.{name}")

@@ -1,16 +1,58 @@
-"""The configuration of a whole run: what every run has, and the section of each task.
+"""The tasks, registered once, and the configuration of a whole run: what every run has, and the tasks' sections.
 
-The defaults are the ``tiny`` recipe, and those of fine-tuning ``classify_builtin``, so that training with no arguments
-at all works.
+To add a task, write its module, and add its name, its row and its section (if it has one) here. The defaults are the
+``tiny`` recipe, and those of fine-tuning ``classify_builtin``, so that training with no arguments at all works.
 """
 
 import dataclasses
+import importlib
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from slm_jax.config import parse, recipe_files
 from slm_jax.data.config import ClassificationConfig, DataConfig, InstructionConfig
 from slm_jax.training.config import BaseRunConfig, CheckpointConfig, OptimizerConfig, SampleConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from slm_jax.training.task import Task
+
+TaskName = Literal["pretraining", "classification", "instruction"]
+
+
+class TaskInfo(NamedTuple):
+    """What is known of a task before its module is imported.
+
+    Attributes:
+        cls: its module and class in ``slm_jax.tasks``.
+        recipe: name of the recipe whose keys are the defaults.
+        source: default of ``data.source``.
+        unit: what its loss is a mean over.
+        use: the command that uses a trained model.
+        command: the command that trains it.
+    """
+
+    cls: str
+    recipe: str
+    source: str
+    unit: Literal["token", "text"]
+    use: str
+    command: Literal["train", "finetune"] = "finetune"
+
+
+# The registry. A section of RunConfig that has the name of a task is read by this task only.
+TASKS: dict[str, TaskInfo] = {
+    "pretraining": TaskInfo("pretraining:Pretraining", "tiny", "builtin:python-docs", "token", "generate", "train"),
+    "classification": TaskInfo(
+        "classification:Classification", "classify_builtin", "builtin:prose-or-code", "text", "classify"
+    ),
+    "instruction": TaskInfo("instruction:Instruction", "sft_builtin", "builtin:docstrings", "token", "chat"),
+}
+
+
+def get_task(name: str) -> "type[Task]":
+    """Import and return the class of a task."""
+    module, _, cls = TASKS[name].cls.partition(":")
+    return getattr(importlib.import_module(f"slm_jax.tasks.{module}"), cls)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +64,7 @@ class RunConfig(BaseRunConfig):
         instruction: fine-tuning on instructions.
     """
 
-    task: Literal["pretraining", "classification", "instruction"] = "pretraining"
+    task: TaskName = "pretraining"
     classification: ClassificationConfig = dataclasses.field(default_factory=ClassificationConfig)
     instruction: InstructionConfig = dataclasses.field(default_factory=InstructionConfig)
 
@@ -33,31 +75,10 @@ class RunConfig(BaseRunConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class TaskDefaults:
-    """What a task does by default.
-
-    Attributes:
-        recipe: name of the recipe with the same keys.
-        source: its data.
-    """
-
-    recipe: str
-    source: str
-
-
-# The registry of tasks: module slm_jax.tasks.NAME and key of its section in RunConfig.
-TASKS = {
-    "pretraining": TaskDefaults("tiny", "builtin:python-docs"),
-    "classification": TaskDefaults("classify_builtin", "builtin:prose-or-code"),
-    "instruction": TaskDefaults("sft_builtin", "builtin:docstrings"),
-}
-
-
-@dataclasses.dataclass(frozen=True)
 class FinetuneConfig(RunConfig):
     """A run of fine-tuning: the same keys, with the defaults of the recipe ``classify_builtin``."""
 
-    task: Literal["pretraining", "classification", "instruction"] = "classification"
+    task: TaskName = "classification"
     base: str | None = "runs/tiny"
     trainable: Literal["all", "head", "last_block", "last_n_blocks", "lora"] = "last_block"
     data: DataConfig = dataclasses.field(default_factory=lambda: DataConfig(source=TASKS["classification"].source))

@@ -1,12 +1,13 @@
-"""Instruction following: predict the responses of a data set, shown through a template; pretraining's loss on them."""
+"""Instruction following: predict the responses of a data set, formatted by a template; the loss is pretraining's."""
 
+import dataclasses
 import functools
 import hashlib
 import json
 import shlex
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 
@@ -26,90 +27,174 @@ from slm_jax.evaluation.responses import Response, score_responses
 from slm_jax.evaluation.results import perplexity
 from slm_jax.files import replace_text
 from slm_jax.generation.conversation import answer, prompt_room
-from slm_jax.model import GPTModel, Params, init_params
-from slm_jax.tasks.base import count_steps, find_base, longest_allowed, new_base, prepare_params
+from slm_jax.model import GPTConfig, GPTModel, Params, init_params, param_shapes
+from slm_jax.tasks.base import count_steps, find_base, new_base, prepare_params, row_length
 from slm_jax.tasks.config import RunConfig
 from slm_jax.tasks.pretraining import make_loss_fn
 from slm_jax.tokenizer import Tokenizer
-from slm_jax.training.start import Start
-from slm_jax.training.step import Batch
-from slm_jax.training.task import Evaluate, Moment, Task
+from slm_jax.training.resume import Start
+from slm_jax.training.step import Batch, LossFn
+from slm_jax.training.task import Evaluate, ModelShapes, Moment, Task
 
-__all__ = ["answer", "build", "format_prompt"]
+__all__ = ["Instruction", "answer", "format_prompt"]
 
 
-def build(config: RunConfig, start: Start, stop: Callable[[], None] | None = None) -> Task:
-    """Prepare fine-tuning on instructions: splits, base, template, batches and loss.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Instruction(Task):
+    """Fine-tuning on instructions with their responses.
 
-    Args:
-        config: the run's configuration.
-        start: where the run starts.
-        stop: called between the phases; may raise to stop early.
-
-    Raises:
-        InputError: instructions, a template and a base that cannot be used, or not together.
+    Attributes:
+        model: the model.
+        template: format of the conversations.
+        test: test examples to respond to.
+        asked: messages that samples respond to.
+        evaluation_batches: for each split, what returns its batches.
+        stop: called between groups of responses; may raise to stop early.
     """
-    check = stop or (lambda: None)
-    section, train = config.instruction, config.train
-    template = _template(section.template, start)
-    splits = load_instructions(config.data, section, config.seed)
-    check()
-    base = find_base(config, start)
-    if base is None:
-        texts = (_texts(splits.train, template), _texts(splits.validation, template))
-        base = new_base(config, make_tokenizer(config.tokenizer, *texts))
-    check()
-    cfg, tokenizer = base.model_config, base.tokenizer
-    longest = longest_allowed(section.max_length, "instruction.max_length", cfg)
-    encoded, notes = _encode(config, splits, tokenizer, template, longest)
-    check()
-    rows = {name: [[example] for example in tokens] for name, tokens in encoded.items()}
-    if section.packing:
-        rows = {name: pack(tokens, longest, config.seed) for name, tokens in encoded.items()}
-        notes.append(f"packed {len(encoded['train']):,} training examples into {len(rows['train']):,} rows")
-    shape: dict[str, Any] = {"limit": longest, "bucketed": not section.packing, "packed": section.packing}
-    model = GPTModel(cfg)
-    eval_rows = train.eval_batch_size or train.batch_size
-    evaluation_batches = {
-        name: functools.partial(instruction_eval_batches, rows[name], batch_size=eval_rows, **shape)
-        for name in ("validation", "test")
-    }
-    n_new = config.sample.max_new_tokens
-    room, asked = prompt_room(cfg, n_new), splits.test[: section.responses]
 
-    def fits(example: Example) -> bool:
-        return len(tokenizer.encode(template.prompt(example.prompt))) <= room
+    unused_keys: ClassVar[tuple[str, ...]] = ("data.packing", "data.text_column")
+    samples_at_evaluation: ClassVar[bool] = True
+    measures: ClassVar[bool] = True
 
-    if n_cut := len(asked) - sum(map(fits, asked)):
-        notes.append(f"test: {n_cut:,} of {len(asked):,} answers see only the last {room} tokens of their prompt")
-    held_out = next(filter(fits, splits.validation), splits.validation[0])
-    respond = functools.partial(answer, model, tokenizer=tokenizer, template=template, max_new_tokens=n_new, stop=check)
-    return Task(
-        model_config=cfg,
-        params=prepare_params(config, start, base, functools.partial(init_params, cfg)),
-        loss_fn=make_loss_fn(model),
-        train_batches=instruction_batches(rows["train"], batch_size=train.batch_size, seed=config.seed, **shape),
-        validation_batches=evaluation_batches["validation"],
-        longest=longest
-        if section.packing
-        else bucket_width(max(t.n_inputs for tokens in encoded.values() for t in tokens), longest),
-        total_steps=count_steps(config, len(rows["train"])),
-        tokens_per_step=round(train.batch_size * sum(t.n_inputs for t in encoded["train"]) / len(rows["train"])),
-        tokenizer=tokenizer,
-        files={"template.json": json.dumps(template.to_dict(), indent=1) + "\n"},
-        metadata={"template": template.to_dict()},
-        fingerprint=_fingerprint(encoded),
-        samples_with_evaluation=True,
-        sample=_sampler(config, respond, tokenizer, template, held_out),
-        measure=functools.partial(_measure, evaluation_batches["test"], respond, asked),
-        report=_report,
-        notes=(*splits.notes, *notes),
-        next_commands=_next_commands(config),
-    )
+    model: GPTModel
+    template: Template
+    test: Sequence[Example]
+    asked: Sequence[Message]
+    evaluation_batches: dict[str, Callable[[], Iterable[Batch]]]
+    stop: Callable[[], None]
+
+    @classmethod
+    def build(cls, config: RunConfig, start: Start, stop: Callable[[], None] = lambda: None) -> "Instruction":
+        """Load splits, base, template and batches; see :meth:`slm_jax.training.task.Task.build`."""
+        section, train = config.instruction, config.train
+        template = _template(section.template, start)
+        splits = load_instructions(config.data, section, config.seed)
+        stop()
+        base = find_base(config, start)
+        if base is None:
+            texts = (_texts(splits.train, template), _texts(splits.validation, template))
+            base = new_base(config, make_tokenizer(config.tokenizer, *texts))
+        stop()
+        cfg, tokenizer = base.model_config, base.tokenizer
+        longest = row_length(section.max_length, "instruction.max_length", cfg)
+        encoded, notes = _encode(config, splits, tokenizer, template, longest)
+        stop()
+        rows = {name: [[example] for example in tokens] for name, tokens in encoded.items()}
+        width = bucket_width(max(t.n_inputs for tokens in encoded.values() for t in tokens), longest)
+        if section.packing:
+            rows, width = {name: pack(tokens, longest, config.seed) for name, tokens in encoded.items()}, longest
+            notes.append(f"packed {len(encoded['train']):,} training examples into {len(rows['train']):,} rows")
+        shape: dict[str, Any] = {"limit": longest, "bucketed": not section.packing, "packed": section.packing}
+        eval_rows = train.eval_batch_size or train.batch_size
+        room, test = prompt_room(cfg, config.sample.max_new_tokens), splits.test[: section.responses]
+        fits = [len(tokenizer.encode(template.prompt(example.prompt))) <= room for example in test]
+        if n_cut := fits.count(False):
+            notes.append(
+                f"warning: {n_cut:,} of {len(test):,} test prompts are longer than {room} tokens and are truncated on "
+                "the left (model.context_length less sample.max_new_tokens)"
+            )
+        return cls(
+            config=config,
+            model=GPTModel(cfg),
+            template=template,
+            test=test,
+            asked=_asked(config, tokenizer, template, splits.validation, room),
+            stop=stop,
+            model_config=cfg,
+            params=prepare_params(config, start, base, functools.partial(init_params, cfg)),
+            train_batches=instruction_batches(rows["train"], batch_size=train.batch_size, seed=config.seed, **shape),
+            evaluation_batches={
+                name: functools.partial(instruction_eval_batches, rows[name], batch_size=eval_rows, **shape)
+                for name in ("validation", "test")
+            },
+            longest=width,
+            total_steps=count_steps(config, len(rows["train"])),
+            tokens_per_step=round(train.batch_size * sum(t.n_inputs for t in encoded["train"]) / len(rows["train"])),
+            tokenizer=tokenizer,
+            files={"template.json": json.dumps(template.to_dict(), indent=1) + "\n"},
+            metadata={"template": template.to_dict()},
+            fingerprint=_fingerprint(encoded),
+            notes=(*splits.notes, *notes),
+        )
+
+    @classmethod
+    def shapes(cls, config: RunConfig, cfg: GPTConfig) -> ModelShapes:
+        """Return the shapes of the language model."""
+        seq = row_length(config.instruction.max_length, "instruction.max_length", cfg)
+        notes = (f"assumed: rows of {seq} tokens (instruction.max_length)",)
+        return ModelShapes(param_shapes(cfg), seq, cfg.vocab_size, notes)
+
+    @classmethod
+    def check_data(cls, config: RunConfig) -> None:
+        """Find mistakes in the template and the instructions."""
+        load_template(config.instruction.template)
+        load_instructions(config.data, config.instruction, config.seed)
+
+    @property
+    def loss_fn(self) -> LossFn:
+        """The loss: see :func:`slm_jax.tasks.pretraining.make_loss_fn`."""
+        return make_loss_fn(self.model)
+
+    def validation_batches(self) -> Iterable[Batch]:
+        """Return the validation split once."""
+        return self.evaluation_batches["validation"]()
+
+    def sample(self, params: Params, key: jax.Array) -> str:
+        """Return the response to one instruction, after its prompt."""
+        section = self.config.sample
+        text = self._respond(params, [self.asked], temperature=section.temperature, top_k=section.top_k, key=key)[0]
+        return self.template.prompt(self.asked) + text
+
+    def measure(self, params: Params, evaluate: Evaluate, moment: Moment, folder: Path | None) -> dict[str, Any]:
+        """Return loss, exact match and ROUGE-L of the test split; write the responses to a file."""
+        loss = evaluate(self.evaluation_batches["test"]()).loss
+        figures: dict[str, Any] = {"loss": loss, "perplexity": perplexity(loss)}
+        if self.test:
+            answers = self._respond(params, [example.prompt for example in self.test])
+            responses = [Response(e.where, e.messages, text) for e, text in zip(self.test, answers, strict=True)]
+            scores = score_responses(responses)
+            figures |= {"responses": scores.n, "exact_match": scores.exact_match, "rouge_l": scores.rouge_l}
+            if folder is not None:
+                name = "responses.json" if moment == "after" else "responses-before.json"
+                entries = [_entry(response) for response in responses]
+                replace_text(folder / name, json.dumps(entries, indent=1, ensure_ascii=False) + "\n")
+        return {"test": figures}
+
+    def report(self, before: dict[str, Any] | None, after: dict[str, Any]) -> list[str]:
+        """Return the figures of the test split."""
+        lines = []
+        for name, form in (("loss", ".4f"), ("perplexity", ",.2f"), ("exact_match", ".2%"), ("rouge_l", ".4f")):
+            if name in after["test"]:
+                was = f" (before training {before['test'][name]:{form}})" if before and name in before["test"] else ""
+                lines.append(f"test: {name.replace('_', ' ')} {after['test'][name]:{form}}{was}")
+        return lines
+
+    def next_commands(self) -> tuple[str, ...]:
+        """Return the commands that chat, score the responses and export."""
+        config = self.config
+        folder = shlex.quote(str(config.folder))
+        scoring = f"slm-jax evaluate --run {folder} --responses {shlex.quote(str(config.folder / 'responses.json'))}"
+        return (
+            f"slm-jax chat --run {folder} --temperature 0 --max-new-tokens {config.sample.max_new_tokens}",
+            *([scoring] if self.test else []),
+            f"slm-jax export --run {folder} --out {shlex.quote(config.name + '-hf')}",
+        )
+
+    def _respond(self, params: Params, prompts: Sequence[Sequence[Message]], **sampling: Any) -> list[str]:
+        return answer(
+            self.model,
+            params,
+            prompts,
+            tokenizer=self.tokenizer,
+            template=self.template,
+            max_new_tokens=self.config.sample.max_new_tokens,
+            stop=self.stop,
+            **sampling,
+        )
 
 
 def _template(name: str, start: Start) -> Template:
-    """Return the template: a run that goes on has its own, whatever became of the file that it came from."""
+    """Return the template; a run that resumes has its own, even if the file that it came from is gone."""
     if "template" not in start.metadata:
         return load_template(name)
     saved = Template.from_dict(start.metadata["template"], "the run's template")
@@ -118,11 +203,27 @@ def _template(name: str, start: Start) -> Template:
     except MissingInputError:
         return saved
     if wanted != saved:
-        raise InputError(
-            f"{start.folder.path} holds another run: instruction.template {name} has changed; change it back, or start "
-            "anew with --run NAME"
-        )
+        raise InputError(f"{start.folder.path} holds another run: instruction.template {name} has changed; change it "
+                         "back, or use another --run NAME")  # fmt: skip
     return saved
+
+
+def _asked(
+    config: RunConfig, tokenizer: Tokenizer, template: Template, validation: Sequence[Example], room: int
+) -> Sequence[Message]:
+    """Return what samples respond to: the configured instruction, or the first of the validation split that fits."""
+    section = config.sample
+    if section.prompt is None or not section.every:
+        fits = (e for e in validation if len(tokenizer.encode(template.prompt(e.prompt))) <= room)
+        return next(fits, validation[0]).prompt
+    if not section.prompt.strip():
+        raise InputError("sample.prompt is empty; expected an instruction, or null for one of the validation split")
+    asked = (Message("user", section.prompt),)
+    try:
+        tokenizer.encode(template.prompt(asked))  # reported now, not after an hour
+    except InputError as error:
+        raise InputError(f"sample.prompt: {error}") from None
+    return asked
 
 
 def _texts(examples: Sequence[Example], template: Template) -> list[str]:
@@ -134,7 +235,7 @@ def _encode(
 ) -> tuple[dict[str, list[Tokens]], list[str]]:
     encoded, notes = {}, []
     for name in ("train", "validation", "test"):
-        encoded[name], said = encode_examples(
+        encoded[name], own = encode_examples(
             getattr(splits, name),
             tokenizer,
             template,
@@ -142,7 +243,7 @@ def _encode(
             max_length=longest,
             too_long=config.instruction.too_long,
         )
-        notes += [f"{name}: {note}" for note in said]
+        notes += [f"{name}: {note}" for note in own]
     return encoded, notes
 
 
@@ -157,79 +258,10 @@ def _fingerprint(encoded: dict[str, list[Tokens]]) -> str:
     return digest.hexdigest()
 
 
-def _sampler(
-    config: RunConfig,
-    respond: Callable[..., list[str]],
-    tokenizer: Tokenizer,
-    template: Template,
-    held_out: Example,
-) -> Callable[[Params, jax.Array], str] | None:
-    """Return what answers one instruction while training: the configured one, or the first of the validation split."""
-    cfg = config.sample
-    if not cfg.every:
-        return None
-    if cfg.prompt is not None and not cfg.prompt.strip():
-        raise InputError("sample.prompt is empty; expected an instruction, or null for one of the validation split")
-    asked = held_out.prompt if cfg.prompt is None else (Message("user", cfg.prompt),)
-    try:
-        tokenizer.encode(template.prompt(asked))  # refused now, not after an hour
-    except InputError as error:
-        raise InputError(f"sample.prompt: {error}") from None
-
-    def sample(params: Params, key: jax.Array) -> str:
-        text = respond(params, [asked], temperature=cfg.temperature, top_k=cfg.top_k, key=key)[0]
-        return template.prompt(asked) + text
-
-    return sample
-
-
-def _measure(
-    test_batches: Callable[[], Iterable[Batch]],
-    respond: Callable[..., list[str]],
-    test: Sequence[Example],
-    params: Params,
-    evaluate: Evaluate,
-    moment: Moment,
-    folder: Path | None,
-) -> dict[str, Any]:
-    """Return the loss on the test split, and exact match and ROUGE-L of the answers, which go into a file."""
-    loss = evaluate(test_batches()).loss
-    figures: dict[str, Any] = {"loss": loss, "perplexity": perplexity(loss)}
-    if test:
-        answers = respond(params, [example.prompt for example in test])
-        responses = [Response(e.where, e.messages, text) for e, text in zip(test, answers, strict=True)]
-        scores = score_responses(responses)
-        figures |= {"responses": scores.n, "exact_match": scores.exact_match, "rouge_l": scores.rouge_l}
-        if folder is not None:
-            name = "responses.json" if moment == "after" else "responses-before.json"
-            entries = [_entry(response) for response in responses]
-            replace_text(folder / name, json.dumps(entries, indent=1, ensure_ascii=False) + "\n")
-    return {"test": figures}
-
-
 def _entry(response: Response) -> dict[str, Any]:
-    """Return a response as the file has it, with the names of the entries that it answers."""
+    """Return a response in the format of its file, with the field names of the data set."""
     *asked, reference = response.messages
     answered = {"output": reference.content, "model_response": response.response}
     if len(asked) == 1:
         return {"instruction": asked[0].content, "input": asked[0].input, **answered}
     return {"messages": [{"role": message.role, "content": message.content} for message in asked], **answered}
-
-
-def _report(before: dict[str, Any] | None, after: dict[str, Any]) -> list[str]:
-    lines = []
-    for name, form in (("loss", ".4f"), ("perplexity", ",.2f"), ("exact_match", ".2%"), ("rouge_l", ".4f")):
-        if name in after["test"]:
-            was = f" (before training {before['test'][name]:{form}})" if before and name in before["test"] else ""
-            lines.append(f"test: {name.replace('_', ' ')} {after['test'][name]:{form}}{was}")
-    return lines
-
-
-def _next_commands(config: RunConfig) -> tuple[str, ...]:
-    folder = shlex.quote(str(config.folder))
-    scoring = f"slm-jax evaluate --run {folder} --responses {shlex.quote(str(config.folder / 'responses.json'))}"
-    return (
-        f"slm-jax chat --run {folder} --temperature 0 --max-new-tokens {config.sample.max_new_tokens}",
-        *([scoring] if config.instruction.responses != 0 else []),
-        f"slm-jax export --run {folder} --out {shlex.quote(config.name + '-hf')}",
-    )

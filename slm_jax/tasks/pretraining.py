@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import shlex
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import grain
 import jax
@@ -16,59 +16,29 @@ from slm_jax.data.packing import PackedRows, packed_batches, packed_validation_b
 from slm_jax.data.windows import check_window, steps_per_epoch, train_batches, validation_batches
 from slm_jax.errors import InputError
 from slm_jax.generation.decode import generate
-from slm_jax.model import GPTModel, Params, init_params
+from slm_jax.model import GPTConfig, GPTModel, Params, init_params, param_shapes
 from slm_jax.nn.blocks import merge_params
 from slm_jax.nn.heads import HEAD_ADAPTER, head_kernel
 from slm_jax.nn.loss import cross_entropy
 from slm_jax.tasks.base import count_steps, find_base, new_base, prepare_params
 from slm_jax.tasks.config import RunConfig
-from slm_jax.training.start import Start
+from slm_jax.training.resume import Start
 from slm_jax.training.step import Batch, LossFn, Sums
-from slm_jax.training.task import Task
+from slm_jax.training.task import ModelShapes, Task
 
-PROMPT_TOKENS = 8  # of the validation text, to start a sample with
+PROMPT_TOKENS = 8  # of the validation text, as the default prompt of samples
 
 
-def build(config: RunConfig, start: Start, stop: Callable[[], None] | None = None) -> Task:
-    """Prepare pretraining: text, tokenizer, batches, model and loss.
+class Batches(NamedTuple):
+    """Both splits cut into rows.
 
-    Args:
-        config: the run's configuration.
-        start: where the run starts.
-        stop: called between the phases; may raise to stop early.
-
-    Raises:
-        InputError: data, tokenizer and model that do not fit together.
+    Attributes:
+        train: the training batches by step.
+        validation: returns the batches of the validation split.
+        rows_per_epoch: number of rows of the training split.
+        tokens_per_step: average number of tokens in a training batch.
+        notes: notes for the user, a line each.
     """
-    if config.data.packing and config.data.stride is not None:
-        stride = config.data.stride
-        raise InputError(f"data.stride is {stride}, but packed rows have none; leave it or data.packing out")
-    base = find_base(config, start)
-    corpus = load_corpus(config.data, config.tokenizer, saved=base.tokenizer if base else None, stop=stop)
-    base = base or new_base(config, corpus.tokenizer)
-    cfg = base.model_config
-    model = GPTModel(cfg)
-    batches = (_packed if config.data.packing else _windows)(config, corpus, cfg.context_length)
-    return Task(
-        model_config=cfg,
-        params=prepare_params(config, start, base, functools.partial(init_params, cfg)),
-        loss_fn=make_loss_fn(model),
-        train_batches=batches.train,
-        validation_batches=batches.validation,
-        total_steps=count_steps(config, batches.rows_per_epoch),
-        tokens_per_step=batches.tokens_per_step,
-        tokenizer=corpus.tokenizer,
-        fingerprint=corpus.fingerprint(),
-        bytes_per_token=corpus.bytes_per_token,
-        sample=_sampler(config, model, corpus),
-        notes=(*corpus.notes, *batches.notes),
-        next_commands=_next_commands(config, corpus),
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Batches:
-    """Both splits cut into rows, and what that comes to."""
 
     train: grain.MapDataset
     validation: Callable[[], Iterable[Batch]]
@@ -77,12 +47,113 @@ class _Batches:
     notes: tuple[str, ...] = ()
 
 
-def _windows(config: RunConfig, corpus: Corpus, context: int) -> _Batches:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pretraining(Task):
+    """Training on running text.
+
+    Attributes:
+        model: the model.
+        prompt: what samples start with.
+        validation: returns the batches of the validation split.
+    """
+
+    unused_keys: ClassVar[tuple[str, ...]] = ("data.test_",)
+
+    model: GPTModel
+    prompt: str
+    validation: Callable[[], Iterable[Batch]]
+
+    @classmethod
+    def build(cls, config: RunConfig, start: Start, stop: Callable[[], None] = lambda: None) -> "Pretraining":
+        """Load text, tokenizer and batches; see :meth:`slm_jax.training.task.Task.build`."""
+        if config.data.packing and config.data.stride is not None:
+            raise InputError(f"data.stride is {config.data.stride}; expected null with data.packing")
+        base = find_base(config, start)
+        corpus = load_corpus(config.data, config.tokenizer, saved=base.tokenizer if base else None, stop=stop)
+        base = base or new_base(config, corpus.tokenizer)
+        cfg = base.model_config
+        batches = (_packed if config.data.packing else _windows)(config, corpus, cfg.context_length)
+        task = cls(
+            config=config,
+            model=GPTModel(cfg),
+            prompt=_prompt(config, corpus),
+            validation=batches.validation,
+            model_config=cfg,
+            params=prepare_params(config, start, base, functools.partial(init_params, cfg)),
+            train_batches=batches.train,
+            total_steps=count_steps(config, batches.rows_per_epoch),
+            tokens_per_step=batches.tokens_per_step,
+            tokenizer=corpus.tokenizer,
+            fingerprint=corpus.fingerprint(),
+            bytes_per_token=corpus.bytes_per_token,
+            notes=(*corpus.notes, *batches.notes),
+        )
+        if config.sample.every:
+            task._prompt_ids()  # a bad prompt is reported now, not after an hour
+        return task
+
+    @classmethod
+    def shapes(cls, config: RunConfig, cfg: GPTConfig) -> ModelShapes:
+        """Return the shapes of the language model."""
+        return ModelShapes(param_shapes(cfg), cfg.context_length, cfg.vocab_size)
+
+    @property
+    def loss_fn(self) -> LossFn:
+        """The loss: see :func:`make_loss_fn`."""
+        return make_loss_fn(self.model)
+
+    def validation_batches(self) -> Iterable[Batch]:
+        """Return the validation split once."""
+        return self.validation()
+
+    def sample(self, params: Params, key: jax.Array) -> str:
+        """Return text that continues the prompt."""
+        section, eot_id, prompt = self.config.sample, self.tokenizer.eot_id, self._prompt_ids()
+        ids = generate(
+            self.model,
+            params,
+            jnp.array([prompt]),
+            max_new_tokens=section.max_new_tokens,
+            temperature=section.temperature,
+            top_k=section.top_k,
+            eos_id=eot_id,
+            key=key,
+        )[0].tolist()
+        if eot_id in ids[len(prompt) :]:
+            ids = ids[: ids.index(eot_id, len(prompt))]
+        return self.tokenizer.decode(ids)
+
+    def next_commands(self) -> tuple[str, ...]:
+        """Return the commands that generate text and train longer."""
+        folder, train = self.config.folder, self.config.train
+        more = "" if train.steps is None else f" --train.steps {2 * train.steps}"
+        if train.epochs is not None:
+            more += f" --train.epochs {2 * train.epochs:g}"
+        prompt = shlex.quote(" ".join(self.prompt.split()))
+        return (
+            f"slm-jax generate --run {shlex.quote(str(folder))} --prompt {prompt}",
+            f"slm-jax train --config {shlex.quote(str(folder / 'config.yaml'))}{more}",
+        )
+
+    def _prompt_ids(self) -> list[int]:
+        try:
+            ids = self.tokenizer.encode(self.prompt) or [self.tokenizer.eot_id]
+        except InputError as error:
+            raise InputError(f"sample.prompt: {error}") from None
+        if len(ids) > self.model_config.context_length:
+            raise InputError(
+                f"sample.prompt has {len(ids)} tokens; expected at most the context of "
+                f"{self.model_config.context_length}"
+            )
+        return ids
+
+
+def _windows(config: RunConfig, corpus: Corpus, context: int) -> Batches:
     data, batch_size = config.data, config.train.batch_size
     cut: dict[str, Any] = {"context_length": context, "sampling": data.sampling, "stride": data.stride}
     train = train_batches(corpus.train, batch_size=batch_size, shuffle=data.shuffle, seed=config.seed, **cut)
     check_window(corpus.validation.size, context, "validation")
-    return _Batches(
+    return Batches(
         train=train,
         validation=lambda: validation_batches(
             corpus.validation, context_length=context, batch_size=config.train.eval_batch_size or batch_size
@@ -92,18 +163,18 @@ def _windows(config: RunConfig, corpus: Corpus, context: int) -> _Batches:
     )
 
 
-def _packed(config: RunConfig, corpus: Corpus, context: int) -> _Batches:
+def _packed(config: RunConfig, corpus: Corpus, context: int) -> Batches:
     batch_size, eot_id = config.train.batch_size, corpus.tokenizer.eot_id
     for split, tokens in (("training", corpus.train), ("validation", corpus.validation)):
         check_window(tokens.size, 1, split)
     train, validation = PackedRows(corpus.train, eot_id, context), PackedRows(corpus.validation, eot_id, context)
-    alone = train.n_documents == 1
-    return _Batches(
+    alone = "; there is only one, so that data.packing separates nothing" if train.n_documents == 1 else ""
+    return Batches(
         train=packed_batches(train, batch_size=batch_size, shuffle=config.data.shuffle, seed=config.seed),
         validation=lambda: packed_validation_batches(validation, batch_size=config.train.eval_batch_size or batch_size),
         rows_per_epoch=len(train),
         tokens_per_step=round(batch_size * train.tokens_per_row),
-        notes=(train.describe() + ("; there is only one: data.packing has nothing to keep apart" if alone else ""),),
+        notes=(train.describe() + alone,),
     )
 
 
@@ -132,53 +203,10 @@ def make_loss_fn(model: GPTModel) -> LossFn:
     return loss_fn
 
 
-def _sampler(config: RunConfig, model: GPTModel, corpus: Corpus) -> Callable[[Params, jax.Array], str] | None:
-    """Return what writes a sample while training; the prompt is checked now, not after an hour."""
-    cfg, tokenizer = config.sample, corpus.tokenizer
-    if not cfg.every:
-        return None
-    try:
-        prompt = tokenizer.encode(_prompt(config, corpus)) or [tokenizer.eot_id]
-    except InputError as error:
-        raise InputError(f"sample.prompt: {error}") from None
-    if len(prompt) > model.cfg.context_length:
-        raise InputError(
-            f"sample.prompt has {len(prompt)} tokens, more than the context of {model.cfg.context_length}; shorten it"
-        )
-
-    def sample(params: Params, key: jax.Array) -> str:
-        ids = generate(
-            model,
-            params,
-            jnp.array([prompt]),
-            max_new_tokens=cfg.max_new_tokens,
-            temperature=cfg.temperature,
-            top_k=cfg.top_k,
-            eos_id=tokenizer.eot_id,
-            key=key,
-        )[0].tolist()
-        if tokenizer.eot_id in ids[len(prompt) :]:
-            ids = ids[: ids.index(tokenizer.eot_id, len(prompt))]
-        return tokenizer.decode(ids)
-
-    return sample
-
-
 def _prompt(config: RunConfig, corpus: Corpus) -> str:
-    """Return the configured prompt, or the first tokens of the validation text, which any tokenizer knows."""
+    """Return the configured prompt, or the first tokens of the validation text."""
     if config.sample.prompt is not None:
         return config.sample.prompt
     ids = corpus.validation[:PROMPT_TOKENS].tolist()
     end = ids.index(corpus.tokenizer.eot_id) if corpus.tokenizer.eot_id in ids else len(ids)
     return corpus.tokenizer.decode(ids[:end])
-
-
-def _next_commands(config: RunConfig, corpus: Corpus) -> tuple[str, ...]:
-    folder = shlex.quote(str(config.folder))
-    more = "" if config.train.steps is None else f" --train.steps {2 * config.train.steps}"
-    if config.train.epochs is not None:
-        more += f" --train.epochs {2 * config.train.epochs:g}"
-    return (
-        f"slm-jax generate --run {folder} --prompt {shlex.quote(' '.join(_prompt(config, corpus).split()))}",
-        f"slm-jax train --config {shlex.quote(str(config.folder / 'config.yaml'))}{more}",
-    )

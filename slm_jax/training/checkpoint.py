@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import optax
 from orbax.checkpoint import v1 as ocp
 
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.files import replace_text, sha256
 from slm_jax.model import Params
+from slm_jax.training.progress import format_bytes
+from slm_jax.training.run_folder import RunFolder
 from slm_jax.training.step import TrainState
 
 CHECKSUMS = "sha256.json"
@@ -269,7 +270,25 @@ def _files(folder: Path) -> Iterator[Path]:
     return (path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(CHECKSUMS))
 
 
-def checkpoint_bytes(params: Params, optimizer: optax.GradientTransformation) -> int:
-    """Return the size of one checkpoint: parameters and optimizer state (arrays or shapes)."""
-    leaves = jax.tree.leaves((params, jax.eval_shape(optimizer.init, params)))
+def checkpoint_bytes(state: TrainState) -> int:
+    """Return the bytes of one checkpoint: parameters and optimizer state (arrays or shapes)."""
+    leaves = jax.tree.leaves((state.trainable, state.opt_state))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+
+def check_disk(run: RunFolder, state: TrainState, frozen: Params, keep: int) -> None:
+    """Check that the disk has room for the checkpoints of a run and for its frozen parameters.
+
+    Raises:
+        InputError: it has not.
+    """
+    # The latest, the best and the one being written, less those that exist already.
+    missing = max(1, keep + 2 - len(saved_steps(run.checkpoints)))
+    each = checkpoint_bytes(state)
+    needed = each * missing + sum(leaf.nbytes for leaf in jax.tree.leaves(frozen))
+    free = shutil.disk_usage(run.path).free if run.writes else needed
+    if free < needed:
+        raise InputError(
+            f"{run.path}: {format_bytes(free)} free; checkpoints of {format_bytes(each)} need {format_bytes(needed)} "
+            "more: free some, lower --checkpoint.keep or use another --runs_dir"
+        )

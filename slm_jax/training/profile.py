@@ -1,4 +1,4 @@
-"""The profile of a few steps: where their time goes, on the host and on the devices."""
+"""The profile of a few steps: their time on the host and on the devices."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +11,12 @@ FOLDER = "profile"  # in the run's folder
 
 
 class StepProfile:
-    """Profiles the steps that were asked for, once.
+    """Profiles the requested steps, once; use as a context manager.
 
     Args:
-        steps: FROM:TO; None: none.
-        folder: the run's.
-        note: tells a person where the profile is.
+        steps: FROM:TO; None: no profile.
+        folder: folder of the run.
+        note: prints a line for the user.
     """
 
     def __init__(self, steps: str | None, folder: Path, note: Callable[[str], None]):
@@ -24,13 +24,19 @@ class StepProfile:
         self._folder, self._note = folder / FOLDER, note
         self._running = self._begun = False
 
+    def __enter__(self) -> "StepProfile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
     def at(self, step: int, wait: Callable[[], None]) -> None:
-        """Begin or end at this step; ``wait`` returns when the devices have done all steps up to it."""
+        """Start or stop at this step; ``wait`` returns once the devices have done all steps up to it."""
         if self._steps is None:
             return
         begin, end = self._steps
-        if begin <= step < end and not self._begun:  # a run that goes on may come in the middle
-            wait()  # so that no step before is in it
+        if begin <= step < end and not self._begun:  # a resumed run may start in the middle
+            wait()  # so that no earlier step is in the profile
             jax.profiler.start_trace(str(self._folder), create_perfetto_trace=True)
             self._running = self._begun = True
         elif step == end and self._running:
@@ -38,7 +44,7 @@ class StepProfile:
             self.end()
 
     def end(self) -> None:
-        """Write the profile, if one has begun: at its last step, or where the run ends before; say if none has."""
+        """Write the profile, at its last step or where the run ends before; note if there is none."""
         if self._running:
             self._running = False
             jax.profiler.stop_trace()
@@ -47,4 +53,4 @@ class StepProfile:
                 "folder with xprof"
             )
         elif self._steps and not self._begun:
-            self._note(f"no profile: step {self._steps[0]:,} of train.profile was not begun in this start")
+            self._note(f"no profile: this start did not reach step {self._steps[0]:,} of train.profile")

@@ -1,15 +1,14 @@
-"""The record of a run: its log, samples and picture, what a person sees of them, and other loggers."""
+"""The record of a run: its log, samples and loss curve, what the user sees of them, and other loggers."""
 
-import dataclasses
 import math
 import time
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from slm_jax.training import hardware
-from slm_jax.training.config import BaseRunConfig
 from slm_jax.training.loggers import Logger
 from slm_jax.training.plots import draw_loss
 from slm_jax.training.progress import ProgressLine
@@ -18,61 +17,111 @@ from slm_jax.training.step import StepMetrics
 from slm_jax.training.task import EvaluationSums, Task
 
 PLOT_INTERVAL = 30.0  # seconds between two drawings of loss.png
+MAX_SKIPPED = 3  # consecutive steps without finite gradients after which training stops
+
+
+class TrainingDiverged(RuntimeError):
+    """Loss or gradients were not finite for several steps in a row."""
 
 
 class RunRecord:
-    """Writes down what happens in a run.
+    """Records a run; a resumed run's log is first cut back to the step that it resumes from.
+
+    Use as a context manager, which closes the loggers.
 
     Args:
-        config: the run's.
-        task: the run's.
-        folder: the run's, whose log begins with what is in it.
-        progress: what a person sees.
-        n_devices: that share the work.
+        task: the run's task.
+        folder: the run's folder.
+        progress: what the user sees.
+        n_devices: number of devices that share the work.
+        last_kept: the last step whose log is kept; -1: none.
+        loggers: other places for the log.
 
     Attributes:
-        validation: the validation loss by step; infinite where it was not a number.
-        sampled: the steps that have a sample.
+        validation: validation loss by step; infinite where it was not a number.
+        sampled: steps that have a sample.
     """
 
-    def __init__(self, config: BaseRunConfig, task: Task, folder: RunFolder, progress: ProgressLine, n_devices: int):
+    def __init__(
+        self,
+        task: Task,
+        folder: RunFolder,
+        progress: ProgressLine,
+        n_devices: int,
+        last_kept: int = -1,
+        loggers: Sequence[Logger] = (),
+    ):
         self.folder, self.progress = folder, progress
-        self._config, self._task = config, task
-        # The formula of the FLOPs is that of a whole language model's step.
-        of_known_flops = task.unit == "token" and not task.params.frozen
-        peak = hardware.peak_flops(task.model_config.dtype) if of_known_flops else None
+        self._task, self._loggers = task, loggers
+        # The formula of the FLOPs holds for a whole language model's step.
+        whole = task.unit == "token" and not task.params.frozen
+        peak = hardware.peak_flops(task.model_config.dtype) if whole else None
         self._peak_flops = peak and peak * n_devices
         self._flops_per_token = hardware.flops_per_token(task.model_config) if peak else 0.0  # traces the model
-        self._noticed_overfitting = False
-        self._began = self._last_drawn = time.monotonic()
-
-    def begin(self, step: int, loggers: Sequence[Logger]) -> None:
-        """Drop what the folder has after a step (-1: all of it), and go on from there."""
-        self.folder.cut_back(step)
+        self._warned_of_overfitting = False
+        self._began = self._last_drawn = self._lap_began = time.monotonic()
+        self._lap_step = max(0, last_kept)
+        self._pending: tuple[int, StepMetrics] | None = None
+        self._skipped_in_a_row = 0
+        folder.cut_back(last_kept)
         # Filtered once more: on another host the file may not have been cut yet.
-        past = [row for row in self.folder.metrics() if row["step"] <= step]
-        self.sampled = {sampled for sampled in self.folder.sampled_steps() if sampled <= step}
-        self.validation = {row["step"]: _or_infinite(row["loss"]) for row in past if row["split"] == "val"}
+        past = [row for row in folder.metrics() if row["step"] <= last_kept]
         self._seconds_before = max((row.get("seconds", 0.0) for row in past), default=0.0)
-        self._loggers = loggers
+        self.validation = {row["step"]: _or_infinite(row["loss"]) for row in past if row["split"] == "val"}
+        self.sampled = {step for step, _ in folder.samples() if step <= last_kept}
+
+    def __enter__(self) -> "RunRecord":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for logger in self._loggers:
+            logger.close()
 
     def start_lap(self, step: int) -> None:
-        """Note that from here on training goes on without a pause for evaluation or saving."""
-        self._lap = Lap(step, time.monotonic())
+        """Restart the clock of the speed, after a pause for evaluation or saving."""
+        self._lap_step, self._lap_began = step, time.monotonic()
 
     def seconds(self) -> float:
         """Return how long the run has taken, earlier starts included."""
         return self._seconds_before + time.monotonic() - self._began
 
+    def step(self, step: int, metrics: StepMetrics) -> None:
+        """Take the metrics of a step just dispatched, and log those of the step before, which the device has done."""
+        self.flush()
+        self._pending = step, metrics
+
+    def flush(self) -> None:
+        """Wait for the latest step and log it, if it is due.
+
+        Raises:
+            TrainingDiverged: several steps in a row were not finite.
+        """
+        if self._pending is None:
+            return
+        step, metrics = self._pending[0], jax.device_get(self._pending[1])
+        self._pending = None
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if metrics.skipped else 0
+        if metrics.skipped or step % self._task.config.train.log_every == 0 or step == self._task.total_steps:
+            self.train(step, metrics)
+        if metrics.skipped:
+            self.progress.note(f"step {step:,}: loss {metrics.loss}, gradient norm {metrics.grad_norm}: skipped")
+        if self._skipped_in_a_row == MAX_SKIPPED:
+            raise TrainingDiverged(
+                f"loss or gradients were not finite in the {MAX_SKIPPED} steps up to {step:,}; parameters are still "
+                f"those of step {step - MAX_SKIPPED:,}: lower --optimizer.learning_rate, lengthen "
+                "--optimizer.warmup_steps or lower --optimizer.clip_norm, and start again with --run NAME"
+            )
+
     def train(self, step: int, metrics: StepMetrics) -> None:
         """Log and show the numbers of a step."""
-        elapsed = time.monotonic() - self._lap.began
-        steps = max(1, step - self._lap.step)
+        elapsed = time.monotonic() - self._lap_began
+        steps = max(1, step - self._lap_step)
         rate = steps * self._task.tokens_per_step / max(elapsed, 1e-9)
         row = {
             "step": step,
             "split": "train",
             **self._loss(float(metrics.loss)),
+            **{name: float(value) for name, value in metrics.metrics.items()},
             "learning_rate": float(metrics.learning_rate),
             "grad_norm": float(metrics.grad_norm),
             "tokens": step * self._task.tokens_per_step,
@@ -86,23 +135,17 @@ class RunRecord:
         self.start_lap(step)
 
     def evaluation(self, step: int, sums: EvaluationSums) -> bool:
-        """Log and show an evaluation of the whole validation split; return whether its loss is the lowest so far."""
-        loss = sums.loss
-        row = {
-            "step": step,
-            "split": "val",
-            **self._loss(loss),
-            **(self._task.figures(sums) if self._task.figures else {}),
-            f"{self._task.unit}s": int(sums.weight_sum),
-            "seconds": round(self.seconds(), 3),
-        }
-        if self._task.bytes_per_token:  # comparable between tokenizers, which the loss a token is not
+        """Log and show an evaluation of the validation split; return whether its loss is the lowest so far."""
+        loss, unit = sums.loss, self._task.unit
+        row = {"step": step, "split": "val", **self._loss(loss), **self._task.figures(sums)}
+        row |= {f"{unit}s": int(sums.weight_sum), "seconds": round(self.seconds(), 3)}
+        if self._task.bytes_per_token:  # comparable between tokenizers, unlike the loss per token
             row["bits_per_byte"] = loss / math.log(2) / self._task.bytes_per_token
         self._add(row)
         self.progress.validation(row)
         best = loss < min(self.validation.values(), default=math.inf)
         self.validation[step] = _or_infinite(loss)
-        self._notice_overfitting()
+        self._warn_of_overfitting()
         return best
 
     def test(self, step: int, figures: dict[str, Any]) -> None:
@@ -112,7 +155,7 @@ class RunRecord:
             self._add(row)
 
     def sample(self, step: int, text: str) -> None:
-        """Keep a sample."""
+        """Save a sample."""
         self.sampled.add(step)
         self.folder.add_sample(step, text)
         for logger in self._loggers:
@@ -124,7 +167,7 @@ class RunRecord:
             return
         self._last_drawn = time.monotonic()
         if self.folder.writes:
-            title, unit = f"{self._config.name}: loss by step", f"nats a {self._task.unit}"
+            title, unit = f"{self._task.config.name}: loss by step", f"nats a {self._task.unit}"
             draw_loss(self.folder.metrics(), self.folder.path / "loss.png", title, unit)
 
     def _add(self, row: dict[str, Any]) -> None:
@@ -133,38 +176,26 @@ class RunRecord:
             logger.metrics(row)
 
     def _loss(self, loss: float) -> dict[str, float]:
-        return {"loss": loss, **({"perplexity": _perplexity(loss)} if self._task.unit == "token" else {})}
+        perplexity = math.exp(min(loss, 700.0)) if math.isfinite(loss) else loss
+        return {"loss": loss, "perplexity": perplexity} if self._task.unit == "token" else {"loss": loss}
 
-    def _notice_overfitting(self) -> None:
-        """Say once when three evaluations in a row are clearly above the lowest while the training loss falls."""
+    def _warn_of_overfitting(self) -> None:
+        """Warn once when three evaluations are clearly above the lowest while the training loss falls."""
         lowest = min(self.validation.values())
         recent = [self.validation[step] for step in sorted(self.validation)[-3:]]
-        if self._noticed_overfitting or len(self.validation) < 4 or min(recent) < 1.01 * lowest:
+        if self._warned_of_overfitting or len(self.validation) < 4 or min(recent) < 1.01 * lowest:
             return
         best = min(self.validation, key=lambda step: self.validation[step])
         train = [row for row in self.folder.metrics("train") if row["loss"] is not None]
         before = [row["loss"] for row in train if row["step"] <= best][-10:]
-        if not before or np.mean([row["loss"] for row in train[-10:]]) >= np.mean(before):
-            return
-        self._noticed_overfitting = True
-        self.progress.note(
-            f"overfitting: the validation loss was lowest at step {best:,} ({self.validation[best]:.4f}) while the "
-            "training loss still falls; the checkpoint of the lowest is kept. More text, dropout or fewer steps help"
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class Lap:
-    """Since when, in steps and seconds, training has gone on without a pause for evaluation or saving."""
-
-    step: int
-    began: float
-
-
-def _perplexity(loss: float) -> float:
-    return math.exp(min(loss, 700.0)) if math.isfinite(loss) else loss
+        if before and np.mean([row["loss"] for row in train[-10:]]) < np.mean(before):
+            self._warned_of_overfitting = True
+            self.progress.note(
+                f"overfitting: the validation loss was lowest at step {best:,} ({self.validation[best]:.4f}) while "
+                "the training loss still falls; that checkpoint is kept. More text, dropout or fewer steps help"
+            )
 
 
 def _or_infinite(loss: float | None) -> float:
-    """Return a loss that compares: one that was not a number, null in the log, is worse than any other."""
+    """Return a loss that compares: one that was not a number (null in the log) is worse than any other."""
     return loss if loss is not None and math.isfinite(loss) else math.inf

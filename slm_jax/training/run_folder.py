@@ -1,4 +1,4 @@
-"""A run's folder: its metrics, samples and summary, cut back to a checkpoint's step when the run goes on."""
+"""A run's folder: its layout and its lock, and the log, which is cut back to a checkpoint's step on a resume."""
 
 import contextlib
 import json
@@ -11,8 +11,8 @@ from typing import IO, Any
 
 import jax
 
-from slm_jax.errors import InputError, MissingInputError
-from slm_jax.files import replace_text, user_path
+from slm_jax.errors import InputError
+from slm_jax.files import replace_text
 
 try:
     import fcntl
@@ -25,7 +25,7 @@ FROZEN = "frozen.safetensors"  # the parameters that a run does not train
 
 
 class RunFolder:
-    """Writes what a run leaves behind; on hosts other than the first it writes nothing.
+    """The folder of a run; hosts other than the first write nothing.
 
     ``metrics.jsonl``: one JSON object a line (step, split, loss, perplexity, …). ``samples.md``: sampled text by step.
     """
@@ -38,14 +38,18 @@ class RunFolder:
 
     @property
     def writes(self) -> bool:
-        """Whether this host does; asks JAX for its devices."""
+        """Whether this host writes; asks JAX for its devices."""
         return jax.process_index() == 0
 
+    def step_path(self, step: int) -> Path:
+        """Return the folder of a checkpoint."""
+        return self.checkpoints / str(step)
+
     def create(self) -> None:
-        """Make the folder and see that it can be written to.
+        """Create the folder.
 
         Raises:
-            InputError: it cannot.
+            InputError: it cannot be written to.
         """
         if not self.writes:
             return
@@ -55,16 +59,14 @@ class RunFolder:
             probe.write_text("x")
             probe.unlink()
         except OSError as error:
-            raise InputError(
-                f"{self.path}: cannot write there ({error.strerror}); choose another place with --runs_dir"
-            ) from None
+            raise InputError(f"{self.path}: cannot write there ({error.strerror}); use another --runs_dir") from None
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep a second process from training in the same folder at the same time.
+        """Keep other processes from training in the same folder.
 
         Raises:
-            InputError: one does already.
+            InputError: another process does.
         """
         if not self.writes:
             yield
@@ -73,10 +75,7 @@ class RunFolder:
             if not _try_lock(file):
                 time.sleep(0.2)  # longer than is_locked of another process holds it
                 if not _try_lock(file):
-                    raise InputError(
-                        f"{self.path} is being trained by another process; wait for it, or choose another name with "
-                        "--run"
-                    )
+                    raise InputError(f"{self.path} is being trained by another process; use another --run NAME")
             yield
 
     def is_locked(self) -> bool:
@@ -96,15 +95,15 @@ class RunFolder:
                 path.replace(path.with_name(f"{path.name}.damaged-{time.time_ns()}"))
 
     def write_text(self, name: str, text: str) -> None:
-        """Replace the file ``name`` of the folder in one step."""
+        """Replace a file of the folder in one step."""
         if self.writes:
             replace_text(self.path / name, text)
 
     def read_json(self, name: str) -> Any:
-        """Return what a JSON file of the folder holds; None where there is none that can be read."""
+        """Return the content of a JSON file of the folder; None if it cannot be read."""
         try:
             return json.loads((self.path / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):  # lists in lists in lists
+        except (OSError, ValueError, RecursionError):  # deeply nested lists
             return None
 
     def add_metrics(self, row: dict[str, Any]) -> None:
@@ -122,11 +121,9 @@ class RunFolder:
                 file.write(f"## Step {step}\n\n{body}\n\n")
 
     def metrics(self, split: str | None = None) -> list[dict[str, Any]]:
-        """Return the lines of one split, or all, up to the first that is damaged or was cut off."""
-        if not self.metrics_file.is_file():
-            return []
+        """Return the lines of one split, or of all, up to the first damaged one."""
         rows = []
-        for line in self.metrics_file.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in _read(self.metrics_file).splitlines():
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError):
@@ -138,19 +135,10 @@ class RunFolder:
 
     def samples(self) -> list[tuple[int, str]]:
         """Return the samples, each with its step."""
-        if not self.samples_file.is_file():
-            return []
-        # A heading is at the start of a line: a sample's own text, which may say the same, is indented.
-        parts = re.split(r"^## Step (\d{1,15})$", self._samples(), flags=re.MULTILINE)[1:]
+        # A heading is at the start of a line; a sample's own lines are indented.
+        parts = re.split(r"^## Step (\d{1,15})$", _read(self.samples_file), flags=re.MULTILINE)[1:]
         texts = ("\n".join(line.removeprefix("    ") for line in part.strip("\n").split("\n")) for part in parts[1::2])
         return [(int(step), text) for step, text in zip(parts[::2], texts, strict=True)]
-
-    def sampled_steps(self) -> set[int]:
-        """Return the steps that have a sample."""
-        return {step for step, _ in self.samples()}
-
-    def _samples(self) -> str:
-        return self.samples_file.read_text(encoding="utf-8", errors="replace")
 
     def cut_back(self, step: int) -> None:
         """Drop what was logged after a step, so that a resumed run's log reads as one unbroken run."""
@@ -159,43 +147,17 @@ class RunFolder:
         kept = [row for row in self.metrics() if row["step"] <= step]
         self.write_text("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
         if self.samples_file.is_file():
-            sections = re.split(r"^(?=## Step \d+$)", self._samples(), flags=re.M)
+            sections = re.split(r"^(?=## Step \d+$)", _read(self.samples_file), flags=re.M)
             texts = [s for s in sections if (m := re.match(r"## Step (\d+)\n", s)) and int(m[1]) <= step]
             self.write_text("samples.md", "".join(texts))
 
 
-def find_run(name: str | Path) -> RunFolder:
-    """Return the run's folder; a name alone is looked for in ``runs``, too.
-
-    Raises:
-        MissingInputError: no run there.
-        InputError: what can be no path.
-    """
-    path = user_path(name)
-    for folder in (path, Path("runs") / path):
-        if (folder / "config.yaml").is_file() or (folder / "checkpoints").is_dir():
-            return RunFolder(folder)
-    near = path.parent if path.parent.is_dir() else Path("runs")
-    runs = sorted(str(file.parent) for file in near.glob("*/config.yaml"))
-    there = f"; there are {', '.join(runs[:8])}" if runs else ""
-    raise MissingInputError(f"{path}: no run there; expected a run's folder, such as runs/tiny{there}")
-
-
-def split_step(source: str | Path) -> tuple[Path, str | None]:
-    """Take ``runs/tiny@800`` apart: folder and step; no step where the whole is there, or has no ``@``.
-
-    Raises:
-        InputError: what can be no path.
-    """
-    path = user_path(source)
-    name, at, step = path.name.rpartition("@")
-    if path.exists() or not at:
-        return path, None
-    return path.parent / name if name else path, step
+def _read(file: Path) -> str:
+    return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
 
 
 def _try_lock(file: IO[str], shared: bool = False) -> bool:
-    """Lock a file until it is closed; return False if another process has."""
+    """Lock a file until it is closed; return False if another process has locked it."""
     if fcntl is None:
         return True
     try:

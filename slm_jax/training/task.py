@@ -1,28 +1,35 @@
-"""What a stage of training gives to the loop."""
+"""What a task of training gives to the loop: batches, parameters, loss, and what is measured and reported."""
 
+import abc
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
-import grain
 import jax
 import numpy as np
 
 from slm_jax.model import GPTConfig, Params
 from slm_jax.tokenizer import Tokenizer
+from slm_jax.training.config import BaseRunConfig
 from slm_jax.training.step import Batch, LossFn
 
+if TYPE_CHECKING:  # Grain takes a second to import
+    import grain
+
+    from slm_jax.training.resume import Start
+
 Moment = Literal["before", "after"]
+REFERENCES = "references"
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationSums:
-    """What an evaluation step gives, summed over batches.
+    """Result of an evaluation, summed over batches.
 
     Attributes:
-        loss_sum: nats, weighted.
-        weight_sum: the weights.
+        loss_sum: weighted loss in nats.
+        weight_sum: sum of the weights.
         metrics: the task's own sums.
     """
 
@@ -41,74 +48,169 @@ Evaluate = Callable[[Iterable[Batch]], EvaluationSums]
 
 @dataclasses.dataclass(frozen=True)
 class Parameters:
-    """What is trained and what is not.
+    """The parameters of a run.
 
     Attributes:
-        trainable: the parameters to train, where they do not come from a key: arrays, or shapes in a run that goes on.
-        frozen: the parameters that are not trained.
-        init: from a key, a new model's parameters to train; None: ``trainable`` are there already.
-        opt_state: the optimizer's state for ``trainable`` to begin with, as arrays on the host; None: a new one.
+        trainable: parameters to train, unless ``init`` makes them: arrays, or shapes when a run resumes.
+        frozen: parameters of the same model that are not trained.
+        init: makes the parameters of a new model from a key; None: ``trainable`` has them.
+        opt_state: first optimizer state for ``trainable``, as arrays on the host; None: a new one.
+        references: further models by name, such as the policy that preference tuning starts from; never trained.
     """
 
     trainable: Params
     frozen: Params
     init: Callable[[jax.Array], Params] | None = None
     opt_state: Any = None
+    references: Mapping[str, Params] = dataclasses.field(default_factory=dict)
+
+    @property
+    def passed(self) -> Params:
+        """What the loss receives as ``frozen``: the frozen tree, with reference models under ``references``."""
+        return {**self.frozen, REFERENCES: dict(self.references)} if self.references else self.frozen
 
 
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """A stage of training: batches, parameters, loss, and what is measured and kept.
+class ModelShapes(NamedTuple):
+    """What ``slm-jax plan`` needs of a task's model before there is data.
 
     Attributes:
-        model_config: the model's configuration.
-        params: the model's parameters.
-        loss_fn: see :mod:`slm_jax.training.step`; a key of None means no dropout.
-        train_batches: element ``i`` is the global batch of step ``i``.
-        validation_batches: the whole validation split once, in global batches.
-        longest: the width of the widest batch of all splits; None: all are as wide as the first.
-        total_steps: steps of the whole run.
-        tokens_per_step: tokens of a training batch, on average.
-        tokenizer: the model's, to travel with the run.
-        files: more small text files for the run's folder, by name.
-        metadata: what else travels with each checkpoint, JSON-able.
-        fingerprint: of the data; a run goes on only with the same.
-        bytes_per_token: UTF-8 bytes that a validation token stands for, where that is known.
-        unit: what the loss is a mean over: tokens or texts.
-        figures: from an evaluation's sums, what is logged beside the loss.
-        sample: from all parameters and a key, a text; None: no samples.
-        samples_with_evaluation: whether a sample is made at each evaluation, and not at ``sample.every``.
-        measure: measures the model before the first step and, at its best, after the last: from all parameters, a
-            function that evaluates batches, the moment, and the run's folder (None on hosts that do not write), figures
-            by split for ``summary.json``, those of ``test`` among them; None: nothing.
-        report: from what was measured before (None: unknown) and after, lines for a person.
-        notes: what a person should know of the data, a line each.
-        next_commands: what to try when the run is done.
+        params: the params tree, as shapes.
+        seq: tokens of a row.
+        n_outputs: columns of the logits.
+        notes: assumptions, a line each.
     """
 
+    params: Params
+    seq: int
+    n_outputs: int
+    notes: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task(abc.ABC):
+    """One kind of training, with its data and model loaded; a subclass is registered in :mod:`slm_jax.tasks`.
+
+    Attributes:
+        unit: what the loss is a mean over: tokens or texts.
+        unused_keys: prefixes of configuration keys that this task does not read, other tasks' sections apart.
+        samples_at_evaluation: whether samples are written at each evaluation and not at ``sample.every``.
+        measures: whether :meth:`measure` measures anything.
+        config: configuration of the run.
+        model_config: configuration of the model.
+        params: parameters of the model.
+        tokenizer: tokenizer of the model; saved with the run.
+        train_batches: element ``i`` is the global batch of step ``i`` (see :meth:`make_batch`).
+        total_steps: number of steps of the whole run.
+        tokens_per_step: average number of tokens in a training batch.
+        fingerprint: SHA-256 of the data; a run resumes only with the same data.
+        longest: width of the widest batch of all splits; None: all batches are as wide as the first.
+        metadata: further JSON data saved with each checkpoint.
+        files: further text files of the run's folder, by name.
+        bytes_per_token: UTF-8 bytes per validation token, if known.
+        notes: notes about the data for the user, a line each.
+    """
+
+    unit: ClassVar[Literal["token", "text"]] = "token"
+    unused_keys: ClassVar[tuple[str, ...]] = ()
+    samples_at_evaluation: ClassVar[bool] = False
+    measures: ClassVar[bool] = False
+
+    config: BaseRunConfig
     model_config: GPTConfig
     params: Parameters
-    loss_fn: LossFn
-    train_batches: grain.MapDataset
-    validation_batches: Callable[[], Iterable[Batch]]
+    tokenizer: Tokenizer
+    train_batches: "grain.MapDataset"
     total_steps: int
     tokens_per_step: int
-    tokenizer: Tokenizer
     fingerprint: str
-    files: Mapping[str, str] = dataclasses.field(default_factory=dict)
     longest: int | None = None
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    files: Mapping[str, str] = dataclasses.field(default_factory=dict)
     bytes_per_token: float | None = None
-    unit: Literal["token", "text"] = "token"
-    figures: Callable[[EvaluationSums], dict[str, float]] | None = None
-    sample: Callable[[Params, jax.Array], str] | None = None
-    samples_with_evaluation: bool = False
-    measure: Callable[[Params, Evaluate, Moment, Path | None], dict[str, Any]] | None = None
-    report: Callable[[dict[str, Any] | None, dict[str, Any]], list[str]] | None = None
     notes: tuple[str, ...] = ()
-    next_commands: tuple[str, ...] = ()
+
+    @classmethod
+    @abc.abstractmethod
+    def build(cls, config: Any, start: "Start", stop: Callable[[], None] = lambda: None) -> "Task":
+        """Load data, tokenizer and model.
+
+        Args:
+            config: configuration of the run.
+            start: where the run starts.
+            stop: called between the phases; may raise to stop early.
+
+        Raises:
+            InputError: data, tokenizer, base and model that cannot be used together.
+        """
+
+    @classmethod
+    @abc.abstractmethod
+    def shapes(cls, config: Any, cfg: GPTConfig) -> ModelShapes:
+        """Return the shapes of the model that this task trains; reads no data."""
+
+    @classmethod
+    def check_data(cls, config: Any) -> None:
+        """Find mistakes in the data before a base is trained for it.
+
+        Raises:
+            InputError: data that cannot be used.
+        """
+        return
+
+    @property
+    @abc.abstractmethod
+    def loss_fn(self) -> LossFn:
+        """The loss, see :mod:`slm_jax.training.step`; a key of None means no dropout."""
+
+    @abc.abstractmethod
+    def validation_batches(self) -> Iterable[Batch]:
+        """Return the whole validation split once, in global batches."""
+
+    def make_batch(self, drawn: Batch, params: Params) -> Batch:
+        """Return the batch to train on, from an element of ``train_batches`` and the current parameters.
+
+        Most tasks train on what was drawn; one that learns from its own samples generates them here.
+        """
+        return drawn
+
+    def batch_shapes(self, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Return the shapes of the widest batch of so many rows, which the step is compiled for."""
+        return {
+            name: jax.ShapeDtypeStruct((rows, *(self.longest or width for width in value.shape[1:])), value.dtype)
+            for name, value in self.train_batches[0].items()
+        }
+
+    def figures(self, sums: EvaluationSums) -> dict[str, float]:
+        """Return what is logged beside the loss of an evaluation."""
+        return {k: float(v) / sums.weight_sum for k, v in sums.metrics.items() if np.ndim(v) == 0}
+
+    def sample(self, params: Params, key: jax.Array) -> str | None:
+        """Return a text sampled while training; None: this run makes no samples."""
+        return None
+
+    def measure(self, params: Params, evaluate: Evaluate, moment: Moment, folder: Path | None) -> dict[str, Any]:
+        """Measure the model before the first step, and the best checkpoint after the last.
+
+        Args:
+            params: all parameters of the model.
+            evaluate: evaluates batches.
+            moment: before or after training.
+            folder: the run's folder, for further files; None on hosts that do not write.
+
+        Returns:
+            Figures by split for ``summary.json``, those of ``test`` among them.
+        """
+        raise NotImplementedError
+
+    def report(self, before: dict[str, Any] | None, after: dict[str, Any]) -> list[str]:
+        """Return lines for the user about what was measured before (None: unknown) and after training."""
+        return []
+
+    def next_commands(self) -> tuple[str, ...]:
+        """Return commands to try when the run is done."""
+        return ()
 
 
-def purpose_key(seed: int, purpose: str) -> jax.Array:
-    """Return the key of one purpose: params, dropout or sampling (data order has its own generator)."""
+def purpose_key(seed: int, purpose: Literal["params", "dropout", "sampling"]) -> jax.Array:
+    """Return the key of one purpose (the order of the data has its own generator)."""
     return jax.random.fold_in(jax.random.key(seed), ("params", "dropout", "sampling").index(purpose))

@@ -6,7 +6,6 @@ are not here are replaced by others: what matters are the shapes.
 
 import dataclasses
 import functools
-import importlib
 import json
 import re
 from typing import NamedTuple
@@ -27,9 +26,10 @@ from slm_jax.nn.blocks import unstack_blocks
 from slm_jax.nn.target import compiling_for
 from slm_jax.runs import Run, save_run
 from slm_jax.tasks import classification, pretraining
+from slm_jax.tasks.config import get_task
 from slm_jax.tokenizer import BPETokenizer, get_tokenizer
 from slm_jax.training.hardware import best_dtype
-from slm_jax.training.start import find_start
+from slm_jax.training.resume import find_start
 from slm_jax.training.step import make_eval_step
 
 TARGETS = {"tpu": ("tpu", None), "t4": ("cuda", 7.5), "h100": ("cuda", 9.0)}
@@ -72,7 +72,7 @@ def built(request, bases, tmp_path_factory):
         data = dataclasses.replace(config.data, source=source, test_source=None)
         config = dataclasses.replace(config, data=data)
     config = dataclasses.replace(config, base=config.base and bases[config.base])
-    return config, importlib.import_module(f"slm_jax.tasks.{config.task}").build(config, find_start(config))
+    return config, get_task(config.task).build(config, find_start(config))
 
 
 def rows_of(task, folder):

@@ -23,7 +23,7 @@ from slm_jax.tasks.config import RunConfig
 from slm_jax.tokenizer import CharTokenizer
 from slm_jax.training.checkpoint import saved_steps
 from slm_jax.training.config import ModelConfig, OptimizerConfig, SampleConfig, TrainConfig
-from slm_jax.training.start import find_start
+from slm_jax.training.resume import find_start
 from slm_jax.training.step import make_eval_step
 from slm_jax.training.trainable import from_leaf_table, leaf_table, whole_params
 from slm_jax.weights.writer import save_gpt2
@@ -68,7 +68,7 @@ def find(config):
 
 
 def build(config):
-    return pretraining.build(config, find_start(config))
+    return pretraining.Pretraining.build(config, find_start(config))
 
 
 def same_bits(a, b):

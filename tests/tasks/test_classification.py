@@ -11,10 +11,10 @@ import pytest
 from slm_jax.data.config import ClassificationConfig, DataConfig, TokenizerConfig
 from slm_jax.errors import InputError
 from slm_jax.model import GPTClassifier, GPTConfig
-from slm_jax.tasks.classification import build, make_loss_fn
+from slm_jax.tasks.classification import Classification, make_loss_fn
 from slm_jax.tasks.config import RunConfig
 from slm_jax.training.config import ModelConfig, OptimizerConfig, TrainConfig
-from slm_jax.training.start import find_start
+from slm_jax.training.resume import find_start
 from slm_jax.training.step import TrainState, accumulated_gradients, make_eval_step, make_train_step
 from slm_jax.training.task import EvaluationSums
 
@@ -102,9 +102,9 @@ def gradients(accumulate):
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(params):
     batch = make_batch()
-    whole_grads, whole_loss, whole_weight = gradients(1)(params, batch)
+    whole_grads, (whole_loss, whole_weight, _) = gradients(1)(params, batch)
     for accumulate in (2, 4, 8):
-        grads, loss, weight = gradients(accumulate)(params, batch)
+        grads, (loss, weight, _) = gradients(accumulate)(params, batch)
         assert float(weight) == pytest.approx(float(whole_weight), rel=1e-6)
         assert float(loss) == pytest.approx(float(whole_loss), rel=1e-6)
         assert distance(grads, whole_grads) <= 1e-6 * norm(whole_grads)
@@ -144,7 +144,7 @@ def config(folder, rows, section=None):
 
 
 def make(config):
-    return build(config, find_start(config))
+    return Classification.build(config, find_start(config))
 
 
 def rows(n_a=20, n_b=10):
@@ -190,7 +190,7 @@ def test_accuracy_is_read_off_the_sums_of_all_batches(tmp_path):
 def test_texts_longer_than_may_be_are_cut_off_and_counted(tmp_path, pad_to):
     task = make(config(tmp_path, rows(), {"max_length": 8, "pad_to": pad_to}))
     assert task.longest == task.metadata["max_length"] == 8
-    assert any("texts cut off after 8 tokens" in note for note in task.notes)
+    assert any("texts truncated to 8 tokens" in note for note in task.notes)
     for batch in (task.train_batches[0], *task.validation_batches()):
         assert batch["inputs"].shape[1] == 8
         assert batch["lengths"].max() <= 8
@@ -198,7 +198,7 @@ def test_texts_longer_than_may_be_are_cut_off_and_counted(tmp_path, pad_to):
 
 def test_nothing_is_cut_off_where_all_fit(tmp_path):
     task = make(config(tmp_path, [row for row in rows() if len(row[0]) <= 8]))
-    assert not any("cut off" in note for note in task.notes)
+    assert not any("truncated" in note for note in task.notes)
 
 
 def test_more_than_the_context_cannot_be_asked_for(tmp_path):

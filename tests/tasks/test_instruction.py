@@ -16,11 +16,11 @@ from slm_jax.errors import InputError
 from slm_jax.generation.conversation import answer
 from slm_jax.model import GPTConfig, GPTModel, init_params
 from slm_jax.tasks.config import RunConfig
-from slm_jax.tasks.instruction import build
+from slm_jax.tasks.instruction import Instruction
 from slm_jax.tasks.pretraining import make_loss_fn
 from slm_jax.tokenizer import CharTokenizer
 from slm_jax.training.config import ModelConfig, OptimizerConfig, SampleConfig, TrainConfig
-from slm_jax.training.start import find_start
+from slm_jax.training.resume import find_start
 from slm_jax.training.step import TrainState, accumulated_gradients, make_eval_step, make_train_step
 
 TOKENIZER = CharTokenizer("abcdefghij QA:\n0123456789")
@@ -111,8 +111,8 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(params, packed):
         )(params, batch)
         for n in ((1, 4) if packed else (1, 2, 4, 8))
     }  # fmt: skip
-    whole_grads, whole_loss, whole_weight = grads_of.pop(1)
-    for grads, loss, weight in grads_of.values():
+    whole_grads, (whole_loss, whole_weight, _) = grads_of.pop(1)
+    for grads, (loss, weight, _) in grads_of.values():
         assert float(weight) == float(whole_weight)
         assert float(loss) == pytest.approx(float(whole_loss), rel=1e-6)
         assert distance(grads, whole_grads) <= 1e-6 * norm(whole_grads)
@@ -164,7 +164,7 @@ def entries(n=20):
 
 
 def make(config):
-    return build(config, find_start(config))
+    return Instruction.build(config, find_start(config))
 
 
 def learned(batch):

@@ -19,7 +19,7 @@ from slm_jax.tasks import pretraining
 from slm_jax.tasks.config import RunConfig
 from slm_jax.tokenizer import CharTokenizer
 from slm_jax.training.config import ModelConfig, SampleConfig, TrainConfig
-from slm_jax.training.start import find_start
+from slm_jax.training.resume import find_start
 
 CHARS = CharTokenizer().build_vocab("abcdefghijklmnopqrstuvwxyz")
 CONTEXT = 16
@@ -46,7 +46,7 @@ def build(folder, source, *, validation_source=None, batch_size=4, epochs=None, 
         train=TrainConfig(steps=1000, epochs=epochs, batch_size=batch_size, eval_batch_size=3),
         sample=SampleConfig(every=0),
     )
-    return pretraining.build(config, find_start(config))
+    return pretraining.Pretraining.build(config, find_start(config))
 
 
 @pytest.mark.parametrize("head", ["tied", "untied", "with an adapter"])

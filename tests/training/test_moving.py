@@ -140,8 +140,8 @@ def test_the_data_stand_where_those_of_an_unbroken_run_do(moved):
 def test_each_machine_says_where_it_goes_on_and_that_it_is_another(moved):
     _, (first, second), (said_second, said_third) = moved
     assert f"step {first} was copied from" in said_second
-    assert "(devices 1; here devices 8): the run goes on, but not bit for bit" in said_second
-    assert f"going on from step {second}" in said_third
-    assert "(devices 8; here devices 1): the run goes on, but not bit for bit" in said_third
+    assert "(devices 1; here devices 8): the run resumes, but not bit for bit" in said_second
+    assert f"resuming from step {second}" in said_third
+    assert "(devices 8; here devices 1): the run resumes, but not bit for bit" in said_third
     for said in (said_second, said_third):
         assert said.count("warning") == 1

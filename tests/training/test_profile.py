@@ -58,7 +58,7 @@ def test_that_there_is_none_is_said(traced, tmp_path):
     follow(profile, range(9), traced)
     profile.end()
     assert traced == []
-    assert notes == ["no profile: step 20 of train.profile was not begun in this start"]
+    assert notes == ["no profile: this start did not reach step 20 of train.profile"]
     StepProfile(None, tmp_path, notes.append).end()
     assert len(notes) == 1
 

@@ -1,5 +1,6 @@
 """What must hold of a run's record: what is logged of a step and an evaluation, and what a person is told."""
 
+import dataclasses
 import io
 import math
 
@@ -12,9 +13,10 @@ from slm_jax.model import GPTConfig
 from slm_jax.tasks.config import RunConfig
 from slm_jax.tokenizer import CharTokenizer
 from slm_jax.training import hardware, record
+from slm_jax.training.config import TrainConfig
 from slm_jax.training.loggers import TensorBoardLogger
 from slm_jax.training.progress import ProgressLine
-from slm_jax.training.record import RunRecord
+from slm_jax.training.record import RunRecord, TrainingDiverged
 from slm_jax.training.run_folder import RunFolder
 from slm_jax.training.step import StepMetrics
 from slm_jax.training.task import EvaluationSums, Parameters, Task
@@ -43,25 +45,39 @@ def clock(monkeypatch):
     return now
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Toy(Task):
+    """A task without data."""
+
+    build = shapes = validation_batches = loss_fn = None
+
+
+class ToyOfTexts(Toy):
+    unit = "text"
+
+    def figures(self, sums):
+        return {"accuracy": 0.25}
+
+
 @pytest.fixture
 def make(tmp_path, clock, monkeypatch):
     monkeypatch.setattr(hardware, "peak_flops", lambda dtype: 1e6)
 
-    def make(**task):
+    def make(last_kept=-1, loggers=(), cls=Toy, **fields):
         output = io.StringIO()
         progress = ProgressLine(Console(file=output, width=200), 100)
-        fields = {
-            "model_config": CFG,
-            "params": Parameters({}, {}),
-            "loss_fn": lambda *_: None,
-            "train_batches": grain.MapDataset.range(1),
-            "validation_batches": lambda: [],
-            "total_steps": 100,
-            "tokens_per_step": 64,
-            "tokenizer": CharTokenizer("ab"),
-            "fingerprint": "",
-        }
-        run = RunRecord(RunConfig(), Task(**{**fields, **task}), RunFolder(tmp_path), progress, n_devices=2)
+        task = cls(
+            config=RunConfig(train=TrainConfig(log_every=1)),
+            model_config=CFG,
+            params=Parameters({}, {}),
+            train_batches=grain.MapDataset.range(1),
+            total_steps=100,
+            tokens_per_step=64,
+            tokenizer=CharTokenizer("ab"),
+            fingerprint="",
+            **fields,
+        )
+        run = RunRecord(task, RunFolder(tmp_path), progress, 2, last_kept, loggers)
         run.output = output
         return run
 
@@ -69,7 +85,7 @@ def make(tmp_path, clock, monkeypatch):
 
 
 def step_metrics(loss, skipped=False):
-    return StepMetrics(*map(jnp.float32, (loss, 64.0, 0.5, 1e-3)), jnp.array(skipped))
+    return StepMetrics(*map(jnp.float32, (loss, 64.0, 0.5, 1e-3)), jnp.array(skipped), {"margin": jnp.float32(0.25)})
 
 
 def sums(loss, n=10):
@@ -77,15 +93,22 @@ def sums(loss, n=10):
 
 
 def test_a_step_is_logged_with_its_speed(make, clock):
-    run, logger = make(), Kept()
-    run.begin(-1, [logger])
+    logger = Kept()
+    run = make(loggers=[logger])
     run.start_lap(10)
     clock[0] += 4.0
     run.train(12, step_metrics(2.0))
     (row,) = run.folder.metrics("train")
     assert row == logger.rows[0] | {"mfu": pytest.approx(logger.rows[0]["mfu"])}
     assert row == {
-        **{"step": 12, "split": "train", "loss": 2.0, "perplexity": pytest.approx(math.e**2), "grad_norm": 0.5},
+        **{
+            "step": 12,
+            "split": "train",
+            "loss": 2.0,
+            "perplexity": pytest.approx(math.e**2),
+            "grad_norm": 0.5,
+            "margin": 0.25,
+        },
         **{"learning_rate": pytest.approx(1e-3), "tokens": 12 * 64, "tokens_per_second": 32.0, "seconds": 4.0},
         "mfu": pytest.approx(32.0 * hardware.flops_per_token(CFG) / 2e6),  # of both devices
     }
@@ -93,18 +116,25 @@ def test_a_step_is_logged_with_its_speed(make, clock):
 
 def test_a_lap_begins_after_each_logged_step(make, clock):
     run = make()
-    run.begin(-1, [])
-    run.start_lap(0)
     for step, seconds in ((1, 1.0), (2, 2.0)):
         clock[0] += seconds
         run.train(step, step_metrics(1.0))
     assert [row["tokens_per_second"] for row in run.folder.metrics("train")] == [64.0, 32.0]
 
 
+def test_a_step_is_logged_when_the_next_one_is_under_way_and_three_bad_ones_stop_training(make):
+    run = make()
+    run.step(1, step_metrics(1.0))
+    assert run.folder.metrics("train") == []
+    for step in (2, 3, 4):
+        run.step(step, step_metrics(math.nan, skipped=True))
+    assert [row["step"] for row in run.folder.metrics("train")] == [1, 2, 3]
+    with pytest.raises(TrainingDiverged, match="parameters are still those of step 1"):
+        run.flush()
+
+
 def test_a_skipped_step_says_so_and_has_no_loss(make, clock):
     run = make()
-    run.begin(-1, [])
-    run.start_lap(0)
     clock[0] += 1.0
     run.train(1, step_metrics(math.nan, skipped=True))
     (row,) = run.folder.metrics("train")
@@ -114,7 +144,6 @@ def test_a_skipped_step_says_so_and_has_no_loss(make, clock):
 
 def test_an_evaluation_is_the_best_only_when_its_loss_is_the_lowest(make):
     run = make(bytes_per_token=2.0)
-    run.begin(-1, [])
     assert [run.evaluation(step, sums(loss)) for step, loss in enumerate((3.0, math.nan, 2.0, 2.0))] == [
         *(True, False, True, False)
     ]
@@ -125,8 +154,7 @@ def test_an_evaluation_is_the_best_only_when_its_loss_is_the_lowest(make):
 
 
 def test_what_is_a_loss_a_text_has_no_perplexity(make):
-    run = make(unit="text", figures=lambda sums: {"accuracy": 0.25})
-    run.begin(-1, [])
+    run = make(cls=ToyOfTexts)
     run.evaluation(0, sums(1.0))
     (row,) = run.folder.metrics("val")
     assert "perplexity" not in row
@@ -135,15 +163,12 @@ def test_what_is_a_loss_a_text_has_no_perplexity(make):
 
 def test_a_run_goes_on_with_its_own_past(make, clock):
     run = make()
-    run.begin(-1, [])
-    run.start_lap(0)
     for step in (1, 2, 3):
         clock[0] += 10.0
         run.train(step, step_metrics(1.0))
         run.evaluation(step, sums(4.0 - step))
         run.sample(step, "text")
-    again = make()
-    again.begin(2, [])
+    again = make(last_kept=2)
     assert again.validation == {1: 3.0, 2: 2.0}
     assert again.sampled == {1, 2}
     clock[0] += 5.0
@@ -152,16 +177,15 @@ def test_a_run_goes_on_with_its_own_past(make, clock):
 
 
 def test_a_sample_goes_to_every_logger(make):
-    run, logger = make(), Kept()
-    run.begin(-1, [logger])
+    logger = Kept()
+    run = make(loggers=[logger])
     run.sample(7, "some text")
     assert logger.texts == [("sample", "some text", 7)]
-    assert run.sampled == {7} == run.folder.sampled_steps()
+    assert run.sampled == {7} == {step for step, _ in run.folder.samples()}
 
 
 def test_the_test_split_is_logged_once(make):
     run = make()
-    run.begin(-1, [])
     for _ in range(2):
         run.test(5, {"accuracy": 0.5})
     assert run.folder.metrics("test") == [{"step": 5, "split": "test", "accuracy": 0.5}]
@@ -170,8 +194,6 @@ def test_the_test_split_is_logged_once(make):
 @pytest.mark.parametrize(("training", "said"), [([3.0, 2.5, 2.0, 1.5, 1.0], 1), ([2.5, 2.5, 2.6, 2.7, 2.8], 0)])
 def test_overfitting_is_said_once_and_only_while_the_training_loss_falls(make, clock, training, said):
     run = make()
-    run.begin(-1, [])
-    run.start_lap(0)
     for step, (train, validation) in enumerate(zip(training, [3.0, 2.0, 2.1, 2.2, 2.3], strict=True), start=1):
         clock[0] += 1.0
         run.train(step, step_metrics(train))
@@ -182,7 +204,6 @@ def test_overfitting_is_said_once_and_only_while_the_training_loss_falls(make, c
 
 def test_the_picture_is_not_drawn_too_often(make, clock):
     run = make()
-    run.begin(-1, [])
     run.evaluation(0, sums(1.0))
     picture = run.folder.path / "loss.png"
     run.draw(at_least_every=30.0)

@@ -9,7 +9,8 @@ import jax
 import pytest
 
 from slm_jax.errors import InputError, MissingInputError
-from slm_jax.training.run_folder import RunFolder, find_run, split_step
+from slm_jax.runs import find_run, split_step
+from slm_jax.training.run_folder import RunFolder
 
 
 @pytest.fixture
@@ -70,16 +71,16 @@ def test_cutting_back_drops_what_came_after_the_step(run):
         run.add_sample(step, f"text {step}")
     run.cut_back(2)
     assert run.metrics() == rows[:4]
-    assert [step in run.sampled_steps() for step in (1, 2, 4)] == [True, True, False]
+    assert [step in {step for step, _ in run.samples()} for step in (1, 2, 4)] == [True, True, False]
     run.cut_back(-1)
     assert run.metrics() == []
-    assert not any(step in run.sampled_steps() for step in (1, 2, 4))
+    assert not any(step in {step for step, _ in run.samples()} for step in (1, 2, 4))
 
 
 def test_cutting_back_what_is_not_there_is_no_error(run):
     run.cut_back(5)
     assert run.metrics() == []
-    assert 5 not in run.sampled_steps()
+    assert 5 not in {step for step, _ in run.samples()}
 
 
 def test_cutting_back_to_the_end_changes_nothing(run):
@@ -99,11 +100,11 @@ def test_a_sample_may_say_what_it_likes_even_headings(run):
         10: "the last",
     }
     run.add_sample(3, texts[3])
-    assert 5 not in run.sampled_steps()
+    assert 5 not in {step for step, _ in run.samples()}
     for step in (5, 10):
         run.add_sample(step, texts[step])
     whole = run.samples_file.read_text(encoding="utf-8")
-    assert [step for step in range(12) if step in run.sampled_steps()] == [3, 5, 10]
+    assert [step for step in range(12) if step in {step for step, _ in run.samples()}] == [3, 5, 10]
     run.cut_back(10)
     assert run.samples_file.read_text(encoding="utf-8") == whole
     run.cut_back(6)
@@ -113,13 +114,13 @@ def test_a_sample_may_say_what_it_likes_even_headings(run):
     assert all(f"## Step {step}" in kept for step in (4, 6, 7, 8, 9))
     assert "the last" not in kept
     run.cut_back(4)
-    assert [step for step in range(12) if step in run.sampled_steps()] == [3]
+    assert [step for step in range(12) if step in {step for step, _ in run.samples()}] == [3]
 
 
 def test_an_empty_sample_counts_as_one(run):
     run.add_sample(5, "")
-    assert 5 in run.sampled_steps()
-    assert 50 not in run.sampled_steps()
+    assert 5 in {step for step, _ in run.samples()}
+    assert 50 not in {step for step, _ in run.samples()}
 
 
 def test_a_file_is_replaced_in_one_step(run, monkeypatch):

@@ -13,11 +13,10 @@ from slm_jax.model import GPTConfig, GPTModel, init_params
 from slm_jax.tasks.pretraining import make_loss_fn
 from slm_jax.training.config import OptimizerConfig
 from slm_jax.training.optimizer import make_optimizer, make_schedule
+from slm_jax.training.program import CompiledByShape, compile_in_background
 from slm_jax.training.step import (
-    CompiledByShape,
     TrainState,
     accumulated_gradients,
-    compile_in_background,
     make_eval_step,
     make_train_step,
 )
@@ -69,8 +68,8 @@ def gradients(accumulate):
 
 @pytest.mark.parametrize("accumulate", [2, 4, 8])
 def test_accumulated_gradients_are_those_of_the_whole_batch(params, batch, accumulate):
-    grads, loss, weight = gradients(accumulate)(params, batch)
-    whole_grads, whole_loss, whole_weight = gradients(1)(params, batch)
+    grads, (loss, weight, _) = gradients(accumulate)(params, batch)
+    whole_grads, (whole_loss, whole_weight, _) = gradients(1)(params, batch)
     assert float(weight) == float(whole_weight) == batch["weights"].sum()
     assert float(loss) == pytest.approx(float(whole_loss), rel=1e-6)
     assert distance(grads, whole_grads) <= 1e-6 * global_norm(whole_grads)
@@ -78,10 +77,11 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(params, batch, accum
 
 def test_the_mean_of_the_micro_batches_means_would_be_another_loss(params, batch):
     """Shows that the weights above are uneven enough for the tests of accumulation to see the difference."""
-    _, loss, weight = gradients(1)(params, batch)
+    _, (loss, weight, _) = gradients(1)(params, batch)
     means = []
     for row in range(BATCH):
-        _, row_loss, row_weight = gradients(1)(params, {name: value[[row] * BATCH] for name, value in batch.items()})
+        rows = {name: value[[row] * BATCH] for name, value in batch.items()}
+        _, (row_loss, row_weight, _) = gradients(1)(params, rows)
         means.append(float(row_loss / row_weight))
     assert abs(np.mean(means) - float(loss / weight)) > 1e-3
 
@@ -287,6 +287,24 @@ def test_evaluation_has_no_dropout(params, batch):
     assert same_bits(with_dropout, without)
 
 
+# Metrics of a task
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+def test_scalar_metrics_are_means_over_the_weights_and_arrays_are_for_evaluation(accumulate):
+    def loss_fn(trainable, frozen, batch, key):
+        weights = batch["weights"]
+        metrics = {"margin": jnp.sum(weights * batch["x"]), "table": jnp.outer(weights, weights)}
+        return jnp.sum(weights * trainable["w"] * batch["x"]), jnp.sum(weights), metrics
+
+    batch = {"x": np.float32([1, 2, 3, 6]), "weights": np.float32([1, 0, 1, 2])}
+    state = TrainState(jnp.int32(0), {"w": jnp.float32(2)}, optax.identity().init({}), jax.random.key(0))
+    _, metrics = make_train_step(loss_fn, optax.identity(), lambda step: 0.0, accumulate)(state, {}, batch)
+    assert metrics.metrics.keys() == {"margin"}
+    assert float(metrics.metrics["margin"]) == 4.0
+    assert float(metrics.loss) == 8.0
+
+
 # The loss of pretraining
 
 
@@ -311,7 +329,7 @@ def test_loss_and_metrics_are_float32_when_the_model_computes_in_bfloat16(params
     state = TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key(0))
     step = jax.jit(make_train_step(loss_fn, optimizer, SCHEDULE, 2))
     after, metrics = jax.eval_shape(step, state, {}, batch)
-    assert {leaf.dtype for leaf in metrics[:-1]} == {jnp.dtype("float32")}
+    assert {leaf.dtype for leaf in metrics[:4]} == {jnp.dtype("float32")}
     assert {leaf.dtype for leaf in jax.tree.leaves(after.trainable)} == {jnp.dtype("float32")}
     loss, weight, _ = jax.jit(make_eval_step(loss_fn))(params, {}, batch)
     exact, *_ = jax.jit(make_eval_step(make_loss_fn(gpt())))(params, {}, batch)
@@ -345,7 +363,6 @@ def test_a_step_is_compiled_while_python_goes_on_and_once_for_a_shape(params, ba
     compiled = CompiledByShape(jax.jit(step), params)
     begun = compiled.begin(batch)
     assert compiled.begin(batch) is begun
-    assert compiled.compile(batch) is begun.result()
     half = {name: value[: len(value) // 2] for name, value in batch.items()}
     for rows in (batch, half, batch):
         assert compiled(params, rows) == rows["inputs"].sum()

@@ -10,12 +10,12 @@ import jax
 
 from slm_jax.config import to_dict
 from slm_jax.tasks.config import RunConfig
-from slm_jax.tasks.pretraining import build
+from slm_jax.tasks.pretraining import Pretraining
 from slm_jax.tools.bench.measure import Clock, Timing, time_calls
 from slm_jax.tools.bench.result import Result
+from slm_jax.training.resume import Start
 from slm_jax.training.run_folder import RunFolder
 from slm_jax.training.sharding import check_batch_size, host_rows, make_mesh, put_batch
-from slm_jax.training.start import Start
 
 
 def bench_data(config: RunConfig, *, warmup: int, repeats: int, batches: int, step_ms: float | None = None) -> Result:
@@ -34,7 +34,7 @@ def bench_data(config: RunConfig, *, warmup: int, repeats: int, batches: int, st
     mesh = make_mesh(config.mesh)
     check_batch_size(mesh.size, config.train.batch_size, config.train.accumulate)
     began = time.perf_counter()
-    task = build(config, Start(RunFolder(config.folder), None, {}))
+    task = Pretraining.build(config, Start(RunFolder(config.folder), None, {}))
     ready_seconds = time.perf_counter() - began
     rows = host_rows(config.train.batch_size)
     source = task.train_batches.map(lambda batch: {key: value[rows] for key, value in batch.items()})

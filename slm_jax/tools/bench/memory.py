@@ -20,7 +20,7 @@ from slm_jax.tools.bench.step import BenchStep, compile_step, with_known_vocabul
 from slm_jax.tools.bench.train import StepTimer
 from slm_jax.tools.plan.plan import Plan, make_plan
 from slm_jax.training.hardware import device_here
-from slm_jax.training.memory import out_of_memory_as_input_error
+from slm_jax.training.program import out_of_memory_as_input_error
 from slm_jax.training.progress import format_bytes
 
 _STEPS = 3

@@ -19,9 +19,9 @@ from slm_jax.model import GPTConfig, GPTModel, Params, init_params
 from slm_jax.tasks.config import RunConfig
 from slm_jax.tasks.pretraining import make_loss_fn
 from slm_jax.tools.plan.shapes import find_shapes
-from slm_jax.training.hardware import device_memory, flops_per_token
-from slm_jax.training.memory import check_fits, device_bytes
+from slm_jax.training.hardware import flops_per_token
 from slm_jax.training.optimizer import make_optimizer, make_schedule
+from slm_jax.training.program import check_fits, device_bytes
 from slm_jax.training.sharding import batch_sharding, check_batch_size, compiler_options, make_mesh, state_shardings
 from slm_jax.training.step import TrainState, make_train_step
 from slm_jax.training.trainable import split_params
@@ -106,7 +106,7 @@ def compile_step(config: RunConfig) -> BenchStep:
     with jax.set_mesh(mesh):
         compiled = jitted.lower(state, frozen, batch_shapes).compile()
     compile_seconds = time.perf_counter() - began
-    check_fits(device_bytes(compiled), device_memory())
+    check_fits(device_bytes(compiled))
     return BenchStep(
         cfg=shapes.cfg,
         mesh=mesh,

@@ -1,7 +1,6 @@
 """The shapes of a run's model and of what is trained of it, without weights and without text."""
 
 import dataclasses
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -9,10 +8,10 @@ import jax
 from slm_jax.data.token_file import json_path, read_description
 from slm_jax.errors import InputError
 from slm_jax.files import user_path
-from slm_jax.model import GPTClassifier, GPTConfig, Params, get_gpt_config, init_classifier, param_shapes
+from slm_jax.model import GPTConfig, Params, get_gpt_config
 from slm_jax.runs import find_checkpoint
-from slm_jax.tasks.base import as_configured, longest_allowed, run_dtype
-from slm_jax.tasks.config import RunConfig
+from slm_jax.tasks.base import as_configured, run_dtype
+from slm_jax.tasks.config import RunConfig, get_task
 from slm_jax.tokenizer import get_tokenizer
 from slm_jax.training.checkpoint import read_metadata
 from slm_jax.training.trainable import split_params
@@ -54,21 +53,12 @@ def find_shapes(config: RunConfig) -> Shapes:
     else:
         cfg, notes = _base_config(config, config.base)
         cfg = as_configured(cfg, config)
-    params = param_shapes(cfg)
-    n_outputs, seq = cfg.vocab_size, cfg.context_length
-    if config.task == "classification":
-        n_outputs = 2
-        model = GPTClassifier(dataclasses.replace(cfg, attention="auto"), n_outputs)
-        params = jax.eval_shape(partial(init_classifier, model), jax.random.key(0))
-        seq = longest_allowed(config.classification.max_length, "classification.max_length", cfg)
-        notes += (f"assumed: two classes, and texts of up to {seq} tokens (classification.max_length)",)
-    elif config.task == "instruction":
-        seq = longest_allowed(config.instruction.max_length, "instruction.max_length", cfg)
-        notes += (f"assumed: rows of {seq} tokens (instruction.max_length)",)
+    model = get_task(config.task).shapes(config, cfg)
+    notes, params = (*notes, *model.notes), model.params
     trainable, frozen = params, {}
     if config.base is not None:
         trainable, frozen = jax.eval_shape(lambda tree: split_params(tree, config, jax.random.key(0)), params)
-    return Shapes(cfg, trainable, frozen, seq, n_outputs, notes)
+    return Shapes(cfg, trainable, frozen, model.seq, model.n_outputs, notes)
 
 
 def _vocab_size(config: RunConfig) -> tuple[int | None, tuple[str, ...]]:

@@ -13,10 +13,10 @@ import yaml
 
 from slm_jax.config import flatten, to_dict
 from slm_jax.errors import InputError, MissingInputError
-from slm_jax.runs import find_checkpoint
+from slm_jax.runs import find_checkpoint, find_run, split_step
 from slm_jax.tasks.config import FinetuneConfig, RunConfig
 from slm_jax.training.checkpoint import best_step, read_metadata, saved_steps
-from slm_jax.training.run_folder import BEFORE, RunFolder, find_run, split_step
+from slm_jax.training.run_folder import BEFORE, RunFolder
 from slm_jax.weights.files import find_file
 from slm_jax.weights.hub import PINS
 

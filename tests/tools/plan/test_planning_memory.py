@@ -23,8 +23,8 @@ from slm_jax.tools.plan.memory import (
     step_memory,
 )
 from slm_jax.training.config import OptimizerConfig
-from slm_jax.training.memory import device_bytes
 from slm_jax.training.optimizer import make_optimizer
+from slm_jax.training.program import device_bytes
 
 CPU, TPU = Target("cpu"), Target("tpu")
 ROWS = 4

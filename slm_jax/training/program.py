@@ -1,0 +1,281 @@
+"""The compiled programs of a run: the first state, the training step and the evaluation step.
+
+The training loop and ``slm-jax bench`` compile here, so that what is measured is what is trained.
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from slm_jax.errors import InputError
+from slm_jax.model import Params
+from slm_jax.training.config import BaseRunConfig
+from slm_jax.training.hardware import device_memory
+from slm_jax.training.optimizer import make_optimizer, make_schedule
+from slm_jax.training.progress import format_bytes
+from slm_jax.training.sharding import (
+    batch_sharding,
+    compiler_options,
+    host_rows,
+    put_batch,
+    put_params,
+    state_shardings,
+)
+from slm_jax.training.step import Batch, LossFn, TrainState, make_eval_step, make_train_step
+from slm_jax.training.task import EvaluationSums, Parameters, purpose_key
+
+SAVE_MEMORY = (
+    "raise --train.accumulate, lower --train.batch_size, --train.eval_batch_size or the length of rows "
+    "(--model.context_length, in fine-tuning max_length), or set --model.remat full"
+)
+
+
+@runtime_checkable
+class Compilable(Protocol):
+    """The part of a task that its programs are compiled from; parameters may be arrays or shapes."""
+
+    @property
+    def params(self) -> Parameters:
+        """The parameters."""
+
+    @property
+    def total_steps(self) -> int:
+        """Number of steps of the whole run."""
+
+    @property
+    def loss_fn(self) -> LossFn:
+        """The loss, see :mod:`slm_jax.training.step`."""
+
+    def batch_shapes(self, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Return the shapes of the widest batch of so many rows."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The compiled steps of a run.
+
+    Attributes:
+        state: shapes of the training state, with shardings.
+        frozen: shapes of the parameters that are not trained, with shardings; references included.
+        train_step: ``(state, frozen, batch) -> (state, metrics)``; donates the state.
+        evaluate: ``(trainable, frozen, batches) -> sums``.
+        init: ``key -> state`` of a new model, being compiled; None: the parameters come from elsewhere.
+        compiling: the training and the evaluation step for the widest batches, being compiled.
+    """
+
+    state: TrainState
+    frozen: Params
+    train_step: "CompiledByShape"
+    evaluate: "Evaluator"
+    init: Future[Any] | None
+    compiling: tuple[Future[Any], Future[Any]]
+
+    def wait(self) -> int:
+        """Wait for both steps; return the bytes of a device that the larger one takes (0: unknown).
+
+        Raises:
+            InputError: the device has less memory.
+        """
+        needed = max(device_bytes(step.result()) for step in self.compiling)
+        check_fits(needed)
+        return needed
+
+
+def abstract_state(config: BaseRunConfig, task: Compilable, mesh: Mesh) -> TrainState:
+    """Return the shapes of a run's training state, with their shardings; nothing is compiled."""
+    init = task.params.init or (lambda _: task.params.trainable)
+    return _with_shardings(mesh, jax.eval_shape(lambda key: _state(config, init(key)), jax.random.key(0)))
+
+
+def compile_program(
+    config: BaseRunConfig,
+    task: Compilable,
+    mesh: Mesh,
+    *,
+    needs_init: bool = True,
+    stop: Callable[[], None] = lambda: None,
+) -> Program:
+    """Start compiling the programs of a run in the background, for the exact shapes of its widest batches.
+
+    Args:
+        config: configuration of the run.
+        task: the run's task, or what stands for it.
+        mesh: the devices.
+        needs_init: whether the state of a new model is needed: not on a resume.
+        stop: called for each evaluated batch; may raise to stop early.
+    """
+    state = abstract_state(config, task, mesh)
+    frozen = _with_shardings(mesh, task.params.passed)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    rows = config.train.eval_batch_size or config.train.batch_size
+    step = make_train_step(
+        task.loss_fn,
+        make_optimizer(config.optimizer),
+        make_schedule(config.optimizer, task.total_steps),
+        config.train.accumulate,
+    )
+    options = compiler_options(jax.default_backend(), mesh.size)
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)
+    with jax.set_mesh(mesh):  # named for kernels that the compiler cannot divide among devices
+        train_step = CompiledByShape(jitted, state, frozen)
+        evaluate = Evaluator(task.loss_fn, mesh, state.trainable, frozen, rows, stop)
+        compiling = (
+            train_step.begin(_with_batch_sharding(mesh, task.batch_shapes(config.train.batch_size))),
+            evaluate.begin(_with_batch_sharding(mesh, task.batch_shapes(evaluate.rows))),
+        )
+        init = task.params.init
+        new_state = None
+        if init is not None and needs_init:
+            jitted_init = jax.jit(lambda key: _state(config, init(key)), out_shardings=shardings)
+            new_state = compile_in_background(jitted_init.lower(purpose_key(config.seed, "params")))
+    return Program(state, frozen, train_step, evaluate, new_state, compiling)
+
+
+def first_state(config: BaseRunConfig, params: Parameters, program: Program, mesh: Mesh) -> TrainState:
+    """Return the state before the first step: a new model's, or that of given parameters."""
+    if program.init is not None:
+        return program.init.result()(purpose_key(config.seed, "params"))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, program.state)
+    make = jax.jit(lambda trainable: _state(config, trainable), out_shardings=shardings, donate_argnums=0)
+    state = make(put_params(mesh, params.trainable))
+    return state if params.opt_state is None else state.replace(opt_state=put_params(mesh, params.opt_state))
+
+
+def _state(config: BaseRunConfig, trainable: Params) -> TrainState:
+    opt_state = make_optimizer(config.optimizer).init(trainable)
+    return TrainState(jnp.int32(0), trainable, opt_state, purpose_key(config.seed, "dropout"))
+
+
+def _with_shardings(mesh: Mesh, tree: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        tree,
+        state_shardings(mesh, tree),
+    )
+
+
+def _with_batch_sharding(mesh: Mesh, batch: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.ShapeDtypeStruct]:
+    sharding = batch_sharding(mesh)
+    return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for name, leaf in batch.items()}
+
+
+class Evaluator:
+    """Evaluates batches on all devices, without dropout; compiled once for each width of a batch.
+
+    Args:
+        loss_fn: the task's loss.
+        mesh: the devices.
+        trainable: trained parameters, as arrays or shapes with shardings.
+        frozen: the other parameters, likewise.
+        rows: rows of a batch; rounded up to a multiple of the devices (the rows added have weight 0).
+        stop: called for each batch; may raise to stop early.
+    """
+
+    def __init__(
+        self, loss_fn: LossFn, mesh: Mesh, trainable: Params, frozen: Params, rows: int, stop: Callable[[], None]
+    ):
+        self.rows = math.ceil(rows / mesh.size) * mesh.size
+        self._mesh, self._stop = mesh, stop
+        self._step = CompiledByShape(jax.jit(make_eval_step(loss_fn)), trainable, frozen)
+
+    def begin(self, batch: Batch) -> Future[Any]:
+        """Start compiling the step for a batch's shapes."""
+        return self._step.begin(batch)
+
+    def __call__(self, trainable: Params, frozen: Params, batches: Iterable[Batch]) -> EvaluationSums:
+        """Evaluate every batch and return the sums."""
+        sums = []
+        rows = host_rows(self.rows)
+        for batch in batches:
+            self._stop()
+            host_batch = {key: fill_rows(value, self.rows)[rows] for key, value in batch.items()}
+            sums.append(self._step(trainable, frozen, put_batch(self._mesh, host_batch)))
+        each = jax.tree.map(lambda value: np.asarray(value, np.float64), jax.device_get(sums))
+        loss_sum, weight_sum, metrics = jax.tree.map(lambda *values: np.sum(values, axis=0), *each)
+        return EvaluationSums(float(loss_sum), float(weight_sum), metrics)
+
+
+def fill_rows(values: np.ndarray, rows: int) -> np.ndarray:
+    """Pad an array of a batch with zeros to so many rows."""
+    return np.concatenate([values, np.zeros((rows - len(values), *values.shape[1:]), values.dtype)])
+
+
+def compile_in_background(lowered: Any) -> Future[Any]:
+    """Compile a program in a thread: XLA works without Python's lock.
+
+    Programs for a GPU are compiled one after another, since XLA picks kernels by timing them.
+    """
+    pool = ThreadPoolExecutor(1)
+    future = pool.submit(lowered.compile)
+    pool.shutdown(wait=jax.default_backend() == "gpu")
+    return future
+
+
+class CompiledByShape:
+    """A step that is compiled ahead of time, once for each shape of a batch.
+
+    Args:
+        step: a jitted function; its last argument is the batch.
+        arguments: its other arguments, as arrays or shapes with shardings.
+    """
+
+    def __init__(self, step: Any, *arguments: Any):
+        self._step, self._arguments = step, arguments
+        self._compiled: dict[tuple[Any, ...], Future[Any]] = {}
+
+    def begin(self, batch: Batch) -> Future[Any]:
+        """Start compiling the step for a batch's shapes (arrays or shapes with shardings)."""
+        shapes = tuple(sorted((name, value.shape) for name, value in batch.items()))
+        if shapes not in self._compiled:
+            self._compiled[shapes] = compile_in_background(self._step.lower(*self._arguments, batch))
+        return self._compiled[shapes]
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Run the step."""
+        return self.begin(arguments[-1]).result()(*arguments)
+
+
+@contextlib.contextmanager
+def out_of_memory_as_input_error() -> Iterator[None]:
+    """Turn the device's error about its memory into one line that says what to change.
+
+    Raises:
+        InputError: the device is out of memory.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise InputError(f"the device is out of memory; {SAVE_MEMORY}") from None
+
+
+def check_fits(needed: int) -> None:
+    """Check that a step's bytes fit on a device, if its memory is known.
+
+    Raises:
+        InputError: they do not.
+    """
+    there = device_memory()
+    if there is not None and needed > there:
+        raise InputError(
+            f"a training step needs {format_bytes(needed)} on each device, which has {format_bytes(there)}; "
+            f"{SAVE_MEMORY}"
+        )
+
+
+def device_bytes(compiled: Any) -> int:
+    """Return the bytes of one device that a compiled step takes, according to XLA; 0: unknown."""
+    memory = compiled.memory_analysis()
+    if memory is None:
+        return 0
+    parts = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
+    return parts - memory.alias_size_in_bytes

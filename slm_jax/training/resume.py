@@ -1,0 +1,432 @@
+"""Resuming a run: which checkpoint it starts from, whether it is the same run, and the mirror of its checkpoints."""
+
+import dataclasses
+import filecmp
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from slm_jax.config import execution_keys, flatten, to_dict
+from slm_jax.errors import InputError, MissingInputError
+from slm_jax.files import user_path
+from slm_jax.training.checkpoint import CHECKSUMS, METADATA, best_step, find_damage, read_metadata, saved_steps
+from slm_jax.training.config import BaseRunConfig
+from slm_jax.training.run_folder import FROZEN, RunFolder
+from slm_jax.training.summary import environment, rounding_changes
+from slm_jax.training.task import Task
+from slm_jax.weights.trees import read_tree
+
+WARN_INTERVAL = 60.0  # seconds between two warnings about the mirror
+
+
+# Identity
+
+
+def config_identity(config: BaseRunConfig) -> dict[str, Any]:
+    """Return the keys that say what is trained on what: all but those marked as execution, and unused ones."""
+    base = None if config.base is None else str(Path(config.base))  # "./runs/x" is "runs/x"
+    used = {
+        "lora.": config.trainable == "lora",
+        "trainable_blocks": config.trainable == "last_n_blocks",
+        "optimizer.muon_": config.optimizer.kind == "muon",
+    }
+    # The section of a task has its name.
+    shared = {field.name for field in dataclasses.fields(BaseRunConfig)}
+    used |= {f"{f.name}.": f.name == config.task for f in dataclasses.fields(config) if f.name not in shared}
+    unused, execution = tuple(prefix for prefix in used if not used[prefix]), execution_keys(config)
+    return {
+        key: list(value) if isinstance(value, tuple) else value  # as in JSON
+        for key, value in flatten({**to_dict(config), "base": base}).items()
+        if key not in execution and not key.startswith(unused)
+    }
+
+
+def run_identity(task: Task) -> dict[str, Any]:
+    """Return what identifies a run: the keys that its task uses, the resolved shape of its model, and its data."""
+    keys = config_identity(task.config)
+    shape = {key: getattr(task.model_config, key.removeprefix("model.")) for key in keys if key.startswith("model.")}
+    used = {key: value for key, value in {**keys, **shape}.items() if not key.startswith(task.unused_keys)}
+    return {**used, "data.sha256": task.fingerprint}
+
+
+def first_difference(saved: dict[str, Any], wanted: dict[str, Any]) -> str | None:
+    """Describe the first key in which two identities differ; None if they agree."""
+    for key in [*wanted, *(key for key in saved if key not in wanted)]:
+        if saved.get(key) != wanted.get(key):
+            if key == "data.sha256":
+                return "the text of data.source has changed (a file, or for builtin: the Python version)"
+            return f"{key} is {wanted.get(key)!r} now and was {saved.get(key)!r}"
+    return None
+
+
+# Where a run starts
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """Where a run starts.
+
+    Attributes:
+        folder: folder of the run.
+        step: step of the checkpoint to resume from; None: a new run.
+        metadata: metadata of that checkpoint; empty without one.
+        notes: notes for the user, a line each.
+        saved: steps with a checkpoint in the folder, damaged or not.
+    """
+
+    folder: RunFolder
+    step: int | None = None
+    metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    saved: tuple[int, ...] = ()
+
+    @property
+    def first_step(self) -> int:
+        """Number of steps done."""
+        return self.step or 0
+
+    @property
+    def last_kept(self) -> int:
+        """The last step whose log is kept; -1: none."""
+        return -1 if self.step is None else self.step
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Lock the run's folder.
+
+        Raises:
+            InputError: another process trains in it, or has trained in it since :func:`find_start`.
+        """
+        with self.folder.lock():
+            if self.folder.writes and tuple(saved_steps(self.folder.checkpoints)) != self.saved:
+                raise InputError(f"{self.folder.path}: another process has just trained this run; start again")
+            yield
+
+    def check_identity(self, identity: dict[str, Any]) -> None:
+        """Check that the checkpoint belongs to this run.
+
+        Raises:
+            InputError: naming the first key that differs.
+        """
+        if self.step is not None:
+            _check_identity(self.folder, self.metadata, identity)
+
+    def finished(self, total_steps: int) -> dict[str, Any] | None:
+        """Return the summary of a run that has done all its steps; None: it has not."""
+        summary = self.folder.read_json("summary.json")
+        done = self.first_step >= total_steps and isinstance(summary, dict) and summary.get("step") == self.step
+        return summary if done else None
+
+
+def find_start(config: BaseRunConfig) -> Start:
+    """Find the checkpoint to resume from: the latest whole one, which is first copied from the mirror if it is there.
+
+    Raises:
+        InputError: ``resume`` forbids it; a folder holds something else or another run; every checkpoint is damaged;
+            the mirror cannot be used; hosts see different checkpoints.
+        MissingInputError: ``resume: must`` without a checkpoint.
+    """
+    run, mirror = RunFolder(config.folder), mirror_folder(config)
+    for place in [run, mirror] if mirror else [run]:
+        _check_place(place, config.resume)
+    notes = []
+    if mirror is not None and run.writes:
+        notes = _fetch(config, run, mirror)
+    _wait_for_hosts()
+    step, metadata, damage = _latest(run)
+    if config.resume == "must" and step is None and not damage:
+        raise MissingInputError(f"{run.checkpoints}: no checkpoint to resume from, and resume is must; use auto")
+    if step is None and damage:
+        raise InputError(f"{run.checkpoints}: every checkpoint is damaged ({damage[-1]}); use another --run NAME")
+    notes += [f"warning: {problem}; resuming from an earlier checkpoint" for problem in damage]
+    if step is not None:
+        _check_config(config, run, metadata)
+        notes += _move_warnings(metadata) + _decay_warnings(config, metadata, step, run)
+    elif run.metrics("train"):
+        notes.append(f"warning: {run.path} has a log but no checkpoint; the run starts from the beginning")
+    _check_hosts_agree(run, step)
+    return Start(run, step, metadata, tuple(notes), tuple(saved_steps(run.checkpoints)))
+
+
+def _check_place(place: RunFolder, resume: str) -> None:
+    path = place.path
+    begun = bool(saved_steps(place.checkpoints)) or (path / "config.yaml").exists()
+    if resume == "never" and begun:
+        raise InputError(f"{path} already holds a run and resume is never; use another --run NAME or --resume auto")
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path} is a file; use another --run NAME")
+    # What a killed start may leave, such as a lock, does not count.
+    files = [file.name for file in path.iterdir()] if path.is_dir() else []
+    if not begun and any(not name.startswith(".") and not name.endswith(".partial") for name in files):
+        raise InputError(f"{path} is not empty and holds no run; use another --run NAME")
+
+
+def _latest(place: RunFolder, above: int = -1) -> tuple[int | None, dict[str, Any], list[str]]:
+    """Return step and metadata of the latest whole checkpoint above a step, and what is damaged of later ones."""
+    damaged: list[str] = []
+    for step in reversed(saved_steps(place.checkpoints)):
+        if step <= above:
+            break
+        problem = find_damage(place.step_path(step))
+        with suppress(InputError):
+            if problem is None:
+                return step, read_metadata(place.checkpoints, step), damaged
+        damaged.append(problem or f"{place.step_path(step)}: its metadata cannot be read")
+    return None, {}, damaged
+
+
+def _check_config(config: BaseRunConfig, place: RunFolder, metadata: dict[str, Any]) -> None:
+    """Refuse a checkpoint of other keys before any data is read; the model and the data are compared later."""
+    saved = {key: value for key, value in metadata["identity"].items() if not key.startswith("model.")}
+    wanted = config_identity(config)
+    _check_identity(place, {"identity": saved}, {key: wanted.get(key, saved[key]) for key in saved})
+
+
+def _check_identity(place: RunFolder, metadata: dict[str, Any], identity: dict[str, Any]) -> None:
+    if difference := first_difference(metadata["identity"], identity):
+        raise InputError(f"{place.path} holds another run: {difference}; change it back, or use another --run NAME")
+
+
+def _wait_for_hosts() -> None:
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices("checkpoints are in place")
+
+
+def _check_hosts_agree(run: RunFolder, step: int | None) -> None:
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        found = np.asarray(multihost_utils.process_allgather(np.array(-1 if step is None else step))).ravel()
+        if len(set(found.tolist())) > 1:
+            raise InputError(
+                f"{run.path}: the hosts see different checkpoints ({', '.join(map(str, found))}; -1: none); expected "
+                "runs_dir on a disk that all hosts share"
+            )
+
+
+def _move_warnings(metadata: dict[str, Any]) -> list[str]:
+    """Warn if the checkpoint is from a machine that rounds differently."""
+    was, now = metadata.get("environment", {}), environment(jax.device_count())
+    changed = rounding_changes(was, now)
+    if not changed:
+        return []
+    then, here = (", ".join(f"{key} {values[key]}" for key in changed) for values in (was, now))
+    return [f"warning: the checkpoint was made elsewhere ({then}; here {here}): the run resumes, but not bit for bit"]
+
+
+def _decay_warnings(config: BaseRunConfig, metadata: dict[str, Any], step: int, run: RunFolder) -> list[str]:
+    """Warn if more steps are asked of a run whose final decay has begun."""
+    optimizer, was = config.optimizer, metadata["config"].get("train", {})
+    total, more = was.get("steps"), config.train.steps
+    if optimizer.schedule != "wsd" or None in (total, more) or was.get("epochs") or more <= total:
+        return []
+    stable = total - (max(1, total // 10) if optimizer.decay_steps is None else optimizer.decay_steps)
+    if step <= stable:
+        return []
+    before = [saved for saved in saved_steps(run.checkpoints) if saved <= stable]
+    remedy = "raise --checkpoint.keep in a new run to keep a checkpoint from before the decay"
+    if before:
+        base = f"--config {run.path / 'config.yaml'} --base {run.path}@{before[-1]} --base_optimizer true"
+        remedy = f"for a smooth curve use slm-jax train {base} --optimizer.warmup_steps 0 --run NAME"
+    return [
+        f"warning: the learning rate has been falling since step {stable:,} and rises to its peak again, as "
+        f"train.steps is {more:,} now and was {total:,}; {remedy}"
+    ]
+
+
+# The mirror
+
+
+def mirror_folder(config: BaseRunConfig) -> RunFolder | None:
+    """Return the run's folder in ``checkpoint.mirror``, which may not exist yet; None without a mirror.
+
+    Raises:
+        InputError: a mirror that cannot be written to, or that overlaps with the run's own folder.
+    """
+    if config.checkpoint.mirror is None or config.mirror_folder is None:
+        return None
+    root, mirror = user_path(config.checkpoint.mirror), RunFolder(config.mirror_folder)
+    there, here = mirror.path.resolve(), config.folder.resolve()
+    if there.is_relative_to(here) or here.is_relative_to(there):
+        raise InputError(f"checkpoint.mirror is {root}; expected a folder apart from the run's own, {config.folder}")
+    if mirror.writes:
+        try:
+            root.mkdir(exist_ok=True)  # not its parents: they are missing where a drive is not mounted
+            mirror.path.parent.mkdir(parents=True, exist_ok=True)  # of a run called a/b
+            probe = root / f".write-test-{os.getpid()}"
+            probe.write_text("x")
+            probe.unlink()
+        except OSError as error:
+            raise InputError(
+                f"checkpoint.mirror is {root}: cannot write there ({error.strerror}); mount it, or use another folder"
+            ) from None
+    return mirror
+
+
+def _fetch(config: BaseRunConfig, run: RunFolder, mirror: RunFolder) -> list[str]:
+    """Copy the run from the mirror if the mirror has a later whole checkpoint; return notes."""
+    here, here_metadata, _ = _latest(run)
+    step, metadata, damage = _latest(mirror, above=-1 if here is None else here)
+    notes = [f"warning: {problem}; not used" for problem in damage]
+    there = metadata or _latest(mirror)[1]
+    if here is not None and there and (difference := first_difference(there["identity"], here_metadata["identity"])):
+        raise InputError(f"{mirror.path} holds another run than {run.path}: {difference} in the latter; use another "
+                         "--run NAME or checkpoint.mirror")  # fmt: skip
+    if step is None:
+        if here is None and damage:
+            raise InputError(
+                f"{mirror.checkpoints}: every checkpoint is damaged ({damage[-1]}); use another --run NAME"
+            )
+        return notes
+    _check_config(config, mirror, metadata)
+    best = None
+    with suppress(InputError):  # the metadata of one cannot be read
+        best = best_step(mirror.checkpoints)
+    run.create()
+    with run.lock():
+        try:
+            if (mirror.path / FROZEN).is_file():
+                read_tree(mirror.path / FROZEN)  # refuses a damaged file before anything is written
+            run.set_aside_after(step - 1)
+            for file in small_files(mirror):
+                copy_file(mirror.path / file, run.path / file)
+            run.checkpoints.mkdir(exist_ok=True)
+            if best is not None and best < step and not find_damage(mirror.step_path(best)):
+                copy_checkpoint(mirror.step_path(best), run.step_path(best))
+            copy_checkpoint(
+                mirror.checkpoints / str(step), run.checkpoints / str(step)
+            )  # last: it makes the copy count
+        except OSError as error:
+            raise InputError(f"{mirror.path}: cannot be copied to {run.path} ({error.strerror}); try again") from None
+    return [*notes, f"step {step:,} was copied from {mirror.path} to {run.path}"]
+
+
+def open_mirror(config: BaseRunConfig, run: RunFolder, note: Callable[[str], None]) -> "Mirror":
+    """Return the mirror of a run; without ``checkpoint.mirror``, or on another host than the first, it does nothing."""
+    return Mirror(run, mirror_folder(config) if run.writes else None, config.checkpoint.keep, note)
+
+
+class Mirror:
+    """Copies a run to a second folder; errors are warnings, and the next update copies what is missing.
+
+    Args:
+        run: folder of the run.
+        target: folder of the mirror, see :func:`mirror_folder`; its parent must exist. None: nothing is copied.
+        keep: number of latest checkpoints to keep there, beside the best and those of the run.
+        note: prints a line for the user.
+    """
+
+    def __init__(self, run: RunFolder, target: RunFolder | None, keep: int, note: Callable[[str], None]):
+        self._run, self._target, self._keep, self._note = run, target, keep, note
+        self._last_warning = -math.inf
+
+    def update(self, *, last: bool = False) -> None:
+        """Copy the small files and the checkpoints that are missing there, the latest first, and remove old ones.
+
+        Args:
+            last: whether the run ends, so that a failure is reported even shortly after another.
+        """
+        if self._target is None:
+            return
+        try:
+            self._copy(self._target)
+        except (OSError, InputError) as error:
+            if last or time.monotonic() - self._last_warning > WARN_INTERVAL:
+                self._last_warning = time.monotonic()
+                reason = error.strerror if isinstance(error, OSError) else error
+                self._note(f"warning: {self._target.path}: the run cannot be copied there now ({reason})")
+
+    def _copy(self, there: RunFolder) -> None:
+        there.path.mkdir(exist_ok=True)
+        for name in small_files(self._run):
+            source, target = self._run.path / name, there.path / name
+            if not _is_current(source, target):
+                copy_file(source, target)
+        there.checkpoints.mkdir(exist_ok=True)
+        steps = [
+            step for step in saved_steps(self._run.checkpoints) if (self._run.step_path(step) / CHECKSUMS).is_file()
+        ]
+        for step in reversed(steps):
+            source, target = self._run.step_path(step), there.step_path(step)
+            if not _same_content(source / CHECKSUMS, target / CHECKSUMS):
+                try:
+                    copy_checkpoint(source, target)
+                except FileNotFoundError:
+                    if (source / METADATA).is_file():  # else it was just removed from the run
+                        raise
+            self._remove_old(there, steps)
+
+    def _remove_old(self, there: RunFolder, steps: list[int]) -> None:
+        kept = {*steps, *saved_steps(there.checkpoints)[-self._keep :], best_step(there.checkpoints)}
+        for path in list(there.checkpoints.iterdir()):
+            if path.name.endswith(".partial") or (path.name.isdecimal() and int(path.name) not in kept):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def small_files(run: RunFolder) -> list[str]:
+    """Return the files of a run apart from checkpoints and other programs' logs, the configuration first."""
+    files = [path for path in [*run.path.iterdir(), *(run.path / "tokenizer").rglob("*")] if path.is_file()]
+    names = [str(p.relative_to(run.path)) for p in files if not p.name.startswith(".") and p.suffix != ".partial"]
+    return sorted(names, key=lambda name: (name != "config.yaml", name))  # which makes a folder count as a run
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file in one step.
+
+    Raises:
+        OSError: it cannot be read or written, or the copy differs.
+    """
+    target.parent.mkdir(exist_ok=True)
+    partial = target.with_name(f"{target.name}.partial")
+    changed = source.stat().st_mtime_ns
+    shutil.copyfile(source, partial)
+    if not _same_content(source, partial) and source.stat().st_mtime_ns == changed:  # else it is being written to
+        raise OSError(0, "the copy differs", str(partial))
+    partial.replace(target)
+
+
+def copy_checkpoint(source: Path, target: Path) -> None:
+    """Copy a checkpoint, which gets its name only once the copy has been verified; replace an existing one.
+
+    Raises:
+        OSError: it cannot be read or written.
+        InputError: the copy is damaged.
+    """
+    partial, replaced = (target.with_name(f"{target.name}{suffix}") for suffix in (".partial", ".replaced.partial"))
+    for path in (partial, replaced):
+        shutil.rmtree(path, ignore_errors=True)
+    try:
+        partial.mkdir()
+        for file in sorted(source.rglob("*")):  # without permissions and times, which not every drive can store
+            copy = partial / file.relative_to(source)
+            copy.mkdir() if file.is_dir() else shutil.copyfile(file, copy)
+        if damage := find_damage(partial):
+            raise InputError(damage)
+        if target.exists():
+            target.rename(replaced)
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _is_current(source: Path, target: Path) -> bool:
+    if not target.is_file():
+        return False
+    was, now = target.stat(), source.stat()
+    return was.st_size == now.st_size and was.st_mtime >= now.st_mtime
+
+
+def _same_content(one: Path, other: Path) -> bool:
+    filecmp.clear_cache()  # a changed file may have the same size and time
+    return other.is_file() and filecmp.cmp(one, other, shallow=False)
