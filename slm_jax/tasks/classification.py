@@ -16,7 +16,7 @@ from slm_jax.data.corpus import make_tokenizer
 from slm_jax.data.labelled import LabelledSplits, class_weights, load_labelled
 from slm_jax.data.text_batches import bucket_width, classification_batches, classification_eval_batches, encode_texts
 from slm_jax.evaluation.classes import ClassFigures, class_figures, class_table, draw_confusion
-from slm_jax.model import GPTClassifier, init_classifier, GPTConfig, Params
+from slm_jax.model import GPTClassifier, GPTConfig, Params, init_classifier
 from slm_jax.nn.blocks import merge_params
 from slm_jax.tasks.base import count_steps, find_base, new_base, prepare_params, row_length
 from slm_jax.tasks.config import RunConfig
