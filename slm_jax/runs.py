@@ -15,10 +15,7 @@ from slm_jax.errors import InputError, MissingInputError
 from slm_jax.evaluation.classes import Classifier
 from slm_jax.files import new_folder, read_json, user_path
 from slm_jax.model import DType, GPTClassifier, GPTConfig, Params, param_shapes
-<<<<<<< HEAD
 from slm_jax.nn.axes import HEAD
-=======
->>>>>>> 187a184 (wip)
 from slm_jax.nn.blocks import merge_params
 from slm_jax.nn.lora import split_adapters
 from slm_jax.tokenizer import FILE_NAME, GPT2Tokenizer, Tokenizer, load_tokenizer, tokenizer_from_dict
