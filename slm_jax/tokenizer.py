@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_chec
 from urllib.parse import urlsplit
 
 from slm_jax.errors import InputError, MissingInputError
-from slm_jax.files import check_reachable, write_file
+from slm_jax.files import check_reachable, read_json, write_file
 
 if TYPE_CHECKING:
     import tiktoken
@@ -431,15 +431,11 @@ def _load(path: str | os.PathLike[str], build: Callable[[Any], _T]) -> _T:
             f"no tokenizer at {str(path)!r}: expected gpt2, a saved tokenizer's file, a folder with {FILE_NAME}, "
             f"or a run's folder with tokenizer/{FILE_NAME}"
         )
+    data = read_json(file, "save the tokenizer again")
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(data, dict):
-            raise InputError(f"expected one JSON object with the tokenizer's kind, not {reprlib.repr(data)}")
         return build(data)
     except InputError as error:
         raise InputError(f"{file}: {error}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{file}: cannot be read as JSON ({error})") from None
 
 
 def _join(parts: list[list[int]], *between: int) -> list[int]:

@@ -33,12 +33,12 @@ class Options:
 
     Attributes:
         source: the text: text:GLOB, jsonl:GLOB (both also .gz and .zst), parquet:GLOB, tfds:NAME[/CONFIG][:SPLIT],
-            named:NAME or builtin:python-docs; several are read one after the other.
+            named:NAME, builtin:python-docs or any other source of rows; several are read one after the other.
         out: the file to write, FILE.bin: ids of 2 bytes, or 4 if the vocabulary needs them; FILE.bin.json beside it
             describes them.
         overwrite: whether to replace an existing file.
-        text_column: the column of the texts in sources of rows, such as jsonl: and parquet:; null: text, or in tfds:,
-            if it has no text, the only feature that is text.
+        text_column: column of the texts in sources of rows, such as jsonl: and parquet:; null: text, or in tfds: the
+            usual name or the only text feature.
         tokenizer: gpt2, bpe (trained on the first 100 million characters of the source), or the path of a saved one:
             its file or folder, or a run's folder.
         vocab_size: vocabulary size of a trained bpe, up to a million; null: 4096.

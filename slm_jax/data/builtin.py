@@ -131,7 +131,7 @@ def _cached_modules(stdlib: Path) -> list[tuple[str, str]]:
 
 
 def _cache_file(stdlib: Path) -> Path:
-    """Return the cache's path, which changes with the library's files and with this one."""
+    """Return the cache's path, which changes with the library's files and with this module."""
     digest = hashlib.sha256(Path(__file__).read_bytes())
     for path in sorted(source_files(stdlib)):
         status = path.stat()

@@ -28,10 +28,10 @@ class DataConfig:
     """Training data, its splits and its windows.
 
     Attributes:
-        source: text: builtin:python-docs, text:GLOB, named:NAME, jsonl:GLOB, parquet:GLOB, tfds:NAME,
-            tokens:FILE.bin (written by slm-jax prepare); labelled texts: builtin:prose-or-code, csv:FILE, tsv:FILE,
-            jsonl:FILE, tfds:NAME, named:sms-spam; instructions: builtin:docstrings, json:FILE,
-            jsonl:FILE, tfds:NAME, named:instruction-data.
+        source: plain text: builtin:python-docs, text:GLOB, named:NAME, tokens:FILE.bin (written by slm-jax prepare);
+            rows of texts, labelled texts or instructions: jsonl:GLOB, json:GLOB, csv:GLOB, tsv:GLOB, parquet:GLOB,
+            tfds:NAME[/CONFIG][:SPLIT]; labelled texts: builtin:prose-or-code, named:sms-spam; instructions:
+            builtin:docstrings, named:instruction-data.
         validation_source: second source, for validation; null: a part of the first.
         validation_fraction: share of the source held out for validation, without a validation_source.
         test_source: fine-tuning: third source, for the test at the end; null: a part of the first.
@@ -41,8 +41,8 @@ class DataConfig:
         shuffle: whether stride windows and packed rows come in a new random order each epoch.
         packing: text: whether rows are packed with whole documents, each seeing only itself, instead of cut as
             windows; sampling and stride then have no effect.
-        text_column: text: column of the texts in jsonl:, parquet: and tfds: sources; null: text, or in tfds: the
-            only text feature.
+        text_column: text: column of the texts in sources of rows; null: text, or in tfds: the usual name or the only
+            text feature.
     """
 
     source: str = "builtin:python-docs"

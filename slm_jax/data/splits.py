@@ -94,7 +94,7 @@ def check_apart(
     """Check that no split shares a key with one of the splits in ``separate``, those with a source of their own.
 
     Raises:
-        InputError: a shared key; ``what`` says what it stands for, ``remedy`` how to allow it.
+        InputError: a shared key; ``what`` names it, ``remedy`` is how to allow it.
     """
     pairs = [(one, two) for one, two in shared(splits, key) if one[0] in separate or two[0] in separate]
     if pairs:

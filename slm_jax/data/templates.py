@@ -1,7 +1,7 @@
 """Templates: how a conversation is written as one text, for training, generation and chat alike.
 
-A template is data, so that it can travel with a run. Sources of the built-in ones: Stanford Alpaca as the book's
-chapter 7 has it; the chat templates that are published with Phi-3 and, as ChatML, with Qwen and SmolLM.
+A template is data, so that it can be saved with a run. Origins of the built-in ones: Stanford Alpaca as in the book's
+chapter 7; the chat templates published with Phi-3 and, as ChatML, with Qwen and SmolLM.
 """
 
 import dataclasses
@@ -21,9 +21,9 @@ class Message:
     """One turn of a conversation.
 
     Attributes:
-        role: whose turn it is.
-        content: what is said.
-        input: what an instruction is about, where that is given apart (Alpaca's ``input``).
+        role: the speaker.
+        content: the text.
+        input: separate input of an instruction (Alpaca's ``input``).
     """
 
     role: Role
@@ -33,17 +33,17 @@ class Message:
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """What stands around the turns of a conversation; it begins with a system message or ``default_system``.
+    """The text around the turns of a conversation.
 
     Attributes:
-        user_start: before what the user says.
-        assistant_start: before what the assistant says; a prompt ends with it.
-        user_end: after what the user says.
-        assistant_end: after what the assistant says, and learned with it.
-        system_start: before a system message.
-        system_end: after a system message.
-        input_start: between an instruction and its input; left out where there is no input.
-        default_system: the first words of a conversation without a system message.
+        user_start: text before a user's message.
+        assistant_start: text before a response; a prompt ends with it.
+        user_end: text after a user's message.
+        assistant_end: text after a response; it counts in the loss.
+        system_start: text before a system message.
+        system_end: text after a system message.
+        input_start: text between an instruction and its input, if it has one.
+        default_system: the start of a conversation without a system message.
     """
 
     user_start: str
@@ -57,14 +57,11 @@ class Template:
 
     @property
     def stop(self) -> tuple[str, ...]:
-        """The texts that end an answer, if the end-of-text token does not."""
+        """The texts that end a response, if the end-of-text token doesn't."""
         return (self.assistant_end.rstrip() or self.user_start.rstrip(),)
 
     def pieces(self, messages: Sequence[Message]) -> list[tuple[str, bool]]:
-        """Return the whole text in alternating pieces, each with whether it is a response.
-
-        A response includes ``assistant_end``: where to end is learned, too.
-        """
+        """Return the whole text in alternating pieces, each with whether it is a response (with ``assistant_end``)."""
         turns = [(self.default_system, False)] if self.default_system and messages[0].role != "system" else []
         for message in messages:
             if message.role == "assistant":
@@ -78,10 +75,7 @@ class Template:
         return [("".join(text for text, _ in group), is_response) for is_response, group in grouped]
 
     def prompt(self, messages: Sequence[Message]) -> str:
-        """Return the text up to where the assistant begins to answer.
-
-        A last message of the assistant is left out: it is the answer.
-        """
+        """Return the text up to the start of the last response; a last message of the assistant is left out."""
         asked = messages[:-1] if messages[-1].role == "assistant" else messages
         return "".join(text for text, _ in self.pieces(asked)) + self.assistant_start
 
@@ -91,14 +85,11 @@ class Template:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str = "template") -> "Template":
-        """Rebuild a template from what :meth:`to_dict` gave; only the first two fields must be there.
-
-        Args:
-            data: the fields.
-            where: what has them, for messages.
+        """Rebuild a template from the result of :meth:`to_dict`; only the first two fields are required.
 
         Raises:
-            InputError: a field that is unknown, missing or no text; nothing by which an answer begins or ends.
+            InputError: a field that is unknown, missing or not text; no text by which a response begins or ends. The
+                message starts with ``where``.
         """
         fields = [field.name for field in dataclasses.fields(cls)]
         for name, value in data.items():
@@ -106,16 +97,11 @@ class Template:
                 raise InputError(f"{where}: unknown field {name!r}; expected {', '.join(fields)}")
             if not isinstance(value, str):
                 raise InputError(f"{where}: {name} is {value!r:.60}; expected text")
-        for name in fields[:2]:
-            if name not in data:
-                raise InputError(f"{where}: no field {name!r} but {', '.join(data) or 'none'}; add it")
-        template = cls(**data)
-        if not template.assistant_start.strip():
-            raise InputError(f"{where}: assistant_start is blank; expected text that an answer comes after")
+        row = Row(where, data)
+        row.filled("assistant_start")
+        template = cls(**{**data, "user_start": row.text("user_start")})
         if not all(template.stop):
-            raise InputError(
-                f"{where}: assistant_end and user_start are blank, so nothing ends an answer; expected text in one"
-            )
+            raise InputError(f"{where}: assistant_end and user_start are blank, so nothing ends a response")
         return template
 
 
@@ -147,10 +133,10 @@ TEMPLATES = {
 
 
 def load_template(name_or_path: str) -> Template:
-    """Return a built-in template (alpaca, phi3, chatml), or that of a JSON file with :class:`Template`'s fields.
+    """Return a built-in template (alpaca, phi3, chatml), or one from a JSON file with :class:`Template`'s fields.
 
     Raises:
-        InputError: a file that is no template.
+        InputError: a file that is not a template.
         MissingInputError: neither a built-in template nor a file.
     """
     if name_or_path in TEMPLATES:
@@ -158,22 +144,21 @@ def load_template(name_or_path: str) -> Template:
     path = user_path(name_or_path)
     if not path.is_file():
         raise MissingInputError(
-            f"template {name_or_path!r}: no such file or built-in template; expected {', '.join(TEMPLATES)} or a JSON "
-            f"file with {', '.join(field.name for field in dataclasses.fields(Template))}"
+            f"template {name_or_path!r}: no such file or built-in template; expected {', '.join(TEMPLATES)} or a file"
         )
     return Template.from_dict(read_json(path), str(path))
 
 
 def format_prompt(entry: Mapping[str, Any], template: str | Template = "alpaca") -> str:
-    r"""Return the text that a model answers: with Alpaca's template up to and including "### Response:\n".
+    r"""Return the prompt of an entry: with Alpaca's template up to and including "### Response:\n".
 
     Args:
-        entry: ``{"instruction": …, "input": …}`` (``input`` may be missing; an ``output`` is left out), or
+        entry: ``{"instruction": …, "input": …}`` (``input`` is optional; an ``output`` is ignored), or
             ``{"messages": [{"role": …, "content": …}, …]}``.
-        template: a template, or what :func:`load_template` takes.
+        template: a template, or an argument of :func:`load_template`.
 
     Raises:
-        InputError: a field that is missing, empty or no text; what is no template.
+        InputError: a field that is missing, empty or not text; no such template.
     """
     if isinstance(template, str):
         template = load_template(template)

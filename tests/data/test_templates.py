@@ -143,9 +143,9 @@ GOOD = {"user_start": "Q: ", "assistant_start": "A: "}
     [
         ({**GOOD, "user": "x"}, r"unknown field 'user'; expected user_start, assistant_start"),
         ({**GOOD, "user_end": None}, r"user_end is None; expected text"),
-        ({"user_start": "Q: "}, r"no field 'assistant_start' but user_start"),
-        ({**GOOD, "assistant_start": " "}, r"assistant_start is blank"),
-        ({**GOOD, "user_start": "\n"}, r"nothing ends an answer"),
+        ({"user_start": "Q: "}, r"no field 'assistant_start', only user_start"),
+        ({**GOOD, "assistant_start": " "}, r"assistant_start is empty"),
+        ({**GOOD, "user_start": "\n"}, r"nothing ends a response"),
         ([GOOD], r"expected one JSON object"),
     ],
 )
