@@ -1,11 +1,11 @@
 # %% [markdown]
 # # 1. Tokenization
 #
-# A language model computes with numbers, and a text is made of letters. This notebook builds the bridge: how a text
-# becomes a list of whole numbers (ids), why GPT-2 cuts words into pieces and where those pieces come from, how a long
-# list of ids becomes training examples, and how an id becomes a vector that also knows its place.
+# A language model computes with numbers, but a text is made of letters. This notebook covers the steps between the two:
+# how a text becomes a list of integers (ids), why GPT-2 splits words into pieces and how those pieces are found, how a
+# long list of ids becomes training examples, and how an id becomes a vector that also encodes its position.
 #
-# You need Python and nothing from before. It runs in about 10 seconds on two CPU cores.
+# You only need to know Python. The notebook runs in about 10 seconds on two CPU cores.
 
 # %%
 import re
@@ -25,8 +25,8 @@ jax.config.update("jax_default_matmul_precision", "highest")  # GPUs and TPUs ro
 # %% [markdown]
 # ## Words
 #
-# The plainest idea: cut the text into words and punctuation marks, list the different ones, and number the list. The
-# list is the **vocabulary**, the number of a word is its **id**, and a piece that has an id is a **token**.
+# The simplest idea: split the text into words and punctuation marks, list the different ones, and number them. The list
+# is the **vocabulary**, the number of a word is its **id**, and a piece of text that has an id is a **token**.
 
 # %%
 text = "The baker baked bread. The baker bakes cakes and breads, and the cakes are baked."
@@ -43,7 +43,7 @@ print(word_ids)
 print(ids)
 
 # %% [markdown]
-# Looking up the other way round gives the words back. Spaces were thrown away, so they have to be guessed.
+# The reverse lookup gives the words back. The spaces were discarded, so decoding has to guess them.
 
 # %%
 decoded = " ".join(vocabulary[i] for i in ids)
@@ -51,8 +51,8 @@ print(decoded)
 assert words_of(decoded) == words_of(text)
 
 # %% [markdown]
-# A word that was not in the text has no id. The usual way out is one more token, `<|unk|>`, that stands for every
-# unknown word; which word it was is lost. Another special token, `<|endoftext|>`, marks where a document ends.
+# A word that was not in the text has no id. The usual solution is one more token, `<|unk|>`, that stands for every
+# unknown word; the word itself is lost. Another special token, `<|endoftext|>`, marks the end of a document.
 #
 # In the library this is `SimpleTokenizer` in [`slm_jax/tokenizer.py`](../slm_jax/tokenizer.py).
 
@@ -64,14 +64,14 @@ print(simple.decode(simple.encode("The baker bakes pies.")))
 assert "<|unk|>" in simple.decode(simple.encode("The baker bakes pies."))
 
 # %% [markdown]
-# Two things are wrong with words. A vocabulary for real texts would need an entry for every name, number and spelling
-# mistake. And `baked`, `baker` and `bakes` get ids that have nothing to do with one another, so that what a model
-# learns of one tells it nothing of the others.
+# Words as tokens have two drawbacks. A vocabulary for real texts would need an entry for every name, number and
+# spelling mistake. And `baked`, `baker` and `bakes` get unrelated ids, so what a model learns about one does not help
+# it with the others.
 #
 # ## Characters and bytes
 #
-# The opposite: one id for each character. The vocabulary is small, but the list of ids gets long, and a character that
-# was never seen still has no id.
+# The opposite extreme is one id per character. The vocabulary is small, but the list of ids gets long, and a character
+# that never occurred in the training text still has no id.
 
 # %%
 chars = CharTokenizer().build_vocab(text)
@@ -84,9 +84,9 @@ except ValueError as error:
     print(error)
 
 # %% [markdown]
-# A computer stores text as **bytes**, numbers from 0 to 255. In UTF-8, the usual code, each of ASCII's 128
-# characters (English letters, digits, punctuation) is one byte, any other two to four. So 256 ids are enough for every
-# text there is: nothing is ever unknown. The price is length.
+# A computer stores text as **bytes**, numbers from 0 to 255. In UTF-8, the usual encoding, each of the 128 ASCII
+# characters (English letters, digits, punctuation) is one byte; all others take two to four. So 256 ids are enough for
+# any text, and no input is ever unknown. The price is a longer sequence.
 
 # %%
 for sample in ("bread", "crème", "パン", "🍞"):
@@ -96,17 +96,17 @@ for sample in ("bread", "crème", "パン", "🍞"):
 # %% [markdown]
 # ## Byte-pair encoding: pieces between bytes and words
 #
-# **Byte-pair encoding** (BPE) starts with the bytes and lets the text decide what else gets an id: find the pair of
-# neighbours that occurs most often, make it one token, and repeat. Frequent words grow together, rare ones stay in
-# pieces.
+# **Byte-pair encoding** (BPE) starts with the bytes and lets the training text decide what else gets an id: find the
+# most frequent pair of adjacent tokens, merge it into one token, and repeat. Frequent words become single tokens; rare
+# ones stay in pieces.
 #
-# Pairs must not reach across words, so the text is split first. A space belongs to the word after it; it is written
-# as `Ġ` here, as in GPT-2's own files. (The example is plain English, where a byte is a character.)
+# Pairs must not cross word boundaries, so the text is split first. A space belongs to the word after it and is written
+# as `Ġ` here, as in GPT-2's own files. (In our plain English example every character is one byte.)
 
 
 # %%
 def split(text):
-    """Cut into endings ('s, 'll), words, numbers, marks (each with the space before it), and the white space left."""
+    """Split into contractions ('s, 'll), words, numbers, punctuation (each with its leading space) and whitespace."""
     return re.findall(r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+| ?\d+| ?(?:[^\w\s]|_)+|\s+(?!\S)|\s", text)
 
 
@@ -115,7 +115,7 @@ print(pieces)
 assert "".join(split(text)) == text
 
 # %% [markdown]
-# Each word starts as a list of single characters. Count the neighbours in all words:
+# Each word starts as a list of single characters. Count the adjacent pairs in all words:
 
 # %%
 words = [list(piece) for piece in pieces]
@@ -128,12 +128,12 @@ def count_pairs(words):
 print(count_pairs(words).most_common(5))
 
 # %% [markdown]
-# And merge the winner wherever it stands:
+# Then merge the most frequent pair everywhere:
 
 
 # %%
 def merge(word, pair):
-    """Join each occurrence of the pair in a list of symbols."""
+    """Merge each occurrence of the pair in a list of symbols."""
     merged = []
     for symbol in word:
         if merged and (merged[-1], symbol) == pair:
@@ -147,8 +147,8 @@ print(merge(list("Ġbaker"), ("a", "k")))
 assert merge(list("Ġbaker"), ("a", "k")) == ["Ġ", "b", "ak", "e", "r"]
 
 # %% [markdown]
-# That is the whole algorithm. Repeat it sixteen times and keep the winners: the list of merges *is* the tokenizer.
-# Where two pairs are equally frequent, the one whose symbols are older wins, so that the same text always gives the
+# That is the whole algorithm. Repeat it sixteen times and record the merged pairs: this list of merges *is* the
+# tokenizer. If two pairs are equally frequent, the one with the older symbols wins, so the same text always gives the
 # same merges.
 
 # %%
@@ -165,15 +165,16 @@ for step in range(1, 17):
     print(f"{step:5}  {' + '.join(best):<16} {counts[best]:5}  {sum(map(len, words)):5}")
 
 # %% [markdown]
-# A picture of the second sentence's beginning: each box is one token. After two merges `ak` and `Ġb` are tokens, after
-# four `Ġbake` is, found only by counting; `baker` and `bakes` now share it. The number is how many tokens there are.
+# The plot shows the beginning of the second sentence; each box is one token, and the number is the token count. After
+# two merges `ak` and `Ġb` are tokens. After four, `Ġbake` is a token, found only by counting, and `baker` and `bakes`
+# share it.
 
 # %%
-COLOURS = ["#9ecae9", "#ffd08a", "#a8ddb5", "#e7b7d3"]  # readable under black text, also for the colour-blind
+COLOURS = ["#9ecae9", "#ffd08a", "#a8ddb5", "#e7b7d3"]  # colour-blind safe and readable under black text
 
 
 def draw_tokens(rows, width=8.0):
-    """Draw named lists of tokens, a row of boxes each; a character takes the same room in every row."""
+    """Draw named lists of tokens, one row of boxes each; a character is equally wide in every row."""
     _, ax = plt.subplots(figsize=(width, 0.42 * len(rows) + 0.3))
     for y, tokens in enumerate(rows.values()):
         x = 0
@@ -195,14 +196,14 @@ draw_tokens({f"{n} merges": [s for i in shown for s in history[n][i]] for n in (
 # %% [markdown]
 # ## Encoding a new text
 #
-# A new word is cut by the same merges in the order in which they were learned. It is the same to say: as long as
-# some two neighbours together make a known token, join those whose token is the oldest. The place in the list is
-# called the token's **rank**.
+# A new word is encoded with the same merges, in the order in which they were learned. Equivalently: as long as any
+# adjacent pair forms a known token, merge the pair whose token was learned first. The position of a token in the list
+# of merges is called its **rank**.
 
 
 # %%
 def encode_word(symbols, rank):
-    """Join neighbours whose joined token has the lowest rank, until no joined token is known."""
+    """Merge the adjacent pair whose token has the lowest rank, until no pair forms a known token."""
     symbols = list(symbols)
     while True:
         known = [(rank[a + b], i) for i, (a, b) in enumerate(pairwise(symbols)) if a + b in rank]
@@ -218,11 +219,11 @@ for word in ("Ġbaked", "Ġbaking", "Ġcakewalk"):
 assert [encode_word(piece, rank) for piece in pieces] == history[-1]
 
 # %% [markdown]
-# `baking` was never seen and is no problem: what has no token of its own is spelled out in smaller ones, down to
-# single bytes.
+# `baking` never occurred in the training text, which is no problem: a word without its own token is spelled with
+# smaller tokens, down to single bytes.
 #
 # In the library this is `BPETokenizer` in [`slm_jax/tokenizer.py`](../slm_jax/tokenizer.py). Its ids are 0 to 255 for
-# the bytes, then one for each merge, then `<|endoftext|>`. Trained on our text it learns our sixteen merges:
+# the bytes, then one per merge, then `<|endoftext|>`. Trained on our text, it learns the same sixteen merges:
 
 # %%
 bpe = BPETokenizer.train(text, vocab_size=256 + 16 + 1)
@@ -232,7 +233,7 @@ for left, right in bpe.to_dict()["merges"]:
 assert symbol_of[256:] == ["".join(pair) for pair in merges]
 
 # %% [markdown]
-# So it also cuts other texts as we do; here is one that neither has seen.
+# So it also splits new texts as our code does, for example:
 
 # %%
 new_text = "The cake maker's bread doesn't break."
@@ -246,12 +247,12 @@ assert bpe.decode(theirs) == new_text
 # %% [markdown]
 # ## GPT-2's encoding, through tiktoken
 #
-# GPT-2's vocabulary was made in the same way from a large crawl of the web: 256 bytes, 50,000 merges and
-# `<|endoftext|>`, 50,257 ids together. `slm_jax.get_tokenizer("gpt2")` reads it through OpenAI's `tiktoken`, which
-# downloads two files once, or finds them in the folder that `TIKTOKEN_CACHE_DIR` names.
+# GPT-2's vocabulary was built in the same way from a large web crawl: 256 bytes, 50,000 merges and `<|endoftext|>`,
+# 50,257 ids in total. `slm_jax.get_tokenizer("gpt2")` loads it through OpenAI's `tiktoken`, which downloads two files
+# once, or finds them in the folder set by `TIKTOKEN_CACHE_DIR`.
 #
-# Without the files and without a network, the cell below says so and trains a stand-in on the texts that come with
-# Python; everything after it runs with either.
+# If the files are missing and there is no network, the cell below prints a message and trains a replacement on the
+# documentation that ships with Python. The rest of the notebook works with either.
 
 # %% tags=["sampled"]
 large, name = slm_jax.get_tokenizer("gpt2"), "GPT-2"
@@ -260,18 +261,18 @@ try:
 except FileNotFoundError:
     from slm_jax.data.builtin import python_docs
 
-    print("GPT-2's files are not on this machine: a BPETokenizer trained on Python's documentation stands in for it.")
-    large, name = BPETokenizer.train(python_docs(), vocab_size=4096), "stand-in"
+    print("GPT-2's files are not available: using a BPETokenizer trained on Python's documentation instead.")
+    large, name = BPETokenizer.train(python_docs(), vocab_size=4096), "replacement"
 print(f"{name}: {large.vocab_size:,} ids")
 for sample in ("The baker bakes.", "the Baker", "antidisestablishmentarianism", "3.14159", "パン 🍞"):
     print(f"{sample!r:<32} {[large.encoding.decode_single_token_bytes(i) for i in large.encode(sample)]}")
 
 # %% [markdown]
-# A token is a piece of bytes (`b"..."`), not of characters: a rare character may take several tokens, none of which
-# can be shown alone. `"the"` and `" the"`, `"baker"` and `"Baker"` are different tokens.
+# A token is a sequence of bytes (`b"..."`), not of characters: a rare character may take several tokens, none of which
+# is printable alone. `"the"` and `" the"`, `"baker"` and `"Baker"` are different tokens.
 #
-# Is our `encode_word` all there is to it? Give it the ranks of the large vocabulary, let it start from bytes, and
-# compare with tiktoken, which does the same in fast Rust.
+# Is our `encode_word` the complete algorithm? Give it the ranks of the large vocabulary, let it start from bytes, and
+# compare with tiktoken, which does the same in fast Rust code.
 
 # %% tags=["sampled"]
 encoding = large.encoding
@@ -286,9 +287,9 @@ assert large.decode(by_hand) == sample
 print(f"{len(sample)} characters, {len(sample.encode('utf-8'))} bytes, {len(by_hand)} tokens, equal ids")
 
 # %% [markdown]
-# The ways of cutting, side by side. A larger vocabulary makes shorter lists; it also makes a larger model, because
-# every id gets a vector of its own, as you will see below. And ids that are rare in the training text are hardly
-# learned.
+# Here are the tokenizations side by side. A larger vocabulary makes sequences shorter, but it also makes the model
+# larger, because every id gets its own vector, as you will see below. And tokens that are rare in the training text are
+# hardly learned.
 
 # %% tags=["varies"]
 line = "The unbaked cake is breaking apart."
@@ -304,11 +305,11 @@ draw_tokens(
 # %% [markdown]
 # ## Sliding windows: training examples from a list of ids
 #
-# A language model learns to say what comes next. So a training example is a window of the text (the **input**) and
-# the same window one token later (the **target**): at each place, the target is the token that follows. Nobody has to
-# label anything.
+# A language model learns to predict the next token. So a training example is a window of the text (the **input**) and
+# the same window shifted by one token (the **target**): at each position, the target is the token that follows. No
+# manual labels are needed.
 #
-# `context` is the window's length, `stride` how far the next window starts from the one before.
+# `context` is the window's length; `stride` is the distance between the starts of consecutive windows.
 
 # %%
 context, stride = 6, 3
@@ -328,10 +329,10 @@ print(len(tokens), "tokens,", inputs.shape[0], "windows of", inputs.shape[1])
 assert (inputs[:, 1:] == targets[:, :-1]).all()  # shifted by one
 
 # %% [markdown]
-# One window holds as many exercises as it has places, one for each length of text before the token to be guessed:
+# One window contains as many predictions as it has positions, one for each length of the preceding text:
 
 # %%
-names = np.array([symbol.replace("Ġ", "·") for symbol in symbol_of])  # a dot shows the space better in print
+names = np.array([symbol.replace("Ġ", "·") for symbol in symbol_of])  # show spaces as dots
 for k in range(1, context + 1):
     print(f"{'|'.join(names[inputs[0, :k]]):<26} -> {names[targets[0, k - 1]]}")
 
@@ -345,15 +346,16 @@ for y, (start, colour) in rows.items():
 ax.set_yticks(list(rows), ["window 0: inputs", "targets", "window 1: inputs", "targets"])
 ax.invert_yaxis()
 ax.set_xticks([place + 0.5 for place in range(10)], range(10))
-ax.set_xlabel("place in the text (tokens)")
+ax.set_xlabel("position in the text (tokens)")
 ax.spines[:].set_visible(False)
 ax.tick_params(length=0)
 plt.show()
 
 # %% [markdown]
-# Above, the first two windows of stride 3: each target stands below the token it equals, one place to the right of the
-# input it belongs to. Below, where windows lie for two strides. With stride = context each token but those at the
-# very end is an input once per pass through the text; a smaller stride shows it again, with other tokens before it.
+# The plot above shows the first two windows with stride 3: each row of targets is the row of inputs shifted by one
+# token. The plot below shows the positions of the windows for two strides. With stride = context, each token (except at
+# the very end) is an input once per pass through the text; a smaller stride repeats it with a different amount of text
+# before it.
 
 # %%
 fig, ax = plt.subplots(figsize=(8, 2.6))
@@ -362,16 +364,16 @@ for y, (s, start) in enumerate(rows):
     ax.barh(y, context - 0.15, left=start, height=0.7, color="#0072b2" if s == context else "#e69f00")
 strides = np.array([s for s, _ in rows])
 centres = [float(np.flatnonzero(strides == s).mean()) for s in (context, stride)]
-ax.set_yticks(centres, [f"stride {context}:\nno overlap", f"stride {stride}:\neach token in two"])
+ax.set_yticks(centres, [f"stride {context}:\nno overlap", f"stride {stride}:\nmost tokens in two"])
 ax.invert_yaxis()
-ax.set_xlabel("place in the text (tokens)")
+ax.set_xlabel("position in the text (tokens)")
 ax.spines[["top", "right", "left"]].set_visible(False)
 ax.tick_params(axis="y", length=0)
 plt.show()
 
 # %% [markdown]
-# In the library this is [`slm_jax/data/windows.py`](../slm_jax/data/windows.py), which also shuffles, and groups
-# windows into batches.
+# In the library this is [`slm_jax/data/windows.py`](../slm_jax/data/windows.py), which also shuffles the windows and
+# groups them into batches.
 
 # %%
 from slm_jax.data.windows import train_batches
@@ -387,11 +389,11 @@ print({key: value.shape for key, value in first.items()})
 # %% [markdown]
 # ## Token embeddings: a vector for each id
 #
-# Ids are names: 7 is not more than 3. So each id gets a row of numbers, its **embedding**, in a table of
-# (vocabulary size, width). The numbers start at random and are learned like all other weights.
+# Ids are only labels: 7 is not "more" than 3. So each id gets a row of numbers, its **embedding**, in a table of shape
+# (vocabulary size, width). The numbers start random and are learned like all other weights.
 #
-# JAX draws random numbers from a **key** that you pass in. The same key always gives the same numbers, and there is
-# no hidden state; for other numbers you `split` the key.
+# JAX draws random numbers from a **key** that you pass in. The same key always gives the same numbers, and there is no
+# hidden state; to get different numbers, you `split` the key.
 
 # %%
 emb_dim = 16
@@ -402,19 +404,19 @@ token_vectors = token_table[example]  # (14, 16): row i of the result is row exa
 print(token_table.shape, "->", token_vectors.shape)
 
 # %% [markdown]
-# Looking up a row is the same as a matrix multiplication: write the id as a vector with a single 1 at its place
-# (**one-hot**), and multiply by the table. That is why the table can be learned by gradients like any other weight.
-# The lookup just skips all the zeros.
+# Looking up a row is the same as a matrix multiplication: write the id as a vector with a single 1 at its index
+# (**one-hot**), and multiply by the table. That is why gradient descent can learn the table like any other weight. The
+# lookup just skips the multiplications by zero.
 
 # %%
 one_hot = jax.nn.one_hot(example, bpe.vocab_size)  # (14, 273)
 assert jnp.allclose(one_hot @ token_table, token_vectors, atol=1e-6)
 
 # %% [markdown]
-# ## Position embeddings: where a token stands
+# ## Position embeddings: where a token is
 #
-# The same token gets the same vector wherever it stands, but order matters: *the baker bakes the cake* is not *the
-# cake bakes the baker*. GPT-2 has a second table with a row for each **place**, also learned, and adds the two.
+# The same token gets the same vector wherever it occurs, but order matters: *the baker bakes the cake* is not *the cake
+# bakes the baker*. GPT-2 has a second learned table with a row for each **position**, and adds the two vectors.
 
 # %%
 position_table = 0.5 * jax.random.normal(position_key, (context + 10, emb_dim))
@@ -431,25 +433,25 @@ for ax, (title, values) in zip(
     ax.set_title(title, fontsize=10)
     ax.set_xlabel("dimension")
 axes[0].set_yticks(range(len(example)), [f"{names[i]}  {place}" for place, i in enumerate(example.tolist())])
-axes[0].set_ylabel("token and its place")
+axes[0].set_ylabel("token and its position")
 fig.colorbar(image, ax=axes, label="value", shrink=0.8)
 plt.show()
 
 # %% [markdown]
-# Look for the rows of a token that occurs twice: equal on the left, different on the right.
+# Compare the rows of a token that occurs twice: equal on the left, different on the right.
 
 # %%
 twice = [i for i, token in enumerate(example.tolist()) if token == example[1]]
-print("places of", repr(str(names[example[1]])), twice)
+print("positions of", repr(str(names[example[1]])), twice)
 a, b = twice[:2]
 assert jnp.array_equal(token_vectors[a], token_vectors[b])
 assert not jnp.allclose(vectors[a], vectors[b])
 
 # %% [markdown]
 # In the library these are the first lines of `GPTModel` in [`slm_jax/model.py`](../slm_jax/model.py), with the tables
-# at `tok_emb/embedding` and `pos_emb/embedding` of its parameters. `slm_jax.capture` returns what a model computes on
-# its way; `"embeddings"` is what enters its first block. (`init` makes a model's parameters, notebook 3 has more on
-# it; `jax.jit` compiles a function before it runs.)
+# at `tok_emb/embedding` and `pos_emb/embedding` of its parameters. `slm_jax.capture` returns intermediate results of a
+# model; `"embeddings"` is the input of the first block. (`init` creates a model's parameters, see notebook 3; `jax.jit`
+# compiles a function before it runs.)
 
 # %%
 config = slm_jax.get_gpt_config("tiny", vocab_size=bpe.vocab_size, context_length=16, emb_dim=16, n_heads=2, n_layers=1)
@@ -458,19 +460,20 @@ params = jax.jit(model.init)(jax.random.key(1), example[None])["params"]
 params = {**params, "tok_emb": {"embedding": token_table}, "pos_emb": {"embedding": position_table}}
 _, seen = slm_jax.capture(model, params, example[None], "embeddings")
 assert jnp.allclose(seen["embeddings"][0], vectors, atol=1e-6)
-print("the model reads an array of (batch, places, width):", seen["embeddings"].shape)
+print("the model reads an array of shape (batch, positions, width):", seen["embeddings"].shape)
 
 # %% [markdown]
 # ## Exercises
 #
-# **1. How many windows?** Before you cut a large text you want to know how many windows you will get. Write
-# `n_windows(n_tokens, context, stride)` without cutting anything, and check it against `windows`. Mind the last target.
+# **1. How many windows?** Before you process a large text, you want to know how many windows it gives. Write
+# `n_windows(n_tokens, context, stride)` without making the windows, and check it against `windows`. Remember the last
+# target.
 #
 # <details><summary>Solution</summary>
 #
 # ```python
 # def n_windows(n_tokens, context, stride):
-#     last_start = n_tokens - context - 1  # the last target is one place behind the window
+#     last_start = n_tokens - context - 1  # the last target is one position after the window
 #     return last_start // stride + 1
 #
 # for n in (20, 23, 36):
@@ -498,12 +501,12 @@ print("the model reads an array of (batch, places, width):", seen["embeddings"].
 # assert lengths[max(lengths)] == len(split(text))
 # ```
 #
-# Merges never cross the border of a word. When every word is one token there is no pair left.
+# Merges never cross word boundaries. Once every word is one token, there is no pair left.
 #
 # </details>
 #
-# **3. Order.** Reverse the tokens of `example`. Show that the token embeddings are the same rows in another order,
-# and that with positions added none of the rows is found again.
+# **3. Order.** Reverse the tokens of `example`. Show that the token embeddings are the same rows in another order, but
+# that after adding the positions no row equals any of the original rows.
 #
 # <details><summary>Solution</summary>
 #
@@ -515,15 +518,15 @@ print("the model reads an array of (batch, places, width):", seen["embeddings"].
 # assert distances.min() > 0.01
 # ```
 #
-# Without positions a model that treats all rows alike could not tell a sentence from its reverse. The next notebook
-# shows that attention is such a model.
+# Without positions, a model that treats all rows alike cannot distinguish a sentence from its reverse. The next
+# notebook shows that attention is such a model.
 #
 # </details>
 #
-# ## What to take along
+# ## Key takeaways
 #
-# - Text becomes ids; byte-pair encoding starts from 256 bytes, so nothing is unknown, and merges what is frequent.
-# - A training example is a window and the same window one token on; context and stride say how windows lie.
-# - A token enters the model as the sum of two learned rows: one for which token it is, one for where it stands.
+# - Text becomes ids. Byte-pair encoding starts from 256 bytes, so nothing is unknown, and merges frequent pairs.
+# - A training example is a window and the same window shifted by one token; context and stride define the windows.
+# - A token enters the model as the sum of two learned vectors: one for the token, one for its position.
 #
 # Next: [2. Simple attention](02_simple_attention.py).

@@ -1,12 +1,12 @@
 # %% [markdown]
 # # 2. Simple attention
 #
-# In a sentence, words lean on each other: *chased* means more once you know who and whom. Attention lets each token
-# collect something from all the others. At the end of this notebook you will have computed it for six tokens, number by
-# number: dot products say who is similar, softmax makes shares of them, and the shares mix a new vector for each token.
-# Nothing is learned yet; that comes in notebook 3.
+# In a sentence, words depend on each other: *chased* means more once you know who chased whom. Attention lets each
+# token collect information from all the others. In this notebook you compute it for six tokens, step by step: dot
+# products measure similarity, softmax turns them into weights, and the weighted average gives a new vector for each
+# token. Nothing is learned yet; that comes in notebook 3.
 #
-# Before: [1. Tokenization](01_tokenization.py), where tokens became vectors. It runs in about 10 seconds on
+# Previous: [1. Tokenization](01_tokenization.py), where tokens became vectors. The notebook runs in about 10 seconds on
 # two CPU cores.
 
 # %%
@@ -22,15 +22,14 @@ jnp.set_printoptions(precision=2, suppress=True)
 # %% [markdown]
 # ## Six tokens
 #
-# Real embeddings have hundreds of dimensions and no names for them. Ours have three, filled in by hand so that you can
-# follow: how much of an *animal*, of an *action*, of a *small grammar word* a token is. An array of (tokens,
-# dimensions):
+# Real embeddings have hundreds of dimensions without names. Ours have three, set by hand so that you can follow: how
+# much a token is an *animal*, an *action*, or a *function word*. The array has shape (tokens, dimensions):
 
 # %%
 tokens = ["The", "cat", "chased", "a", "grey", "mouse"]
 x = jnp.array(
     [
-        # animal, action, small word
+        # animal, action, function word
         [0.1, 0.0, 0.9],
         [1.3, 0.3, 0.1],
         [0.6, 1.2, 0.1],
@@ -44,12 +43,12 @@ assert x.shape == (6, 3)
 # %% [markdown]
 # ## Similarity: the dot product
 #
-# Multiply two vectors place by place and add up: $a \cdot b = a_1 b_1 + a_2 b_2 + a_3 b_3$. The result is large where
-# both are large in the same places, so it measures how well two vectors point the same way (and how long they are).
-# It is called the **score**. Here is the token *cat* against each token:
+# Multiply two vectors element by element and add up: $a \cdot b = a_1 b_1 + a_2 b_2 + a_3 b_3$. The result is large if
+# both vectors are large in the same dimensions, so it measures how closely they point in the same direction (and how
+# long they are). It is called the **score**. Here are the scores of *cat* with each token:
 
 # %%
-query = x[1]  # "cat": the one who asks
+query = x[1]  # "cat"
 by_hand = [sum(float(q) * float(k) for q, k in zip(query, key, strict=True)) for key in x]
 for token, score in zip(tokens, by_hand, strict=True):
     print(f"cat · {token:<7} {score:.2f}")
@@ -57,11 +56,11 @@ scores = x @ query  # all six at once, as a matrix times a vector
 assert jnp.allclose(scores, jnp.array(by_hand), atol=1e-6)
 
 # %% [markdown]
-# ## Softmax: from scores to shares
+# ## Softmax: from scores to weights
 #
-# We want shares: positive numbers that sum to 1, larger for larger scores. **Softmax** takes
-# $w_i = e^{s_i} / \sum_j e^{s_j}$. The exponential makes every number positive and stretches differences; dividing by
-# the sum makes them shares of one whole. They are called the **attention weights**.
+# We want weights: positive numbers that sum to 1, larger for larger scores. **Softmax** computes
+# $w_i = e^{s_i} / \sum_j e^{s_j}$. The exponential makes every number positive and amplifies differences; dividing by
+# the sum makes them sum to 1. The results are called the **attention weights**.
 
 
 # %%
@@ -90,8 +89,8 @@ plt.show()
 # %% [markdown]
 # ## Softmax that does not overflow
 #
-# The formula is right, the code is not. A 32-bit float ends near $3.4 \cdot 10^{38}$, and $e^{89}$ is larger than that:
-# it becomes infinity, and infinity divided by infinity is not a number (`nan`).
+# The formula is correct, but the code overflows. The largest 32-bit float is about $3.4 \cdot 10^{38}$, and $e^{89}$ is
+# larger: it becomes infinity, and infinity divided by infinity is not a number (`nan`).
 
 # %%
 large_scores = jnp.array([100.0, 99.0, 90.0])
@@ -99,9 +98,9 @@ print(naive_softmax(large_scores))
 assert jnp.isnan(naive_softmax(large_scores)).any()
 
 # %% [markdown]
-# The remedy: subtract the largest score first. $e^{s_i - m} = e^{s_i} / e^{m}$, so numerator and denominator shrink by
-# the same factor and the shares stay what they were. Now the largest exponent is 0, and $e^0 = 1$. `jax.nn.softmax`
-# does this.
+# The solution: subtract the largest score first. $e^{s_i - m} = e^{s_i} / e^{m}$, so numerator and denominator shrink
+# by the same factor, and the weights stay the same. Now the largest exponent is 0, and $e^0 = 1$. `jax.nn.softmax` does
+# this.
 
 
 # %%
@@ -115,8 +114,9 @@ assert jnp.allclose(softmax(scores), naive_softmax(scores), atol=1e-6)
 assert jnp.allclose(softmax(large_scores), jax.nn.softmax(large_scores), atol=1e-6)
 
 # %% [markdown]
-# Adding the same number to all scores changes nothing; multiplying them does. Small scores give nearly equal shares,
-# large ones give everything to the winner. Notebook 3 comes back to this, because in a real model scores get large.
+# Adding the same number to all scores changes nothing; multiplying them does. Small scores give nearly equal weights;
+# large scores give almost all the weight to the largest one. Notebook 3 returns to this, because scores get large in a
+# real model.
 
 # %%
 fig, axes = plt.subplots(1, 4, figsize=(8, 2.4), sharey=True)
@@ -134,8 +134,8 @@ assert jnp.allclose(softmax(scores + 7), weights, atol=1e-6)
 # %% [markdown]
 # ## The context vector
 #
-# Now mix: take that share of each token's vector and add up, $z = \sum_i w_i x_i$. This weighted average is the
-# **context vector** of *cat*: still mostly an animal, but with some action from *chased* in it.
+# Now multiply each token's vector by its weight and add up, $z = \sum_i w_i x_i$. This weighted average is the
+# **context vector** of *cat*: still mostly an animal, but with some action from *chased*.
 
 # %%
 context = sum(weight * vector for weight, vector in zip(weights, x, strict=True))
@@ -145,8 +145,8 @@ assert jnp.allclose(context, weights @ x, atol=1e-6)  # a vector times a matrix 
 assert context[1] > query[1]  # more action than before
 
 # %% [markdown]
-# An average cannot leave what it averages: in each dimension the context vector lies between the smallest and the
-# largest value of the six. In the picture (two of the three dimensions) it has moved from *cat* toward the middle.
+# An average stays within the range of its inputs: in each dimension the context vector lies between the smallest and
+# the largest of the six values. In the plot (two of the three dimensions) it has moved from *cat* toward the middle.
 
 # %%
 assert ((x.min(axis=0) <= context) & (context <= x.max(axis=0))).all()
@@ -154,7 +154,7 @@ fig, ax = plt.subplots(figsize=(6, 4))
 for token, vector, weight in zip(tokens, x, weights, strict=True):
     ax.plot([context[0], vector[0]], [context[1], vector[1]], color="0.75", linewidth=14 * float(weight), zorder=1)
     ax.scatter(vector[0], vector[1], s=60, color="#0072b2", zorder=2)
-    offset = (0, -18) if token in ("The", "grey", "mouse") else (0, 9)  # below or above, so that names do not meet
+    offset = (0, -18) if token in ("The", "grey", "mouse") else (0, 9)  # below or above, to avoid overlaps
     ax.annotate(f"{token} ({weight:.2f})", vector[:2], xytext=offset, textcoords="offset points", ha="center")
 ax.scatter(context[0], context[1], s=160, marker="*", color="#d55e00", zorder=3)
 ax.annotate("cat in context", context[:2], xytext=(-10, 10), textcoords="offset points", ha="right", color="#b04a00")
@@ -168,9 +168,9 @@ plt.show()
 # %% [markdown]
 # ## All tokens at once
 #
-# Every token asks in the same way. Write the three steps as a function of one query; `jax.vmap` turns a function of
-# one into a function of many. `in_axes=(0, None)` says: take row after row of the first argument, and the whole second
-# argument each time.
+# The computation is the same for every token. Write the three steps as a function of one query; `jax.vmap` turns a
+# function of one input into a function of many. `in_axes=(0, None)` means: map over the rows of the first argument, and
+# pass the whole second argument each time.
 
 
 # %%
@@ -184,8 +184,8 @@ print(contexts.shape)
 assert jnp.allclose(contexts[1], context, atol=1e-6)
 
 # %% [markdown]
-# The same as three lines with matrices, which is how models do it: `x @ x.T` has the score of every token (row) with
-# every token (column), softmax works on each row, and one more product mixes.
+# Here is the same in three lines of matrix operations, which is how models do it: `x @ x.T` contains the score of every
+# token (row) with every token (column), softmax is applied to each row, and one more product computes the averages.
 
 # %%
 all_scores = x @ x.T  # (6, 6)
@@ -195,14 +195,15 @@ assert jnp.allclose(all_contexts, contexts, atol=1e-6)
 assert jnp.allclose(all_weights.sum(axis=-1), 1)
 
 # %% [markdown]
-# A row of this map says where one token looks. You will read many of them: rows ask, columns answer.
+# Each row of this attention map shows which tokens one token attends to. You will see many such maps: a row is a query,
+# a column is a key.
 
 # %%
 fig, ax = plt.subplots(figsize=(5.6, 4.6))
 image = ax.imshow(all_weights, cmap="viridis", vmin=0)
 ax.set_xticks(range(6), tokens)
 ax.set_yticks(range(6), tokens)
-ax.set_xlabel("looks at")
+ax.set_xlabel("attends to")
 ax.set_ylabel("token")
 for row in range(6):
     for column in range(6):
@@ -212,7 +213,7 @@ fig.colorbar(image, label="attention weight")
 plt.show()
 
 # %% [markdown]
-# *cat* and *mouse* look at each other, *The* and *a* do, and *chased* looks most at itself.
+# *cat* and *mouse* attend to each other, so do *The* and *a*, and *chased* attends mostly to itself.
 
 # %%
 top_two = {token: {tokens[i] for i in row.argsort()[-2:]} for token, row in zip(tokens, all_weights, strict=True)}
@@ -221,8 +222,8 @@ assert top_two["The"] == top_two["a"] == {"The", "a"}
 assert all_weights[2].argmax() == 2  # "chased"
 
 # %% [markdown]
-# In the library this is `simple_attention` in [`slm_jax/attention.py`](../slm_jax/attention.py). It also takes many
-# sentences at once, an array of (batch, tokens, dimensions), each attending only within itself.
+# In the library this is `simple_attention` in [`slm_jax/attention.py`](../slm_jax/attention.py). It also accepts many
+# sentences at once, as an array of shape (batch, tokens, dimensions); each sentence attends only to its own tokens.
 
 # %%
 library_contexts, library_weights = simple_attention(x, return_weights=True)
@@ -234,8 +235,9 @@ print(library_contexts[1], "=", context)
 # %% [markdown]
 # ## What simple attention cannot do
 #
-# It has no sense of order. Shuffle the tokens, and the context vectors are the same, shuffled alike: *a mouse chased
-# the grey cat* is the same to it. That is why position embeddings are added to the tokens before attention.
+# It ignores the order of the tokens. If you shuffle the tokens, you get the same context vectors, shuffled in the same
+# way: *a mouse chased the grey cat* makes no difference. That is why position embeddings are added to the tokens before
+# attention.
 
 # %%
 order = jnp.array([3, 5, 2, 0, 4, 1])
@@ -243,8 +245,9 @@ print(" ".join(tokens[i] for i in order))
 assert jnp.allclose(simple_attention(x[order]), all_contexts[order], atol=1e-6)
 
 # %% [markdown]
-# It also cannot choose what to look for. The scores are symmetric: whatever *cat* is to *mouse*, *mouse* is to *cat*.
-# A token can only look for its like, never for "the verb that goes with me". Both need weights that are learned.
+# It also cannot choose what to look for. The scores are symmetric: the score of *cat* with *mouse* is the score of
+# *mouse* with *cat*. A token can only find similar tokens, never "the verb that belongs to me". That needs learned
+# weights.
 
 # %%
 assert jnp.array_equal(all_scores, all_scores.T)
@@ -253,29 +256,29 @@ print("largest weight of each row:", [tokens[i] for i in all_weights.argmax(axis
 # %% [markdown]
 # ## Exercises
 #
-# **1. Louder vectors.** Make the vector of *mouse* twice as long. Whose weights on *mouse* grow? Then score by the
-# angle alone: divide each vector by its length before the dot product (cosine similarity). Where is the largest score
-# of each row now, and why?
+# **1. Longer vectors.** Make the vector of *mouse* twice as long. Which tokens' weights on *mouse* grow? Then score by
+# the angle alone: divide each vector by its length before the dot product (cosine similarity). Where is the largest
+# score of each row now, and why?
 #
 # <details><summary>Solution</summary>
 #
 # ```python
-# louder = x.at[5].multiply(2)  # a new array; JAX never changes one in place
-# _, louder_weights = simple_attention(louder, return_weights=True)
-# assert (louder_weights[:, 5] > all_weights[:, 5]).all()  # everyone's
+# longer = x.at[5].multiply(2)  # a new array; JAX never changes arrays in place
+# _, longer_weights = simple_attention(longer, return_weights=True)
+# assert (longer_weights[:, 5] > all_weights[:, 5]).all()  # all of them
 #
 # unit = x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 # cosine = unit @ unit.T
 # assert (cosine.argmax(axis=-1) == jnp.arange(6)).all()
 # ```
 #
-# No number here is negative, so every dot product with a longer *mouse* grows. By angle, nothing is more similar to
-# a token than itself: the cosine of the angle 0 is 1.
+# No number here is negative, so every dot product with a longer *mouse* grows. By angle, each token is most similar to
+# itself: the cosine of angle 0 is 1.
 #
 # </details>
 #
-# **2. How sharp?** By what whole number must the scores of *cat* be multiplied until *cat* gives nine tenths of its
-# attention to one token? Which token is it, and why is the number so large?
+# **2. How sharp?** By which integer must you multiply the scores of *cat* until *cat* gives 90% of its attention to one
+# token? Which token is it, and why is the number so large?
 #
 # <details><summary>Solution</summary>
 #
@@ -286,31 +289,31 @@ print("largest weight of each row:", [tokens[i] for i in all_weights.argmax(axis
 # assert jnp.exp(factor * gap) > 9 >= jnp.exp((factor - 1) * gap)
 # ```
 #
-# With only two tokens left in the race, the winner has nine tenths when its exponential is nine times the other's: when
+# With only two tokens left to compete, the first has 90% when its exponential is nine times the other's: when
 # $e^{f \cdot gap} = 9$. The gap between *cat* and *mouse* is only 0.15.
 #
 # </details>
 #
-# **3. Give it order.** Add a random vector for each place to `x`, as in notebook 1, and show that shuffling the tokens
-# no longer just shuffles the result.
+# **3. Add positions.** Add a random vector for each position to `x`, as in notebook 1, and show that shuffling the
+# tokens no longer just shuffles the result.
 #
 # <details><summary>Solution</summary>
 #
 # ```python
-# places = 0.5 * jax.random.normal(jax.random.key(0), (6, 3))
-# straight = simple_attention(x + places)
-# shuffled = simple_attention(x[order] + places)  # the places stay, the tokens move
+# positions = 0.5 * jax.random.normal(jax.random.key(0), (6, 3))
+# straight = simple_attention(x + positions)
+# shuffled = simple_attention(x[order] + positions)  # the positions stay, the tokens move
 # assert jnp.abs(shuffled - straight[order]).max() > 0.05
 # ```
 #
-# The vector of *mouse* at place 1 is another one than that of *mouse* at place 5.
+# The vector of *mouse* at position 1 differs from the vector of *mouse* at position 5.
 #
 # </details>
 #
-# ## What to take along
+# ## Key takeaways
 #
-# - Attention is a weighted average: dot products are the scores, softmax makes them shares, the shares mix the vectors.
-# - Softmax subtracts the largest score first; the result is the same, and nothing overflows.
-# - By itself attention knows neither order nor what to look for.
+# - Attention is a weighted average: dot products give the scores, and softmax turns them into weights.
+# - Softmax implementations subtract the largest score first; the result is the same, and nothing overflows.
+# - Simple attention ignores the order of tokens and cannot choose what to look for.
 #
 # Next: [3. Self-attention with trainable weights](03_self_attention.py).

@@ -1,12 +1,12 @@
 # %% [markdown]
 # # 3. Self-attention with trainable weights
 #
-# In notebook 2 a token could only look for tokens like itself. Three matrices change that: they decide what a token
-# looks for, what it can be found by, and what it hands over. At the end you will know what queries, keys and values
-# are, why scores are divided by a square root, and how JAX keeps weights outside of functions (`init` and `apply`). You
-# will also have watched attention learn where to look.
+# In notebook 2 a token could only attend to similar tokens. Three matrices change that: they determine what a token
+# looks for, how other tokens find it, and what information it passes on. You will learn what queries, keys and values
+# are, why scores are divided by a square root, and how JAX keeps weights outside of functions (`init` and `apply`). At
+# the end you train attention to find the right token.
 #
-# Before: [2. Simple attention](02_simple_attention.py). It runs in about 20 seconds on two CPU cores.
+# Previous: [2. Simple attention](02_simple_attention.py). The notebook runs in about 20 seconds on two CPU cores.
 
 # %%
 import math
@@ -21,49 +21,50 @@ jax.config.update("jax_default_matmul_precision", "highest")  # GPUs and TPUs ro
 jnp.set_printoptions(precision=2, suppress=True)
 
 tokens = ["The", "cat", "chased", "a", "grey", "mouse"]
-x = jnp.array(  # animal, action, small word: as in notebook 2
+x = jnp.array(  # animal, action, function word: as in notebook 2
     [[0.1, 0.0, 0.9], [1.3, 0.3, 0.1], [0.6, 1.2, 0.1], [0.0, 0.1, 0.9], [0.5, 0.0, 0.4], [1.2, 0.2, 0.2]]
 )
 
 # %% [markdown]
 # ## Three roles for one token
 #
-# Think of a library with cards. You come with a question, the **query**; each book has a card that says what it can be
+# Think of a library catalogue. You search with a question, the **query**; each book has a catalogue card that it is
 # found by, the **key**; and what you take home is not the card but the content, the **value**. Each token plays all
-# three roles, through three matrices: $q = x W_q$, $k = x W_k$, $v = x W_v$. The score is now query times key.
+# three roles, through three matrices: $q = x W_q$, $k = x W_k$, $v = x W_v$. The score is now the dot product of query
+# and key.
 #
-# Before anything is learned, choose two of the matrices by hand: *animals ask, actions answer*.
+# Before learning anything, choose two of the matrices by hand: *animals look for actions*.
 
 # %%
 W_query = jnp.array([[4.0, 0, 0], [0, 0, 0], [0, 0, 0]])  # the query's first number: four times "animal"
 W_key = jnp.array([[0.0, 0, 0], [1, 0, 0], [0, 0, 0]])  # the key's first number: "action"
-W_value = jnp.eye(3)  # hand over everything
+W_value = jnp.eye(3)  # pass on everything
 
 queries, keys, values = x @ W_query, x @ W_key, x @ W_value
 by_hand = jax.nn.softmax(queries @ keys.T, axis=-1)
-print("cat looks at", ", ".join(f"{token} {weight:.2f}" for token, weight in zip(tokens, by_hand[1], strict=True)))
+print("cat attends to", ", ".join(f"{token} {weight:.2f}" for token, weight in zip(tokens, by_hand[1], strict=True)))
 assert tokens[by_hand[1].argmax()] == tokens[by_hand[5].argmax()] == "chased"
 
 # %% [markdown]
-# *cat* and *mouse* now find their verb, which no dot product of embeddings would have told them, and the scores are
-# not symmetric any more: asking and answering are two things.
+# *cat* and *mouse* now find their verb, which dot products of the embeddings could not do. The scores are no longer
+# symmetric, because queries and keys are different vectors.
 
 
 # %%
 def draw_map(ax, weights, labels, title):
-    """Draw attention weights, (seq, seq): rows ask, columns answer."""
+    """Draw attention weights, (seq, seq): a row is a query, a column is a key."""
     image = ax.imshow(weights, cmap="viridis", vmin=0, vmax=1)
     ax.set_xticks(range(len(labels)), labels, rotation=90)
     ax.set_yticks(range(len(labels)), labels)
     ax.set_title(title, fontsize=10)
-    ax.set_xlabel("looks at")
+    ax.set_xlabel("attends to")
     return image
 
 
 _, simple_weights = simple_attention(x, return_weights=True)
 fig, axes = plt.subplots(1, 2, figsize=(7.5, 3.6), layout="constrained")
-draw_map(axes[0], simple_weights, tokens, "simple attention: like looks at like")
-image = draw_map(axes[1], by_hand, tokens, "animals ask, actions answer")
+draw_map(axes[0], simple_weights, tokens, "simple attention")
+image = draw_map(axes[1], by_hand, tokens, "animals look for actions")
 fig.colorbar(image, ax=axes, label="attention weight", shrink=0.8)
 plt.show()
 assert not jnp.allclose(queries @ keys.T, (queries @ keys.T).T)
@@ -71,14 +72,14 @@ assert not jnp.allclose(queries @ keys.T, (queries @ keys.T).T)
 # %% [markdown]
 # ## Weights outside, functions pure: `init` and `apply`
 #
-# Nobody chooses these matrices for a real model; they start random and are learned. In JAX a function that is to be
-# compiled or differentiated should be **pure**: its result depends on its arguments and on nothing else, and it
-# changes nothing. So a layer does not own its weights. It is a pair of functions:
+# In a real model these matrices are not chosen by hand; they start random and are learned. In JAX, a function to be
+# compiled or differentiated should be **pure**: its result depends only on its arguments, and it has no side effects.
+# So a layer does not store its weights. It is a pair of functions:
 #
-# - `init(key)` makes the weights (the **params**), a plain dict of arrays;
-# - `apply(params, x)` computes the layer with the weights it is given.
+# - `init(key)` creates the weights (the **params**), a plain dict of arrays;
+# - `apply(params, x)` computes the layer's output with the given weights.
 #
-# Even randomness is an argument: the **key**. The same key gives the same weights; `split` makes new keys of one.
+# Even randomness is an argument: the **key**. The same key gives the same weights; `split` derives new keys from a key.
 
 
 # %%
@@ -95,12 +96,12 @@ params = init(jax.random.key(0), d_in=3, d_out=2)
 print(jax.tree.map(jnp.shape, params))
 again = init(jax.random.key(0), d_in=3, d_out=2)
 assert jnp.array_equal(params["query"]["kernel"], again["query"]["kernel"])  # same key, same weights
-assert not jnp.array_equal(params["query"]["kernel"], params["key"]["kernel"])  # each from a key of its own
+assert not jnp.array_equal(params["query"]["kernel"], params["key"]["kernel"])  # each from its own key
 
 # %% [markdown]
-# `jax.tree.map` did something to every array in the dict, here: took its shape. All of JAX works on such nested dicts
-# (it calls them trees). The division by $\sqrt{d_{out}}$ in `apply` is explained below; `d_out` is the width of queries
-# and keys.
+# `jax.tree.map` applies a function to every array in the dict; here it takes the shape. All of JAX works on such nested
+# dicts (called trees or pytrees). The division by $\sqrt{d_{out}}$ in `apply` is explained below; `d_out` is the width
+# of queries and keys.
 
 
 # %%
@@ -121,8 +122,8 @@ assert jnp.allclose(weights.sum(axis=-1), 1)
 
 # %% [markdown]
 # In the library this is `SelfAttention` in [`slm_jax/attention.py`](../slm_jax/attention.py), a Flax module. The object
-# holds only sizes; it has the same two functions. Its `init` also takes an example input, which it runs once to find
-# all the shapes, and it wraps the params in `{"params": ...}`, because a module may have other kinds of variables.
+# holds only sizes and has the same two functions. Its `init` also takes an example input to infer all shapes, and it
+# returns `{"params": ...}`, because a module may have other kinds of variables.
 
 # %%
 layer = SelfAttention(d_in=3, d_out=2)
@@ -131,26 +132,26 @@ print(jax.tree.map(jnp.shape, variables))
 assert jax.tree.structure(variables["params"]) == jax.tree.structure(params)
 
 # %% [markdown]
-# The same names and shapes; so it can run with our params, and gives what we got.
+# The names and shapes are the same, so it can run with our params, and gives the same result.
 
 # %%
 library_context, library_weights = layer.apply({"params": params}, x, return_weights=True)
 assert jnp.allclose(library_context, context, atol=1e-6)
 assert jnp.allclose(library_weights, weights, atol=1e-6)
 
-hands = {"query": {"kernel": W_query}, "key": {"kernel": W_key}, "value": {"kernel": W_value}}
-assert jnp.allclose(SelfAttention(3, 3).apply({"params": hands}, x), apply(hands, x)[0], atol=1e-6)
+chosen = {"query": {"kernel": W_query}, "key": {"kernel": W_key}, "value": {"kernel": W_value}}
+assert jnp.allclose(SelfAttention(3, 3).apply({"params": chosen}, x), apply(chosen, x)[0], atol=1e-6)
 print(library_context[1], "=", context[1])
 
 # %% [markdown]
 # ## Why divide by the square root? The scores grow
 #
-# A score is a sum of d products. If queries and keys have numbers of mean 0 and variance 1 that know nothing of each
-# other, each product has variance 1, and variances add up: the score has variance d, so its typical size (standard
-# deviation) is $\sqrt{d}$. Dividing by $\sqrt{d}$ brings it back to 1.
+# A score is a sum of d products. If the entries of queries and keys are independent with mean 0 and variance 1, each
+# product has variance 1, and variances add up: the score has variance d, so its typical size (standard deviation) is
+# $\sqrt{d}$. Dividing by $\sqrt{d}$ brings it back to 1.
 #
 # Measure it: 200 random queries, each with 16 random keys, of up to 1,024 dimensions. `cumsum`, the running sum of the
-# products, has the scores for every smaller d as well.
+# products, also contains the scores for every smaller d.
 
 # %%
 query_key, key_key = jax.random.split(jax.random.key(1))
@@ -168,19 +169,19 @@ for d, before, after in zip(dims.tolist(), plain.var(axis=(1, 2)), scaled.var(ax
 # %% [markdown]
 # ## What large scores do to softmax
 #
-# Softmax of large scores gives nearly everything to one key: it **saturates**. Then it hardly reacts when scores
-# change a little, and learning by gradients is nothing but changing things a little. Measured here: the largest of 16
-# weights, and the size of the **Jacobian**, the table of how each weight changes with each score.
+# Softmax of large scores gives nearly all the weight to one key: it **saturates**. Then its output hardly changes when
+# scores change a little, so its gradients are close to 0 and learning stalls. Here we measure the largest of 16
+# weights, and the norm of the **Jacobian**, the matrix of derivatives of each weight with respect to each score.
 #
-# `jax.jacobian` makes a function that computes this table; `vmap` runs it on all 200 rows.
+# `jax.jacobian` returns a function that computes this matrix; `vmap` applies it to all 200 rows.
 
 # %%
-slope = jax.vmap(lambda row: jnp.linalg.norm(jax.jacobian(jax.nn.softmax)(row)))
+slope = jax.jit(jax.vmap(lambda row: jnp.linalg.norm(jax.jacobian(jax.nn.softmax)(row))))
 
 
-@jax.jit  # compile it once, then run it on scores of equal shape
+@jax.jit  # compile once, then run on all scores of the same shape
 def measure(scores):
-    """Return the mean largest weight, and the mean size of the Jacobian, of scores (rows, keys)."""
+    """Return the mean largest weight, and the mean norm of the Jacobian, of scores (rows, keys)."""
     return jax.nn.softmax(scores).max(axis=-1).mean(), slope(scores).mean()
 
 
@@ -194,7 +195,7 @@ assert gradient["plain"][-1] < 0.25 * gradient["scaled"][-1]
 
 # %%
 size = {"plain": plain.std(axis=(1, 2)), "scaled": scaled.std(axis=(1, 2))}
-titles = {"size of scores": size, "largest of 16 weights": largest, "size of softmax's Jacobian": gradient}
+titles = {"size of scores": size, "largest of 16 weights": largest, "norm of softmax's Jacobian": gradient}
 fig, axes = plt.subplots(1, 3, figsize=(9, 3), layout="constrained")
 for ax, (title, curves) in zip(axes, titles.items(), strict=True):
     ax.plot(dims, curves["plain"], "o-", color="#d55e00", label="q · k")
@@ -209,9 +210,9 @@ axes[0].legend(frameon=False)
 plt.show()
 
 # %% [markdown]
-# The mean hides how bad it gets: for most rows hardly any slope is left, and a few lucky ones, with two scores close
-# together, keep the mean up. With 1,024 dimensions, how many rows have lost nine tenths of the slope that scaled scores
-# have?
+# The mean hides how bad it gets: for most rows hardly any gradient is left, and a few rows, in which two scores are
+# close together, keep the mean up. With 1,024 dimensions, for how many rows is the Jacobian less than a tenth of its
+# usual size with scaled scores?
 
 # %%
 usual = slope(scaled[-1]).mean()
@@ -220,44 +221,44 @@ print(f"{float(lost):.0%} of the rows without scaling, {float((slope(scaled[-1])
 assert lost > 0.4
 
 # %% [markdown]
-# ## A gradient through it
+# ## Gradients with `jax.grad`
 #
-# `jax.grad(f)` makes a function that returns the gradient of `f` with respect to its first argument. Where that
-# argument is a dict of params, the gradient is a dict of the same form: one number for each weight, saying how the loss
-# grows with it.
+# `jax.grad(f)` returns a function that computes the gradient of `f` with respect to its first argument. If that
+# argument is a dict of params, the gradient is a dict of the same structure: one derivative of the loss for each
+# weight.
 #
-# To trust it, check one number by hand: nudge one weight up and down, and see how the loss changes.
+# To check it, compute one derivative numerically: change one weight slightly up and down, and see how the loss changes.
 
 
 # %%
 def loss_of(params, x, target):
-    """Return the mean squared difference between context vectors and what they should be."""
+    """Return the mean squared difference between context vectors and target."""
     return jnp.mean((apply(params, x)[0] - target) ** 2)
 
 
 target = jnp.ones((6, 2))
-grads = jax.grad(loss_of)(params, x, target)
+grads = jax.jit(jax.grad(loss_of))(params, x, target)
 print(jax.tree.map(jnp.shape, grads))
 
 
 def nudged(step):
-    kernel = params["query"]["kernel"].at[1, 0].add(step)  # a new array: JAX never changes one in place
+    kernel = params["query"]["kernel"].at[1, 0].add(step)  # a new array: JAX never changes arrays in place
     return loss_of({**params, "query": {"kernel": kernel}}, x, target)
 
 
 estimate = (nudged(0.01) - nudged(-0.01)) / 0.02
-print(f"by jax.grad {grads['query']['kernel'][1, 0]:.4f}, by nudging {estimate:.4f}")
+print(f"by jax.grad {grads['query']['kernel'][1, 0]:.4f}, numerically {estimate:.4f}")
 assert jnp.isclose(grads["query"]["kernel"][1, 0], estimate, rtol=0.02, atol=1e-4)
 
 # %% [markdown]
 # ## Learning where to look
 #
-# A task that needs looking: six tokens with three random numbers each. One of the six, at a random place, carries a
-# mark. Every token should output the three numbers *of the marked one*. Nothing tells the layer what the mark means or
-# where it is; there is only the loss.
+# Here is a task that requires attention: six tokens with three random numbers each. One of the six, at a random
+# position, is marked. Every token should output the three numbers *of the marked one*. The layer is not given the
+# meaning or the position of the mark; it learns only from the loss.
 #
-# A token here has five numbers: three of content, the mark (0 or 1), and a constant 1, so that a query can be the same
-# for all.
+# A token here has five numbers: three of content, the mark (0 or 1), and a constant 1, so that all tokens can have the
+# same query.
 
 
 # %%
@@ -271,7 +272,7 @@ def make_examples(key, n):
 
 @jax.jit
 def step(params, key):
-    """Return params after one step against the gradient, and the loss before it."""
+    """Return params after one step of gradient descent, and the loss before it."""
     loss, grads = jax.value_and_grad(loss_of)(params, *make_examples(key, 128))
     return jax.tree.map(lambda weight, grad: weight - 0.5 * grad, params, grads), loss
 
@@ -285,14 +286,14 @@ print(f"loss {losses[0]:.2f} -> {losses[-1]:.4f}")
 assert losses[-1] < 0.05
 
 # %% [markdown]
-# Params go in, new params come out; no step has changed anything in place. `fold_in` makes a key from a key and a
-# number, so each step has random examples of its own, and the same ones whenever you run this.
+# Params go in, new params come out; no step changes anything in place. `fold_in` derives a key from a key and a number,
+# so each step has its own random examples, and the same ones whenever you run this.
 #
-# Look at an example that was not trained on.
+# Look at an example that was not in the training data.
 
 # %%
 new_x, new_target = make_examples(jax.random.key(4), 500)
-shown = int(new_x[:, 2, 3].argmax())  # the first example with the mark at place 2
+shown = int(new_x[:, 2, 3].argmax())  # the first example with the mark at position 2
 labels = ["0", "1", "2*", "3", "4", "5"]
 fig, axes = plt.subplots(1, 3, figsize=(9, 3), layout="constrained")
 axes[0].plot(losses, color="#0072b2")
@@ -314,34 +315,34 @@ assert on_marked.mean() > 0.8
 assert loss_of(trained, new_x, new_target) < 0.05
 
 # %% [markdown]
-# All three matrices learned their role. Queries and keys meet at the mark, so every row looks at one column, and the
-# value matrix is nearly the identity: it hands over the content as it is. Training a GPT is this loop with more
-# layers, a better optimizer and text.
+# All three matrices learned their role. The queries match the key of the marked token, so every row attends to one
+# column, and the value matrix is nearly the identity: it passes the content on unchanged. Training a GPT is this loop
+# with more layers, a better optimizer and text.
 #
 # ## Exercises
 #
-# **1. The other way round.** Choose matrices by hand so that *chased* looks mostly at *cat* and *mouse*: actions ask,
-# animals answer.
+# **1. The other way round.** Choose matrices by hand so that *chased* attends mostly to *cat* and *mouse*: actions look
+# for animals.
 #
 # <details><summary>Solution</summary>
 #
 # ```python
-# asks_action = jnp.zeros((3, 3)).at[1, 0].set(8.0)
-# is_animal = jnp.zeros((3, 3)).at[0, 0].set(1.0)
-# verb = {"query": {"kernel": asks_action}, "key": {"kernel": is_animal}, "value": {"kernel": jnp.eye(3)}}
+# action_query = jnp.zeros((3, 3)).at[1, 0].set(8.0)
+# animal_key = jnp.zeros((3, 3)).at[0, 0].set(1.0)
+# verb = {"query": {"kernel": action_query}, "key": {"kernel": animal_key}, "value": {"kernel": jnp.eye(3)}}
 # _, verb_weights = apply(verb, x)
 # print(", ".join(f"{token} {weight:.2f}" for token, weight in zip(tokens, verb_weights[2], strict=True)))
 # assert set(verb_weights[2].argsort()[-2:].tolist()) == {1, 5}  # cat and mouse
 # assert verb_weights[2, jnp.array([1, 5])].sum() > 0.8
 # ```
 #
-# The query of *chased* is large in its first number, and so are the keys of *cat* and *mouse*. The factor 8 decides
+# The query of *chased* is large in its first number, and so are the keys of *cat* and *mouse*. The factor 8 determines
 # how sharp the choice is.
 #
 # </details>
 #
-# **2. Could the weights do the scaling?** Show that attention without the division gives the same result, if its query
-# matrix is divided by $\sqrt{d_{out}}$ instead. Why is the division in the formula all the same?
+# **2. Could the weights do the scaling?** Show that attention without the division gives the same result if its query
+# matrix is divided by $\sqrt{d_{out}}$ instead. Why does the formula still contain the division?
 #
 # <details><summary>Solution</summary>
 #
@@ -354,32 +355,33 @@ assert loss_of(trained, new_x, new_target) < 0.05
 # assert jnp.allclose(apply_unscaled(smaller, x), apply(params, x)[0], atol=1e-6)
 # ```
 #
-# What can be computed is the same. What differs is where training starts, and how large its steps are: with the
-# division, the usual random weights give scores of size 1, whatever the width.
+# Both forms can represent the same functions. They differ in where training starts and how large its steps are: with
+# the division, the usual random weights give scores of size 1 for any width.
 #
 # </details>
 #
 # **3. Who depends on whom?** Use `jax.jacobian` to find out whether the context vector of the first token changes when
-# the last token's vector does. Is that good for a model that is to predict the next token?
+# the last token's vector changes. Is that acceptable for a model that should predict the next token?
 #
 # <details><summary>Solution</summary>
 #
 # ```python
-# jacobian = jax.jacobian(lambda x: apply(params, x)[0])(x)  # (6, 2, 6, 3): output token, number, input token, number
+# jacobian = jax.jit(jax.jacobian(lambda x: apply(params, x)[0]))(x)  # (6, 2, 6, 3), as for outputs and inputs
 # influence = jnp.abs(jacobian).max(axis=(1, 3))
 # assert influence[0, 5] > 1e-4
 # ```
 #
-# It changes: each token sees all others, also those after it. A model that is to predict the next token could just read
-# it. The next notebook hides the future.
+# It changes: each token sees all others, including those after it. A model that should predict the next token could
+# just read it. The next notebook hides the future.
 #
 # </details>
 #
-# ## What to take along
+# ## Key takeaways
 #
-# - Queries look, keys are found, values are handed over: three learned matrices, and scores that need not be symmetric.
-# - Scores grow with the square root of the width; dividing by it keeps softmax from saturating and its gradient alive.
-# - A layer is two pure functions, `init(key, ...)` and `apply(params, x)`; params are a dict, and so are
-#   their gradients.
+# - Queries, keys and values come from three learned matrices, and scores need not be symmetric.
+# - Scores grow with the square root of the width; dividing by it keeps softmax from saturating and its gradients
+#   useful.
+# - A layer is two pure functions, `init(key, ...)` and `apply(params, x)`; params are a dict, and so are their
+#   gradients.
 #
 # Next: [4. Causal attention](04_causal_attention.py).

@@ -1,10 +1,10 @@
 # %% [markdown]
-# # 6. Implementing GPT-2: its parts, and its weights
+# # 6. Implementing GPT-2: its parts and its weights
 #
-# After attention (notebooks 2 to 5) three small parts are missing from a GPT: layer normalisation, the GELU
-# nonlinearity with the feed-forward network around it, and shortcuts. You will write each in a few lines, see what it
-# is good for, and check it against the library. At the end you read GPT-2's weights from their file by hand. It runs
-# in about 25 seconds on two CPU cores.
+# After attention (notebooks 2 to 5), three small parts of a GPT are missing: layer normalisation, the feed-forward
+# network with its GELU nonlinearity, and shortcut (residual) connections. You write each in a few lines, see why it is
+# needed, and check it against the library. At the end you read GPT-2's weights from their file by hand. The notebook
+# runs in about 20 seconds on two CPU cores.
 
 # %%
 import os
@@ -23,18 +23,18 @@ from slm_jax.nn.layers import LayerNorm, gelu
 import slm_jax
 from slm_jax.model import FeedForward, get_gpt_config
 
-jax.config.update("jax_default_matmul_precision", "highest")  # GPUs and TPUs otherwise round the factors of a product
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#7F7F7F"  # told apart by colour-blind readers too
+jax.config.update("jax_default_matmul_precision", "highest")  # full float32 precision on GPUs and TPUs too
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#7F7F7F"  # colour-blind safe
 
 # %% [markdown]
 # ## Layer normalisation
 #
-# What flows through a deep model can grow or shrink from part to part. A layer norm brings every token back to the same
-# size: from its numbers it subtracts their mean and divides by their standard deviation.
+# Activations in a deep model can grow or shrink from layer to layer. A layer norm brings every token back to the same
+# scale: it subtracts the mean of the token's numbers and divides by their standard deviation.
 #
 # $$y = \frac{x - \mathrm{mean}(x)}{\sqrt{\mathrm{var}(x) + \epsilon}}$$
 #
-# The mean and the variance are over the features of *one* token (`axis=-1`); other tokens play no part.
+# The mean and the variance are taken over the features of *one* token (`axis=-1`); other tokens are not involved.
 
 
 # %%
@@ -44,7 +44,7 @@ def standardize(x, eps=1e-5):
     return centred / jnp.sqrt(variance + eps)
 
 
-# Three tokens of 200 numbers, of very different size and place.
+# Three tokens of 200 numbers with very different scales and means.
 x = jnp.array([[1.0], [8.0], [0.2]]) * jax.random.normal(jax.random.key(0), (3, 200)) + jnp.array(
     [[0.0], [20.0], [-1.0]]
 )
@@ -57,7 +57,7 @@ assert jnp.allclose(y.var(axis=-1), 1, atol=1e-3)
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(8, 2.8), sharey=True)
-heights = np.random.default_rng(0).uniform(-0.3, 0.3, 200)  # so that the points do not lie on each other
+heights = np.random.default_rng(0).uniform(-0.3, 0.3, 200)  # jitter, so that the points do not overlap
 for axis, values, title in ((axes[0], x, "before"), (axes[1], y, "after the layer norm")):
     for token, (row, colour) in enumerate(zip(values, (BLUE, ORANGE, GREEN), strict=True)):
         axis.plot(row, token + heights, ".", color=colour, ms=3)
@@ -69,8 +69,8 @@ plt.show()
 # ### What $\epsilon$ is for
 #
 # A token whose numbers are all equal has variance 0, and 0/0 is not a number. The tiny $\epsilon = 10^{-5}$ under the
-# root keeps the division defined, for the gradient too. It also means that a token far smaller than
-# $\sqrt{\epsilon} \approx 0.003$ is not brought up to variance 1.
+# root keeps the division and its gradient defined. It also means that a token much smaller than
+# $\sqrt{\epsilon} \approx 0.003$ is not scaled up to variance 1.
 
 # %%
 flat = jnp.full((1, 8), 3.0)
@@ -83,9 +83,9 @@ print(f"variance of a token a ten-thousandth as large: {standardize(faint).var()
 # %% [markdown]
 # ### Scale and shift
 #
-# Variance 1 need not be best for what comes next. So each feature gets two learned numbers, a scale (at first 1) and a
-# bias (at first 0), with which the model can choose another size and place for it. In Flax, `init` makes such
-# parameters and `apply` uses them; both are pure functions of what goes in.
+# Mean 0 and variance 1 are not always best for the next layer. So each feature has two learned parameters, a scale
+# (initially 1) and a bias (initially 0), with which the model can choose a different scale and mean. In Flax, `init`
+# creates such parameters and `apply` uses them; both are pure functions of their arguments.
 #
 # In the library this is `LayerNorm` in [`slm_jax/nn/layers.py`](../slm_jax/nn/layers.py).
 
@@ -105,10 +105,10 @@ print("by hand = the library's, fresh and with other parameters")
 # %% [markdown]
 # ## GELU
 #
-# Between two matrices there must be something that is not linear, or they could be multiplied into one. ReLU cuts
-# everything below 0 off. GELU (Hendrycks & Gimpel, 2016) weighs $x$ with the probability $\Phi(x)$ that a standard
-# normal number is smaller than $x$: large inputs pass, strongly negative ones vanish, and the corner becomes a curve.
-# GPT-2 was trained with an approximation by tanh that was faster at the time.
+# Between two matrices there must be a nonlinear function, or they could be multiplied into one. ReLU sets everything
+# below 0 to 0. GELU (Hendrycks & Gimpel, 2016) multiplies $x$ by the probability $\Phi(x)$ that a standard normal
+# variable is smaller than $x$: large inputs pass, strongly negative ones vanish, and the corner becomes a smooth curve.
+# GPT-2 was trained with a tanh approximation that was faster at the time.
 
 
 # %%
@@ -128,9 +128,10 @@ assert jnp.allclose(gelu(grid), gelu_tanh(grid), atol=1e-6)
 assert jnp.allclose(gelu(grid, exact=True), gelu_exact(grid), atol=1e-6)
 
 # %% [markdown]
-# Right: the slopes. `grad` differentiates a function of one number, `vmap` applies it along the grid. ReLU's slope is
-# exactly 0 on the whole left, so a neuron that is always there passes no gradient on and cannot come back. GELU's slope
-# is 0 at one point, about −0.75; further left it is a little negative and fades out.
+# The right plot shows the derivatives. `grad` differentiates a function of one number, and `vmap` applies it along the
+# grid. ReLU's derivative is exactly 0 for all negative inputs, so a neuron whose input is always negative gets no
+# gradient and cannot recover. GELU's derivative is 0 at one point, about −0.75; further left it is slightly negative
+# and approaches 0.
 
 # %%
 curves = (
@@ -143,7 +144,7 @@ for name, function, colour, line in curves:
     axes[0].plot(grid, function(grid), color=colour, ls=line, label=name)
     axes[1].plot(grid, jax.vmap(jax.grad(function))(grid), color=colour, ls=line)
 axes[0].set(title="function", xlabel="x", ylabel="output", ylim=(-0.5, 3))
-axes[1].set(title="slope", xlabel="x", ylabel="derivative")
+axes[1].set(title="derivative", xlabel="x", ylabel="derivative")
 axes[0].legend()
 plt.tight_layout()
 plt.show()
@@ -154,8 +155,9 @@ assert abs(float(jax.grad(gelu_tanh)(low))) < 0.01
 # %% [markdown]
 # ## The feed-forward network
 #
-# To four times the width, GELU, and back. It sees one token at a time, with the same matrices for each: attention has
-# gathered what a token needs to know, here the model works on it. Two thirds of a block's parameters are in it.
+# A linear layer to four times the width, GELU, and a linear layer back. It processes each token separately, with the
+# same matrices: attention collects information from other tokens, the feed-forward network processes it. It holds two
+# thirds of a block's parameters.
 #
 # In the library this is `FeedForward` in [`slm_jax/model.py`](../slm_jax/model.py).
 
@@ -168,23 +170,24 @@ def feed_forward(p, x):
 
 cfg = get_gpt_config("tiny", emb_dim=64)
 tokens = jax.random.normal(jax.random.key(2), (2, 5, cfg.emb_dim))
-params = FeedForward(cfg).init(jax.random.key(3), tokens)["params"]
-params = jax.tree.map(lambda leaf: leaf + 0.05, params)  # so that the biases, at first 0, count
+params = jax.jit(FeedForward(cfg).init)(jax.random.key(3), tokens)["params"]
+params = jax.tree.map(lambda leaf: leaf + 0.05, params)  # make the biases, initially 0, matter
 print(jax.tree.map(jnp.shape, params))
 ours, theirs = feed_forward(params, tokens), FeedForward(cfg).apply({"params": params}, tokens)
 assert jnp.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
-assert jnp.allclose(feed_forward(params, tokens[:, 3:4]), ours[:, 3:4], rtol=1e-4, atol=1e-5)  # a token by itself
+assert jnp.allclose(feed_forward(params, tokens[:, 3:4]), ours[:, 3:4], rtol=1e-4, atol=1e-5)  # each token separately
 
 # %% [markdown]
 # ## Shortcuts
 #
-# Stack 24 such networks and ask how the loss would change if the input of layer 1 changed. By the chain rule that is a
-# product of 24 derivatives. If each is one half, less than a ten-millionth is left at the bottom. A shortcut
-# adds a layer's input to its output, and the derivative of $x + f(x)$ is $1 + f'(x)$: the 1 always gets through.
+# Stack 24 such networks and ask how the loss changes when the input of layer 1 changes. By the chain rule, this is a
+# product of 24 derivatives. If each is one half, less than a ten-millionth of the gradient arrives at layer 1. A
+# shortcut adds a layer's input to its output, and the derivative of $x + f(x)$ is $1 + f'(x)$: the 1 always passes the
+# gradient on.
 #
-# We measure it. The loss below is so simple that the gradient at the output is the same, of size 1, with and without
-# shortcuts. Adding a zero, `probes[i]`, to the input of layer i and differentiating by it gives the gradient that
-# arrives there.
+# Let us measure it. The loss below is linear in the output, so the gradient at the output has norm 1 with and without
+# shortcuts. To get the gradient at the input of layer i, we add a zero, `probes[i]`, to it and differentiate with
+# respect to that zero.
 
 # %%
 LAYERS, EMB = 24, 64
@@ -198,7 +201,7 @@ def init_layer(key):
 
 
 layers = [init_layer(key) for key in jax.random.split(jax.random.key(4), LAYERS)]
-x0, direction = jax.random.normal(jax.random.key(5), (2, 16, EMB))  # 16 tokens, and where they should go
+x0, direction = jax.random.normal(jax.random.key(5), (2, 16, EMB))  # 16 tokens, and the direction of the loss
 direction = direction / jnp.linalg.norm(direction)
 
 
@@ -211,9 +214,9 @@ def stack_loss(probes, layers, shortcut):
 
 
 # %% [markdown]
-# `jit` compiles the function; `shortcut` decides which program it is, so it is *static*. One call gives the gradients
-# for all 24 inputs and all parameters. GPT-2 also begins with small steps: the matrices that write into the stream are
-# divided by the root of how many there are. That is the third stack.
+# `jit` compiles the function; `shortcut` selects the program, so it is a *static* argument. One call gives the
+# gradients for all 24 inputs and all parameters. GPT-2 also starts with small residual branches: the output matrices of
+# the branches are divided by the square root of their number. That is the third stack.
 
 # %%
 gradients = jax.jit(jax.grad(stack_loss, argnums=(0, 1)), static_argnames="shortcut")
@@ -221,7 +224,7 @@ probes = [jnp.zeros_like(x0)] * LAYERS
 scaled_layers = [{**layer, "proj": jax.tree.map(lambda leaf: leaf / LAYERS**0.5, layer["proj"])} for layer in layers]
 stacks = {
     "with shortcuts": (layers, True, BLUE, "o"),
-    "with shortcuts, small at first": (scaled_layers, True, GREEN, "^"),
+    "with shortcuts, small init": (scaled_layers, True, GREEN, "^"),
     "without": (layers, False, ORANGE, "s"),
 }
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.6))
@@ -231,9 +234,9 @@ for name, (chosen, shortcut, colour, marker) in stacks.items():
     for axis, trees in zip(axes, (arrived[name], of_layers), strict=True):
         sizes = [jnp.sqrt(sum(jnp.square(leaf).sum() for leaf in jax.tree.leaves(tree))) for tree in trees]
         axis.plot(range(1, LAYERS + 1), sizes, color=colour, marker=marker, ms=4, label=name)
-    of_parameters[name] = sizes  # the last that were drawn
+    of_parameters[name] = sizes  # of the second plot
 for axis, title in zip(axes, ("gradient at the layer's input", "gradient of the layer's parameters"), strict=True):
-    axis.set(title=title, xlabel="layer (24 is next to the output)", ylabel="size", yscale="log")
+    axis.set(title=title, xlabel="layer (24 is next to the output)", ylabel="norm", yscale="log")
 axes[0].set_ylim(1e-11, 1e3)
 axes[0].legend(loc="lower right")
 plt.tight_layout()
@@ -241,13 +244,13 @@ plt.show()
 
 
 # %% [markdown]
-# Without shortcuts each layer passes on about half of the gradient: a straight line on the logarithmic axis, and at the
-# bottom a ten-millionth is left. The parameters (right) fare alike: the gradient of those of layer 1 is about two
-# millionths of that of layer 24's. With shortcuts nothing gets lost; with layers of full size the gradient even grows
-# on its way, a hundredfold. With small first steps it arrives as it left.
+# Without shortcuts, each layer passes on about half of the gradient: a straight line on the logarithmic axis, and a
+# ten-millionth is left at layer 1. The same holds for the parameters (right): the gradient of layer 1's parameters is
+# about two millionths of layer 24's. With shortcuts nothing gets lost; with standard initialisation the gradient even
+# grows a hundredfold on its way back. With small initial branches it keeps its size.
 #
-# Its direction tells the same. The cosine between the gradient at layer 1 and that at the output is 1 for the same
-# direction and about 0 for unrelated ones: only the third stack keeps it.
+# The direction shows the same. The cosine between the gradients at layer 1 and at the output is 1 for the same
+# direction and about 0 for unrelated ones: only the third stack preserves the direction.
 
 
 # %%
@@ -256,27 +259,26 @@ def cosine(a, b):
 
 
 for name, of in arrived.items():
-    print(f"{name:<31} size {jnp.linalg.norm(of[0]):8.2g}   cosine {cosine(of[0], -direction):5.2f}")
+    print(f"{name:<27} norm {jnp.linalg.norm(of[0]):8.2g}   cosine {cosine(of[0], -direction):5.2f}")
 share = of_parameters["without"][0] / of_parameters["without"][-1]
-print(f"without shortcuts, parameters of layer 1 against those of layer {LAYERS}: {share:.1g}")
+print(f"without shortcuts, parameter gradients of layer 1 relative to layer {LAYERS}: {share:.1g}")
 assert jnp.linalg.norm(arrived["without"][0]) < 2e-7
 assert 1e-6 < share < 3e-6
 assert jnp.linalg.norm(arrived["with shortcuts"][0]) > 0.5
-assert cosine(arrived["with shortcuts, small at first"][0], -direction) > 0.4
+assert cosine(arrived["with shortcuts, small init"][0], -direction) > 0.4
 assert abs(cosine(arrived["without"][0], -direction)) < 0.2
 
 # %% [markdown]
 # ## GPT-2's weights: a file of named tensors
 #
-# These parts, with attention, are all that GPT-2 has. OpenAI published its weights, and Hugging Face keeps them as a
-# *safetensors* file: names, shapes and plain numbers, no code. We look for the real ones on this machine, in the folder
-# `gpt2` below the one that the environment variable `SLM_JAX_DATA` names and in Hugging Face's cache, and download
-# nothing. If there are none, we write such a file ourselves, of a small model with random weights: the names and the
-# layout are the same.
+# GPT-2 consists of these parts and attention. OpenAI published its weights, and Hugging Face hosts them as a
+# *safetensors* file: names, shapes and plain numbers, no code. We look for the real weights on this machine, in the
+# folder `$SLM_JAX_DATA/gpt2` and in Hugging Face's cache, and download nothing. If there are none, we write such a file
+# for a small model with random weights: the names and the layout are the same.
 
 # %% tags=["sampled"]
 warnings.filterwarnings("ignore", message="IProgress")  # progress bars are not needed here
-os.environ["HF_HUB_OFFLINE"] = "1"  # without this line load_gpt2("gpt2") would download 548 MB, once
+os.environ["HF_HUB_OFFLINE"] = "1"  # without this line load_gpt2("gpt2") downloads 548 MB once
 try:
     gpt2_cfg, gpt2_params = slm_jax.load_gpt2("gpt2")
     from slm_jax.weights.hub import find_weights
@@ -289,19 +291,19 @@ except FileNotFoundError:
     folder = Path(tempfile.mkdtemp()) / "small-gpt2"
     gpt2_cfg = slm_jax.get_gpt_config("gpt2-small", n_layers=3, emb_dim=48, n_heads=4, vocab_size=500)
     model = slm_jax.GPTModel(gpt2_cfg)
-    gpt2_params = model.init(jax.random.key(6), jnp.zeros((1, 4), jnp.int32))["params"]
+    gpt2_params = jax.jit(model.init)(jax.random.key(6), jnp.zeros((1, 4), jnp.int32))["params"]
     slm_jax.save_gpt2(gpt2_cfg, gpt2_params, folder)
     weights_file = folder / "model.safetensors"
     REAL = False
-print("the real GPT-2" if REAL else "no GPT-2 on this machine: a small one with random weights")
+print("the real GPT-2" if REAL else "no GPT-2 on this machine: using a small model with random weights")
 print(f"{weights_file.name}: {weights_file.stat().st_size / 1e6:,.1f} MB, {gpt2_cfg.n_layers} blocks")
 
 # %% [markdown]
-# ### What is in the file
+# ### The contents of the file
 #
-# The first block's names, and those outside the blocks. `h.0` is block 0; `c_attn` makes queries, keys and values;
-# `wte` and `wpe` are the embeddings of tokens and positions. Some files have `transformer.` in front of each name, and
-# some hold the causal mask as `attn.bias`, which is no weight.
+# These are the names of the first block, and those outside the blocks. `h.0` is block 0; `c_attn` computes queries,
+# keys and values; `wte` and `wpe` are the token and position embeddings. Some files have `transformer.` in front of
+# each name, and some contain the causal mask as `attn.bias`, which is not a weight.
 
 # %% tags=["sampled"]
 with safe_open(weights_file, framework="numpy") as file:
@@ -313,7 +315,7 @@ for name, tensor in tensors.items():
 print(f"{len(tensors)} tensors, {sum(tensor.size for tensor in tensors.values()):,} numbers")
 
 # %% [markdown]
-# ### The map of names
+# ### Mapping the names
 #
 # Our tree has other names and stacks the tensor of one name from all blocks into one array. Two tables say it all.
 # GPT-2's matrices are stored as (inputs, outputs), like ours, so nothing is transposed; and the output head is the
@@ -380,12 +382,11 @@ assert jnp.array_equal(logits[0], logits[2])
 print("logits", logits[0].shape[:2], "+ vocabulary: the same three times")
 
 # %% [markdown]
-# A model that knows nothing gives each of its tokens about the same probability, and the likeliest continuation is as
-# good as any other. The real one goes on with a sentence.
+# An untrained model gives each token about the same probability. The real GPT-2 continues the text with a sentence.
 
 # %% tags=["sampled"]
 probabilities = jax.nn.softmax(logits[0][0, -1])
-print(f"likeliest next token: {probabilities.max():.2g}; all alike would be {1 / gpt2_cfg.vocab_size:.2g}")
+print(f"largest probability: {probabilities.max():.2g}; uniform: {1 / gpt2_cfg.vocab_size:.2g}")
 if REAL:
     tokenizer = slm_jax.get_tokenizer("gpt2")
     prompt = jnp.array([tokenizer.encode("The first thing to know about a language model is")])
@@ -395,8 +396,8 @@ if REAL:
 # %% [markdown]
 # ## Exercises
 #
-# **1.** Many newer models leave the mean alone and only divide by the root of the mean square (RMSNorm). Write it, and
-# show that on tokens whose mean is 0 it does the same as a layer norm.
+# **1.** Many newer models do not subtract the mean and only divide by the root mean square (RMSNorm). Write it, and
+# show that it equals a layer norm on tokens with mean 0.
 #
 # <details><summary>Solution</summary>
 #
@@ -410,12 +411,12 @@ if REAL:
 # assert not jnp.allclose(rms_norm(x), standardize(x), atol=0.1)
 # ```
 #
-# The mean can be removed by the matrix before it, so little is lost, and one pass over the numbers is saved.
+# The matrix before it can learn to remove the mean, so little is lost, and one pass over the numbers is saved.
 #
 # </details>
 #
-# **2.** With shortcuts every layer adds something, and the stream grows. How large is it after all 24 of `layers`, and
-# of `scaled_layers`?
+# **2.** With shortcuts every layer adds something, and the activations grow. How large are they after all 24 layers of
+# `layers`, and of `scaled_layers`?
 #
 # <details><summary>Solution</summary>
 #
@@ -433,12 +434,12 @@ if REAL:
 # assert scaled < 2
 # ```
 #
-# Each layer adds a share of what is there, so the stream grows like compound interest. A GPT writes twice a block, so
-# GPT-2 divides by $\sqrt{2 \cdot \text{layers}}$.
+# Each layer adds a fraction of the current activations, so they grow like compound interest. A GPT has two branches per
+# block, so GPT-2 divides by $\sqrt{2 \cdot \text{layers}}$.
 #
 # </details>
 #
-# **3.** `attn.c_proj.weight` is square, so a transposed copy fits in shape and no check of shapes can find the mistake.
+# **3.** `attn.c_proj.weight` is square, so its transpose has the same shape, and no shape check can find the mistake.
 # Transpose it in all blocks and look at the logits.
 #
 # <details><summary>Solution</summary>
@@ -450,14 +451,15 @@ if REAL:
 # assert not jnp.allclose(other, logits[0], rtol=1e-4, atol=1e-6)
 # ```
 #
-# It loads without a word and computes something else. That is why the library's tests compare logits, not shapes.
+# It loads without an error and computes something else. That is why the library's tests compare logits, not just
+# shapes.
 #
 # </details>
 #
-# ## What to take along
+# ## Key takeaways
 #
 # - A layer norm brings each token to mean 0 and variance 1, then lets the model scale and shift it.
-# - Shortcuts let the gradient through; without them a ten-millionth of it was left after 24 layers.
-# - Weights are named tensors. Two tables of names turn GPT-2's file into our tree, and equal logits prove it.
+# - Shortcuts pass the gradient on; without them a ten-millionth of it was left after 24 layers.
+# - Weights are named tensors. Two tables of names convert GPT-2's file into our tree, and equal logits confirm it.
 #
-# Next: [7. The transformer block](07_transformer_block.py), these parts in their places.
+# Next: [7. The transformer block](07_transformer_block.py), which combines these parts.

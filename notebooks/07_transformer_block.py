@@ -1,14 +1,15 @@
 # %% [markdown]
 # # 7. The transformer block
 #
-# Notebooks 4 to 6 built the parts: causal attention with several heads, layer normalisation, GELU and feed-forward,
-# and shortcuts. Here they become one block, the unit that a GPT repeats 12 to 48 times. You will write it as a plain
-# function, check it against the library's, and then measure a question of design: should a layer norm stand in front
-# of each part, or behind it? It runs in about 35 seconds on two CPU cores.
+# Notebooks 4 to 6 built the parts: multi-head causal attention, layer normalisation, the GELU feed-forward network, and
+# shortcuts. Here they become one block, the unit that a GPT-2 repeats 12 to 48 times. You write it as a plain function,
+# check it against the library's, and then compare two designs: should the layer norm come before each part, or after
+# it? The notebook runs in about 25 seconds on two CPU cores.
 
 # %%
 import json
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -19,44 +20,45 @@ import optax
 from slm_jax.model import TransformerBlock, get_gpt_config
 from slm_jax.tokenizer import CharTokenizer
 
-jax.config.update("jax_default_matmul_precision", "highest")  # GPUs and TPUs otherwise round the factors of a product
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#7F7F7F"  # told apart by colour-blind readers too
+jax.config.update("jax_default_matmul_precision", "highest")  # full float32 precision on GPUs and TPUs too
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#7F7F7F"  # colour-blind safe
 
 # %% [markdown]
-# ## What a block has to learn
+# ## The parameters of a block
 #
-# The library's block is a Flax module. `init` makes its parameters from a random key and an example input; the three
-# `None` are for generation and packed documents and stay empty here, and `True` switches dropout off. The parameters
-# are a dict of dicts, so their names show what the block is made of: two norms, attention, feed-forward.
+# The library's block is a Flax module. `init` creates its parameters from a random key and an example input; the three
+# `None` arguments are for generation and packed documents and not needed here, and `True` turns dropout off. The
+# parameters are a dict of dicts whose names show the parts of the block: two norms, attention, feed-forward.
 
 # %%
 cfg = get_gpt_config("tiny", n_layers=1, emb_dim=64, n_heads=4, context_length=32)
 library_block = TransformerBlock(cfg)
 x = jax.random.normal(jax.random.key(0), (2, 10, cfg.emb_dim))  # (batch, seq, emb)
-params = library_block.init(jax.random.key(1), x, None, None, None, True)["params"]
+params = jax.jit(lambda key, x: library_block.init(key, x, None, None, None, True))(jax.random.key(1), x)["params"]
 for name, part in params.items():
     print(f"{name:<6}", jax.tree.map(jnp.shape, part))
 
 # %% [markdown]
-# A fresh norm has scale 1 and bias 0, and fresh biases are 0: a mistake with one of them would not be seen. So we
-# shake all parameters a little before we compare.
+# A new norm has scale 1 and bias 0, and new biases are 0, so a mistake with one of them would not be noticed. So we add
+# noise to all parameters before we compare.
 
 
 # %%
-def shake(params, key):
+@jax.jit
+def add_noise(params, key):
     leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(key, len(leaves))  # one for each leaf, so that no two get the same noise
-    shaken = [leaf + 0.1 * jax.random.normal(k, leaf.shape) for leaf, k in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(structure, shaken)
+    keys = jax.random.split(key, len(leaves))  # different noise for each leaf
+    noisy = [leaf + 0.1 * jax.random.normal(k, leaf.shape) for leaf, k in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(structure, noisy)
 
 
-params = shake(params, jax.random.key(2))
+params = add_noise(params, jax.random.key(2))
 
 # %% [markdown]
 # ## The parts, as plain functions
 #
-# These are the results of notebooks 5 and 6 in a few lines each. Every function takes its own part of the parameters
-# first, `p`, and a batch of sequences `x` of shape (batch, seq, emb); none remembers anything.
+# These are the results of notebooks 5 and 6 in a few lines each. Every function takes its part of the parameters, `p`,
+# and a batch of sequences `x` of shape (batch, seq, emb); none has any state.
 
 
 # %%
@@ -75,33 +77,33 @@ def feed_forward(p, x):
 
 
 # %% [markdown]
-# Attention in the fused form of notebook 5: one matrix makes queries, keys and values together; they are cut into
-# heads; each head averages the values of the tokens up to its own; a last matrix mixes the heads.
+# Attention uses the layout of the library's layer in notebook 5: three kernels with an axis for the heads (`btd` is
+# batch, token, feature; `dhe` feature, head, entry of a head); each head averages the values of the current and earlier
+# tokens; a last matrix mixes the heads.
 
 
 # %%
-def attention(p, x, n_heads):
-    batch, seq, emb = x.shape
-    q, k, v = (part.reshape(batch, seq, n_heads, emb // n_heads) for part in jnp.split(dense(p["qkv"], x), 3, axis=-1))
-    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(emb // n_heads)
-    scores = jnp.where(jnp.tril(jnp.ones((seq, seq), bool)), scores, -jnp.inf)
-    context = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores, axis=-1), v)
-    return dense(p["out_proj"], context.reshape(batch, seq, emb))
+def attention(p, x):
+    q, k, v = (jnp.einsum("btd,dhe->bthe", x, p[name]["kernel"]) + p[name]["bias"] for name in "qkv")
+    scores = jnp.einsum("bqhe,bkhe->bhqk", q, k) / math.sqrt(q.shape[-1])
+    scores = jnp.where(jnp.tril(jnp.ones(scores.shape[-2:], bool)), scores, -jnp.inf)
+    context = jnp.einsum("bhqk,bkhe->bqhe", jax.nn.softmax(scores, axis=-1), v)
+    return jnp.einsum("bthe,hed->btd", context, p["out_proj"]["kernel"]) + p["out_proj"]["bias"]
 
 
 # %% [markdown]
-# ## Assembled
+# ## The block
 #
-# Two steps, both of the form "the stream plus what a part has to say about its normalised copy":
+# The block has two steps, each adding the output of a part, applied to a normalised copy of the stream:
 #
 # $$x \leftarrow x + \mathrm{attention}(\mathrm{norm}_1(x)) \qquad x \leftarrow x + \mathrm{ff}(\mathrm{norm}_2(x))$$
 #
-# Attention moves information between tokens; the feed-forward part works on each token alone.
+# Attention moves information between tokens; the feed-forward part processes each token separately.
 
 
 # %%
-def pre_norm_block(p, x, n_heads=4):
-    x = x + attention(p["attn"], layer_norm(p["norm1"], x), n_heads)
+def pre_norm_block(p, x):
+    x = x + attention(p["attn"], layer_norm(p["norm1"], x))
     return x + feed_forward(p["ff"], layer_norm(p["norm2"], x))
 
 
@@ -114,30 +116,30 @@ print("shape in and out:", ours.shape, f"  relative difference below 1e-5: {diff
 
 # %% [markdown]
 # In the library this is `TransformerBlock` in [`slm_jax/model.py`](../slm_jax/model.py). It adds dropout on both
-# branches, the cache of notebook 8, and the choice of a fast attention kernel. Input and output have the same shape,
-# which is what lets blocks be stacked without end.
+# branches, the cache of notebook 8, and the choice of a fast attention kernel. Input and output have the same shape, so
+# any number of blocks can be stacked.
 #
-# ## Drawn
+# ## Pre-norm and post-norm
 #
-# On the left the block above, as in GPT-2: the norms stand inside the branches, and the grey line, the *residual
-# stream*, runs from bottom to top with nothing on it but additions. On the right the order of the first transformer
-# (Vaswani et al., 2017): the norms stand on the stream itself.
+# On the left is the block above, as in GPT-2: the norms are inside the branches, and the grey line, the *residual
+# stream*, runs from bottom to top with only additions on it. On the right is the order of the original transformer
+# (Vaswani et al., 2017): the norms are on the stream itself.
 
 
 # %%
 def draw(axis, title, parts):
-    """Draw boxes from the bottom to the top; those of branches stand beside the stream."""
+    """Draw boxes from bottom to top; those of branches are drawn beside the stream."""
     axis.annotate("", (0, len(parts) + 0.7), (0, -0.6), arrowprops={"arrowstyle": "->", "color": GREY, "lw": 3})
     for height, (text, colour, on_stream) in enumerate(parts):
-        place = 0 if on_stream else 1.5
+        x = 0 if on_stream else 1.5
         box = {"boxstyle": "round,pad=0.4", "facecolor": colour, "edgecolor": "none"}
-        axis.text(place, height, text, ha="center", va="center", color="white", bbox=box, fontsize=11)
+        axis.text(x, height, text, ha="center", va="center", color="white", bbox=box, fontsize=11)
     for height, (text, _, on_stream) in enumerate(parts):
         if not on_stream and (height == 0 or parts[height - 1][2]):  # a branch leaves the stream below its first box
             axis.plot([0, 1.5, 1.5], [height - 0.5, height - 0.5, height - 0.25], color=GREY, lw=1.5, zorder=0)
         if not on_stream and height > 0 and not parts[height - 1][2]:
             axis.plot([1.5, 1.5], [height - 0.75, height - 0.25], color=GREY, lw=1.5, zorder=0)
-        if text == "+":  # and comes back to it
+        if text == "+":  # and returns to it
             axis.plot([1.5, 1.5, 0], [height - 0.75, height, height], color=GREY, lw=1.5, zorder=0)
     axis.set(title=title, xlim=(-1.2, 2.6), ylim=(-0.9, len(parts) + 0.9))
     axis.axis("off")
@@ -152,31 +154,31 @@ plt.tight_layout()
 plt.show()
 
 # %% [markdown]
-# As functions the two differ in one place, and they have the same parameters:
+# As functions they differ only in the position of the norms, and they have the same parameters:
 
 
 # %%
-def post_norm_block(p, x, n_heads=4):
-    x = layer_norm(p["norm1"], x + attention(p["attn"], x, n_heads))
+def post_norm_block(p, x):
+    x = layer_norm(p["norm1"], x + attention(p["attn"], x))
     return layer_norm(p["norm2"], x + feed_forward(p["ff"], x))
 
 
 assert jnp.abs(post_norm_block(params, x) - pre_norm_block(params, x)).max() > 0.1
 sizes = [float(jnp.abs(block(params, 100 * x)).mean()) for block in (pre_norm_block, post_norm_block)]
-print(f"mean size of the output, for an input of size 80: pre-norm {sizes[0]:.0f}, post-norm {sizes[1]:.1f}")
+print(f"mean |output| for an input with mean |x| = 80: pre-norm {sizes[0]:.0f}, post-norm {sizes[1]:.1f}")
 
 # %% [markdown]
-# Pre-norm leaves the stream as large as it is; post-norm brings it back to size 1 after each part, whatever came in.
-# That sounds tidy. Its price is paid by the gradient, which has to go back through every one of those norms.
+# Pre-norm keeps the size of the stream; post-norm brings it back to size 1 after each part, whatever the input. That
+# sounds tidy, but the gradient then has to pass back through every one of those norms.
 #
-# ## A small model to compare them in
+# ## A small model for the comparison
 #
-# Eight blocks, 32 wide, that read 16 letters and predict the next one. `init_block` draws every matrix with standard
-# deviation $1/\sqrt{\text{inputs}}$, which keeps the size of what passes through it. `vmap` calls it for eight keys at
-# once and stacks the results along a first axis: the form that the library, too, keeps its blocks in.
+# The model has eight blocks of width 32, reads 16 letters and predicts the next one. `init_block` draws every matrix
+# with standard deviation $1/\sqrt{\text{inputs}}$, which preserves the scale of the activations. `vmap` calls it for
+# eight keys at once and stacks the results along a first axis, as the library does with its blocks.
 
 # %%
-EMB, LAYERS, CONTEXT = 32, 8, 16
+EMB, HEADS, LAYERS, CONTEXT = 32, 4, 8, 16
 
 
 def init_dense(key, n_in, n_out):
@@ -184,13 +186,16 @@ def init_dense(key, n_in, n_out):
 
 
 def init_block(key):
-    keys = jax.random.split(key, 4)
+    keys = jax.random.split(key, 6)
     norm = {"scale": jnp.ones(EMB), "bias": jnp.zeros(EMB)}
-    attn = {"qkv": init_dense(keys[0], EMB, 3 * EMB), "out_proj": init_dense(keys[1], EMB, EMB)}
-    ff = {"fc": init_dense(keys[2], EMB, 4 * EMB), "proj": init_dense(keys[3], 4 * EMB, EMB)}
-    return {"norm1": norm, "attn": attn, "norm2": norm, "ff": ff}
+    square = [init_dense(key, EMB, EMB) for key in keys[:4]]
+    q, k, v = (jax.tree.map(lambda leaf: leaf.reshape(*leaf.shape[:-1], HEADS, -1), p) for p in square[:3])
+    out_proj = {"kernel": square[3]["kernel"].reshape(HEADS, -1, EMB), "bias": square[3]["bias"]}
+    ff = {"fc": init_dense(keys[4], EMB, 4 * EMB), "proj": init_dense(keys[5], 4 * EMB, EMB)}
+    return {"norm1": norm, "attn": {"q": q, "k": k, "v": v, "out_proj": out_proj}, "norm2": norm, "ff": ff}
 
 
+@partial(jax.jit, static_argnums=(1, 2))
 def init_model(key, vocab_size, n_layers=LAYERS):
     keys = jax.random.split(key, 4)
     return {
@@ -203,9 +208,9 @@ def init_model(key, vocab_size, n_layers=LAYERS):
 
 
 # %% [markdown]
-# `jax.lax.scan` runs one block's code along the stacked parameters, so that it is compiled once and not eight times.
-# A pre-norm model needs one more norm after its last block, as nothing has normalised the stream until there. We give
-# it to both models, so that they differ in nothing but the block.
+# `jax.lax.scan` applies one block's code along the stacked parameters, so the block is compiled once and not eight
+# times. A pre-norm model needs one more norm after its last block, because nothing has normalised the stream before.
+# Both models get it, so that they differ only in the block.
 
 
 # %%
@@ -218,7 +223,7 @@ def loss(params, batch, block):
 
 
 # %% [markdown]
-# The text is that of the 240 short reviews of notebook 11a, letter by letter. All runs see the same batches in the
+# The text is the 240 short reviews of notebook 11a, tokenized into characters. All runs see the same batches in the
 # same order.
 
 # %%
@@ -229,13 +234,13 @@ ids = np.array(tokenizer.encode(text))
 STEPS, BATCH = 120, 16
 starts = np.random.default_rng(0).integers(0, len(ids) - CONTEXT - 1, (STEPS, BATCH, 1))
 batches = jnp.asarray(ids[starts + np.arange(CONTEXT + 1)])
-print(f"{len(ids):,} letters, {tokenizer.vocab_size} different ones; batches: {batches.shape}")
+print(f"{len(ids):,} characters, {tokenizer.vocab_size} distinct; batches: {batches.shape}")
 
 # %% [markdown]
-# ## The gradients before the first step
+# ## Gradients at initialisation
 #
-# One batch, fresh parameters, and the size of the gradient in each block. To say it with one number a block, we take
-# the root of the sum of squares over all its parameters.
+# We take one batch and initial parameters, and measure the gradient norm of each block: the root of the sum of squares
+# over all its parameters.
 
 
 # %%
@@ -260,20 +265,20 @@ figure, axis = plt.subplots(figsize=(6.5, 3.8))
 for name, (_, colour, marker) in blocks.items():
     for seed, values in enumerate(norms[name]):
         axis.plot(range(1, LAYERS + 1), values, color=colour, marker=marker, label=name if seed == 0 else None)
-axis.set(xlabel="block (8 is next to the output)", ylabel="size of the gradient", ylim=(0, None))
-axis.set_title("before the first step, three seeds")
+axis.set(xlabel="block (8 is next to the output)", ylabel="gradient norm", ylim=(0, None))
+axis.set_title("at initialisation, three seeds")
 axis.legend()
 plt.show()
 
 # %% [markdown]
-# In the pre-norm model the gradient gets smaller towards the output: each block adds to the stream, the stream grows,
-# and what a later block adds is a smaller share of it. In the post-norm model every norm brings the stream back to
-# size 1, all blocks weigh the same, and the last block's gradient is two to three times that of pre-norm's.
+# In the pre-norm model the stream grows with every block, so later blocks contribute a smaller share of it, and their
+# gradients are smaller. In the post-norm model every norm brings the stream back to size 1, so later blocks keep their
+# influence: their gradients are larger than pre-norm's, in the last block two to three times as large.
 #
 # ## A short training
 #
-# Adam with one learning rate from the first step to the last: no warmup, no clipping. `loss_and_gradient` was compiled
-# once for each kind of block, because the block is a *static* argument, a part of the program and not of the data.
+# We use Adam with a constant learning rate: no warmup, no clipping. `loss_and_gradient` is compiled once for each kind
+# of block, because the block is a *static* argument, part of the program and not of the data.
 
 # %%
 optimizer = optax.adam(3e-3)
@@ -304,35 +309,35 @@ for name, (_, colour, _) in blocks.items():
             axis.plot(range(1, STEPS + 1), values, color=colour, lw=1.2, label=name if seed == 0 else None)
 letters = np.bincount(ids) / len(ids)
 UNIGRAM = -np.sum(letters[letters > 0] * np.log(letters[letters > 0]))
-axes[0].axhline(UNIGRAM, color=GREY, ls="--", label="letter frequencies alone")
-axes[0].set(xlabel="step", ylabel="training loss (nats a letter)", ylim=(2, 4.5))
-axes[1].set(xlabel="step", ylabel="size of the whole gradient", ylim=(0, None))
+axes[0].axhline(UNIGRAM, color=GREY, ls="--", label="character frequencies alone")
+axes[0].set(xlabel="step", ylabel="training loss (nats per character)", ylim=(2, 4.5))
+axes[1].set(xlabel="step", ylabel="gradient norm", ylim=(0, None))
 axes[0].legend()
 plt.tight_layout()
 plt.show()
 final = {name: [log[-10:, 0].mean() for log in of] for name, of in runs.items()}
 for name, values in final.items():
     print(f"{name:<10} mean loss of the last ten steps, three seeds:", np.round(values, 2))
-print(f"from letter frequencies alone: {UNIGRAM:.2f}")
+print(f"character frequencies alone: {UNIGRAM:.2f}")
 assert max(final["pre-norm"]) < min(final["post-norm"]) - 0.3
 assert all(abs(value - UNIGRAM) < 0.1 for value in final["post-norm"])
 
 # %% [markdown]
-# With pre-norm all three seeds learn which letters follow which. With post-norm none does: the loss falls to the dashed
-# line, what one gets from knowing only how frequent each letter is, and stays there. Same data, same parameters at the
-# start, same learning rate: only the place of two norms is different. The gradients (right) show no way out:
-# post-norm's are larger in the first steps and then smaller than those of the model that learns.
+# With pre-norm, all three seeds learn which characters follow which. With post-norm none does: the loss falls to the
+# dashed line, the loss of a model that knows only character frequencies, and stays there. Data, initial parameters and
+# learning rate are the same; only the position of two norms differs. The gradients (right) do not help: post-norm's are
+# larger in the first steps, and then smaller than those of the model that learns.
 #
-# ## How far this goes
+# ## Limits of this experiment
 #
-# We measured one depth, one learning rate and one initialisation. The initialisation matters as much as the order: we
-# repeat it with the matrices that write into the stream a tenth as large, which is the idea of GPT-2's initialisation.
-# Every block then starts close to "leave the stream as it is".
+# We measured one depth, one learning rate and one initialisation. The initialisation matters as much as the order. We
+# repeat the experiment with the output matrices of the branches a tenth as large, which is the idea of GPT-2's
+# initialisation: every block then starts close to the identity.
 
 
 # %%
 def quiet(params):
-    """Return params whose branches start a tenth as large."""
+    """Return params with the output layers of the branches divided by 10."""
     blocks = params["blocks"]
     attn = {**blocks["attn"], "out_proj": jax.tree.map(lambda leaf: leaf / 10, blocks["attn"]["out_proj"])}
     ff = {**blocks["ff"], "proj": jax.tree.map(lambda leaf: leaf / 10, blocks["ff"]["proj"])}
@@ -346,17 +351,17 @@ print("loss with small branches:", {name: round(value, 2) for name, value in qui
 assert max(quiet_final.values()) < 2.6
 
 # %% [markdown]
-# Now both learn, and post-norm is no worse. So what was measured is this: in a model of eight blocks with branches that
-# start at full size, trained with Adam at 0.003 without warmup for 120 steps, pre-norm learns and post-norm does not; a
-# careful start mends it at this depth. It is no proof for large models. But it fits what others found there (Xiong et
-# al., 2020): post-norm asks for care with initialisation and warmup, and more of it the deeper the model, while
-# pre-norm forgives. GPT-2 and nearly all its successors have pre-norm, and GPT-2 has the small start as well.
+# Now both learn, and post-norm is no worse. So our result is: with eight blocks, standard initialisation and 120 steps
+# of Adam at 0.003 without warmup, pre-norm learns and post-norm does not; at this depth, small initial branches fix it.
+# This does not prove anything about large models, but it agrees with results for them (Xiong et al., 2020): post-norm
+# needs careful initialisation and warmup, the more so the deeper the model, while pre-norm is robust. GPT-2 and nearly
+# all its successors use pre-norm, and GPT-2 also uses small initial branches.
 #
 # ## Exercises
 #
 # **1.** How many parameters does one block of width $D$ have? Write the formula and check it against the parameters
-# above and against GPT-2 small: `slm_jax.model.count_params` counts a model without making it, and two blocks less one
-# are one.
+# above and against GPT-2 small: `slm_jax.model.count_params` counts a model's parameters without creating them, and the
+# difference between two blocks and one is one block.
 #
 # <details><summary>Solution</summary>
 #
@@ -374,11 +379,11 @@ assert max(quiet_final.values()) < 2.6
 # assert two - one == block_params(768) == 7_087_872
 # ```
 #
-# $12D^2 + 13D$: two thirds of the large term belong to the feed-forward part, one third to attention.
+# $12D^2 + 13D$: two thirds of the quadratic term belong to the feed-forward part, one third to attention.
 #
 # </details>
 #
-# **2.** Is it the depth? Train a post-norm model of two blocks as above, with branches at full size.
+# **2.** Is it the depth? Train a post-norm model of two blocks as above, with the standard initialisation.
 #
 # <details><summary>Solution</summary>
 #
@@ -388,11 +393,11 @@ assert max(quiet_final.values()) < 2.6
 # assert log[-10:, 0].mean() < 2.6
 # ```
 #
-# It learns as well as pre-norm does. With two blocks it is hard to see why anyone moved the norms.
+# It learns as well as pre-norm does. With two blocks there is no reason to move the norms.
 #
 # </details>
 #
-# **3.** Would a warmup help? Let the learning rate rise in a line from 0 to 0.003 over the first 60 steps.
+# **3.** Would warmup help? Let the learning rate rise linearly from 0 to 0.003 over the first 60 steps.
 #
 # <details><summary>Solution</summary>
 #
@@ -407,17 +412,17 @@ assert max(quiet_final.values()) < 2.6
 # assert np.mean(losses[-10:]) > max(final["pre-norm"]) + 0.1
 # ```
 #
-# At this rate it does not: where we measured it, the loss was again that of the letter frequencies. A rule of thumb is
-# worth a measurement.
+# At this rate it does not: in our measurement the loss was again that of the character frequencies. Rules of thumb need
+# checking.
 #
 # </details>
 #
-# ## What to take along
+# ## Key takeaways
 #
-# - A block is two additions to the residual stream: attention moves information between tokens, feed-forward works on
-#   each. Its output has the shape of its input.
-# - With pre-norm nothing stands on the stream but additions; post-norm normalises the stream itself, twice a block.
-# - In our deep model at full size only pre-norm learned; with small branches or few blocks both did. Order,
-#   initialisation and depth work together.
+# - A block adds twice to the residual stream: attention moves information between tokens, feed-forward processes each
+#   token. Its output has the shape of its input.
+# - With pre-norm there are only additions on the stream; post-norm normalises the stream itself, twice per block.
+# - In our deep model with standard initialisation only pre-norm learned; with small initial branches or few blocks both
+#   did. Order, initialisation and depth interact.
 #
-# Next: [8. GPT](08_gpt.py), blocks from bottom to top, and text out of them.
+# Next: [8. GPT](08_gpt.py), the complete model and text generation.

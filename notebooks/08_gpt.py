@@ -1,10 +1,10 @@
 # %% [markdown]
-# # 8. GPT: the whole model, its size, and text from it
+# # 8. GPT: the whole model, its size, and text generation
 #
-# Embeddings, blocks, one last norm and an output head: with the block of notebook 7 the model is complete. You will
-# write it as one function, count its parameters and its memory from GPT-2 small to XL without making them, train a
-# tiny one, choose its next tokens by hand (greedy, with temperature, top-k), and make generation fast with a cache. It
-# runs in about 30 seconds on two CPU cores.
+# Embeddings, blocks, a final norm and an output head: with the block of notebook 7 the model is complete. You write it
+# as one function, count the parameters and memory of GPT-2 small to XL without creating them, train a tiny model,
+# choose its next tokens by hand (greedy, with temperature, top-k), and make generation fast with a cache. The notebook
+# runs in about 25 seconds on two CPU cores.
 
 # %%
 import json
@@ -24,15 +24,15 @@ from slm_jax.tasks.config import parse_args
 from slm_jax.tokenizer import BPETokenizer
 from slm_jax.tools.plan import make_plan
 
-jax.config.update("jax_default_matmul_precision", "highest")  # GPUs and TPUs otherwise round the factors of a product
-BLUE, ORANGE, GREEN, PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"  # told apart by colour-blind readers too
+jax.config.update("jax_default_matmul_precision", "highest")  # full float32 precision on GPUs and TPUs too
+BLUE, ORANGE, GREEN, PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"  # colour-blind safe
 
 # %% [markdown]
 # ## The model as one function
 #
-# Every token id is looked up in one table, every position in another; the sum enters the residual stream. The blocks
-# follow. What comes out is normalised, and compared by dot product with every row of the *same* token table: that is
-# the output head (*tied weights*). The results are logits, one number for each token that could come next.
+# Every token id is looked up in one table, every position in another; their sum enters the residual stream. The blocks
+# follow. Their output is normalised and multiplied with every row of the *same* token table: this is the output head
+# (*tied weights*). The results are logits, one number for each possible next token.
 
 
 # %%
@@ -45,19 +45,19 @@ def dense(p, x):
     return x @ p["kernel"] + p["bias"]
 
 
-def attention(p, x, n_heads):
-    batch, seq, emb = x.shape
-    q, k, v = (part.reshape(batch, seq, n_heads, -1) for part in jnp.split(dense(p["qkv"], x), 3, axis=-1))
-    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(emb // n_heads)
-    weights = jax.nn.softmax(jnp.where(jnp.tril(jnp.ones((seq, seq), bool)), scores, -jnp.inf), axis=-1)
-    return dense(p["out_proj"], jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(batch, seq, emb))
+def attention(p, x):
+    q, k, v = (jnp.einsum("btd,dhe->bthe", x, p[name]["kernel"]) + p[name]["bias"] for name in "qkv")
+    scores = jnp.einsum("bqhe,bkhe->bhqk", q, k) / math.sqrt(q.shape[-1])
+    weights = jax.nn.softmax(jnp.where(jnp.tril(jnp.ones(scores.shape[-2:], bool)), scores, -jnp.inf), axis=-1)
+    context = jnp.einsum("bhqk,bkhe->bqhe", weights, v)
+    return jnp.einsum("bthe,hed->btd", context, p["out_proj"]["kernel"]) + p["out_proj"]["bias"]
 
 
-def gpt(params, tokens, n_heads):
+def gpt(params, tokens):
     x = params["tok_emb"]["embedding"][tokens] + params["pos_emb"]["embedding"][: tokens.shape[1]]
 
     def block(x, p):
-        x = x + attention(p["attn"], norm(p["norm1"], x), n_heads)
+        x = x + attention(p["attn"], norm(p["norm1"], x))
         return x + dense(p["ff"]["proj"], jax.nn.gelu(dense(p["ff"]["fc"], norm(p["norm2"], x)))), None
 
     x, _ = jax.lax.scan(block, x, params["blocks"])  # the same code along the stacked parameters of all blocks
@@ -65,7 +65,7 @@ def gpt(params, tokens, n_heads):
 
 
 # %% [markdown]
-# Against the library's, with a small vocabulary and two blocks. In the library this is `GPTModel` in
+# We compare it with the library's model, with a small vocabulary and two blocks. In the library this is `GPTModel` in
 # [`slm_jax/model.py`](../slm_jax/model.py).
 
 # %%
@@ -74,7 +74,7 @@ model = slm_jax.GPTModel(cfg)
 tokens = jax.random.randint(jax.random.key(0), (2, 12), 0, cfg.vocab_size)
 params = jax.jit(model.init)(jax.random.key(1), tokens)["params"]
 logits = jax.jit(model.apply)({"params": params}, tokens)
-by_hand = jax.jit(gpt, static_argnames="n_heads")(params, tokens, n_heads=cfg.n_heads)
+by_hand = jax.jit(gpt)(params, tokens)
 difference = jnp.abs(by_hand - logits).max() / jnp.abs(logits).max()
 print("logits:", logits.shape, f"  relative difference below 1e-4: {difference < 1e-4}")
 assert difference < 1e-4
@@ -82,7 +82,7 @@ assert difference < 1e-4
 # %% [markdown]
 # ## Counting
 #
-# With width $D$, $L$ blocks, vocabulary $V$ and context $T$ the parts have
+# With width $D$, $L$ blocks, vocabulary $V$ and context $T$, the parts have
 #
 # | part | parameters |
 # |---|---|
@@ -92,8 +92,8 @@ assert difference < 1e-4
 # | feed-forward, all blocks | $L (8 D^2 + 5 D)$ |
 # | norms | $L \cdot 4 D + 2 D$ |
 #
-# `param_shapes` gives the whole tree as shapes. Underneath is `jax.eval_shape`: it follows what `init` would do and
-# makes no array, so GPT-2 XL, 6 GB, costs nothing.
+# `param_shapes` returns the whole tree as shapes. It uses `jax.eval_shape`, which traces `init` without creating
+# arrays, so even GPT-2 XL (6 GB) costs nothing.
 
 
 # %%
@@ -148,25 +148,25 @@ plt.tight_layout()
 plt.show()
 
 # %% [markdown]
-# Position embeddings and norms are too few to be seen. In the small model nearly a third is the token table; in XL
-# almost everything is in the blocks, and two thirds of them in the feed-forward networks.
+# Position embeddings and norms are too small to be visible. In the small model nearly a third is the token table; in XL
+# almost everything is in the blocks, two thirds of it in the feed-forward networks.
 #
 # ## Memory
 #
-# A float32 takes 4 bytes. To *run* a model its weights must be in memory. To *train* it with AdamW there are also the
-# gradients and AdamW's two running means, each as large as the weights, so 16 bytes a parameter; and the activations
-# that the backward pass needs, which grow with batch and length. So would the logits, a number for each token of the
-# vocabulary at each position, but the library makes them in pieces of at most half a gigabyte ([notebook
-# 9](09_pretraining_setup.py)). The command `slm-jax plan` estimates all of them by formulas, see
-# [`slm_jax/tools/plan/memory.py`](../slm_jax/tools/plan/memory.py). Here for a T4, Colab's free GPU, in float32, with 4
-# rows of 1,024 tokens.
+# A float32 takes 4 bytes. To *run* a model, its weights must be in memory. *Training* with AdamW also needs the
+# gradients and AdamW's two running averages, each as large as the weights, so 16 bytes per parameter; and the
+# activations for the backward pass, which grow with batch size and sequence length. The logits, one number per
+# vocabulary token at each position, would grow too, but the library computes them in chunks of at most half a gigabyte
+# ([notebook 9](09_pretraining_setup.py)). The command `slm-jax plan` estimates all of these, see
+# [`slm_jax/tools/plan/memory.py`](../slm_jax/tools/plan/memory.py). Here is its estimate for a T4, Colab's free GPU, in
+# float32, with 4 rows of 1,024 tokens.
 
 # %%
 GB = 1e9
 memories = {}
 for name in sizes:
     options = {"model.preset": f"gpt2-{name}", "tokenizer.kind": "gpt2", "train.batch_size": 4}
-    run = parse_args([f"--{key}={value}" for key, value in options.items()])  # as slm-jax plan would be called
+    run = parse_args([f"--{key}={value}" for key, value in options.items()])  # the options of slm-jax plan
     memories[name] = make_plan(run, "t4").by_remat["none"].memory
     memory, n_params = memories[name], sum(parts[name].values())
     assert memory.parameters == memory.gradients == 4 * n_params
@@ -177,7 +177,7 @@ for name in sizes:
 figure, axis = plt.subplots(figsize=(8, 3.2))
 left = np.zeros(len(sizes))
 named = ("parameters", "gradients", "optimizer", "activations")
-for part, colour in zip((*named, "logits and the rest"), (BLUE, GREEN, ORANGE, PINK, "#56B4E9"), strict=True):
+for part, colour in zip((*named, "logits and other"), (BLUE, GREEN, ORANGE, PINK, "#56B4E9"), strict=True):
     rest = [memories[name].total - sum(getattr(memories[name], other) for other in named) for name in sizes]
     widths = np.array([getattr(memories[name], part, amount) / GB for name, amount in zip(sizes, rest, strict=True)])
     axis.barh([f"gpt2-{name}" for name in sizes], widths, left=left, color=colour, label=part)
@@ -185,7 +185,7 @@ for part, colour in zip((*named, "logits and the rest"), (BLUE, GREEN, ORANGE, P
 assert np.allclose(left, [memories[name].total / GB for name in sizes])
 axis.axvline(12, color="black", ls=":", lw=1)
 axis.axvline(16, color="black", ls="--", lw=1)
-axis.text(17, 0, "a T4 has 16 GB (dashed), JAX gives a program 12 (dotted)", fontsize=9, va="center")
+axis.text(17, 0, "a T4 has 16 GB (dashed), JAX uses 12 by default (dotted)", fontsize=9, va="center")
 axis.set(xlabel="GB, training in float32, 4 x 1,024 tokens")
 axis.invert_yaxis()
 axis.legend(fontsize=9)
@@ -193,16 +193,16 @@ plt.tight_layout()
 plt.show()
 
 # %% [markdown]
-# On a T4 only GPT-2 small can be trained this way. The card has 16 GB, and JAX gives a program 75 % of a GPU's memory
-# unless told otherwise, so there are 12. Most of the small model's memory is activations; a smaller batch, 16-bit
-# numbers or recomputing them in the backward pass (`--model.remat`) saves part of it. For XL the weights and what AdamW
-# keeps of them are already more than the card has.
+# On a T4 only GPT-2 small can be trained this way. The card has 16 GB, of which JAX uses 75% (12 GB) by default. Most
+# of the small model's memory is activations; a smaller batch, 16-bit numbers or recomputing activations in the backward
+# pass (gradient checkpointing, `--model.remat`) saves part of it. For XL, the weights and AdamW's state alone exceed
+# the card's memory.
 #
-# ## A model that says something
+# ## Training a tiny model
 #
-# To choose tokens we need a model with an opinion. The 240 short reviews of notebook 11a, cut into tokens by a BPE made
-# from them (notebook 1), are enough for one that has learned how such sentences go. The loop is short: loss, gradient,
-# AdamW. What belongs to a real training is the subject of notebooks 9 and 10.
+# To choose tokens we need a trained model. The 240 short reviews of notebook 11a, tokenized with a BPE trained on them
+# (notebook 1), are enough to learn what such sentences look like. The loop is short: loss, gradient, AdamW. Notebooks 9
+# and 10 cover a full training setup.
 
 # %%
 with open("data/sentiment.jsonl", encoding="utf-8") as file:
@@ -234,16 +234,17 @@ for _ in range(STEPS):
     losses.append(value)
 first, last = float(losses[0]), float(np.mean(losses[-20:]))
 print(
-    f"{len(ids):,} tokens; loss {first:.1f} (all tokens alike: {math.log(cfg.vocab_size):.1f}), at the end {last:.1f}"
+    f"{len(ids):,} tokens; loss at first {first:.1f} (uniform: {math.log(cfg.vocab_size):.1f}), at the end {last:.1f}"
 )
 assert last < first / 2
 
 # %% [markdown]
 # ## From logits to the next token
 #
-# The model reads a prompt; only the logits behind its last token matter. Softmax makes probabilities of them. *Greedy*
-# choice takes the likeliest, and again, and again. Each round runs the model on the text so far. The rows are filled up
-# to a fixed length on the right, so that one compiled program serves all of them: no token looks to the right.
+# The model reads a prompt; only the logits of its last token matter. Softmax turns them into probabilities. *Greedy*
+# decoding takes the most probable token, appends it, and repeats. Each step runs the model on the text so far. The rows
+# are padded on the right to a fixed length, so that one compiled program works for all of them; with causal attention
+# the padding has no effect.
 
 # %%
 apply = jax.jit(model.apply)
@@ -269,17 +270,18 @@ assert by_library[0].tolist() == by_hand
 print(repr(tokenizer.decode(by_hand)))
 
 # %% [markdown]
-# Greedy text is always the same. In the library this is [`decode.py`](../slm_jax/generation/decode.py).
+# Greedy decoding always gives the same text. In the library this is [`decode.py`](../slm_jax/generation/decode.py).
 #
 # ### Temperature
 #
-# Drawing from the probabilities gives variety. Dividing the logits by a *temperature* first makes the distribution
-# sharper (below 1) or flatter (above 1): at 0 it becomes greedy, at infinity all tokens are alike.
+# Sampling from the probabilities gives variety. Dividing the logits by a *temperature* first makes the distribution
+# sharper (below 1) or flatter (above 1): toward 0 it becomes greedy, toward infinity all tokens are equally likely.
 #
 # ### Top-k
 #
-# However small the tail's probabilities, it has hundreds of tokens, and one of them in a sentence is enough to spoil
-# it. Top-k sets all but the $k$ likeliest to $-\infty$ before softmax, so that the rest share their probability.
+# The unlikely tokens have small probabilities, but there are hundreds of them, and a single one can spoil a sentence.
+# Top-k sets all logits except the $k$ largest to $-\infty$ before softmax, so that only the $k$ most probable tokens
+# can be sampled.
 
 
 # %%
@@ -317,9 +319,9 @@ plt.tight_layout()
 plt.show()
 
 # %% [markdown]
-# Now draw. JAX has no hidden random state: each draw takes a key, and the same key gives the same draw. The library
-# makes the key of row $i$ with `fold_in(key, i)` and that of its $n$-th new token with another `fold_in`. With the same
-# keys the loop by hand draws the same tokens.
+# Now sample. JAX has no hidden random state: each sample takes a key, and the same key gives the same sample. The
+# library derives the key of row $i$ with `fold_in(key, i)` and that of its $n$-th new token with another `fold_in`.
+# With the same keys our loop samples the same tokens.
 
 
 # %%
@@ -350,10 +352,10 @@ for temperature in (0.5, 1.0, 2.0):
 #
 # ## The cache of keys and values
 #
-# The loop above runs the whole text through the model for every new token, and gets the same keys and values again for
-# all that was there before: no token sees a later one, so nothing in them can change. They can be kept. Then a new
-# token needs only its own query, key and value. In one attention head, with NumPy, as arrays that grow would make JAX
-# compile anew for each length:
+# The loop above runs the whole text through the model for every new token and recomputes the same keys and values for
+# all earlier tokens: no token sees a later one, so they cannot change. We can store them instead. Then a new token
+# needs only its own query, key and value. Here is one attention head in NumPy (with growing arrays, JAX would recompile
+# for each length):
 
 
 # %%
@@ -372,15 +374,15 @@ whole = softmax(np.where(np.tri(LONG, dtype=bool), scores, -np.inf)) @ (x @ w_va
 keys = values = np.zeros((0, HEAD_DIM))
 one_by_one = []
 for token in x:
-    keys = np.vstack([keys, token @ w_key])  # the cache: one row longer for each token
+    keys = np.vstack([keys, token @ w_key])  # the cache grows by one row per token
     values = np.vstack([values, token @ w_value])
     one_by_one.append(softmax(keys @ (token @ w_query) / math.sqrt(HEAD_DIM)) @ values)
 assert np.allclose(one_by_one, whole)
-print("token by token with a cache = all at once, with no mask needed: the future is not there yet")
+print("token by token with a cache = all at once; no mask is needed, because there are no future tokens yet")
 
 # %% [markdown]
 # In a compiled program shapes are fixed, so the library's cache has room for `capacity` tokens from the start and
-# counts how many it holds. `apply` with a cache returns the logits of the new tokens and the cache with them in it.
+# counts how many it holds. `apply` with a cache returns the logits of the new tokens and the updated cache.
 #
 # In the library this is [`cache.py`](../slm_jax/nn/cache.py).
 
@@ -399,11 +401,11 @@ assert cache.lengths.tolist() == [WINDOW]
 print(f"relative difference below 1e-4: {difference < 1e-4}")
 
 # %% [markdown]
-# ### What it is worth
+# ### The speedup
 #
-# First the proof: 40 tokens written in both ways are the same. `anew` computes the whole window for each token,
-# `from_cache` one token. The model has a longer context than ours, one more block and random weights, as speed does not
-# depend on what they say; its head is its own, because a random model with a tied one only repeats itself.
+# First we check that both methods generate the same 40 tokens. `recomputed` computes the whole window for each token,
+# `cached_step` only one token. The model has a longer context, one more block and random weights, because speed does
+# not depend on the values; its head is not tied, because a random model with a tied head only repeats its input.
 
 # %%
 LONGEST = 512
@@ -414,14 +416,14 @@ long_params = jax.jit(long_model.init)(jax.random.key(7), tokens)["params"]
 
 
 @jax.jit
-def anew(params, window, n):
-    """Return the likeliest token after the first n of a window of fixed length."""
+def recomputed(params, window, n):
+    """Return the most probable token after the first n of a window of fixed length."""
     return long_model.apply({"params": params}, window)[0, n - 1].argmax()
 
 
 @jax.jit
-def from_cache(params, token, cache):
-    """Return the likeliest token after this one and what the cache holds, and the longer cache."""
+def cached_step(params, token, cache):
+    """Return the most probable token after the cached tokens and this one, and the updated cache."""
     logits, cache = long_model.apply({"params": params}, token[None, None], cache=cache)
     return logits[0, -1].argmax(), cache
 
@@ -430,15 +432,15 @@ N_NEW = 40
 slow, fast = [1], [1]
 cache = slm_jax.init_cache(long_cfg, long_params, batch_size=1, capacity=LONGEST)
 for n in range(1, N_NEW + 1):
-    slow.append(int(anew(long_params, jnp.array([[*slow, *[0] * (64 - n)]]), n)))
-    token, cache = from_cache(long_params, jnp.int32(fast[-1]), cache)
+    slow.append(int(recomputed(long_params, jnp.array([[*slow, *[0] * (64 - n)]]), n)))
+    token, cache = cached_step(long_params, jnp.int32(fast[-1]), cache)
     fast.append(int(token))
 assert slow == fast
-print(f"{N_NEW} tokens, the same both ways, {len(set(slow))} different ones")
+print(f"{N_NEW} tokens, the same with both methods, {len(set(slow))} distinct")
 
 # %% [markdown]
-# Then the time of one more token, after texts of different length. `block_until_ready` waits for the result, because
-# JAX returns before it is there; the first call, which compiles, is not measured.
+# Then we measure the time for one more token after texts of different lengths. `block_until_ready` waits for the
+# result, because JAX returns before it is computed; the first call, which compiles, is not measured.
 
 
 # %%
@@ -449,34 +451,33 @@ def milliseconds(function, *arguments, repeats=15):
         began = time.perf_counter()
         jax.block_until_ready(function(*arguments))
         seconds.append(time.perf_counter() - began)
-    return 1000 * min(seconds)  # what else the machine does can only add to it
+    return 1000 * min(seconds)  # other load on the machine can only add time
 
 
 lengths = (64, 256, LONGEST)
-times = {"computed anew": [], "from the cache": []}
+times = {"recomputed": [], "with a cache": []}
 for n in lengths:
-    times["computed anew"].append(milliseconds(anew, long_params, jnp.zeros((1, n), jnp.int32), n))
+    times["recomputed"].append(milliseconds(recomputed, long_params, jnp.zeros((1, n), jnp.int32), n))
     holds = cache._replace(lengths=jnp.array([n - 1]))  # as if n - 1 tokens were in it
-    times["from the cache"].append(milliseconds(from_cache, long_params, jnp.int32(1), holds))
+    times["with a cache"].append(milliseconds(cached_step, long_params, jnp.int32(1), holds))
 
 # %% tags=["varies"]
 figure, axis = plt.subplots(figsize=(6.5, 3.6))
 for (name, values), colour, marker in zip(times.items(), (ORANGE, BLUE), ("s", "o"), strict=True):
     axis.plot(lengths, values, color=colour, marker=marker, label=name)
-    print(f"{name:<15}", " ".join(f"{value:6.2f}" for value in values), "ms a token")
+    print(f"{name:<13}", " ".join(f"{value:6.2f}" for value in values), "ms per token")
 axis.set(xlabel="tokens in the text", ylabel="ms for one more token", xticks=lengths, ylim=(0, None))
 axis.legend()
 plt.tight_layout()
 plt.show()
-assert times["from the cache"][-1] < times["computed anew"][-1]
-print(
-    f"after {LONGEST} tokens the cache is {times['computed anew'][-1] / times['from the cache'][-1]:.0f} times as fast"
-)
+assert times["with a cache"][-1] < times["recomputed"][-1]
+ratio = times["recomputed"][-1] / times["with a cache"][-1]
+print(f"after {LONGEST} tokens the cache is {ratio:.0f} times as fast")
 
 # %% [markdown]
-# Computed anew, a token costs as much as the whole text; from the cache about the same after any text of this length.
-# (Our cache step always looks at all 512 places; in a much larger context that would show, too.) The price is memory:
-# keys and values of every token in every block,
+# Without a cache, each token costs as much as the whole text; with a cache the cost is about the same for all these
+# lengths. (Our cached step always attends to all 512 positions; in a much longer context that cost would show, too.)
+# The price is memory: keys and values of every token in every block,
 #
 # $$2 \cdot L \cdot D \cdot \text{tokens} \cdot \text{bytes of a number}$$
 #
@@ -487,13 +488,13 @@ small = sizes["small"]
 cache_bytes = 2 * small.n_layers * small.emb_dim * small.context_length * 4
 shapes = jax.eval_shape(lambda: slm_jax.init_cache(small, param_shapes(small), batch_size=1, capacity=1024))
 assert cache_bytes == sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes.blocks))
-print(f"{cache_bytes / 1e6:.1f} MB a text, beside {4 * sum(parts['small'].values()) / 1e6:.0f} MB of weights")
+print(f"{cache_bytes / 1e6:.1f} MB per sequence, plus {4 * sum(parts['small'].values()) / 1e6:.0f} MB of weights")
 
 # %% [markdown]
 # ## Exercises
 #
-# **1.** The book's first GPT has an output head of its own instead of the shared token table, and no biases for
-# queries, keys and values. How many parameters does it have at GPT-2 small's size? Find it with a formula and with
+# **1.** The book's first GPT has a separate output head instead of the shared token table, and no biases for queries,
+# keys and values. How many parameters does it have at GPT-2 small's size? Compute the number with a formula and with
 # `param_shapes`.
 #
 # <details><summary>Solution</summary>
@@ -504,12 +505,12 @@ print(f"{cache_bytes / 1e6:.1f} MB a text, beside {4 * sum(parts['small'].values
 # assert size(param_shapes(book)) == expected == 163_009_536
 # ```
 #
-# The 124 million of the name are those of the tied model.
+# The usual "124 million" refers to the tied model.
 #
 # </details>
 #
-# **2.** Top-p keeps the fewest of the likeliest tokens that together have at least probability $p$: few where the model
-# is sure, many where it is not. Write it for one row of logits, and compare with
+# **2.** Top-p keeps the smallest set of most probable tokens whose total probability is at least $p$: few where the
+# model is confident, many where it is not. Write it for one row of logits, and compare with
 # `slm_jax.generation.sampler.keep_top_p(logits[None], p)`.
 #
 # <details><summary>Solution</summary>
@@ -521,7 +522,7 @@ print(f"{cache_bytes / 1e6:.1f} MB a text, beside {4 * sum(parts['small'].values
 # def top_p(logits, p):
 #     order = jnp.argsort(-logits)
 #     probabilities = jax.nn.softmax(logits)[order]
-#     before = jnp.cumsum(probabilities) - probabilities  # of all that are likelier
+#     before = jnp.cumsum(probabilities) - probabilities  # of all more probable tokens
 #     return jnp.full_like(logits, -jnp.inf).at[order].set(jnp.where(before < p, logits[order], -jnp.inf))
 #
 #
@@ -529,11 +530,12 @@ print(f"{cache_bytes / 1e6:.1f} MB a text, beside {4 * sum(parts['small'].values
 #     assert jnp.array_equal(jnp.isfinite(top_p(logits, p)), jnp.isfinite(keep_top_p(logits[None], p)[0]))
 # ```
 #
-# A token is kept if those before it do not have $p$ yet, so that the likeliest is always kept.
+# A token is kept if the total probability of the tokens before it is below $p$, so the most probable token is always
+# kept.
 #
 # </details>
 #
-# **3.** Entropy, $-\sum p \ln p$, says how undecided a distribution is. Show that it grows with temperature for our
+# **3.** Entropy, $-\sum p \ln p$, measures how uncertain a distribution is. Show that it grows with temperature for our
 # prompt, from near 0 to near the logarithm of the vocabulary.
 #
 # <details><summary>Solution</summary>
@@ -550,16 +552,17 @@ print(f"{cache_bytes / 1e6:.1f} MB a text, beside {4 * sum(parts['small'].values
 # assert entropies[-1] > 0.99 * math.log(cfg.vocab_size)
 # ```
 #
-# Temperature is a dial between "always the same" and "anything goes"; what lies between is taste.
+# Temperature moves the distribution between always the same token and a uniform choice; values between are a matter of
+# taste.
 #
 # </details>
 #
-# ## What to take along
+# ## Key takeaways
 #
-# - A GPT is embeddings, blocks, a norm, and the token table once more. `eval_shape` tells the size of any of them
-#   without making it.
-# - Training in float32 takes 16 bytes a parameter before the first activation; running it takes 4.
-# - Logits leave the choice to us: greedy, temperature, top-k. Keys and values of earlier tokens never change, and
-#   keeping them makes each new token cheap.
+# - A GPT is embeddings, blocks, a norm, and the token table again as output head. `eval_shape` gives the sizes without
+#   creating arrays.
+# - Training in float32 takes 16 bytes per parameter plus activations; running the model takes 4.
+# - A decoding method chooses the next token from the logits: greedy, temperature, top-k. Keys and values of earlier
+#   tokens never change, and caching them makes each new token cheap.
 #
-# Next: [9. Pretraining set-up](09_pretraining_setup.py), what the model is trained on and how it is measured.
+# Next: [9. Pretraining setup](09_pretraining_setup.py), what the model is trained on and how it is measured.

@@ -1,20 +1,19 @@
 # %% [markdown]
-# # 9. Everything that training needs
+# # 9. Preparing for training
 #
-# [Notebook 8](08_gpt.py) ended with a GPT that can be run but knows nothing yet. Before it learns, four things have to
-# be right, and at the end of this notebook you will understand each of them: the **number** that says how wrong the
-# model is (cross-entropy, and perplexity, its readable form); the **batches** that it is fed; what **`jit`** compiles,
-# and when it has to do so again; and how a batch is spread over **eight devices** without changing the result. About
-# 20 seconds on two CPU cores.
+# [Notebook 8](08_gpt.py) ended with a complete GPT. This notebook covers four things that training needs: the **loss**
+# that measures how wrong the model is (cross-entropy, and perplexity, its readable form); the **batches** it is trained
+# on; what **`jit`** compiles, and when it compiles again; and how a batch is distributed over **eight devices** without
+# changing the result. It runs in about 20 seconds on two CPU cores.
 
 # %% [markdown]
 # ## Before JAX starts
 #
-# One CPU can pretend to be eight devices. Two variables ask for it, and JAX reads them when it first looks for
-# devices, so they come before anything is computed. `XLA_FLAGS` sets the number. `NPROC` sets how many threads there
-# are to run them: devices that exchange results wait for each other, and with fewer threads than devices they may wait
-# in vain, until JAX ends the process. Everything here computes on the CPU, also where there is a GPU or TPU: one of
-# those is one device, and we want eight.
+# JAX can simulate eight devices on one CPU. Two environment variables control this, and JAX reads them when it
+# initialises its devices, so they must be set before any computation. `XLA_FLAGS` sets the number of devices. `NPROC`
+# sets the number of threads: devices that exchange results wait for each other, and with fewer threads than devices
+# they may deadlock, until JAX aborts the process. Everything here runs on the CPU, even if there is a GPU or TPU,
+# because we want eight devices.
 
 # %%
 import os
@@ -45,16 +44,17 @@ from slm_jax.training.sharding import put_batch, put_params
 devices = jax.devices("cpu")
 jax.config.update("jax_default_device", devices[0])
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#999999"
-assert len(devices) == 8, "JAX had started before this cell: restart the kernel and run the cells in order"
+assert len(devices) == 8, "JAX was initialised before this cell: restart the kernel and run the cells in order"
 print([device.id for device in devices])
 
 # %% [markdown]
-# ## A text, in two parts
+# ## Training and validation text
 #
-# The text is 240 short reviews that come with these notebooks. The model is judged on a part that it never trains on,
-# or else learning by heart would look like understanding. The order of the steps matters: first texts are put aside
-# (whole ones, but for the text at the cut, which is cut in two), then the tokenizer is trained on the rest, and last
-# are tokens cut into windows. Cut the other way round, a window of one part could overlap a window of the other.
+# The text is 240 short reviews that come with these notebooks. The model is evaluated on a part that it never trains
+# on; otherwise memorising would look like understanding. The order of the steps matters: first the texts are split into
+# training and validation (only the text at the boundary is cut in two), then the tokenizer is trained on the training
+# part, and last the tokens are cut into windows. In the other order, a training window could overlap a validation
+# window.
 
 # %%
 with open("data/sentiment.jsonl") as file:
@@ -69,8 +69,8 @@ print(f"{corpus.train.size:,} tokens to train on, {corpus.validation.size:,} to 
 print(repr(tokenizer.decode(corpus.validation[:60].tolist())))
 
 # %% [markdown]
-# Reviews follow each other with an end-of-text token between them. Which reviews are put aside is a fixed random
-# choice, so that both parts are alike. No whole review is in both; the text at the cut is cut in two.
+# An end-of-text token separates the reviews. The validation reviews are a fixed random choice, so that both parts are
+# similar. No review is in both parts, except the one at the boundary, which is cut in two.
 #
 # In the library this is [`slm_jax/data/corpus.py`](../slm_jax/data/corpus.py).
 
@@ -89,8 +89,9 @@ assert len(whole) >= len(reviews) - 1
 # %% [markdown]
 # ## Windows
 #
-# A model sees windows of a fixed length, its **context**. From a window that starts at $s$ it gets the tokens $s, s+1,
-# \dots$ and should say at each position the next one, so the targets are the same window, one token on.
+# A model sees windows of a fixed length, its **context**. From a window that starts at $s$ it gets the tokens
+# $s, s+1, \dots$ and should predict the next token at each position, so the targets are the same window shifted by one
+# token.
 
 # %%
 CONTEXT = 32
@@ -102,9 +103,9 @@ for position in range(6):
     print(f"{seen!r:>34}  ->  {wanted!r}")
 
 # %% [markdown]
-# Where do windows start? Every **stride** tokens. A stride equal to the context uses each token as a target once; half
-# of it uses each twice, with different text in front. The loader below gives batches of windows in the order that you
-# ask for; without shuffling, its first batch is what we would cut by hand.
+# Windows start every **stride** tokens. With a stride equal to the context each token is a target once; with half of
+# it, twice, with different text before it. The loader below returns batches of windows in the requested order; without
+# shuffling, its first batch equals the windows cut by hand.
 #
 # In the library this is [`slm_jax/data/windows.py`](../slm_jax/data/windows.py).
 
@@ -124,9 +125,8 @@ print({name: value.shape for name, value in batch.items()})
 # %% [markdown]
 # ## The order is a function of seed and step
 #
-# `loader[i]` is the batch of step $i$, always the same one for the same seed. Nothing has to be read before it. That
-# is why a run that was killed can go on with exactly the batches that it would have had ([notebook
-# 10](10_training.py)).
+# `loader[i]` is the batch of step $i$, always the same for the same seed, and independent of which batches were read
+# before. So a killed run can resume with exactly the same batches ([notebook 10](10_training.py)).
 
 # %%
 first, again, other = loader(corpus.train), loader(corpus.train), loader(corpus.train, seed=1)
@@ -134,10 +134,10 @@ assert (first[700]["inputs"] == again[700]["inputs"]).all()
 assert (first[700]["inputs"] != other[700]["inputs"]).any()
 
 # %% [markdown]
-# To see the order, give the loader the numbers 0, 1, 2 … as a text: the first input of a window is then its start. One
-# pass over all windows is an **epoch**, and each epoch has an order of its own. The alternative, random starts (what
-# `slm-jax train` does unless told otherwise), has no epochs: some tokens come several times before others come once.
-# After as many steps as an epoch has, a token was left out with probability $1/e$, about 37%.
+# To see the order, give the loader the numbers 0, 1, 2, … as text: the first input of a window is then its start. One
+# pass over all windows is an **epoch**, and each epoch has its own order. The alternative, random starts (the default
+# of `slm-jax train`), has no epochs: some tokens occur several times before others occur once. After the number of
+# steps of one epoch, a token has not been used with probability $1/e$, about 37%.
 
 # %%
 numbers = np.arange(corpus.train.size)
@@ -148,7 +148,7 @@ in_order, at_random = loader(numbers), loader(numbers, sampling="random")
 shuffled = np.stack([in_order[int(i)]["inputs"][:, 0] for i in steps])
 random = np.stack([at_random[int(i)]["inputs"][:, 0] for i in steps])
 assert sorted(shuffled.ravel()[:n_windows]) == list(range(0, numbers.size - CONTEXT, CONTEXT))
-print(f"{n_windows} windows, {epoch:.1f} batches of 8 an epoch")
+print(f"{n_windows} windows, {epoch:.1f} batches of 8 per epoch")
 
 # %%
 figure, axes = plt.subplots(1, 3, figsize=(9, 3.2), layout="constrained", width_ratios=(1.1, 1, 1))
@@ -164,7 +164,7 @@ axes[1].set(title="shuffled windows", xlabel="step", ylabel="start of the window
 for found, color, name in ((shuffled, BLUE, "shuffled"), (random, GREEN, "random starts")):
     targets_seen = [np.unique(found[: i + 1, :, None] + np.arange(1, CONTEXT + 1)).size for i in steps]
     axes[2].plot(steps + 1, np.array(targets_seen) / (numbers.size - 1), color=color, label=name)
-axes[2].set(title="tokens that were a target", xlabel="steps done", ylabel="share of the text", ylim=(0, 1.05))
+axes[2].set(title="tokens used as a target", xlabel="steps", ylabel="share of the text", ylim=(0, 1.05))
 axes[2].legend(frameon=False, loc="lower right")
 for ax in axes[1:]:
     for i in (1, 2):
@@ -172,24 +172,25 @@ for ax in axes[1:]:
 plt.show()
 
 # %% [markdown]
-# At the dashed lines another epoch begins. Validation is simpler: the whole split, once, in order. What is missing in
-# the last window is filled up and gets **weight** 0, so that every token but the first is a target once.
+# The dashed lines mark the epochs. Validation is simpler: the whole split, once, in order. The last window is padded,
+# and the padding gets **weight** 0, so that every token except the first is a target exactly once.
 
 # %%
 batches = list(validation_batches(corpus.validation, context_length=CONTEXT, batch_size=8))
 counted = sum(batch["weights"].sum() for batch in batches)
-print(f"{len(batches)} batches, {int(counted)} targets counted of {sum(batch['weights'].size for batch in batches)}")
+size = sum(batch["weights"].size for batch in batches)
+print(f"{len(batches)} batches, {int(counted)} of {size} targets have weight 1")
 assert counted == corpus.validation.size - 1
 
 # %% [markdown]
 # ## Cross-entropy by hand
 #
-# A new model, two numbers a position to look at: the probability that it gave to the right token, and the loss, which
-# is $-\ln$ of that probability. For each position:
+# We take an untrained model. At each position its loss is $-\ln$ of the probability that it assigned to the correct
+# token:
 #
 # 1. **log-softmax**: turn the logits $z$ into log-probabilities, $\ln p_i = z_i - \ln \sum_j e^{z_j}$. The largest
-#    logit is taken off first, so that no exponential overflows.
-# 2. **gather**: take the log-probability of the token that really came.
+#    logit is subtracted first, so that no exponential overflows.
+# 2. **gather**: select the log-probability of the correct token.
 # 3. **mean**: average $-\ln p$ over all positions.
 
 # %%
@@ -205,12 +206,12 @@ shifted = logits - logits.max(axis=-1, keepdims=True)
 log_probs = shifted - jnp.log(jnp.exp(shifted).sum(axis=-1, keepdims=True))
 picked = jnp.take_along_axis(log_probs, batch["targets"][..., None], axis=-1)[..., 0]
 loss = -picked.mean()
-print(f"logits {logits.shape}, of the right tokens {picked.shape}, loss {loss:.3f} nats a token")
+print(f"logits {logits.shape}, of the correct tokens {picked.shape}, loss {loss:.3f} nats per token")
 
 # %% [markdown]
-# Optax has the same in one call. The library's loss gives two sums, of the losses and of the weights, so that the mean
-# can be taken once over several batches or devices. It also never holds the logits of a whole large batch; the value
-# is the same.
+# Optax does the same in one call. The library's loss returns two sums, of the losses and of the weights, so that the
+# mean can be taken once over several batches or devices. It also never stores the logits of a whole large batch; the
+# value is the same.
 #
 # In the library this is `make_loss_fn` in [`slm_jax/tasks/pretraining.py`](../slm_jax/tasks/pretraining.py) and
 # [`slm_jax/nn/loss.py`](../slm_jax/nn/loss.py).
@@ -224,15 +225,14 @@ assert abs(loss - of_optax) < 1e-5
 assert abs(loss - loss_sum / weight_sum) < 1e-5
 
 # %% [markdown]
-# ## Perplexity, and the loss of a model that knows nothing
+# ## Perplexity, and the loss of an untrained model
 #
-# **Perplexity** is $e^{\text{loss}}$: the model is as unsure as if it had to choose among that many equally likely
+# **Perplexity** is $e^{\text{loss}}$: the model is as uncertain as if it had to choose among that many equally likely
 # tokens.
 #
-# GPT-2's initial weights are small, so the logits of a new model are all near 0 and all tokens nearly equally likely,
-# each with probability $1/V$ for a vocabulary of $V$. Its loss is then $-\ln \frac{1}{V} = \ln V$, and its perplexity
-# $V$. It is worth checking at the start of any training: a first loss far above $\ln V$ says that something is wrong
-# already.
+# GPT-2's initial weights are small, so the logits of an untrained model are near 0 and all tokens nearly equally
+# likely, each with probability $1/V$ for a vocabulary of $V$. Its loss is then $-\ln \frac{1}{V} = \ln V$, and its
+# perplexity $V$. Check this at the start of any training: an initial loss far above $\ln V$ indicates a mistake.
 
 # %%
 V = tokenizer.vocab_size
@@ -243,26 +243,26 @@ assert abs(loss - math.log(V)) < 0.1
 figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
 p = np.geomspace(1 / 2000, 1, 200)
 axes[0].plot(p, -np.log(p), color=BLUE)
-for probability, name in ((1 / V, f"a new model, 1/{V}"), (1 / 20, "1/20"), (1 / 2, "1/2"), (1, "certain")):
+for probability, name in ((1 / V, f"untrained, 1/{V}"), (1 / 20, "1/20"), (1 / 2, "1/2"), (1, "certain")):
     axes[0].plot(probability, -math.log(probability), "o", color=ORANGE)
     axes[0].annotate(
         name, (probability, -math.log(probability)), (6, 4), textcoords="offset points", ha="left", fontsize=9
     )
-axes[0].set(title="loss of one token", xlabel="probability of the right token", ylabel="−ln p (nats)", xscale="log")
+axes[0].set(title="loss of one token", xlabel="probability of the correct token", ylabel="−ln p (nats)", xscale="log")
 axes[0].set_xlim(right=6)
 axes[1].hist(np.ravel(-picked), bins=30, color=BLUE)
 axes[1].axvline(math.log(V), color=ORANGE, label=f"ln {V}")
-axes[1].set(title="a new model on one batch", xlabel="loss of a token (nats)", ylabel="tokens")
+axes[1].set(title="untrained model on one batch", xlabel="loss of a token (nats)", ylabel="tokens")
 axes[1].legend(frameon=False)
 plt.show()
 
 # %% [markdown]
 # ## `jit`: traced once
 #
-# `jax.jit` runs your Python function **once** for each new kind of arguments, with stand-ins instead of arrays, writes
-# down which operations it does (it is *traced*), compiles them with XLA, and from then on runs only the compiled
-# program. So what Python itself does, such as the `append` below, happens only while tracing, and we can count with
-# it. A kind is shape and type; values do not matter.
+# `jax.jit` runs your Python function **once** for each new combination of argument shapes and dtypes, with abstract
+# values instead of arrays. It records the operations (*tracing*), compiles them with XLA, and from then on runs only
+# the compiled program. So Python side effects, such as the `append` below, happen only during tracing, and we can count
+# traces with them.
 
 # %%
 traces = []
@@ -270,21 +270,21 @@ traces = []
 
 @jax.jit
 def mean_square(x):
-    traces.append(f"{x.dtype}{list(x.shape)}")  # Python: runs while tracing, and never again
+    traces.append(f"{x.dtype}{list(x.shape)}")  # Python: runs only during tracing
     return jnp.mean(x * x)
 
 
 mean_square(jnp.array([1.0, 2.0, 3.0]))
 mean_square(jnp.array([4.0, 5.0, 6.0]))  # other values: nothing is compiled
 mean_square(jnp.array([1.0, 2.0, 3.0, 4.0]))  # another shape
-mean_square(jnp.array([1, 2, 3]))  # another type
+mean_square(jnp.array([1, 2, 3]))  # another dtype
 mean_square(jnp.array([7.0, 8.0, 9.0]))  # the first program again
 print(traces)
 assert traces == ["float32[3]", "float32[4]", "int32[3]"]
 
 # %% [markdown]
-# This is why batches have one shape for the whole run, and why what is short is filled up with weight 0. A Python
-# value that decides *what* is computed can be declared **static**; then each value is a program of its own.
+# This is why batches have the same shape for the whole run, and why short windows are padded with weight 0. A Python
+# value that decides *what* is computed can be declared **static**; then each value gets its own program.
 
 # %%
 traces.clear()
@@ -292,7 +292,7 @@ traces.clear()
 
 def power(x, exponent):
     traces.append(exponent)
-    return x**exponent if exponent > 0 else jnp.ones_like(x)  # Python's `if` needs a value that is known
+    return x**exponent if exponent > 0 else jnp.ones_like(x)  # Python's `if` needs a concrete value
 
 
 fast_power = jax.jit(power, static_argnames="exponent")
@@ -304,8 +304,8 @@ assert traces == [2, 3, 0]
 # %% [markdown]
 # ## What is traced, and what is compiled
 #
-# What was written down is called a **jaxpr**. Here for one layer: a matrix product, a GELU, a sum. Each line is one
-# operation, with the type and shape of its result in front.
+# The recorded operations are called a **jaxpr**. Here it is for one layer: a matrix product, a GELU, a sum. Each line
+# is one operation, with the dtype and shape of its result in front.
 
 
 # %% tags=["varies"]
@@ -321,10 +321,10 @@ x, w = jnp.ones((64, 128)), jnp.ones((128, 256))
 print(jax.make_jaxpr(layer)(x, w).pretty_print(use_color=False))
 
 # %% [markdown]
-# XLA does not run these one after the other. It **fuses** operations that work element by element into one loop, which
-# reads its input once and writes its result once, where one operation after the other would write and read every value
-# in between. A compiled program can be asked how much arithmetic it does, in floating-point operations (FLOPs). A
-# product of (m, k) and (k, n) matrices is $2mkn$ of them: a multiplication and an addition for each pair.
+# XLA does not run these one by one. It **fuses** element-wise operations into one loop, which reads its input once and
+# writes its result once, instead of writing and reading every intermediate value. XLA also reports how much arithmetic
+# a compiled program does, in floating-point operations (FLOPs). A product of (m, k) and (k, n) matrices takes $2mkn$: a
+# multiplication and an addition for each pair.
 
 # %%
 whole_program = jax.jit(gelu).lower(x).compile().as_text()
@@ -338,9 +338,9 @@ print(f"product: {flops:,.0f} FLOPs by XLA, {2 * 64 * 128 * 256:,} by 2mkn")
 assert abs(flops / (2 * 64 * 128 * 256) - 1) < 0.01
 
 # %% [markdown]
-# Now the heart of training: the loss and its gradient with respect to every parameter. `jax.value_and_grad` makes a
-# function that returns both; `jit` compiles it whole, forwards and backwards. A rule of thumb says that this takes six
-# FLOPs a token for each parameter: two forwards and twice that backwards.
+# Now the core of training: the loss and its gradient with respect to every parameter. `jax.value_and_grad` makes a
+# function that returns both; `jit` compiles the forward and backward pass together. As a rule of thumb, this takes six
+# FLOPs per token and parameter: two forward and four backward.
 
 
 # %%
@@ -360,10 +360,10 @@ assert 0.8 < compiled.cost_analysis()["flops"] / rule < 1.2
 # %% [markdown]
 # ## With and without `jit`
 #
-# Without `jit` each operation is a program of its own: Python hands one to the device, and every result goes through
-# memory. We time twenty GELUs after one another, both ways, each called once before so that compiling does not count.
-# JAX returns before the work is done, so a measurement has to wait for it: `block_until_ready`. Small arrays show what
-# Python costs for each operation, large ones what the ways through memory cost.
+# Without `jit`, each operation is a separate program that Python dispatches to the device, and every result goes
+# through memory. We time twenty GELUs in a row, with and without `jit`, after one call to exclude compilation. JAX
+# returns before the work is done, so a measurement must wait with `block_until_ready`. Small arrays show the cost of
+# Python per operation, large ones the cost of memory traffic.
 
 
 # %% tags=["varies"]
@@ -401,9 +401,9 @@ plt.show()
 # %% [markdown]
 # ## Eight devices
 #
-# A **mesh** gives the devices names by axis. A **sharding** says how an array lies on them: `P("data")` cuts the first
-# axis of the array along the mesh's axis `data`, and `P()` gives every device the whole. We cut the batch, 16 rows, so
-# that each device has two; the parameters are whole on each.
+# A **mesh** arranges the devices along named axes. A **sharding** says how an array is distributed over them:
+# `P("data")` splits the first axis of the array along the mesh axis `data`, and `P()` replicates the array on every
+# device. We split the batch of 16 rows, so that each device has two; the parameters are replicated.
 
 # %%
 mesh = jax.make_mesh((8,), ("data",), devices=devices, axis_types=(AxisType.Auto,))
@@ -414,27 +414,27 @@ for shard in split_batch["inputs"].addressable_shards[:3]:
 assert all(shard.data.shape == (2, CONTEXT) for shard in split_batch["inputs"].addressable_shards)
 
 # %% [markdown]
-# The function stays as it is. `jit` sees where its arguments lie and compiles one program that all devices run, each
-# on its rows. Where a result needs all rows, such as the mean loss and the gradients, XLA puts in an exchange: an
-# **all-reduce** adds up what the devices have and gives the sum to each.
+# The function stays the same. `jit` sees the sharding of its arguments and compiles one program that all devices run,
+# each on its rows. Where a result needs all rows, such as the mean loss and the gradients, XLA inserts a collective
+# operation: an **all-reduce** adds up the devices' values and gives the sum to each.
 
 # %%
 split_loss, split_grads = loss_and_grads(copied_params, split_batch)
 program = loss_and_grads.lower(copied_params, split_batch).compile().as_text()
-n_exchanges = program.count("all-reduce(") + program.count("all-reduce-start(")
-print("all-reduce in the program:", n_exchanges > 0)
-assert n_exchanges > 0
+n_collectives = program.count("all-reduce(") + program.count("all-reduce-start(")
+print("all-reduce in the program:", n_collectives > 0)
+assert n_collectives > 0
 assert split_loss.sharding.is_fully_replicated
 
 # %% [markdown]
-# The result must not depend on how many devices there are. It does not, but for the order in which numbers are added:
-# with rounding, $(a+b)+c$ is not always $a+(b+c)$. So we compare gradients relative to their **global norm**, the root
-# of the sum of all their squares.
+# The result must not depend on the number of devices. It does not, except for the order of additions: with rounding,
+# $(a+b)+c$ is not always $a+(b+c)$. So we compare gradients relative to their **global norm**, the root of the sum of
+# all their squares.
 
 
 # %%
 def distance(grads, others):
-    """Norm of the difference over the norm of the first, both over all leaves."""
+    """Return the global norm of the difference, relative to that of the first."""
     other = jax.device_get(others)
     return optax.tree.norm(jax.tree.map(lambda a, b: a - b, grads, other)) / optax.tree.norm(grads)
 
@@ -445,12 +445,12 @@ assert abs(one_loss - jax.device_get(split_loss)) < 1e-5
 assert distance(one_grads, split_grads) < 1e-5
 
 # %% [markdown]
-# ## Splitting the parameters too
+# ## Sharding the parameters
 #
-# Eight copies of the parameters are fine while they fit. For a large model they are split as well: each device keeps a
-# part of every large matrix, and the parts are brought together where they are needed. This is called fully sharded
-# data parallelism, **FSDP**. A mesh of 2 × 4 does both: the batch is cut over all eight devices, the parameters over
-# the four of the axis `fsdp`, and the two groups along `data` hold the same parts.
+# Eight copies of the parameters are fine while they fit in memory. For a large model they are sharded as well: each
+# device keeps a part of every large matrix, and the parts are gathered when they are needed. This is called fully
+# sharded data parallelism, **FSDP**. A 2 × 4 mesh does both: the batch is split over all eight devices, the parameters
+# over the four devices of the axis `fsdp`, and the two groups along `data` hold the same parts.
 #
 # In the library this is [`slm_jax/training/sharding.py`](../slm_jax/training/sharding.py); for a run it is one option,
 # `--mesh.fsdp 4`.
@@ -468,14 +468,14 @@ def bytes_on_device_0(tree):
     return sum(shard.nbytes for shard in shards)
 
 
-for name, tree in (("whole on each device", copied_params), ("split over four", fsdp_params)):
-    print(f"{name}: {bytes_on_device_0(tree) / 1000:.0f} kB a device")
+for name, tree in (("replicated", copied_params), ("sharded over four", fsdp_params)):
+    print(f"{name}: {bytes_on_device_0(tree) / 1000:.0f} kB per device")
 assert bytes_on_device_0(fsdp_params) < bytes_on_device_0(copied_params) / 3
 
 # %% [markdown]
-# Which device holds what: the pictures below are read from the arrays themselves, through `addressable_shards`. Every
-# rectangle is a piece of the array, with the numbers of the devices that hold it. Small arrays, such as norms and
-# biases, stay whole: to split them would cost more in messages than it saves in memory.
+# The plots show which device holds what, read from the arrays themselves through `addressable_shards`. Every rectangle
+# is a shard of the array, with the numbers of the devices that hold it. Small arrays, such as norms and biases, stay
+# replicated: sharding them would cost more in communication than it saves in memory.
 
 # %%
 COLORS = ["#56B4E9", "#E69F00", "#009E73", "#F0E442", "#CC79A7", "#D55E00", "#7FB3D5", "#BBBBBB"]
@@ -501,35 +501,36 @@ draw(axes[0], split_batch["inputs"], "batch, mesh 8")
 draw(axes[1], copied_params["tok_emb"]["embedding"], "embedding, mesh 8")
 draw(axes[2], fsdp_params["tok_emb"]["embedding"], "embedding, mesh 2 × 4")
 draw(axes[3], fsdp_params["blocks"]["ff"]["fc"]["kernel"][0], "fc kernel, mesh 2 × 4")
-figure.suptitle("numbers: the devices that hold a piece")
+figure.suptitle("numbers: the devices that hold a shard")
 plt.show()
 
 # %% [markdown]
-# The cut goes along the largest axis that four divides: the rows of the embedding, the columns of the kernel. On eight
-# real devices the program is the same one; here eight pretended ones share your cores, so nothing becomes faster.
+# Arrays are split along the largest axis that is divisible by four: the rows of the embedding, the columns of the
+# kernel. On eight real devices the program is the same; here eight simulated devices share your cores, so nothing gets
+# faster.
 #
 # ## Exercises
 #
-# **1. Bits a byte.** The loss a token depends on the tokenizer: longer tokens are harder to guess, and there are fewer
-# of them. Loss a *byte* of text can be compared. How many bits a byte does the new model need, if a nat is $1/\ln 2$
-# bits and a token stands for `corpus.bytes_per_token` bytes? How many does a model need that takes all 256 bytes as
-# equally likely?
+# **1. Bits per byte.** The loss per token depends on the tokenizer: longer tokens are harder to predict, and there are
+# fewer of them. The loss per *byte* of text is comparable. How many bits per byte does the untrained model need, if a
+# nat is $1/\ln 2$ bits and a token represents `corpus.bytes_per_token` bytes? How many does a model need for which all
+# 256 bytes are equally likely?
 #
 # <details><summary>Solution</summary>
 #
 # ```python
 # bits_per_byte = float(loss) / math.log(2) / corpus.bytes_per_token
 # uniform = -math.log2(1 / 256)
-# print(f"{bits_per_byte:.2f} bits a byte, {uniform:.0f} by guessing bytes")
+# print(f"{bits_per_byte:.2f} bits per byte, {uniform:.0f} for uniform bytes")
 # assert bits_per_byte < uniform == 8
 # ```
 #
-# It needs about half as many as guessing bytes does, and has not learned anything: that much is in the tokenizer,
-# whose tokens are pieces that occur often.
+# It needs about half as many bits as the uniform model, without any training: the tokenizer already contributes that
+# much, because its tokens are frequent pieces of text.
 # </details>
 #
-# **2. Fewer programs.** A service gets texts of any length from 1 to 64 tokens. Jitted as it is, it would compile 64
-# programs. Fill the texts up with zeros so that it compiles at most 7, and show by counting traces that it does.
+# **2. Fewer programs.** A service gets texts of any length from 1 to 64 tokens. With `jit` alone it would compile 64
+# programs. Pad the texts with zeros so that it compiles at most 7, and check it by counting traces.
 #
 # <details><summary>Solution</summary>
 #
@@ -552,12 +553,12 @@ plt.show()
 # assert len(counted) == 7
 # ```
 #
-# The widths are the powers of two from 1 to 64. The length is an array to JAX, not a shape, so its value costs no
-# program; the mask keeps what was filled up out of the result. The library does the same with texts to be classified.
+# The widths are the powers of two from 1 to 64. For JAX the length is an array value, not a shape, so it needs no new
+# program; the mask excludes the padding from the result. The library does the same when it classifies texts.
 # </details>
 #
-# **3. Another mesh.** Lay the same parameters and batch on a mesh of 4 × 2. What does each device hold of the token
-# embedding and of the batch? Say it before you look; then check it, and that the loss is the same.
+# **3. Another mesh.** Distribute the same parameters and batch over a 4 × 2 mesh. What does each device hold of the
+# token embedding and of the batch? Predict it, then check it, and check that the loss is the same.
 #
 # <details><summary>Solution</summary>
 #
@@ -570,16 +571,16 @@ plt.show()
 # assert abs(one_loss - jax.device_get(other_loss)) < 1e-5
 # ```
 #
-# Half of the embedding, as `fsdp` is two now, and two rows as before: the batch is cut over both axes together.
+# Half of the embedding, because `fsdp` is two now, and two rows as before: the batch is split over both axes together.
 # </details>
 #
-# ## What to take along
+# ## Key takeaways
 #
-# - The loss is the mean of $-\ln p$ of the tokens that came; a new model's is $\ln V$, and $e^{\text{loss}}$ is the
-#   number of tokens that it hesitates between.
-# - `jit` runs Python once for each shape and type and a compiled program afterwards; so batches keep one shape, and a
-#   batch is a function of seed and step.
-# - A sharding says where the pieces of an array lie; the function stays the same, XLA puts the exchanges in, and loss
-#   and gradients agree up to rounding.
+# - The loss is the mean of $-\ln p$ of the correct tokens; for an untrained model it is $\ln V$. Perplexity is
+#   $e^{\text{loss}}$.
+# - `jit` traces a function once per shape and dtype, so all batches have one shape. A batch is a function of seed and
+#   step.
+# - A sharding says where the parts of an array are stored; the function stays the same, XLA inserts the communication,
+#   and loss and gradients agree up to rounding.
 #
-# Next: [training](10_training.py), where these gradients are put to use.
+# Next: [training](10_training.py), where these gradients are used.

@@ -1,10 +1,10 @@
 # %% [markdown]
 # # 10. Training
 #
-# [Notebook 9](09_pretraining_setup.py) gave us a loss, its gradients, and batches in a fixed order. Here they become
-# training. At the end you will understand what AdamW does with a gradient, why the learning rate first rises and then
-# falls, what clipping is for, what a checkpoint must hold so that a run which was killed ends with the very same bits
-# as one that was not, and how to see that a model learns by heart. About 25 seconds on two CPU cores.
+# [Notebook 9](09_pretraining_setup.py) gave us a loss, its gradients, and batches in a fixed order. Now we train. You
+# will learn what AdamW does with a gradient, why the learning rate first rises and then falls, what gradient clipping
+# is for, how to recognise overfitting, and what a checkpoint must contain so that a killed and resumed run ends with
+# exactly the same bits as an uninterrupted one. The notebook runs in about 25 seconds on two CPU cores.
 
 # %%
 import json
@@ -33,18 +33,19 @@ BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#999999"
 # %% [markdown]
 # ## From a gradient to a step
 #
-# The gradient $g$ says for each parameter how the loss changes with it. Plain gradient descent goes against it: $p
-# \leftarrow p - \eta\, g$, with the **learning rate** $\eta$. One rate for all parameters is a poor fit, as some have
-# gradients a thousand times those of others. **Adam** (Kingma & Ba 2015) keeps two running averages for each
-# parameter:
+# The gradient $g$ says for each parameter how the loss changes with it. Plain gradient descent moves in the opposite
+# direction: $p \leftarrow p - \eta\, g$, with the **learning rate** $\eta$. The same rate for all parameters works
+# poorly, because some gradients are a thousand times larger than others. **Adam** (Kingma & Ba 2015) keeps two running
+# averages for each parameter:
 #
-# - $m \leftarrow \beta_1 m + (1-\beta_1)\, g$, of the gradient: which way, with the noise of single batches averaged
-#   out;
-# - $v \leftarrow \beta_2 v + (1-\beta_2)\, g^2$, of its square: how large it usually is.
+# - $m \leftarrow \beta_1 m + (1-\beta_1)\, g$, of the gradient: its direction, with the noise of single batches
+#   averaged out;
+# - $v \leftarrow \beta_2 v + (1-\beta_2)\, g^2$, of its square: its typical size.
 #
-# Both begin at 0 and are too small at first; dividing by $1-\beta^t$ at step $t$ mends that. The step is $\hat m /
-# (\sqrt{\hat v} + \epsilon)$: about 1 in size whatever the size of the gradient. **AdamW** (Loshchilov & Hutter 2019)
-# also pulls weights towards 0, by $\lambda p$, beside the averages and not through them.
+# Both start at 0 and are too small at first; dividing by $1-\beta^t$ at step $t$ corrects that. The update is
+# $\eta\, \hat m / (\sqrt{\hat v} + \epsilon)$: about $\eta$ in size, whatever the size of the gradient. **AdamW**
+# (Loshchilov & Hutter 2019) adds weight decay: it subtracts $\eta \lambda p$ directly from the parameter instead of
+# adding it to the gradient, so the running averages don't see it.
 
 # %%
 BETA1, BETA2, EPS, DECAY = 0.9, 0.99, 1e-8, 0.1
@@ -64,9 +65,9 @@ def adamw(params, grads, m, v, t, rate):
 
 
 # %% [markdown]
-# `jax.tree.map` calls a function on each leaf of a tree, here of a dict of arrays. Optax writes an optimizer as two
-# pure functions: `init` makes the state (both averages and the count), and `update` takes gradients and state and
-# returns what to add to the parameters, with the new state. Three steps of ours and three of Optax:
+# `jax.tree.map` calls a function on each leaf of a tree, here of a dict of arrays. In Optax an optimizer is two pure
+# functions: `init` creates the state (both averages and the step count), and `update` takes gradients and state and
+# returns the updates to add to the parameters, and the new state. We compare three steps of our code and of Optax:
 
 # %%
 params = {"kernel": jnp.array([[1.0, -2.0], [0.5, 3.0]]), "bias": jnp.array([0.1, -0.1])}
@@ -84,13 +85,14 @@ for t in (1, 2, 3):
     if t == 1:
         for name, gradient in grads.items():
             step = jnp.abs(ours[name] - params[name]).mean()
-            print(f"{name}: gradients of about {jnp.abs(gradient).mean():.0e}, first step of about {step:.3f}")
+            print(f"{name}: mean |gradient| {jnp.abs(gradient).mean():.0e}, mean |first step| {step:.3f}")
 assert all(jnp.allclose(a, b, atol=1e-6) for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True))
 
 # %% [markdown]
-# Gradients that differ by a factor of a million give steps of the same size: that of the learning rate. What this is
-# good for can be seen in a valley, steep in one direction and flat in the other. Plain descent has to go slowly, or it
-# jumps out over the steep walls, and then hardly moves along the flat bottom; Adam goes at one pace in both.
+# Gradients that differ by a factor of a million give steps of the same size: the learning rate. A valley that is steep
+# in one direction and flat in the other shows why this helps. Plain gradient descent needs a small rate, or it diverges
+# in the steep direction, but then it hardly moves along the flat bottom; Adam moves at the same speed in both
+# directions.
 
 
 # %%
@@ -124,14 +126,14 @@ assert ends["Adam, rate 0.4"] < ends["plain, rate 1.8"]
 # %% [markdown]
 # ## Warmup, then a cosine
 #
-# After one step the averages know one batch, and Adam steps at full size all the same. So the rate begins small and
-# rises in a line for the first steps, the **warmup**. Towards the end, smaller steps let the noise of single batches
-# average out, so the rate falls, most often along half a **cosine**: from the peak $\eta$ to a last rate
+# After one step, the averages contain only one batch, but Adam's steps already have full size. So the rate starts small
+# and rises linearly during the first steps, the **warmup**. Towards the end, smaller steps average out the noise of
+# single batches, so the rate falls, most often along half a **cosine** from the peak $\eta$ to a final rate
 # $\eta_{\text{end}}$,
 #
 # $$\eta(t) = \eta_{\text{end}} + \tfrac{1}{2}(\eta - \eta_{\text{end}})\,(1 + \cos(\pi\, u)),$$
 #
-# where $u$ goes from 0 at the end of the warmup to 1 where the run ends, one after the last step.
+# where $u$ goes from 0 at the end of the warmup to 1 at the end of the run, one step after the last.
 #
 # In the library this is `make_schedule` in [`slm_jax/training/optimizer.py`](../slm_jax/training/optimizer.py).
 
@@ -141,7 +143,7 @@ PEAK, WARMUP, STEPS = 0.01, 20, 160
 
 def rate_at(step):
     if step < WARMUP:
-        return PEAK * (step + 1) / WARMUP  # not 0 at step 0: that step would be lost
+        return PEAK * (step + 1) / WARMUP  # not 0 at step 0, which would waste the step
     u = (step - WARMUP) / (STEPS - WARMUP)
     last = PEAK / 10
     return last + 0.5 * (PEAK - last) * (1 + math.cos(math.pi * u))
@@ -166,14 +168,14 @@ ax.legend(frameon=False, loc="lower center")
 plt.show()
 
 # %% [markdown]
-# `wsd` stays at the peak and falls in the last tenth (*warmup, stable, decay*), so that one may decide late how long a
-# run is.
+# `wsd` (*warmup, stable, decay*) stays at the peak and falls in the last tenth, so the length of a run can be decided
+# late.
 #
 # ## Clipping
 #
-# Now and then a batch has gradients far larger than the others: an odd text, or a model in a bad place. **Clipping**
-# limits them. The **global norm** is the root of the sum of all squares, over all leaves; if it is above a limit, all
-# gradients are scaled down by the same factor, so that the direction stays.
+# Sometimes a batch has much larger gradients than the others, because of an unusual text or an unstable model.
+# **Clipping** limits them. The **global norm** is the root of the sum of all squares, over all leaves; if it exceeds a
+# limit, all gradients are scaled down by the same factor, which preserves the direction.
 
 
 # %%
@@ -193,13 +195,13 @@ for limit in (1.0, 100.0):
     )
 
 # %% [markdown]
-# ## Put together
+# ## The complete optimizer
 #
-# The library's optimizer is these parts in a row: clip, then Adam's averages, then the decay; the step multiplies by
-# the rate of the schedule. Norms and biases do not decay: they are few, and a norm's scale belongs near 1. Here is one
-# step, ours against the library's, from the last gradients above, which are far over the limit.
+# The library's optimizer chains these parts: clipping, Adam's averages, weight decay; the training step multiplies by
+# the scheduled rate. Norms and biases do not decay: they are few, and a norm's scale should stay near 1. We compare one
+# step of our code with the library's, using the last gradients above, which are far over the limit.
 #
-# In the library the whole step, from batch to new parameters, is
+# In the library the whole training step, from batch to new parameters, is in
 # [`slm_jax/training/step.py`](../slm_jax/training/step.py).
 
 # %%
@@ -210,20 +212,20 @@ by_library = jax.tree.map(lambda p, d: p - rate_at(0) * d, params, direction)
 zeros = jax.tree.map(jnp.zeros_like, params)
 by_hand, _, _ = adamw(params, clip(grads, 1.0), zeros, zeros, 1, rate_at(0))
 print("decays:", decay_mask(params))
-by_hand["bias"] += rate_at(0) * DECAY * params["bias"]  # ours decays everything: give the bias back what it took
+by_hand["bias"] += rate_at(0) * DECAY * params["bias"]  # ours decays everything: undo it for the bias
 assert all(jnp.allclose(by_hand[name], by_library[name], atol=1e-7) for name in params)
 
 # %% [markdown]
-# ## A run
+# ## A training run
 #
-# Training for real is a command. A recipe is a file of settings; whatever it leaves out has a default. Ours trains a
-# model of one block on the 240 reviews that come with these notebooks, with half of them put aside to validate on: so
-# little text, and so many steps, that we will see it learn by heart. In a terminal the command is `slm-jax train
-# --config small.yaml --run whole`. A run this small is quickest on the CPU, so we say so with `JAX_PLATFORMS`.
+# Real training is a command. A recipe is a file of settings; all others have defaults. Ours trains a model with one
+# block on the 240 reviews that come with these notebooks, half of them for validation: so little text and so many steps
+# that the model will overfit. In a terminal the command is `slm-jax train --config small.yaml --run whole`. A run this
+# small is fastest on the CPU, so we set `JAX_PLATFORMS`.
 
 # %%
 FOLDER = Path("training_runs")
-shutil.rmtree(FOLDER, ignore_errors=True)  # what an earlier pass through this notebook left
+shutil.rmtree(FOLDER, ignore_errors=True)  # from an earlier execution of this notebook
 FOLDER.mkdir()
 RECIPE = f"""
 runs_dir: {FOLDER}
@@ -242,7 +244,7 @@ def command(run):
     return [sys.executable, "-m", "slm_jax", "train", "--config", str(FOLDER / "small.yaml"), "--run", run]
 
 
-# Jupyter sets FORCE_COLOR, which asks for the colours and the moving line of a terminal.
+# Jupyter sets FORCE_COLOR, which would turn on the colours and the progress line of a terminal.
 on_cpu = {name: value for name, value in os.environ.items() if name != "FORCE_COLOR"} | {"JAX_PLATFORMS": "cpu"}
 
 # %% tags=["sampled"]
@@ -253,13 +255,13 @@ print("\n".join(line for line in lines if line.startswith(("step", "overfitting"
 
 # %% [markdown]
 # A run is a folder. `metrics.jsonl` is its log, one line for each step (`train`) and each evaluation (`val`);
-# `checkpoints/` has what is needed to go on.
+# `checkpoints/` contains what is needed to resume.
 
 # %%
 run = FOLDER / "whole"
 print(sorted(path.name for path in run.iterdir() if not path.name.startswith(".")))
 log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-print("a line of training:", *log[1])
+print("fields of a training line:", *log[1])
 
 
 def column(log, split, name):
@@ -270,9 +272,8 @@ def column(log, split, name):
 # %% [markdown]
 # ## Reading the curves
 #
-# The first loss is $\ln 512 = 6.24$: a new model knows nothing. The learning rate is the schedule that we drew. The
-# gradient norm says where clipping was at work: wherever it is above 1. In the run shown here loss and gradient norm
-# jump at step 12, while the rate still rises; the loss is back at the next step.
+# The first loss is $\ln 512 = 6.24$, as expected for an untrained model. The learning rate follows the schedule that we
+# plotted. Gradients were clipped wherever their norm is above 1.
 
 # %%
 figure, axes = plt.subplots(1, 3, figsize=(9, 3), layout="constrained")
@@ -283,7 +284,7 @@ for ax, name, title in zip(
     ax.set(title=title, xlabel="step")
 axes[0].axhline(math.log(512), color=GREY, linestyle="--", linewidth=1)
 axes[0].text(STEPS, math.log(512) - 0.1, "ln 512", ha="right", va="top", color="#555555")
-axes[0].set(ylabel="nats a token")
+axes[0].set(ylabel="nats per token")
 axes[2].axhline(1, color=GREY, linestyle="--", linewidth=1)
 axes[2].set(yscale="log")
 plt.show()
@@ -294,10 +295,10 @@ assert abs(log[0]["loss"] - math.log(512)) < 0.1
 # %% [markdown]
 # ## Overfitting
 #
-# The training loss falls to the end. The validation loss, of reviews that the model never trained on, falls only at
-# first, and then **rises**: what it learns from there on is these reviews by heart. It is also sure of what it
-# learned, and being sure and wrong costs most in $-\ln p$. More text is the best remedy, then fewer steps, dropout, or
-# a smaller model. The library keeps the checkpoint with the lowest validation loss beside the latest ones.
+# The training loss falls until the end. The validation loss, on reviews that the model never trained on, falls only at
+# first, and then **rises**: from then on the model memorises the training reviews. It also becomes confident, and
+# confident wrong predictions cost most in $-\ln p$. More text is the best remedy, then fewer steps, dropout, or a
+# smaller model. The library keeps the checkpoint with the lowest validation loss in addition to the latest ones.
 
 # %% tags=["varies"]
 validation_steps, validation = column(log, "val", "loss")
@@ -313,7 +314,7 @@ ax.annotate(
     ha="center",
     arrowprops={"arrowstyle": "->", "color": "#555555"},
 )
-ax.set(title="the same model, on text it has seen and has not seen", xlabel="step", ylabel="loss (nats a token)")
+ax.set(title="training and validation loss", xlabel="step", ylabel="loss (nats per token)")
 ax.legend(frameon=False)
 plt.show()
 train_end = np.mean(column(log, "train", "loss")[1][-10:])
@@ -325,10 +326,10 @@ assert train_end < validation[lowest] - 1
 # %% [markdown]
 # ## Checkpoints
 #
-# To go on as if nothing had happened, a run needs more than parameters: the optimizer's averages, the number of steps
-# done (it gives the learning rate and, with the seed, batches and dropout), and where it is in the data. A checkpoint
-# is written to a folder of another name and renamed when it is whole, so a half-written one is never taken for a
-# checkpoint; the SHA-256 of every file lies beside them.
+# To resume exactly, a run needs more than parameters: the optimizer's averages, the step number (which gives the
+# learning rate and, with the seed, batches and dropout), and the position in the data. A checkpoint is written to a
+# temporary folder and renamed when it is complete, so a half-written one is never mistaken for a checkpoint; the
+# SHA-256 of every file is stored with it.
 #
 # In the library this is [`slm_jax/training/checkpoint.py`](../slm_jax/training/checkpoint.py).
 
@@ -342,11 +343,11 @@ print("kept:", saved_steps(run))
 assert set(saved_steps(run)) == {validation_steps[lowest], STEPS - 40, STEPS}
 
 # %% [markdown]
-# ## A kill
+# ## Killing a run
 #
-# Now the same recipe in a run of another name. As soon as it has a checkpoint of step 40 and has gone on for some
-# steps, we send it **SIGKILL**: the operating system ends the process at once; it cannot save anything or even say
-# goodbye, as when the power fails.
+# Now we start the same recipe under another run name. As soon as it has a checkpoint of step 40 and has done some more
+# steps, we send it **SIGKILL**: the operating system ends the process at once, without a chance to save anything, as in
+# a power failure.
 
 # %% tags=["sampled"]
 killed = FOLDER / "killed"
@@ -371,20 +372,19 @@ print(f"killed after step {steps_before} of {STEPS}; checkpoints of steps {saved
 assert 40 <= resumed_from <= steps_before < STEPS
 
 # %% [markdown]
-# ## And a resume
+# ## Resuming it
 #
-# The same command again. It finds the run, takes its latest checkpoint that is whole, cuts the log back to that step,
-# and goes on.
+# The same command again finds the run, loads its latest complete checkpoint, cuts the log back to that step, and
+# resumes.
 
 # %% tags=["varies"]
 resumed = subprocess.run(command("killed"), env=on_cpu, capture_output=True, text=True)
 assert resumed.returncode == 0, resumed.stderr
-print(next(line for line in resumed.stdout.splitlines() if line.startswith("going on")))
-assert f"going on from step {resumed_from} " in resumed.stdout
+print(next(line for line in resumed.stdout.splitlines() if f"from step {resumed_from} " in line))
 
 # %% [markdown]
-# Is it the same run? We compare everything in the log that no clock decides, and the final parameters, not with a
-# tolerance but bit for bit.
+# Is the result the same? We compare the log (without times and rates) and the final parameters, not with a tolerance
+# but bit for bit.
 
 
 # %%
@@ -400,29 +400,29 @@ def final_bits(run):
 
 assert without_clock(killed) == without_clock(run)
 assert final_bits(killed) == final_bits(run)
-print(f"{len(without_clock(run))} lines of log and {len(final_bits(run))} arrays of parameters: all equal")
+print(f"{len(without_clock(run))} log lines and {len(final_bits(run))} parameter arrays: all equal")
 
 # %%
 figure, ax = plt.subplots(figsize=(7.5, 3.4), layout="constrained")
-ax.plot(*column(log, "train", "loss"), color="#BBBBBB", linewidth=5, label="never broken")
+ax.plot(*column(log, "train", "loss"), color="#BBBBBB", linewidth=5, label="uninterrupted")
 ax.plot(*column(log_before, "train", "loss"), color=ORANGE, linewidth=1.2, label="until it was killed")
 after = [row for row in without_clock(killed) if row["step"] > resumed_from]
 ax.plot(*column(after, "train", "loss"), color=BLUE, linewidth=1.2, linestyle="--", label="after the resume")
 ax.axvline(steps_before, color=ORANGE, linewidth=1)
 ax.axvline(resumed_from, color=BLUE, linewidth=1, linestyle="--")
-ax.set(title="killed, and gone on", xlabel="step", ylabel="training loss (nats a token)")
+ax.set(title="killed and resumed", xlabel="step", ylabel="training loss (nats per token)")
 ax.legend(frameon=False)
 plt.show()
 
 # %% [markdown]
-# Between the two thin lines steps were done twice, the second time with the same batches and the same results. The
-# bits are equal on one machine with the same number of threads; on another, sums are rounded in another order, the run
-# still goes on, and it says so.
+# The steps between the two thin lines were done twice, with the same batches and the same results. The bits are equal
+# on the same machine with the same number of threads; on another machine sums are rounded in a different order: the run
+# still resumes, with a message.
 #
 # ## Exercises
 #
-# **1. The price of the first step.** Leave the division by $1-\beta^t$ out of Adam. How large is the first step then,
-# in units of the learning rate, for $\beta_1 = 0.9$ and $\beta_2 = 0.99$? Work it out, then check it.
+# **1. Bias correction.** Remove the division by $1-\beta^t$ from Adam. How large is the first step then, in units of
+# the learning rate, for $\beta_1 = 0.9$ and $\beta_2 = 0.99$? Work it out, then check it.
 #
 # <details><summary>Solution</summary>
 #
@@ -436,12 +436,13 @@ plt.show()
 # assert abs((1 - BETA1) / math.sqrt(1 - 0.999) - 3.16) < 0.01
 # ```
 #
-# $0.1 g / \sqrt{0.01 g^2} = 1$: with these two numbers the first step is the same by luck. With $\beta_2 = 0.999$, as
-# often used, it would be $0.1/\sqrt{0.001} = 3.2$ times as large.
+# $0.1 g / \sqrt{0.01 g^2} = 1$: with these two numbers the first step happens to be the same. With the common
+# $\beta_2 = 0.999$ it would be $0.1/\sqrt{0.001} = 3.2$ times as large.
 # </details>
 #
-# **2. Momentum.** The optimizer before Adam: $m \leftarrow \mu m + g$, and a step of $-\eta\, m$. Write it and let it
-# go down the valley for 30 steps with rate 0.5 and $\mu = 0.8$. Does it beat plain descent? Compare with `optax.sgd`.
+# **2. Momentum.** An older optimizer than Adam: $m \leftarrow \mu m + g$, and a step of $-\eta\, m$. Write it and run
+# it in the valley for 30 steps with rate 0.5 and $\mu = 0.8$. Does it beat plain gradient descent? Compare with
+# `optax.sgd`.
 #
 # <details><summary>Solution</summary>
 #
@@ -461,8 +462,8 @@ plt.show()
 # Along the flat direction the gradients agree and add up; across the valley they change sign and cancel.
 # </details>
 #
-# **3. What stopping early would have saved.** From the log of the run: at which share of all steps was the validation
-# loss lowest, and how much larger is the perplexity at the end than there? Would the training loss have told you?
+# **3. Early stopping.** From the log of the run: after which share of all steps was the validation loss lowest, and how
+# much larger is the perplexity at the end? Could you have seen it in the training loss?
 #
 # <details><summary>Solution</summary>
 #
@@ -475,16 +476,16 @@ plt.show()
 # assert np.mean(losses[-10:]) < np.mean(losses[validation_steps[lowest] - 10 : validation_steps[lowest]])
 # ```
 #
-# No: the training loss goes on falling past that step. That is what the validation split is for.
+# No: the training loss keeps falling past that step. That is what the validation split is for.
 # </details>
 #
-# ## What to take along
+# ## Key takeaways
 #
-# - AdamW divides a running mean of the gradient by its usual size, so every parameter moves at about the learning
-#   rate; warmup, cosine and clipping keep that from doing harm.
-# - A run is a function of configuration, seed and step. With parameters, averages and step in a checkpoint it goes on
+# - AdamW divides a running average of the gradient by its typical size, so every parameter moves by about the learning
+#   rate; warmup, cosine decay and clipping keep training stable.
+# - A run is a function of configuration, seed and step. With parameters, averages and step in a checkpoint it resumes
 #   bit for bit.
-# - Judge by the validation loss. Where it turns up while the training loss falls, the model learns by heart.
+# - Judge a model by its validation loss. If it rises while the training loss falls, the model overfits.
 #
-# Next: what a trained model is good for: [classification](11a_classification.py) and
+# Next: applications of a trained model, [classification](11a_classification.py) and
 # [instructions](11b_instruction_tuning.py).

@@ -1,12 +1,12 @@
 # %% [markdown]
 # # 11a. A classifier from a language model
 #
-# A GPT predicts the next token. To do that, it makes a vector of everything that it has read, and from this vector
-# one can tell other things, too: here, whether a review is positive or negative. You will see how the large output
-# head is replaced by a tiny one, how most of a model is kept fixed while the rest learns, and how accuracy and a
-# confusion matrix are counted. At the end the library does the same, also for spam.
+# A GPT predicts the next token. To do that, it summarises the text so far in a vector, and this vector can be used for
+# other predictions, too: here, whether a review is positive or negative. You replace the large output head by a tiny
+# one, freeze most of the model while the rest learns, and compute accuracy and a confusion matrix. At the end the
+# library does the same, also for spam.
 #
-# Before this came [training](10_training.py). It runs in about 40 seconds on two CPU cores.
+# Previous: [training](10_training.py). The notebook runs in about 25 seconds on two CPU cores.
 
 # %%
 import json
@@ -26,18 +26,18 @@ from slm_jax.data.labelled import load_labelled
 from slm_jax.evaluation.classes import class_figures
 from slm_jax.tokenizer import SimpleTokenizer
 
-jax.config.update("jax_default_matmul_precision", "highest")  # float32 in full also on a GPU or TPU
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"  # told apart also by colour-blind eyes
+jax.config.update("jax_default_matmul_precision", "highest")  # full float32 precision on GPUs and TPUs too
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"  # colour-blind safe
 
 # %% [markdown]
 # ## The data
 #
-# 240 short reviews of films, shops and concerts, half of them positive, were written for this notebook. A line of the
-# file is a JSON object with a text and its label.
+# The data are 240 short reviews of films, shops and concerts, half of them positive, written for this notebook. Each
+# line of the file is a JSON object with a text and its label.
 #
-# They are split in three: the model learns from the *training* texts, the *validation* texts are for choosing, and the
-# *test* texts are looked at last. Each part has as many positive as negative texts. In the library this is
-# [`slm_jax/data/labelled.py`](../slm_jax/data/labelled.py).
+# They are split in three: the model learns from the *training* texts, the *validation* texts are used to choose between
+# models, and the *test* texts only for the final evaluation. Each part has as many positive as negative texts. In the
+# library this is [`slm_jax/data/labelled.py`](../slm_jax/data/labelled.py).
 
 # %%
 splits = load_labelled(DataConfig(source="jsonl:data/sentiment.jsonl"), ClassificationConfig(), seed=0)
@@ -52,9 +52,9 @@ assert not set(splits.train.texts) & set(splits.test.texts)
 # %% [markdown]
 # ## Rows of equal length
 #
-# A batch is a rectangle, and texts differ in length. So every text is filled up with zeros on the right, and its true
-# length is kept beside it. Words that no training text has become the one id of `<|unk|>`: the model must not know
-# anything of the test texts, not even their words.
+# A batch is a rectangular array, but texts differ in length. So every text is padded with zeros on the right, and its
+# true length is stored separately. Words that occur in no training text become `<|unk|>`: the model must not know
+# anything about the test texts, not even their words.
 
 # %%
 tokenizer = SimpleTokenizer().build_vocab(" ".join(splits.train.texts))
@@ -74,15 +74,15 @@ unknown = np.mean(
     [tokenizer.vocab_size - 1 == i for row, n in zip(test["inputs"], test["lengths"], strict=True) for i in row[:n]]
 )
 print(f"{tokenizer.vocab_size} words; longest training text: {train['lengths'].max()} tokens")
-print(f"words of the test texts that are unknown: {unknown:.0%}")
+print(f"unknown words in the test texts: {unknown:.0%}")
 
 # %% [markdown]
 # ## A small language model first
 #
-# Fine-tuning starts from a model that already knows something of language. Ours gets a short pretraining: it predicts
-# the next word of the training reviews, without their labels. Weights of 0 take the padding out of the loss, as in
+# Fine-tuning starts from a model that already knows something about language. Ours gets a short pretraining: it
+# predicts the next word of the training reviews, without their labels. Padding has weight 0 in the loss, as in
 # [notebook 9](09_pretraining_setup.py). The training loop is compiled as one program: `jax.lax.scan` calls `step` for
-# each key in turn and hands the state on.
+# each key in turn and passes the state on.
 
 # %%
 cfg = slm_jax.get_gpt_config("tiny", vocab_size=tokenizer.vocab_size, context_length=width, emb_dim=32, n_layers=2)
@@ -97,7 +97,7 @@ def language_loss(params, rows):
 
 
 def train_model(loss_fn, trainable, data, steps, learning_rate, seed=0):
-    """Return what was trained, and the loss of every step; a step sees 32 rows of data, drawn at random."""
+    """Return the trained parameters and the loss of every step; a step uses 32 random rows of data."""
     optimizer = optax.adamw(learning_rate)
 
     def step(state, key):
@@ -116,7 +116,7 @@ def train_model(loss_fn, trainable, data, steps, learning_rate, seed=0):
 # %%
 new_params = jax.jit(gpt.init)(jax.random.key(0), train["inputs"][:1])["params"]
 base, losses = train_model(language_loss, new_params, train, steps=40, learning_rate=3e-3)
-print(f"loss a word: {losses[0]:.2f} at first (a guess among all words has {np.log(cfg.vocab_size):.2f}),", end=" ")
+print(f"loss per word: {losses[0]:.2f} at first (uniform: {np.log(cfg.vocab_size):.2f}),", end=" ")
 print(f"{losses[-5:].mean():.2f} at the end")
 assert losses[-5:].mean() < 0.9 * losses[0]
 
@@ -124,12 +124,12 @@ assert losses[-5:].mean() < 0.9 * losses[0]
 # ## A new head
 #
 # The language model's head gives a number for each word of the vocabulary. A classifier needs a number for each class:
-# one small matrix and a bias, new and random. It looks at the hidden state of the **last real token**, because with
-# causal attention that is the only one that has seen the whole text:
+# one small matrix and a bias, randomly initialised. It uses the hidden state of the **last real token**, because with
+# causal attention only this token has seen the whole text:
 #
 # $$\text{logits} = h_{\text{last}} W + b$$
 #
-# In words: the 32 numbers at the last token, times a matrix of 32 rows and 2 columns, plus 2 numbers.
+# In words: the 32 numbers of the last token, times a matrix of 32 rows and 2 columns, plus 2 biases.
 
 # %%
 head = {"kernel": 0.02 * jax.random.normal(jax.random.key(1), (cfg.emb_dim, len(classes))), "bias": jnp.zeros(2)}
@@ -138,7 +138,7 @@ head = {"kernel": 0.02 * jax.random.normal(jax.random.key(1), (cfg.emb_dim, len(
 @jax.jit
 def class_logits(base, head, inputs, lengths):
     hidden = gpt.apply({"params": base}, inputs, method="hidden")  # (texts, width, 32)
-    last = hidden[jnp.arange(len(inputs)), lengths - 1]  # (texts, 32): not the padding behind it
+    last = hidden[jnp.arange(len(inputs)), lengths - 1]  # (texts, 32): the last real token, not padding
     return last @ head["kernel"] + head["bias"]
 
 
@@ -147,7 +147,7 @@ print("logits:", logits.shape, "for", len(test["labels"]), "texts")
 
 # %% [markdown]
 # In the library this is `GPTClassifier` in [`slm_jax/classifier.py`](../slm_jax/classifier.py). Its parameters are the
-# GPT's and a `class_head`; it gives the same logits. And what lies in the padding makes no difference.
+# GPT's and a `class_head`; it gives the same logits. The padding tokens make no difference.
 
 # %%
 classifier = slm_jax.GPTClassifier(cfg, n_classes=2, pooling="last")
@@ -156,17 +156,17 @@ library_logits = jax.jit(lambda inputs: classifier.apply({"params": whole}, inpu
 theirs = library_logits(test["inputs"])
 assert jnp.allclose(logits, theirs, atol=1e-5)
 
-behind = np.arange(width) >= test["lengths"][:, None]
-noise = np.where(behind, 7, test["inputs"])
+padding = np.arange(width) >= test["lengths"][:, None]
+noise = np.where(padding, 7, test["inputs"])
 assert jnp.allclose(theirs, library_logits(noise), atol=1e-5)
-print("the same logits, whatever the padding is")
+print("the same logits with other padding tokens")
 
 # %% [markdown]
 # ## Freezing
 #
-# *Freezing* a parameter means that training leaves it as it is. With pure functions that is a matter of arguments: the
-# parameters are two trees, and `grad` differentiates by the first one only. What is frozen has no gradient and no
-# optimizer state. The blocks are stacked (first axis: layer), so "the last block" is the last slice.
+# *Freezing* a parameter means that training does not change it. With pure functions this is a matter of arguments: we
+# pass two trees of parameters, and `grad` differentiates only with respect to the first. Frozen parameters have no
+# gradient and no optimizer state. The blocks are stacked (first axis: layer), so "the last block" is the last slice.
 #
 # We compare three choices: only the head; the head with the last block and the final norm (the book's choice); and
 # everything.
@@ -174,7 +174,7 @@ print("the same logits, whatever the padding is")
 
 # %%
 def split_last_block(params):
-    """Return what is trained, and what is not: the last block, the final norm and the head; and the rest."""
+    """Return the trained parameters (last block, final norm and head) and the frozen ones (the rest)."""
     last = {"block": jax.tree.map(lambda leaf: leaf[-1:], params["blocks"])}
     trained = {**last, "final_norm": params["final_norm"], "class_head": params["class_head"]}
     return trained, {name: leaf for name, leaf in params.items() if name not in trained}
@@ -209,9 +209,9 @@ assert count(choices["head only"][0]) == 32 * 2 + 2
 # %% [markdown]
 # ## Before and after
 #
-# The loss is cross-entropy again, over 2 classes instead of a vocabulary. *Accuracy* is the share of texts that get
-# their own class. With two classes of the same size, guessing gives about one half, and so does the new head before
-# training.
+# The loss is cross-entropy again, over 2 classes instead of a vocabulary. *Accuracy* is the share of texts that are
+# classified correctly. With two classes of the same size, guessing gives about one half, and so does the new head
+# before training.
 
 
 # %%
@@ -244,21 +244,21 @@ for name, (trained, frozen, join) in choices.items():
     after[name] = join(found, frozen)
     print(f"{name:<11} train {accuracy(after[name], train):.2f}   validation {accuracy(after[name], validation):.2f}")
 
-for name in ("tok_emb", "pos_emb"):  # frozen is frozen
+for name in ("tok_emb", "pos_emb"):  # frozen parameters have not changed
     assert jax.tree.all(jax.tree.map(jnp.array_equal, after["last block"][name], base[name]))
 
-chosen = max(after, key=lambda name: accuracy(after[name], validation))  # and only then the test texts, once
+chosen = max(after, key=lambda name: accuracy(after[name], validation))  # only then evaluate on the test texts, once
 print(f"chosen: {chosen}, test {accuracy(after[chosen], test):.2f}")
 assert chosen == "everything"
 assert accuracy(after[chosen], test) >= 0.7
 
 # %% [markdown]
-# In the run shown here neither the head alone nor the last block gets far from chance, not even on the training texts
-# (52 % and 54 % are right). More steps do not help: after 1,500 the head is right on 57 % of the training texts, and
-# the last block has learned 99 % of them by heart but is right on 52 % of the test texts. That says something about the
-# base: after 168 reviews its vectors hold hardly anything about praise. Training everything repairs that. Freezing pays
-# off with a base that has read much: the library's recipe `classify_builtin` trains the last block of a model that has
-# read Python's documentation, and it learns to tell prose from code nearly without a mistake.
+# In the run shown here, neither the head alone nor the last block gets far from chance, not even on the training texts.
+# More steps do not help: the head stays near chance, and the last block memorises the training texts without improving
+# on the test texts. The reason is the base model: after 168 reviews, its vectors contain hardly any information about
+# sentiment. Training everything fixes that. Freezing pays off with a base that was trained on much more text: the
+# library's recipe `classify_builtin` trains the last block of a model pretrained on Python's documentation, and it
+# separates prose from code almost perfectly.
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2))
@@ -282,9 +282,9 @@ plt.show()
 # ## The confusion matrix
 #
 # Accuracy is one number for all texts. A *confusion matrix* counts for each true class (row) which class was predicted
-# (column), so one sees which mistakes are made. Two shares follow for each class: *precision*, how many of the texts
-# that got this class belong to it, and *recall*, how many of the texts of the class got it. In the library this is
-# [`slm_jax/evaluation/classes.py`](../slm_jax/evaluation/classes.py).
+# (column), so it shows which mistakes the model makes. It gives two numbers per class: *precision*, the share of texts
+# predicted as this class that really belong to it, and *recall*, the share of texts of this class that were predicted
+# as it. In the library this is [`slm_jax/evaluation/classes.py`](../slm_jax/evaluation/classes.py).
 
 # %%
 found = np.asarray(predict(after["everything"], test["inputs"], test["lengths"]))
@@ -322,15 +322,15 @@ for i in wrong[:3]:
 # ## The same with the library
 #
 # `slm-jax finetune` does all of this: it reads the file, splits it, trains, keeps the checkpoint with the lowest
-# validation loss, and measures. In a terminal one types the words below; here `main` gets them as a list. This
-# recipe has no base and looks at the mean of all tokens instead of the last one; all texts are padded to one length, so
-# that one program is compiled and not one for each width of a batch. In the library this is
+# validation loss, and evaluates. In a terminal you would type the options below; here `main` gets them as a list. This
+# recipe has no base model and uses the mean over all tokens instead of the last one; all texts are padded to one
+# length, so that only one program is compiled instead of one per batch width. In the library this is
 # [`slm_jax/tasks/classification.py`](../slm_jax/tasks/classification.py).
 
 
 # %%
 def finetune(options):
-    """Run slm-jax finetune with these options; return its summary, or None where it refused, and what it printed."""
+    """Run slm-jax finetune with these options; return its summary (None if it failed) and its messages."""
     words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
     with capture_output() as printed:
         status = main(["finetune", *words])
@@ -344,8 +344,8 @@ recipe = {
     "train.eval_every": 40, "checkpoint.every": 40, "optimizer.learning_rate": 2e-3,
     "classification.pooling": "mean", "classification.pad_to": "longest",
 }  # fmt: skip
-summary, said = finetune({**recipe, "run": "sentiment", "data.source": "jsonl:data/sentiment.jsonl"})
-assert summary is not None, said
+summary, messages = finetune({**recipe, "run": "sentiment", "data.source": "jsonl:data/sentiment.jsonl"})
+assert summary is not None, messages
 
 # %% tags=["varies"]
 for name in ("train", "test"):
@@ -358,17 +358,17 @@ for text in ("A wonderful book, I loved it.", "The food was cold and the staff w
 # %% [markdown]
 # ## Spam
 #
-# A larger and real task: the SMS Spam Collection, 5,574 messages, of which 13 % are spam. If nearly nine in ten are of
-# one class, a model that always says "ham" has an accuracy of 87 % and is useless. So `downsample` keeps as many
-# messages of each class as there are of the rarer one. The file is looked for in the folder `$SLM_JAX_DATA`, else
-# downloaded once (480 kB). Without it and without a network this part is left out.
+# Here is a larger, real data set: the SMS Spam Collection, 5,574 messages, of which 13% are spam. If nearly nine in ten
+# belong to one class, a model that always predicts "ham" has an accuracy of 87% and is useless. So `downsample` keeps
+# as many messages of each class as there are of the rarer one. The file is read from the folder `$SLM_JAX_DATA`, or
+# downloaded once (480 kB). Without the file and a network, this part is skipped.
 
 # %% tags=["sampled"]
 spam = {"data.source": "named:sms-spam", "classification.balance": "downsample", "classification.max_length": 32}
 fewer = {"train.steps": 40, "optimizer.learning_rate": 3e-3, "train.eval_batch_size": 256}
-summary, said = finetune({**recipe, **spam, **fewer, "run": "spam"})
+summary, messages = finetune({**recipe, **spam, **fewer, "run": "spam"})
 if summary is None:
-    print("left out:", " ".join(said.split())[:200])
+    print("skipped:", " ".join(messages.split())[:200])
 else:
     for name in ("train", "test"):
         print(
@@ -380,8 +380,8 @@ else:
 # %% [markdown]
 # ## Exercises
 #
-# **1.** The last token has seen the whole text. What has the first token seen? Let a classifier look at it
-# (`pooling="first"`), with the parameters found above, and compare the logits of texts that begin with the same word.
+# **1.** The last token has seen the whole text. What has the first token seen? Let a classifier use it
+# (`pooling="first"`), with the parameters trained above, and compare the logits of texts that begin with the same word.
 #
 # <details><summary>Solution</summary>
 #
@@ -392,16 +392,16 @@ else:
 # for word in np.unique(openings):
 #     same = logits_first[openings == word]
 #     assert jnp.allclose(same, same[0], atol=1e-5)
-# print(f"{len(np.unique(openings))} first words, as many different answers to {len(openings)} texts")
+# print(f"{len(np.unique(openings))} first words, as many different predictions for {len(openings)} texts")
 # ```
 #
-# With causal attention the first token has seen only itself, so nothing that follows can change the answer. No training
-# helps: "A" or "The" says little about a review.
+# With causal attention the first token has seen only itself, so nothing after it can change the prediction. Training
+# does not help: "A" or "The" says little about a review.
 #
 # </details>
 #
-# **2.** Which answer is right more often than not when 13 % of the messages are spam and nothing is learned? Compute
-# accuracy and the recall of spam of a model that always says "ham", for 1,000 messages.
+# **2.** How good is a constant prediction if 13% of the messages are spam? Compute the accuracy and the recall of spam
+# for a model that always predicts "ham", for 1,000 messages.
 #
 # <details><summary>Solution</summary>
 #
@@ -411,11 +411,11 @@ else:
 # assert always_ham.accuracy == 0.87 and always_ham.recall[1] == 0
 # ```
 #
-# Accuracy alone hides it; the confusion matrix shows a column without a text.
+# Accuracy alone hides the problem; the confusion matrix shows an empty column.
 #
 # </details>
 #
-# **3.** How certain is an accuracy on 48 texts? The standard error of a share $p$ of $n$ texts is
+# **3.** How precise is an accuracy measured on 48 texts? The standard error of a share $p$ of $n$ texts is
 # $\sqrt{p (1 - p) / n}$.
 #
 # <details><summary>Solution</summary>
@@ -427,14 +427,15 @@ else:
 # assert 0.01 < error < 0.08
 # ```
 #
-# Two models that differ by less than about two standard errors may be equally good. Small test sets say little.
+# Two models that differ by less than about two standard errors may be equally good. Small test sets allow few
+# conclusions.
 #
 # </details>
 #
-# ## What to take along
+# ## Key takeaways
 #
-# - A classifier is a language model with another head on its last real token, and cross-entropy over classes.
-# - Freezing is a matter of which tree is differentiated. It saves work, and pays off with a base that knows much.
-# - Look at the confusion matrix, at the balance of the classes, and at how many texts an accuracy was measured on.
+# - A classifier is a language model with a different head on its last real token, and cross-entropy over classes.
+# - Freezing is a choice of which tree to differentiate. It saves work, and pays off with a well-trained base model.
+# - Look at the confusion matrix, at the class balance, and at the number of texts behind an accuracy.
 #
 # Next: [following instructions](11b_instruction_tuning.py).

@@ -1,12 +1,12 @@
 # %% [markdown]
 # # 11b. Following instructions
 #
-# A pretrained model goes on with a text; it does not answer. Instruction tuning shows it instructions with responses,
-# and trains it on the responses alone. You will see how an instruction becomes text and tokens, which tokens count,
-# and how answers are scored; and you will see that the *knowledge* in the answers comes from pretraining. At the end
-# the same is done with LoRA, which trains a small part beside the frozen model.
+# A pretrained model continues a text; it does not answer questions. Instruction tuning trains it on instructions with
+# responses, with the loss on the responses only. You will see how an instruction becomes text and tokens, which tokens
+# count in the loss, how answers are scored, and that the *knowledge* in the answers comes from pretraining. At the end
+# you do the same with LoRA, which trains small matrices next to the frozen model.
 #
-# Before this came [classification](11a_classification.py). It runs in about 35 seconds on two CPU cores.
+# Previous: [classification](11a_classification.py). The notebook runs in about 25 seconds on two CPU cores.
 
 # %%
 import jax
@@ -24,15 +24,15 @@ from slm_jax.data.templates import TEMPLATES, entry_messages, format_prompt
 from slm_jax.evaluation.responses import exact_match, rouge_l
 from slm_jax.tokenizer import SimpleTokenizer
 
-jax.config.update("jax_default_matmul_precision", "highest")  # float32 in full also on a GPU or TPU
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#999999"  # told apart also by colour-blind eyes
+jax.config.update("jax_default_matmul_precision", "highest")  # full float32 precision on GPUs and TPUs too
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#999999"  # colour-blind safe
 
 # %% [markdown]
 # ## A world of 24 animals
 #
-# To tell knowledge and obedience apart, we make a world so small that a tiny model can know all of it: of each animal
-# a colour, a place and a food. Written as sentences, that is the text for pretraining. The same facts are asked for by
-# instructions. A quarter of the instructions is kept for testing: these questions are never asked in training.
+# To separate what the model knows from whether it follows instructions, we invent a world small enough for a tiny model
+# to learn completely: each animal has a colour, a place and a food. The facts, written as sentences, are the
+# pretraining text. The instructions ask for the same facts. A quarter of the instructions is held out for testing.
 
 # %%
 TABLE = """
@@ -55,15 +55,15 @@ entries = [
 ]
 order = np.random.default_rng(0).permutation(len(entries))
 train, test = [entries[i] for i in order[18:]], [entries[i] for i in order[:18]]
-print(len(train), "instructions to train on,", len(test), "to test with, such as:")
+print(len(train), "training instructions,", len(test), "test instructions, such as:")
 print(test[0])
 
 # %% [markdown]
 # ## The Alpaca format
 #
-# The model sees nothing but text, so an instruction has to be written as one. This is Stanford Alpaca's form, which the
-# book uses, too: a fixed introduction, then headings. The response comes after the last heading. In the library this is
-# [`slm_jax/data/templates.py`](../slm_jax/data/templates.py).
+# The model only sees text, so an instruction must be formatted as text. This is Stanford Alpaca's prompt template,
+# which the book also uses: a fixed introduction, then headings. The response comes after the last heading. In the
+# library this is [`slm_jax/data/templates.py`](../slm_jax/data/templates.py).
 
 
 # %%
@@ -80,9 +80,10 @@ assert all(to_prompt(entry) == format_prompt(entry, template="alpaca") for entry
 # %% [markdown]
 # ## The base: a model that knows the facts
 #
-# Pretraining text: the three sentences of each animal in a random order, the animals in a random order, again and
-# again, with an end-of-text token between animals. Rows are windows of 49 tokens: 48 inputs, and 48 targets shifted by
-# one. The tokenizer has a token a word; it also knows the words of the instructions, which pretraining never shows.
+# The pretraining text consists of the three sentences of each animal in random order, the animals in random order,
+# repeated 80 times, with an end-of-text token between animals. Rows are windows of 49 tokens: 48 inputs, and 48 targets
+# shifted by one. The tokenizer has one token per word; its vocabulary includes the words of the instructions, which do
+# not occur in pretraining.
 
 # %%
 width = 48
@@ -100,9 +101,9 @@ print(f"{tokenizer.vocab_size} words, {len(corpus):,} tokens of text")
 print(tokenizer.decode(windows[0, :20]))
 
 # %% [markdown]
-# One loss serves for everything here: cross-entropy, times a *weight* for each target, 1 if it counts and 0 if not, and
-# the mean over what counts. In pretraining every token counts. The loop over steps is `jax.lax.scan`: compiled as one
-# program, it calls `step` for each key in turn and hands the state on.
+# We use one loss for everything here: the cross-entropy of each target times its *weight*, 1 if it counts and 0 if not,
+# averaged over the targets that count. In pretraining every token counts. The loop over steps is `jax.lax.scan`:
+# compiled as one program, it calls `step` for each key in turn and passes the state on.
 
 # %%
 cfg = slm_jax.get_gpt_config("tiny", vocab_size=tokenizer.vocab_size, context_length=width, emb_dim=64, n_layers=2)
@@ -116,7 +117,7 @@ def loss_fn(params, rows):
 
 
 def train_model(loss_fn, trainable, data, steps, peak, batch=32):
-    """Return what was trained, and the loss of every step; a step sees rows of data drawn at random."""
+    """Return the trained parameters and the loss of every step; a step uses random rows of data."""
     optimizer = optax.adamw(optax.warmup_cosine_decay_schedule(0, peak, steps // 10, steps, peak / 10))
 
     def step(state, key):
@@ -133,8 +134,8 @@ def train_model(loss_fn, trainable, data, steps, peak, batch=32):
 
 
 # %% [markdown]
-# GPT-2's first weights are drawn with a standard deviation of 0.02, which suits its width of 768. Ours is 64 wide, and
-# with four times as much its loss falls sooner.
+# GPT-2's initial weights have a standard deviation of 0.02, which suits its width of 768. Our model has width 64, and
+# with weights four times as large its loss falls faster.
 
 # %%
 start = jax.jit(model.init)(jax.random.key(0), windows[:1, :8])["params"]
@@ -143,14 +144,14 @@ start = unflatten_dict(
     {path: leaf * (4 if path.endswith(("kernel", "embedding")) else 1) for path, leaf in flat.items()}, sep="/"
 )
 base, text_losses = train_model(loss_fn, start, text_rows, steps=200, peak=1e-2)
-print(f"loss a token: {text_losses[0]:.2f} at first, {text_losses[-20:].mean():.2f} at the end")
+print(f"loss per token: {text_losses[0]:.2f} at first, {text_losses[-20:].mean():.2f} at the end")
 assert text_losses[-20:].mean() < 0.6
 
 # %% [markdown]
-# ## Before: it goes on, it does not answer
+# ## Before tuning: it continues, it does not answer
 #
-# `answers` puts the prompts through the model and takes the likeliest word each time, up to the end-of-text token. The
-# base knows what a fox is: it goes on with "The fox lives near". An instruction means nothing to it.
+# `answers` generates greedily from each prompt, up to the end-of-text token. The base knows the facts: it completes
+# "The fox lives near the". But it cannot follow an instruction.
 
 
 # %%
@@ -167,16 +168,16 @@ beginnings = [f"The {name} lives near the" for name, *_ in animals]
 known = [text.split(".")[0] == place for text, (_, _, place, _) in zip(answers(base, beginnings), animals, strict=True)]
 print(f"places that the base knows: {sum(known)} of {len(animals)}")
 before = answers(base, map(to_prompt, test))
-print(f"goes on: {beginnings[0]!r} -> {answers(base, beginnings[:1])[0]!r}")
-print(f"asked: {test[0]['instruction']} ({test[0]['input']})   answered: {before[0]!r}")
+print(f"continuation: {beginnings[0]!r} -> {answers(base, beginnings[:1])[0]!r}")
+print(f"question: {test[0]['instruction']} ({test[0]['input']})   answer: {before[0]!r}")
 assert sum(known) >= 20
 
 # %% [markdown]
-# ## Collate: rows, targets, and which of them count
+# ## Collating: inputs, targets and loss weights
 #
-# An example becomes one row: prompt, response, end of text. The targets are the same tokens, shifted by one. Then the
-# mask: only targets in the response and the end-of-text token get weight 1. The prompt need not be learned, as a person
-# will write it. The end must be learned, or the model would never stop. Padding has weight 0.
+# An example becomes one row: prompt, response, end of text. The targets are the same tokens, shifted by one. Only
+# targets in the response and the end-of-text token get weight 1. The prompt need not be learned, because the user
+# writes it. The end must be learned, or the model would never stop. Padding has weight 0.
 
 
 # %%
@@ -189,7 +190,7 @@ def collate(examples):
         n = len(ids) - 1
         rows["inputs"][r, :n] = ids[:-1]
         rows["targets"][r, :n] = ids[1:]
-        rows["weights"][r, len(prompt) - 1 : n] = 1  # the last token of the prompt predicts the first of the response
+        rows["weights"][r, len(prompt) - 1 : n] = 1  # the prompt's last token predicts the response's first
     return rows
 
 
@@ -201,7 +202,7 @@ for i in range(shown, shown + 8):
     print(f"{given:>14} -> {target:<14} weight {first['weights'][0, i]:.0f}")
 
 # %% [markdown]
-# As a picture: each row is an example, each cell a target.
+# In the plot, each row is an example and each cell a target.
 
 # %%
 n_real = np.array([len(tokenizer.encode(to_prompt(e) + e["output"])) for e in train])
@@ -220,11 +221,11 @@ figure.legend(
 )
 figure.tight_layout(rect=(0, 0, 1, 0.92))
 plt.show()
-print(f"{train_rows['weights'].sum() / n_real.sum():.0%} of the real targets count")
+print(f"{train_rows['weights'].sum() / n_real.sum():.0%} of the targets (without padding) count")
 
 # %% [markdown]
-# In the library this is [`slm_jax/data/instruction_batches.py`](../slm_jax/data/instruction_batches.py), which sorts by
-# length, to save padding. Its rows are ours.
+# In the library this is [`slm_jax/data/instruction_batches.py`](../slm_jax/data/instruction_batches.py), which also
+# sorts the examples by length to reduce padding. Its rows equal ours.
 
 # %%
 examples = [Example("here", entry_messages(entry, "here")) for entry in train]
@@ -242,13 +243,13 @@ print("the same", ", ".join(theirs))
 # %% [markdown]
 # ## Train on the responses
 #
-# The loop and the loss are those of pretraining; only the rows are new. All parameters are trained, at a fifth of the
-# rate.
+# The loop and the loss are the same as in pretraining; only the rows are new. All parameters are trained, with a fifth
+# of the learning rate.
 
 # %%
 tuned, tuned_losses = train_model(loss_fn, base, train_rows, steps=80, peak=2e-3, batch=16)
 after = answers(tuned, map(to_prompt, test))
-print(f"loss a token of the responses: {tuned_losses[0]:.2f} -> {tuned_losses[-1]:.3f}")
+print(f"loss per response token: {tuned_losses[0]:.2f} -> {tuned_losses[-1]:.3f}")
 
 # %% tags=["sampled"]
 for entry, old, new in list(zip(test, before, after, strict=True))[:8]:
@@ -257,19 +258,19 @@ for entry, old, new in list(zip(test, before, after, strict=True))[:8]:
 # %% [markdown]
 # ## Scoring
 #
-# *Exact match* is the share of answers that are equal to the reference. It is strict: "The fox is grey." is as wrong as
-# nonsense. *ROUGE-L* gives part of the points: it looks for the longest common subsequence, the most words that occur
-# in both texts in the same order, gaps allowed. With $L$ common words of $m$ in the reference and $n$ in the answer,
+# *Exact match* is the share of answers that equal the reference. It is strict: "The fox is grey." counts as little as
+# nonsense. *ROUGE-L* gives partial credit: it uses the longest common subsequence, the longest list of words that
+# occurs in both texts in the same order, with gaps allowed. If it has $L$ words, the reference $m$ and the answer $n$,
 #
 # $$\text{ROUGE-L} = \frac{2 L}{m + n}$$
 #
-# In words: twice what they share, over what both have together. In the library these are
+# In words: twice the number of shared words, divided by the total number of words in both. In the library these are in
 # [`slm_jax/evaluation/responses.py`](../slm_jax/evaluation/responses.py).
 
 
 # %%
 def common_length(a, b):
-    """The longest common subsequence of two lists: table[i, j] is that of the first i and the first j words."""
+    """Return the length of the longest common subsequence; table[i, j] is that of the first i and the first j words."""
     table = np.zeros((len(a) + 1, len(b) + 1), int)
     for i, x in enumerate(a):
         for j, y in enumerate(b):
@@ -303,7 +304,7 @@ assert scores(before)[0] == 0
 assert scores(after)[0] >= 0.5
 
 # %% [markdown]
-# What is not an exact match, if anything:
+# Answers that are not an exact match, if any:
 
 # %% tags=["sampled"]
 for reference, answer in zip(references, after, strict=True):
@@ -311,13 +312,13 @@ for reference, answer in zip(references, after, strict=True):
         print(f"{answer!r} where {reference!r} was expected: ROUGE-L {rouge(reference, answer):.2f}")
 
 # %% [markdown]
-# These questions were never asked in training. The model can answer them because the facts were in the *pretraining*
-# text; 80 steps on other questions only taught it what an instruction wants. To see that, take the pretraining away:
-# the model `start` has seen no text. It gets the same rows and steps.
+# These questions were not in the training set. The model can answer them because the facts were in the *pretraining*
+# text; 80 steps on other questions only taught it to follow instructions. To check this, we skip the pretraining and
+# train the initial model `start` with the same rows and steps.
 
 # %%
-untaught, untaught_losses = train_model(loss_fn, start, train_rows, steps=80, peak=2e-3, batch=16)
-guesses = answers(untaught, map(to_prompt, test))
+not_pretrained, _ = train_model(loss_fn, start, train_rows, steps=80, peak=2e-3, batch=16)
+guesses = answers(not_pretrained, map(to_prompt, test))
 assert scores(guesses)[0] < 0.2 < scores(after)[0]
 
 # %% tags=["varies"]
@@ -328,18 +329,18 @@ for entry, guess in list(zip(test, guesses, strict=True))[:4]:
     print(f"{entry['instruction']} ({entry['input']})\n    {guess}")
 
 # %% [markdown]
-# It learns the form, and ROUGE-L gives it points for words such as "The" that every answer has; but what it says of an
-# animal is a guess.
+# It learns the form of an answer, and ROUGE-L gives credit for words such as "The" that every answer has; but its facts
+# are guesses.
 #
-# ## LoRA: a small change beside a frozen matrix
+# ## LoRA: a low-rank update of frozen matrices
 #
-# All 109,000 parameters were trained for this, and a second task would need a second copy of them. *LoRA* (low-rank
-# adaptation) freezes a matrix $W$ and learns a change that is a product of two thin matrices:
+# This trained all 109,000 parameters, and a second task would need a second copy of them. *LoRA* (low-rank adaptation)
+# freezes a matrix $W$ and learns an update that is the product of two thin matrices:
 #
 # $$y = x W + \frac{\alpha}{r}\, x A B$$
 #
-# In words: $A$ squeezes the input into $r$ numbers, $B$ spreads them out again, and the constant $\alpha / r$ sets the
-# size. $B$ starts as zeros, so at first nothing is changed.
+# In words: $A$ projects the input to $r$ numbers, $B$ projects them to the output, and the constant $\alpha / r$ sets
+# the scale. $B$ starts as zeros, so at first nothing changes.
 
 # %%
 W = base["blocks"]["attn"]["out_proj"]["kernel"][0]  # of the first block
@@ -359,11 +360,12 @@ assert jnp.array_equal(adapted(x, B), x @ W)
 B = jax.random.normal(b_key, B.shape)  # as if it had been trained
 assert jnp.allclose(adapted(x, B), x @ (W + A @ B * alpha / rank), atol=1e-4)  # merged: one matrix again
 print(f"W has {W.size:,} numbers; A and B together {A.size + B.size:,}")
-print("rank of the change:", np.linalg.matrix_rank(np.asarray(A @ B)))
+print("rank of the update:", np.linalg.matrix_rank(np.asarray(A @ B)))
 
 # %% [markdown]
-# In the library this is [`lora.py`](../slm_jax/nn/lora.py). An adapter lies in the params tree beside its matrix,
-# with all layers stacked, and the model uses what it finds there. With our `A` and `B` in it, it merges to our matrix.
+# In the library this is [`lora.py`](../slm_jax/nn/lora.py). An adapter is stored in the params tree next to its matrix,
+# stacked over the layers, and the model uses the adapters that it finds there. With our `A` and `B` it merges to the
+# same matrix.
 
 # %%
 ours = lora.init_adapters(jax.random.key(3), base, ("attn/out_proj",), rank=rank, alpha=alpha)
@@ -376,8 +378,8 @@ assert jnp.allclose(merged["blocks"]["attn"]["out_proj"]["kernel"][0], W + A @ B
 print("one merged matrix, ours and the library's")
 
 # %% [markdown]
-# Now with adapters on all matrices of the blocks, trained on the same rows. Only `lora_a` and `lora_b` are
-# differentiated; the base is as it was.
+# Now we add adapters to all matrices of the blocks and train them on the same rows. Only `lora_a` and `lora_b` are
+# differentiated; the base does not change.
 
 # %%
 with_adapters = lora.add_adapters(
@@ -417,18 +419,18 @@ axes.set_ylim(0, 1.15)
 axes.set_ylabel("score on 18 held-out questions")
 axes.legend(loc="upper left")
 plt.show()
-assert table[3, 0] >= table[2, 0] - 0.1  # as good as full tuning, or nearly
+assert table[3, 0] >= table[2, 0] - 0.1  # about as good as full tuning
 
 # %% [markdown]
-# LoRA trains less than a fifth as many numbers, and answers as well here. It is hardly faster: the forward pass and
-# most of the backward pass remain, and it took 120 steps here, at a peak rate of 1e-2, where full tuning took 80 at
-# 2e-3. What it saves is memory (the optimizer keeps two numbers for each trained one) and storage: one base, and a
-# small file for each task.
+# LoRA trains less than a fifth of the parameters and answers about as well here. It is hardly faster: the forward pass
+# and most of the backward pass remain, and here it took 120 steps at a peak rate of 1e-2, where full tuning took 80 at
+# 2e-3. It saves memory (the optimizer keeps two numbers per trained parameter) and storage: one base, and a small file
+# for each task.
 #
 # ## Exercises
 #
-# **1.** What if the prompt were learned, too? Set the weights of all real targets to 1. How many of them belong to
-# the response then, and why is this a waste here?
+# **1.** What if the prompt were learned, too? Set the weights of all targets except padding to 1. Which share of them
+# belongs to the response, and why is this a waste here?
 #
 # <details><summary>Solution</summary>
 #
@@ -440,12 +442,12 @@ assert table[3, 0] >= table[2, 0] - 0.1  # as good as full tuning, or nearly
 # assert share < 0.25
 # ```
 #
-# The introduction is the same in every row: most of the loss would be about predicting it. In the library this is
+# The introduction is the same in every row, and most of the loss would come from predicting it. In the library this is
 # `--instruction.mask_prompt false`.
 #
 # </details>
 #
-# **2.** Give the adapters only to `attn/*`. How many parameters are trained then? Say it first, then count.
+# **2.** Use adapters only for `attn/*`. How many parameters are trained then? Predict the number, then count.
 #
 # <details><summary>Solution</summary>
 #
@@ -456,15 +458,15 @@ assert table[3, 0] >= table[2, 0] - 0.1  # as good as full tuning, or nearly
 # assert n_few == 2 * 4 * (64 * 8 + 8 * 64)  # layers, matrices (q, k, v, out_proj), A and B
 # ```
 #
-# Query, key and value have an adapter each, although the model keeps them in one matrix.
+# Query, key, value and output projection have one adapter each.
 #
 # </details>
 #
-# ## What to take along
+# ## Key takeaways
 #
-# - Instruction tuning is pretraining's loss on other rows, with a mask: only responses and their end count.
+# - Instruction tuning is the pretraining loss on different rows, with a mask: only responses and their end count.
 # - It teaches the form of an answer; the facts come from pretraining. So it needs few examples.
-# - LoRA learns a low-rank change beside frozen matrices, and can be merged into them.
+# - LoRA learns low-rank updates of frozen matrices, which can be merged into them.
 #
-# From here: [look at any model's attention](attention_explorer.py), or do all of this with a larger model:
-# [the quickstart](quickstart_colab.py).
+# Next: [look at any model's attention](attention_explorer.py), or do all of this with a larger model in [the
+# quickstart](quickstart_colab.py).

@@ -1,15 +1,15 @@
 # %% [markdown]
 # # Attention explorer
 #
-# What do the heads of a model look at, and which of them does it need? Set a model and a text in the next cell, and
-# run all. The model may be a run of yours, GPT-2 or any weights that slm_jax reads. With `MODEL = None` a tiny one is
-# trained here, so that there is something to see at once; then all of it takes about 20 seconds on two CPU cores.
+# What do the heads of a model attend to, and which of them does it need? Set a model and a text in the next cell, and
+# run all cells. The model may be one of your runs, GPT-2, or any weights that slm_jax reads. With `MODEL = None` a tiny
+# model is trained here; then the notebook takes about 20 seconds on two CPU cores.
 #
-# It needs [multi-head attention](05_multi_head_attention.py) and nothing after it.
+# Prerequisite: [multi-head attention](05_multi_head_attention.py).
 
 # %%
-MODEL = None  # or "../runs/tiny", "../runs/tiny@800", "gpt2", "path/to/weights", as seen from this folder
-TEXT = "notebook koobeton notebook"  # for the tiny model: a word of 8 letters, backwards, and again
+MODEL = None  # or "../runs/tiny", "../runs/tiny@800", "gpt2", "path/to/weights", relative to this folder
+TEXT = "notebook koobeton notebook"  # for the tiny model: a word of 8 letters, reversed, and repeated
 
 # %%
 from pathlib import Path
@@ -27,11 +27,11 @@ from slm_jax.tokenizer import CharTokenizer
 jnp.set_printoptions(precision=2, suppress=True)
 
 # %% [markdown]
-# ## A tiny model, if there is no other
+# ## A tiny model, if no other is set
 #
-# Its texts are random: 8 letters, the same backwards, and the same once more. Everything after the first word can be
-# known by looking at the right place; the first word cannot, so the loss does not go below $7 \ln 26 / 25$, about 0.91.
-# Notebook 5 takes such a model apart.
+# Its texts are random: 8 letters, the same reversed, and the same again. Everything after the first word can be
+# predicted by attending to the right position; the first word cannot, so the loss cannot fall below $7 \ln 26 / 25$,
+# about 0.91. Notebook 5 examines such a model.
 
 # %%
 alphabet = CharTokenizer().build_vocab("abcdefghijklmnopqrstuvwxyz ")
@@ -48,7 +48,7 @@ def three_words(key, rows=64):
 
 
 def losses(logits, tokens):
-    """The loss of each token but the first, (batch, seq - 1): minus the logarithm of its probability."""
+    """Return the loss of each token except the first, (batch, seq - 1): minus the log of its probability."""
     return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:])
 
 
@@ -64,13 +64,13 @@ def train_step(params, state, key):
 
 
 # %% [markdown]
-# The trained model is written to a folder in Hugging Face's format, with its tokenizer, and read back from there, as
-# any other model would be.
+# The trained model is saved to a folder in Hugging Face's format, with its tokenizer, and loaded from there like any
+# other model.
 
 # %%
 folder = Path("explorer-model")
 if MODEL is None and not folder.exists():
-    params = tiny.init(jax.random.key(0), three_words(jax.random.key(0)))["params"]
+    params = jax.jit(tiny.init)(jax.random.key(0), three_words(jax.random.key(0)))["params"]
     state = optimizer.init(params)
     for step in range(300):
         params, state, loss = train_step(params, state, jax.random.key(step))
@@ -85,18 +85,18 @@ print(f"{n_layers} layers of {n_heads} heads, context {run.model_config.context_
 # %% [markdown]
 # ## The text, as the model sees it
 #
-# A space at the edge of a token is shown as a dot.
+# Spaces are shown as dots.
 
 # %%
 ids = run.tokenizer.encode(TEXT)[: run.model_config.context_length]
-assert len(ids) >= 2, "the text is too short: expected two tokens or more"
+assert len(ids) >= 2, "the text is too short: expected at least two tokens"
 tokens = jnp.array([ids])
 seq = len(ids)
 
 
 def label(token):
     text = run.tokenizer.decode([token]).replace(" ", "·").replace("\n", "⏎")
-    return text.replace("$", r"\$")  # or matplotlib reads it as a formula
+    return text.replace("$", r"\$")  # otherwise matplotlib reads it as a formula
 
 
 labels = [label(token) for token in ids]
@@ -105,20 +105,20 @@ print(seq, "tokens:", *labels)
 # %% [markdown]
 # ## All weights
 #
-# [`slm_jax.capture`](../slm_jax/evaluation/capture.py) runs the model once and returns what is asked for by name; `*`
-# stands for every block. `attention[layer, head, t, s]` is how much token $t$ takes of token $s$: rows sum to 1, and
-# the future has 0.
+# [`slm_jax.capture`](../slm_jax/evaluation/capture.py) runs the model once and returns the requested intermediate
+# results by name; `*` stands for every block. `attention[layer, head, t, s]` is the weight with which token $t$ attends
+# to token $s$: rows sum to 1, and future tokens have 0.
 
 # %%
 logits, seen = slm_jax.capture(model, run.params, tokens, "blocks/*/attn/weights")
 attention = np.stack([np.asarray(weights[0], np.float32) for weights in seen.values()])
 
 assert attention.shape == (n_layers, n_heads, seq, seq)
-assert np.allclose(attention.sum(-1), 1, atol=0.02)  # as near as the device's dtype comes
+assert np.allclose(attention.sum(-1), 1, atol=0.02)  # the device's dtype may be 16-bit
 assert (np.triu(attention, 1) == 0).all()
 
 loss = float(losses(logits, tokens).mean())
-print(f"loss of this text: {loss:.2f} a token")
+print(f"loss of this text: {loss:.2f} nats per token")
 
 # %% [markdown]
 # ## One head
@@ -134,8 +134,8 @@ def show(layer, head):
     fontsize = max(3, min(9, 250 / seq))
     ax.set_xticks(range(seq), labels, fontsize=fontsize, rotation=90 if max(map(len, labels)) > 2 else 0)
     ax.set_yticks(range(seq), labels, fontsize=fontsize)
-    ax.set_xlabel("token looked at")
-    ax.set_ylabel("token that looks")
+    ax.set_xlabel("key")
+    ax.set_ylabel("query")
     ax.set_title(f"layer {layer}, head {head}")
     fig.colorbar(image, ax=ax, label="weight", shrink=0.8)
     plt.show()
@@ -146,10 +146,10 @@ show(layer=0, head=0)
 # %% [markdown]
 # ## All heads
 #
-# A row for each layer. What to look for: a line along the diagonal is a head that looks a fixed way back; a bright
-# first column is a head that rests (the first token is where unused attention often goes); single bright cells are
-# tokens that a head singles out. In the tiny model look for two slanted
-# lines, one backwards through the first word and one forwards.
+# There is one row per layer. What to look for: a line parallel to the diagonal is a head that attends to a fixed
+# distance back; a bright first column is an inactive head (unused attention often goes to the first token); single
+# bright cells are tokens that a head selects. In the tiny model, look for two slanted lines, one backwards through the
+# first word and one forwards.
 
 # %%
 fig, axes = plt.subplots(
@@ -185,26 +185,26 @@ for layer, ax in enumerate(axes.flat):
 plt.show()
 
 # %% [markdown]
-# ## Heads in numbers
+# ## Statistics of the heads
 #
-# How much of its attention does a head give to the token itself, the one before, the first, and to earlier copies of
-# the token; and how wide does it spread? The last is $2^H$, with $H$ the entropy in bits: 1 is one token, 10 as much
-# as ten tokens evenly.
+# How much of its attention does a head give to the token itself, the previous token, the first token, and earlier
+# copies of the token, and over how many tokens does it spread? The last is $2^H$, with $H$ the entropy in bits: 1 means
+# a single token, 10 is equivalent to ten tokens with equal weights.
 
 # %%
 same = np.tril(np.equal.outer(ids, ids), -1)  # same[t, s]: s is before t and the same token
 spread = 2 ** -(attention * np.log2(np.maximum(attention, 1e-9))).sum(-1)
-habits = {
+statistics = {
     "itself": np.diagonal(attention, 0, 2, 3).mean(-1),
-    "the one before": np.diagonal(attention, -1, 2, 3).mean(-1),
-    "the first": attention[..., 1:, 0].mean(-1),
+    "previous token": np.diagonal(attention, -1, 2, 3).mean(-1),
+    "first token": attention[..., 1:, 0].mean(-1),
     "earlier copies": (attention * same).sum((-2, -1)) / max(1, same.any(-1).sum()),
     "spread over": spread.mean(-1),
 }
 
 # %%
 fig, axes = plt.subplots(1, 5, figsize=(8, max(2.2, 0.22 * n_layers)), layout="constrained", sharey=True)
-for ax, (what, value) in zip(axes, habits.items(), strict=True):
+for ax, (what, value) in zip(axes, statistics.items(), strict=True):
     image = ax.imshow(value, vmin=0, vmax=None if what == "spread over" else 1, aspect="auto", cmap="cividis")
     ax.set_title(what, fontsize=9)
     ax.set_xlabel("head", fontsize=8)
@@ -216,25 +216,25 @@ axes[0].set_ylabel("layer", fontsize=8)
 plt.show()
 
 # %% [markdown]
-# ## What a head looks at most
+# ## The largest weights of a head
 #
-# For the tokens of the text in turn: the two that the head takes most of.
+# For each token, the two tokens with the largest weights:
 
 
 # %% tags=["sampled"]
 def most(layer, head, first=0, last=12, count=2):
     for t in range(first, min(last, seq)):
         best = np.argsort(-attention[layer, head, t, : t + 1])[:count]
-        looks = "   ".join(f"{labels[s]} ({s}) {attention[layer, head, t, s]:.2f}" for s in best)
-        print(f"{labels[t]:>8} ({t:>2}) looks at   {looks}")
+        targets = "   ".join(f"{labels[s]} ({s}) {attention[layer, head, t, s]:.2f}" for s in best)
+        print(f"{labels[t]:>8} ({t:>2}) attends to   {targets}")
 
 
 most(layer=0, head=0, first=seq // 2, last=seq // 2 + 8)
 
 # %% [markdown]
-# ## Where one token looks
+# ## One token, all heads
 #
-# The other way round: one token, and all heads. By default it is the token before the last.
+# This plot shows what one token attends to in every head; by default it is the second to last token.
 
 
 # %%
@@ -245,7 +245,7 @@ def from_token(t):
     every = max(1, len(names) // 24)
     ax.set_yticks(range(0, len(names), every), names[::every], fontsize=8)
     ax.set_xticks(range(t + 1), labels[: t + 1], fontsize=8, rotation=90 if max(map(len, labels)) > 2 else 0)
-    ax.set_title(f"where {labels[t]} ({t}) looks", fontsize=10)
+    ax.set_title(f"attention of {labels[t]} ({t})", fontsize=10)
     fig.colorbar(image, ax=ax, label="weight")
     plt.show()
 
@@ -255,9 +255,9 @@ from_token(seq - 2)
 # %% [markdown]
 # ## Which heads does the model need?
 #
-# A weight says where a head looks, not what becomes of it. [`slm_jax.ablate`](../slm_jax/evaluation/capture.py) runs
-# the model with one head's output set to 0; we note how much the loss of the text rises. It is one run of the model
-# for each head: 144 for GPT-2 small.
+# A weight shows where a head attends, not whether the model uses the result.
+# [`slm_jax.ablate`](../slm_jax/evaluation/capture.py) runs the model with one head's output set to 0; we measure how
+# much the loss of the text rises. This takes one run of the model per head: 144 for GPT-2 small.
 
 # %% tags=["varies"]
 without = np.zeros((n_layers, n_heads))
@@ -277,14 +277,14 @@ fig, ax = plt.subplots(figsize=(6, max(2.4, 0.3 * n_layers)), layout="constraine
 image = ax.imshow(rise, cmap="PuOr_r", vmin=-most_changed, vmax=most_changed, aspect="auto")
 ax.set_xticks(range(n_heads))
 ax.set_yticks(range(n_layers))
-ax.set_xlabel("head taken out")
+ax.set_xlabel("head removed")
 ax.set_ylabel("layer")
-fig.colorbar(image, ax=ax, label="rise of the loss")
+fig.colorbar(image, ax=ax, label="increase of the loss")
 plt.show()
 
 # %% [markdown]
-# A head whose loss hardly rises may still do something that another head does as well. So take several out together:
-# here whole layers of attention, and all of it. `ablate` takes a list of names, and `*` in them.
+# If removing a head hardly changes the loss, another head may do the same job. So remove several together: here whole
+# layers of attention, and all of it. `ablate` accepts a list of names, and `*` in them.
 
 # %% tags=["varies"]
 for name in [*(f"blocks/{layer}/attn" for layer in range(n_layers)), "blocks/*/attn"]:
@@ -296,8 +296,8 @@ assert MODEL is not None or changed > loss + 1  # the tiny model cannot do witho
 # %% [markdown]
 # ## Exercises
 #
-# **1.** Between what bounds must "spread over" lie for the token at place $t$, counted from 0? Say it, then check all
-# heads.
+# **1.** What are the bounds of "spread over" for the token at position $t$, counted from 0? Predict them, then check
+# all heads.
 #
 # <details><summary>Solution</summary>
 #
@@ -306,32 +306,32 @@ assert MODEL is not None or changed > loss + 1  # the tiny model cannot do witho
 # assert (spread < np.arange(1, seq + 1) + 0.01).all()
 # ```
 #
-# At least 1, all on one token; at most $t + 1$, the same on each token that may be seen. So the first token always
-# has 1, and the mean over a text cannot be above $(n + 1) / 2$ for $n$ tokens.
+# At least 1, with all the weight on one token; at most $t + 1$, with equal weights on all visible tokens. So the first
+# token always has 1, and the mean over a text of $n$ tokens is at most $(n + 1) / 2$.
 #
 # </details>
 #
-# **2.** The loss of the text is a mean. Which tokens does the tiny model know, and which can it not know? Look at the
-# loss of each token.
+# **2.** The loss of the text is a mean. Which tokens can the tiny model predict, and which can it not? Look at the loss
+# of each token.
 #
 # <details><summary>Solution</summary>
 #
 # ```python
-# each = losses(logits, tokens)[0]  # of the tokens from the second one on
+# each = losses(logits, tokens)[0]  # of all tokens except the first
 # print(np.round(np.asarray(each), 1))
 # if MODEL is None and TEXT == "notebook koobeton notebook":
 #     assert each[:7].mean() > 2 > 1 > each[7:].mean()
 # ```
 #
-# The letters of the first word are random, and cost about $\ln 26 = 3.3$ each or more. After it everything follows
-# from what stands before.
+# The letters of the first word are random and cost about $\ln 26 = 3.3$ each or more. Everything after it is determined
+# by the text before.
 #
 # </details>
 #
-# ## What to take along
+# ## Key takeaways
 #
-# - `capture` gives the weights of every layer and head by name; the rest of this notebook is drawing.
-# - Heads have habits: the token before, the first, earlier copies. Numbers over heads find them faster than pictures.
-# - Where a head looks and whether the model needs it are two questions; `ablate` answers the second.
+# - `capture` returns the weights of every layer and head by name; the rest of this notebook is plotting.
+# - Heads have typical patterns: the previous token, the first, earlier copies. Statistics find them faster than plots.
+# - Where a head attends and whether the model needs it are two questions; `ablate` answers the second.
 #
 # Attention is one half of a block. The other half, and the rest of the model: [implementing GPT-2](06_gpt2_parts.py).

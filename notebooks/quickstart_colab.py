@@ -1,20 +1,20 @@
 # %% [markdown]
 # # Quickstart on Colab
 #
-# From nothing to a model that you trained, fine-tuned and talked with, in one sitting: look at the machine, train, see
-# the loss fall, let the model write, fine-tune it, load GPT-2, chat, and take the result with you.
+# Train, fine-tune and chat with your own model in one session: check the machine, train, plot the loss, generate text,
+# fine-tune, chat, load GPT-2, and export the result.
 #
-# On Colab choose **Runtime → Change runtime type** and a GPU (T4) or a TPU, then **Runtime → Run all**. By arithmetic,
-# not by measurement, it takes 6 to 9 minutes on a T4 (the sum is below, where the sizes are chosen). Without an
-# accelerator everything is made tiny and takes about 35 seconds on two CPU cores. How it all works inside is the
-# matter of the other notebooks, from [the first one](01_tokenization.py) on.
+# On Colab choose **Runtime → Change runtime type** and a GPU (T4) or a TPU, then **Runtime → Run all**. It should take
+# 6 to 9 minutes on a T4 (estimated below, not measured). Without an accelerator, the notebook uses a tiny model and
+# takes about 30 seconds on two CPU cores. The other notebooks explain how everything works, starting with [the first
+# one](01_tokenization.py).
 
 # %% [markdown]
-# ## What was installed, and what was left alone
+# ## Installation
 #
-# The cell above installed slm_jax. Colab brings a JAX that fits its GPU or TPU, and installing must not replace it:
-# slm_jax asks only for `jax>=0.7.2`, so pip keeps what is there. The cell's last line compares JAX's version with the
-# one before the installation. The parts of JAX on this machine:
+# The cell above installed slm_jax. Colab comes with a JAX that fits its GPU or TPU, and the installation must not
+# replace it: slm_jax only requires `jax>=0.7.2`, so pip keeps the installed version. The cell's last line checks this.
+# The JAX packages on this machine:
 
 # %% tags=["sampled"]
 import json
@@ -37,18 +37,17 @@ assert {"jax", "jaxlib"} <= names
 # %% [markdown]
 # ## One command for everything
 #
-# slm_jax is a command with many parts: `slm-jax train`, `slm-jax generate` and so on. In a terminal you would type
-# them; the function below runs one, shows what it prints, and stops the notebook if it failed.
+# slm_jax is a command with subcommands: `slm-jax train`, `slm-jax generate` and so on. In a terminal you would type
+# them; the function below runs one, shows its output, and stops the notebook if it fails.
 #
-# Each command is a process of its own, and this notebook itself never starts JAX. That is on purpose: the process that
-# uses a TPU, or most of the memory of a GPU, keeps it until it ends. The commands are in
-# [`slm_jax/cli.py`](../slm_jax/cli.py).
+# Each command is a separate process, and this notebook itself never initialises JAX, because a process that uses a TPU,
+# or most of a GPU's memory, keeps it until it ends. The commands are listed in [`slm_jax/cli.py`](../slm_jax/cli.py).
 
 
 # %%
-def slm_jax(command, hide=False, typed=""):
-    """Run `slm-jax COMMAND`, show its lines as they come, return them; hide keeps them back. `typed` is its input."""
-    lines, plain = [], {"PYTHONUNBUFFERED": "1", "TERM": "dumb"}  # no colours, no moving lines
+def slm_jax(command, hide=False, stdin=""):
+    """Run `slm-jax COMMAND` with `stdin` as its input; show its output, unless `hide` is True, and return it."""
+    lines, plain = [], {"PYTHONUNBUFFERED": "1", "TERM": "dumb"}  # no colours, no progress line
     with subprocess.Popen(
         [sys.executable, "-m", "slm_jax", *shlex.split(command)],
         stdin=subprocess.PIPE,
@@ -57,7 +56,7 @@ def slm_jax(command, hide=False, typed=""):
         text=True,
         env={name: value for name, value in os.environ.items() if "COLOR" not in name} | plain,
     ) as process:
-        process.stdin.write(typed)
+        process.stdin.write(stdin)
         process.stdin.close()
         for line in process.stdout:
             line = line.replace(str(Path.home()), "~").replace(str(Path.cwd()), ".")
@@ -69,29 +68,29 @@ def slm_jax(command, hide=False, typed=""):
 
 
 # %% [markdown]
-# ## What this machine has
+# ## Check the machine
 #
-# `doctor` looks at the device, its memory, the installed versions, and at what else can go wrong. It marks each line as
-# `ok`, `note` or `problem`, and says what to do. Here is its line about the devices; with a problem the cell stops and
-# shows all lines. `slm_jax("doctor")` always shows all.
+# `doctor` checks the device, its memory, the installed versions and common problems. It marks each line as `ok`, `note`
+# or `problem`, and suggests a fix. Here we show only its line about the devices; if it finds a problem, the cell stops
+# and shows everything.
 
 # %% tags=["varies"]
-said = slm_jax("doctor", hide=True)
-print(*(line for line in said.splitlines() if "devices" in line.split()[:2]), sep="\n")
-only_cpu = "× cpu" in said
+output = slm_jax("doctor", hide=True)
+print(*(line for line in output.splitlines() if "devices" in line.split()[:2]), sep="\n")
+only_cpu = "× cpu" in output
 print("this notebook uses", "the CPU" if only_cpu else "the accelerator")
 
 # %% [markdown]
-# ## How large, how long
+# ## Model size and training steps
 #
-# On an accelerator we train the recipe `tiny` of the library (1.3 million parameters) for 3,000 steps of 32 texts; on a
-# CPU something much smaller for 100 steps of 8.
+# On an accelerator we train the library's `tiny` model (1.3 million parameters) for 3,000 steps with a batch size of
+# 32; on a CPU, a much smaller model for 100 steps with a batch size of 8.
 #
-# The arithmetic for a T4, which computes $8.1 \times 10^{12}$ operations a second in float32 at best: a token costs
-# about 6 operations a parameter, so 3,000 steps × 32 × 128 tokens × 8 million operations (1.3 million parameters × 6)
-# make $1.0 \times 10^{14}$. At a tenth of the peak that is two minutes. Starting Python and compiling takes perhaps 30
-# seconds a command, seven commands in all: three and a half minutes. Fine-tuning and GPT-2's 0.5 GB add one or two.
-# Together six to nine minutes; none of it was measured on a T4.
+# The estimate for a T4, whose peak is $8.1 \times 10^{12}$ operations per second in float32: training takes about 6
+# operations per token and parameter, so 3,000 steps × 32 × 128 tokens × 8 million operations (1.3 million parameters ×
+# 6) are $1.0 \times 10^{14}$. At a tenth of the peak that is two minutes. Starting and compiling seven commands at
+# about 30 seconds each takes three and a half minutes, fine-tuning and GPT-2's 0.5 GB one or two more. This was not
+# measured on a T4.
 
 # %%
 if only_cpu:
@@ -104,30 +103,29 @@ else:
 # %% [markdown]
 # ## Train
 #
-# The text is the documentation that every Python carries, so nothing is downloaded. A tokenizer is trained on it, then
-# the model. What is printed: the loss on the training text, the loss on text that it does not train on, and the
-# tokens a second.
+# The text is the documentation that ships with Python, so nothing is downloaded. First a tokenizer is trained on it,
+# then the model. The output shows the training loss, the validation loss, and the throughput in tokens per second.
 #
-# A run is a folder, here `runs/colab`. If Colab stops the machine, the folder is gone with it. To keep it, mount your
-# Drive and let every checkpoint be copied there: run the two lines that are comments, and add
-# `--checkpoint.mirror /content/drive/MyDrive/runs` to the command. The same command then goes on where it stopped.
+# A run is a folder, here `runs/colab`. If Colab stops the machine, the folder is lost. To keep it, mount your Drive and
+# copy every checkpoint there: uncomment the two lines below, and add `--checkpoint.mirror /content/drive/MyDrive/runs`
+# to the command. Running the same command again then resumes from the last checkpoint.
 
 # %% tags=["sampled"]
 # from google.colab import drive
 # drive.mount("/content/drive")
 
-shutil.rmtree("runs/colab", ignore_errors=True)  # a second pass through this notebook starts anew
-said = slm_jax(
+shutil.rmtree("runs/colab", ignore_errors=True)  # start from scratch if this cell is run again
+output = slm_jax(
     f"train --run colab {size} --train.steps {steps} --train.batch_size {batch} --train.eval_every {steps // 2} "
     f"--train.log_every {steps // 25} --optimizer.warmup_steps {steps // 10} --checkpoint.every {steps // 2} "
     "--sample.every 0"
 )
 
 # %% [markdown]
-# ## Look at the loss
+# ## Plot the loss
 #
-# Every line of `metrics.jsonl` is one measurement. The loss is in nats a token: it begins near the logarithm of the
-# vocabulary's size, which is a guess among all tokens, and falls quickly at first.
+# Every line of `metrics.jsonl` is one measurement. The loss is in nats per token: it starts near the logarithm of the
+# vocabulary size, the loss of a uniform guess, and falls quickly at first.
 
 # %%
 rows = [json.loads(line) for line in Path("runs/colab/metrics.jsonl").read_text().splitlines()]
@@ -136,17 +134,17 @@ for split, colour, style in (("train", "#0072B2", "-"), ("val", "#D55E00", "o--"
     points = [(row["step"], row["loss"]) for row in rows if row["split"] == split]
     axes.plot(*zip(*points, strict=True), style, color=colour, label={"train": "training", "val": "validation"}[split])
 axes.set_xlabel("step")
-axes.set_ylabel("loss (nats a token)")
+axes.set_ylabel("loss (nats per token)")
 axes.legend()
 plt.show()
 losses = [row["loss"] for row in rows if row["split"] == "train"]
 assert losses[-1] < losses[0] - 0.5, "the model did not learn"
 
 # %% [markdown]
-# ## Let it write
+# ## Generate text
 #
-# After a few steps of training this is no English yet: on a CPU expect frequent words in a random order. After the
-# training on an accelerator it looks like documentation, and means nothing.
+# After so few steps this is not English yet: on a CPU, expect frequent words in random order. After training on an
+# accelerator, the text looks like documentation but makes no sense.
 
 # %% tags=["sampled"]
 text = slm_jax('generate --run runs/colab --prompt "The function returns" --max-new-tokens 40 --seed 1')
@@ -155,14 +153,14 @@ assert "The function returns" in text
 # %% [markdown]
 # ## Fine-tune it on instructions
 #
-# The same model now learns to answer: the instruction is "Explain this function.", the input is a function's
-# signature from Python's standard library, and the answer its docstring. `--instruction.responses 0` leaves out the
-# answers to the whole test set, which would take longest. What the command prints, much as above, is hidden here. How
-# this works is [notebook 11b](11b_instruction_tuning.py).
+# Now the same model learns to answer: the instruction is "Explain this function.", the input is a function's signature
+# from Python's standard library, and the answer its docstring. `--instruction.responses 0` skips generating answers for
+# the whole test set, which would take longest. The command's output, similar to the above, is hidden. [Notebook
+# 11b](11b_instruction_tuning.py) explains how this works.
 
 # %% tags=["varies"]
 shutil.rmtree("runs/colab-assistant", ignore_errors=True)
-said = slm_jax(
+output = slm_jax(
     "finetune --task instruction --base runs/colab --run colab-assistant --trainable all "
     f"--train.steps {finetune_steps} --train.eval_every {finetune_steps} --checkpoint.every {finetune_steps} "
     "--train.batch_size 16 --instruction.responses 0 --instruction.too_long truncate --sample.every 0",
@@ -176,43 +174,44 @@ assert after < before
 # %% [markdown]
 # ## Chat
 #
-# In a terminal `slm-jax chat --run runs/colab-assistant` is a conversation. Here one line goes in, as if it were typed,
-# and one answer comes out; then the input ends, and with it the chat. Do not expect sense of so small a model. After
-# the accelerator's steps it can have learned the form of an answer, and where to stop; on a CPU not even that.
+# In a terminal, `slm-jax chat --run runs/colab-assistant` starts a conversation. Here we send one line as input and get
+# one answer; then the input ends, and so does the chat. Do not expect sense from such a small model. After training on
+# an accelerator it may have learned the form of an answer and when to stop; on a CPU not even that.
 
 # %% tags=["sampled"]
-said = slm_jax(
+output = slm_jax(
     "chat --run runs/colab-assistant --max-new-tokens 30 --temperature 0",
-    typed="Explain this function. def read(self, n):\n",
+    stdin="Explain this function. def read(self, n):\n",
 )
 
 # %% [markdown]
 # ## GPT-2
 #
-# OpenAI's GPT-2 with 124 million parameters is 0.5 GB to download. On Colab that takes some seconds. Without a network
-# we go on without it. To fine-tune it on your texts, give `--base gpt2` to `finetune`; for classes, a CSV file with the
-# columns `text` and `label` is enough: `finetune --base gpt2 --data.source csv:reviews.csv --run reviews`.
+# OpenAI's GPT-2 with 124 million parameters is a 0.5 GB download, which takes some seconds on Colab. Without a network
+# this cell is skipped. To fine-tune GPT-2 on your own texts, pass `--base gpt2` to `finetune`; for classification, a
+# CSV file with the columns `text` and `label` is enough:
+# `finetune --base gpt2 --data.source csv:reviews.csv --run reviews`.
 
 # %% tags=["sampled"]
 try:
-    said = slm_jax(
+    output = slm_jax(
         'generate --run gpt2 --prompt "Every effort moves you" --max-new-tokens 40 --temperature 0', hide=True
     )
-    print(said)
+    print(output)
 except AssertionError as error:
     if "cannot be downloaded" not in str(error):
         raise
-    print("left out: GPT-2 is not on this machine, and cannot be downloaded")
+    print("skipped: GPT-2 is not on this machine and cannot be downloaded")
 
 # %% [markdown]
-# ## Hand it on
+# ## Export the model
 #
-# `export` writes a folder that Hugging Face's transformers opens as a `GPT2LMHeadModel`, with tokenizer and model card.
-# On Colab, `google.colab.files.download("colab-hf.zip")` brings it to your computer.
+# `export` writes a folder that Hugging Face's transformers loads as a `GPT2LMHeadModel`, with tokenizer and model card.
+# On Colab, `google.colab.files.download("colab-hf.zip")` downloads it to your computer.
 
 # %%
 shutil.rmtree("colab-hf", ignore_errors=True)
-said = slm_jax("export --run runs/colab-assistant --out colab-hf", hide=True)
+slm_jax("export --run runs/colab-assistant --out colab-hf", hide=True)
 print(sorted(path.name for path in Path("colab-hf").iterdir()))
 shutil.make_archive("colab-hf", "zip", "colab-hf")
 assert Path("colab-hf/model.safetensors").stat().st_size > 100_000
@@ -220,8 +219,8 @@ assert Path("colab-hf/model.safetensors").stat().st_size > 100_000
 # %% [markdown]
 # ## Exercises
 #
-# **1.** How many parameters does your model have? A *safetensors* file begins with 8 bytes, the length of a header; the
-# header is JSON and has the shape of each tensor; the numbers follow, 4 bytes each.
+# **1.** How many parameters does your model have? A *safetensors* file starts with 8 bytes that contain the length of
+# the header; the header is JSON with the shape of each tensor; the numbers follow, 4 bytes each.
 #
 # <details><summary>Solution</summary>
 #
@@ -237,12 +236,12 @@ assert Path("colab-hf/model.safetensors").stat().st_size > 100_000
 # assert 4 * n_parameters == len(raw) - 8 - n_header
 # ```
 #
-# Nearly the whole file is weights. To store them in 2 bytes each would halve it.
+# Nearly the whole file is weights. Storing them in 2 bytes each would halve it.
 #
 # </details>
 #
-# **2.** A loss of $L$ nats is as good as a guess among $e^L$ tokens, the *perplexity*. Among how many tokens did the
-# model guess at first, and among how many at the end? Why does the first number make sense?
+# **2.** A loss of $L$ nats corresponds to a uniform choice among $e^L$ tokens, the *perplexity*. What is the model's
+# perplexity at first and at the end? Why is the first number plausible?
 #
 # <details><summary>Solution</summary>
 #
@@ -252,14 +251,15 @@ assert Path("colab-hf/model.safetensors").stat().st_size > 100_000
 # assert last < first < 1.5 * shapes["transformer.wte.weight"][0]
 # ```
 #
-# At first it is about the size of the vocabulary, the rows of the token table: the new model knows nothing.
+# At first it is about the size of the vocabulary, the number of rows of the token table: the model is untrained.
 #
 # </details>
 #
-# ## What to take along
+# ## Key takeaways
 #
-# - One command a step: `train`, `finetune`, `generate`, `chat`, `export`; `--help` shows each one's options.
-# - A run is a folder. Keep it on your Drive with `--checkpoint.mirror`, and a machine that goes away costs nothing.
-# - Small models learn the form of a text long before its meaning. For sense, start from GPT-2.
+# - There is one command per step: `train`, `finetune`, `generate`, `chat`, `export`; `--help` shows the options of
+#   each.
+# - A run is a folder. With `--checkpoint.mirror` it is also stored on your Drive and survives the loss of the machine.
+# - Small models learn the form of a text long before its meaning. For meaningful text, start from GPT-2.
 #
-# To understand what just happened, go on with [notebook 1](01_tokenization.py).
+# To understand how this works, continue with [notebook 1](01_tokenization.py).
