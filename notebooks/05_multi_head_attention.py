@@ -58,7 +58,8 @@ print("four heads of", head_dim, "numbers make", expected.shape)
 # parameters are a dict with one `CausalAttention` per head. We fill that dict with our matrices.
 
 # %%
-from slm_jax.attention import FusedMultiHeadAttention, MultiHeadAttention, MultiHeadAttentionWrapper
+from slm_jax.attention import MultiHeadAttention, MultiHeadAttentionWrapper
+from slm_jax.nn.fused_attention import FusedMultiHeadAttention
 
 wrapper = MultiHeadAttentionWrapper(width, head_dim, context_length=seq, drop_rate=0.0, n_heads=n_heads)
 wrapper_params = {
@@ -154,9 +155,9 @@ assert abs(mixed - side @ mixing).max() < 1e-5
 # ## The fused form
 #
 # The same idea once more: the query, key and value matrices side by side are one matrix of 96 columns, and one product
-# gives all queries, keys and values. The library's GPT consists of this layer. It stores three kernels with an axis for
-# the heads, (width, heads, head_dim), which can be distributed over devices by head, and concatenates them for the
-# product.
+# gives all queries, keys and values. This is the layer in the library's GPT,
+# [`slm_jax/nn/fused_attention.py`](../slm_jax/nn/fused_attention.py). It stores three kernels of shape (width, heads,
+# head_dim), which can be distributed over devices by head, and concatenates them for the product.
 
 # %%
 fused = FusedMultiHeadAttention(width, n_heads)

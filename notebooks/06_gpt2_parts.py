@@ -18,10 +18,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import safe_open
-from slm_jax.nn.layers import LayerNorm, gelu
 
 import slm_jax
-from slm_jax.model import FeedForward, get_gpt_config
+from slm_jax.model import get_gpt_config
+from slm_jax.nn.mlp import FeedForward, gelu
+from slm_jax.nn.norms import LayerNorm
 
 jax.config.update("jax_default_matmul_precision", "highest")  # full float32 precision on GPUs and TPUs too
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#7F7F7F"  # colour-blind safe
@@ -317,7 +318,7 @@ print(f"{len(tensors)} tensors, {sum(tensor.size for tensor in tensors.values())
 # %% [markdown]
 # ### Mapping the names
 #
-# Our tree has other names and stacks the tensor of one name from all blocks into one array. Two tables say it all.
+# Our tree has different names and stacks the tensors of all blocks into one array per name. Two tables map the names.
 # GPT-2's matrices are stored as (inputs, outputs), like ours, so nothing is transposed; and the output head is the
 # token embedding again, so it is not in the file.
 
@@ -330,7 +331,6 @@ OUTSIDE = {
 }
 MODULES = {
     "ln_1": "norm1",
-    "attn.c_attn": "attn/qkv",
     "attn.c_proj": "attn/out_proj",
     "ln_2": "norm2",
     "mlp.c_fc": "ff/fc",
@@ -342,21 +342,30 @@ for theirs, ours in MODULES.items():
     IN_BLOCK[f"{theirs}.bias"] = f"blocks/{ours}/bias"
 
 # %% [markdown]
-# Loading is then: stack the tensors of one name from all blocks, put each under its path, and see that none is left
-# over. `load_gpt2` gives the same tree, to the last bit.
+# Loading then means: stack the tensors of each name from all blocks, store them under the new path, and check that no
+# tensor is left over. Only attention needs more: `c_attn` is one matrix for queries, keys and values, where we have
+# three arrays with an axis for the heads. `load_gpt2` gives the same tree, bit for bit.
 
 
 # %%
-def load_by_hand(tensors, n_layers):
+def load_by_hand(tensors, cfg):
     left = dict(tensors)
+
+    def stack(name):
+        return np.stack([left.pop(f"h.{layer}.{name}") for layer in range(cfg.n_layers)])
+
     flat = {path: left.pop(name) for name, path in OUTSIDE.items()}
-    for name, path in IN_BLOCK.items():
-        flat[path] = np.stack([left.pop(f"h.{layer}.{name}") for layer in range(n_layers)])
+    flat |= {path: stack(name) for name, path in IN_BLOCK.items()}
+    for kind, leaf in (("weight", "kernel"), ("bias", "bias")):
+        for name, part in zip("qkv", np.split(stack(f"attn.c_attn.{kind}"), 3, axis=-1), strict=True):
+            flat[f"blocks/attn/{name}/{leaf}"] = part.reshape(*part.shape[:-1], cfg.n_heads, -1)
+    mixing = flat["blocks/attn/out_proj/kernel"]
+    flat["blocks/attn/out_proj/kernel"] = mixing.reshape(cfg.n_layers, cfg.n_heads, -1, cfg.emb_dim)
     assert not left, f"not used: {sorted(left)}"
     return unflatten_dict(flat, sep="/")
 
 
-by_hand = load_by_hand(tensors, gpt2_cfg.n_layers)
+by_hand = load_by_hand(tensors, gpt2_cfg)
 loaded_cfg, loaded = slm_jax.load_gpt2(weights_file)
 flat_hand, flat_loaded = flatten_dict(by_hand, sep="/"), flatten_dict(loaded, sep="/")
 assert flat_hand.keys() == flat_loaded.keys()
@@ -366,12 +375,11 @@ print(f"{len(flat_hand)} arrays in the tree, all equal to load_gpt2's")
 # %% [markdown]
 # ### The same function?
 #
-# Equal names and shapes prove little. What counts is that the model computes the same logits: for the parameters that
-# we started from, for those read by hand, and for those that `load_gpt2` read.
+# Equal names and shapes prove little. What counts is that the model computes the same logits with the original
+# parameters, those loaded by hand, and those loaded by `load_gpt2`.
 #
-# In the library this is [`slm_jax/weights/huggingface.py`](../slm_jax/weights/huggingface.py), the same two tables, and
-# [`slm_jax/runs.py`](../slm_jax/runs.py), which also checks shapes, finite numbers and the settings in
-# `config.json`.
+# In the library this is [`slm_jax/weights/huggingface.py`](../slm_jax/weights/huggingface.py), a table like ours, and
+# [`slm_jax/runs.py`](../slm_jax/runs.py), which also checks shapes, finite numbers and the settings in `config.json`.
 
 # %%
 apply = jax.jit(slm_jax.GPTModel(loaded_cfg).apply)
@@ -446,7 +454,7 @@ if REAL:
 #
 # ```python
 # wrong = {name: tensor.T if name.endswith("attn.c_proj.weight") else tensor for name, tensor in tensors.items()}
-# other = apply({"params": load_by_hand(wrong, gpt2_cfg.n_layers)}, ids)
+# other = apply({"params": load_by_hand(wrong, gpt2_cfg)}, ids)
 # assert other.shape == logits[0].shape
 # assert not jnp.allclose(other, logits[0], rtol=1e-4, atol=1e-6)
 # ```
@@ -460,6 +468,6 @@ if REAL:
 #
 # - A layer norm brings each token to mean 0 and variance 1, then lets the model scale and shift it.
 # - Shortcuts pass the gradient on; without them a ten-millionth of it was left after 24 layers.
-# - Weights are named tensors. Two tables of names convert GPT-2's file into our tree, and equal logits confirm it.
+# - Weights are named tensors. Tables of names convert GPT-2's file into our tree, and equal logits confirm it.
 #
 # Next: [7. The transformer block](07_transformer_block.py), which combines these parts.
