@@ -171,10 +171,10 @@ def feed_forward(p, x):
 
 cfg = get_gpt_config("tiny", emb_dim=64)
 tokens = jax.random.normal(jax.random.key(2), (2, 5, cfg.emb_dim))
-params = jax.jit(FeedForward(cfg).init)(jax.random.key(3), tokens)["params"]
+params = jax.jit(FeedForward(4 * cfg.emb_dim).init)(jax.random.key(3), tokens)["params"]
 params = jax.tree.map(lambda leaf: leaf + 0.05, params)  # make the biases, initially 0, matter
 print(jax.tree.map(jnp.shape, params))
-ours, theirs = feed_forward(params, tokens), FeedForward(cfg).apply({"params": params}, tokens)
+ours, theirs = feed_forward(params, tokens), FeedForward(4 * cfg.emb_dim).apply({"params": params}, tokens)
 assert jnp.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 assert jnp.allclose(feed_forward(params, tokens[:, 3:4]), ours[:, 3:4], rtol=1e-4, atol=1e-5)  # each token separately
 

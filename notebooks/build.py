@@ -1,14 +1,14 @@
-"""Build the notebooks: from the text that is edited (NAME.py, jupytext's percent format) to NAME.ipynb with outputs.
+"""Build the notebooks: execute each NAME.py (jupytext's percent format, the file to edit) into NAME.ipynb with outputs.
 
-    python notebooks/build.py                     # all of them; prints the seconds of each
+    python notebooks/build.py                     # all notebooks; prints the seconds of each
     python notebooks/build.py 04_causal_attention # only this one
-    python notebooks/build.py --links             # addresses only; outputs stay as they are
+    python notebooks/build.py --text              # update text and links only; keep the outputs
 
-What every notebook begins with on Colab, a badge and a cell that installs slm_jax, is added here, and links to files of
-this repository become addresses. A notebook is executed in a folder of its own, with a copy of ``data/``. The code of
-solutions, which a reader unfolds (``<details>``), is executed after the last cell and leaves no outputs.
+This script adds the Colab badge and the cell that installs slm_jax, and turns links to files of this repository into
+addresses, all from the repository's address in pyproject.toml. Each notebook is executed in its own folder, with a copy
+of ``data/``. The code of the folded solutions (``<details>``) is executed after the last cell; its output is dropped.
 
-The tests execute each notebook once more and compare: `assemble`, `execute`, `differences`.
+The tests execute each notebook again and compare: `assemble`, `execute`, `differences`.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from nbformat import NotebookNode
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = tomllib.loads((HERE.parent / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
-MOST_SECONDS = 600  # for one cell; far more than any needs, so that a slow machine is no error
+CELL_SECONDS = 600  # timeout of one cell, generous for slow machines
 NUMBER = re.compile(r"(?<![\w.])-?\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?(?!\w)")
 
 BADGE = """\
@@ -37,21 +37,22 @@ INSTALL = """\
 import sys
 from importlib.metadata import version
 
+REPOSITORY = "{repository}"  # if not reachable: the Git address or folder of your copy of slm_jax
 if "google.colab" in sys.modules:  # elsewhere slm_jax is installed already
     jax_before = version("jax")
-    !test -d /content/slm_jax || git clone -q --depth 1 {repository} /content/slm_jax
+    !test -d /content/slm_jax || git clone -q --depth 1 {{REPOSITORY}} /content/slm_jax
     !pip install -q /content/slm_jax
     %cd /content/slm_jax/notebooks
-    assert version("jax") == jax_before  # else: menu Runtime, Disconnect and delete runtime, and anew"""
+    assert version("jax") == jax_before, "JAX was replaced: disconnect and delete the runtime, then run again""""
 
 
 def sources() -> list[Path]:
-    """Return the texts of all notebooks, in reading order."""
+    """Return the sources of all notebooks, in reading order."""
     return sorted(HERE.glob("*_*.py"))
 
 
 def assemble(source: Path) -> NotebookNode:
-    """Return the notebook of a text, not executed: with badge, install cell and addresses, and stable cell ids."""
+    """Return the notebook of a source, not executed, with badge, install cell, addresses and stable cell ids."""
     notebook = jupytext.read(source, fmt="py:percent")
     path = REPOSITORY.removeprefix("https://github.com/")
     head = [
@@ -73,10 +74,10 @@ def assemble(source: Path) -> NotebookNode:
 
 
 def execute(notebook: NotebookNode) -> NotebookNode:
-    """Run all cells, then all solutions, in a fresh kernel and folder; return the notebook with the cells' outputs.
+    """Run all cells, then all solutions, in a new kernel and folder; return the notebook with the cells' outputs.
 
     Raises:
-        nbclient.exceptions.CellExecutionError: a cell or a solution failed; its text has the cell and the traceback.
+        nbclient.exceptions.CellExecutionError: a cell or a solution failed; the message has the cell and the traceback.
     """
     shown = len(notebook.cells)
     environment = dict(os.environ)
@@ -84,10 +85,11 @@ def execute(notebook: NotebookNode) -> NotebookNode:
     whole.cells = [*notebook.cells, *(nbformat.v4.new_code_cell(code) for code in solutions(notebook))]
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(HERE / "data", Path(folder) / "data")
-        environment["XDG_CACHE_HOME"] = f"{folder}/cache"  # a first reader has no compiled programs either
+        environment["XDG_CACHE_HOME"] = f"{folder}/cache"  # start with an empty compile cache
+        environment["XLA_FLAGS"] = "--xla_backend_optimization_level=1"  # compiles faster than the default
         NotebookClient(
             whole,
-            timeout=MOST_SECONDS,
+            timeout=CELL_SECONDS,
             kernel_name="python3",
             coalesce_streams=True,
             record_timing=False,
@@ -99,27 +101,27 @@ def execute(notebook: NotebookNode) -> NotebookNode:
 
 
 def solutions(notebook: NotebookNode) -> list[str]:
-    """Return the code of the solutions that are folded away in a notebook's texts."""
+    """Return the code of a notebook's folded solutions."""
     texts = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
     folded = [block for text in texts for block in re.findall(r"<details>.*?</details>", text, re.S)]
     return [code for block in folded for code in re.findall(r"```python\n(.*?)```", block, re.S)]
 
 
 def differences(old: NotebookNode, new: NotebookNode) -> list[str]:
-    """Say where one notebook is not the other: cells, and what they print, with fractions to within 2%.
+    """Describe where two notebooks differ: in their cells or in the cells' outputs.
 
-    Losses move with the machine a little; whole numbers do not. Of a cell tagged ``varies`` (times, the end of a long
-    training) only the words are compared, of one tagged ``sampled`` (what a model says) nothing, and of pictures that
-    they are there.
+    Integers must be equal and fractions agree to 2%, because losses vary a little between machines. In cells tagged
+    ``varies`` (times, long trainings) only the words are compared, in cells tagged ``sampled`` (generated text) only the
+    kinds of output. Pictures need only be present.
     """
     if cells(old) != cells(new):
-        return ["the cells are not those of the text: python notebooks/build.py"]
+        return ["the cells differ from the source: run python notebooks/build.py"]
     found = []
     for index, (one, other) in enumerate(zip(old.cells, new.cells, strict=True)):
         kinds = [[_kind(output) for output in cell.get("outputs", [])] for cell in (one, other)]
         texts = ["".join(_text(output) for output in cell.get("outputs", [])) for cell in (one, other)]
         if kinds[0] != kinds[1]:
-            found.append(f"cell {index} showed {kinds[0]}, now {kinds[1]}")
+            found.append(f"cell {index} had outputs {kinds[0]}, now {kinds[1]}")
         elif "sampled" not in (tags := other.metadata.get("tags", [])) and not _same(
             *texts, numbers="varies" not in tags
         ):
@@ -141,14 +143,14 @@ def _text(output: NotebookNode) -> str:
 
 
 def _same(one: str, other: str, numbers: bool) -> bool:
-    """Return whether two texts agree but for small changes of numbers, or, without ``numbers``, any."""
+    """Return whether two texts agree up to small changes of numbers (without ``numbers``: any change)."""
     if NUMBER.sub("0", one).split() != NUMBER.sub("0", other).split():
         return False
     return not numbers or all(map(_close, NUMBER.findall(one), NUMBER.findall(other)))
 
 
 def _close(one: str, other: str) -> bool:
-    """Return whether numbers are equal, or fractions that differ by 2%, their last digit, or what rounding leaves."""
+    """Return whether two numbers are equal, or fractions that agree to 2%, one last digit, or 1e-5."""
     a, b = (float(number.replace(",", "")) for number in (one, other))
     if not {".", "e"} & set(one + other):
         return a == b
@@ -157,23 +159,23 @@ def _close(one: str, other: str) -> bool:
 
 
 def keep_outputs(old: NotebookNode, new: NotebookNode) -> None:
-    """Give a notebook the outputs of an older one.
+    """Copy the outputs of an older build of a notebook.
 
     Raises:
-        ValueError: their code, but for the install cell, is not the same.
+        ValueError: the code, apart from the install cell, has changed.
     """
     before, after = ([cell for cell in book.cells if cell.cell_type == "code"] for book in (old, new))
     if [cell.source for cell in before[1:]] != [cell.source for cell in after[1:]]:
-        raise ValueError("the code has changed since the notebook was built; leave --links out")
+        raise ValueError("the code has changed since the notebook was built; run without --text")
     for cell, executed in zip(after, before, strict=True):
         cell.outputs, cell.execution_count = executed.outputs, executed.execution_count
 
 
 def main() -> None:
-    """Build the notebooks that are named, or all."""
+    """Build the named notebooks, or all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="without .py; default: all")
-    parser.add_argument("--links", action="store_true", help="do not execute: keep the outputs, write texts anew")
+    parser.add_argument("--text", action="store_true", help="do not execute: update the text, keep the outputs")
     options = parser.parse_args()
     chosen = [path for path in sources() if not options.names or path.stem in options.names]
     if missing := set(options.names) - {path.stem for path in chosen}:
@@ -181,7 +183,7 @@ def main() -> None:
     for source in chosen:
         built, began = assemble(source), time.monotonic()
         target = source.with_suffix(".ipynb")
-        if options.links:
+        if options.text:
             try:
                 keep_outputs(nbformat.read(target, as_version=4), built)
             except (FileNotFoundError, ValueError) as error:
