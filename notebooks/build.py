@@ -43,7 +43,7 @@ if "google.colab" in sys.modules:  # elsewhere slm_jax is installed already
     !test -d /content/slm_jax || git clone -q --depth 1 {{REPOSITORY}} /content/slm_jax
     !pip install -q /content/slm_jax
     %cd /content/slm_jax/notebooks
-    assert version("jax") == jax_before, "JAX was replaced: disconnect and delete the runtime, then run again""""
+    assert version("jax") == jax_before  # otherwise: disconnect and delete the runtime, and run again"""
 
 
 def sources() -> list[Path]:
@@ -110,9 +110,9 @@ def solutions(notebook: NotebookNode) -> list[str]:
 def differences(old: NotebookNode, new: NotebookNode) -> list[str]:
     """Describe where two notebooks differ: in their cells or in the cells' outputs.
 
-    Integers must be equal and fractions agree to 2%, because losses vary a little between machines. In cells tagged
-    ``varies`` (times, long trainings) only the words are compared, in cells tagged ``sampled`` (generated text) only the
-    kinds of output. Pictures need only be present.
+    Integers must be equal and fractions agree to 2%, because losses vary a little between machines. Cells tagged
+    ``varies`` (times, long trainings) are compared by words only, cells tagged ``sampled`` (generated text) by the
+    kinds of their outputs. Pictures need only be present.
     """
     if cells(old) != cells(new):
         return ["the cells differ from the source: run python notebooks/build.py"]
