@@ -88,7 +88,7 @@ print(f"variance of a token a ten-thousandth as large: {standardize(faint).var()
 # (initially 1) and a bias (initially 0), with which the model can choose a different scale and mean. In Flax, `init`
 # creates such parameters and `apply` uses them; both are pure functions of their arguments.
 #
-# In the library this is `LayerNorm` in [`slm_jax/nn/layers.py`](../slm_jax/nn/layers.py).
+# In the library this is `LayerNorm` in [`slm_jax/nn/norms.py`](../slm_jax/nn/norms.py).
 
 
 # %%

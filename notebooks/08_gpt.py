@@ -209,7 +209,7 @@ with open("data/sentiment.jsonl", encoding="utf-8") as file:
     text = "\n".join(json.loads(line)["text"] for line in file)
 tokenizer = BPETokenizer.train(text, vocab_size=cfg.vocab_size)
 ids = np.array(tokenizer.encode(text))
-STEPS, BATCH, LENGTH = 300, 16, 24
+STEPS, BATCH, LENGTH = 200, 16, 24
 optimizer = optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 3e-3, 20, STEPS), b2=0.99)
 
 
@@ -404,12 +404,12 @@ print(f"relative difference below 1e-4: {difference < 1e-4}")
 # ### The speedup
 #
 # First we check that both methods generate the same 40 tokens. `recomputed` computes the whole window for each token,
-# `cached_step` only one token. The model has a longer context, one more block and random weights, because speed does
-# not depend on the values; its head is not tied, because a random model with a tied head only repeats its input.
+# `cached_step` only one token. The model has a longer context and random weights, because speed does not depend on the
+# values; its head is not tied, because a random model with a tied head only repeats its input.
 
 # %%
 LONGEST = 512
-shape = {"vocab_size": 512, "emb_dim": 96, "n_heads": 4, "n_layers": 3, "context_length": LONGEST}
+shape = {"vocab_size": 512, "emb_dim": 96, "n_heads": 4, "n_layers": 2, "context_length": LONGEST}
 long_cfg = slm_jax.get_gpt_config("tiny", tie_weights=False, **shape)
 long_model = slm_jax.GPTModel(long_cfg)
 long_params = jax.jit(long_model.init)(jax.random.key(7), tokens)["params"]

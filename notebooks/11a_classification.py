@@ -10,6 +10,7 @@
 
 # %%
 import json
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -96,6 +97,7 @@ def language_loss(params, rows):
     return jnp.sum(losses * counts) / jnp.sum(counts)
 
 
+@partial(jax.jit, static_argnames=("loss_fn", "steps", "learning_rate"))
 def train_model(loss_fn, trainable, data, steps, learning_rate, seed=0):
     """Return the trained parameters and the loss of every step; a step uses 32 random rows of data."""
     optimizer = optax.adamw(learning_rate)
@@ -103,14 +105,14 @@ def train_model(loss_fn, trainable, data, steps, learning_rate, seed=0):
     def step(state, key):
         trainable, opt_state = state
         chosen = jax.random.randint(key, (32,), 0, len(data["inputs"]))
-        rows = {name: jnp.asarray(values)[chosen] for name, values in data.items()}
+        rows = {name: values[chosen] for name, values in data.items()}
         loss, gradient = jax.value_and_grad(loss_fn)(trainable, rows)
         updates, opt_state = optimizer.update(gradient, opt_state, trainable)
         return (optax.apply_updates(trainable, updates), opt_state), loss
 
     keys = jax.random.split(jax.random.key(seed), steps)
-    (trainable, _), losses = jax.jit(lambda new: jax.lax.scan(step, (new, optimizer.init(new)), keys))(trainable)
-    return trainable, np.asarray(losses)
+    (trainable, _), losses = jax.lax.scan(step, (trainable, optimizer.init(trainable)), keys)
+    return trainable, losses
 
 
 # %%
@@ -146,7 +148,7 @@ logits = class_logits(base, head, test["inputs"], test["lengths"])
 print("logits:", logits.shape, "for", len(test["labels"]), "texts")
 
 # %% [markdown]
-# In the library this is `GPTClassifier` in [`slm_jax/classifier.py`](../slm_jax/classifier.py). Its parameters are the
+# In the library this is `GPTClassifier` in [`slm_jax/model.py`](../slm_jax/model.py). Its parameters are the
 # GPT's and a `class_head`; it gives the same logits. The padding tokens make no difference.
 
 # %%

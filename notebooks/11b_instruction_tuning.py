@@ -9,6 +9,8 @@
 # Previous: [classification](11a_classification.py). The notebook runs in about 25 seconds on two CPU cores.
 
 # %%
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
@@ -17,11 +19,11 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import slm_jax
-from slm_jax import lora
 from slm_jax.data.instruction_batches import encode_examples, instruction_eval_batches
 from slm_jax.data.instructions import Example
 from slm_jax.data.templates import TEMPLATES, entry_messages, format_prompt
 from slm_jax.evaluation.responses import exact_match, rouge_l
+from slm_jax.nn import lora
 from slm_jax.tokenizer import SimpleTokenizer
 
 jax.config.update("jax_default_matmul_precision", "highest")  # full float32 precision on GPUs and TPUs too
@@ -116,6 +118,7 @@ def loss_fn(params, rows):
     return jnp.sum(losses * rows["weights"]) / jnp.sum(rows["weights"])
 
 
+@partial(jax.jit, static_argnames=("loss_fn", "steps", "peak", "batch"))
 def train_model(loss_fn, trainable, data, steps, peak, batch=32):
     """Return the trained parameters and the loss of every step; a step uses random rows of data."""
     optimizer = optax.adamw(optax.warmup_cosine_decay_schedule(0, peak, steps // 10, steps, peak / 10))
@@ -127,10 +130,9 @@ def train_model(loss_fn, trainable, data, steps, peak, batch=32):
         updates, opt_state = optimizer.update(gradient, opt_state, trainable)
         return (optax.apply_updates(trainable, updates), opt_state), loss
 
-    data = jax.tree.map(jnp.asarray, data)
-    run = jax.jit(lambda state, keys: jax.lax.scan(step, state, keys))
-    (trainable, _), losses = run((trainable, optimizer.init(trainable)), jax.random.split(jax.random.key(0), steps))
-    return trainable, np.asarray(losses)
+    keys = jax.random.split(jax.random.key(0), steps)
+    (trainable, _), losses = jax.lax.scan(step, (trainable, optimizer.init(trainable)), keys)
+    return trainable, losses
 
 
 # %% [markdown]
@@ -343,7 +345,7 @@ for entry, guess in list(zip(test, guesses, strict=True))[:4]:
 # the scale. $B$ starts as zeros, so at first nothing changes.
 
 # %%
-W = base["blocks"]["attn"]["out_proj"]["kernel"][0]  # of the first block
+W = base["blocks"]["ff"]["fc"]["kernel"][0]  # of the first block
 rank, alpha = 4, 8.0
 a_key, b_key, x_key = jax.random.split(jax.random.key(2), 3)
 bound = 1 / np.sqrt(len(W))
@@ -368,13 +370,13 @@ print("rank of the update:", np.linalg.matrix_rank(np.asarray(A @ B)))
 # same matrix.
 
 # %%
-ours = lora.init_adapters(jax.random.key(3), base, ("attn/out_proj",), rank=rank, alpha=alpha)
-place = ours["blocks"]["attn"]["out_proj_adapter"]
+ours = lora.init_adapters(jax.random.key(3), base, ("ff/fc",), rank=rank, alpha=alpha)
+place = ours["blocks"]["ff"]["fc_adapter"]
 assert not place["lora_b"].any()
 place["lora_a"] = place["lora_a"].at[0].set(A)
 place["lora_b"] = place["lora_b"].at[0].set(B)
 merged = lora.merge_adapters(lora.add_adapters(base, ours))
-assert jnp.allclose(merged["blocks"]["attn"]["out_proj"]["kernel"][0], W + A @ B * alpha / rank, atol=1e-5)
+assert jnp.allclose(merged["blocks"]["ff"]["fc"]["kernel"][0], W + A @ B * alpha / rank, atol=1e-5)
 print("one merged matrix, ours and the library's")
 
 # %% [markdown]

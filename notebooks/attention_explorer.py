@@ -41,7 +41,7 @@ tiny = slm_jax.GPTModel(cfg)
 optimizer = optax.adam(5e-3)
 
 
-def three_words(key, rows=64):
+def three_words(key, rows=32):
     word = jax.random.randint(key, (rows, 8), SPACE + 1, SPACE + 27)
     space = jnp.full((rows, 1), SPACE)
     return jnp.concatenate([word, space, word[:, ::-1], space, word], axis=1)
