@@ -13,39 +13,39 @@ from slm_jax.training.progress import format_bytes, format_duration
 MEASURED, COMPUTED, BOUND = "#c2410c", "#9ab8d9", "#777777"
 LADDERS = {"parameters": "parameters", "context": "context (tokens)", "batch": "batch (rows)"}
 
-_PAGE = """# How time and memory grow
+_PAGE = """# Scaling
 
-What a training step takes as the model, its context and the batch grow, and what the data reader takes as the text
+Time and memory of a training step as the model, its context and the batch grow, and of the data reader as the text
 grows. Written by `python benchmarks/scaling.py`, {date}, in {minutes} min; the raw figures are in
 [results/scaling.json](results/scaling.json).
 
-Machine: {devices} × {device}, {cores} cores, Python {python}, jax {jax}; {dtype}. Its limits, {source}: {peak}
-GFLOP/s in large matrix products, {bandwidth} GB/s. Load average when it began: {load}{busy}.
+Machine: {devices} × {device}, {cores} cores, Python {python}, jax {jax}; {dtype}. Peak performance ({source}): {peak}
+GFLOP/s in large matrix products, {bandwidth} GB/s. Load average at the start: {load}{busy}.
 
-**Measured**: the median and range of 3 to 7 steps (AdamW, in a process of its own), and the most memory that process
-took beyond what it held before. *Computed*, in italics, where a step does not fit into this machine or into the time
-given: memory as `slm-jax plan` computes it, time from the FLOPs at the share of the peak that the last measured row
-above reached, an extrapolation. Beside each stand two lower bounds:
+**Measured**: the median and range of 3 to 7 steps (AdamW, in a separate process), and the peak memory of that process
+beyond what it held before. *Computed*, in italics, where a step does not fit into this machine or the time limit:
+memory from `slm-jax plan`, time extrapolated from the FLOPs at the share of the peak that the last measured row
+reached. There are two lower bounds:
 
-- arithmetic: (6 N + 12 · layers · width · context) FLOPs a token, N without position embeddings, over the peak; as is
-  usual attention counts whole, though half of it is masked;
-- memory traffic: parameters and Adam's two moments, read once and written once (24 bytes a parameter), over the
+- arithmetic: (6 N + 12 · layers · width · context) FLOPs per token, N without position embeddings, divided by the peak;
+  as usual, attention counts in full, although half of it is masked;
+- memory traffic: parameters and Adam's two moments, read once and written once (24 bytes per parameter), divided by the
   bandwidth.
 
 ![time and memory](scaling.png)
 
 ## More parameters
 
-{parameters_rows} tokens a step. GPT-2's shapes have its 50,257 token ids, the others 4,096.
+{parameters_rows} tokens per step. GPT-2's shapes have its 50,257 token ids, the others 4,096.
 
 {parameters_table}
 
 Arithmetic, and so time, grows in proportion to the parameters once the matrices are large; small ones do not keep the
-cores busy, so they reach a smaller share of the peak. Time grows, from each measured row to the next, as parameters to
-the power of {parameters_time}; 1 is proportional.
+cores busy and reach a smaller share of the peak. From each measured row to the next, time grows as the number of
+parameters to the power of {parameters_time} (1 is proportional).
 
-Memory grows in proportion too: 16 bytes a parameter (parameter, gradient, two moments), what the compiler copies, and
-the activations, which grow with width × layers only.
+Memory is also proportional: 16 bytes per parameter (parameter, gradient, two moments), copies made by the compiler, and
+the activations, which grow only with width × layers.
 
 ```sh
 {parameters_command}
@@ -53,16 +53,17 @@ the activations, which grow with width × layers only.
 
 ## Longer context
 
-The shape `tiny`, {context_tokens} tokens a step however they are cut, so that all but attention stays the same.
+The shape `tiny`, {context_tokens} tokens per step for every context, so that everything except attention stays the
+same.
 
 {context_table}
 
-For the same number of tokens attention's arithmetic grows in proportion to the context (and so quadratically a row),
-everything else not at all. From each measured row to the next, time grows as the context to the power of
-{context_time}; memory to the power of {context_bytes}. Both tend to 1 where attention is most of the work.
+For the same number of tokens, attention's arithmetic grows in proportion to the context (quadratically per row);
+everything else is constant. From each measured row to the next, time grows as the context to the power of
+{context_time}, memory to the power of {context_bytes}. Both tend to 1 where attention dominates.
 
-On a CPU attention keeps its weights for the backward pass: layers × heads × context numbers a token. Flash attention,
-which accelerators have, keeps none: there memory stays level and only time grows.
+On a CPU, attention stores its weights for the backward pass: layers × heads × context numbers per token. Flash
+attention on accelerators stores none: there memory stays constant and only time grows.
 
 ```sh
 {context_command}
@@ -74,9 +75,9 @@ The shape `mini`, context {batch_context}.
 
 {batch_table}
 
-Time and activations grow in proportion to the tokens; parameters and optimizer state do not grow. A batch pays until a
-token no longer gets cheaper: from there on it only takes memory, and `--train.accumulate` gives the same gradient
-without. From each row to the next, time grows as the batch to the power of {batch_time}.
+Time and activations grow in proportion to the tokens; parameters and optimizer state do not grow. Larger batches help
+only while the time per token falls; beyond that they only cost memory, and `--train.accumulate` gives the same gradient
+without it. From each row to the next, time grows as the batch to the power of {batch_time}.
 
 ```sh
 {batch_command}
@@ -85,22 +86,22 @@ without. From each row to the next, time grows as the batch to the power of {bat
 ## More data
 
 Batches of 8 × 1,024 tokens at random offsets of a file of uint16 ids, read by one thread. Opening checks every id once.
-All but the first 32 MB of a file is a hole, which is read like any other page but not from a disk: add the time that
-the disk takes. Own memory is what the process takes for itself, beyond what it held before; pages of the file come on
-top, and the system takes them back when it needs them.
+Only the first 32 MB of a file are stored; the rest is a sparse hole, which is not read from disk, so the disk's time
+comes on top. Own memory is the additional memory of the process, without the file's pages in the page cache, which the
+system reclaims when needed.
 
 {readers_table}
 
-Opening grows in proportion to the file; the time of a batch and the memory do not grow.
+The time to open a file is proportional to its size; the time per batch and the memory are constant.
 
 ## Accelerators
 
-All *computed*: 8 × 1,024 tokens a step in bfloat16 on one device, its limits from its maker's data sheet. Expected is
-{assumed} of the peak, an assumption; `rows` is the most that fit at a time.
+All *computed*: 8 × 1,024 tokens per step in bfloat16 on one device, with the limits from the data sheet. The expected
+throughput assumes {assumed} of the peak; `rows` is the largest number of rows that fit.
 
 {accelerators_table}
 
-The same for any other shape, device or number of devices:
+For any other shape, device or number of devices:
 
 ```sh
 {accelerators_command}
@@ -108,11 +109,10 @@ The same for any other shape, device or number of devices:
 
 ## On other machines
 
-Divide the FLOPs of a step by what your device reaches in large matrix products (`slm-jax bench train --peak measured`
-tells): no step is faster. A GPT-2-size model on an accelerator reaches a third to a half of that; the smaller the
-matrices, the less. Memory is the same everywhere for the same dtype, but for attention's weights and what a compiler
-copies; ask `slm-jax plan --device NAME` before you rent one.
-"""
+Divide the FLOPs of a step by your device's performance in large matrix products (measured by
+`slm-jax bench train --peak measured`): no step is faster. A GPT-2-size model on an accelerator reaches a third to a
+half of that, and less with smaller matrices. For the same dtype, memory is the same everywhere except for attention's
+weights and the compiler's copies; check with `slm-jax plan --device NAME` before you rent one. """
 
 
 def page(content: dict[str, Any]) -> str:
@@ -138,7 +138,7 @@ def page(content: dict[str, Any]) -> str:
         peak=_number(ceilings["flops"] / 1e9),
         bandwidth=_number(ceilings["bandwidth"] / 1e9),
         load=f"{load:.1f}",
-        busy=", **too much: other programs slowed this down**" if load > 1 else "",
+        busy=", **too high: other programs slowed this down**" if load > 1 else "",
         readers_table=_readers_table(content["readers"]),
         accelerators_table=_accelerators_table(content["accelerators"]),
         accelerators_command=f"slm-jax plan {shlex.join(command['flags'])} --device {command['device']}",
@@ -185,7 +185,7 @@ def _readers_table(rows: Sequence[dict[str, Any]]) -> str:
                 "not known" if row["own_bytes"] is None else format_bytes(row["own_bytes"]),
             ]
         )
-    return _table(["file", "tokens", "opening", "a batch (range)", "tokens a second", "own memory"], lines)
+    return _table(["file", "tokens", "opening", "batch (range)", "tokens per second", "own memory"], lines)
 
 
 def _accelerators_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -205,7 +205,7 @@ def _accelerators_table(rows: Sequence[dict[str, Any]]) -> str:
                 f"{row['tokens_per_second']:,.0f}",
             ]
         )
-    head = ["shape", "device", "remat", "memory", "rows", "arithmetic", "traffic", "tokens a second, expected"]
+    head = ["shape", "device", "remat", "memory", "rows", "arithmetic", "traffic", "tokens per second, expected"]
     return _table(head, lines)
 
 
@@ -215,7 +215,7 @@ def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def _powers(rows: Sequence[dict[str, Any]], along: str, what: str) -> str:
-    """Say by which power of ``along`` a measured figure grows from each row to the next."""
+    """Return the powers of ``along`` with which a measured figure grows from each row to the next."""
     known = [row for row in rows if row[what]]
     powers = [
         math.log(after[what] / before[what]) / math.log(after[along] / before[along])
@@ -267,7 +267,7 @@ def draw(content: dict[str, Any], path: Path) -> None:
             axes.grid(alpha=0.25)
         if ladder != "parameters":
             memory.xaxis.set_major_formatter("{x:,.0f}")
-    panels[0][0].set_ylabel("seconds a step")
+    panels[0][0].set_ylabel("seconds per step")
     panels[1][0].set_ylabel("GB")
     for axes in (panels[0][0], panels[1][0]):
         axes.legend(frameon=False, fontsize=8)
