@@ -206,12 +206,13 @@ for limit in (1.0, 100.0):
 
 # %%
 library = make_optimizer(OptimizerConfig(beta1=BETA1, beta2=BETA2, eps=EPS, weight_decay=DECAY, clip_norm=1.0))
-direction, _ = library.update(grads, library.init(params), params)
-by_library = jax.tree.map(lambda p, d: p - rate_at(0) * d, params, direction)
+head, head_grads = {"class_head": params}, {"class_head": grads}  # the library looks at a parameter's path
+direction, _ = library.update(head_grads, library.init(head), head)
+by_library = jax.tree.map(lambda p, d: p - rate_at(0) * d, head, direction)["class_head"]
 
 zeros = jax.tree.map(jnp.zeros_like, params)
 by_hand, _, _ = adamw(params, clip(grads, 1.0), zeros, zeros, 1, rate_at(0))
-print("decays:", decay_mask(params))
+print("decays:", decay_mask(head))
 by_hand["bias"] += rate_at(0) * DECAY * params["bias"]  # ours decays everything: undo it for the bias
 assert all(jnp.allclose(by_hand[name], by_library[name], atol=1e-7) for name in params)
 
