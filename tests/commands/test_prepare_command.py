@@ -169,8 +169,7 @@ def test_a_stop_leaves_nothing_half_made(tmp_path, tokenizer, signum, status):
     assert list(out.parent.iterdir()) == []
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_ends_the_training_of_a_tokenizer(tmp_path, signum):
+def test_a_stop_ends_the_training_of_a_tokenizer(tmp_path):
     words = "".join(f"{i * 7919 % 1_000_003:x}{i:x} " for i in range(600_000))
     (tmp_path / "a.txt").write_text(words * 4)
     args = ["prepare", "--source", f"text:{tmp_path}/a.txt", "--out", str(tmp_path / "o" / "a.bin")]
@@ -181,7 +180,7 @@ def test_a_stop_ends_the_training_of_a_tokenizer(tmp_path, signum):
     assert b"training a tokenizer" in process.stderr.readline()
     time.sleep(3)
     assert process.poll() is None
-    process.send_signal(signum)
+    process.send_signal(signal.SIGINT)
     process.communicate(timeout=2)
-    assert process.returncode == -signum
+    assert process.returncode == -signal.SIGINT
     assert not (tmp_path / "o").exists()

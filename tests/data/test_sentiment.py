@@ -4,6 +4,8 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
 from slm_jax.cli import main
 from slm_jax.data.config import ClassificationConfig, DataConfig
 from slm_jax.data.labelled import load_labelled
@@ -31,6 +33,7 @@ def test_no_length_tells_the_classes_apart():
     assert best < 0.1
 
 
+@pytest.mark.slow
 def test_a_new_model_learns_the_classes_of_texts_that_it_has_not_seen(tmp_path):
     options = {
         "data.source": f"jsonl:{FILE}", "base": "null", "trainable": "all", "classification.pooling": "mean",
