@@ -69,15 +69,6 @@ def test_the_loss_is_that_of_whole_windows(reference, params):
 
 
 @pytest.mark.usefixtures("named_data")
-def test_what_is_missing_is_one_line(reference, capsys, tmp_path):
-    assert reference.main(["--model", str(tmp_path / "nowhere")]) == 2
-    output = capsys.readouterr()
-    assert output.out == ""
-    assert len(output.err.splitlines()) == 1
-    assert str(tmp_path / "nowhere") in output.err
-
-
-@pytest.mark.usefixtures("named_data")
 def test_a_model_that_cannot_be_gpt2_is_refused(reference, capsys, tmp_path, params):
     cfg = GPTConfig(emb_dim=8, n_heads=2, n_layers=1, context_length=256, vocab_size=100)
     small = {**params, "tok_emb": {"embedding": params["tok_emb"]["embedding"][:100]}}

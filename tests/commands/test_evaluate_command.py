@@ -132,7 +132,6 @@ def test_it_writes_to_a_file_or_says_why_not(weights, files, tmp_path, capsys):
     [
         ([], "nothing to measure; expected --source, --lambada, --hellaswag or --responses"),
         (["--responses", "none.json"], "none.json: no such file"),
-        (["--responses", "~nouser/x"], "cannot be used as a path"),
         (["--responses", __file__], "test_evaluate_command.py: not JSON"),
         (
             ["--source", "text:x", "--validation-fraction", "1"],
@@ -143,9 +142,7 @@ def test_it_writes_to_a_file_or_says_why_not(weights, files, tmp_path, capsys):
         (["--lambada", "lambada.jsonl"], "lambada.jsonl"),
         (["--source", "named:the-verdict", "--lambada", "jsonl:none.jsonl"], "none.jsonl: no such file"),
         (["--source", "text:x", "--out", ""], "out is ''; expected a file"),
-        (["--source", "text:x", "--out", "."], "out is '.'; expected a file"),
         (["--source", "text:x", "--out", f"{__file__}/x.json"], "is not a writable folder"),
-        (["--source", "text:x", "--out", "~nouser/x"], "cannot be used as a path"),
         (["--source", "text:none.txt"], "none.txt: no such file"),
         (["--source", "text:x", "--text-column", "body"], "text_column is 'body', but text:x has no columns"),
         (["--source", "tokens:x", "--text-column", "body"], "text_column is 'body', but tokens:x has no columns"),

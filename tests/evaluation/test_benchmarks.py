@@ -136,13 +136,11 @@ def test_acc_is_by_the_sum_and_acc_norm_by_the_character(bigrams_of, jsonl):
 
 
 def test_the_harness_s_length_has_no_leading_space(transformer, jsonl, monkeypatch):
-    monkeypatch.setattr(
-        benchmarks, "continuation_logprobs", lambda *_: (np.array([-1.0, -2.1]), np.zeros(2, bool))
-    )  # a character: -1/1 and -2.1/2; with the space -1/2 and -2.1/3
-    rows = example(endings=["f", "gg"], label=0)
-    assert hellaswag(transformer.model, transformer.params, BPETokenizer(), jsonl(rows)).acc_norm == 1
-    monkeypatch.setattr(benchmarks, "continuation_logprobs", lambda *_: (np.array([-1.0, -1.9]), np.zeros(2, bool)))
-    assert hellaswag(transformer.model, transformer.params, BPETokenizer(), jsonl(rows)).acc_norm == 0
+    for second, right in ((-2.1, 1), (-1.9, 0)):  # per character -1/1 and -2.1/2; with the space -1/2 and -2.1/3
+        scores = np.array([-1.0, second]), np.zeros(2, bool)
+        monkeypatch.setattr(benchmarks, "continuation_logprobs", lambda *_, scores=scores: scores)
+        row = example(endings=["f", "gg"], label=0)
+        assert hellaswag(transformer.model, transformer.params, BPETokenizer(), jsonl(row)).acc_norm == right
 
 
 def test_an_ending_that_is_only_brackets_is_never_the_choice(transformer, jsonl):
@@ -201,9 +199,8 @@ def test_mistakes_in_hellaswag_are_named_by_line(bigrams, jsonl, changes, messag
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("label", [1, "1"])
-def test_labels_may_be_text(transformer, jsonl, texts, label):
-    row = example(endings=["fg", "f"], label=label)
+def test_labels_may_be_text(transformer, jsonl, texts):
+    row = example(endings=["fg", "f"], label="1")
     assert hellaswag(transformer.model, transformer.params, BPETokenizer(), jsonl(row)).acc == 0  # the spy prefers 0
 
 

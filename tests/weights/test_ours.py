@@ -1,17 +1,14 @@
 """What must hold of our own checkpoints as weights: what is damaged is said in one line, whatever it is."""
 
-import dataclasses
 import json
 import shutil
-from pathlib import Path
 
 import jax
-import numpy as np
 import pytest
 
-from slm_jax.errors import InputError, MissingInputError
+from slm_jax.errors import InputError
 from slm_jax.model import GPTConfig, init_params
-from slm_jax.runs import Run, find_checkpoint, load_gpt2, save_run
+from slm_jax.runs import Run, load_gpt2, save_run
 from slm_jax.tokenizer import CharTokenizer
 from slm_jax.training.checkpoint import CHECKSUMS, METADATA, write_checksums
 
@@ -24,13 +21,13 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "made"
     params = init_params(CFG, jax.random.key(0))
     save_run(folder, Run(folder, None, CFG, params, CharTokenizer("abcd")))
-    return folder, params
+    return folder
 
 
 @pytest.fixture
 def step(made, tmp_path):
     """The checkpoint's folder, in a copy of the run."""
-    return shutil.copytree(made[0], tmp_path / "run") / "checkpoints" / "0"
+    return shutil.copytree(made, tmp_path / "run") / "checkpoints" / "0"
 
 
 def change(step, edit):
@@ -50,35 +47,15 @@ def refusal(step):
     return message
 
 
-def test_a_run_is_weights(made, step):
-    cfg, params = load_gpt2(step.parent.parent)
-    assert dataclasses.replace(cfg, unroll=True) == CFG
-    jax.tree.map(np.testing.assert_array_equal, params, made[1])
-
-
-def test_a_source_may_name_a_step(made, monkeypatch):
-    folder, _ = made
-    for source in (folder, f"{folder}@0", f"{folder}@best", f"{folder}@latest", folder / "checkpoints" / "0"):
-        assert find_checkpoint(source) == (folder, 0)
-    with pytest.raises(MissingInputError, match="no checkpoint of step 7; there are 0"):
-        find_checkpoint(f"{folder}@7")
-    with pytest.raises(MissingInputError, match="no run with checkpoints there"):
-        find_checkpoint(f"{folder}s@0")
-    monkeypatch.chdir(folder)
-    assert find_checkpoint(".@0", "latest") == (Path(), 0)
-
-
 @pytest.mark.parametrize(
     "edit",
     [
         lambda metadata: metadata.pop("model"),
-        lambda metadata: metadata["model"].update(n_heads=3),
         lambda metadata: metadata["model"].update(n_layers=2),
         lambda metadata: metadata["model"].update(vocab_size=10**30),
-        lambda metadata: metadata["model"].update(bias=False),
         lambda metadata: metadata.update(validation_loss="low"),
     ],
-    ids=["none", "heads", "layers", "huge", "bias", "loss"],
+    ids=["none", "layers", "huge", "loss"],
 )
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's other reads, given up
 def test_metadata_that_were_edited_are_refused(edit, step):

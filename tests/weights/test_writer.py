@@ -103,13 +103,11 @@ def test_ours_to_foreign_and_back_is_bitwise_and_only_zeros_or_the_tied_head_are
 
 
 @pytest.mark.parametrize("format", ["huggingface", "nanogpt", "book"])
-@pytest.mark.parametrize("exact", [True, False])
-def test_the_form_of_gelu_comes_back(exact, format, tmp_path):
-    folder = save_gpt2(*model(exact_gelu=exact), tmp_path / "out", format=format)
-    assert load_gpt2(folder)[0].exact_gelu is exact
-    if format == "huggingface":
-        config = json.loads((folder / "config.json").read_text())
-        assert config["activation_function"] == ("gelu" if exact else "gelu_new")
+def test_the_form_of_gelu_comes_back(format, tmp_path):
+    for exact in (True, False):
+        assert (
+            load_gpt2(save_gpt2(*model(exact_gelu=exact), tmp_path / str(exact), format=format))[0].exact_gelu is exact
+        )
 
 
 def test_biases_added_as_zeros_leave_the_logits_as_they_were(tmp_path):
@@ -231,19 +229,13 @@ def test_nothing_is_left_of_a_save_that_failed(tmp_path):
     assert entries(tmp_path) == []
 
 
-def test_what_is_no_params_tree_is_said(tmp_path):
+def test_what_is_no_params_tree_is_refused(tmp_path):
     cfg, params = model()
-
-    def with_scale(leaf):
-        return params | {"final_norm": params["final_norm"] | {"scale": leaf}}
-
     for wrong, expected in (
-        ({"params": params}, r'params has params; expected .*\["params"\]'),
+        ({"params": params}, r'expected .*\["params"\]'),
         ({}, "params has nothing"),
         (param_shapes(cfg), "is a ShapeDtypeStruct of float32"),
-        (with_scale(jnp.ones(8, jnp.int32)), "final_norm/scale is a .* of int32"),
-        (with_scale([1.0] * 8), "final_norm/scale is a list"),
-        (with_scale(None), "final_norm/scale is a NoneType"),
+        (params | {"final_norm": {"scale": jnp.ones(8, jnp.int32)}}, "final_norm/scale is a .* of int32"),
         (split_blocks(params, 1) | {"final_norm": {}}, "final_norm/.* has the shape None"),
     ):
         with pytest.raises(InputError, match=expected) as caught:
