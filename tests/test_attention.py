@@ -325,25 +325,22 @@ def test_scores_and_softmax_are_float32_in_bfloat16():
 
 
 @pytest.mark.parametrize(("qkv_bias", "out_bias"), [(False, True), (True, True), (False, False)])
-def test_params_tree(qkv_bias, out_bias, x):
-    module = FusedMultiHeadAttention(EMB, HEADS, qkv_bias=qkv_bias, out_bias=out_bias)
-    shapes = jax.eval_shape(module.init, jax.random.key(0), x)
-    expected = {f"params/{name}/kernel": (EMB, HEADS, HEAD_DIM) for name in "qkv"}
-    expected["params/out_proj/kernel"] = (HEADS, HEAD_DIM, EMB)
-    if qkv_bias:
-        expected |= {f"params/{name}/bias": (HEADS, HEAD_DIM) for name in "qkv"}
-    if out_bias:
-        expected["params/out_proj/bias"] = (EMB,)
-    assert {path: leaf.shape for path, leaf in flatten_dict(shapes, sep="/").items()} == expected
-
-
-def test_initializers_come_from_the_caller(x):
+def test_params_tree_and_initialisers(qkv_bias, out_bias, x):
     module = FusedMultiHeadAttention(
-        EMB, HEADS, kernel_init=nn.initializers.ones, out_kernel_init=nn.initializers.zeros
+        EMB, HEADS, qkv_bias=qkv_bias, out_bias=out_bias, out_kernel_init=nn.initializers.zeros
     )
-    params = module.init(jax.random.key(0), x)["params"]
-    assert all(np.all(params[name]["kernel"] == 1) for name in "qkv")
-    assert np.all(params["out_proj"]["kernel"] == 0)
+    params = flatten_dict(module.init(jax.random.key(0), x)["params"], sep="/")
+    expected = {f"{name}/kernel": (EMB, HEADS, HEAD_DIM) for name in "qkv"}
+    expected["out_proj/kernel"] = (HEADS, HEAD_DIM, EMB)
+    if qkv_bias:
+        expected |= {f"{name}/bias": (HEADS, HEAD_DIM) for name in "qkv"}
+    if out_bias:
+        expected["out_proj/bias"] = (EMB,)
+    assert {path: leaf.shape for path, leaf in params.items()} == expected
+    assert not params["out_proj/kernel"].any()
+    # lecun_normal's fan-in is the width, not the width of a head: the standard deviation is 1 / sqrt(EMB).
+    values = np.concatenate([np.ravel(params[f"{name}/kernel"]) for name in "qkv"])
+    assert values.std() == pytest.approx(EMB**-0.5, rel=5 / (2 * values.size) ** 0.5)
 
 
 # --- which implementation ---
@@ -396,10 +393,8 @@ def test_choice_of_implementation(requested, dtype, head_dim, needs_weights, odd
     ],
 )
 def test_choice_refuses_what_cannot_work(requested, dtype, head_dim, needs_weights, odd_mask, device, words):
-    with pytest.raises(InputError, match=words) as caught:
+    with pytest.raises(InputError, match=words):
         choose_implementation(requested, jnp.dtype(dtype), head_dim, needs_weights, odd_mask, device)
-    assert "\n" not in str(caught.value)
-    assert "auto" in str(caught.value)
 
 
 def test_a_mask_of_ones_own_is_not_for_flash_attention():
@@ -408,89 +403,10 @@ def test_a_mask_of_ones_own_is_not_for_flash_attention():
         choose_implementation("flash", jnp.bfloat16, 64, False, device=TPU, other_mask=True)
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="asks for cuDNN where there is no GPU")
-def test_cudnn_on_a_cpu_is_refused_and_float16_works_there(x):
-    with pytest.raises(InputError, match="cudnn"):
-        FusedMultiHeadAttention(EMB, HEADS, implementation="cudnn").init(jax.random.key(0), x)
+def test_float16_works_on_a_cpu(x):
     module = FusedMultiHeadAttention(EMB, HEADS, dtype=jnp.float16)
     output, params = module.init_with_output(jax.random.key(0), x)
     close(output, module.clone(dtype=jnp.float32).apply(params, x), tolerance=0.01)
-
-
-# --- inside a model ---
-
-
-class Stack(nn.Module):
-    """Two residual attention layers under nn.scan and nn.remat, as GPTModel runs its blocks."""
-
-    attention: dict
-
-    @nn.compact
-    def __call__(self, x, mask, deterministic):
-        class Block(nn.Module):
-            attention: dict
-            deterministic: bool
-
-            @nn.compact
-            def __call__(self, x, mask):
-                attn = FusedMultiHeadAttention(EMB, HEADS, name="attn", **self.attention)
-                return x + attn(x, mask=mask, deterministic=self.deterministic), None
-
-        blocks = nn.scan(
-            nn.remat(Block, prevent_cse=False),
-            variable_axes={"params": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=nn.broadcast,
-            length=2,
-        )
-        return blocks(dict(self.attention), deterministic, name="blocks")(x, mask)[0]
-
-
-def step(model, deterministic, params, x, mask, key):
-    def loss(params):
-        output = model.apply({"params": params}, x, mask, deterministic, rngs={"dropout": key})
-        return jnp.mean(output.astype(jnp.float32) ** 2)
-
-    value, gradient = jax.value_and_grad(loss)(params)
-    return value, jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient)
-
-
-def test_trains_under_scan_and_remat_with_dropout(x):
-    model = Stack({"drop_rate": 0.5})
-    mask = jnp.ones((BATCH, 1, SEQ, SEQ), bool)
-    params = jax.jit(model.init, static_argnums=3)(jax.random.key(0), x, mask, True)["params"]
-    assert params["blocks"]["attn"]["q"]["kernel"].shape == (2, EMB, HEADS, HEAD_DIM)
-    run = jax.jit(partial(step, model, False))
-    first, again, other = (run(params, x, mask, jax.random.key(k)) for k in (0, 0, 1))
-    assert first[0] == again[0] != other[0]
-    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(first[1]))
-    # Recomputing in the backward pass must draw the same dropout: the analytic slope is that of the loss itself.
-    slope = jax.tree.map(lambda old, new: (old - new) / 0.1, params, first[1])
-    norm2 = sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(slope))
-    small = 1e-2 / norm2**0.5
-    up, down = (
-        run(jax.tree.map(lambda p, g, s=s: p + s * small * g, params, slope), x, mask, jax.random.key(0))[0]
-        for s in (1, -1)
-    )
-    assert float(up - down) / (2 * small) == pytest.approx(norm2, rel=2e-2)
-
-
-@pytest.mark.parametrize("platform", ["tpu", "cuda"])
-@pytest.mark.parametrize(
-    ("attention", "deterministic"),
-    [
-        ({"implementation": "xla", "dtype": jnp.bfloat16}, True),
-        ({"implementation": "explicit", "dtype": jnp.bfloat16}, True),
-        ({"drop_rate": 0.1}, False),
-    ],
-)
-def test_a_training_step_lowers_for_other_machines(platform, attention, deterministic, x):
-    model = Stack(attention)
-    mask = jnp.ones((BATCH, 1, SEQ, SEQ), bool)
-    params = jax.eval_shape(lambda: model.init(jax.random.key(0), x, mask, True)["params"])
-    arguments = (params, x, mask, jax.random.key(0))
-    lowered = jax.jit(partial(step, model, deterministic)).trace(*arguments).lower(lowering_platforms=(platform,))
-    assert "dot_general" in lowered.as_text()
 
 
 # --- bad input ---
@@ -506,7 +422,6 @@ BAD = [
 
 
 @pytest.mark.parametrize(("module", "words"), BAD)
-def test_bad_shapes_are_refused_in_one_line(module, words, x):
-    with pytest.raises(InputError, match=words) as caught:
+def test_bad_shapes_are_refused(module, words, x):
+    with pytest.raises(InputError, match=words):
         jax.eval_shape(module.init, jax.random.key(0), x)
-    assert "\n" not in str(caught.value)

@@ -135,5 +135,5 @@ def test_dropout_is_for_training_only():
 
 
 def test_a_text_longer_than_the_context_is_refused():
-    with pytest.raises(InputError, match="33 tokens are more than the model's context of 32"):
+    with pytest.raises(InputError, match=r"33 tokens.*32"):
         apply("last")(jnp.zeros((1, 33), jnp.int32), jnp.int32([33]))

@@ -14,10 +14,8 @@ import pytest
 from slm_jax.errors import InputError
 from slm_jax.model import (
     PRESETS,
-    FeedForward,
     GPTConfig,
     GPTModel,
-    LayerNorm,
     TransformerBlock,
     count_params,
     get_gpt_config,
@@ -25,6 +23,8 @@ from slm_jax.model import (
     param_shapes,
 )
 from slm_jax.nn.blocks import join_blocks, split_blocks
+from slm_jax.nn.mlp import FeedForward
+from slm_jax.nn.norms import LayerNorm
 
 # As a loop, which compiles faster than the unrolled stack; that both give the same numbers is a test below.
 SMALL = GPTConfig(vocab_size=61, context_length=16, emb_dim=24, n_heads=3, n_layers=3, unroll=False)
@@ -130,11 +130,6 @@ def test_the_params_tree_is_the_contract(tie_weights, qkv_bias, bias):
     assert count_params(cfg) == sum(math.prod(shape) for shape in contract(cfg).values())
 
 
-def test_the_public_form_of_init_gives_the_same_tree():
-    params = jax.eval_shape(lambda: GPTModel(SMALL).init(jax.random.key(0), TOKENS)["params"])
-    assert {name: leaf.shape for name, leaf in flat(params).items()} == contract(SMALL)
-
-
 # GPT-2's initialisation
 
 
@@ -238,26 +233,17 @@ def test_layer_norm_is_the_papers_with_gpt2s_eps(spread):
     close(ours, numpy_layer_norm(x.astype(np.float64), scale, bias), 1e-5 if spread == 1 else 1e-3)
 
 
-def test_the_feed_forward_is_gpt2s_tanh_gelu_between_two_products():
-    cfg = dataclasses.replace(SMALL, n_layers=1)
-    ff = {name: jax.tree.map(lambda leaf: leaf[0], part) for name, part in random_params(cfg)["blocks"]["ff"].items()}
-    x = np.random.default_rng(1).normal(size=(2, 5, 24)).astype(np.float32)
-    p = {name: np.asarray(leaf, np.float64) for name, leaf in flat(ff).items()}
-    expected = numpy_gelu(x @ p["fc/kernel"] + p["fc/bias"]) @ p["proj/kernel"] + p["proj/bias"]
-    close(FeedForward(cfg).apply({"params": ff}, jnp.asarray(x)), expected)
-
-
-def test_the_exact_gelu_is_that_of_the_error_function():
-    cfg = dataclasses.replace(SMALL, exact_gelu=True)
-    ff = jax.tree.map(lambda leaf: leaf[0], random_params(cfg)["blocks"]["ff"])
+@pytest.mark.parametrize("exact", [False, True])
+def test_the_feed_forward_is_gelu_between_two_products(exact):
+    ff = jax.tree.map(lambda leaf: leaf[0], random_params(SMALL)["blocks"]["ff"])
     x = np.random.default_rng(2).normal(0, 2, (2, 5, 24)).astype(np.float32)
     p = flat(jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), ff))
     wide = x @ p["fc/kernel"] + p["fc/bias"]
-    activated = 0.5 * wide * (1 + np.vectorize(math.erf)(wide / math.sqrt(2)))
-    expected = activated @ p["proj/kernel"] + p["proj/bias"]
-    close(FeedForward(cfg).apply({"params": ff}, jnp.asarray(x)), expected)
-    with pytest.raises(AssertionError):  # the tolerance tells the two forms apart
-        close(FeedForward(SMALL).apply({"params": ff}, jnp.asarray(x)), expected)
+    forms = {False: numpy_gelu(wide), True: 0.5 * wide * (1 + np.vectorize(math.erf)(wide / math.sqrt(2)))}
+    ours = FeedForward(96, exact_gelu=exact).apply({"params": ff}, jnp.asarray(x))
+    close(ours, forms[exact] @ p["proj/kernel"] + p["proj/bias"])
+    with pytest.raises(AssertionError):  # the tolerance distinguishes the two forms
+        close(ours, forms[not exact] @ p["proj/kernel"] + p["proj/bias"])
 
 
 # Causality
@@ -337,10 +323,10 @@ def test_a_split_stack_computes_the_same(first):
     assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), joined, params))
 
 
-@pytest.mark.parametrize("first", [0, 3, -1])
-def test_a_cut_outside_the_stack_is_refused(first):
-    with pytest.raises(InputError, match=rf"cannot cut 3 blocks after \[{first}\]; expected ascending, 1 to 2"):
-        split_blocks(random_params(SMALL), first)
+def test_a_cut_outside_the_stack_is_refused():
+    for first in (0, 3, -1):
+        with pytest.raises(InputError, match=rf"\[{first}\].*1 to 2"):
+            split_blocks(random_params(SMALL), first)
 
 
 TAIL = ("blocks_1", "final_norm", "out_head")
@@ -399,14 +385,9 @@ def count_products(jaxpr):
 DROPPED = dataclasses.replace(SMALL, drop_rate=0.25)
 
 
-def test_without_dropout_the_rate_makes_no_difference():
+def test_dropout_is_a_function_of_its_key_and_off_by_default():
     params = random_params(SMALL)
-    expected = forward(SMALL)({"params": params}, TOKENS)
-    assert (forward(DROPPED)({"params": params}, TOKENS) == expected).all()
-
-
-def test_dropout_is_a_function_of_its_key():
-    params = random_params(SMALL)
+    assert (forward(DROPPED)({"params": params}, TOKENS) == forward(SMALL)({"params": params}, TOKENS)).all()
     apply = jax.jit(lambda key: GPTModel(DROPPED).apply(
         {"params": params}, TOKENS, deterministic=False, rngs={"dropout": key}
     ))  # fmt: skip
@@ -464,8 +445,8 @@ def test_the_feed_forward_branch_is_dropped_out():
 
 def test_attention_weights_and_the_attention_branch_are_dropped_out():
     """With values of one and equal weights, a head's output counts the weights kept; out_proj hands it on."""
-    qkv_bias = np.repeat([0.0, 0.0, 1.0], 24)
-    added = branch(one_block(attn__qkv__bias=qkv_bias, attn__out_proj__kernel=np.eye(24)), batch=256)
+    out_proj = np.eye(24).reshape(3, 8, 24)
+    added = branch(one_block(attn__v__bias=1.0, attn__out_proj__kernel=out_proj), batch=256)
     heads = added.reshape(256, 16, 3, 8)
     per_head = heads.max(-1)
     kept = per_head * 0.75**2 * np.arange(1, 17)[:, None]  # weights of a row are 1/(t+1), over 0.75 twice
@@ -555,85 +536,41 @@ def test_hidden_then_logits_is_the_whole(tie_weights):
     close(GPTModel(cfg).apply(params, hidden, method="logits"), forward(cfg)(params, TOKENS))
 
 
-@pytest.mark.parametrize("method", [None, "hidden"])
-def test_more_tokens_than_the_context_are_refused(method):
-    params = {"params": random_params(SMALL)}
-    with pytest.raises(InputError, match=r"17 tokens .* context of 16; .*context_length") as error:
-        GPTModel(SMALL).apply(params, jnp.zeros((1, 17), jnp.int32), method=method)
-    assert "\n" not in str(error.value)
+def test_more_tokens_than_the_context_are_refused():
+    with pytest.raises(InputError, match=r"17 tokens .* 16"):
+        GPTModel(SMALL).apply({"params": random_params(SMALL)}, jnp.zeros((1, 17), jnp.int32))
 
 
 @pytest.mark.parametrize(
     ("field", "value", "expected"),
     [
-        *((name, value, "a whole number of at least 1")
-          for name in ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers")
-          for value in (0, -3, 2.0, "8", True, None)),
-        ("emb_dim", 25, "a multiple, such as 27"),
-        ("n_heads", 5, "a multiple, such as 25"),
-        *(("drop_rate", value, "at least 0 and below 1") for value in (-0.1, 1.0, float("nan"), "0.1", None, True)),
-        *((name, value, "true or false") for name in ("qkv_bias", "tie_weights", "bias") for value in ("no", 1, None)),
+        *((name, value, "at least 1") for name in ("vocab_size", "n_layers") for value in (0, 2.0, "8", True, None)),
+        ("emb_dim", 25, "multiple, such as 27"),
+        *(("drop_rate", value, "at least 0 and below 1") for value in (-0.1, 1.0, float("nan"), "0.1", True)),
+        *(("bias", value, "true or false") for value in ("no", 1, None)),
         ("unroll", "yes", "true or false"),
+        ("unpadded_vocab_size", 62, "1 to model.vocab_size 61"),
         ("dtype", "float64", "float32, bfloat16, float16"),
-        ("param_dtype", "int8", "float32, bfloat16, float16"),
         ("remat", "some", "none, dots, full"),
         ("attention", "fast", "auto, xla, cudnn, flash, explicit"),
     ],
-)  # fmt: skip
-def test_a_value_no_model_can_have_is_one_clear_line(field, value, expected):
+)
+def test_a_value_no_model_can_have_is_refused(field, value, expected):
     cfg = copy.copy(SMALL)
     object.__setattr__(cfg, field, value)
-    with pytest.raises(InputError) as error:
+    with pytest.raises(InputError, match=rf"model\.{field} is {value!r}.*expected .*{expected}"):
         cfg.__post_init__()  # by itself: in the tests the enforced annotations would refuse a wrong type before it
-    text = str(error.value)
-    assert "\n" not in text
-    assert f"model.{field}" in text
-    assert (repr(value) in text) if field != "n_heads" or value != 5 else "5" in text
-    assert f"expected {expected}" in text or f"expected one of {expected}" in text or expected in text
 
 
 def test_presets_and_their_other_names():
     for alias, name in {"gpt2": "small", "small": "small", "medium": "medium", "large": "large", "xl": "xl"}.items():
         assert get_gpt_config(alias) == get_gpt_config(f"gpt2-{name}")
-    assert get_gpt_config() == get_gpt_config("gpt2-small")
-    assert {"tiny", "mini", "gpt2-small", "gpt2-medium", "gpt2-large", "gpt2-xl"} == set(PRESETS)
+    assert get_gpt_config() == get_gpt_config("gpt2-small") == GPTConfig()
     assert get_gpt_config("gpt2-small", context_length=256, drop_rate=0.1) == GPTConfig(
         vocab_size=50_257, context_length=256, emb_dim=768, n_heads=12, n_layers=12, drop_rate=0.1
     )
     assert count_params(get_gpt_config("tiny")) < count_params(get_gpt_config("mini")) < 10_000_000
-
-
-@pytest.mark.parametrize("name", ["gpt3", "", "GPT2", "gpt2_small"])
-def test_an_unknown_preset_names_the_known_ones(name):
-    with pytest.raises(InputError) as error:
-        get_gpt_config(name)
-    assert repr(name) in str(error.value)
-    assert all(known in str(error.value) for known in PRESETS)
-    assert "\n" not in str(error.value)
-
-
-def test_an_unknown_field_names_the_known_ones():
-    with pytest.raises(InputError, match=r"no field 'n_layer'; expected one of .*n_layers") as error:
+    with pytest.raises(InputError, match=f"'gpt3'.*{', '.join(PRESETS)}"):
+        get_gpt_config("gpt3")
+    with pytest.raises(InputError, match=r"'n_layer'; expected one of .*n_layers"):
         get_gpt_config("tiny", n_layer=3)
-    assert "\n" not in str(error.value)
-    with pytest.raises(InputError, match=r"model\.emb_dim is 130"):
-        get_gpt_config("tiny", emb_dim=130)
-
-
-# Other hardware
-
-
-@pytest.mark.parametrize("platform", ["tpu", "cuda"])
-@pytest.mark.parametrize("packed", [False, True])
-def test_loss_and_gradient_lower_for_hardware_that_is_not_here(platform, packed):
-    cfg = dataclasses.replace(SMALL, drop_rate=0.1, dtype="bfloat16", remat="full", unroll=False)
-
-    def loss(params, tokens, key):
-        extra = PACKED if packed else {}
-        rngs = {"dropout": key}
-        logits = GPTModel(cfg).apply({"params": params}, tokens, deterministic=False, rngs=rngs, **extra)
-        return cross_entropy(logits, tokens)
-
-    args = (param_shapes(cfg), jax.ShapeDtypeStruct((1, 16), jnp.int32), jax.random.key(0))
-    lowered = jax.jit(jax.value_and_grad(loss)).trace(*args).lower(lowering_platforms=(platform,))
-    assert "stablehlo.dot_general" in lowered.as_text()

