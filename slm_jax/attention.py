@@ -3,7 +3,7 @@
 Read it top to bottom. Each step keeps what the one before it had and adds one idea:
 
 1. `simple_attention`: a token becomes a weighted average of all tokens; similarity is a dot product.
-2. `SelfAttention`: learned projections decide what a token looks for, what it offers and what it hands over.
+2. `SelfAttention`: learned projections decide what a token looks for, what it offers and what it passes on.
 3. `CausalAttention`: no token sees the tokens after it, and dropout hides some of the rest during training.
 4. `MultiHeadAttentionWrapper`: several of step 3 side by side.
 5. `MultiHeadAttention`: the same with one matrix per role, cut into heads, and a projection that mixes them.

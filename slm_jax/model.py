@@ -42,27 +42,28 @@ class GPTConfig:
     Sources: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners" (GPT-2); the book's chapter 4.
 
     Raises:
-        InputError: a value that no model can have, such as an ``emb_dim`` that ``n_heads`` does not divide.
+        InputError: an impossible value, such as an ``emb_dim`` that ``n_heads`` does not divide.
 
     Attributes:
         vocab_size: number of token ids.
-        context_length: the most tokens that the model can look at.
+        context_length: maximum number of tokens in a sequence.
         emb_dim: width of the residual stream; divisible by ``n_heads``.
-        n_heads: attention heads a block.
-        n_layers: transformer blocks.
-        drop_rate: dropout on embeddings, attention weights and both shortcut branches; 0 switches it off.
+        n_heads: attention heads per block.
+        n_layers: number of transformer blocks.
+        drop_rate: dropout on embeddings, attention weights and both residual branches; 0 switches it off.
         qkv_bias: whether the query, key and value projections have a bias.
-        tie_weights: whether the output head is the token embedding, transposed.
-        bias: False drops every bias, those of the layer norms too.
-        exact_gelu: whether GELU is the error function's, as in nanoGPT, instead of GPT-2's tanh form.
-        dtype: what activations and matrix products are computed in; logits are always float32.
-        param_dtype: what parameters are stored in.
-        remat: what the backward pass computes again instead of keeping: nothing, all but the matrix products, or all.
-        attention: how attention is computed; ``auto`` takes the fastest that this device and call allow.
-        unroll: whether the stack of blocks is compiled layer by layer rather than as a loop; None: on a CPU without
-            remat, where that is faster.
-        unpadded_vocab_size: ids from here to ``vocab_size`` only round the vocabulary up, as nanoGPT's 50,304 does,
-            and are never sampled; None: no such ids.
+        tie_weights: whether the output head is the transposed token embedding.
+        bias: False removes every bias, also those of the layer norms.
+        exact_gelu: GELU by the error function, as in nanoGPT, instead of GPT-2's tanh approximation.
+        dtype: dtype of activations and matrix products; logits are always float32.
+        param_dtype: dtype of the parameters.
+        remat: gradient checkpointing, what the backward pass recomputes instead of keeping: ``none``, ``dots`` (all but
+            the matrix products) or ``full``.
+        attention: how attention is computed; ``auto`` takes the fastest implementation that works on the device.
+        unroll: compile the stack of blocks layer by layer instead of as a loop; None: on a CPU without remat, where
+            that is faster.
+        unpadded_vocab_size: ids from here on only pad the vocabulary (nanoGPT's 50,304) and are never sampled; None:
+            no such ids.
     """
 
     vocab_size: int = 50_257
@@ -137,7 +138,7 @@ def get_gpt_config(name: str = "gpt2-small", **overrides: Any) -> GPTConfig:
         **overrides: fields of :class:`GPTConfig`.
 
     Raises:
-        InputError: an unknown preset or field, or a value that no model can have.
+        InputError: an unknown preset or field, or an impossible value.
     """
     preset = PRESETS.get(_ALIASES.get(name, name))
     if preset is None:
@@ -215,9 +216,9 @@ def init_cache(cfg: GPTConfig, params: Params, batch_size: int, capacity: int) -
 
     Args:
         cfg: the model's configuration.
-        params: its parameters (arrays or shapes); the cache gets their segments of blocks.
+        params: its parameters (arrays or shapes); the cache has the same segments of blocks.
         batch_size: rows of tokens.
-        capacity: the most tokens of a row.
+        capacity: maximum number of tokens in a row.
 
     Returns:
         Zeros in ``cfg.dtype``: ``keys`` and ``values`` (blocks, batch_size·n_heads, capacity, emb_dim / n_heads) for
@@ -253,11 +254,11 @@ class GPTModel(nn.Module):
 
     ``GPTModel(cfg).init(key, tokens)["params"]`` makes the parameters; ``apply({"params": params}, tokens)`` gives
     float32 logits (batch, seq, vocab_size). ``apply(..., method="hidden")`` stops after the final norm, and
-    ``apply({"params": params}, hidden, method="logits")`` goes on from there. Training with dropout takes
+    ``apply({"params": params}, hidden, method="logits")`` resumes from there. Training with dropout takes
     ``deterministic=False`` and ``rngs={"dropout": key}``.
 
-    The stack of blocks may also be handed over in consecutive segments (:func:`split_blocks`); gradients then stop at
-    a segment whose parameters are not differentiated, and nothing in front of it is computed backwards.
+    The params may also have the stack of blocks in consecutive segments (:func:`slm_jax.nn.blocks.split_blocks`);
+    segments in front of the first one that is differentiated then have no backward pass.
     """
 
     cfg: GPTConfig
@@ -292,11 +293,11 @@ class GPTModel(nn.Module):
 
         Args:
             tokens: int32 (batch, seq), every id below ``vocab_size`` (ids are not checked on the device).
-            positions: index into the position embedding; default 0, 1, 2 …, or on from what the cache holds.
+            positions: indices into the position embedding; default 0, 1, 2 …, counted on from the cache's lengths.
             segment_ids: documents packed into one row; a token attends only within its own.
             deterministic: False applies dropout.
-            cache: what came before (:func:`init_cache`); the tokens go on from there, and must fit in
-                (``cache.lengths`` + seq at most its capacity: that is not checked on the device).
+            cache: keys and values of earlier tokens (:func:`init_cache`), which these tokens follow. ``cache.lengths``
+                + seq must not exceed its capacity (not checked on the device).
 
         Returns:
             float32 (batch, seq, vocab_size); with a cache (logits, the cache extended by these tokens).
@@ -358,29 +359,26 @@ def _check_tokens_fit(
 ) -> None:
     batch, seq = shape
     if seq > cfg.context_length:
-        raise InputError(
-            f"{seq} tokens are more than the model's context of {cfg.context_length}; "
-            "shorten the input or use a model with a larger context_length"
-        )
+        raise InputError(f"{seq} tokens; expected at most the model's context_length of {cfg.context_length}")
     if cache is None:
         return
     rows, capacity = len(cache.lengths), jax.tree.leaves(cache.blocks)[0].shape[-2]
     if batch != rows:
-        raise InputError(f"{batch} rows of tokens and a cache for {rows}; make it with batch_size={batch}")
+        raise InputError(f"{batch} rows of tokens and a cache for {rows}; expected as many")
     if seq > capacity:
-        raise InputError(f"{seq} tokens are more than the cache's capacity of {capacity}; make a larger one")
+        raise InputError(f"{seq} tokens; expected at most the cache's capacity of {capacity}")
     shapes = {name: layer.keys.shape for name, layer in cache.blocks.items()}
     if shapes != _cache_shapes(cfg, segments, rows, capacity):
         raise InputError(
-            f"the cache has the segments {', '.join(cache.blocks)} and the params {', '.join(segments)}, or it is of "
-            "another shape of model; make it with init_cache(cfg, params, ...) for these"
+            f"the cache has the segments {', '.join(shapes)} and the params {', '.join(segments)}, or it is for "
+            "another shape of model; expected one made by init_cache(cfg, params, ...)"
         )
 
 
 def is_unrolled(cfg: GPTConfig, platform: str) -> bool:
     """Return whether the blocks are compiled one by one for a ``platform``; by default on "cpu", where that is faster.
 
-    Not with ``remat``: unrolled, XLA's CPU compiler merges what is computed again with the first time, and keeps it.
+    Not with ``remat``: in an unrolled program, XLA's CPU compiler merges the recomputation with the forward pass.
     """
     return platform == "cpu" and cfg.remat == "none" if cfg.unroll is None else cfg.unroll
 
@@ -411,7 +409,7 @@ def init_params(cfg: GPTConfig, key: jax.Array) -> Params:
 
 def param_shapes(cfg: GPTConfig) -> Params:
     """Return the params tree as shapes and dtypes, without making any array."""
-    cfg = dataclasses.replace(cfg, attention="auto")  # what is asked for may be another machine's, as in a plan
+    cfg = dataclasses.replace(cfg, attention="auto")  # the configured one may be for another machine, as in a plan
     return jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
 
 

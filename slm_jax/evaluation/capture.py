@@ -1,8 +1,8 @@
-"""Look at what a model computes on the way to its logits, and take parts of it out, without changing the model.
+"""Capture a model's intermediate results, and ablate parts of it, without changing the model.
 
 Flax lets a function see every call of a submodule (``flax.linen.intercept_methods``): :func:`capture` sows the wanted
-inputs and outputs of those calls, :func:`ablate` replaces them. Each block is run with parameters of its own, so that
-its path says which one it is. All of it is a pure function: ``jax.jit``, ``jax.grad`` and ``jax.vmap`` go through.
+inputs and outputs of those calls, :func:`ablate` replaces them. Each block runs unstacked, so that its
+path contains its index. Both are pure functions: ``jax.jit``, ``jax.grad`` and ``jax.vmap`` work.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ def capture(
     ablate: str | Sequence[str] = (),
     **options: Any,
 ) -> tuple[Float[Array, "batch ..."], dict[str, Array]]:
-    """Run a model without dropout, and return its logits and what it computed on the way.
+    """Run a model without dropout, and return its logits and its intermediate results.
 
     ========================  ================================================================  ======================
     name                      what                                                              shape
@@ -67,12 +67,12 @@ def capture(
         params: its parameters, the blocks stacked or not.
         tokens: int32 (batch, seq).
         names: one or several of the table; ``*`` stands for any text between two slashes: ``blocks/*/attn/weights``.
-        ablate: what is taken out of the model meanwhile, as for :func:`ablate`.
+        ablate: parts to remove, as for :func:`ablate`.
         **options: arrays that the model takes: ``positions``, ``segment_ids``, a classifier's ``lengths``.
 
     Returns:
         (logits, seen): ``seen`` has an array for each name, in the order of the model and in the dtype that it computes
-        in. To see weights, attention computes them explicitly, whatever ``cfg.attention`` says.
+        in. If weights are captured, attention is computed explicitly, whatever ``cfg.attention`` is.
 
     Raises:
         InputError: a name that the model does not have; another option.
@@ -91,12 +91,12 @@ def capture(
 def ablate(
     model: GPTModel, params: Params, tokens: Int[Array, "batch seq"], names: str | Sequence[str], **options: Any
 ) -> Float[Array, "batch ..."]:
-    """Run a model, without dropout, from which parts are taken out, and return its logits.
+    """Run a model without dropout and without some of its parts, and return its logits.
 
     ============================  ==============================================================
-    name                          what becomes of it
+    name                          effect
     ============================  ==============================================================
-    ``blocks/3``                  is skipped: the residual stream passes it by
+    ``blocks/3``                  is skipped: the residual stream bypasses it
     ``blocks/3/attn``             attention adds nothing to the stream
     ``blocks/3/attn/heads/5``     this head's output is 0 before ``out_proj``
     ``blocks/3/ff``               the feed-forward adds nothing to the stream
@@ -143,7 +143,7 @@ def _run(
 
 @dataclasses.dataclass(frozen=True)
 class _Watcher:
-    """Sees every call of a submodule, sows what is wanted and takes out what is not kept."""
+    """Intercepts the calls of submodules: sows captured values and zeroes ablated parts."""
 
     cfg: GPTConfig
     wanted: frozenset[str]
@@ -214,9 +214,9 @@ def _find(patterns: str | Sequence[str], cfg: GPTConfig) -> tuple[str, ...]:
 
 
 def _masks(patterns: str | Sequence[str], cfg: GPTConfig) -> dict[str, np.ndarray]:
-    """Say of each part whether it is kept; of heads and neurons, of which; empty if all is.
+    """Return for each part whether it is kept, for heads and neurons one flag each; empty if nothing is ablated.
 
-    As arguments of the compiled program, so that it is the same whichever head is taken out.
+    They are arguments of the compiled program, which is therefore the same whichever head is ablated.
     """
     shapes: dict[str, tuple[int, ...]] = {"": (), "/attn": (), "/ff": ()}
     shapes |= {point: (axis_sizes(cfg)[axis],) for point, (_, axis) in INPUT_POINTS.items()}

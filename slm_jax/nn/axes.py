@@ -105,7 +105,7 @@ def find_axes(path: str) -> Axes | None:
     """Return the axes of the parameter at a path such as ``blocks/attn/q/kernel``; None if there is no such parameter.
 
     A segment of the stack (``blocks_0/…``) has the axes of the whole one. An adapter's matrices have an axis ``rank``
-    between the inputs and the outputs of the matrix beside them, which count as one axis each (the product of their
+    between the inputs and the outputs of their matrix, which count as one axis each (the product of their
     sizes); its constants have the stack's axis only. Leading parts of the path are ignored: an optimizer's state holds
     trees of the same leaves.
     """

@@ -1,4 +1,4 @@
-"""Attention on TPUs that never writes the (seq, seq) weights to memory: JAX's own Pallas kernel, "splash" attention.
+"""Attention on TPUs that does not write the (seq, seq) weights to memory: JAX's own Pallas kernel, "splash" attention.
 
 Source: Dao et al. 2022 (flash attention); ``jax.experimental.pallas.ops.tpu.splash_attention``.
 """
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-_LANES = 128  # the kernel wants rows of a multiple of these
+_LANES = 128  # sequences are padded to a multiple
 _LARGEST_BLOCK = 512
 
 
@@ -20,14 +20,14 @@ def flash_obstacle(dtype: Any, platform: str) -> str | None:
 
     Args:
         dtype: of queries, keys and values.
-        platform: JAX's name of what is compiled for, such as ``tpu``.
+        platform: JAX's name of the platform that is compiled for, such as ``tpu``.
     """
     if platform != "tpu":
-        return f"it needs a TPU, and this is {platform}; find one"
+        return f"it needs a TPU, and this is {platform}"
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
-        return f"it computes in bfloat16 or float32, and this is {jnp.dtype(dtype)}; set dtype to bfloat16"
+        return f"it computes in bfloat16 or float32, and dtype is {jnp.dtype(dtype)}"
     if jax.sharding.get_abstract_mesh().empty and jax.default_backend() == "tpu" and jax.device_count() > 1:
-        return f"there are {jax.device_count()} devices, and no mesh says how they share; set one with jax.set_mesh"
+        return f"there are {jax.device_count()} devices, and no mesh; set one with jax.set_mesh"
     return None
 
 
@@ -40,7 +40,8 @@ def flash_attention(
     """Compute causal attention on a TPU; scores and softmax are float32 whatever the inputs are.
 
     Memory grows linearly with ``seq``, forward and backward. Under a mesh (``jax.set_mesh``) each device computes its
-    rows of the batch, which must be split over all of the mesh's axes; where they do not divide it, all rows.
+    rows of the batch, which must be split over all of the mesh's axes; if the devices do not divide the batch, each
+    computes all rows.
 
     Args:
         q, k, v: bfloat16 or float32 (batch, seq, heads, head_dim); ``seq`` is filled up to a multiple of 128.
@@ -54,7 +55,7 @@ def flash_attention(
         return _on_one_device(q, k, v, segment_ids)
     # The compiler cannot divide a kernel that it does not know.
     rows = PartitionSpec(mesh.axis_names if q.shape[0] % mesh.size == 0 else None)
-    # The kernel does not say along which axes its results vary, which is what check_vma asks for.
+    # check_vma needs the axes along which results vary, and the kernel does not declare them.
     return jax.shard_map(_on_one_device, in_specs=(rows, rows, rows, rows), out_specs=rows, check_vma=False)(
         q, k, v, segment_ids
     )
@@ -66,10 +67,10 @@ def _on_one_device(
     v: Float[Array, "batch seq heads head_dim"],
     segment_ids: Int[Array, "batch seq"] | None,
 ) -> Float[Array, "batch seq heads head_dim"]:
-    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # half a second that others need not wait
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # takes half a second to import
 
     seq, heads, head_dim = q.shape[1:]
-    # What is added lies in every token's future, so that none attends to it.
+    # The padding lies in every token's future, so no token attends to it.
     padded = math.ceil(seq / _LANES) * _LANES
     rows_of_heads = [
         jnp.pad(x, ((0, 0), (0, padded - seq), (0, 0), (0, 0))).swapaxes(1, 2) for x in (q / math.sqrt(head_dim), k, v)

@@ -1,6 +1,6 @@
 """Multi-head attention as GPTModel uses it: step 5 of :mod:`slm_jax.attention` on the machine's fastest kernel."""
 
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -58,29 +58,6 @@ class FusedMultiHeadAttention(nn.Module):
     out_kernel_init: Initializer = nn.initializers.lecun_normal()
     implementation: Implementation = "auto"
 
-    @overload
-    def __call__(
-        self,
-        x: Array,
-        *,
-        mask: Array | None = ...,
-        segment_ids: Array | None = ...,
-        deterministic: bool = ...,
-        return_weights: Literal[False] = ...,
-    ) -> Array: ...
-    @overload
-    def __call__(
-        self,
-        x: Array,
-        *,
-        mask: Array | None = ...,
-        segment_ids: Array | None = ...,
-        deterministic: bool = ...,
-        return_weights: Literal[True],
-    ) -> tuple[Array, Array]: ...
-    @overload
-    def __call__(self, x: Array, *, cache: LayerCache, start: Array | None) -> tuple[Array, LayerCache]: ...
-
     @nn.compact
     def __call__(
         self,
@@ -92,7 +69,7 @@ class FusedMultiHeadAttention(nn.Module):
         return_weights: bool = False,
         cache: LayerCache | None = None,
         start: Int[Array, "batch"] | None = None,
-    ) -> Float[Array, "batch seq emb"] | tuple[Float[Array, "batch seq emb"], Any]:
+    ) -> Any:
         """Compute the layer's output.
 
         Args:
@@ -120,13 +97,13 @@ class FusedMultiHeadAttention(nn.Module):
                 "qkv", self._project(x, one_token=cache is not None and x.shape[1] == 1), strict=True
             )
         )
-        weights = None
+        extra: Any
         if cache is not None:
             assert start is not None
-            context, cache = cached_attention(q, k, v, cache, start)
+            context, extra = cached_attention(q, k, v, cache, start)
         else:
             dropout_key = self.make_rng("dropout") if self.drop_rate > 0 and not deterministic else None
-            context, weights = self._attend(q, k, v, mask, segment_ids, dropout_key, return_weights)
+            context, extra = self._attend(q, k, v, mask, segment_ids, dropout_key, return_weights)
         out_proj = Dense(
             self.emb_dim,
             axis=(-2, -1),
@@ -137,9 +114,7 @@ class FusedMultiHeadAttention(nn.Module):
             name="out_proj",
         )
         output = Adapter(name="out_proj_adapter")(out_proj(context), context, deterministic)
-        if cache is not None:
-            return output, cache
-        return (output, weights) if return_weights else output
+        return (output, extra) if cache is not None or return_weights else output
 
     def _project(self, x: Array, one_token: bool) -> list[Array]:
         """Return queries, keys and values, each (batch, seq, n_heads, head_dim).

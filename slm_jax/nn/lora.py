@@ -1,7 +1,7 @@
-"""LoRA: a large change of a matrix as the product of two small ones, trained beside the frozen matrix (Hu et al. 2021).
+"""LoRA (Hu et al. 2021): a large change of a frozen matrix as the product of two small ones, which are trained.
 
 ``y = x W + dropout(x) A B · alpha / rank``, with A random and B zero at the start, so that the first step starts from
-exactly the model that is adapted. An adapter is part of the params tree: beside ``blocks/attn/out_proj`` lies
+exactly the model that is adapted. An adapter is part of the params tree: next to ``blocks/attn/out_proj`` is
 ``blocks/attn/out_proj_adapter`` with ``lora_a`` (layers, in, rank), ``lora_b`` (layers, rank, out) and the constants
 ``lora_scale`` and, with dropout, ``lora_drop_rate``. ``in`` and ``out`` are single axes, also where the matrix has
 heads and their width. The model applies an adapter if it is there; its configuration does not change.
@@ -129,7 +129,7 @@ def split_adapters(params: Params) -> tuple[Params, Params]:
 
 
 def add_adapters(params: Params, adapters: Params) -> Params:
-    """Return the parameters with adapters beside their matrices, for a model to run or to be merged.
+    """Return the parameters with adapters next to their matrices, for a model to run or to be merged.
 
     Raises:
         InputError: adapters made for a model of another shape.

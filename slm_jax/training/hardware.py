@@ -1,4 +1,4 @@
-"""What the devices can do: peak arithmetic, memory, and the dtype that suits them."""
+"""What devices offer: peak FLOP/s, memory, and the best dtype."""
 
 import contextlib
 import dataclasses
@@ -17,10 +17,10 @@ from slm_jax.nn.target import target, target_of
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """What a kind of accelerator can do, as its maker's data sheet says.
+    """A kind of accelerator, by its maker's data sheet.
 
     Attributes:
-        name: on the command line, such as ``a100-40g``.
+        name: name on the command line, such as ``a100-40g``.
         kind: a part of JAX's ``device_kind`` that no digit follows.
         platform: JAX's name: ``gpu`` or ``tpu``.
         capability: NVIDIA's compute capability; None on a TPU.
@@ -42,7 +42,7 @@ class Device:
 
     @property
     def usable(self) -> float:
-        """The share of the memory that JAX gives to a program: on a GPU 75 % unless it is told otherwise.
+        """The share of the memory that JAX gives to a program: by default 75% on a GPU.
 
         The TPU's share is what its compiler allows a v5e: 15.75 of 16 GiB.
         """
@@ -76,7 +76,7 @@ DEVICES = (
 
 
 def find_device(name: str) -> Device:
-    """Return the accelerator of a name such as ``a100-40g``; upper case is let through.
+    """Return the accelerator with a name such as ``a100-40g``, in upper or lower case.
 
     Raises:
         InputError: an unknown name; the nearest is suggested.
@@ -101,7 +101,7 @@ def best_dtype(device: jax.Device | None = None) -> DType:
 
 
 def device_here(device: jax.Device | None = None) -> Device | None:
-    """Return which accelerator a device is, by default the first; None: a CPU, or one that is not known."""
+    """Return the kind of a device, by default the first; None for a CPU or an unknown accelerator."""
     kind = (device or jax.devices()[0]).device_kind
     return next((known for known in DEVICES if re.search(rf"{known.kind}(?!\d)", kind)), None)
 
@@ -131,7 +131,7 @@ def device_memory(device: jax.Device | None = None) -> int | None:
 
 
 def machine_memory() -> int | None:
-    """Return the bytes that programs can still get, caches that give way included; elsewhere than on Linux, all."""
+    """Return the available memory in bytes, reclaimable caches included; outside Linux, all memory."""
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))

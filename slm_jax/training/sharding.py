@@ -22,13 +22,13 @@ BATCH_SPEC = PartitionSpec(("data", "fsdp"))
 
 
 def initialize_distributed(environ: Mapping[str, str] = os.environ) -> bool:
-    """Join the other processes of a multi-host job where the environment tells of one; return whether it did.
+    """Join the other processes of a multi-host job if the environment describes one; return whether it did.
 
-    Told by: ``JAX_COORDINATOR_ADDRESS`` (with ``JAX_NUM_PROCESSES`` and ``JAX_PROCESS_ID``), ``srun`` or Open MPI with
+    That is: ``JAX_COORDINATOR_ADDRESS`` (with ``JAX_NUM_PROCESSES`` and ``JAX_PROCESS_ID``), ``srun`` or Open MPI with
     several tasks, or a list of several TPU workers (``TPU_WORKER_HOSTNAMES``).
 
     Raises:
-        InputError: variables that are incomplete or no whole numbers.
+        InputError: variables that are incomplete or not whole numbers.
     """
     if jax.distributed.is_initialized():  # by an earlier run of this process
         return True
@@ -53,10 +53,10 @@ def initialize_distributed(environ: Mapping[str, str] = os.environ) -> bool:
 
 
 def _join(*coordinates: Any) -> None:
-    """Join; JAX then notes SIGTERM for itself alone, and here it is given back to who handled it before."""
+    """Join, and restore the handler of SIGTERM, which JAX replaces by its own."""
     handler = signal.getsignal(signal.SIGTERM)
     jax.distributed.initialize(*coordinates)
-    if handler is not None:  # one that Python knows
+    if handler is not None:  # set from Python
         signal.signal(signal.SIGTERM, handler)
 
 
@@ -82,9 +82,9 @@ def mesh_sizes(cfg: MeshConfig, n_devices: int) -> tuple[int, int]:
 
 
 def compiler_options(platform: str, n_devices: int, environ: Mapping[str, str] = os.environ) -> dict[str, bool]:
-    """Return how XLA compiles a training step: for several GPUs so that they compute while they exchange gradients.
+    """Return XLA's options for a training step: several GPUs should compute while they exchange gradients.
 
-    XLA does so by itself on a TPU; what ``XLA_FLAGS`` says of it is left alone.
+    On a TPU this is XLA's default. A setting in ``XLA_FLAGS`` is kept.
 
     Args:
         platform: "cpu", "gpu" or "tpu", as JAX names it.

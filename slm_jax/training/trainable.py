@@ -1,7 +1,7 @@
 """Which parameters are trained: two disjoint trees, ``trainable`` and ``frozen``, that merge into the model's.
 
-A frozen trunk is a segment of its own (``blocks_0``), so that no gradient is computed through it; frozen leaves have
-no optimizer state. The forms that training uses lead back to the one tree of the contract: :func:`whole_params`.
+A frozen trunk is a separate segment (``blocks_0``), so that no gradient is computed through it; frozen leaves have
+no optimizer state. :func:`whole_params` restores the model's one tree.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,12 +23,12 @@ def split_params(params: Params, config: "BaseRunConfig", key: jax.Array) -> tup
     """Split a model's whole params tree as ``trainable`` says; return (trainable, frozen).
 
     Args:
-        params: the model's; for ``lora`` adapters are added to them.
-        config: the run's.
-        key: of new adapters.
+        params: the model's parameters; with ``lora``, adapters are added.
+        config: configuration of the run.
+        key: random key for new adapters.
 
     Raises:
-        InputError: more blocks than the model has; no head of its own; a LoRA pattern that matches nothing.
+        InputError: more blocks than the model has; no separate head; a LoRA pattern that matches nothing.
     """
     if config.trainable == "all":
         return params, {}
