@@ -6,6 +6,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from sharing import make_once
 
 from slm_jax import cli
 from slm_jax.model import GPTConfig, init_params
@@ -36,10 +37,7 @@ def instructions(n=20):
     return [{"instruction": f"double {i}", "output": f"{2 * i}."} for i in range(n)]
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """Data of both tasks, a template, and a model that was pretrained for two steps."""
-    folder = tmp_path_factory.mktemp("finetune")
+def make_place(folder):
     jsonl(folder / "classification.jsonl", labelled())
     jsonl(folder / "instruction.jsonl", instructions())
     (folder / "template.json").write_text(json.dumps(TEMPLATE))
@@ -50,7 +48,12 @@ def place(tmp_path_factory):
         "model.unroll": "false", "sample.every": 0, "optimizer.warmup_steps": 0,
     }  # fmt: skip
     assert cli.main(["train", *words(options)]) == 0
-    return folder
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory):
+    """Data of both tasks, a template, and a model that was pretrained for two steps."""
+    return make_once(tmp_path_factory, "finetuning", make_place)
 
 
 def words(options):
@@ -72,22 +75,23 @@ def options(place, task, runs, trainable="last_block", **more):
     return words(values)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def tuned(place, tmp_path_factory):
-    """Runs by task and by what is trained, each made once; what they started from is gone when they are done."""
-    made = {}
+    """Run and arguments by task and by what is trained; what they started from is gone when they are done."""
 
-    def make(task, trainable):
-        if (task, trainable) not in made:
-            runs = tmp_path_factory.mktemp(f"{task}-{trainable}")
+    def run(task, trainable):
+        def make(runs):
             shutil.copytree(place / "base", runs / "base")
-            arguments = options(place, task, runs, trainable, base=runs / "base")
-            assert cli.main(["finetune", *arguments]) == 0
+            assert cli.main(["finetune", *arguments(runs)]) == 0
             shutil.rmtree(runs / "base")
-            made[task, trainable] = (runs / "tuned", arguments)
-        return made[task, trainable]
 
-    return make
+        def arguments(runs):
+            return options(place, task, runs, trainable, base=runs / "base")
+
+        runs = make_once(tmp_path_factory, f"tuned-{task}-{trainable}", make)
+        return runs / "tuned", arguments(runs)
+
+    return run
 
 
 def save_new(folder, tokenizer, **fields):

@@ -33,14 +33,13 @@ FORMAT = 2  # of the params tree and the metadata; 1 had query, key and value in
 class Checkpoints:
     """The checkpoints of one run: the latest few, and the one with the lowest validation loss.
 
-    Use as a context manager; leaving it waits for the save under way. One save at a time runs in the background; an
+    Use as a context manager; leaving it waits for the pending save. One save at a time runs in the background; an
     error in it is raised by the next call.
 
     Args:
-        folder: of the checkpoints.
-        keep: how many of the latest.
-        on_saved: called in the background with the step of a checkpoint that is whole and has its checksums; on the
-            first host only.
+        folder: folder of the checkpoints.
+        keep: number of latest checkpoints to keep.
+        on_saved: called in the background with the step of a finished checkpoint; on the first host only.
     """
 
     def __init__(self, folder: Path, keep: int = 2, on_saved: Callable[[int], None] | None = None):
@@ -143,14 +142,14 @@ def _validation_loss(metrics: dict[str, float]) -> float:
 
 
 def saved_steps(folder: Path) -> list[int]:
-    """Return the steps that have a committed checkpoint, ascending; one that was being deleted is none."""
+    """Return the steps that have a committed checkpoint, ascending; a half-deleted one does not count."""
     if not folder.is_dir():
         return []
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal() and (path / METADATA).is_file())
 
 
 def read_metadata(folder: Path, step: int) -> dict[str, Any]:
-    """Return what :meth:`Checkpoints.save` was given beside the state of a step, ``validation_loss`` included.
+    """Return the metadata saved with a step, ``validation_loss`` included.
 
     Raises:
         InputError: no checkpoint of slm_jax there, or a damaged one.
@@ -180,60 +179,61 @@ def best_step(folder: Path) -> int | None:
 
 
 def load_params(folder: Path, step: int, like: Params, sharding: Any = None) -> Params:
-    """Load only the parameters of a step, with the shapes and dtypes of ``like``.
+    """Load only the parameters of a step.
 
     Args:
-        folder: of the checkpoints.
-        step: which.
-        like: the params tree as arrays or shapes.
-        sharding: of every leaf, or a tree of them; None: the first device.
+        folder: folder of the checkpoints.
+        step: step of the checkpoint.
+        like: the params tree, as arrays or shapes; gives shapes and dtypes.
+        sharding: sharding of every leaf, or a tree of them; None: the first device.
 
     Raises:
         MissingInputError: no such step.
         InputError: the files differ from their checksums, cannot be read, or hold other shapes.
     """
-    if step not in saved_steps(folder):
-        there = ", ".join(map(str, saved_steps(folder))) or "none"
-        raise MissingInputError(f"{folder}: no checkpoint of step {step}; there are: {there}")
-    others = [str(saved) for saved in saved_steps(folder) if saved != step]
-    another = f"choose another step of {', '.join(others)}" if others else "no other step was saved"
+    steps = saved_steps(folder)
+    if step not in steps:
+        raise MissingInputError(f"{folder}: no checkpoint of step {step}; there are: {', '.join(map(str, steps))}")
+    others = ", ".join(str(saved) for saved in steps if saved != step)
+    another = f"choose another step of {others}" if others else "no other step was saved"
     if damage := find_damage(folder / str(step)):
         raise InputError(f"{damage}; {another}")
     if not isinstance(sharding, dict):
-        sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        sharding = jax.tree.map(lambda _: sharding, like)
+        place = sharding or _first_device()
+        sharding = jax.tree.map(lambda _: place, like)
     abstract = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), like, sharding)
-    path = (folder / str(step)).resolve()  # Orbax takes absolute paths only
-    try:
-        return ocp.load_checkpointables(path, {"params": abstract})["params"]
-    except Exception as error:  # of any kind: without checksums Orbax runs into whatever the files hold
-        cause = " ".join(str(error.__cause__ or error).split())[:200]
-        raise InputError(f"{path}: its parameters cannot be loaded ({cause}); {another}") from None
+    return _load(folder / str(step), "params", abstract, another)
 
 
 def load_opt_state(folder: Path, step: int, like: Any) -> Any:
-    """Load only the optimizer's state of a step, to the host.
+    """Load only the optimizer state of a step, to the host.
 
     Args:
-        folder: of the checkpoints.
-        step: which, of those that are there and not damaged.
-        like: the state as arrays or shapes.
+        folder: folder of the checkpoints.
+        step: step of an existing, whole checkpoint.
+        like: the state, as arrays or shapes.
 
     Raises:
         InputError: the checkpoint holds another state, or none.
     """
-    path = (folder / str(step)).resolve()
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like)
     key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
-    scalars = {"step": jax.ShapeDtypeStruct((), "int32", sharding=sharding)}
-    scalars["key"] = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding)
-    try:
-        state = ocp.load_checkpointables(path, {"state": {**scalars, "opt_state": abstract}})["state"]
-    except Exception as error:  # of any kind, as above
-        cause = " ".join(str(error.__cause__ or error).split())[:200]
-        raise InputError(f"{path}: has no state of this optimizer ({cause}); leave base_optimizer out") from None
+    like = {"step": jax.ShapeDtypeStruct((), "int32"), "key": key, "opt_state": like}
+    place = _first_device()
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), like)
+    state = _load(folder / str(step), "state", abstract, "the optimizer is another; leave base_optimizer out")
     return jax.device_get(state["opt_state"])
+
+
+def _first_device() -> jax.sharding.Sharding:
+    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+
+def _load(path: Path, item: str, abstract: Any, remedy: str) -> Any:
+    try:
+        return ocp.load_checkpointables(path.resolve(), {item: abstract})[item]  # Orbax takes absolute paths only
+    except Exception as error:  # of any kind: without checksums Orbax runs into whatever the files hold
+        cause = " ".join(str(error.__cause__ or error).split())[:200]
+        raise InputError(f"{path}: its {item} cannot be loaded ({cause}); {remedy}") from None
 
 
 def write_checksums(folder: Path) -> None:
@@ -245,7 +245,7 @@ def write_checksums(folder: Path) -> None:
 def find_damage(folder: Path) -> str | None:
     """Describe the first file of a checkpoint that is missing or changed; None if there is none.
 
-    Of a checkpoint without checksums (the process was killed just after it was committed) only the shape is looked at.
+    A checkpoint without checksums (the process was killed right after the commit) is only checked for its main files.
     """
     sums_file = folder / CHECKSUMS
     if not sums_file.is_file():
@@ -262,7 +262,7 @@ def find_damage(folder: Path) -> str | None:
         if not path.is_file():
             return f"{path} is missing from the checkpoint"
         if sha256(path) != expected:
-            return f"{path} is damaged: its SHA-256 is not the one noted when it was saved"
+            return f"{path} is damaged: its SHA-256 differs from the one recorded when it was saved"
     return None
 
 

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a request to stop: the loop saves and leaves at its next step; a second one ends at once."""
+"""SIGINT and SIGTERM as a request to stop: the loop saves and ends after the step; a second one ends at once."""
 
 import os
 import signal
@@ -11,10 +11,10 @@ import jax
 
 
 class Interrupted(Exception):
-    """A stop was asked for.
+    """A stop was requested.
 
     Attributes:
-        signum: the signal's number; a process that ends on it exits with 128 + signum.
+        signum: number of the signal; the process exits with 128 + signum.
     """
 
     def __init__(self, signum: int):
@@ -23,9 +23,11 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """Notes the first SIGINT or SIGTERM while it is entered; :meth:`check` raises it where stopping is safe.
+    """Records the first SIGINT or SIGTERM; :meth:`check` raises it where stopping is safe.
 
-    A thread watches for them, too: Python calls a handler only between steps, and a step may take long.
+    Use as a context manager.
+
+    A thread watches for them, too: Python runs a handler only between steps, and a step may take long.
     """
 
     def __init__(self) -> None:
@@ -55,7 +57,7 @@ class StopRequest:
         self.signum = self.signum or signum
 
     def _watch(self, read_end: int) -> None:
-        """Note the first signal, and end the process at the second."""
+        """Record the first signal, and end the process at the second."""
         came = 0
         with os.fdopen(read_end, "rb", buffering=0) as signals:
             while number := signals.read(1):  # nothing once the other end is closed
@@ -66,15 +68,15 @@ class StopRequest:
                     _end_now(number[0])
                 self._note(number[0])
                 if number[0] == signal.SIGINT:
-                    print("\nstopping as soon as all is saved; Ctrl-C again ends at once", file=sys.stderr, flush=True)
+                    print("\nsaving, then stopping; Ctrl-C again ends at once", file=sys.stderr, flush=True)
 
     def check(self) -> None:
-        """Raise :class:`Interrupted` if a signal has come; several processes only stop together (:meth:`agreed`)."""
+        """Raise :class:`Interrupted` after a signal; several processes only stop together (:meth:`agreed`)."""
         if self.signum is not None and jax.process_count() == 1:
             raise Interrupted(self.signum)
 
     def agreed(self, step: int) -> bool:
-        """Return whether to stop after this step; several processes agree on it, at every tenth step."""
+        """Return whether to stop after this step; several processes agree on it at every tenth step."""
         if jax.process_count() == 1:
             return self.signum is not None
         if step % 10:
@@ -86,7 +88,7 @@ class StopRequest:
 
 
 def _end_now(signum: int) -> None:
-    """End without unwinding: an exception raised inside the compiler can crash; checkpoints are renamed when whole."""
+    """End without unwinding: an exception inside the compiler can crash, and checkpoints are committed by a rename."""
     if sys.stderr.isatty():
         sys.stderr.write("\x1b[?25h")  # show the cursor that the live line hides
     os._exit(128 + signum)

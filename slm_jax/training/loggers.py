@@ -1,6 +1,6 @@
-"""Other places for the lines of ``metrics.jsonl``: TensorBoard and Weights & Biases, under the same names.
+"""Loggers for the lines of ``metrics.jsonl``: TensorBoard and Weights & Biases; both packages are optional.
 
-A figure's name there is its split and its key: ``train/loss``, ``val/perplexity``. Both packages are optional.
+A figure is named by its split and its key: ``train/loss``, ``val/perplexity``.
 """
 
 import importlib.util
@@ -14,15 +14,15 @@ from slm_jax.errors import InputError
 from slm_jax.training.config import BaseRunConfig, LoggingConfig
 
 TENSORBOARD = "tensorboard"  # TensorBoard's folder in the run's
-PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # by their extra, which is their key, too
-WANDB_ID = "wandb-id.txt"  # the run's name at Weights & Biases, which a run that goes on keeps
+PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # by extra and configuration key
+WANDB_ID = "wandb-id.txt"  # the run's id at Weights & Biases, for a resume
 
 
 def check_loggers(config: LoggingConfig) -> None:
-    """Refuse what is asked for and not installed.
+    """Check that the requested loggers are installed.
 
     Raises:
-        InputError: naming the package and how to get it.
+        InputError: naming the package and how to install it.
     """
     asked = {"tensorboard": config.tensorboard, "wandb": config.wandb != "disabled"}
     for key, package in PACKAGES.items():
@@ -34,7 +34,7 @@ def check_loggers(config: LoggingConfig) -> None:
 
 
 class TensorBoardLogger:
-    """Writes TensorBoard's event files; what they have after ``step`` is hidden."""
+    """Writes TensorBoard's event files; hides what they have after ``step``."""
 
     def __init__(self, folder: Path, step: int):
         from tensorboardX import SummaryWriter
@@ -42,23 +42,23 @@ class TensorBoardLogger:
         self._writer = SummaryWriter(str(folder), purge_step=step + 1)
 
     def metrics(self, row: dict[str, Any]) -> None:
-        """Take a line of ``metrics.jsonl``."""
+        """Log a line of ``metrics.jsonl``."""
         for name, value in figures(row).items():
             self._writer.add_scalar(name, value, row["step"])
 
     def text(self, name: str, text: str, step: int) -> None:
-        """Take a text, as Markdown shows it unchanged."""
+        """Log a text, indented so that Markdown shows it unchanged."""
         self._writer.add_text(name, "\n".join(f"    {line}" for line in text.splitlines()), step)
 
     def close(self) -> None:
-        """Write what is still to be written."""
+        """Flush and close."""
         self._writer.close()
 
 
 class WandbLogger:
     """Sends to Weights & Biases, or, offline, writes what ``wandb sync`` sends later.
 
-    A run that goes on is the same run there; steps that were done again are there twice, as nothing can be taken back.
+    A resumed run is the same run there; repeated steps appear twice, as nothing can be taken back.
 
     Raises:
         InputError: Weights & Biases refuses: no key, no network, no such project.
@@ -84,17 +84,17 @@ class WandbLogger:
         except wandb.Error as error:  # no key, no network, no such project
             reason = " ".join(str(error).split())
             raise InputError(
-                f"logging.wandb is {config.logging.wandb}: Weights & Biases says: {reason:.300}; run wandb login, or "
+                f"logging.wandb is {config.logging.wandb}: Weights & Biases: {reason:.300}; run wandb login, or "
                 "use --logging.wandb offline"
             ) from None
         self._run.define_metric("*", step_metric="step")  # its own steps may only grow, and a resume goes back
 
     def metrics(self, row: dict[str, Any]) -> None:
-        """Take a line of ``metrics.jsonl``."""
+        """Log a line of ``metrics.jsonl``."""
         self._run.log({**figures(row), "step": row["step"]})
 
     def text(self, name: str, text: str, step: int) -> None:
-        """Take a text."""
+        """Log a text."""
         import html
 
         import wandb
@@ -102,7 +102,7 @@ class WandbLogger:
         self._run.log({name: wandb.Html(f"<pre>{html.escape(text)}</pre>", inject=False), "step": step})
 
     def close(self) -> None:
-        """Write what is still to be written."""
+        """Flush and close."""
         self._run.finish()
 
 
@@ -110,7 +110,7 @@ Logger = TensorBoardLogger | WandbLogger
 
 
 def open_loggers(config: BaseRunConfig, folder: Path, step: int) -> list[Logger]:
-    """Open the loggers that the run asks for; what they have after ``step`` is dropped where they can.
+    """Open the requested loggers; where they can, they drop what they have after ``step``.
 
     Raises:
         InputError: a logger that cannot be opened.

@@ -1,4 +1,4 @@
-"""Pictures of a run. Matplotlib is imported only when one is drawn."""
+"""The loss curves of a run. Matplotlib is imported only when they are drawn."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,15 +12,15 @@ TRAINING, VALIDATION, ACCURACY = "#9ab8d9", "#c2410c", "#4d7c0f"
 
 
 def draw_loss(rows: list[dict[str, Any]], path: Path, title: str, unit: str = "nats a token") -> None:
-    """Draw training and validation loss over steps into a PNG; with no finite loss there is nothing to draw.
+    """Draw training and validation loss by step into a PNG file; without a finite loss write none.
 
-    Where validation has an accuracy, it is drawn too, on an axis of its own on the right.
+    The validation accuracy, if there is one, has its own axis on the right.
 
     Args:
         rows: lines of ``metrics.jsonl``.
-        path: where to write.
-        title: what to write above the picture.
-        unit: of the loss, such as "nats a text".
+        path: the PNG file.
+        title: title of the picture.
+        unit: unit of the loss, such as "nats a text".
     """
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a live line in a terminal, plain lines elsewhere."""
+"""The progress of a run: a live line in a terminal, plain lines elsewhere."""
 
 import math
 import time
@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, TaskProgressColum
 from rich.table import Table
 
 PLAIN_INTERVAL = 5.0  # seconds between two plain lines of training
-WIDE = 120  # columns from which there is room for a bar beside the figures
+WIDE = 120  # columns from which a bar fits beside the figures
 
 
 class ProgressLine:
@@ -69,7 +69,7 @@ class ProgressLine:
 
 
 def format_duration(seconds: float) -> str:
-    """Write seconds as a person would: 42 s, 3 min 05 s, 2 h 10 min."""
+    """Format seconds: 42 s, 3 min 05 s, 2 h 10 min."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -79,12 +79,12 @@ def format_duration(seconds: float) -> str:
 
 
 def format_bytes(n_bytes: float) -> str:
-    """Write a size in MB or GB (powers of ten)."""
+    """Format a size in MB or GB (powers of ten)."""
     return f"{n_bytes / 1e9:,.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:,.1f} MB"
 
 
 def parameter_table(params: Any) -> Table:
-    """Return the table of parameters: one row for each leaf, with its shape and count.
+    """Return a table with the shape and count of each leaf.
 
     ``params`` is a nested dict of arrays or shapes.
     """
@@ -103,7 +103,7 @@ def parameter_table(params: Any) -> Table:
 
 
 def count_leaves(params: Any) -> int:
-    """Return how many parameters a tree of arrays or shapes has."""
+    """Return the number of parameters in a tree of arrays or shapes."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 

@@ -176,10 +176,12 @@ def _latest(place: RunFolder, above: int = -1) -> tuple[int | None, dict[str, An
         if step <= above:
             break
         problem = find_damage(place.step_path(step))
-        with suppress(InputError):
-            if problem is None:
+        if problem is None:
+            try:
                 return step, read_metadata(place.checkpoints, step), damaged
-        damaged.append(problem or f"{place.step_path(step)}: its metadata cannot be read")
+            except InputError as error:
+                problem = str(error)
+        damaged.append(problem)
     return None, {}, damaged
 
 

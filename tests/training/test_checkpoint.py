@@ -321,7 +321,7 @@ def test_the_optimizers_state_loads_alone_to_the_host(template):
 @pytest.mark.parametrize(("optimizer", "size"), [(optax.sgd(0.1, momentum=0.9), 64), (OPTIMIZER, 32)])
 def test_the_state_of_another_optimizer_or_model_is_refused(template, optimizer, size):
     like = jax.eval_shape(lambda: optimizer.init(make_state(20, size).trainable))
-    with pytest.raises(InputError, match=rf"{template / '20'}: has no state of this optimizer") as caught:
+    with pytest.raises(InputError, match=rf"{template / '20'}: its state cannot be loaded") as caught:
         load_opt_state(template, 20, like)
     assert "\n" not in str(caught.value)
 
@@ -408,5 +408,6 @@ def test_a_run_that_went_back_behind_damaged_checkpoints_keeps_what_it_saves_nex
 
 def test_the_size_of_a_checkpoint_is_that_of_its_arrays():
     params = {"kernel": jax.ShapeDtypeStruct((3, 5), "float32"), "scale": jax.ShapeDtypeStruct((8,), "bfloat16")}
-    assert checkpoint_bytes(params, optax.sgd(0.1)) == 60 + 16
-    assert checkpoint_bytes(params, optax.scale_by_adam()) == 3 * (60 + 16) + 4
+    for optimizer, n_bytes in ((optax.sgd(0.1), 60 + 16), (optax.scale_by_adam(), 3 * (60 + 16) + 4)):
+        state = TrainState(jnp.int32(0), params, jax.eval_shape(optimizer.init, params), jax.random.key(0))
+        assert checkpoint_bytes(state) == n_bytes

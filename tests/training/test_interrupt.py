@@ -98,7 +98,7 @@ def test_the_second_signal_ends_the_process_within_a_step():
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGINT)
         assert process.stderr.readline() == "\n"
-        assert process.stderr.readline().startswith("stopping as soon as")
+        assert process.stderr.readline().startswith("saving, then stopping")
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=30) == 128 + signal.SIGINT
     finally:
