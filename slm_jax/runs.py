@@ -1,4 +1,4 @@
-"""A model with its tokenizer: a run, read back from its folder, or any GPT-2 weights."""
+"""Reading runs: a model with its tokenizer from a run's folder, or from weights of another program."""
 
 import dataclasses
 import hashlib
@@ -42,12 +42,12 @@ class Run:
     """A model with its tokenizer.
 
     Attributes:
-        folder: the run's folder, or the weights' file or folder.
-        step: the checkpoint's step; None: weights that are no checkpoint of ours.
-        model_config: the model's configuration, computing in this device's dtype.
-        params: the model's parameters.
-        tokenizer: the model's tokenizer.
-        template: how the model was shown instructions; None: it was not.
+        folder: folder of the run, or file or folder of the weights.
+        step: step of the checkpoint; None: weights of another program.
+        model_config: configuration of the model, computing in this device's dtype.
+        params: parameters of the model.
+        tokenizer: tokenizer of the model.
+        template: template of the instructions that the model was trained on; None: it was not.
     """
 
     folder: Path
@@ -65,12 +65,9 @@ def load_run(folder: str | Path, step: int | str = "best") -> Run:
         folder: such as ``runs/tiny``, or ``runs/tiny@800`` with the step.
         step: a step, ``"best"`` (the lowest validation loss) or ``"latest"``.
 
-    Returns:
-        The model's configuration, parameters and tokenizer, with folder and step.
-
     Raises:
         MissingInputError: no run there, or no checkpoint of that step.
-        InputError: a damaged checkpoint; a step that is none.
+        InputError: a damaged checkpoint; an invalid step.
     """
     checkpoint = find_checkpoint(folder, step)
     if checkpoint is None:
@@ -79,15 +76,13 @@ def load_run(folder: str | Path, step: int | str = "best") -> Run:
 
 
 def load_model(source: str | Path, tokenizer: Tokenizer | None = None, *, n_heads: int | None = None) -> Run:
-    """Load a model and its tokenizer from anything that :func:`slm_jax.runs_gpt2` takes.
+    """Load a model and its tokenizer from anything that :func:`load_gpt2` reads.
 
     Args:
         source: a run, a checkpoint, a file or folder of weights, or a name such as ``gpt2``.
-        tokenizer: the model's; None: the run's, the one saved in the folder, or GPT-2's if the vocabulary is GPT-2's.
-        n_heads: attention heads, where the weights do not state them and are of none of OpenAI's four shapes.
-
-    Returns:
-        The model's configuration, parameters and tokenizer; ``step`` is None for weights that are no run's.
+        tokenizer: tokenizer of the model; None: the run's, the one saved in the folder, or GPT-2's if the vocabulary is
+            GPT-2's.
+        n_heads: number of attention heads, if the weights do not state it and have none of OpenAI's four shapes.
 
     Raises:
         MissingInputError: nothing there, or a download that is not possible.
@@ -103,18 +98,18 @@ def load_model(source: str | Path, tokenizer: Tokenizer | None = None, *, n_head
 
 
 def load_classifier(source: str | Path, step: int | str = "best") -> Classifier:
-    """Load what ``slm-jax finetune`` made of a model with ``task: classification``.
+    """Load a classifier that ``slm-jax finetune`` trained with ``task: classification``.
 
     Args:
         source: a run such as ``runs/classify_builtin``, or ``runs/classify_builtin@800`` with the step.
         step: a step, ``"best"`` (the lowest validation loss) or ``"latest"``.
 
     Returns:
-        What is called with a list of texts and gives a :class:`Prediction` for each.
+        A function from a list of texts to a :class:`Prediction` for each.
 
     Raises:
         MissingInputError: no run there, or no checkpoint of that step.
-        InputError: a run that is no classifier; a damaged checkpoint; a step that is none.
+        InputError: a run that is no classifier; a damaged checkpoint; an invalid step.
     """
     checkpoint = find_checkpoint(source, step)
     if checkpoint is None:
@@ -127,7 +122,7 @@ def load_classifier(source: str | Path, step: int | str = "best") -> Classifier:
 
 
 def find_tokenizer(source: str | Path, cfg: GPTConfig) -> Tokenizer:
-    """Return the tokenizer of a run, the one that lies beside weights, or GPT-2's where nothing speaks against it.
+    """Return the tokenizer of a run, the one beside weights, or GPT-2's if the vocabulary is GPT-2's.
 
     Raises:
         InputError: there is none.
@@ -139,7 +134,7 @@ def find_tokenizer(source: str | Path, cfg: GPTConfig) -> Tokenizer:
 
 
 def save_run(folder: Path, run: Run) -> None:
-    """Write a model as a run with one checkpoint, of step 0, which has no optimizer's state to go on with.
+    """Write a model as a run with one checkpoint of step 0; training cannot resume from it.
 
     Raises:
         InputError: a folder in use, or one that cannot be written.
@@ -148,7 +143,7 @@ def save_run(folder: Path, run: Run) -> None:
     metadata = {
         "config": {},
         "model": dataclasses.asdict(run.model_config),
-        "identity": {"task": "imported weights"},  # equal to that of no training
+        "identity": {"task": "imported weights"},  # no training has this identity
         "tokenizer": run.tokenizer.to_dict(),
         **({} if run.template is None else {"template": run.template.to_dict()}),
     }
@@ -179,7 +174,7 @@ def _with_vocabulary(cfg: GPTConfig, tokenizer: Tokenizer, path: Path) -> GPTCon
     return dataclasses.replace(cfg, unpadded_vocab_size=tokenizer.vocab_size if padded else None)
 
 
-# Of GPT-2's vocabulary, {token: id}: the JSON with sorted keys and no spaces.
+# SHA-256 of GPT-2's vocabulary {token: id} as JSON with sorted keys and no spaces.
 _GPT2_VOCAB_SHA256 = "e35d8b86ebd35ebd260d040aa455e09759f7e675f4dbb7f3d727516f27eca190"
 
 
@@ -203,7 +198,7 @@ def _tokenizer_beside(path: Path, cfg: GPTConfig) -> Tokenizer:
 
 
 def _vocabulary(folder: Path) -> object:
-    """Return the vocabulary that Hugging Face's tokenizer files in a folder hold; None without such files."""
+    """Return the vocabulary of Hugging Face's tokenizer files in a folder; None without them."""
     if (folder / "vocab.json").is_file():
         return read_json(folder / "vocab.json")
     if (folder / "tokenizer.json").is_file():
@@ -227,18 +222,18 @@ def load_gpt2(
             nanoGPT's (``ckpt.pt``) or the book's weights; our own ``runs/x``, ``runs/x@800``, ``runs/x@best``,
             ``runs/x@latest`` or ``runs/x/checkpoints/800``; or ``gpt2``, ``gpt2-medium``, ``gpt2-large``, ``gpt2-xl``
             (a path of that name goes first, then ``$SLM_JAX_DATA``, then Hugging Face's cache, then a download).
-        n_heads: attention heads, where the weights do not state them and are of none of OpenAI's four shapes.
-        dtype: what the returned configuration computes in.
-        param_dtype: what the parameters are converted to.
+        n_heads: number of attention heads, if the weights do not state it and have none of OpenAI's four shapes.
+        dtype: dtype that the returned configuration computes in.
+        param_dtype: dtype of the parameters.
         sharding: a ``jax.sharding.Sharding`` for every leaf, or a tree of them; None: JAX's default device.
 
     Returns:
-        The configuration and the params tree (shapes: ``slm_jax.model.param_shapes``). Dropout is 0, except in
-        weights of our own, which carry theirs.
+        The configuration and the params tree (shapes: ``slm_jax.model.param_shapes``). Dropout is 0, except for runs,
+        which state theirs.
 
     Raises:
         MissingInputError: nothing there, or a download that is not possible.
-        InputError: weights that are not GPT-2's, incomplete or damaged, in one line that names file and tensor.
+        InputError: weights that are not GPT-2's, incomplete or damaged; names file and tensor.
     """
     checkpoint = find_checkpoint(source)
     if checkpoint is None:
@@ -278,16 +273,15 @@ def split_step(source: str | Path) -> tuple[Path, str | None]:
 
 
 def find_checkpoint(source: str | Path, step: int | str = "best") -> tuple[Path, int] | None:
-    """Return the run's folder and the step that a source names; None if it is no run.
+    """Return folder and step of the checkpoint that a source names; None if it is no run.
 
     Args:
         source: ``runs/x``, ``runs/x@800``, ``runs/x@best``, ``runs/x@latest`` or ``runs/x/checkpoints/800``.
-        step: which of a run, where the source does not say: a step, ``best`` (the lowest validation loss) or
-            ``latest``.
+        step: step to choose if the source names none: a number, ``best`` (lowest validation loss) or ``latest``.
 
     Raises:
         MissingInputError: a run without checkpoints, or without one of that step.
-        InputError: a step that is none; what can be no path.
+        InputError: an invalid step or path.
     """
     path, named = split_step(source)
     if named is not None and not (path / "checkpoints").is_dir():
@@ -329,23 +323,23 @@ def read_checkpoint(
     sharding: Any = None,
     classifier: bool = False,
 ) -> tuple[GPTConfig, Params, dict[str, Any]]:
-    """Load a checkpoint's model and what was saved beside it.
+    """Load the model of a checkpoint, and its metadata.
 
     Args:
-        folder: the run's folder.
-        step: of the checkpoint.
-        dtype: what to compute in.
-        param_dtype: what to hold parameters in; None: as they were trained.
-        n_heads: what the caller takes for the number of attention heads.
-        sharding: of every leaf, or a tree of them; None: JAX's default device.
-        classifier: whether a classifier is expected, whose params have a class_head, or a language model.
+        folder: folder of the run.
+        step: step of the checkpoint.
+        dtype: dtype to compute in.
+        param_dtype: dtype of the parameters; None: as they were trained.
+        n_heads: number of attention heads that the caller expects.
+        sharding: sharding of every leaf, or a tree of them; None: JAX's default device.
+        classifier: whether a classifier is expected, or a language model.
 
     Raises:
         InputError: a damaged checkpoint; one with another number of heads; a model of the other kind.
     """
     checkpoint = folder / "checkpoints" / str(step)
     metadata = read_metadata(checkpoint.parent, step)
-    # Its shape, not how it was executed: that was for another device, perhaps.
+    # Only the shape: it may have been executed on another device.
     execution = {"dtype": dtype, "attention": "auto", "remat": "none", "unroll": None}
     held = {} if param_dtype is None else {"param_dtype": param_dtype}
     try:
@@ -373,11 +367,11 @@ def read_checkpoint(
 
 
 def read_adapters(folder: Path, step: int) -> Params:
-    """Load the adapters alone of a run that was trained with ``trainable: lora``, not merged with their matrices.
+    """Load only the adapters of a run that was trained with ``trainable: lora``, not merged.
 
     Args:
-        folder: the run's folder.
-        step: of the checkpoint.
+        folder: folder of the run.
+        step: step of the checkpoint.
 
     Raises:
         InputError: a run without adapters; a damaged checkpoint.
@@ -394,8 +388,8 @@ def read_frozen(folder: Path, metadata: dict[str, Any]) -> Params:
     """Read the parameters that a run does not train, as NumPy arrays.
 
     Args:
-        folder: the run's folder.
-        metadata: of the checkpoint that they go with.
+        folder: folder of the run.
+        metadata: metadata of the checkpoint that they belong to.
 
     Raises:
         InputError: the file is missing, damaged, or another run's.
@@ -403,12 +397,12 @@ def read_frozen(folder: Path, metadata: dict[str, Any]) -> Params:
     file = folder / FROZEN
     params = read_tree(file)
     if metadata.get("frozen_sha256") not in (None, tree_fingerprint(file)):
-        raise InputError(f"{file}: is not what this run was trained with; restore it, or start anew with --run NAME")
+        raise InputError(f"{file}: is not what this run was trained with; restore it")
     return params
 
 
 def _with_frozen(folder: Path, trained: Params, cfg: GPTConfig, metadata: dict[str, Any]) -> Params:
-    """Return the whole model: what was trained, merged with what the run keeps of its base."""
+    """Return the whole model: the trained parameters merged with the frozen ones."""
     file, frozen = folder / FROZEN, read_frozen(folder, metadata)
     try:
         params = whole_params(trained, frozen)

@@ -193,7 +193,8 @@ def load_params(folder: Path, step: int, like: Params, sharding: Any = None) -> 
     """
     steps = saved_steps(folder)
     if step not in steps:
-        raise MissingInputError(f"{folder}: no checkpoint of step {step}; there are: {', '.join(map(str, steps))}")
+        there = ", ".join(map(str, steps)) or "none"
+        raise MissingInputError(f"{folder}: no checkpoint of step {step}; there are: {there}")
     others = ", ".join(str(saved) for saved in steps if saved != step)
     another = f"choose another step of {others}" if others else "no other step was saved"
     if damage := find_damage(folder / str(step)):

@@ -111,7 +111,7 @@ def test_a_classifier_is_no_base(place, tuned, tmp_path, capsys, task):
     fails(
         ["finetune", *options(place, task, tmp_path / "runs", base=run)],
         capsys,
-        "is a classifier; choose the run that it was made from",
+        "is a classifier; expected the run that it was made from",
     )
     assert not (tmp_path / "runs").exists()
 
