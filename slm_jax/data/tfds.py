@@ -6,7 +6,6 @@ import importlib.util
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from functools import cached_property
 from typing import Any
 from urllib.parse import urlsplit
@@ -89,6 +88,8 @@ class TensorFlowDataset(Source):
 def _find_builder(name: str) -> Any:
     import tensorflow_datasets as tfds
 
+    dataset = name.partition("/")[0]
+
     def find() -> Any:
         return tfds.builder(name, file_format="array_record", data_dir=os.environ.get("TFDS_DATA_DIR"))
 
@@ -99,8 +100,14 @@ def _find_builder(name: str) -> Any:
             for package in _OLD_BUILDERS:  # registered by their import
                 importlib.import_module(f"tensorflow_datasets.{package}")
             builder = find()
+    except tfds.core.DatasetNotFoundError as error:
+        hint = did_you_mean(dataset, tfds.list_builders(with_community_datasets=False), n=3)
+        raise MissingInputError(f"tfds:{name}: no such data set{hint}; see tensorflow.org/datasets") from error
     except Exception as error:  # its errors have no narrower base
-        raise _not_found(name, error) from error
+        if "BuilderConfig" in str(error):
+            known = ", ".join(tfds.builder_cls(dataset).builder_configs) or "none"
+            raise MissingInputError(f"tfds:{name}: no such configuration; expected one of {known:.300}") from error
+        raise _unavailable(f"tfds:{name}", error) from error
     if not (builder.data_path / "dataset_info.json").exists():
         _prepare(builder, name)
     return builder
@@ -128,30 +135,6 @@ def _needs(name: str, library: str) -> MissingInputError:
         f"tfds:{name}: only {library} can prepare it, which is not installed; prepare it elsewhere with "
         "tfds build --file_format=array_record and copy it into TFDS_DATA_DIR (default ~/tensorflow_datasets)"
     )
-
-
-def _not_found(name: str, error: Exception) -> MissingInputError:
-    """Return the error for an unknown name or configuration, or a data set in another format."""
-    import tensorflow_datasets as tfds
-
-    dataset, _, config = name.partition("/")
-    if isinstance(error, tfds.core.DatasetNotFoundError):
-        hint = did_you_mean(dataset, tfds.list_builders(with_community_datasets=False), n=3)
-        return MissingInputError(f"tfds:{name}: no such data set{hint}; see tensorflow.org/datasets")
-    if "does not match the file formats" in str(error):
-        return MissingInputError(
-            f"tfds:{name}: prepared in a format that only TensorFlow reads ({' '.join(str(error).split())}); "
-            "prepare it again with tfds build --file_format=array_record"
-        )
-    with suppress(Exception):  # a name without a class
-        known = list(tfds.builder_cls(dataset).builder_configs)
-        if config and config not in known:
-            hint = did_you_mean(config, known, n=5)
-            return MissingInputError(
-                f"tfds:{name}: {dataset} has no configuration {config!r}{hint}; expected one of "
-                f"{', '.join(known) or 'none':.300}"
-            )
-    return _unavailable(f"tfds:{name}", error)
 
 
 def _unavailable(where: str, error: Exception, alternative: str = "") -> MissingInputError:
