@@ -8,7 +8,7 @@ import numpy as np
 
 from slm_jax.data.rows import Row
 from slm_jax.data.sources import parse_source
-from slm_jax.errors import InputError, MissingInputError
+from slm_jax.errors import InputError, located
 from slm_jax.evaluation.logprobs import Pair, Track, continuation_logprobs, encode_pair, is_truncated
 from slm_jax.evaluation.results import perplexity, standard_error
 from slm_jax.model import GPTModel, Params
@@ -208,9 +208,5 @@ def _label(row: Row, n_endings: int) -> int:
 
 
 def _encode(tokenizer: Tokenizer, row: Row, context: str, continuation: str) -> Pair:
-    try:
+    with located(row.where):
         return encode_pair(tokenizer, context, continuation)
-    except MissingInputError:  # a file of the tokenizer
-        raise
-    except InputError as error:
-        raise InputError(f"{row.where}: {error}") from None

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from slm_jax.data.row_files import read_json_rows
 from slm_jax.data.rows import Row
 from slm_jax.data.templates import Message, Template, entry_messages
-from slm_jax.errors import InputError, MissingInputError
+from slm_jax.errors import InputError, located
 from slm_jax.evaluation.logprobs import Pair, Track, continuation_logprobs, is_truncated
 from slm_jax.evaluation.results import perplexity
 from slm_jax.model import GPTModel, Params
@@ -155,9 +155,5 @@ def reference_loss(
 def _encode(tokenizer: Tokenizer, template: Template, entry: Response) -> Pair:
     """Encode prompt and reference separately, as training does."""
     reference, _ = template.pieces(entry.messages)[-1]
-    try:
+    with located(entry.where):
         return tokenizer.encode(template.prompt(entry.messages)), [*tokenizer.encode(reference), tokenizer.eot_id]
-    except MissingInputError:  # a file of the tokenizer
-        raise
-    except InputError as error:
-        raise InputError(f"{entry.where}: {error}") from None

@@ -12,7 +12,7 @@ from slm_jax.data.documents import read_documents
 from slm_jax.data.rows import Source
 from slm_jax.data.sources import check_text_column, parse_source
 from slm_jax.data.token_file import TokenSource
-from slm_jax.errors import InputError, MissingInputError
+from slm_jax.errors import InputError, located
 from slm_jax.evaluation.logprobs import Track, check_ids, target_logprobs
 from slm_jax.evaluation.results import perplexity
 from slm_jax.model import GPTModel, Params
@@ -120,23 +120,11 @@ def evaluate_source(
     batch_size: int = 8,
     track: Track = iter,
 ) -> SourceLoss:
-    """Measure the loss of a source, or of a split of it; see :func:`text_loss` for the other arguments.
+    """Measure the loss of a source (as for pretraining, such as ``text:GLOB``), or of a split of it.
 
     Documents are joined with the end-of-text id, and the splits are those that pretraining makes of the same source
-    with the same ``validation_fraction``.
-
-    Args:
-        model: the model.
-        params: its parameters.
-        tokenizer: the model's tokenizer.
-        source: as for pretraining: ``text:GLOB``, ``named:NAME``, ``builtin:python-docs``, ``tokens:FILE.bin``.
-        text_column: column of the texts in rows (:func:`slm_jax.data.documents.documents`).
-        split: which part.
-        validation_fraction: share of the source that is the validation split; between 0 and 1.
-        context_length: tokens of a window.
-        stride: tokens between the starts of windows.
-        batch_size: windows per batch.
-        track: wraps the list of batches, to show progress.
+    with the same ``validation_fraction``. ``text_column`` is the column of the texts in rows
+    (:func:`slm_jax.data.documents.documents`); see :func:`text_loss` for the other arguments.
 
     Raises:
         InputError: a source that cannot be read, or doesn't fit the tokenizer or the model.
@@ -149,12 +137,10 @@ def evaluate_source(
         tokens = _token_split(parsed, tokenizer, split, validation_fraction)
     else:
         tokens, n_bytes = _text_split(parsed, text_column, tokenizer, split, validation_fraction)
-    try:
+    with located(f"{source} (split {split})"):
         measured = text_loss(
             model, params, tokens, context_length=context_length, stride=stride, batch_size=batch_size, track=track
         )
-    except InputError as error:
-        raise InputError(f"{source} (split {split}): {error}") from None
     return SourceLoss(
         source=source,
         split=split,
@@ -182,12 +168,8 @@ def _text_split(
     if split != "all":
         train, validation = split_documents(documents, validation_fraction)
         documents = train if split == "train" else validation
-    try:
+    with located(source):
         tokens = encode_documents(documents, tokenizer)
-    except MissingInputError:
-        raise
-    except InputError as error:
-        raise InputError(f"{source}: {error}") from None
     return tokens, sum(len(document.encode()) for document in documents)
 
 

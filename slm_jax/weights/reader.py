@@ -5,8 +5,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from slm_jax.errors import InputError
+from slm_jax.errors import InputError, located
 from slm_jax.files import read_json
 from slm_jax.model import PRESETS, GPTConfig, Params
 from slm_jax.weights.files import AGAIN, FLOATS, OURS, OURS_FIELDS, Tensor, TensorFiles, find_file, open_tensors
@@ -35,23 +34,14 @@ def read_weights(
     files = open_tensors(find_file(path))
     form, files = _recognise(files)
     fields, files = _fields(form, files)
-    with _naming(files.file):
+    with located(files.file):
         cfg = GPTConfig(**{**fields, "n_heads": 1, "dtype": dtype, "param_dtype": param_dtype})
         names, shapes = form.names(cfg), leaf_shapes(cfg)
     # The tensors' shapes don't depend on the number of heads; check them before asking for it.
     _check_tensors(form, files, {name: slot.shape(shapes) for name, slot in names.items()})
-    with _naming(files.file):
+    with located(files.file):
         cfg = dataclasses.replace(cfg, n_heads=_heads(fields, n_heads))
     return cfg, _read(files, names, leaf_shapes(cfg), cfg.param_dtype, sharding)
-
-
-@contextmanager
-def _naming(file: Path) -> Iterator[None]:
-    """Name the file in errors."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{file}: {error}") from None
 
 
 def _bare(name: str) -> str:
