@@ -312,7 +312,7 @@ BAD_VALUES = [
     ("train.accumulate is 3", {"train__accumulate": 3}),
     ("mesh.tensor is 2", {"mesh__tensor": 2}),
     ("mesh.fsdp", {"mesh__fsdp": 64}),
-    ("no kind", {"data__source": "cats.txt"}),
+    ("no scheme", {"data__source": "cats.txt"}),
     ("sample.prompt has 17 tokens", {"sample__prompt": "a" * 17}),
 ]
 

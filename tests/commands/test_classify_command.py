@@ -112,7 +112,7 @@ def test_without_a_text_it_says_how_to_give_one(capsys, monkeypatch, tmp_path):
         (["--run", "x", "--format", "xml", "cat"], "format is 'xml'; expected one of text, json"),
         (["--run", "x", "--file", "y", "cat"], "text and file are given; expected only one"),
         (["--run", "x", "--files", "y", "cat"], "unknown key files; did you mean file?"),
-        (["--run", "x", "--file", "none.txt"], "none.txt: no such file (looked from"),
+        (["--run", "x", "--file", "none.txt"], "none.txt: no such file"),
     ],
 )
 def test_mistakes_are_one_line(capsys, args, said):
