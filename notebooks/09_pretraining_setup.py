@@ -505,9 +505,8 @@ figure.suptitle("numbers: the devices that hold a shard")
 plt.show()
 
 # %% [markdown]
-# Arrays are split along the largest axis that is divisible by four: the rows of the embedding, the columns of the
-# kernel. On eight real devices the program is the same; here eight simulated devices share your cores, so nothing gets
-# faster.
+# Matrices are split along the axis of the model's width: the columns of the embedding, the rows of the kernel. On eight
+# real devices the program is the same; here eight simulated devices share your cores, so nothing gets faster.
 #
 # ## Exercises
 #
@@ -565,7 +564,7 @@ plt.show()
 # ```python
 # mesh_4x2 = jax.make_mesh((4, 2), ("data", "fsdp"), devices=devices, axis_types=(AxisType.Auto,) * 2)
 # placed, rows = put_params(mesh_4x2, params), put_batch(mesh_4x2, batch)
-# assert placed["tok_emb"]["embedding"].addressable_shards[0].data.shape == (V // 2, cfg.emb_dim)
+# assert placed["tok_emb"]["embedding"].addressable_shards[0].data.shape == (V, cfg.emb_dim // 2)
 # assert rows["inputs"].addressable_shards[0].data.shape == (2, CONTEXT)
 # other_loss, _ = loss_and_grads(placed, rows)
 # assert abs(one_loss - jax.device_get(other_loss)) < 1e-5
