@@ -397,7 +397,7 @@ def joined(small):
 
 
 small, lora_losses = train_model(
-    lambda small, rows: loss_fn(joined(small), rows), small, train_rows, steps=120, peak=1e-2, batch=16
+    lambda small, rows: loss_fn(joined(small), rows), small, train_rows, steps=160, peak=1e-2, batch=16
 )
 with_lora = answers(lora.merge_adapters(joined(small)), map(to_prompt, test))
 
@@ -425,7 +425,7 @@ assert table[3, 0] >= table[2, 0] - 0.1  # about as good as full tuning
 
 # %% [markdown]
 # LoRA trains less than a fifth of the parameters and answers about as well here. It is hardly faster: the forward pass
-# and most of the backward pass remain, and here it took 120 steps at a peak rate of 1e-2, where full tuning took 80 at
+# and most of the backward pass remain, and here it took 160 steps at a peak rate of 1e-2, where full tuning took 80 at
 # 2e-3. It saves memory (the optimizer keeps two numbers per trained parameter) and storage: one base, and a small file
 # for each task.
 #

@@ -199,7 +199,7 @@ try:
     )
     print(output)
 except AssertionError as error:
-    if "cannot be downloaded" not in str(error):
+    if "download" not in str(error):
         raise
     print("skipped: GPT-2 is not on this machine and cannot be downloaded")
 
