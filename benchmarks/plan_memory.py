@@ -23,7 +23,7 @@ from slm_jax.model import GPTConfig, GPTModel, get_gpt_config, init_params, para
 from slm_jax.nn.fused_attention import choose_implementation
 from slm_jax.nn.target import Target, compiling_for
 from slm_jax.tasks.pretraining import make_loss_fn
-from slm_jax.tools.plan.memory import Work, state_bytes, step_memory
+from slm_jax.tools.plan.memory_model import Work, state_bytes, step_memory
 from slm_jax.training.config import OptimizerConfig
 from slm_jax.training.optimizer import make_optimizer, make_schedule
 from slm_jax.training.program import device_bytes

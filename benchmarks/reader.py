@@ -22,9 +22,9 @@ import numpy as np
 from slm_jax.data.packing import PackedRows, packed_batches
 from slm_jax.data.token_file import check_ids, map_ids
 from slm_jax.data.windows import train_batches
-from slm_jax.tools.bench.data import per_batch
-from slm_jax.tools.bench.measure import Timing
-from slm_jax.tools.bench.peak import process_bytes
+from slm_jax.tools.bench.batch_speed import per_batch
+from slm_jax.tools.bench.peak_memory import process_bytes
+from slm_jax.tools.bench.timing import Timing
 
 SHAPES = ((12, 64), (8, 128), (32, 1024))
 VOCABULARY, EOT = 50_257, 50_256

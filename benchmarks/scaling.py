@@ -31,13 +31,12 @@ from slm_jax.files import replace_text
 from slm_jax.model import DType
 from slm_jax.tasks.config import parse_args
 from slm_jax.tools.bench.ceilings import Ceilings, find_ceilings
-from slm_jax.tools.bench.child import output_of
-from slm_jax.tools.bench.measure import time_calls
-from slm_jax.tools.bench.peak import PeakMemory
+from slm_jax.tools.bench.compiled_step import StepTimer, compile_step
+from slm_jax.tools.bench.peak_memory import PeakMemory
+from slm_jax.tools.bench.processes import output_of
 from slm_jax.tools.bench.result import describe_machine
-from slm_jax.tools.bench.step import compile_step
-from slm_jax.tools.bench.train import StepTimer
-from slm_jax.tools.plan.plan import ASSUMED_MFU, Plan, make_plan
+from slm_jax.tools.bench.timing import time_calls
+from slm_jax.tools.plan.estimate import ASSUMED_MFU, Plan, make_plan
 from slm_jax.training.hardware import DEVICES, device_here, find_device
 from slm_jax.training.host_memory import keep_freed_memory
 

@@ -2,8 +2,9 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+import importlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge
 
@@ -15,7 +16,6 @@ from slm_jax.model import get_gpt_config
 from slm_jax.tasks.config import RunConfig
 from slm_jax.tools.bench.ceilings import named_device
 from slm_jax.training.config import ModelConfig
-from slm_jax.training.host_memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from slm_jax.model import GPTConfig, Params
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """Where figures go.
+    """Where figures are written.
 
     Attributes:
         format: what is printed: a table, or json.
-        out: a file for the JSON, too; null: none.
+        out: a file for the JSON as well; null: none.
         plot: a PNG file for a picture of the figures; null: none.
     """
 
@@ -43,13 +43,15 @@ class Output:
 
 @dataclasses.dataclass(frozen=True)
 class RunOptions(RunConfig, Output):
-    """Options of what takes a recipe."""
+    """Options of a measurement of a recipe, by ``measure`` of a module of :mod:`slm_jax.tools.bench`."""
+
+    module: ClassVar[str]
 
     def __post_init__(self) -> None:
         super().__post_init__()
         Output.__post_init__(self)
         if self.task != "pretraining":
-            raise InputError(f"task is {self.task}; expected pretraining: bench measures no other training")
+            raise InputError(f"task is {self.task}; expected pretraining")
 
     @property
     def recipe(self) -> RunConfig:
@@ -59,14 +61,17 @@ class RunOptions(RunConfig, Output):
 
 @dataclasses.dataclass(frozen=True)
 class TrainOptions(RunOptions):
-    """Measure the training step of a recipe (any keys of train) on random tokens: what they are makes no difference.
+    """Measure the training step of a recipe (any keys of train) on random tokens, which make no difference.
 
     Attributes:
-        repeats: steps that are timed, in each of two ways: waited for one by one, and in a queue as train runs.
-        warmup: steps before them that are not.
-        device: whose peak and bandwidth to compare with, such as h200, as in slm-jax plan; null: the device's here.
-        peak: FLOP/s of one device instead, such as 989e12; or measured: peak and bandwidth are measured here, at best.
+        repeats: steps that are timed, in each of two ways: waited for one by one, and in a queue as train runs them.
+        warmup: steps before them that are not timed.
+        device: a device to compare with, such as h200, as in slm-jax plan; null: the one here.
+        peak: FLOP/s of one device, such as 989e12, instead of the data sheet's; or measured: peak and bandwidth are
+            measured here.
     """
+
+    module = "step_speed"
 
     repeats: Positive = 30
     warmup: NotNegative = 5
@@ -81,18 +86,18 @@ class TrainOptions(RunOptions):
 
 @dataclasses.dataclass(frozen=True)
 class GenerateOptions(Output):
-    """Measure greedy generation: the prompt, and each token after it, beside the reading of the weights.
+    """Measure greedy generation: the prompt, each token after it, and the time to read the weights.
 
     Attributes:
         run: a run's folder such as runs/tiny, or GPT-2 weights: a file, a folder or a name such as gpt2; null: a model
             with random weights.
-        model: of random weights, its shape; dtype is of the weights, too.
-        batch_sizes: how many prompts at a time, one after the other, such as 1,8.
+        model: shape of a model with random weights; dtype is the dtype of its weights, too.
+        batch_sizes: numbers of prompts at a time, measured one after the other, such as 1,8.
         prompt_tokens: tokens of a prompt.
         new_tokens: tokens that are added to each.
         repeats: generations that are timed.
-        warmup: generations before them that are not, which compile.
-        peak: FLOP/s of the device, such as 989e12, or measured; null: as its data sheet says.
+        warmup: generations before them that are not timed, which compile.
+        peak: FLOP/s of the device, such as 989e12, or measured; null: from its data sheet.
     """
 
     run: str | None = None
@@ -106,22 +111,25 @@ class GenerateOptions(Output):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _parse_sizes(self.batch_sizes)
+        if not all(word.strip().isdecimal() and int(word) for word in self.batch_sizes.split(",")):
+            raise InputError(f"batch_sizes is {self.batch_sizes!r}; expected whole numbers of at least 1, such as 1,8")
         if self.run is not None and self.model != ModelConfig():
-            raise InputError(f"run is {self.run} and there are keys of model, too; expected only one of them")
+            raise InputError(f"run is {self.run} and there are keys of model; expected only one of them")
 
 
 @dataclasses.dataclass(frozen=True)
 class DataOptions(RunOptions):
-    """Measure the batches of a recipe (any keys of train) as train takes them, without training.
+    """Measure the batches of a recipe (any keys of train) as train reads them, without training.
 
     Attributes:
-        repeats: how often the time of some batches is taken.
-        warmup: such times before that do not count.
-        batches: how many batches a time.
-        step_ms: a training step's milliseconds, as slm-jax bench train tells them, to say what share of it batches
-            take; null: not said.
+        repeats: repeats of reading some batches.
+        warmup: repeats before them that are not timed.
+        batches: batches of a repeat.
+        step_ms: milliseconds of a training step, from slm-jax bench train, to report the batches' share of it; null:
+            no share.
     """
+
+    module = "batch_speed"
 
     repeats: Positive = 20
     warmup: NotNegative = 2
@@ -134,36 +142,40 @@ class StartupOptions(RunOptions):
     """Measure, in fresh processes, imports, and train of a recipe to its first step, without and with a compile cache.
 
     Attributes:
-        repeats: how often each.
+        repeats: repeats of each.
     """
+
+    module = "startup_time"
 
     repeats: Positive = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class MemoryOptions(RunOptions):
-    """Compare the memory of a recipe's training step: as plan has it, as XLA says, and as measured over three steps."""
+    """Compare the memory of a recipe's training step: planned, by XLA's analysis, and measured over three steps."""
+
+    module = "step_memory"
 
 
 def main(args: Sequence[str]) -> int:
     """Read the kind and its options and run; see ``slm-jax bench KIND --help``."""
     if args and args[0] in ("-h", "--help"):
         print("usage: slm-jax bench KIND [OPTIONS]\n")
-        for name, (cls, _) in KINDS.items():
+        for name, cls in KINDS.items():
             print(f"  {name:<10} {(cls.__doc__ or '').partition('.')[0]}")
         return 0
     if not args or args[0] not in KINDS:
         given = f"{args[0]!r} is nothing to measure" if args else "nothing to measure"
         raise InputError(f"{given}; expected one of {', '.join(KINDS)}")
-    cls, measure = KINDS[args[0]]
-    return run(parse(cls, args[1:], f"slm-jax bench {args[0]}"), measure)
+    return run(parse(KINDS[args[0]], args[1:], f"slm-jax bench {args[0]}"))
 
 
-def run(options: Any, measure: "Callable[[Any], Result]") -> int:
-    """Measure; print, write and draw what is asked for; return 0."""
+def run(options: Any) -> int:
+    """Measure; print, write and draw the result; return 0."""
     out = None if options.out is None else check_new_file(options.out, "out", "figures.json")
     plot = None if options.plot is None else check_new_file(options.plot, "plot", "figures.png")
-    result = measure(options)
+    set_up()
+    result = _generate(options) if isinstance(options, GenerateOptions) else _measure_recipe(options)
     from rich.console import Console
 
     from slm_jax.tools.bench.result import draw_result, print_result
@@ -179,32 +191,31 @@ def run(options: Any, measure: "Callable[[Any], Result]") -> int:
     return 0
 
 
-def _train(options: TrainOptions) -> "Result":
+def _measure_recipe(options: RunOptions) -> "Result":
+    """Call the function of a kind with the recipe and with the options that no other kind has."""
     import jax
 
-    from slm_jax.tools.bench.train import bench_train
     from slm_jax.training.program import out_of_memory_as_input_error
 
-    keep_freed_memory()
-    jax.config.update("jax_enable_compilation_cache", False)  # what compiling takes is one of the figures
+    if isinstance(options, TrainOptions):
+        jax.config.update("jax_enable_compilation_cache", False)  # compile time is one of the figures
+    module = importlib.import_module(f"slm_jax.tools.bench.{options.module}")
+    own = {field.name for field in dataclasses.fields(options)} - {f.name for f in dataclasses.fields(RunOptions)}
     with out_of_memory_as_input_error():
-        return bench_train(
-            options.recipe, warmup=options.warmup, repeats=options.repeats, device=options.device, peak=options.peak
-        )
+        return module.measure(options.recipe, **{name: getattr(options, name) for name in own})
 
 
 def _generate(options: GenerateOptions) -> "Result":
     from slm_jax.tools.bench.ceilings import find_ceilings
-    from slm_jax.tools.bench.generate import bench_generate
+    from slm_jax.tools.bench.decode_speed import bench_generate
 
-    set_up()
     with _generation_that_fits():
         cfg, params = _model(options)
         return bench_generate(
             cfg,
             params,
             find_ceilings(cfg.dtype, None, options.peak),
-            batch_sizes=_parse_sizes(options.batch_sizes),
+            batch_sizes=tuple(map(int, options.batch_sizes.split(","))),
             prompt_tokens=options.prompt_tokens,
             new_tokens=options.new_tokens,
             warmup=options.warmup,
@@ -228,7 +239,7 @@ def _generation_that_fits() -> Iterator[None]:
 
 
 def _model(options: GenerateOptions) -> "tuple[GPTConfig, Params]":
-    """Load the model that is asked for, or make one."""
+    """Load the model, or make one."""
     import functools
 
     import jax
@@ -246,44 +257,10 @@ def _model(options: GenerateOptions) -> "tuple[GPTConfig, Params]":
     return cfg, jax.jit(functools.partial(init_params, cfg))(jax.random.key(0))
 
 
-def _data(options: DataOptions) -> "Result":
-    from slm_jax.tools.bench.data import bench_data
-
-    return bench_data(
-        options.recipe,
-        warmup=options.warmup,
-        repeats=options.repeats,
-        batches=options.batches,
-        step_ms=options.step_ms,
-    )
-
-
-def _startup(options: StartupOptions) -> "Result":
-    from slm_jax.tools.bench.startup import bench_startup
-
-    return bench_startup(options.recipe, options.repeats)
-
-
-def _memory(options: MemoryOptions) -> "Result":
-    from slm_jax.tools.bench.memory import bench_memory
-    from slm_jax.training.program import out_of_memory_as_input_error
-
-    set_up()  # the process that measures takes the step from there
-    with out_of_memory_as_input_error():
-        return bench_memory(options.recipe)
-
-
-KINDS: dict[str, tuple[type, Any]] = {
-    "train": (TrainOptions, _train),
-    "generate": (GenerateOptions, _generate),
-    "data": (DataOptions, _data),
-    "startup": (StartupOptions, _startup),
-    "memory": (MemoryOptions, _memory),
+KINDS = {
+    "train": TrainOptions,
+    "generate": GenerateOptions,
+    "data": DataOptions,
+    "startup": StartupOptions,
+    "memory": MemoryOptions,
 }
-
-
-def _parse_sizes(text: str) -> tuple[int, ...]:
-    words = text.split(",")
-    if not all(word.strip().isdecimal() and int(word) for word in words):
-        raise InputError(f"batch_sizes is {text!r}; expected whole numbers of at least 1, such as 1,8")
-    return tuple(map(int, words))

@@ -7,23 +7,24 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le
 
+from slm_jax.commands import use_compile_cache
 from slm_jax.config import Positive, given, parse
 from slm_jax.tasks.config import FinetuneConfig, RunConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class Options(RunConfig):
-    """Say what a run (with any keys of train or finetune) will need of a device that need not be here, and how it fits.
+    """Estimate what a run (any keys of train or finetune) needs of a device that may be elsewhere, and whether it fits.
 
-    Nothing is trained, downloaded or read but small files.
+    Nothing is trained or downloaded; on cpu a small model is compiled, which takes seconds.
 
     Attributes:
         device: h200, h100, h100-pcie, b200, a100-80g, a100-40g, l40s, l4, v100, t4, v6e, v5e, v5p, v4, v3, v2, or cpu:
             this machine.
-        devices: how many such devices share each batch.
-        mfu: the share of the device's peak FLOP/s that is reached, above 0, at most 1; null: 0.4, an assumption.
-            Not for cpu, whose peak is not known.
-        tokens: how many are trained on, such as 10e9; null: as many as train.steps take.
+        devices: number of such devices that share each batch.
+        mfu: share of the device's peak FLOP/s that is reached, above 0, at most 1; null: 0.4, an assumption. Not for
+            cpu, whose peak is unknown.
+        tokens: tokens to train on, such as 10e9; null: those of train.steps.
         format: table, or json with bytes, FLOP/s and hours.
     """
 
@@ -50,10 +51,11 @@ def run(options: Options) -> int:
     import jax
     from rich.console import Console
 
-    from slm_jax.tools.plan.plan import make_plan
-    from slm_jax.tools.plan.report import print_plan
+    from slm_jax.tools.plan.estimate import make_plan
+    from slm_jax.tools.plan.tables import print_plan
 
-    jax.config.update("jax_platforms", "cpu")  # an accelerator that is here is left to those who train
+    jax.config.update("jax_platforms", "cpu")  # leave accelerators to those who train
+    use_compile_cache()
     plan = make_plan(options, options.device, options.devices, options.mfu, options.tokens)
     if options.format == "json":
         print(json.dumps(dataclasses.asdict(plan), indent=2))

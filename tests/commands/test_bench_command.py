@@ -80,7 +80,7 @@ def test_a_generation_that_does_not_fit_says_what_to_lower(monkeypatch, capsys):
     def full(*_: object, **__: object) -> None:
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.")
 
-    monkeypatch.setattr("slm_jax.tools.bench.generate.bench_generate", full)
+    monkeypatch.setattr("slm_jax.tools.bench.decode_speed.bench_generate", full)
     assert cli.main(["bench", "generate", *words]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2

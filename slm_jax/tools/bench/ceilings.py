@@ -1,4 +1,4 @@
-"""What limits any program on a device: arithmetic and the memory's bandwidth, from data sheets or measured here."""
+"""The limits of a device, FLOP/s and memory bandwidth, from data sheets or measured here."""
 
 import dataclasses
 import time
@@ -11,18 +11,20 @@ import jax.numpy as jnp
 from slm_jax.model import DType
 from slm_jax.training.hardware import Device, device_here, find_device
 
+Peak = float | Literal["measured"] | None
+
 _SECONDS = 1.0  # of each measurement
 _PRODUCTS = 4  # in a row, so that starting them does not count
 
 
 @dataclasses.dataclass(frozen=True)
 class Ceilings:
-    """What one device can do at most.
+    """The limits of one device.
 
     Attributes:
-        flops: FLOP/s; None: not known.
-        bandwidth: bytes a second; None: not known.
-        source: where they come from, for a person.
+        flops: FLOP/s; None: unknown.
+        bandwidth: bytes a second; None: unknown.
+        source: where the limits come from, in words.
     """
 
     flops: float | None
@@ -30,7 +32,7 @@ class Ceilings:
     source: str
 
     def bounds(self, flops: float | None, n_bytes: float | None) -> dict[str, float]:
-        """Return the least seconds that so much arithmetic, and so many bytes, take of one device, where known."""
+        """Return the lower bounds, in seconds, of so many FLOPs and so many bytes on one device, where known."""
         bounds = {}
         if self.flops and flops:
             bounds["arithmetic"] = flops / self.flops
@@ -39,13 +41,13 @@ class Ceilings:
         return bounds
 
 
-def find_ceilings(dtype: DType, device: str | None, peak: float | Literal["measured"] | None) -> Ceilings:
-    """Return what a device can do in ``dtype``; of the device here, where no data sheet is, bandwidth as measured.
+def find_ceilings(dtype: DType, device: str | None, peak: Peak) -> Ceilings:
+    """Return the limits of a device; the bandwidth of a device here that has no data sheet is measured.
 
     Args:
-        dtype: of the matrix products.
+        dtype: dtype of the matrix products.
         device: a name of :data:`slm_jax.training.hardware.DEVICES`, or cpu; None: the device here.
-        peak: FLOP/s instead of the data sheet's; ``measured``: both limits as measured here.
+        peak: FLOP/s to use instead of the data sheet's; ``measured``: measure both limits here.
 
     Raises:
         InputError: an unknown device.
@@ -53,19 +55,18 @@ def find_ceilings(dtype: DType, device: str | None, peak: float | Literal["measu
     known = device_here() if device is None else named_device(device)
     if peak == "measured":
         return Ceilings(measure_flops(dtype), measure_bandwidth(), "measured here")
-    of_peak = "peak not known" if peak is None else "peak as given"
-    if known is None and device is None:
-        return Ceilings(peak, measure_bandwidth(), f"{of_peak}; bandwidth measured here")
+    source = "peak unknown" if peak is None else "peak as given"
     if known is None:
-        return Ceilings(peak, None, f"{of_peak}; bandwidth not known")
-    sheet = f"data sheet of {known.name}"
+        here = device is None
+        where = "measured here" if here else "unknown"
+        return Ceilings(peak, measure_bandwidth() if here else None, f"{source}; bandwidth {where}")
     if peak is None:
-        return Ceilings(known.peak(dtype), known.bandwidth, sheet)
-    return Ceilings(peak, known.bandwidth, f"{of_peak}; bandwidth from the {sheet}")
+        return Ceilings(known.peak(dtype), known.bandwidth, f"data sheet of {known.name}")
+    return Ceilings(peak, known.bandwidth, f"{source}; bandwidth from the data sheet of {known.name}")
 
 
 def named_device(name: str) -> Device | None:
-    """Return the accelerator of a name; None for ``cpu``, of which nothing is known.
+    """Return the accelerator of a name; None for ``cpu``, which has no data sheet.
 
     Raises:
         InputError: an unknown name.
@@ -74,7 +75,7 @@ def named_device(name: str) -> Device | None:
 
 
 def measure_flops(dtype: DType) -> float:
-    """Return the FLOP/s of large matrix products in ``dtype`` on the first device, at best."""
+    """Return the best FLOP/s of large matrix products in ``dtype`` on the first device."""
     size = 1024 if jax.default_backend() == "cpu" else 8192
     matrix = jax.random.normal(jax.random.key(0), (size, size), dtype) / jnp.sqrt(size).astype(dtype)
 
@@ -86,7 +87,7 @@ def measure_flops(dtype: DType) -> float:
 
 
 def measure_bandwidth() -> float:
-    """Return the bytes a second at which the first device sums an array larger than its caches, at best."""
+    """Return the best bytes a second at which the first device sums an array larger than its caches."""
     n_bytes = 256 << 20 if jax.default_backend() == "cpu" else 4 << 30
     array = jnp.ones(n_bytes // 4, jnp.float32)
     total = jax.jit(jnp.sum)

@@ -1,4 +1,4 @@
-"""What was measured: as JSON, as a table, as a picture."""
+"""The result of a measurement: as JSON, as a table, as a picture."""
 
 import dataclasses
 import json
@@ -20,18 +20,18 @@ MEASURED, BOUND = "#c2410c", "#9ab8d9"
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What was measured.
+    """The result of a measurement.
 
     Attributes:
-        what: the kind: train, generate, data, startup or memory.
-        config: of what was measured, as plain data.
-        figures: by name, as plain data, with all repeats.
-        rows: names and figures as a person reads them.
-        unit: of the two pictures below.
+        what: kind of measurement: train, generate, data, startup or memory.
+        config: configuration of what was measured, as plain data.
+        figures: figures by name, as plain data, with all repeats.
+        rows: names and figures for the table.
+        unit: unit of series, bars and limits.
+        bars: for the picture: measured values by name.
         series: for the picture: repeats in their order, by name.
-        bars: for the picture: what was measured, by name.
-        limits: for the picture: what could not be less, by name.
-        notes: what a person should know, a line each.
+        limits: for the picture: lower bounds by name.
+        notes: remarks, a line each.
     """
 
     what: str
@@ -46,14 +46,8 @@ class Result:
 
     def to_json(self) -> str:
         """Return everything but the table and the picture, and the machine."""
-        content = {
-            "what": self.what,
-            "machine": describe_machine(),
-            "config": self.config,
-            "figures": self.figures,
-            "notes": self.notes,
-        }
-        return json.dumps(content, indent=2) + "\n"
+        content = {name: getattr(self, name) for name in ("what", "config", "figures", "notes")}
+        return json.dumps({**content, "machine": describe_machine()}, indent=2) + "\n"
 
 
 def describe_machine() -> dict[str, Any]:
@@ -65,10 +59,8 @@ def describe_machine() -> dict[str, Any]:
 def print_result(result: Result, console: Console) -> None:
     """Print the figures as a table, with the machine above and the notes below."""
     machine = describe_machine()
-    title = (
-        f"{result.what} on {machine['devices']} × {machine['device']}, {machine['cores']} cores, jax {machine['jax']}"
-    )
-    table = Table(title=title, title_justify="left", show_header=False, pad_edge=False)
+    where = f"{machine['devices']} × {machine['device']}, {machine['cores']} cores, jax {machine['jax']}"
+    table = Table(title=f"{result.what} on {where}", title_justify="left", show_header=False, pad_edge=False)
     for name, figure in result.rows.items():
         table.add_row(name, figure)
     console.print(table)
@@ -78,7 +70,7 @@ def print_result(result: Result, console: Console) -> None:
 
 
 def draw_result(result: Result, path: Path) -> None:
-    """Draw the repeats in their order, and beside them what was measured over what could not be less, into a PNG.
+    """Draw the repeats in their order, and beside them the measured values over their lower bounds, into a PNG.
 
     Raises:
         InputError: it cannot be written.
@@ -87,20 +79,16 @@ def draw_result(result: Result, path: Path) -> None:
 
     figure = Figure(figsize=(10, 4.2), dpi=120, layout="constrained")
     figure.suptitle(f"slm-jax bench {result.what}: {describe_machine()['device']}", fontsize=10)
-    n_panels = 2 if result.series else 1
-    if result.series:
-        axes = figure.add_subplot(1, n_panels, 1)
+    *left, axes = figure.subplots(1, 2 if result.series else 1, squeeze=False)[0]
+    for repeats in left:
         for name, values in result.series.items():
-            axes.plot(range(1, len(values) + 1), values, marker="o", markersize=3, linewidth=0.8, label=name)
-        axes.set_xlabel("repeat")
-        axes.set_ylabel(result.unit)
-        axes.set_ylim(bottom=0)
-        axes.legend(frameon=False, fontsize=8)
-    axes = figure.add_subplot(1, n_panels, n_panels)
+            repeats.plot(range(1, len(values) + 1), values, marker="o", markersize=3, linewidth=0.8, label=name)
+        repeats.set(xlabel="repeat", ylabel=result.unit)
+        repeats.set_ylim(bottom=0)
+        repeats.legend(frameon=False, fontsize=8)
     bars = {**result.bars, **result.limits}
     colors = [MEASURED] * len(result.bars) + [BOUND] * len(result.limits)
-    drawn = axes.barh(list(bars), list(bars.values()), color=colors)
-    axes.bar_label(drawn, fmt="%.4g", padding=3, fontsize=8)
+    axes.bar_label(axes.barh(list(bars), list(bars.values()), color=colors), fmt="%.4g", padding=3, fontsize=8)
     axes.invert_yaxis()
     axes.margins(x=0.15)
     axes.set_xlabel(result.unit)
@@ -113,15 +101,14 @@ def draw_result(result: Result, path: Path) -> None:
 
 
 def bound_rows(bounds: dict[str, float], ceilings: Ceilings, prefix: str = "") -> dict[str, str]:
-    """Return the rows of the lower bounds of a time, with the limits; each name begins with ``prefix``."""
-    what = {"arithmetic": "least, FLOPs over peak", "memory": "least, bytes over bandwidth"}
-    limits = {
-        "arithmetic": format_flops(ceilings.flops or 0),
-        "memory": f"{(ceilings.bandwidth or 0) / 1e9:,.4g} GB/s",
+    """Return the table's rows of the lower bounds of a time; each name begins with ``prefix``."""
+    kinds = {
+        "arithmetic": ("least, FLOPs over peak", format_flops(ceilings.flops or 0)),
+        "memory": ("least, bytes over bandwidth", f"{(ceilings.bandwidth or 0) / 1e9:,.4g} GB/s"),
     }
-    return {prefix + what[name]: f"{1e3 * bound:.4g} ms (at {limits[name]})" for name, bound in bounds.items()}
+    return {prefix + kinds[name][0]: f"{1e3 * bound:.4g} ms (at {kinds[name][1]})" for name, bound in bounds.items()}
 
 
 def format_flops(rate: float) -> str:
-    """Write FLOP/s as a person would."""
+    """Format FLOP/s with a suitable prefix."""
     return f"{rate / 1e12:,.4g} TFLOP/s" if rate >= 1e12 else f"{rate / 1e9:,.4g} GFLOP/s"

@@ -105,10 +105,7 @@ def check_extras() -> Found:
             there.append(f"{package} {_version(package) or ''}".strip())
         else:
             lacking.append(f"{package} ({use}): pip install -e '.[{extra}]'")
-    yield (
-        "ok",
-        "; ".join([", ".join(there) or "none installed", *(["not installed: " + "; ".join(lacking)] * bool(lacking))]),
-    )
+    yield "ok", f"installed: {', '.join(there) or 'none'}" + "".join(f"; not installed: {text}" for text in lacking)
 
 
 # --- Devices ---

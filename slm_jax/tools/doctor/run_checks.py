@@ -73,10 +73,7 @@ def check_checkpoints(run: RunFolder) -> Found:
     if intact:
         yield from _check_frozen(run, intact[-1])
     else:
-        yield (
-            "problem",
-            "every checkpoint is damaged: copy the run from its mirror or a backup, or use a new --run NAME",
-        )
+        yield "problem", "every checkpoint is damaged: copy the run from its mirror or a backup, or train again"
     others = [path for path in run.checkpoints.iterdir() if path.is_dir() and not path.name.isdecimal()]
     if others:
         size, names = format_bytes(sum(map(folder_size, others))), ", ".join(path.name for path in others[:3])

@@ -1,5 +1,5 @@
 """What a run will need of a device that is not here: memory, arithmetic, time."""
 
-from slm_jax.tools.plan.plan import Plan, make_plan
+from slm_jax.tools.plan.estimate import Plan, make_plan
 
 __all__ = ["Plan", "make_plan"]

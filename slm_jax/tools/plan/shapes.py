@@ -1,7 +1,7 @@
-"""The shapes of a run's model and of what is trained of it, without weights and without text."""
+"""The shapes of a run, without weights and without text."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
 
 import jax
 
@@ -14,36 +14,54 @@ from slm_jax.tasks.base import as_configured, run_dtype
 from slm_jax.tasks.config import RunConfig, get_task
 from slm_jax.tokenizer import get_tokenizer
 from slm_jax.training.checkpoint import read_metadata
+from slm_jax.training.step import LossFn
+from slm_jax.training.task import Parameters
 from slm_jax.training.trainable import split_params
 from slm_jax.weights.hub import PINS
 
 GPT2_IDS = 50_257
+_MANY_STEPS = 10**6  # of a run that ends after epochs
 
 
-class Shapes(NamedTuple):
-    """A run's model.
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """The shapes of a run, from which :func:`slm_jax.training.program.compile_program` compiles its programs.
 
     Attributes:
-        cfg: its configuration, computing as the run does.
-        trainable, frozen: two trees of shapes.
-        seq: tokens of a row.
+        cfg: configuration of the model, computing as the run does.
+        params: two trees of shapes, trained and frozen; ``init`` makes random trained ones.
+        make_frozen: makes random frozen parameters from the same key.
+        loss_fn: the task's loss.
+        row: shapes of one row of a batch.
         n_outputs: columns of the logits: the vocabulary, or classes.
-        notes: what had to be assumed, a line each.
+        total_steps: steps of the run; a large number if only its text decides.
+        notes: assumptions, a line each.
     """
 
     cfg: GPTConfig
-    trainable: Params
-    frozen: Params
-    seq: int
+    params: Parameters
+    make_frozen: Callable[[jax.Array], Params]
+    loss_fn: LossFn
+    row: Mapping[str, jax.ShapeDtypeStruct]
     n_outputs: int
+    total_steps: int
     notes: tuple[str, ...]
+
+    @property
+    def seq(self) -> int:
+        """Tokens of a row."""
+        return self.row["inputs"].size
+
+    def batch_shapes(self, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Return the shapes of a batch of so many rows."""
+        return {name: jax.ShapeDtypeStruct((rows, *leaf.shape), leaf.dtype) for name, leaf in self.row.items()}
 
 
 def find_shapes(config: RunConfig) -> Shapes:
-    """Return the shapes of a run's model.
+    """Return the shapes of a run.
 
     Raises:
-        InputError: a base whose shape cannot be told, or is another than asked for; a shape that no model can have.
+        InputError: a base whose shape is unknown, or differs from the configuration; an invalid shape.
     """
     if config.base is None:
         vocab_size, notes = _vocab_size(config)
@@ -54,15 +72,28 @@ def find_shapes(config: RunConfig) -> Shapes:
         cfg, notes = _base_config(config, config.base)
         cfg = as_configured(cfg, config)
     model = get_task(config.task).shapes(config, cfg)
-    notes, params = (*notes, *model.notes), model.params
-    trainable, frozen = params, {}
+
+    def split(key: jax.Array) -> tuple[Params, Params]:
+        params = model.init(key)
+        return (params, {}) if config.base is None else split_params(params, config, key)
+
+    trainable, frozen = model.params, {}
     if config.base is not None:
-        trainable, frozen = jax.eval_shape(lambda tree: split_params(tree, config, jax.random.key(0)), params)
-    return Shapes(cfg, trainable, frozen, model.seq, model.n_outputs, notes)
+        trainable, frozen = jax.eval_shape(lambda tree: split_params(tree, config, jax.random.key(0)), model.params)
+    return Shapes(
+        cfg=cfg,
+        params=Parameters(trainable, frozen, init=lambda key: split(key)[0]),
+        make_frozen=lambda key: split(key)[1],
+        loss_fn=model.loss_fn,
+        row=model.row,
+        n_outputs=model.n_outputs,
+        total_steps=config.train.steps or _MANY_STEPS,
+        notes=(*notes, *model.notes),
+    )
 
 
 def _vocab_size(config: RunConfig) -> tuple[int | None, tuple[str, ...]]:
-    """Return the tokenizer's ids, None if only the text could tell, and what was assumed."""
+    """Return the number of token ids (None: model.vocab_size decides), and assumptions."""
     tokenizer, (kind, _, path) = config.tokenizer, config.data.source.partition(":")
     if tokenizer.path is not None:
         return get_tokenizer(tokenizer.path).vocab_size, ()
@@ -71,30 +102,22 @@ def _vocab_size(config: RunConfig) -> tuple[int | None, tuple[str, ...]]:
     if tokenizer.kind == "gpt2":
         return GPT2_IDS, ()
     if kind == "tokens":
-        return GPT2_IDS, (f"assumed: GPT-2's {GPT2_IDS:,} token ids, as {path} is not there yet",)
+        return GPT2_IDS, (f"assumed: GPT-2's {GPT2_IDS:,} token ids, as {path} does not exist yet",)
     if tokenizer.kind == "bpe":
         return tokenizer.vocab_size, ()
-    size = (
-        config.gpt_config(1).vocab_size if config.model.vocab_size else get_gpt_config(config.model.preset).vocab_size
-    )
-    return (None if config.model.vocab_size else size), (
-        f"assumed: {size:,} token ids, as only the text tells how many the tokenizer {tokenizer.kind} has; "
-        "--model.vocab_size N plans for another number",
-    )
+    size = config.model.vocab_size or get_gpt_config(config.model.preset).vocab_size
+    note = f"assumed: {size:,} token ids; the text decides how many the tokenizer {tokenizer.kind} has"
+    return None if config.model.vocab_size else size, (f"{note} (change with --model.vocab_size)",)
 
 
 def _base_config(config: RunConfig, base: str) -> tuple[GPTConfig, tuple[str, ...]]:
-    """Return the shape of what the run starts from; a run's, one of GPT-2's, or that of the tiny recipe to come."""
+    """Return the model of the base: a run's, one of GPT-2's, or that of the tiny recipe before it is trained."""
     checkpoint = find_checkpoint(base)
     if checkpoint is not None:
-        metadata: dict[str, Any] = read_metadata(checkpoint[0] / "checkpoints", checkpoint[1])
-        return GPTConfig(**metadata["model"]), ()
+        return GPTConfig(**read_metadata(checkpoint[0] / "checkpoints", checkpoint[1])["model"]), ()
     if base in PINS:
         return get_gpt_config(base), ()
     tiny = RunConfig(run="tiny", runs_dir=config.runs_dir)
     if user_path(base) == tiny.folder:
-        return tiny.gpt_config(tiny.tokenizer.vocab_size), (f"{base} is not there: assumed what train makes of it",)
-    raise InputError(
-        f"base {base} is no run that is there, and the shape of other weights is not looked up; expected a run's "
-        f"folder (train it first) or one of {', '.join(PINS)}"
-    )
+        return tiny.gpt_config(tiny.tokenizer.vocab_size), (f"assumed: {base}, which does not exist yet, is tiny",)
+    raise InputError(f"base {base} is no existing run; expected one (train it first) or one of {', '.join(PINS)}")

@@ -9,7 +9,6 @@ import numpy as np
 
 from slm_jax.tools.report.record import Record
 
-MOST_POINTS = 500  # of a line; a screen shows no more
 COLORS = ("#1f6fb4", "#c2410c", "#2e7d32", "#8a3fb0", "#92700a", "#0b7a80", "#b42a66", "#5a6270")
 INK = "#45505e"
 # An <img> cannot read the page's colours; in dark mode the style sheet inverts the whole picture.
@@ -22,6 +21,7 @@ _STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.linewidth": 0.6,
+    "path.simplify_threshold": 1.0,  # units of which 72 are an inch: a long line has no more points than a screen
     "svg.fonttype": "none",
     "svg.hashsalt": "slm-jax",
 }
@@ -134,7 +134,7 @@ def _draw(records: Sequence[Record], curve: Curve, lines: Sequence[Line]) -> str
 
 
 def _plot(axes: Any, line: Line, ring: bool) -> None:
-    steps, values = thin_out(line.steps, line.values)
+    steps, values = line.steps, line.values
     finite = np.concatenate([[False], np.isfinite(values), [False]])
     alone = finite[1:-1] & ~finite[:-2] & ~finite[2:]  # no line leads to these points
     marks = np.ones(len(values), bool) if line.validation else alone
@@ -149,19 +149,3 @@ def _plot(axes: Any, line: Line, ring: bool) -> None:
 def format_tick(value: float, _position: int | None = None) -> str:
     """Return a short label of an axis."""
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.4g}"
-
-
-def thin_out(steps: np.ndarray, values: np.ndarray, most: int = MOST_POINTS) -> tuple[np.ndarray, np.ndarray]:
-    """Keep the first gap, the lowest and the highest point of each stretch of a long line."""
-    if len(values) <= most:
-        return steps, values
-    kept = {0, len(values) - 1}
-    for stretch in np.array_split(np.arange(len(values)), most // 2):
-        finite = np.isfinite(values[stretch])
-        if not finite.all():
-            kept.add(int(stretch[~finite][0]))
-        if finite.any():
-            there = stretch[finite]
-            kept |= {int(there[values[there].argmin()]), int(there[values[there].argmax()])}
-    chosen = sorted(kept)
-    return steps[chosen], values[chosen]

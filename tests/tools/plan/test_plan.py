@@ -1,4 +1,4 @@
-"""What must hold of a plan: what it advises fits, what it says fits is the most, and figures that can be counted."""
+"""A plan: the changes that it suggests fit, what it says fits is the most, and its figures can be counted."""
 
 import dataclasses
 import functools
@@ -11,7 +11,7 @@ from slm_jax.errors import InputError
 from slm_jax.tasks.config import FinetuneConfig, RunConfig, parse_args
 from slm_jax.tokenizer import CharTokenizer
 from slm_jax.tools.plan import make_plan
-from slm_jax.tools.plan.plan import ASSUMED_MFU
+from slm_jax.tools.plan.estimate import ASSUMED_MFU
 from slm_jax.training.config import ModelConfig
 
 GPT2 = ("--model.preset", "gpt2-small", "--tokenizer.kind", "gpt2")
@@ -57,7 +57,7 @@ def test_dtype_and_attention_are_those_of_the_device(device, dtype, attention):
         (["--train.batch_size", "64", "--model.preset", "gpt2-xl"], "a100-40g", 8),
     ],
 )
-def test_every_change_that_is_advised_makes_it_fit(words, device, n_devices):
+def test_every_suggested_change_makes_it_fit(words, device, n_devices):
     plan = make_plan(config(*words), device, n_devices)
     assert not plan.fits
     assert plan.changes
@@ -73,7 +73,7 @@ def test_attention_that_only_the_device_has_can_be_planned():
         make_plan(config(*words), "v5e")
 
 
-def test_where_nothing_helps_nothing_is_advised():
+def test_where_nothing_helps_nothing_is_suggested():
     plan = make_plan(config("--model.preset", "gpt2-xl"), "t4")
     assert not plan.fits
     assert plan.changes == ()
@@ -90,7 +90,7 @@ def test_the_largest_number_of_rows_fits_and_one_more_does_not(remat, accumulate
     assert [fit(rows).fits for rows in (most, most + 1)] == [True, False]
 
 
-def test_the_accumulation_that_is_named_is_the_least():
+def test_the_accumulation_is_the_smallest_that_fits():
     words = ["--train.batch_size", "64"]
     least = make_plan(config(*words), "v5e").by_remat["none"].accumulate
     fits = [
@@ -114,26 +114,33 @@ def test_devices_share_the_batch_and_with_fsdp_the_state():
     assert memory.optimizer == pytest.approx(one.by_remat["none"].memory.optimizer / 4, rel=0.01)
 
 
-def test_tokens_and_mfu_of_ones_own():
+def test_given_tokens_and_mfu():
     plan = make_plan(config(), "h100", mfu=0.5, tokens=1e9)
     assert plan.tokens == 1e9
     assert plan.hours == pytest.approx(1e9 * plan.flops_per_token / (0.5 * 989e12) / 3600)
+    with pytest.raises(InputError, match="mfu"):
+        make_plan(RunConfig(), "cpu", mfu=0.4)
 
 
 def test_a_cpu_has_memory_but_no_speed():
     plan = make_plan(config(), "cpu")
     assert plan.memory_limit > 2**20
-    assert plan.tokens_per_second is None
-    assert plan.hours is None
+    assert (plan.tokens_per_second, plan.hours, plan.xla_bytes) == (None, None, None)
 
 
-def test_what_only_the_text_tells_is_said():
+def test_a_small_model_on_a_cpu_is_compiled():
+    shape = {"n_layers": 1, "emb_dim": 32, "n_heads": 2, "context_length": 16, "vocab_size": 64}
+    words = [word for key, value in shape.items() for word in (f"--model.{key}", str(value))]
+    for task in ("pretraining", "classification", "instruction"):
+        plan = make_plan(parse_args([*words, "--task", task, "--tokenizer.kind", "char"]), "cpu")
+        least = plan.by_remat["none"].memory
+        assert least.parameters + least.optimizer < plan.xla_bytes < 3 * least.total
+
+
+def test_an_unknown_vocabulary_is_assumed():
     plan = make_plan(parse_args(["--tokenizer.kind", "char", "--data.source", "text:nowhere/*.txt"]), "t4")
     assert plan.vocab_size == 4096
     assert any("assumed: 4,096 token ids" in note for note in plan.notes)
-
-
-def test_a_trained_tokenizer_is_as_large_as_it_is_asked_for():
     assert make_plan(parse_args(["--tokenizer.vocab_size", "1000"]), "t4").vocab_size == 1000
 
 
@@ -149,7 +156,7 @@ def test_fine_tuning_a_part_needs_less_than_all():
     assert parts["lora"].gradients < parts["last_block"].gradients
 
 
-def test_a_token_file_tells_the_vocabulary_and_a_damaged_description_is_refused(tmp_path):
+def test_a_token_file_has_the_vocabulary_and_a_damaged_description_is_refused(tmp_path):
     path = tmp_path / "ids.bin"
     tokenizer = CharTokenizer().build_vocab("a bad cafe")
     with write_token_file(path, tokenizer, "a test"):
@@ -157,26 +164,26 @@ def test_a_token_file_tells_the_vocabulary_and_a_damaged_description_is_refused(
     plan_of = functools.partial(make_plan, parse_args(["--data.source", f"tokens:{path}"]), "t4")
     assert plan_of().vocab_size == tokenizer.vocab_size
     json_path(path).write_text(json_path(path).read_text().replace('"vocab_size": ', '"vocab_size": "many", "was": '))
-    with pytest.raises(InputError, match=r"ids\.bin\.json: vocab_size is 'many'; expected int"):
+    with pytest.raises(InputError, match=r"ids\.bin\.json: vocab_size is 'many'"):
         plan_of()
 
 
-def test_of_a_token_file_that_is_not_there_yet_gpt2s_vocabulary_is_assumed_and_said():
-    """It is what prepare takes unless told otherwise."""
+def test_a_future_token_file_is_assumed_to_have_gpt2s_vocabulary():
+    """It is what prepare writes by default."""
     plan = make_plan(parse_args(["--data.source", "tokens:to-come.bin"]), "t4")
     assert plan.vocab_size == 50_257
-    assert any("50,257" in note and "to-come.bin is not there yet" in note for note in plan.notes)
+    assert any("50,257" in note and "to-come.bin" in note for note in plan.notes)
 
 
 @pytest.mark.parametrize(("task", "data"), [("classification", "csv:texts.csv"), ("instruction", "json:a.json")])
 def test_rows_longer_than_the_context_are_refused(task, data):
     words = ["--task", task, "--base", "gpt2", "--data.source", data, f"--{task}.max_length", "1025"]
-    with pytest.raises(InputError, match=rf"{task}\.max_length is 1025, more than the model's context of 1024"):
+    with pytest.raises(InputError, match=rf"{task}\.max_length is 1025.* 1024"):
         make_plan(parse_args(words, FinetuneConfig), "t4")
 
 
 def test_a_base_keeps_its_shape():
-    with pytest.raises(InputError, match=r"model\.n_layers is 3, and the base's is 12; leave it out"):
+    with pytest.raises(InputError, match=r"model\.n_layers is 3.* 12"):
         make_plan(FinetuneConfig(base="gpt2", model=ModelConfig(n_layers=3)), "t4")
 
 
@@ -185,17 +192,12 @@ def test_a_base_keeps_its_shape():
     [
         (["--mesh.fsdp", "3"], 4, "expected a product of 4"),
         (["--train.batch_size", "6"], 4, "train.batch_size is 6; expected a multiple of 4"),
-        (["--base", "nowhere/weights"], 1, "base nowhere/weights is no run that is there"),
+        (["--base", "nowhere/weights"], 1, "base nowhere/weights is no existing run"),
     ],
 )
 def test_what_cannot_run_is_refused(words, n_devices, message):
     with pytest.raises(InputError, match=message):
         make_plan(config(*words), "h100", n_devices)
-
-
-def test_a_share_of_what_nobody_knows_is_refused():
-    with pytest.raises(InputError, match="a CPU's are not known"):
-        make_plan(RunConfig(), "cpu", mfu=0.4)
 
 
 def test_a_plan_is_plain_data():

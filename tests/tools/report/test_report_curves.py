@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from reports import make_run, train, val
 
-from slm_jax.tools.report.curves import draw_curves, format_tick, thin_out
+from slm_jax.tools.report.curves import draw_curves, format_tick
 from slm_jax.tools.report.record import read_records
 
 
@@ -18,28 +18,6 @@ def charts(folder, rows, config="task: pretraining\n"):
 
 def svg(chart):
     return base64.b64decode(chart["src"].removeprefix("data:image/svg+xml;base64,")).decode()
-
-
-def test_thinning_keeps_ends_extremes_and_gaps():
-    rng = np.random.default_rng(0)
-    values = rng.normal(size=10_000)
-    values[[4_321, 7_000]] = 50, -50
-    values[5_000:5_003] = np.nan
-    steps = np.arange(10_000.0)
-    kept_steps, kept = thin_out(steps, values, most=200)
-    assert len(kept) <= 303
-    assert kept_steps[0] == 0
-    assert kept_steps[-1] == 9_999
-    assert (np.diff(kept_steps) > 0).all()
-    assert (np.nanmin(kept), np.nanmax(kept)) == (-50, 50)
-    assert np.isnan(kept).any()
-    np.testing.assert_array_equal(kept, values[kept_steps.astype(int)])
-
-
-def test_short_lines_are_whole_and_lines_without_numbers_stay_empty():
-    values = np.array([1, np.nan, 3, np.inf, 5])
-    assert thin_out(np.arange(5.0), values)[1] is values
-    assert np.isnan(thin_out(np.arange(1_000.0), np.full(1_000, np.nan))[1]).all()
 
 
 def test_equal_curves_have_equal_bytes(tmp_path):

@@ -1,9 +1,9 @@
-"""A plan as a person reads it."""
+"""A plan as tables and sentences."""
 
 from rich.console import Console
 from rich.table import Table
 
-from slm_jax.tools.plan.plan import CHINCHILLA, Plan
+from slm_jax.tools.plan.estimate import CHINCHILLA, Plan
 from slm_jax.training.progress import format_bytes, format_duration
 
 _PARTS = {
@@ -24,9 +24,9 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(_model_table(plan))
     console.print(_memory_table(plan))
     lines = [
-        "(1) Not at the same time: the larger counts.",
-        "(2) On a CPU copies of moments, mostly after the backward pass; with mesh.fsdp gathered parameters.",
-        "The total is an estimate: within 10 % of XLA's own on CPU and TPU (benchmarks/BENCHMARKS.md); GPUs untried.",
+        "(1) Not at the same time: the larger one counts.",
+        "(2) On a CPU: copies of moments, mostly after the backward pass; with mesh.fsdp: gathered parameters.",
+        "The total is an estimate: within 10 % of XLA's own on CPU and TPU (benchmarks/BENCHMARKS.md); GPUs unchecked.",
         "",
         *_verdict(plan),
         "",
@@ -76,6 +76,10 @@ def _memory_table(plan: Plan) -> Table:
         table.add_row(label, *(_size(getattr(fit.memory, part)) for fit in fits))
     table.add_section()
     table.add_row("total", *(format_bytes(fit.memory.total) for fit in fits))
+    if plan.xla_bytes is not None:
+        table.add_row(
+            "total by XLA", *(format_bytes(plan.xla_bytes) if remat == plan.remat else "" for remat in plan.by_remat)
+        )
     table.add_row("an evaluation", *([format_bytes(plan.evaluation_bytes)] * len(fits)))
     if plan.memory_limit is not None:
         table.add_row("fits", *("yes" if fit.fits else "no" for fit in fits))
@@ -88,14 +92,14 @@ def _memory_table(plan: Plan) -> Table:
 
 def _verdict(plan: Plan) -> list[str]:
     if plan.memory_limit is None:
-        return ["Whether it fits is not known: this system does not tell its memory."]
+        return ["Whether it fits is unknown: the size of the memory is unknown."]
     if plan.fits:
         return ["It fits."]
     if plan.changes:
-        return ["It does not fit. Each of these does, computed as above:", *(f"  {change}" for change in plan.changes)]
+        return ["It does not fit. It does with any of these:", *(f"  {change}" for change in plan.changes)]
     return [
-        "It does not fit, nor do single rows with --model.remat full; choose a smaller model or context, more devices "
-        "with --mesh.fsdp, or a device with more memory."
+        "It does not fit, even one row at a time with --model.remat full; choose a smaller model or context, more "
+        "devices with --mesh.fsdp, or a device with more memory."
     ]
 
 

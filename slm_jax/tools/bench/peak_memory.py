@@ -1,5 +1,6 @@
-"""The most memory that something takes, as measured."""
+"""The peak of the memory in use, as measured."""
 
+import contextlib
 import re
 import sys
 from pathlib import Path
@@ -10,22 +11,24 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class PeakMemory:
-    """A context that measures the most memory that is taken within it.
+    """A context that measures the peak of the memory in use.
 
     Attributes:
-        n_bytes: when it has ended: on an accelerator of one device, at most, since the process began; on a CPU of the
-            process, beyond what it held at first; None where the system does not say.
-        of: whose bytes these are, for a person.
+        n_bytes: set at the end. On an accelerator: the peak of one device, at most, since the process began; on a CPU:
+            the peak of the process, less what it held at first; None: unknown on this system.
+        of: what the bytes are of, in words.
     """
 
     def __init__(self) -> None:
         self._on_cpu = jax.default_backend() == "cpu"
+        self._before: int | None = None
         self.n_bytes: int | None = None
         self.of = "the process, beyond what it held before" if self._on_cpu else "a device, since the process began"
 
     def __enter__(self) -> "PeakMemory":
         if self._on_cpu:
-            _forget_peak()
+            with contextlib.suppress(OSError):  # where it cannot be reset, the peak is that of the whole process
+                _CLEAR.write_text("5")
             self._before = process_bytes("VmRSS")
         return self
 
@@ -38,16 +41,8 @@ class PeakMemory:
         self.n_bytes = max((peak for peak in peaks if peak is not None), default=None)
 
 
-def _forget_peak() -> None:
-    """Let the system count the peak anew; where it refuses, the peak is that of the whole process."""
-    try:
-        _CLEAR.write_text("5")
-    except OSError:
-        return
-
-
 def process_bytes(field: str) -> int | None:
-    """Return a size from what Linux says of this process: VmRSS, held now, or VmHWM, the most so far."""
+    """Return a size of this process from Linux: VmRSS, held now, or VmHWM, the peak."""
     if sys.platform != "linux":
         return None
     found = re.search(rf"{field}:\s+(\d+) kB", _STATUS.read_text())

@@ -1,4 +1,4 @@
-"""How fast batches come, with nothing else to do: from the text, or the token file, to the device."""
+"""The speed of the data pipeline alone: from the text, or the token file, to the device."""
 
 import itertools
 import time
@@ -11,22 +11,22 @@ import jax
 from slm_jax.config import to_dict
 from slm_jax.tasks.config import RunConfig
 from slm_jax.tasks.pretraining import Pretraining
-from slm_jax.tools.bench.measure import Clock, Timing, time_calls
 from slm_jax.tools.bench.result import Result
+from slm_jax.tools.bench.timing import Clock, Timing, time_calls
 from slm_jax.training.resume import Start
 from slm_jax.training.run_folder import RunFolder
 from slm_jax.training.sharding import check_batch_size, host_rows, make_mesh, put_batch
 
 
-def bench_data(config: RunConfig, *, warmup: int, repeats: int, batches: int, step_ms: float | None = None) -> Result:
-    """Measure the batches of a run's pretraining as the training loop takes them, without training.
+def measure(config: RunConfig, *, warmup: int, repeats: int, batches: int, step_ms: float | None = None) -> Result:
+    """Measure the batches of pretraining as the training loop reads them, without training.
 
     Args:
-        config: the run's.
-        warmup: repeats that do not count.
-        repeats: how often the time of ``batches`` batches is taken.
-        batches: of a repeat.
-        step_ms: a training step's milliseconds, to say what share of it the batches take; None: not said.
+        config: configuration of the run.
+        warmup: repeats that are not timed.
+        repeats: repeats of reading ``batches`` batches.
+        batches: batches of a repeat.
+        step_ms: milliseconds of a training step, to report the batches' share of it; None: no share.
 
     Raises:
         InputError: data that cannot be used; devices that cannot share the batch.
@@ -44,7 +44,7 @@ def bench_data(config: RunConfig, *, warmup: int, repeats: int, batches: int, st
     placing = time_calls(lambda: jax.block_until_ready(put_batch(mesh, batch)), warmup=warmup, repeats=repeats)
     rate = task.tokens_per_step / reading.median
     share = None if step_ms is None else 1e3 * reading.median / step_ms
-    n_bytes = sum(value.nbytes for value in batch.values())
+    bars = {"a batch": 1e3 * reading.median, "a batch to the device": 1e3 * placing.median}
     return Result(
         what="data",
         config=to_dict(config),
@@ -54,7 +54,7 @@ def bench_data(config: RunConfig, *, warmup: int, repeats: int, batches: int, st
             "batches_per_repeat": batches,
             "tokens_per_batch": task.tokens_per_step,
             "tokens_per_second": rate,
-            "bytes_per_batch": n_bytes,
+            "bytes_per_batch": sum(value.nbytes for value in batch.values()),
             "placing_seconds": placing.to_dict(),
             "step_ms": step_ms,
             "share_of_step": share,
@@ -64,23 +64,19 @@ def bench_data(config: RunConfig, *, warmup: int, repeats: int, batches: int, st
             "a batch": str(reading),
             "tokens": f"{rate:,.0f} a second ({task.tokens_per_step:,} a batch)",
             "a batch to the device": str(placing),
-            "share of a step": "--step-ms of slm-jax bench train tells" if share is None else f"{share:.2%}",
+            "share of a step": "pass --step-ms, from slm-jax bench train" if share is None else f"{share:.2%}",
         },
         unit="ms",
-        series={"a batch": tuple(1e3 * seconds for seconds in reading.seconds)},
-        bars={
-            "a batch": 1e3 * reading.median,
-            "a batch to the device": 1e3 * placing.median,
-            **({} if step_ms is None else {"a training step": step_ms}),
-        },
-        notes=("A batch is read while the device computes, by one thread: it costs time only beyond a whole step.",),
+        series={"a batch": reading.milliseconds},
+        bars=bars if step_ms is None else {**bars, "a training step": step_ms},
+        notes=("One thread reads batches while the device computes: they cost time only beyond a whole step.",),
     )
 
 
 def per_batch(
     iterator: Iterator[Any], *, warmup: int, repeats: int, batches: int, clock: Clock = time.perf_counter
 ) -> Timing:
-    """Time batches, so many at once, as single ones may lie ready; return the seconds of one in each repeat."""
+    """Time reads of several batches, since single ones may be prefetched; return the seconds of one in each repeat."""
     timing = time_calls(
         lambda: sum(1 for _ in itertools.islice(iterator, batches)), warmup=warmup, repeats=repeats, clock=clock
     )

@@ -1,4 +1,4 @@
-"""Fresh processes, for what a process that has computed already cannot tell."""
+"""Fresh processes, to measure imports, starts and memory."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ from slm_jax.errors import InputError
 
 def start_python(args: Sequence[str], environ: Mapping[str, str] = os.environ) -> "subprocess.Popen[str]":
     """Start this Python with this slm_jax, its output piped."""
-    paths = [str(Path(__file__).parents[2]), *filter(None, [environ.get("PYTHONPATH")])]
+    paths = [str(Path(__file__).parents[3]), *filter(None, [environ.get("PYTHONPATH")])]
     return subprocess.Popen(
         [sys.executable, *args],
         env={**environ, "PYTHONPATH": os.pathsep.join(paths)},
@@ -25,19 +25,19 @@ def output_of(args: Sequence[str]) -> str:
     """Run this Python to its end and return what it prints.
 
     Raises:
-        InputError: it is killed, or says that a user can mend it.
+        InputError: it is killed, or reports a user's mistake.
         RuntimeError: it fails otherwise.
     """
     process = start_python(args)
-    printed, said = process.communicate()
+    printed, errors = process.communicate()
     if process.returncode:
-        raise failed(process.returncode, said)
+        raise failed(process.returncode, errors)
     return printed
 
 
-def failed(status: int, said: str) -> Exception:
-    """Return what to raise for a process that ended with a status: one that is no user's mistake is shown whole."""
+def failed(status: int, errors: str) -> Exception:
+    """Return the exception for a process that ended with a status; errors that are no user's mistake are kept whole."""
     if status == 1:
-        return RuntimeError(f"a process to measure in failed:\n{said}")
-    reason = (said.strip().splitlines() or ["it was killed; out of memory?"])[-1]
+        return RuntimeError(f"a process to measure in failed:\n{errors}")
+    reason = (errors.strip().splitlines() or ["it was killed; out of memory?"])[-1]
     return InputError(f"a process to measure in ended with status {status}: {reason}")

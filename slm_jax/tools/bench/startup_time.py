@@ -1,4 +1,4 @@
-"""How long it takes until something happens, in fresh processes: imports, and training to its first step."""
+"""The time of imports, and of training until its first step, in fresh processes."""
 
 import contextlib
 import dataclasses
@@ -13,9 +13,9 @@ from slm_jax.config import dump_config, to_dict
 from slm_jax.errors import InputError
 from slm_jax.files import cache_folder
 from slm_jax.tasks.config import RunConfig
-from slm_jax.tools.bench.child import failed, output_of, start_python
-from slm_jax.tools.bench.measure import Timing
+from slm_jax.tools.bench.processes import failed, output_of, start_python
 from slm_jax.tools.bench.result import Result
+from slm_jax.tools.bench.timing import Timing
 
 _IMPORTS = """
 import json, time
@@ -27,53 +27,48 @@ ours = time.perf_counter()
 slm_jax.GPTModel, slm_jax.load_gpt2
 print(json.dumps([theirs - began, ours - theirs, time.perf_counter() - ours]))
 """
+NAMES = {
+    "import_jax_flax": "import jax, flax",
+    "import_slm_jax": "import slm_jax, beyond that",
+    "first_use_slm_jax": "slm_jax.GPTModel and slm_jax.load_gpt2, used for the first time",
+    "first_step_empty_cache": "train to the first step, empty cache",
+    "first_step_warm_cache": "train to the first step, warm cache",
+}
 _POLL = 0.01  # seconds between two looks at a run's log
 _TOO_LONG = 3600.0
 
 
-def bench_startup(config: RunConfig, repeats: int) -> Result:
+def measure(config: RunConfig, repeats: int) -> Result:
     """Measure imports, and ``slm-jax train`` of a recipe to its first step with an empty and a warm compile cache.
 
-    The cache is one of its own. A named text that is not on this machine is downloaded in each start.
+    It uses a compile cache of its own. A named text that is not on this machine is downloaded at each start.
 
     Args:
-        config: the run's.
-        repeats: how often each.
+        config: configuration of the run.
+        repeats: repeats of each.
 
     Raises:
-        InputError: a run that does not come to its first step.
+        InputError: a run that does not reach its first step.
     """
-    output_of(["-c", _IMPORTS])  # what is read from the disk then lies in memory
+    output_of(["-c", _IMPORTS])  # fills the file system's cache
     imports = [json.loads(output_of(["-c", _IMPORTS])) for _ in range(repeats)]
     starts = [_first_steps(config) for _ in range(repeats)]
-    timings = {
-        "import_jax_flax": Timing(tuple(theirs for theirs, _, _ in imports)),
-        "import_slm_jax": Timing(tuple(ours for _, ours, _ in imports)),
-        "first_use_slm_jax": Timing(tuple(use for _, _, use in imports)),
-        "first_step_empty_cache": Timing(tuple(cold for cold, _ in starts)),
-        "first_step_warm_cache": Timing(tuple(warm for _, warm in starts)),
-    }
-    names = {
-        "import_jax_flax": "import jax, flax",
-        "import_slm_jax": "import slm_jax, beyond that",
-        "first_use_slm_jax": "slm_jax.GPTModel and slm_jax.load_gpt2, named for the first time",
-        "first_step_empty_cache": "train to the first step, empty cache",
-        "first_step_warm_cache": "train to the first step, warm cache",
-    }
+    columns = [*zip(*imports, strict=True), *zip(*starts, strict=True)]
+    timings = {key: Timing(tuple(seconds)) for key, seconds in zip(NAMES, columns, strict=True)}
     return Result(
         what="startup",
         config=to_dict(config),
         figures={f"{key}_seconds": timing.to_dict() for key, timing in timings.items()},
-        rows={names[key]: str(timing) for key, timing in timings.items()},
+        rows={NAMES[key]: str(timing) for key, timing in timings.items()},
         unit="s",
-        series={names[key]: timing.seconds for key, timing in timings.items()},
-        bars={names[key]: timing.median for key, timing in timings.items()},
-        notes=("To the first step: from the start of the process to the line of step 1 in metrics.jsonl.",),
+        series={NAMES[key]: timing.seconds for key, timing in timings.items()},
+        bars={NAMES[key]: timing.median for key, timing in timings.items()},
+        notes=("First step: from the start of the process to the line of step 1 in metrics.jsonl.",),
     )
 
 
 def _first_steps(config: RunConfig) -> tuple[float, float]:
-    """Return the seconds to the first step with an empty compile cache, and with the one that it left."""
+    """Return the seconds to the first step with an empty compile cache, and with the filled one."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         cold, warm = (_seconds_to_first_step(config, folder, run) for run in ("cold", "warm"))
@@ -81,7 +76,7 @@ def _first_steps(config: RunConfig) -> tuple[float, float]:
 
 
 def _seconds_to_first_step(config: RunConfig, folder: Path, run: str) -> float:
-    """Start a run of its own in a folder, with the compile cache there, and stop it after its first step."""
+    """Start a run in a folder, with the compile cache there, and stop it after its first step."""
     train = dataclasses.replace(config.train, log_every=1)
     checkpoint = dataclasses.replace(config.checkpoint, mirror=None)
     config = dataclasses.replace(
@@ -100,10 +95,10 @@ def _seconds_to_first_step(config: RunConfig, folder: Path, run: str) -> float:
 
 
 def _with_own_cache(folder: Path) -> dict[str, str]:
-    """Return the environment of a process that keeps its caches in a folder, but finds the named texts."""
+    """Return an environment with caches in a folder that still finds the named texts."""
     environ = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache")}
     environ.pop("JAX_COMPILATION_CACHE_DIR", None)
-    with contextlib.suppress(OSError):  # a user without a home has none there
+    with contextlib.suppress(OSError):  # no home
         environ.setdefault("SLM_JAX_DATA", str(cache_folder() / "data"))
     return environ
 

@@ -1,4 +1,4 @@
-"""What must hold of measured training steps: it is train's own step, and the arithmetic of its figures is right."""
+"""Measured training steps: the step is that of train, and the arithmetic of its figures is right."""
 
 import dataclasses
 import itertools
@@ -6,14 +6,14 @@ import math
 
 import pytest
 from pretraining import options
+from slm_jax.training.program import Program, device_bytes
 
 from slm_jax import cli
 from slm_jax.errors import InputError
 from slm_jax.tasks.config import RunConfig, parse_args
 from slm_jax.tools.bench.ceilings import Ceilings
-from slm_jax.tools.bench.step import BenchStep, compile_step, with_known_vocabulary
-from slm_jax.tools.bench.train import StepTimer, bench_train, speed_figures
-from slm_jax.training import loop
+from slm_jax.tools.bench.compiled_step import CompiledStep, StepTimer, compile_step, with_known_vocabulary
+from slm_jax.tools.bench.step_speed import measure, speed_figures
 
 WORDS = [
     *("--model.vocab_size", "64", "--model.context_length", "16", "--model.n_layers", "1", "--model.emb_dim", "32"),
@@ -26,23 +26,24 @@ def config_of(*words: str) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def step() -> BenchStep:
+def step() -> CompiledStep:
     return compile_step(config_of())
 
 
 def test_it_is_the_step_that_train_compiles(text_file, tmp_path, monkeypatch):
-    compiled, device_bytes = [], loop.device_bytes
+    compiled = []
 
-    def keep(step):
-        compiled.append(step)
+    def keep(program):
+        compiled.append(program.compiling[0].result())
         raise InputError("seen enough")
 
-    monkeypatch.setattr(loop, "device_bytes", keep)
     words = options(text_file, tmp_path, train__accumulate=1)
-    assert cli.main(["train", *words]) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(Program, "wait", keep)
+        assert cli.main(["train", *words]) == 2
     config, notes = with_known_vocabulary(parse_args(words))
     ours = compile_step(config)
-    assert "as the text has" in notes[0]
+    assert "counted in the text" in notes[0]
     assert ours.compiled.cost_analysis() == compiled[0].cost_analysis()
     assert ours.compiled.memory_analysis().temp_size_in_bytes == compiled[0].memory_analysis().temp_size_in_bytes
     assert ours.planned_bytes == device_bytes(compiled[0])
@@ -66,7 +67,7 @@ def test_the_memory_bound_is_the_state_read_and_written_once(step):
 
 
 def test_without_a_peak_there_is_no_mfu(step):
-    figures = speed_figures(step, 0.01, Ceilings(None, None, "not known"))
+    figures = speed_figures(step, 0.01, Ceilings(None, None, "unknown"))
     assert figures["mfu"] is None
     assert figures["bounds_seconds"] == {}
     part = dataclasses.replace(step, flops_per_token=None)
@@ -93,7 +94,7 @@ def test_a_packed_batch_has_documents(step):
 
 def test_all_figures_are_there(monkeypatch):
     monkeypatch.setattr("slm_jax.tools.bench.ceilings._SECONDS", 0.01)
-    result = bench_train(config_of("--data.source", "text:nowhere"), warmup=1, repeats=3, peak=1e12)
+    result = measure(config_of("--data.source", "text:nowhere"), warmup=1, repeats=3, peak=1e12)
     figures = result.figures
     assert len(figures["step_seconds"]["repeats"]) == len(figures["queued_step_seconds"]["repeats"]) == 3
     assert figures["loss_finite"]

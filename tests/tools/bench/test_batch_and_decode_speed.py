@@ -1,4 +1,4 @@
-"""What must hold of measured batches and of measured generation."""
+"""Measured batches and measured generation."""
 
 import functools
 import itertools
@@ -11,9 +11,9 @@ from pretraining import options
 from slm_jax.errors import InputError
 from slm_jax.model import GPTConfig, init_params
 from slm_jax.tasks.config import parse_args
+from slm_jax.tools.bench.batch_speed import measure, per_batch
 from slm_jax.tools.bench.ceilings import Ceilings
-from slm_jax.tools.bench.data import bench_data, per_batch
-from slm_jax.tools.bench.generate import bench_generate, bytes_per_step, time_generation
+from slm_jax.tools.bench.decode_speed import bench_generate, bytes_per_step, time_generation
 
 CFG = GPTConfig(vocab_size=50, context_length=24, emb_dim=16, n_heads=2, n_layers=2)
 
@@ -33,7 +33,7 @@ def test_batches_are_timed_several_at_once():
 
 def test_the_batches_of_a_run_are_measured(text_file, tmp_path):
     config = parse_args(options(text_file, tmp_path))
-    result = bench_data(config, warmup=0, repeats=2, batches=3, step_ms=20.0)
+    result = measure(config, warmup=0, repeats=2, batches=3, step_ms=20.0)
     figures = result.figures
     assert figures["tokens_per_batch"] == 8 * 16
     assert figures["bytes_per_batch"] == 3 * 4 * 8 * 16

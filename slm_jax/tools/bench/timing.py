@@ -1,4 +1,4 @@
-"""Repeated measurements: warm-up, medians and spread."""
+"""Repeated measurements of time: warm-up, medians and spread."""
 
 import dataclasses
 import time
@@ -12,10 +12,10 @@ Clock = Callable[[], float]
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """How long the same thing took, several times.
+    """Repeated measurements of one duration.
 
     Attributes:
-        seconds: of each time, in order; at least one.
+        seconds: each repeat, in order; at least one.
     """
 
     seconds: tuple[float, ...]
@@ -31,8 +31,13 @@ class Timing:
         first, third = np.percentile(self.seconds, [25, 75])
         return float(first), float(third)
 
+    @property
+    def milliseconds(self) -> tuple[float, ...]:
+        """Each repeat in milliseconds."""
+        return tuple(1e3 * seconds for seconds in self.seconds)
+
     def to_dict(self) -> dict[str, Any]:
-        """Return the figures, and what they were made of, for JSON; seconds."""
+        """Return the figures and all repeats for JSON, in seconds."""
         return {
             "median": self.median,
             "quartiles": self.quartiles,
@@ -48,7 +53,7 @@ class Timing:
 
 
 def time_calls(run: Callable[[], object], *, warmup: int, repeats: int, clock: Clock = time.perf_counter) -> Timing:
-    """Time each of ``repeats`` calls of ``run``, which waits for its own result, after ``warmup`` that do not count."""
+    """Time ``repeats`` calls of ``run``, which waits for its own result, after ``warmup`` that are not timed."""
     for _ in range(warmup):
         run()
     seconds = []

@@ -1,4 +1,4 @@
-"""What memory the training step of a recipe takes: as planned, as XLA says, as measured."""
+"""The memory of a recipe's training step: as planned, by XLA's analysis, as measured."""
 
 import dataclasses
 import json
@@ -9,16 +9,15 @@ from pathlib import Path
 
 import jax
 
-from slm_jax.commands import set_up
 from slm_jax.config import dump_config, to_dict
 from slm_jax.errors import InputError
 from slm_jax.tasks.config import RunConfig, parse_args
-from slm_jax.tools.bench.child import output_of
-from slm_jax.tools.bench.peak import PeakMemory
+from slm_jax.tools.bench.compiled_step import CompiledStep, StepTimer, compile_step, with_known_vocabulary
+from slm_jax.tools.bench.peak_memory import PeakMemory
+from slm_jax.tools.bench.processes import output_of
 from slm_jax.tools.bench.result import Result
-from slm_jax.tools.bench.step import BenchStep, compile_step, with_known_vocabulary
-from slm_jax.tools.bench.train import StepTimer
-from slm_jax.tools.plan.plan import Plan, make_plan
+from slm_jax.tools.plan import Plan, make_plan
+from slm_jax.training.compile_cache import set_up
 from slm_jax.training.hardware import device_here
 from slm_jax.training.program import out_of_memory_as_input_error
 from slm_jax.training.progress import format_bytes
@@ -26,10 +25,10 @@ from slm_jax.training.progress import format_bytes
 _STEPS = 3
 
 
-def bench_memory(config: RunConfig) -> Result:
-    """Compare what a training step of a run takes as planned, as XLA says and as measured over three steps.
+def measure(config: RunConfig) -> Result:
+    """Compare the planned memory of a training step with XLA's analysis and with the peak of three steps.
 
-    On a CPU they are done in a fresh process, whose memory the compiler has not been in.
+    On a CPU the steps run in a fresh process, which has not compiled anything.
 
     Raises:
         InputError: what cannot be trained here.
@@ -57,8 +56,8 @@ def bench_memory(config: RunConfig) -> Result:
         },
         rows={
             "planned (slm-jax plan)": _a_device(total),
-            "XLA, of the compiled step": _a_device(step.planned_bytes),
-            "measured": f"{format_bytes(peak.n_bytes)} of {peak.of}" if peak.n_bytes else "not known on this system",
+            "XLA's analysis of the compiled step": _a_device(step.planned_bytes),
+            "measured": f"{format_bytes(peak.n_bytes)} of {peak.of}" if peak.n_bytes else "unknown on this system",
             "parameters and optimizer alone": _a_device(least),
         },
         unit="MB",
@@ -69,15 +68,15 @@ def bench_memory(config: RunConfig) -> Result:
 
 
 def plan_here(config: RunConfig) -> Plan | None:
-    """Plan the run for the devices here; None: they are accelerators of which no data sheet is known."""
+    """Plan the run for the devices here; None: accelerators without a known data sheet."""
     known = device_here()
     if known is None and jax.default_backend() != "cpu":
         return None
     return make_plan(config, "cpu" if known is None else known.name, jax.device_count())
 
 
-def measured_peak(step: BenchStep) -> PeakMemory:
-    """Do some steps, from making the state on, and return the most memory that it took."""
+def measured_peak(step: CompiledStep) -> PeakMemory:
+    """Run some steps, from making the state on, and return the peak of their memory."""
     with PeakMemory() as memory:
         timer = StepTimer(step)
         for _ in range(_STEPS):
@@ -91,17 +90,17 @@ def _measured_apart(config: RunConfig) -> PeakMemory:
         file = Path(folder) / "config.yaml"
         file.write_text(dump_config(config), encoding="utf-8")
         memory = PeakMemory()
-        memory.n_bytes = json.loads(output_of(["-m", "slm_jax.tools.bench.memory", str(file)]))
+        memory.n_bytes = json.loads(output_of(["-m", "slm_jax.tools.bench.step_memory", str(file)]))
     return memory
 
 
 def _a_device(n_bytes: float | None) -> str:
-    return f"{format_bytes(n_bytes)} a device" if n_bytes else "not known"
+    return f"{format_bytes(n_bytes)} a device" if n_bytes else "unknown"
 
 
 def main(args: Sequence[str]) -> int:
-    """Measure the recipe that is named; print the bytes, or null where the system does not say; return the status."""
-    set_up()  # whose compile cache has what the process that asks has compiled just before
+    """Measure the recipe of a file; print the bytes, null if unknown; return the exit status."""
+    set_up()  # with the compile cache that has the step already
     try:
         with out_of_memory_as_input_error():
             peak = measured_peak(compile_step(parse_args(["--config", *args])))

@@ -13,7 +13,7 @@ from slm_jax.model import GPTConfig, GPTModel, get_gpt_config, init_params, para
 from slm_jax.nn.target import Target, compiling_for
 from slm_jax.tasks.config import RunConfig
 from slm_jax.tasks.pretraining import make_loss_fn
-from slm_jax.tools.plan.memory import (
+from slm_jax.tools.plan.memory_model import (
     State,
     Work,
     copied_weights,

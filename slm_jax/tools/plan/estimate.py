@@ -1,0 +1,291 @@
+"""An estimate of what a run needs of a device that may be elsewhere, and of what to change if it does not fit."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, get_args
+
+import jax
+from jax.sharding import Mesh
+
+from slm_jax.errors import InputError
+from slm_jax.model import DType, Remat, axis_sizes
+from slm_jax.nn.axes import count, map_axes
+from slm_jax.nn.fused_attention import choose_implementation
+from slm_jax.nn.target import Target, compiling_for
+from slm_jax.tasks.base import run_dtype
+from slm_jax.tasks.config import RunConfig
+from slm_jax.tools.plan.memory_model import Memory, State, Work, evaluation_memory, state_bytes, step_memory
+from slm_jax.tools.plan.shapes import Shapes, find_shapes
+from slm_jax.training.hardware import Device, device_memory, find_device, flops_per_token
+from slm_jax.training.program import compile_program, device_bytes
+from slm_jax.training.sharding import check_batch_size, mesh_sizes
+
+ASSUMED_MFU = 0.4  # of accelerators, for models that keep one busy
+CHINCHILLA = 20  # tokens a parameter (Hoffmann et al. 2022)
+_MOST_ROWS = 2**20
+_MOST_COMPILED = 3_000_000  # parameters of a model that XLA compiles in seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """A step with one setting of ``model.remat``.
+
+    Attributes:
+        memory: memory of the step as configured, on one device.
+        fits: whether the device has as much.
+        largest_rows: the most sequences at a time that fit on one device; 0: not even one.
+        accumulate: the smallest ``train.accumulate`` with which the configured batch fits; None: none does.
+    """
+
+    memory: Memory
+    fits: bool
+    largest_rows: int
+    accumulate: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a run needs; bytes and FLOP/s of one device, tokens a second of all.
+
+    Attributes:
+        device: name of the device on the command line.
+        n_devices: devices that share each batch.
+        dtype: dtype of the activations there.
+        attention: implementation of attention there.
+        optimizer: adamw or muon.
+        n_params: parameters; a tied head counts once.
+        n_trained: trained parameters.
+        vocab_size: number of token ids.
+        seq: tokens of a row.
+        rows: sequences of a micro-batch on one device, as configured.
+        remat: model.remat, as configured.
+        memory_limit: bytes of the device that a program may use; None: unknown.
+        by_remat: the step with each setting of model.remat, by the formulas of :mod:`slm_jax.tools.plan.memory_model`.
+        xla_bytes: the step as configured, by XLA's analysis of the compiled program; None: not compiled.
+        evaluation_bytes: memory of an evaluation.
+        flops_per_token: FLOPs of training on a token; None if only a part is trained.
+        peak_flops: peak FLOP/s in ``dtype``; None: unknown, as of a CPU.
+        mfu: assumed share of the peak.
+        tokens_per_second: expected speed.
+        tokens: tokens of the run; None: the text decides.
+        hours: time of the run.
+        hours_for_20: time of 20 tokens a parameter.
+        fits: whether training and evaluation fit as configured.
+        changes: options under which it fits, if it does not, nearest to the configuration first.
+        notes: assumptions and hints, a line each.
+    """
+
+    device: str
+    n_devices: int
+    dtype: DType
+    attention: str
+    optimizer: str
+    n_params: int
+    n_trained: int
+    vocab_size: int
+    seq: int
+    rows: int
+    remat: Remat
+    memory_limit: float | None
+    by_remat: dict[str, Fit]
+    xla_bytes: float | None
+    evaluation_bytes: float
+    flops_per_token: float | None
+    peak_flops: float | None
+    mfu: float | None
+    tokens_per_second: float | None
+    tokens: float | None
+    hours: float | None
+    hours_for_20: float | None
+    fits: bool
+    changes: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def make_plan(
+    config: RunConfig, device: str, n_devices: int = 1, mfu: float | None = None, tokens: float | None = None
+) -> Plan:
+    """Plan a run without its devices, its text or its weights.
+
+    A small model on this machine's CPU is compiled, which takes seconds; everything else is computed from formulas.
+
+    Args:
+        config: configuration of the run.
+        device: a name of :data:`slm_jax.training.hardware.DEVICES`, or ``cpu``, this machine's.
+        n_devices: devices that share each batch.
+        mfu: share of the peak FLOP/s that is reached; None: 0.4, an assumption.
+        tokens: tokens to train on; None: those of the configured steps.
+
+    Raises:
+        InputError: an unknown device; devices that cannot share the batch; a base of unknown shape.
+    """
+    known = None if device.lower() == "cpu" else find_device(device)
+    if known is None and mfu is not None:
+        raise InputError("mfu is a share of the peak FLOP/s, which is unknown for a CPU; leave it out")
+    target = Target("cpu") if known is None else Target(known.platform, known.capability)
+    with compiling_for(*target):
+        dtype = run_dtype(config)
+    config = _replace(config, "model", dtype=dtype)
+    shapes = find_shapes(config)
+    mesh_sizes(config.mesh, n_devices)
+    check_batch_size(n_devices, config.train.batch_size, config.train.accumulate)
+    limit = device_memory(jax.devices("cpu")[0]) if known is None else known.memory * known.usable
+    setting = _Setting(shapes, target, limit, n_devices)
+    work = setting.work(config)
+    by_remat = {remat: setting.fit(_replace(config, "model", remat=remat)) for remat in get_args(Remat)}
+    xla_bytes = compiled_bytes(config, shapes) if known is None and n_devices == 1 else None
+    evaluation = setting.evaluation(config)
+    needed = max(xla_bytes or by_remat[work.cfg.remat].memory.total, evaluation)
+    fits = limit is None or needed <= limit
+    n_trained = count(shapes.params.trainable)
+    n_params = n_trained + count(shapes.params.frozen)
+
+    trains_all = not shapes.params.frozen and shapes.n_outputs == shapes.cfg.vocab_size
+    flops = flops_per_token(shapes.cfg) if trains_all else None
+    share = None if known is None else mfu or ASSUMED_MFU
+    peak = None if known is None else known.peak(dtype)
+    rate = n_devices * peak * share / flops if peak and share and flops else None
+    if tokens is None and config.train.steps is not None:
+        tokens = float(config.train.steps * config.train.batch_size * shapes.seq)
+    return Plan(
+        device=device.lower(),
+        n_devices=n_devices,
+        dtype=dtype,
+        attention=work.attention,
+        optimizer=config.optimizer.kind,
+        n_params=n_params,
+        n_trained=n_trained,
+        vocab_size=shapes.cfg.vocab_size,
+        seq=shapes.seq,
+        rows=work.rows,
+        remat=work.cfg.remat,
+        memory_limit=limit,
+        by_remat=by_remat,
+        xla_bytes=xla_bytes,
+        evaluation_bytes=evaluation,
+        flops_per_token=flops,
+        peak_flops=peak,
+        mfu=share,
+        tokens_per_second=rate,
+        tokens=tokens,
+        hours=tokens / rate / 3600 if tokens and rate else None,
+        hours_for_20=CHINCHILLA * n_params / rate / 3600 if rate else None,
+        fits=fits,
+        changes=() if fits else tuple(setting.changes(config)),
+        notes=(*shapes.notes, *_notes(known, work, n_devices, flops)),
+    )
+
+
+def _replace(config: RunConfig, section: str, **changes: Any) -> RunConfig:
+    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **changes)})
+
+
+@dataclasses.dataclass(frozen=True)
+class _Setting:
+    """A model and its devices, for which configurations are tried."""
+
+    shapes: Shapes
+    target: Target
+    limit: float | None
+    n_devices: int
+
+    def work(self, config: RunConfig) -> Work:
+        """Return what one device computes at a time."""
+        shapes = self.shapes
+        cfg = dataclasses.replace(shapes.cfg, remat=config.model.remat or shapes.cfg.remat)
+        odd = config.data.packing and shapes.seq % 2 == 1
+        head_dim = axis_sizes(cfg)["head_dim"]
+        attention = choose_implementation(cfg.attention, cfg.dtype, head_dim, cfg.drop_rate > 0, odd, self.target)
+        layers = map_axes(lambda axes, leaf: leaf.shape[0] if axes and axes.stack else 0, shapes.params.trainable)
+        accumulate = config.train.accumulate
+        rows = config.train.batch_size // (self.n_devices * accumulate)
+        trained_blocks = max(jax.tree.leaves(layers))
+        return Work(cfg, self.target, attention, rows, shapes.seq, shapes.n_outputs, trained_blocks, accumulate)
+
+    def state(self, config: RunConfig) -> State:
+        muon = config.optimizer.kind == "muon"
+        return state_bytes(self.shapes.params.trainable, self.shapes.params.frozen, config.mesh.fsdp, muon)
+
+    def memory(self, config: RunConfig) -> Memory:
+        return step_memory(self.work(config), self.state(config))
+
+    def evaluation(self, config: RunConfig) -> float:
+        rows = -(-(config.train.eval_batch_size or config.train.batch_size) // self.n_devices)
+        return evaluation_memory(dataclasses.replace(self.work(config), rows=rows), self.state(config))
+
+    def has(self, n_bytes: float) -> bool:
+        return self.limit is None or n_bytes <= self.limit
+
+    def fit(self, config: RunConfig) -> Fit:
+        memory = self.memory(config)
+        if self.limit is None:
+            return Fit(memory, True, 0, config.train.accumulate)
+        return Fit(memory, self.has(memory.total), self.largest_rows(config), self.least_accumulate(config))
+
+    def least_accumulate(self, config: RunConfig) -> int | None:
+        share = config.train.batch_size // self.n_devices
+        divisors = (accumulate for accumulate in range(1, share + 1) if share % accumulate == 0)
+        return next((n for n in divisors if self.has(self.memory(_replace(config, "train", accumulate=n)).total)), None)
+
+    def largest_rows(self, config: RunConfig) -> int:
+        """Return the most rows at a time that fit on one device, by bisection."""
+        state, work = self.state(config), self.work(config)
+        low, high = 0, _MOST_ROWS
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = self.has(step_memory(dataclasses.replace(work, rows=middle), state).total)
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return low
+
+    def changes(self, config: RunConfig) -> Iterator[str]:
+        """Yield options with which the run fits, nearest to the configuration first."""
+        asked = rows = config.train.eval_batch_size or config.train.batch_size
+        while rows > self.n_devices and not self.has(self.evaluation(_replace(config, "train", eval_batch_size=rows))):
+            rows //= 2
+        evaluation = [f"--train.eval_batch_size {rows}"] if rows < asked else []
+        candidates = {
+            "": config,
+            "--model.remat dots": _replace(config, "model", remat="dots"),
+            "--model.remat full": _replace(config, "model", remat="full"),
+        }
+        if self.n_devices > config.mesh.fsdp and config.mesh.data == -1:
+            sharded = _replace(config, "mesh", fsdp=self.n_devices)
+            flags = f"--mesh.fsdp {self.n_devices}"
+            candidates |= {flags: sharded, f"{flags} --model.remat full": _replace(sharded, "model", remat="full")}
+        for flags, changed in candidates.items():
+            accumulate = self.least_accumulate(changed)
+            if accumulate is not None:
+                more = [f"--train.accumulate {accumulate}"] if accumulate > config.train.accumulate else []
+                yield " ".join([*([flags] if flags else []), *more, *evaluation])
+            if not flags and accumulate is not None and accumulate <= config.train.accumulate:
+                return  # only the evaluation does not fit
+
+
+def compiled_bytes(config: RunConfig, shapes: Shapes) -> int | None:
+    """Return the bytes of a training step and its evaluation on this machine, by XLA's analysis; 0: unknown.
+
+    None: the model is too large to be compiled in seconds.
+    """
+    if count(shapes.params.trainable) + count(shapes.params.frozen) > _MOST_COMPILED:
+        return None
+    mesh = Mesh([[jax.devices("cpu")[0]]], ("data", "fsdp"))
+    program = compile_program(config, shapes, mesh, needs_init=False)
+    return max(device_bytes(step.result()) for step in program.compiling)
+
+
+def _notes(known: Device | None, work: Work, n_devices: int, flops: float | None) -> Iterator[str]:
+    if known is not None and known.platform == "gpu":
+        yield (
+            f"memory: JAX gives a program {known.usable:.0%} of a GPU's; raise it with XLA_PYTHON_CLIENT_MEM_FRACTION"
+        )
+    if known is None:
+        yield "speed: unknown for a CPU; train prints tokens a second after some steps"
+    elif flops is None:
+        yield "speed: not predicted for a classifier or for a part of a model"
+    if known is not None and work.cfg.dtype == "bfloat16" and (known.capability or 8) < 8:
+        yield f"dtype: a {known.name} only emulates bfloat16, which is far slower; --model.dtype auto is float32"
+    if known is not None and work.cfg.dtype == "float32" and (known.platform == "tpu" or (known.capability or 0) >= 8):
+        what = "bfloat16" if known.platform == "tpu" else "TF32"
+        yield f"dtype: float32 arrays are multiplied in {what} there, JAX's default"
+    if n_devices > 1:
+        yield "speed: assumes that devices never wait for each other"

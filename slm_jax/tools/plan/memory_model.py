@@ -1,0 +1,249 @@
+"""The memory of one training step from closed formulas, for devices that are not here and for large models.
+
+What is kept for the backward pass, per token and block (E = embed, M = mlp, Q = query, key and value together, A =
+heads · head_dim, T = tokens of a row, H = heads, c = bytes of a number in ``dtype``):
+
+====================  ======================  ===========================================================
+what                  bytes                   which arrays
+====================  ======================  ===========================================================
+two layer norms       8 E + 8                 float32: normalised; 1 / deviation
+inputs of products    (2 E + Q + A) c         the norms' outputs; q, k, v; the input of out_proj
+GELU                  2 M c                   its output and slope
+attention             H T (4 + c) + 8 H       exponentials in float32, weights; their maxima and sums
+ flash, cuDNN         A c + 4 H               instead: its output, head by head; the logarithms of the sums
+dropout               2 E + H T               masks
+remat dots            (2 E + Q + M) c         instead of all above: products and the block's input
+remat full            E c                     instead of all above: the block's input
+====================  ======================  ===========================================================
+
+The tests compare these with what JAX saves, which is exactly this, and with XLA's analysis of compiled steps. XLA
+decides which arrays exist at the same time and what it copies, so that part is an estimate.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from slm_jax.model import GPTConfig, Params, Remat, axis_sizes, is_unrolled
+from slm_jax.nn.axes import TABLE, Axes, map_axes
+from slm_jax.nn.loss import n_pieces
+from slm_jax.nn.target import Target
+from slm_jax.training.optimizer import muon_or_adam
+from slm_jax.training.sharding import split_axis
+
+# Measured of XLA's CPU compiler, in sizes of the gradients: Adam's moments are copied before they are updated.
+_CPU_COPIES = 1.8
+# In a program without loops some of that happens while activations are alive (none at 2 layers, 0.8 at 12), and more
+# is kept than JAX asks for: products beside what is made of them, and scores.
+_UNROLLED_COPIES = 0.5
+_UNROLLED_WIDTHS, _UNROLLED_WEIGHTS = 24, 3  # float32 arrays of a token's E, and of its H T
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What one device computes at a time.
+
+    Attributes:
+        cfg: the model, with the ``dtype`` and ``remat`` of the run.
+        target: kind of device.
+        attention: implementation: explicit, xla, cudnn or flash.
+        rows: sequences of a micro-batch.
+        seq: tokens of a row.
+        n_outputs: columns of the logits: the vocabulary, or classes.
+        trained_blocks: blocks with a backward pass; those before them keep nothing.
+        accumulate: micro-batches of a step.
+    """
+
+    cfg: GPTConfig
+    target: Target
+    attention: str
+    rows: int
+    seq: int
+    n_outputs: int
+    trained_blocks: int
+    accumulate: int = 1
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch."""
+        return self.rows * self.seq
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number in the model's dtype."""
+        return jnp.dtype(self.cfg.dtype).itemsize
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Sizes of the model's axes, and ``qkv``: query, key and value together."""
+        sizes = axis_sizes(self.cfg)
+        return {**sizes, "qkv": (sizes["heads"] + 2 * sizes["kv_heads"]) * sizes["head_dim"]}
+
+    @property
+    def unrolled_on_cpu(self) -> bool:
+        """Whether the blocks are compiled one by one for a CPU."""
+        return self.target.platform == "cpu" and is_unrolled(self.cfg, "cpu")
+
+    @property
+    def remat(self) -> Remat:
+        """What is computed again; unrolled on a CPU nothing, as the compiler merges the two computations."""
+        return "none" if self.unrolled_on_cpu else self.cfg.remat
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """Bytes on one device of what lasts from step to step, and of the gradients.
+
+    Attributes:
+        parameters: trained and frozen parameters.
+        optimizer: moments of the trained parameters, Adam's two or Muon's one.
+        gradients: gradients of the trained parameters.
+        gathered: other devices' shares that a device holds while it computes (``mesh.fsdp``).
+    """
+
+    parameters: float
+    optimizer: float
+    gradients: float
+    gathered: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on one device; not all parts exist at the same time, see ``total``.
+
+    Attributes:
+        parameters, optimizer, gradients: see :class:`State`; accumulating doubles the gradients.
+        batch: inputs, targets and weights of all micro-batches.
+        activations: kept for the backward pass.
+        logits: before the backward pass through the blocks: a piece's logits, the head's kernel as it is multiplied,
+            the final norm.
+        block: after that: one block's activations computed again, and the gradients in it.
+        workspace: known copies of the compiler, and gathered parameters.
+        total: the peak.
+    """
+
+    parameters: float
+    optimizer: float
+    gradients: float
+    batch: float
+    activations: float
+    logits: float
+    block: float
+    workspace: float
+    total: float
+
+
+def step_memory(work: Work, state: State) -> Memory:
+    """Return the memory of a training step on one device."""
+    embed, itemsize, tokens = work.sizes["embed"], work.itemsize, work.tokens
+    everything = saved_bytes(dataclasses.replace(work, cfg=dataclasses.replace(work.cfg, remat="none")))
+    everything += _padding_bytes(work)
+    saved = everything if work.remat == "none" else saved_bytes(work)
+    activations = (saved * tokens + copied_weights(work)) * work.trained_blocks
+    logits = _logits_bytes(work) + tokens * embed * (4 + 2 * itemsize) + work.n_outputs * embed * itemsize
+    inner = (2 * work.sizes["mlp"] + work.sizes["qkv"] + embed) * itemsize
+    block = tokens * (everything - saved + _attention_bytes(work) + _padding_bytes(work) + inner)
+    gradients = state.gradients * (1 if work.accumulate == 1 else 2)
+    batch = 3 * 4 * tokens * work.accumulate
+    workspace, temporary = state.gathered, gradients + state.gathered + activations + max(logits, block)
+    if work.target.platform == "cpu":
+        copies = state.gradients * _CPU_COPIES
+        workspace += copies
+        early = state.gradients * _UNROLLED_COPIES if work.unrolled_on_cpu else 0.0
+        temporary = max(temporary + early, state.gradients + copies)
+    total = state.parameters + state.optimizer + batch + temporary
+    return Memory(
+        state.parameters, state.optimizer, gradients, batch, activations, logits, block, workspace, total=total
+    )
+
+
+def evaluation_memory(work: Work, state: State) -> float:
+    """Return the memory of an evaluation of ``work.rows`` sequences, the optimizer's state included."""
+    inner = (2 * work.sizes["embed"] + work.sizes["mlp"]) * work.itemsize
+    block = work.tokens * (_attention_bytes(work) + inner)
+    return state.parameters + state.optimizer + state.gathered + 12 * work.tokens + max(_logits_bytes(work), block)
+
+
+def saved_bytes(work: Work) -> float:
+    """Return the bytes of one token that one block keeps for the backward pass: the table above."""
+    sizes, itemsize = work.sizes, work.itemsize
+    embed, mlp, qkv, heads = (sizes[name] for name in ("embed", "mlp", "qkv", "heads"))
+    if work.remat == "full":
+        return embed * itemsize
+    if work.remat == "dots":
+        return (2 * embed + qkv + mlp) * itemsize
+    if work.unrolled_on_cpu:
+        return 4 * (_UNROLLED_WIDTHS * embed + _UNROLLED_WEIGHTS * heads * work.seq)
+    inputs = 2 * embed + qkv + heads * sizes["head_dim"]
+    masks = 2 * embed if work.cfg.drop_rate else 0
+    return 2 * (embed + 1) * 4 + (inputs + 2 * mlp) * itemsize + _attention_bytes(work) + masks
+
+
+def copied_weights(work: Work) -> float:
+    """Return the bytes of a block's matrices that are kept in ``dtype``, if they are stored in another."""
+    if work.remat != "none" or work.cfg.dtype == work.cfg.param_dtype:
+        return 0.0
+    matrices = [axes.inputs + axes.outputs for axes in TABLE.values() if axes.stack and axes.is_matrix]
+    return work.itemsize * sum(math.prod(work.sizes[name] for name in names) for names in matrices)
+
+
+def state_bytes(trainable: Params, frozen: Params, n_shards: int = 1, muon: bool = False) -> State:
+    """Return the bytes of a training state on one of ``n_shards`` devices that split it (``mesh.fsdp``).
+
+    Args:
+        trainable, frozen: trees of arrays or shapes.
+        n_shards: devices that share parameters and optimizer state.
+        muon: whether Muon trains the blocks' matrices (``optimizer.kind``).
+    """
+    trained = _tree_bytes(trainable, n_shards)
+    moments = 2 * trained
+    if muon:
+        shared = _leaf_bytes(trainable, n_shards)
+        labels = jax.tree.leaves(muon_or_adam(trainable))
+        moments -= sum(size for size, label in zip(shared, labels, strict=True) if label == "muon")
+    gathered = 0.0
+    if n_shards > 1:  # one block at a time, and the embeddings
+        gathered = max(sum(_leaf_bytes(tree, 1, one_layer=True)) for tree in _top_level(frozen, trainable))
+    return State(trained + _tree_bytes(frozen, n_shards), moments, trained, gathered)
+
+
+def _top_level(*trees: Params) -> list[Params]:
+    return [{name: tree[name]} for tree in trees for name in tree]
+
+
+def _tree_bytes(tree: Params, n_shards: int) -> float:
+    return sum(_leaf_bytes(tree, n_shards))
+
+
+def _leaf_bytes(tree: Params, n_shards: int, one_layer: bool = False) -> list[float]:
+    """Return the bytes of each leaf on one of ``n_shards`` devices; of a single layer, if asked for."""
+
+    def n_bytes(axes: Axes | None, leaf: Any) -> float:
+        shards = 1 if split_axis(axes, leaf.shape, n_shards) is None else n_shards
+        layers = leaf.shape[0] if one_layer and axes is not None and axes.stack else 1
+        return leaf.size * leaf.dtype.itemsize / shards / layers
+
+    return jax.tree.leaves(map_axes(n_bytes, tree))
+
+
+def _logits_bytes(work: Work) -> float:
+    """Return the bytes of a piece's float32 logits; what is computed from them reuses their memory."""
+    return 4 * work.tokens * work.n_outputs / n_pieces(work.rows, work.seq, work.n_outputs)
+
+
+def _attention_bytes(work: Work) -> float:
+    heads = work.sizes["heads"]
+    if work.attention in ("cudnn", "flash"):
+        return heads * work.sizes["head_dim"] * work.itemsize + 4 * heads
+    mask = 1 if work.cfg.drop_rate else 0
+    return heads * (work.seq * (4 + work.itemsize + mask) + 8)
+
+
+def _padding_bytes(work: Work) -> float:
+    """Return what a TPU's flash attention adds to a token's q, k, v and output: heads of 128 numbers."""
+    if work.attention != "flash":
+        return 0.0
+    return 4 * work.sizes["heads"] * (-work.sizes["head_dim"] % 128) * work.itemsize
