@@ -9,7 +9,7 @@ from annotated_types import Ge, Gt, Le
 
 from slm_jax.commands import use_compile_cache
 from slm_jax.config import Positive, given, parse
-from slm_jax.tasks.config import FinetuneConfig, RunConfig
+from slm_jax.tasks.config import TASKS, FinetuneConfig, RunConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +42,9 @@ class FinetuneOptions(FinetuneConfig, Options):
 
 def main(args: Sequence[str]) -> int:
     """Read the options and run; see ``slm-jax plan --help``."""
-    pretrains = given(Options, args).get("task", "pretraining") == "pretraining"
-    return run(parse(Options if pretrains else FinetuneOptions, args, "slm-jax plan"))
+    task = TASKS.get(str(given(Options, args).get("task", Options.task)))
+    fine_tunes = task is not None and task.command == "finetune"
+    return run(parse(FinetuneOptions if fine_tunes else Options, args, "slm-jax plan"))
 
 
 def run(options: Options) -> int:

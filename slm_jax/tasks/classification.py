@@ -94,10 +94,13 @@ class Classification(Task):
     def shapes(cls, config: RunConfig, cfg: GPTConfig) -> ModelShapes:
         """Return the shapes of a classifier of two classes."""
         model = GPTClassifier(dataclasses.replace(cfg, attention="auto"), n_classes=2)
-        params = jax.eval_shape(functools.partial(init_classifier, model), jax.random.key(0))
+        init = functools.partial(init_classifier, model)
+        params = jax.eval_shape(init, jax.random.key(0))
         seq = row_length(config.classification.max_length, "classification.max_length", cfg)
         notes = (f"assumed: two classes, and texts of up to {seq} tokens (classification.max_length)",)
-        return ModelShapes(params, seq, 2, notes)
+        row = {"inputs": jax.ShapeDtypeStruct((seq,), jnp.int32), "weights": jax.ShapeDtypeStruct((), jnp.float32)}
+        row |= dict.fromkeys(("lengths", "labels"), jax.ShapeDtypeStruct((), jnp.int32))
+        return ModelShapes(params, init, make_loss_fn(model), row, 2, notes)
 
     @classmethod
     def check_data(cls, config: RunConfig) -> None:

@@ -34,7 +34,7 @@ from slm_jax.tasks.pretraining import make_loss_fn
 from slm_jax.tokenizer import Tokenizer
 from slm_jax.training.resume import Start
 from slm_jax.training.step import Batch, LossFn
-from slm_jax.training.task import Evaluate, ModelShapes, Moment, Task
+from slm_jax.training.task import Evaluate, ModelShapes, Moment, Task, token_row
 
 __all__ = ["Instruction", "answer", "format_prompt"]
 
@@ -122,7 +122,9 @@ class Instruction(Task):
         """Return the shapes of the language model."""
         seq = row_length(config.instruction.max_length, "instruction.max_length", cfg)
         notes = (f"assumed: rows of {seq} tokens (instruction.max_length)",)
-        return ModelShapes(param_shapes(cfg), seq, cfg.vocab_size, notes)
+        row = token_row(seq, config.instruction.packing)
+        init, loss_fn = functools.partial(init_params, cfg), make_loss_fn(GPTModel(cfg))
+        return ModelShapes(param_shapes(cfg), init, loss_fn, row, cfg.vocab_size, notes)
 
     @classmethod
     def check_data(cls, config: RunConfig) -> None:

@@ -24,7 +24,7 @@ from slm_jax.tasks.base import count_steps, find_base, new_base, prepare_params
 from slm_jax.tasks.config import RunConfig
 from slm_jax.training.resume import Start
 from slm_jax.training.step import Batch, LossFn, Sums
-from slm_jax.training.task import ModelShapes, Task
+from slm_jax.training.task import ModelShapes, Task, token_row
 
 PROMPT_TOKENS = 8  # of the validation text, as the default prompt of samples
 
@@ -95,7 +95,9 @@ class Pretraining(Task):
     @classmethod
     def shapes(cls, config: RunConfig, cfg: GPTConfig) -> ModelShapes:
         """Return the shapes of the language model."""
-        return ModelShapes(param_shapes(cfg), cfg.context_length, cfg.vocab_size)
+        row = token_row(cfg.context_length, config.data.packing)
+        init, loss_fn = functools.partial(init_params, cfg), make_loss_fn(GPTModel(cfg))
+        return ModelShapes(param_shapes(cfg), init, loss_fn, row, cfg.vocab_size)
 
     @property
     def loss_fn(self) -> LossFn:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from slm_jax.model import GPTConfig, Params
@@ -71,19 +72,30 @@ class Parameters:
 
 
 class ModelShapes(NamedTuple):
-    """What ``slm-jax plan`` needs of a task's model before there is data.
+    """What ``slm-jax plan`` and ``bench`` need of a task before there is data.
 
     Attributes:
-        params: the params tree, as shapes.
-        seq: tokens of a row.
+        params: the whole params tree, as shapes.
+        init: makes it from a key.
+        loss_fn: the loss.
+        row: shapes of one row of a batch; ``inputs`` are its tokens.
         n_outputs: columns of the logits.
         notes: assumptions, a line each.
     """
 
     params: Params
-    seq: int
+    init: Callable[[jax.Array], Params]
+    loss_fn: LossFn
+    row: Mapping[str, jax.ShapeDtypeStruct]
     n_outputs: int
     notes: tuple[str, ...] = ()
+
+
+def token_row(seq: int, packed: bool = False) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return the shapes of a row of ``seq`` tokens that a language model is trained on."""
+    names = ("inputs", "targets", *(("segment_ids", "positions") if packed else ()))
+    row = {name: jax.ShapeDtypeStruct((seq,), jnp.int32) for name in names}
+    return {**row, "weights": jax.ShapeDtypeStruct((seq,), jnp.float32)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ import jax
 
 from slm_jax.errors import InputError
 from slm_jax.runs import read_frozen
-from slm_jax.tasks.config import RunConfig, parse_args
+from slm_jax.tasks.config import TASKS, RunConfig, parse_args
 from slm_jax.tools.doctor.checks import Finding, Level, folder_size, perform
 from slm_jax.tools.doctor.machine_checks import start_error
 from slm_jax.training.checkpoint import CHECKSUMS, best_step, find_damage, read_metadata, saved_steps
@@ -196,14 +196,13 @@ def check_next(run: RunFolder) -> Found:
         yield "note", "another process is training it now"
         return
     config = _config(run)
-    command = "slm-jax train" if config.task == "pretraining" else "slm-jax finetune"
-    resume = f"{command} --config {run.path / 'config.yaml'}"
+    task = TASKS[config.task]
+    resume = f"slm-jax {task.command} --config {run.path / 'config.yaml'}"
     if config.folder.resolve() != run.path.resolve():
         resume += f" --runs_dir {run.path.parent} --run {run.path.name}"
     summary, steps = run.read_json("summary.json"), saved_steps(run.checkpoints)
     if isinstance(summary, dict) and steps and summary.get("step") == steps[-1]:
-        use = {"pretraining": "generate", "classification": "classify", "instruction": "chat"}[config.task]
-        text = f"finished, {steps[-1]:,} steps: slm-jax {use} --run {run.path}; for more: {resume} --train.steps N"
+        text = f"finished, {steps[-1]:,} steps: slm-jax {task.use} --run {run.path}; for more: {resume} --train.steps N"
         yield "ok", text
         return
     total = f" of {config.train.steps:,}" if config.train.steps else ""

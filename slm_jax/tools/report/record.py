@@ -14,7 +14,7 @@ import yaml
 from slm_jax.config import flatten, to_dict
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.runs import find_checkpoint, find_run, split_step
-from slm_jax.tasks.config import FinetuneConfig, RunConfig
+from slm_jax.tasks.config import TASKS, FinetuneConfig, RunConfig
 from slm_jax.training.checkpoint import best_step, read_metadata, saved_steps
 from slm_jax.training.run_folder import BEFORE, RunFolder
 from slm_jax.weights.files import find_file
@@ -58,7 +58,7 @@ class Record:
     @property
     def unit(self) -> str:
         """What the loss is a mean over."""
-        return "text" if self.task == "classification" else "token"
+        return TASKS[self.task].unit
 
     @property
     def last_step(self) -> int:
@@ -200,8 +200,8 @@ def _read(folder: RunFolder, label: str, step: int | None) -> Record:
     rows = []
     with contextlib.suppress(OSError):
         rows = [row for row in folder.metrics() if isinstance(row["step"], int) and isinstance(row["split"], str)]
-    task = config.get("task") or summary.get("task") or ("classification" if "classes" in metadata else "pretraining")
-    return Record(folder, label, step, task, config, rows, metadata, summary)
+    task = config.get("task") or summary.get("task")
+    return Record(folder, label, step, task if task in TASKS else next(iter(TASKS)), config, rows, metadata, summary)
 
 
 def _config(folder: RunFolder) -> dict[str, Any]:
@@ -224,5 +224,5 @@ def steps_to_try(folder: RunFolder, step: int | None) -> list[int]:
 
 def defaults(task: str) -> dict[str, Any]:
     """Return the default configuration of a task, by dotted key."""
-    config = RunConfig() if task == "pretraining" else FinetuneConfig(task=task)  # type: ignore[arg-type]
+    config = RunConfig() if TASKS[task].command == "train" else FinetuneConfig(task=task)  # type: ignore[arg-type]
     return {key: list(value) if isinstance(value, tuple) else value for key, value in flatten(to_dict(config)).items()}

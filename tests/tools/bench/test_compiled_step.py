@@ -6,7 +6,6 @@ import math
 
 import pytest
 from pretraining import options
-from slm_jax.training.program import Program, device_bytes
 
 from slm_jax import cli
 from slm_jax.errors import InputError
@@ -14,6 +13,7 @@ from slm_jax.tasks.config import RunConfig, parse_args
 from slm_jax.tools.bench.ceilings import Ceilings
 from slm_jax.tools.bench.compiled_step import CompiledStep, StepTimer, compile_step, with_known_vocabulary
 from slm_jax.tools.bench.step_speed import measure, speed_figures
+from slm_jax.training.program import Program, device_bytes
 
 WORDS = [
     *("--model.vocab_size", "64", "--model.context_length", "16", "--model.n_layers", "1", "--model.emb_dim", "32"),
