@@ -1,4 +1,4 @@
-"""What must hold of the optimizers: AdamW and Muon as published, decay by the leaf's name, rates as configured."""
+"""What must hold of the optimizers: AdamW and Muon as published, what decays, rates as configured."""
 
 import dataclasses
 import json
@@ -344,15 +344,9 @@ def test_cosine_falls_from_the_peak_to_the_final_rate_and_stays():
     assert values[20] == pytest.approx(0.5 + 1.5 * 0.75, rel=1e-5)  # cos 60° = 1/2
     assert values[25] == pytest.approx(1.25, rel=1e-5)
     np.testing.assert_allclose(values[40:], 0.5, rtol=1e-5)
-
-
-def test_cosine_ends_at_decay_steps():
     values = rates(40, schedule="cosine", warmup_steps=10, decay_steps=20, final_learning_rate=0.5)
     assert values[15] == pytest.approx(1.25, rel=1e-5)
     np.testing.assert_allclose(values[20:], 0.5, rtol=1e-5)
-
-
-def test_constant_stays():
     np.testing.assert_array_equal(rates(40, schedule="constant", warmup_steps=10)[10:], 2.0)
 
 
@@ -372,7 +366,7 @@ def test_wsd_decays_over_the_last_tenth_by_default():
 
 @pytest.mark.parametrize("schedule", ["cosine", "wsd"])
 @pytest.mark.parametrize(("final", "expected"), [(None, 0.2), (0.0, 0.0), (0.3, 0.3)])
-def test_the_final_rate_is_a_tenth_of_the_peak_unless_told(schedule, final, expected):
+def test_the_final_rate_is_a_tenth_of_the_peak_by_default(schedule, final, expected):
     values = rates(20, schedule=schedule, warmup_steps=2, final_learning_rate=final)
     assert values[20] == pytest.approx(expected, abs=1e-6)
 
@@ -382,27 +376,18 @@ def test_the_final_rate_is_a_tenth_of_the_peak_unless_told(schedule, final, expe
 def test_a_trial_of_fewer_steps_than_the_recipes_warmup_still_trains(schedule, total_steps):
     values = rates(total_steps, schedule=schedule, warmup_steps=100)[:total_steps]
     assert (values > 0).all()
-    assert (values <= 2.0 * (1 + 1e-6)).all()
+    assert values.max() <= 2.0 * (1 + 1e-6)
+    if schedule == "cosine":
+        assert values.max() == pytest.approx(2.0, rel=1e-6)
 
 
-@pytest.mark.parametrize("total_steps", [1, 2, 5, 100])
-def test_a_short_trial_with_cosine_reaches_the_peak(total_steps):
-    values = rates(total_steps, schedule="cosine", warmup_steps=100)[:total_steps]
-    assert values.max() == pytest.approx(2.0, rel=1e-6)
-
-
-@pytest.mark.parametrize(("warmup", "decay"), [(10, 31), (40, None), (41, 1)])
-def test_wsd_that_does_not_fit_is_refused_with_its_numbers(warmup, decay):
-    with pytest.raises(InputError, match=rf"optimizer\.warmup_steps {warmup}.*40"):
-        rates(40, schedule="wsd", warmup_steps=warmup, decay_steps=decay)
-
-
-def test_wsd_that_just_fits_is_taken():
-    values = rates(40, schedule="wsd", warmup_steps=10, decay_steps=30, final_learning_rate=0.0)
-    assert values[10] == pytest.approx(2.0)
-    assert values[40] == 0.0
-
-
-def test_a_cosine_that_ends_within_the_warmup_is_refused():
-    with pytest.raises(InputError, match=r"optimizer\.decay_steps is 10.*warmup_steps 10"):
-        rates(40, schedule="cosine", warmup_steps=10, decay_steps=10)
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        *(({"schedule": "wsd", "warmup_steps": w, "decay_steps": d}, f"{w}.*40") for w, d in ((10, 31), (40, None))),
+        ({"schedule": "cosine", "warmup_steps": 10, "decay_steps": 10}, r"decay_steps is 10.*warmup_steps 10"),
+    ],
+)
+def test_a_warmup_and_decay_that_do_not_fit_are_refused(settings, words):
+    with pytest.raises(InputError, match=words):
+        rates(40, **settings)

@@ -277,13 +277,10 @@ def test_a_run_names_its_mesh_where_it_traces(text_file, tmp_path, monkeypatch):
     assert all(mesh.axis_names == ("data", "fsdp") and mesh.size == jax.device_count() for mesh in meshes)
 
 
-@pytest.mark.parametrize("process_id", [None, "first"])
-def test_a_job_that_is_spelt_out_wrongly_is_refused(joined, process_id):
-    environ = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234", "JAX_NUM_PROCESSES": "3"}
-    if process_id is not None:
-        environ["JAX_PROCESS_ID"] = process_id
+@pytest.mark.parametrize("process_id", [{}, {"JAX_PROCESS_ID": "first"}])
+def test_an_incomplete_description_of_the_job_is_refused(joined, process_id):
     with pytest.raises(InputError, match="JAX_PROCESS_ID"):
-        initialize_distributed(environ)
+        initialize_distributed({"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234", "JAX_NUM_PROCESSES": "3", **process_id})
     assert joined == []
 
 
