@@ -58,9 +58,9 @@ def test_a_width_that_only_shards_by_head_is_found():
 PACKAGE = Path(slm_jax.__file__).parent
 # Beside the model: the name maps, and the patterns by which other families are recognised.
 MAPS = tuple(f"weights/{name}.py" for name in ("huggingface", "nanogpt", "book", "names", "foreign"))
-KNOW = ("model.py", "attention.py", "nn/", *MAPS, "tools/bench/generate.py", "tools/plan/")
+KNOW = ("model.py", "attention.py", "nn/", *MAPS)
 PARTS = sorted({part for path in TABLE for part in path.split("/")[:-1]} - {"blocks", "attn", "ff", "q", "k", "v"})
-LEAF = re.compile(rf"\bqkv\b|\b({'|'.join(PARTS)})\b|\bblocks/|\blora_[ab]\b")
+LEAF = re.compile(rf"\b({'|'.join(PARTS)})\b|\bblocks/|\blora_[ab]\b")
 FACTOR = re.compile(r"\d+ ?\*\*? ?[\w.]*\b(emb_dim|width)\b|\b(emb_dim|width) ?\* ?\d|emb_dim ?// ?[\w.]*n_heads")
 
 
