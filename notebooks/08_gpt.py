@@ -158,8 +158,8 @@ plt.show()
 # activations for the backward pass, which grow with batch size and sequence length. The logits, one number per
 # vocabulary token at each position, would grow too, but the library computes them in chunks of at most half a gigabyte
 # ([notebook 9](09_pretraining_setup.py)). The command `slm-jax plan` estimates all of these, see
-# [`slm_jax/tools/plan/memory.py`](../slm_jax/tools/plan/memory.py). Here is its estimate for a T4, Colab's free GPU, in
-# float32, with 4 rows of 1,024 tokens.
+# [`slm_jax/tools/plan/memory_model.py`](../slm_jax/tools/plan/memory_model.py). Here is its estimate for a T4, Colab's
+# free GPU, in float32, with 4 rows of 1,024 tokens.
 
 # %%
 GB = 1e9
