@@ -18,7 +18,7 @@ from sharing import make_once
 
 import slm_jax
 from slm_jax import cli
-from slm_jax.training import hardware, loop
+from slm_jax.training import program
 from slm_jax.training.checkpoint import saved_steps
 
 TEXT, RUNS = Path("cats.txt"), Path("runs")
@@ -291,10 +291,10 @@ def test_another_identity_is_refused_and_nothing_lost(trained, capsys):
     for more, line in IDENTITIES:
         training_fails(capsys, line, "--run", **more)
     TEXT.write_text(TEXT.read_text().replace("mat", "hat", 1))
-    training_fails(capsys, "the text behind data.source", "--run")
+    training_fails(capsys, "data.source has changed", "--run")
     training_fails(capsys, "already holds a run", "--run", resume="never")
     assert {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()} == before
-    training_fails(capsys, "no checkpoint", resume="must", run="other")
+    training_fails(capsys, "no checkpoint to resume", resume="must", run="other")
 
 
 BAD_TEXTS = [
@@ -328,10 +328,10 @@ def test_mistakes_are_refused_before_anything_is_written(workplace, capsys):
 
 def test_a_run_that_does_not_fit_is_refused_with_what_to_change(workplace, capsys, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(hardware, "device_memory", lambda: 1000)
+        patch.setattr(program, "device_memory", lambda: 1000)
         training_fails(capsys, "--train.accumulate", "--model.remat")
-    usage = type(loop.shutil.disk_usage("/"))
-    monkeypatch.setattr(loop.shutil, "disk_usage", lambda _: usage(10**9, 10**9, 1000))
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     training_fails(capsys, "free", "--checkpoint.keep", "--runs_dir")
 
 

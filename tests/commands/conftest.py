@@ -65,6 +65,6 @@ def classifier(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "animals.tsv").write_text("label\ttext\n" + "\n".join(rows) + "\n")
         more = {"data.source": f"tsv:{folder / 'animals.tsv'}", "trainable": "last_block"}
         more |= {"classification.max_length": 24, "classification.pooling": "mean", "optimizer.learning_rate": 0.01}
-        _finetune(folder, "animals", 30, task="classification", base=weights, **more)
+        _finetune(folder, "animals", 60, task="classification", base=weights, **more)
 
     return make_once(tmp_path_factory, "animals", make) / "animals"
