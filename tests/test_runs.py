@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.model import GPTConfig, param_shapes
-from slm_jax.runs import load_gpt2, load_model, load_run
+from slm_jax.runs import find_run, load_gpt2, load_model, load_run, split_step
 from slm_jax.tokenizer import CharTokenizer, GPT2Tokenizer
 from slm_jax.training.checkpoint import Checkpoints
 from slm_jax.training.step import TrainState
@@ -151,3 +152,25 @@ def test_foreign_weights_may_need_their_heads(tmp_path):
     with pytest.raises(InputError, match="n_heads"):
         load_model(tmp_path / "plain.safetensors", TOKENIZER)
     assert load_model(tmp_path / "plain.safetensors", TOKENIZER, n_heads=4).model_config.n_heads == 4
+
+
+def test_a_run_is_found_by_folder_or_name(tmp_path, monkeypatch):
+    folder = tmp_path / "runs" / "a"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").touch()
+    assert find_run(str(folder)).path == folder
+    monkeypatch.chdir(tmp_path)
+    assert find_run("a").path == find_run("runs/a").path == Path("runs/a")
+    with pytest.raises(MissingInputError, match=r"runs/b: no run there; .* there are runs/a"):
+        find_run("runs/b")
+
+
+def test_a_step_is_what_follows_the_last_at(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert split_step("runs/a") == (Path("runs/a"), None)
+    assert split_step("runs/a@800") == (Path("runs/a"), "800")
+    assert split_step("a@b@best") == (Path("a@b"), "best")
+    assert split_step(".@3") == (Path(), "3")
+    assert split_step("@3") == (Path("@3"), "3")
+    Path("a@b").mkdir()
+    assert split_step("a@b") == (Path("a@b"), None)

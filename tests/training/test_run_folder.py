@@ -3,13 +3,11 @@
 import json
 import math
 import threading
-from pathlib import Path
 
 import jax
 import pytest
 
-from slm_jax.errors import InputError, MissingInputError
-from slm_jax.runs import find_run, split_step
+from slm_jax.errors import InputError
 from slm_jax.training.run_folder import RunFolder
 
 
@@ -77,12 +75,6 @@ def test_cutting_back_drops_what_came_after_the_step(run):
     assert not any(step in {step for step, _ in run.samples()} for step in (1, 2, 4))
 
 
-def test_cutting_back_what_is_not_there_is_no_error(run):
-    run.cut_back(5)
-    assert run.metrics() == []
-    assert 5 not in {step for step, _ in run.samples()}
-
-
 def test_cutting_back_to_the_end_changes_nothing(run):
     for r in (row(0, "val"), row(1), row(2, grad_norm=math.inf)):
         run.add_metrics(r)
@@ -117,24 +109,6 @@ def test_a_sample_may_say_what_it_likes_even_headings(run):
     assert [step for step in range(12) if step in {step for step, _ in run.samples()}] == [3]
 
 
-def test_an_empty_sample_counts_as_one(run):
-    run.add_sample(5, "")
-    assert 5 in {step for step, _ in run.samples()}
-    assert 50 not in {step for step, _ in run.samples()}
-
-
-def test_a_file_is_replaced_in_one_step(run, monkeypatch):
-    run.write_text("config.yaml", "old ☃")
-
-    def fail(self, target):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "replace", fail)
-    with pytest.raises(OSError, match="No space"):
-        run.write_text("config.yaml", "new")
-    assert (run.path / "config.yaml").read_text(encoding="utf-8") == "old ☃"
-
-
 def test_hosts_other_than_the_first_write_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     run = RunFolder(tmp_path / "a")
@@ -151,11 +125,6 @@ def test_a_place_that_cannot_be_written_is_refused_by_name(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=rf"{tmp_path}/file/a: cannot write there.*--runs_dir"):
         RunFolder(tmp_path / "file" / "a").create()
-
-
-def test_creating_leaves_nothing_behind(run):
-    run.create()
-    assert list(run.path.iterdir()) == []
 
 
 def test_asking_who_trains_does_not_keep_a_process_from_it(run):
@@ -179,23 +148,3 @@ def test_a_folder_is_looked_at_without_devices(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: pytest.fail("devices were asked for"))
     assert RunFolder(tmp_path).metrics() == []
     assert not RunFolder(tmp_path).is_locked()
-
-
-def test_a_run_is_found_by_folder_or_name(run, tmp_path, monkeypatch):
-    (run.path / "config.yaml").touch()
-    assert find_run(str(run.path)).path == run.path
-    monkeypatch.chdir(tmp_path)
-    assert find_run("a").path == find_run("runs/a").path == Path("runs/a")
-    with pytest.raises(MissingInputError, match=r"runs/b: no run there; .* there are runs/a"):
-        find_run("runs/b")
-
-
-def test_a_step_is_what_follows_the_last_at(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert split_step("runs/a") == (Path("runs/a"), None)
-    assert split_step("runs/a@800") == (Path("runs/a"), "800")
-    assert split_step("a@b@best") == (Path("a@b"), "best")
-    assert split_step(".@3") == (Path(), "3")
-    assert split_step("@3") == (Path("@3"), "3")
-    Path("a@b").mkdir()
-    assert split_step("a@b") == (Path("a@b"), None)
