@@ -115,7 +115,7 @@ def notebook_page(path: Path) -> tuple[str, dict[str, bytes]]:
         if cell["cell_type"] == "markdown":
             parts.append(_cell_text(text))
             continue
-        if "google.colab" in text and "git clone" in text:  # what installs on Colab has nothing to say here
+        if "google.colab" in text and "git clone" in text:  # the cell that installs on Colab
             continue
         parts.append(f"```python\n{text}\n```")
         for output in cell["outputs"]:
