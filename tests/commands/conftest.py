@@ -50,7 +50,7 @@ def instructed(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "asked.jsonl").write_text("\n".join(rows) + "\n")
         more = {"data.source": f"jsonl:{folder / 'asked.jsonl'}", "instruction.template": folder / "template.json"}
         more |= {"trainable": "lora", "optimizer.learning_rate": 0.03, "sample.every": 0}
-        _finetune(folder, "instructed", 60, task="instruction", base=weights, **more)
+        _finetune(folder, "instructed", 90, task="instruction", base=weights, **more)
 
     return make_once(tmp_path_factory, "instructed", make) / "instructed"
 

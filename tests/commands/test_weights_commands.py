@@ -41,9 +41,9 @@ def test_nothing_is_overwritten_or_left_half_written(weights, tmp_path, capsys):
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     capsys.readouterr()
     assert cli.main(args) == 2
-    assert "choose" in capsys.readouterr().err
+    assert "exists" in capsys.readouterr().err
     assert cli.main(["export", "--run", str(weights), "--out", str(tmp_path / "mine")]) == 2
-    assert "not an empty folder" in capsys.readouterr().err
+    assert "new or empty folder" in capsys.readouterr().err
     assert cli.main(["import", "--source", str(tmp_path / "none"), "--run", "x", "--runs-dir", str(tmp_path)]) == 2
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
