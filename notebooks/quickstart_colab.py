@@ -180,7 +180,7 @@ assert after < before
 
 # %% tags=["sampled"]
 output = slm_jax(
-    "chat --run runs/colab-assistant --max-new-tokens 30 --temperature 0",
+    "chat --run runs/colab-assistant --max-new-tokens 30 --temperature 0.8 --seed 1",
     stdin="Explain this function. def read(self, n):\n",
 )
 
