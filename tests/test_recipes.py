@@ -66,7 +66,11 @@ def test_a_recipe_parses_and_names_its_run(path):
     assert f"--config configs/{path.name}" in path.read_text() or path.stem == "tiny"
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+QUICK = ("tiny", "classify_builtin", "sft_builtin")
+STEPS = [pytest.param(path, id=path.stem, marks=[] if path.stem in QUICK else pytest.mark.slow) for path in RECIPES]
+
+
+@pytest.mark.parametrize("path", STEPS)
 def test_a_recipe_makes_a_training_step(path, request, tmp_path):
     """With its own data, tokenizer, model and batches: two steps where that is quick; test_lowering.py has all."""
     # As a loop of layers, which compiles several times faster; that it is the same model is tested elsewhere.
