@@ -43,7 +43,7 @@ def test_every_recipe_can_be_planned(recipe, tmp_path, monkeypatch, capsys):
         (["--device", "h100", "--mfu", "40"], "mfu is 40.0; expected above 0 and at most 1"),
         (["--device", "h100", "--devices", "0"], "devices is 0; expected at least 1"),
         (["--device", "h100", "--tokens", "many"], "tokens is 'many'; expected a number"),
-        (["--device", "h100", "--task", "classification", "--base", "runs/no"], "base runs/no is no run that is there"),
+        (["--device", "h100", "--task", "classification", "--base", "runs/no"], "base runs/no is no existing run"),
     ],
 )
 def test_a_mistake_is_answered_in_one_line(words, message, capsys):
