@@ -3,8 +3,6 @@
 The parameters are a plain nested dict, whose axes :mod:`slm_jax.nn.axes` names. All blocks are stacked: every leaf
 under ``blocks`` has the layer as its first axis, and one block's code is applied along it (``flax.linen.scan``). How
 the stack is executed (as a loop, unrolled, rematerialised or in consecutive segments) never changes that tree.
-
-Sources: Radford et al. 2019 (GPT-2); the book's chapter 4.
 """
 
 import dataclasses
@@ -38,8 +36,6 @@ INIT_STD = 0.02  # GPT-2's standard deviation for every weight matrix
 @dataclasses.dataclass(frozen=True)
 class GPTConfig:
     """Shape and execution of a GPT, with the book's field names.
-
-    Sources: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners" (GPT-2); the book's chapter 4.
 
     Raises:
         InputError: an impossible value, such as an ``emb_dim`` that ``n_heads`` does not divide.
@@ -105,8 +101,7 @@ class GPTConfig:
             raise InputError(
                 f"model.unpadded_vocab_size is {unpadded!r}; expected 1 to model.vocab_size {self.vocab_size}, or null"
             )
-        choices = (("dtype", DType), ("param_dtype", DType), ("remat", Remat), ("attention", AttentionKind))
-        for name, options in choices:
+        for name, options in {"dtype": DType, "param_dtype": DType, "remat": Remat, "attention": AttentionKind}.items():
             if getattr(self, name) not in get_args(options):
                 expected = ", ".join(get_args(options))
                 raise InputError(f"model.{name} is {getattr(self, name)!r}; expected one of {expected}")
@@ -119,13 +114,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gpt2-medium": {"emb_dim": 1_024, "n_heads": 16, "n_layers": 24},
     "gpt2-large": {"emb_dim": 1_280, "n_heads": 20, "n_layers": 36},
     "gpt2-xl": {"emb_dim": 1_600, "n_heads": 25, "n_layers": 48},
-}
-_ALIASES = {
-    "gpt2": "gpt2-small",
-    "small": "gpt2-small",
-    "medium": "gpt2-medium",
-    "large": "gpt2-large",
-    "xl": "gpt2-xl",
 }
 
 
@@ -140,13 +128,12 @@ def get_gpt_config(name: str = "gpt2-small", **overrides: Any) -> GPTConfig:
     Raises:
         InputError: an unknown preset or field, or an impossible value.
     """
-    preset = PRESETS.get(_ALIASES.get(name, name))
+    preset = PRESETS.get("gpt2-small" if name == "gpt2" else name, PRESETS.get(f"gpt2-{name}"))
     if preset is None:
         raise InputError(f"unknown model preset {name!r}; expected one of {', '.join(PRESETS)}")
     fields = {field.name for field in dataclasses.fields(GPTConfig)}
-    for key in overrides:
-        if key not in fields:
-            raise InputError(f"GPTConfig has no field {key!r}; expected one of {', '.join(sorted(fields))}")
+    if unknown := sorted(overrides.keys() - fields):
+        raise InputError(f"GPTConfig has no field {unknown[0]!r}; expected one of {', '.join(sorted(fields))}")
     return GPTConfig(**{**preset, **overrides})
 
 
@@ -230,11 +217,10 @@ def init_cache(cfg: GPTConfig, params: Params, batch_size: int, capacity: int) -
     if not 1 <= capacity <= cfg.context_length:
         raise InputError(f"a cache of {capacity} tokens; expected 1 to the model's context of {cfg.context_length}")
 
-    zeros = {
-        name: jnp.zeros(shape, cfg.dtype)
+    blocks = {
+        name: LayerCache(jnp.zeros(shape, cfg.dtype), jnp.zeros(shape, cfg.dtype))
         for name, shape in _cache_shapes(cfg, segment_lengths(params), batch_size, capacity).items()
     }
-    blocks = {name: LayerCache(keys, jnp.copy(keys)) for name, keys in zeros.items()}
     return KVCache(blocks, jnp.zeros(batch_size, jnp.int32))
 
 
@@ -416,21 +402,6 @@ def param_shapes(cfg: GPTConfig) -> Params:
 def count_params(cfg: GPTConfig) -> int:
     """Count a model's parameters, a tied head once."""
     return count(param_shapes(cfg))
-
-
-def forward_flops(cfg: GPTConfig, tokens: float, seen: float, n_logits: float) -> float:
-    """Count the FLOPs of a forward pass: 2 for each parameter and token, and 4 · layers · width for each pair attended.
-
-    Args:
-        cfg: the model.
-        tokens: tokens that go through the blocks.
-        seen: tokens that each of them attends to, on average.
-        n_logits: positions whose logits are computed.
-    """
-    sizes = axis_sizes(cfg)
-    multiplied = count(param_shapes(cfg), lambda axes: not axes.is_table and "vocab" not in axes.outputs)
-    pairs = 4.0 * sizes["layers"] * sizes["heads"] * sizes["head_dim"] * seen
-    return (2.0 * multiplied + pairs) * tokens + 2.0 * sizes["embed"] * sizes["vocab"] * n_logits
 
 
 class GPTClassifier(GPTModel):

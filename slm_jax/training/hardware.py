@@ -11,7 +11,8 @@ from typing import Literal
 import jax
 
 from slm_jax.errors import InputError
-from slm_jax.model import DType, GPTConfig, forward_flops
+from slm_jax.model import DType, GPTConfig, axis_sizes, param_shapes
+from slm_jax.nn.axes import count
 from slm_jax.nn.target import target, target_of
 
 
@@ -110,6 +111,21 @@ def peak_flops(dtype: DType, device: jax.Device | None = None) -> float | None:
     """Return the peak FLOP/s of one device in a dtype, see :class:`Device`; None where it is not known."""
     known = device_here(device)
     return None if known is None else known.peak(dtype)
+
+
+def forward_flops(cfg: GPTConfig, tokens: float, seen: float, n_logits: float) -> float:
+    """Count the FLOPs of a forward pass: 2 for each parameter and token, and 4 · layers · width for each pair attended.
+
+    Args:
+        cfg: the model.
+        tokens: tokens that go through the blocks.
+        seen: tokens that each of them attends to, on average.
+        n_logits: positions whose logits are computed.
+    """
+    sizes = axis_sizes(cfg)
+    multiplied = count(param_shapes(cfg), lambda axes: not axes.is_table and "vocab" not in axes.outputs)
+    pairs = 4.0 * sizes["layers"] * sizes["heads"] * sizes["head_dim"] * seen
+    return (2.0 * multiplied + pairs) * tokens + 2.0 * sizes["embed"] * sizes["vocab"] * n_logits
 
 
 def flops_per_token(cfg: GPTConfig) -> float:

@@ -11,12 +11,13 @@ import numpy as np
 
 from slm_jax.errors import InputError
 from slm_jax.generation.decode import generate
-from slm_jax.model import GPTConfig, GPTModel, Params, axis_sizes, forward_flops
+from slm_jax.model import GPTConfig, GPTModel, Params, axis_sizes
 from slm_jax.nn.axes import Axes, map_axes
 from slm_jax.nn.blocks import unstack_blocks
 from slm_jax.tools.bench.ceilings import Ceilings
 from slm_jax.tools.bench.result import Result, bound_rows
 from slm_jax.tools.bench.timing import Clock, Timing
+from slm_jax.training.hardware import forward_flops
 
 
 def bench_generate(
