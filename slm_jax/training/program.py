@@ -91,7 +91,8 @@ class Program:
 
 def abstract_state(config: BaseRunConfig, task: Compilable, mesh: Mesh) -> TrainState:
     """Return the shapes of a run's training state, with their shardings; nothing is compiled."""
-    init = task.params.init or (lambda _: task.params.trainable)
+    # Jitted, so that the initialisation is traced only once.
+    init = jax.jit(task.params.init) if task.params.init else (lambda _: task.params.trainable)
     return _with_shardings(mesh, jax.eval_shape(lambda key: _state(config, init(key)), jax.random.key(0)))
 
 
@@ -131,9 +132,9 @@ def compile_program(
             train_step.begin(_with_batch_sharding(mesh, task.batch_shapes(config.train.batch_size))),
             evaluate.begin(_with_batch_sharding(mesh, task.batch_shapes(evaluate.rows))),
         )
-        init = task.params.init
         new_state = None
-        if init is not None and needs_init:
+        if task.params.init is not None and needs_init:
+            init = jax.jit(task.params.init)
             jitted_init = jax.jit(lambda key: _state(config, init(key)), out_shardings=shardings)
             new_state = compile_in_background(jitted_init.lower(purpose_key(config.seed, "params")))
     return Program(state, frozen, train_step, evaluate, new_state, compiling)
