@@ -86,7 +86,7 @@ def options_class(command: str) -> Any:
     name, _, kind = command.partition(" ")
     module = importlib.import_module(COMMANDS[name][0])
     if kind:
-        return module.KINDS[kind][0]
+        return module.KINDS[kind]
     return {"train": RunConfig, "finetune": FinetuneConfig}.get(name) or module.Options
 
 
