@@ -41,6 +41,7 @@ def train(cfg: MeshConfig) -> tuple[list[float], dict[str, list[int]]]:
         losses.append(float(metrics.loss))
     leaves = jax.tree_util.tree_leaves_with_path(state.opt_state)
     moments = {jax.tree_util.keystr(path): leaf for path, leaf in leaves if leaf.ndim >= 3}
+    moments = {name: leaf for name, leaf in moments.items() if "muon" in name}
     return losses, {name: [*leaf.addressable_shards[0].data.shape] for name, leaf in moments.items()}
 
 
