@@ -19,9 +19,9 @@ from typing import Any
 import grain
 import numpy as np
 
-from slm_jax.data.packing import PackedRows, packed_batches
+from slm_jax.data.packing import PackedRows
 from slm_jax.data.token_file import check_ids, map_ids
-from slm_jax.data.windows import train_batches
+from slm_jax.data.windows import endless_batches, train_batches
 from slm_jax.tools.bench.batch_speed import per_batch
 from slm_jax.tools.bench.peak_memory import process_bytes
 from slm_jax.tools.bench.timing import Timing
@@ -65,7 +65,8 @@ def datasets(tokens: np.ndarray, batch_size: int, context: int, pack: int) -> It
     order: dict[str, Any] = {"batch_size": batch_size, "shuffle": True, "seed": 0}
     for sampling in ("random", "stride"):
         yield sampling, train_batches(tokens, context_length=context, sampling=sampling, stride=None, **order)
-    yield "packing", packed_batches(PackedRows(tokens[:pack], EOT, context), **order)
+    rows = PackedRows(tokens[:pack], EOT, context)
+    yield "packing", endless_batches(len(rows), rows.batch, **order)
 
 
 def measure(dataset: grain.MapDataset, tokens_per_batch: int) -> dict[str, Any]:

@@ -70,11 +70,8 @@ def load_corpus(
 ) -> Corpus:
     """Read the sources, split them, get or train the tokenizer (on the training split), and encode.
 
-    Args:
-        data: sources and split.
-        tokenizer: which one to use or train.
-        saved: the tokenizer of a resumed run or a base; used instead of ``tokenizer``.
-        stop: called now and then; may raise to stop early.
+    ``saved``, the tokenizer of a resumed run or a base, is used instead of the configured one; ``stop`` is called now
+    and then and may raise.
 
     Raises:
         InputError: a source or tokenizer that cannot be used; token ids outside the vocabulary.
@@ -91,25 +88,16 @@ def load_corpus(
     train_ids, validation_ids = (encode_documents(part, used, stop) for part in (train, validation))
     n_bytes = sum(len(document.encode()) for document in validation)
     n_characters = sum(map(len, train)) + sum(map(len, validation))
-    notes = [
+    note = (
         f"{n_characters / 1e6:,.0f} million characters are read and encoded at each start; to do it once: "
         f"slm-jax prepare --source {shlex.quote(data.source)} --out FILE.bin"
-    ]
-    return Corpus(
-        train_ids,
-        validation_ids,
-        used,
-        n_bytes / max(1, validation_ids.size),
-        notes=tuple(notes if n_characters >= _LONG else ()),
     )
+    notes = (note,) if n_characters >= _LONG else ()
+    return Corpus(train_ids, validation_ids, used, n_bytes / max(1, validation_ids.size), notes=notes)
 
 
 def open_tokens(source: TokenSource, tokenizer: Tokenizer) -> TokenFile:
-    """Open a token file and check that its ids are those of a model's tokenizer.
-
-    Raises:
-        InputError: a file that cannot be used, or was made with another tokenizer; bare ids outside the vocabulary.
-    """
+    """Open a token file; InputError: it cannot be used, or its ids are not those of a model's tokenizer."""
     file = open_token_file(source.name)
     _check_tokenizer(source, file, tokenizer, "the model's")
     return file
@@ -175,10 +163,6 @@ def split_documents(documents: list[str], validation_fraction: float) -> tuple[l
 
     Several documents are first shuffled, always in the same order, so that both parts are alike; of a single document
     the last part validates (as in nanoGPT and the book). A document at the cut is cut in two.
-
-    Args:
-        documents: texts, in a fixed order.
-        validation_fraction: the share of characters that validates, 0 to 1.
     """
     order = np.random.default_rng(0).permutation(len(documents))
     documents = [documents[i] for i in order]
@@ -197,10 +181,7 @@ def make_tokenizer(config: TokenizerConfig, train: list[str], validation: list[s
     """Load the configured tokenizer, or make it from the training text ``train``.
 
     The alphabet of ``char`` is that of the whole text (as in nanoGPT), or else a rare letter of the validation split
-    could not be encoded.
-
-    Raises:
-        InputError: a tokenizer's file that cannot be read; no text to make one from.
+    could not be encoded. InputError: a file that cannot be read, or no text to make a tokenizer from.
     """
     if config.path is not None:
         return get_tokenizer(config.path)

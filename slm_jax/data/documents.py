@@ -1,6 +1,7 @@
 """The documents of a source, one after the other, each in pieces, so that no source has to fit into memory."""
 
 import itertools
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
 from slm_jax.data.rows import OnRead, Pieces, Source, ignore_bytes
@@ -17,18 +18,11 @@ def documents(
     """Return the documents of a source, each as an iterator of its pieces, in a fixed order.
 
     A text file or a row is a document, or several if it holds a literal ``<|endoftext|>``; documents of only white
-    space are skipped. Files are sorted by path and must exist when this is called. A document has to be read before
-    the next one is asked for. Memory holds about a megabyte of a text file, one row (of Parquet 64), and the white
-    space that a document starts with.
+    space are skipped. A document has to be read before the next one is asked for. Memory holds about a megabyte of a
+    text file, one row (of Parquet 64), and the white space that a document starts with.
 
-    Args:
-        source: any source but token ids.
-        text_column: the field that holds the texts of rows; default: the source's own, usually ``text``.
-        on_read: called with the number of bytes read from files since the last call.
-        on_empty: called for each file or row without a document: null, empty or only white space.
-
-    Raises:
-        InputError: the source cannot be read or has no documents.
+    ``on_empty`` is called for each file or row without a document; for the other arguments and the errors see
+    `Source.texts`. A source without any document is an InputError.
     """
     return _documents(source, source.texts(text_column, on_read), on_empty)
 
@@ -54,13 +48,6 @@ def _documents(source: Source, texts: Iterable[Pieces], on_empty: Callable[[], N
 def _split(pieces: Iterable[str]) -> Iterator[Pieces]:
     """Yield the documents of a text: what is between literal marks of the end of text and more than white space."""
     parts = (part for part in _cut_at_marks(pieces) if part != "")
-    for document in iter(lambda: _next_document(parts), None):
-        yield document
-        for _ in document:  # skip what the caller didn't read
-            pass
-
-
-def _next_document(parts: Iterator[str | None]) -> Pieces | None:
     start: list[str] = []
     for part in parts:
         if part is None:
@@ -68,15 +55,10 @@ def _next_document(parts: Iterator[str | None]) -> Pieces | None:
             continue
         start.append(part)
         if part.strip():
-            return itertools.chain(start, _until_mark(parts))
-    return None
-
-
-def _until_mark(parts: Iterator[str | None]) -> Pieces:
-    for part in parts:
-        if part is None:
-            return
-        yield part
+            document = itertools.chain(start, iter(lambda: next(parts, None), None))  # up to the next mark
+            yield document
+            deque(document, maxlen=0)  # skip what the caller didn't read
+            start = []
 
 
 def _cut_at_marks(pieces: Iterable[str]) -> Iterator[str | None]:

@@ -53,8 +53,12 @@ class DocumentFilter:
         """Yield the documents that are kept; a document is an iterator of its pieces."""
         for document in documents:
             pieces = iter(document)
-            start, whole = _take(pieces, LONGEST)
-            reason = self._reason("".join(start)) if whole else "unfiltered"
+            start: list[str] = []
+            n_characters = 0
+            while n_characters <= LONGEST and (piece := next(pieces, None)) is not None:
+                start.append(piece)
+                n_characters += len(piece)
+            reason = "unfiltered" if n_characters > LONGEST else self._reason("".join(start))
             if reason is not None:
                 self.count(reason)
             if reason in (None, "unfiltered"):
@@ -64,9 +68,9 @@ class DocumentFilter:
         rules = self._rules
         if len(text) < rules.min_characters:
             return "short"
-        if rules.max_symbol_ratio is not None and symbol_ratio(text) > rules.max_symbol_ratio:
+        if rules.max_symbol_ratio is not None and _symbol_ratio(text) > rules.max_symbol_ratio:
             return "symbols"
-        if rules.max_repeated_lines is not None and repeated_lines(text) > rules.max_repeated_lines:
+        if rules.max_repeated_lines is not None and _repeated_lines(text) > rules.max_repeated_lines:
             return "repeated_lines"
         return "duplicates" if rules.deduplicate and self._is_copy(text) else None
 
@@ -76,23 +80,10 @@ class DocumentFilter:
         return len(self._seen) == n_before
 
 
-def _take(pieces: Iterable[str], n_characters: int) -> tuple[list[str], bool]:
-    """Return the first pieces, until they exceed ``n_characters``, and whether these are all."""
-    taken: list[str] = []
-    for piece in pieces:
-        taken.append(piece)
-        n_characters -= len(piece)
-        if n_characters < 0:
-            return taken, False
-    return taken, True
-
-
-def symbol_ratio(text: str) -> float:
-    """Return the share of characters that are neither letters nor digits nor white space."""
+def _symbol_ratio(text: str) -> float:
     return (len(text) - len(_SYMBOL.sub("", text))) / max(1, len(text))
 
 
-def repeated_lines(text: str) -> float:
-    """Return the share of lines, empty ones apart, that repeat an earlier one."""
+def _repeated_lines(text: str) -> float:
     lines = [line for part in text.split("\n") if (line := part.strip())]
     return sum(n - 1 for n in Counter(lines).values()) / max(1, len(lines))

@@ -12,6 +12,7 @@ from typing import Literal
 import grain
 import numpy as np
 from jaxtyping import Bool, Int32
+from numpy.typing import ArrayLike
 
 from slm_jax.data.instructions import Example
 from slm_jax.data.templates import Template
@@ -39,7 +40,6 @@ class Tokens:
         return len(self.ids) - 1
 
 
-TooLong = Literal["drop", "truncate"]
 Row = list[Tokens]  # the examples that share a row
 
 
@@ -50,20 +50,13 @@ def encode_examples(
     *,
     mask_prompt: bool,
     max_length: int,
-    too_long: TooLong,
+    too_long: Literal["drop", "truncate"],
 ) -> tuple[list[Tokens], tuple[str, ...]]:
     """Turn examples into tokens, each piece of the template by itself, as generation will see the prompt.
 
-    The end-of-text token comes last, once, and counts in the loss.
-
-    Args:
-        examples: at least one.
-        tokenizer: the model's.
-        template: how the turns become one text.
-        mask_prompt: whether only responses count in the loss.
-        max_length: most input tokens of an example (it has one token more).
-        too_long: ``drop`` leaves out longer examples; ``truncate`` cuts tokens off the front, but never from the last
-            response: an example is left out if that and one token before it don't fit.
+    The end-of-text token comes last, once, and counts in the loss; a prompt counts unless ``mask_prompt``. ``drop``
+    leaves out examples of more than ``max_length`` inputs; ``truncate`` cuts tokens off the front, but never from the
+    last response: an example is left out if that and one token before it don't fit.
 
     Returns:
         The remaining examples, and notes on those that were dropped or truncated.
@@ -79,7 +72,7 @@ def encode_examples(
             n_dropped += 1
             continue
         if excess > 0:
-            tokens = _without_front(tokens, excess)
+            tokens = _tokens(tokens.ids[excess:], tokens.counts[excess:])
             n_cut, n_tokens_cut = n_cut + 1, n_tokens_cut + excess
         encoded.append(tokens)
     total = f"{len(examples):,} example{'' if len(examples) == 1 else 's'}"
@@ -110,23 +103,15 @@ def _encode(example: Example, tokenizer: Tokenizer, template: Template, mask_pro
         ids += piece
         counts += [is_response or not mask_prompt] * len(piece)
         n_piece = len(piece)
-    ids.append(tokenizer.eot_id)
-    counts.append(True)
-    counts[0] = False
-    return Tokens(np.array(ids, np.int32), np.array(counts)), n_piece + 1
+    return _tokens([*ids, tokenizer.eot_id], [*counts, True]), n_piece + 1
 
 
-def _without_front(tokens: Tokens, n: int) -> Tokens:
-    counts = tokens.counts[n:].copy()
-    counts[0] = False
-    return Tokens(tokens.ids[n:], counts)
+def _tokens(ids: ArrayLike, counts: ArrayLike) -> Tokens:
+    return Tokens(np.array(ids, np.int32), np.array(counts) & (np.arange(np.size(counts)) > 0))
 
 
 def pack(tokens: Sequence[Tokens], width: int, seed: int) -> list[Row]:
-    """Put examples together in rows of at most ``width`` inputs: each, in a random order, in the first that has room.
-
-    No example may be longer than ``width``.
-    """
+    """Put examples in rows of at most ``width`` inputs: each, in a random order, in the first that has room."""
     room = np.full(len(tokens), width)
     rows: list[Row] = []
     for i in np.random.default_rng(seed).permutation(len(tokens)):
@@ -147,7 +132,7 @@ def instruction_batches(
 
     Args:
         rows: the examples of each row: one, or those that :func:`pack` put together.
-        batch_size: rows per batch. Batches continue across the end of an epoch, so no row is left out.
+        batch_size: rows per batch.
         limit: the most tokens of a row.
         bucketed: whether the width of a batch is its longest row, rounded up by `bucket_width`, instead of ``limit``.
         packed: whether rows may have several examples, so that batches have ``segment_ids`` and ``positions``.
@@ -164,10 +149,7 @@ def instruction_batches(
 def instruction_eval_batches(
     rows: Sequence[Row], *, batch_size: int, limit: int, bucketed: bool, packed: bool
 ) -> Iterator[Batch]:
-    """Yield every row once, sorted by length to save padding; padding of the last batch has weight 0.
-
-    Arguments as for :func:`instruction_batches`.
-    """
+    """Yield every row once, sorted by length to save padding; padding of the last batch has weight 0."""
     ordered = sorted(rows, key=_row_length)
     for first in range(0, len(ordered), batch_size):
         yield _batch(ordered[first : first + batch_size], batch_size, limit, bucketed, packed)

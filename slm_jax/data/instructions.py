@@ -1,6 +1,7 @@
 """Instructions with responses, from their source to three splits."""
 
 import itertools
+import operator
 from typing import NamedTuple
 
 import numpy as np
@@ -36,6 +37,9 @@ class Example(NamedTuple):
         return self.messages[:-1]
 
 
+_prompt = operator.attrgetter("prompt")
+
+
 class InstructionSplits(NamedTuple):
     """The examples of each split, and notes on how they were split, a line each."""
 
@@ -54,11 +58,6 @@ def load_instructions(data: DataConfig, cfg: InstructionConfig, seed: int) -> In
     One source is split by ``data``'s fractions, each count rounded down and the rest going to validation.
     In ``file_order`` training comes first, then test, then validation. At random, examples with the same prompt go
     to the same split.
-
-    Args:
-        data: the sources and fractions.
-        cfg: the order in which the examples are split.
-        seed: seed of the random order.
 
     Raises:
         InputError: a source or entry that cannot be read; an empty split; a separate validation or test source that
@@ -87,11 +86,7 @@ def load_instructions(data: DataConfig, cfg: InstructionConfig, seed: int) -> In
 
 
 def read_examples(source: str) -> list[Example]:
-    """Read all examples of one source, in its order.
-
-    Raises:
-        InputError: a source that cannot be read, an entry without a response.
-    """
+    """Read all examples of one source, in its order; InputError: an entry without a response."""
     return [_example(row) for row in parse_source(source).read_rows()]
 
 
@@ -118,10 +113,6 @@ def _cut(examples: list[Example], data: DataConfig) -> dict[str, list[Example]]:
         "validation": examples[n_train + n_test :],
         "test": examples[n_train : n_train + n_test],
     }
-
-
-def _prompt(example: Example) -> Prompt:
-    return example.prompt
 
 
 def _bring_together(splits: dict[str, list[Example]]) -> dict[str, list[Example]]:

@@ -74,11 +74,6 @@ def load_labelled(data: DataConfig, cfg: ClassificationConfig, seed: int) -> Lab
     ``data.test_fraction`` of its texts, and the rest for training. Balancing comes first (as in the book) and
     doesn't change a separate validation or test source.
 
-    Args:
-        data: the sources and the fractions.
-        cfg: their columns, and how they are balanced and split.
-        seed: seed of balancing and splitting.
-
     Raises:
         InputError: a source that cannot be read; a row without text or label; fewer than two classes; a class without
             training text; an empty split; with ``cfg.group_duplicates``, equal texts in two separate sources.
@@ -112,12 +107,7 @@ def load_labelled(data: DataConfig, cfg: ClassificationConfig, seed: int) -> Lab
 
 
 def class_weights(labels: Integer[np.ndarray, " texts"], n_classes: int) -> Float32[np.ndarray, " classes"]:
-    """Return a weight for each class, inverse to how often it occurs, with mean 1 over the texts.
-
-    Args:
-        labels: the class of each text, 0 to ``n_classes`` - 1; each class at least once.
-        n_classes: number of classes.
-    """
+    """Return a weight for each class, inverse to how often it occurs (at least once), with mean 1 over the texts."""
     counts = np.bincount(labels, minlength=n_classes)
     assert len(counts) == n_classes, "a label is out of range"
     assert counts.all(), "a class has no text"

@@ -12,18 +12,16 @@ piece). Padding is on the right.
 from array import array
 from collections.abc import Iterator
 
-import grain
 import numpy as np
 from jaxtyping import Int, Int32, Int64, Integer
 
-from slm_jax.data.windows import Batch, endless_batches
-from slm_jax.errors import InputError
+from slm_jax.data.windows import Batch
 
 _CHUNK = 1 << 22  # tokens searched at a time, so that a memory-mapped file stays out of memory
 
 
 class PackedRows:
-    """Rows of packed documents, planned without copying any token.
+    """Rows of packed documents, ordered by their first documents, planned without copying any token.
 
     Takes about 16 bytes per document (60 while packing), and a few seconds for a million of them.
 
@@ -33,18 +31,8 @@ class PackedRows:
     """
 
     def __init__(self, tokens: Integer[np.ndarray, " tokens"], eot_id: int, width: int):
-        """Find the documents and pack them.
-
-        Args:
-            tokens: at least 2.
-            eot_id: id that documents start after.
-            width: tokens per row: the context length.
-
-        Raises:
-            InputError: fewer tokens.
-        """
-        if tokens.size < 2:
-            raise InputError(f"{tokens.size} tokens to pack; expected at least 2, as the first is not predicted")
+        """Find the documents, which start after the id ``eot_id``, and pack them."""
+        assert tokens.size > 1, "the first token is not predicted"
         documents = _document_starts(tokens, eot_id)
         self.n_documents = len(documents) - 1
         self.width = width
@@ -87,18 +75,6 @@ class PackedRows:
         documents = f"{self.n_documents:,} document{'' if self.n_documents == 1 else 's'}"
         rows = f"{len(self):,} row{'' if len(self) == 1 else 's'}"
         return f"packed {documents} into {rows} of {self.width:,}, {1 - self.tokens_per_row / self.width:.1%} padding"
-
-
-def packed_batches(rows: PackedRows, *, batch_size: int, shuffle: bool, seed: int) -> grain.MapDataset:
-    """Return the endless sequence of training batches; element ``i`` is the batch of step ``i``.
-
-    Args:
-        rows: the packed documents.
-        batch_size: rows per batch. Batches continue across the end of an epoch, so no row is left out.
-        shuffle: whether rows have a new random order each epoch, or the order of their first documents.
-        seed: seed of that order.
-    """
-    return endless_batches(len(rows), rows.batch, batch_size=batch_size, seed=seed, shuffle=shuffle)
 
 
 def packed_validation_batches(rows: PackedRows, *, batch_size: int) -> Iterator[Batch]:

@@ -89,7 +89,7 @@ def prepare(
         report: called now and then with what has been written so far.
 
     Raises:
-        InputError: a source that cannot be read, has no text or none that the rules keep, or that the tokenizer cannot
+        InputError: a source that cannot be read, or has no text that the rules keep; a text that the tokenizer cannot
             encode; a file that cannot be written. Nothing is left behind.
     """
     start = time.monotonic()
@@ -126,14 +126,7 @@ def train_tokenizer(
     text_column: str | None = None,
     report: Callable[[int], None] = lambda _: None,
 ) -> BPETokenizer:
-    """Train a byte-level BPE on the first 100 million characters of sources.
-
-    Args:
-        sources: read one after the other, as :func:`slm_jax.data.documents.documents` does.
-        vocab_size: largest number of tokens.
-        text_column: the field of the texts, in sources of rows.
-        report: called now and then with the number of characters read so far.
-    """
+    """Train a byte-level BPE on the first 100 million characters; ``report`` gets the number of those read so far."""
 
     def first() -> Iterator[str]:
         n_read = 0

@@ -112,11 +112,7 @@ class Parquet(_RowFiles):
 
 
 def read_json_rows(path: Path, on_read: OnRead = ignore_bytes) -> list[Row]:
-    """Read a file that is one list of JSON objects; the first is ``entry 1``.
-
-    Raises:
-        InputError: the file cannot be read or holds something else.
-    """
+    """Read a file that is one list of JSON objects, the first ``entry 1``; InputError: it holds something else."""
     content = _parse_json(str(path), "".join(iter_text(path, on_read)))
     if not isinstance(content, list):
         raise InputError(f"{path}: {content!r:.60} is not a list; expected one list of JSON objects")

@@ -23,21 +23,13 @@ class Row(NamedTuple):
     fields: Mapping[str, Any]
 
     def field(self, name: str, setting: str | None = None) -> Any:
-        """Return a required field; ``setting`` is the configuration key that chose its name, for the message.
-
-        Raises:
-            InputError: the field is missing.
-        """
+        """Return a field; InputError: it is missing (``setting`` is the configuration key that chose its name)."""
         if name not in self.fields:
             raise no_field(self.where, name, self.fields, setting)
         return self.fields[name]
 
     def text(self, name: str, setting: str | None = None) -> str:
-        """Return a required field that must be text, perhaps empty; arguments as for `field`.
-
-        Raises:
-            InputError: the field is missing, is not text, or has a lone surrogate.
-        """
+        """Return a field that must be text, perhaps empty, without a lone surrogate; otherwise as `field`."""
         value = self.field(name, setting)
         if not isinstance(value, str):
             raise InputError(f"{self.where}: {name} is {value!r:.60}; expected text")
@@ -46,11 +38,7 @@ class Row(NamedTuple):
         return value
 
     def filled(self, name: str, setting: str | None = None) -> str:
-        """Return a required field that must be text with more than white space; arguments as for `field`.
-
-        Raises:
-            InputError: as `text`, or the text is empty.
-        """
+        """Return a field that must be text with more than white space; otherwise as `field`."""
         if not (text := self.text(name, setting)).strip():
             raise InputError(f"{self.where}: {name} is empty; expected text")
         return text
@@ -121,11 +109,7 @@ class Source:
         )
 
     def read_rows(self, limit: int | None = None, columns: Sequence[str] = ()) -> list[Row]:
-        """Return the first ``limit`` rows (None: all).
-
-        Raises:
-            InputError: as `rows`, or there is no row.
-        """
+        """Return the first ``limit`` rows (None: all); InputError: as `rows`, or there is no row."""
         rows = list(itertools.islice(self.rows(columns), limit))
         if not rows:
             raise InputError(f"source {self} is empty; expected at least one row")

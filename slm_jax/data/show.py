@@ -8,8 +8,8 @@ from jaxtyping import Int32, Integer
 from rich.cells import cell_len, chop_cells
 from rich.console import Console
 
-from slm_jax.data.packing import PackedRows, packed_batches
-from slm_jax.data.windows import Batch, train_batches
+from slm_jax.data.packing import PackedRows
+from slm_jax.data.windows import Batch, endless_batches, train_batches
 from slm_jax.tokenizer import Tokenizer
 
 ROWS = 2  # rows per batch
@@ -32,15 +32,9 @@ def show_batches(
     packing: bool,
     console: Console,
 ) -> None:
-    """Print training batches: inputs, targets, which targets count and, if packed, each token's document.
+    """Print ``n`` training batches: inputs, targets, which targets count and, if packed, each token's document.
 
-    Args:
-        tokens: ids.
-        tokenizer: the tokenizer of the ids.
-        n: number of batches.
-        context_length: tokens per row; windows are shorter if there are fewer tokens.
-        packing: whether rows are packed documents or windows over the whole text.
-        console: where to print.
+    Windows are shorter than ``context_length`` if there are fewer tokens.
     """
     if tokens.size < 2:
         console.print(f"nothing to show: {tokens.size} tokens, fewer than the 2 that a batch needs", highlight=False)
@@ -59,7 +53,7 @@ def show_batches(
 def _batches(tokens: Integer[np.ndarray, " tokens"], eot_id: int, width: int, packing: bool) -> grain.MapDataset:
     if packing:
         rows = PackedRows(tokens, eot_id, width)
-        return packed_batches(rows, batch_size=min(ROWS, len(rows)), shuffle=True, seed=0)
+        return endless_batches(len(rows), rows.batch, batch_size=min(ROWS, len(rows)), seed=0)
     return train_batches(
         tokens,
         context_length=min(width, tokens.size - 1),

@@ -26,10 +26,7 @@ SOURCES = {source.scheme: source for source in _CLASSES}
 def parse_source(source: str, *, header: Sequence[str] = (), split: str = "train") -> Source:
     """Return the source that a string such as ``text:books/*.txt`` names; nothing is read yet.
 
-    Args:
-        source: ``SCHEME:NAME``.
-        header: column names for tables without a header line.
-        split: the split that is read from a data set with splits if the name doesn't have one.
+    ``header`` and ``split`` are attributes of `Source`.
 
     Raises:
         InputError: a missing or unknown scheme, an empty or unknown name.
@@ -49,11 +46,7 @@ def parse_source(source: str, *, header: Sequence[str] = (), split: str = "train
 
 
 def check_text_column(column: str | None, sources: Iterable[Source], key: str = "text_column") -> None:
-    """Check that a column, which the user set as ``key``, can exist.
-
-    Raises:
-        InputError: no source has columns.
-    """
+    """Raise InputError if the user set a column as ``key``, but no source has columns."""
     sources = list(sources)
     if column is not None and not any(source.has_rows for source in sources):
         raise InputError(f"{key} is {column!r}, but {' '.join(map(str, sources))} has no columns; expected null")

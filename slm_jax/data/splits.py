@@ -27,8 +27,7 @@ Place = tuple[str, T]  # the split, and the item in it
 def split_fractions(data: DataConfig) -> tuple[float, float]:
     """Return the fractions of the source that validate and test; 0 for a split that has its own source.
 
-    Raises:
-        InputError: the fractions leave nothing to train on.
+    InputError: they leave nothing to train on.
     """
     validation = 0.0 if data.validation_source else data.validation_fraction
     test = 0.0 if data.test_source else data.test_fraction
@@ -46,11 +45,7 @@ def share(n: int, fraction: float) -> int:
 
 
 def require_filled(splits: Mapping[str, Sequence[T]]) -> None:
-    """Check that no split is empty.
-
-    Raises:
-        InputError: a split is empty.
-    """
+    """Raise InputError if a split is empty."""
     for name, items in splits.items():
         if not items:
             raise InputError(
@@ -91,10 +86,9 @@ def check_apart(
     separate: Sequence[str] = SPLITS,
     remedy: str = "",
 ) -> None:
-    """Check that no split shares a key with one of the splits in ``separate``, those with a source of their own.
+    """Raise InputError if a split shares a key with one of ``separate``, the splits with a source of their own.
 
-    Raises:
-        InputError: a shared key; ``what`` names it, ``remedy`` is how to allow it.
+    ``what`` names the key and ``remedy`` how to allow it, in the message.
     """
     pairs = [(one, two) for one, two in shared(splits, key) if one[0] in separate or two[0] in separate]
     if pairs:

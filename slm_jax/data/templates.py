@@ -133,12 +133,7 @@ TEMPLATES = {
 
 
 def load_template(name_or_path: str) -> Template:
-    """Return a built-in template (alpaca, phi3, chatml), or one from a JSON file with :class:`Template`'s fields.
-
-    Raises:
-        InputError: a file that is not a template.
-        MissingInputError: neither a built-in template nor a file.
-    """
+    """Return a built-in template, or one from a JSON file with :class:`Template`'s fields; InputError: neither."""
     if name_or_path in TEMPLATES:
         return TEMPLATES[name_or_path]
     path = user_path(name_or_path)
@@ -168,10 +163,7 @@ def format_prompt(entry: Mapping[str, Any], template: str | Template = "alpaca")
 def entry_messages(entry: Mapping[str, Any], where: str) -> tuple[Message, ...]:
     """Return the turns of an entry; the last one is the assistant's if the entry has an output or ends with one.
 
-    Args:
-        entry: fields as :func:`format_prompt` takes them, or as Databricks' Dolly names them (``context``,
-            ``response``).
-        where: the entry's place, for messages.
+    Its fields are as :func:`format_prompt` takes them, or as Databricks' Dolly names them (``context``, ``response``).
 
     Raises:
         InputError: a field that is missing, empty or not text; an unknown role; no message of a user.

@@ -18,11 +18,7 @@ SHORTEST_WIDTH = 16  # tokens; each width is a program to compile
 
 
 def encode_text(text: str, tokenizer: Tokenizer) -> Int32[np.ndarray, " tokens"]:
-    """Return the token ids of a text.
-
-    Raises:
-        InputError: a text that the tokenizer cannot encode, or that has no tokens.
-    """
+    """Return the token ids of a text; InputError: the tokenizer cannot encode it, or it has no tokens."""
     try:
         ids = tokenizer.encode(text)
     except InputError as error:
@@ -35,11 +31,7 @@ def encode_text(text: str, tokenizer: Tokenizer) -> Int32[np.ndarray, " tokens"]
 def encode_texts(
     texts: Sequence[str], tokenizer: Tokenizer, max_length: int
 ) -> tuple[list[Int32[np.ndarray, " tokens"]], int]:
-    """Return the token ids of each text, truncated to ``max_length``, and how many texts were truncated.
-
-    Raises:
-        InputError: as :func:`encode_text`.
-    """
+    """Return the token ids of each text, truncated to ``max_length``, and how many texts were truncated."""
     encoded = [encode_text(text, tokenizer) for text in texts]
     return [ids[:max_length] for ids in encoded], sum(ids.size > max_length for ids in encoded)
 
@@ -61,8 +53,6 @@ def classification_batches(
 ) -> grain.MapDataset:
     """Return the endless sequence of training batches; element ``i`` is the batch of step ``i``.
 
-    Each epoch has its own order. Batches continue across the end of an epoch, so no text is left out.
-
     Args:
         encoded: token ids of each text, 1 to ``limit``.
         labels: class of each text.
@@ -70,7 +60,7 @@ def classification_batches(
         batch_size: texts per batch.
         limit: the most tokens of a row.
         bucketed: whether the width of a batch is its longest text, rounded up by `bucket_width`, instead of ``limit``.
-        seed: seed of the order.
+        seed: seed of the order, which is new each epoch.
     """
     return endless_batches(
         len(encoded),
@@ -88,10 +78,7 @@ def classification_eval_batches(
     limit: int,
     bucketed: bool,
 ) -> Iterator[Batch]:
-    """Yield every text once, sorted by length to save padding; rows that fill the last batch have weight 0, length 1.
-
-    Arguments as for :func:`classification_batches`.
-    """
+    """Yield every text once, sorted by length to save padding; rows that fill the last batch have weight 0."""
     order = np.argsort([ids.size for ids in encoded], kind="stable")
     for first in range(0, len(order), batch_size):
         texts = order[first : first + batch_size]

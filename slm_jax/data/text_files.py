@@ -19,12 +19,7 @@ PIECE = 1 << 20  # bytes, before they are decoded
 class TextFiles(Source):
     """Each file is one text."""
 
-    scheme, form = "text", "text:GLOB"
-
-    @property
-    def has_rows(self) -> bool:
-        """False: text has no fields."""
-        return False
+    scheme, form, has_rows = "text", "text:GLOB", False
 
     def files(self) -> list[Path]:
         """Return the files that match, sorted."""
@@ -61,9 +56,8 @@ def matching_files(pattern: str) -> list[Path]:
 def iter_text(path: Path, on_read: OnRead = ignore_bytes) -> Iterator[str]:
     """Yield the text of a file in pieces of at most a megabyte, without a byte order mark and with CR LF as LF.
 
-    Args:
-        path: a file; ``.gz`` and ``.zst`` are decompressed.
-        on_read: called with the number of bytes of the file that were read since the last call.
+    Files that end in ``.gz`` or ``.zst`` are decompressed. ``on_read`` is called with the number of bytes of the file
+    that were read since the last call.
 
     Raises:
         InputError: a file that cannot be read, is truncated, damaged, binary or not in UTF-8.

@@ -41,12 +41,7 @@ _AGAIN = "write it again with slm-jax prepare"
 class TokenSource(Source):
     """A file of token ids; its name is the path."""
 
-    scheme, form = "tokens", "tokens:FILE.bin"
-
-    @property
-    def has_rows(self) -> bool:
-        """False: ids have no fields."""
-        return False
+    scheme, form, has_rows = "tokens", "tokens:FILE.bin", False
 
     def texts(self, column: str | None = None, on_read: OnRead = ignore_bytes) -> Iterator[Pieces]:
         """Raise InputError."""
@@ -81,13 +76,11 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 def open_token_file(path: str | Path) -> TokenFile:
     """Map a file of ids, after checking it against its JSON file, if it has one (which reads the whole file once).
 
-    Args:
-        path: ``FILE.bin``; ``~`` is expanded.
+    Bare ids must still be compared with a vocabulary: `check_ids`.
 
     Raises:
-        MissingInputError: no such file.
-        InputError: a file that is empty, truncated, changed, or something else; a JSON file that cannot be read or
-            describes other ids. Bare ids must still be compared with a vocabulary: `check_ids`.
+        InputError: a file that is missing, empty, truncated, changed, or something else; a JSON file that cannot be
+            read or describes other ids.
     """
     path = Path(path).expanduser()
     try:
@@ -107,12 +100,9 @@ def open_token_file(path: str | Path) -> TokenFile:
 
 
 def check_ids(tokens: UInt[np.ndarray, " tokens"], vocab_size: int, path: str | Path) -> None:
-    """Check that every id is in the vocabulary: about a second per billion ids if the file is in memory.
+    """Raise InputError if an id is not below ``vocab_size``: on the device it would silently become another one.
 
-    On the device an id out of range would silently become another one.
-
-    Raises:
-        InputError: an id is not below ``vocab_size``.
+    Takes about a second per billion ids if the file is in memory.
     """
     for begin in range(0, len(tokens), _CHUNK):
         chunk = tokens[begin : begin + _CHUNK]
@@ -131,25 +121,24 @@ class TokenWriter:
         tokens: number of ids written.
         documents: number of documents, set by the caller.
         counts: documents that were left out, by reason, set by the caller.
-        digest: of the ids written.
     """
 
     def __init__(self, file: BinaryIO, vocab_size: int) -> None:
         self.tokens = self.documents = 0
         self.counts: dict[str, int] = {}
-        self.digest = hashlib.sha256()
+        self._digest = hashlib.sha256()
         self._file, self._dtype = file, token_dtype(vocab_size)
 
     @property
     def sha256(self) -> str:
         """SHA-256 of the ids written."""
-        return self.digest.hexdigest()
+        return self._digest.hexdigest()
 
     def write(self, ids: Sequence[int] | UInt[np.ndarray, " ids"]) -> None:
         """Append ids, each below the vocabulary's size."""
         data = np.asarray(ids, dtype=self._dtype).tobytes()
         self._file.write(data)
-        self.digest.update(data)
+        self._digest.update(data)
         self.tokens += len(ids)
 
 
@@ -158,15 +147,7 @@ def write_token_file(path: Path, tokenizer: Tokenizer, source: str) -> Iterator[
     """Yield a writer of a token file that appears, with its JSON file, when the block ends without an error.
 
     Ids go to a partial file beside it, which is always removed. An existing file is replaced; of several writers the
-    last one wins.
-
-    Args:
-        path: ``FILE.bin``; its folder is created.
-        tokenizer: the tokenizer of the ids.
-        source: where the text came from.
-
-    Raises:
-        InputError: the file cannot be written, such as on a full disk.
+    last one wins. A file that cannot be written, such as on a full disk, is an InputError.
     """
     partial = partial_path(path)
     try:
@@ -224,11 +205,7 @@ def map_ids(path: Path, dtype: np.dtype[Any]) -> UInt[np.ndarray, " tokens"]:
 
 
 def read_description(file: Path) -> dict[str, Any]:
-    """Read and check a description, ``FILE.bin.json``.
-
-    Raises:
-        InputError: the file cannot be read or doesn't describe ids.
-    """
+    """Read a description, ``FILE.bin.json``; InputError: it cannot be read or doesn't describe ids."""
     about = read_json(file, _AGAIN)
     if (about.get("format"), about.get("version")) != (FORMAT, VERSION):
         raise InputError(f"{file}: does not describe token ids (format {FORMAT!r}, version {VERSION}); {_AGAIN}")

@@ -19,10 +19,12 @@ def endless_batches(
 ) -> grain.MapDataset:
     """Return the endless sequence of batches of ``n`` items; element ``i`` is the batch of step ``i``.
 
+    Batches continue across the end of an epoch, so no item is left out.
+
     Args:
         n: number of items.
         make: makes a batch of the items with the given indices, (batch_size,).
-        batch_size: items per batch. Batches continue across the end of an epoch, so no item is left out.
+        batch_size: items per batch.
         seed: seed of the order.
         shuffle: whether each epoch has its own random order.
     """
@@ -31,14 +33,13 @@ def endless_batches(
     return order.batch(batch_size, drop_remainder=True).map(make)
 
 
-class RandomOffset(grain.transforms.RandomMap):
-    """Draw where a window starts (nanoGPT's sampling)."""
+class _RandomOffset(grain.transforms.RandomMap):
+    """Draw where a window starts (nanoGPT's sampling), from 0 to ``n_offsets`` - 1."""
 
     def __init__(self, n_offsets: int):
         self._n_offsets = n_offsets
 
     def random_map(self, element: int, rng: np.random.Generator) -> int:
-        """Return an offset from 0 to ``n_offsets`` - 1; ``element`` is ignored."""
         return int(rng.integers(self._n_offsets))
 
 
@@ -57,7 +58,7 @@ def train_batches(
     Args:
         tokens: 1-D token ids.
         context_length: tokens per window; its targets reach one token further.
-        batch_size: windows per batch. Batches continue across the end of an epoch, so no window is left out.
+        batch_size: windows per batch.
         sampling: ``stride`` or ``random``.
         stride: tokens between the starts of ``stride`` windows; None: ``context_length``.
         shuffle: whether ``stride`` windows have a new random order each epoch.
@@ -68,7 +69,7 @@ def train_batches(
     """
     check_window(tokens.size, context_length, "training")
     if sampling == "random":
-        starts = grain.MapDataset.range(1).seed(seed).repeat().random_map(RandomOffset(tokens.size - context_length))
+        starts = grain.MapDataset.range(1).seed(seed).repeat().random_map(_RandomOffset(tokens.size - context_length))
         return starts.batch(batch_size, drop_remainder=True).map(lambda at: _windows(tokens, at, context_length))
     strided = window_starts(tokens.size, context_length, stride)
     return endless_batches(
@@ -88,10 +89,7 @@ def steps_per_epoch(n_tokens: int, *, context_length: int, batch_size: int, samp
 
 
 def window_starts(n_tokens: int, context_length: int, stride: int | None) -> np.ndarray:
-    """Return the starts of the windows of a strided pass, each followed by one more token for the last target.
-
-    ``stride`` is the distance of two starts in tokens; None: ``context_length``.
-    """
+    """Return the starts of the windows of a strided pass, each followed by one more token for the last target."""
     return np.arange(0, n_tokens - context_length, stride or context_length)
 
 
@@ -107,11 +105,7 @@ def validation_batches(tokens: np.ndarray, *, context_length: int, batch_size: i
 
 
 def check_window(n_tokens: int, context_length: int, split: str) -> None:
-    """Check that a split has at least one window (training) or one target (validation).
-
-    Raises:
-        InputError: fewer tokens.
-    """
+    """Raise InputError if a split has less than one window (training) or one target (validation)."""
     needed = context_length + 1 if split == "training" else 2
     if n_tokens < needed:
         raise InputError(

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import optax
 
 from slm_jax.data.corpus import Corpus, load_corpus
-from slm_jax.data.packing import PackedRows, packed_batches, packed_validation_batches
-from slm_jax.data.windows import check_window, steps_per_epoch, train_batches, validation_batches
+from slm_jax.data.packing import PackedRows, packed_validation_batches
+from slm_jax.data.windows import check_window, endless_batches, steps_per_epoch, train_batches, validation_batches
 from slm_jax.errors import InputError
 from slm_jax.generation.decode import generate
 from slm_jax.model import GPTConfig, GPTModel, Params, init_params, param_shapes
@@ -172,7 +172,9 @@ def _packed(config: RunConfig, corpus: Corpus, context: int) -> Batches:
     train, validation = PackedRows(corpus.train, eot_id, context), PackedRows(corpus.validation, eot_id, context)
     alone = "; there is only one, so that data.packing separates nothing" if train.n_documents == 1 else ""
     return Batches(
-        train=packed_batches(train, batch_size=batch_size, shuffle=config.data.shuffle, seed=config.seed),
+        train=endless_batches(
+            len(train), train.batch, batch_size=batch_size, seed=config.seed, shuffle=config.data.shuffle
+        ),
         validation=lambda: packed_validation_batches(validation, batch_size=config.train.eval_batch_size or batch_size),
         rows_per_epoch=len(train),
         tokens_per_step=round(batch_size * train.tokens_per_row),

@@ -7,9 +7,9 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from slm_jax.data.packing import PackedRows, packed_batches
+from slm_jax.data.packing import PackedRows
 from slm_jax.data.show import COLUMNS, ROWS, show_batches
-from slm_jax.data.windows import train_batches
+from slm_jax.data.windows import endless_batches, train_batches
 from slm_jax.tokenizer import BPETokenizer, CharTokenizer
 
 CHARS = CharTokenizer().build_vocab("abcdefghijklmnopqrstuvwxyz \n")
@@ -63,7 +63,7 @@ def test_windows_are_shown_as_training_gets_them():
 def test_packed_rows_say_which_document_a_token_is_of_and_where_in_it():
     tokens = encoded(TEXT, CHARS)
     rows = PackedRows(tokens, CHARS.eot_id, 20)
-    batch = packed_batches(rows, batch_size=ROWS, shuffle=True, seed=0)[0]
+    batch = endless_batches(len(rows), rows.batch, batch_size=ROWS, seed=0)[0]
     text = shown(tokens, context_length=20, packing=True)
     found = cells(text, "input id")
     assert found == padded(batch, "inputs", found)
