@@ -31,7 +31,7 @@ def gpt(**overrides):
 
 @pytest.fixture(scope="module")
 def params():
-    return jax.jit(init_params, static_argnums=0)(gpt().cfg, jax.random.key(0))
+    return jax.jit(init_params, static_argnums=0)(gpt().cfg, jax.random.key(1))
 
 
 @pytest.fixture(scope="module")
