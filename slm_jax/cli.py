@@ -71,7 +71,11 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         with _ending_on_interrupt() if args is None else contextlib.nullcontext():
             module = importlib.import_module(COMMANDS[name][0])
-        status: int = module.main(words[1:])
+            from slm_jax.config import parse
+        if hasattr(module, "main"):  # it chooses the class of its options itself
+            status: int = module.main(words[1:])
+        else:
+            status = module.run(parse(module.Options, words[1:], f"slm-jax {name}"))
         return status
     except InputError as error:
         return _fail(f"slm-jax {name}", str(error))

@@ -20,14 +20,15 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import yaml
 from annotated_types import Ge, Gt, Le, Lt
 
-from slm_jax.errors import InputError, MissingInputError
+from slm_jax.errors import InputError, MissingInputError, located
 from slm_jax.files import user_path
 
 Options = TypeVar("Options")
 T = TypeVar("T")
 
-EXECUTION = "execution"
+EXECUTION, POSITIONAL = "execution", "positional"
 Execution = Annotated[T, EXECUTION]  # a field or a section that says how, where or for how long a run is computed
+Words = Annotated[tuple[str, ...], POSITIONAL]  # the option of the words that belong to no option
 Positive = Annotated[int, Ge(1)]
 NotNegative = Annotated[int, Ge(0)]
 AboveZero = Annotated[float, Gt(0)]
@@ -42,22 +43,13 @@ _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: 
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """A field of a configuration.
+    """A field of a configuration."""
 
-    Attributes:
-        name: dotted, such as ``train.steps``.
-        kinds: types of its values.
-        choices: texts that it may be.
-        markers: what stands beside it: ranges, EXECUTION.
-        default: value where the key is not given; ``dataclasses.MISSING`` for a required key.
-        owner: dataclass that has the field.
-    """
-
-    name: str
+    name: str  # dotted, such as train.steps
     kinds: tuple[type, ...]
     choices: tuple[str, ...]
-    markers: tuple[Any, ...]
-    default: Any
+    markers: tuple[Any, ...]  # what stands beside it: ranges, EXECUTION, POSITIONAL
+    default: Any  # dataclasses.MISSING for a required key
     owner: type
 
     @property
@@ -163,7 +155,7 @@ def check(config: Any) -> None:
         key.check(operator.attrgetter(name)(config))
 
 
-def parse(cls: Callable[..., Options], args: Sequence[str], prog: str, positional: str | None = None) -> Options:
+def parse(cls: Callable[..., Options], args: Sequence[str], prog: str) -> Options:
     """Read ``--config RECIPE`` and options in the order they are given; later ones win.
 
     Names may be typed with hyphens or underscores. Text arrives as typed; a field ``tuple[str, ...]`` collects the
@@ -173,28 +165,30 @@ def parse(cls: Callable[..., Options], args: Sequence[str], prog: str, positiona
         cls: the frozen dataclass of the command's options.
         args: the words after the command.
         prog: the command as it is typed, for ``--help``.
-        positional: the option of words that belong to no option; all words after ``--`` do.
 
     Raises:
         InputError: an unknown key, a value of another type or out of range, a missing required key, a recipe that
             is not there or not YAML.
     """
-    if any(name == "help" for name, _ in _split(cls, args, positional)):
+    if any(name == "help" for name, _ in _split(cls, args)):
         print(_help(cls, prog))
         raise SystemExit(0)
-    values = given(cls, args, positional)
+    values = given(cls, args)
     for name, key in keys(cls).items():
         if key.default is dataclasses.MISSING and name not in values:
             raise InputError(f"{_option(cls, name)} is missing; expected {key.help.rstrip('.')}")
-    options = {name: value for name, value in values.items() if "." not in name}
-    fields: dict[str, Any] = getattr(cls, "__dataclass_fields__", {})
-    for section in {name.partition(".")[0] for name in values} - options.keys():
-        changes = {name.partition(".")[2]: value for name, value in values.items() if name.startswith(f"{section}.")}
-        options[section] = dataclasses.replace(fields[section].default_factory(), **changes)
+    options: dict[str, Any] = {}
+    sections: dict[str, dict[str, Any]] = collections.defaultdict(dict)
+    for name, value in values.items():
+        section, _, leaf = name.rpartition(".")
+        (sections[section] if section else options)[leaf] = value
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if field.name in sections and field.default_factory is not dataclasses.MISSING:
+            options[field.name] = dataclasses.replace(field.default_factory(), **sections[field.name])
     return cls(**options)
 
 
-def given(cls: Any, args: Sequence[str], positional: str | None = None) -> dict[str, Any]:
+def given(cls: Any, args: Sequence[str]) -> dict[str, Any]:
     """Return the values that recipes and options give, by dotted key.
 
     Raises:
@@ -202,14 +196,13 @@ def given(cls: Any, args: Sequence[str], positional: str | None = None) -> dict[
     """
     values: dict[str, Any] = {}
     texts: dict[str, list[str]] = collections.defaultdict(list)
-    for name, word in _split(cls, args, positional):
+    for name, word in _split(cls, args):
         if name == "config":
             values |= _read_recipe(cls, find_recipe(word))
-        if name in ("config", "help"):
-            continue
-        key = _find(cls, name, word)
-        texts[name].append(word)
-        values[name] = key.check(texts[name] if tuple in key.kinds else key.read(word))
+        elif name != "help":
+            key = _find(cls, name, word)
+            texts[name].append(word)
+            values[name] = key.check(texts[name] if tuple in key.kinds else key.read(word))
     return values
 
 
@@ -281,14 +274,14 @@ def _option(cls: Any, name: str) -> str:
     return f"--{name if _sections(cls) else name.replace('_', '-')}"
 
 
-def _split(cls: Any, args: Sequence[str], positional: str | None = None) -> Iterator[tuple[str, str]]:
+def _split(cls: Any, args: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Split words into keys, written with underscores, and their texts."""
     names = {*keys(cls), *_sections(cls), "config", "help"}
+    positional = next((name for name, key in keys(cls).items() if POSITIONAL in key.markers), None)
     rest = list(args)
     while rest:
         word = rest.pop(0)
-        name, equals, text = word.removeprefix("--").partition("=")
-        name = name.replace("-", "_")
+        name, equals, _ = word.removeprefix("--").replace("-", "_").partition("=")
         if word in ("-h", "--help"):
             yield "help", ""
         elif word == "--" and positional:
@@ -299,7 +292,7 @@ def _split(cls: Any, args: Sequence[str], positional: str | None = None) -> Iter
                 raise InputError(f"{word!r:.60} is not an option; expected --KEY VALUE")
             yield positional, word
         elif equals:
-            yield name, text
+            yield name, word.partition("=")[2]
         elif rest and not (rest[0].startswith("--") and rest[0][2:].partition("=")[0].replace("-", "_") in names):
             yield name, rest.pop(0)
         elif name in names:
@@ -337,10 +330,8 @@ def _read_recipe(cls: Any, path: Path) -> dict[str, Any]:
     for name, value in content.items():
         inner = isinstance(value, dict) and name in _sections(cls)
         values |= {f"{name}.{leaf}": item for leaf, item in value.items()} if inner else {str(name): value}
-    try:
+    with located(path):
         return {name: _find(cls, name, value).check(value) for name, value in values.items()}
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
 
 
 def _help(cls: Any, prog: str) -> str:

@@ -13,7 +13,18 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from slm_jax import config
-from slm_jax.config import Execution, Positive, Seed, check, dump_config, execution_keys, find_recipe, flatten, parse
+from slm_jax.config import (
+    Execution,
+    Positive,
+    Seed,
+    Words,
+    check,
+    dump_config,
+    execution_keys,
+    find_recipe,
+    flatten,
+    parse,
+)
 from slm_jax.errors import InputError, MissingInputError
 
 
@@ -166,10 +177,13 @@ def test_later_ones_win_and_a_recipe_may_give_what_is_required(recipe):
 
 
 def test_words_without_an_option():
-    words = ["a b", "--run", "x", "-1", "", "--dry=true", "--", "--run", "--"]
-    assert parse(Options, words, "x", positional="stop") == Options(
-        "x", dry=True, stop=("a b", "-1", "", "--run", "--")
-    )
+    @dataclasses.dataclass(frozen=True)
+    class Texts:
+        text: Words = ()
+        dry: bool = False
+
+    words = ["a b", "--text", "x", "-1", "", "--dry=true", "--", "--text", "--"]
+    assert parse(Texts, words, "x") == Texts(("a b", "x", "-1", "", "--text", "--"), dry=True)
 
 
 def test_help_shows_every_option_with_its_default(capsys):

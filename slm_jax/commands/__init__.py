@@ -1,7 +1,8 @@
 """The commands, one module each, and what they share.
 
-A command's module has a frozen dataclass of its options, ``main(args) -> int`` that reads them, and ``run(options)``
-that does the work and returns the exit status. Heavy modules are imported inside ``run``.
+A command's module has ``Options``, a frozen dataclass, and ``run(options)``, which does the work and returns the exit
+status; where the words decide which dataclass it is, also ``main(args)``, which reads them and calls ``run``. Heavy
+modules are imported inside ``run``.
 """
 
 from typing import TYPE_CHECKING

@@ -3,12 +3,11 @@
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from slm_jax.commands import load, set_up
 from slm_jax.commands.model_options import SamplingOptions
-from slm_jax.config import parse
 from slm_jax.data.templates import Template, load_template
 from slm_jax.errors import InputError
 
@@ -57,11 +56,6 @@ class Options(SamplingOptions):
         if self.you or self.model:
             raise InputError("you and model are names in plain text; expected --template none with them")
         return template
-
-
-def main(args: Sequence[str]) -> int:
-    """Read the options and run; see ``slm-jax chat --help``."""
-    return run(parse(Options, args, "slm-jax chat"))
 
 
 def run(options: Options) -> int:

@@ -3,11 +3,10 @@
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from slm_jax.commands import set_up
-from slm_jax.config import Positive, parse
+from slm_jax.config import Positive, Words
 from slm_jax.errors import InputError
 from slm_jax.files import user_path
 
@@ -32,7 +31,7 @@ class Options:
     """
 
     run: str
-    text: tuple[str, ...] = ()
+    text: Words = ()
     file: str | None = None
     format: Literal["text", "json"] = "text"
     batch_size: Positive = 32
@@ -40,11 +39,6 @@ class Options:
     def __post_init__(self) -> None:
         if self.text and self.file is not None:
             raise InputError("text and file are given; expected only one")
-
-
-def main(args: Sequence[str]) -> int:
-    """Read the options and run; see ``slm-jax classify --help``."""
-    return run(parse(Options, args, "slm-jax classify", positional="text"))
 
 
 def run(options: Options) -> int:

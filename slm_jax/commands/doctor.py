@@ -3,11 +3,9 @@
 import dataclasses
 import itertools
 import json
-from collections.abc import Sequence
 from typing import Literal
 
 from slm_jax.commands import use_compile_cache
-from slm_jax.config import parse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,11 +19,6 @@ class Options:
 
     run: str | None = None
     format: Literal["text", "json"] = "text"
-
-
-def main(args: Sequence[str]) -> int:
-    """Read the options and run; see ``slm-jax doctor --help``."""
-    return run(parse(Options, args, "slm-jax doctor"))
 
 
 def run(options: Options) -> int:

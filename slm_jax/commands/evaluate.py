@@ -3,12 +3,11 @@
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from slm_jax.commands import load, set_up
-from slm_jax.config import Fraction, Positive, parse
+from slm_jax.config import Fraction, Positive
 from slm_jax.errors import InputError
 from slm_jax.files import check_new_file, user_path, write_file
 
@@ -69,11 +68,6 @@ class Options:
             raise InputError(f"text_column is {self.text_column!r}, but there is no --source")
         if needs_run and self.run is None:
             raise InputError("no model to measure; expected --run, such as runs/tiny")
-
-
-def main(args: Sequence[str]) -> int:
-    """Read the options and run; see ``slm-jax evaluate --help``."""
-    return run(parse(Options, args, "slm-jax evaluate"))
 
 
 def run(options: Options) -> int:

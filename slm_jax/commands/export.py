@@ -2,11 +2,10 @@
 
 import dataclasses
 import sys
-from collections.abc import Sequence
 from typing import Any, Literal
 
 from slm_jax.commands.model_options import ModelOptions
-from slm_jax.config import flatten, parse
+from slm_jax.config import flatten
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.weights.registry import FormatName
 
@@ -23,11 +22,6 @@ class Options(ModelOptions):
 
     out: str
     format: Literal[FormatName, "adapter"] = "huggingface"
-
-
-def main(args: Sequence[str]) -> int:
-    """Read the options and run; see ``slm-jax export --help``."""
-    return run(parse(Options, args, "slm-jax export"))
 
 
 def run(options: Options) -> int:

@@ -2,13 +2,12 @@
 
 import dataclasses
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from slm_jax.commands import load, set_up
 from slm_jax.commands.model_options import SamplingOptions
-from slm_jax.config import Positive, parse
+from slm_jax.config import Positive
 from slm_jax.errors import InputError, MissingInputError
 
 
@@ -46,11 +45,6 @@ class Options(SamplingOptions):
             raise InputError(f"input is {self.input!r:.60} without an instruction; expected --instruction, too")
         if "" in self.stop:
             raise InputError("stop is empty; expected text, such as a line break")
-
-
-def main(args: Sequence[str]) -> int:
-    """Read the options and run; see ``slm-jax generate --help``."""
-    return run(parse(Options, args, "slm-jax generate"))
 
 
 def run(options: Options) -> int:

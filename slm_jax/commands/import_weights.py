@@ -1,10 +1,9 @@
 """``slm-jax import``: weights of another program as a run."""
 
 import dataclasses
-from collections.abc import Sequence
 
 from slm_jax.commands import load
-from slm_jax.config import Positive, parse
+from slm_jax.config import Positive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,11 +23,6 @@ class Options:
     runs_dir: str = "runs"
     tokenizer: str | None = None
     n_heads: Positive | None = None
-
-
-def main(args: Sequence[str]) -> int:
-    """Read the options and run; see ``slm-jax import --help``."""
-    return run(parse(Options, args, "slm-jax import"))
 
 
 def run(options: Options) -> int:

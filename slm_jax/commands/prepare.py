@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Ge, Le
 
-from slm_jax.config import NotNegative, Positive, parse
+from slm_jax.config import NotNegative, Positive
 from slm_jax.errors import InputError
 from slm_jax.files import check_new_file
 
@@ -73,11 +73,6 @@ class Options:
             raise InputError("--source is missing; expected the text, such as text:GLOB")
         if self.vocab_size is not None and self.tokenizer != "bpe":
             raise InputError(f"vocab_size is {self.vocab_size}, but {self.tokenizer} has its own; add --tokenizer bpe")
-
-
-def main(args: Sequence[str]) -> int:
-    """Read the options and run; see ``slm-jax prepare --help``."""
-    return run(parse(Options, args, "slm-jax prepare"))
 
 
 def run(options: Options) -> int:

@@ -1,11 +1,10 @@
 """``slm-jax report``: a run, or several beside each other, as one HTML page."""
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 
 from slm_jax.commands import use_compile_cache
-from slm_jax.config import parse
+from slm_jax.config import Words
 from slm_jax.errors import InputError
 from slm_jax.files import check_new_file, write_file
 
@@ -28,7 +27,7 @@ class Options:
             sample, or an English sentence.
     """
 
-    run: tuple[str, ...] = ()
+    run: Words = ()
     out: str | None = None
     text: str | None = None
 
@@ -37,11 +36,6 @@ class Options:
             raise InputError("no run; expected one or several, such as slm-jax report runs/tiny")
         if self.text == "":
             raise InputError("text is ''; expected at least one character")
-
-
-def main(args: Sequence[str]) -> int:
-    """Read the options and run; see ``slm-jax report --help``."""
-    return run(parse(Options, args, "slm-jax report", positional="run"))
 
 
 def run(options: Options) -> int:

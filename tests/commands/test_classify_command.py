@@ -45,7 +45,7 @@ def test_texts_are_words_that_belong_to_no_option(classifier, capsys):
 
 def test_a_text_is_taken_as_it_was_typed(classifier, capsys):
     texts = ["the cat: {the}", "[cat, dog]", "# the", "null", "", "the\ncat\t sat", "é 🐈", "-1", "--run", "--"]
-    options = parse(Options, ["--run", "x", "--", *texts], "slm-jax classify", positional="text")
+    options = parse(Options, ["--run", "x", "--", *texts], "slm-jax classify")
     assert options.text == tuple(texts)
     (line,), _ = classify(capsys, "--run", str(classifier), "the\ncat sat")
     assert line.endswith("\tthe cat sat")  # a line for a text
