@@ -251,7 +251,7 @@ def test_generate_writes_several_samples_from_a_prompt_file_up_to_a_stop(trained
     shorter = capsys.readouterr().out.removesuffix("\n")
     assert samples[0].startswith(shorter + end)
     assert end not in shorter.removeprefix("the cat")
-    fails(capsys, ["generate", "--run", trained, "--prompt-file", "none"], "none: No such file")
+    fails(capsys, ["generate", "--run", trained, "--prompt-file", "none"], "none: no such file")
 
 
 # What is refused

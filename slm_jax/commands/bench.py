@@ -1,9 +1,8 @@
 """``slm-jax bench``: measure speed and memory on this machine."""
 
-import contextlib
 import dataclasses
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge
@@ -208,8 +207,10 @@ def _measure_recipe(options: RunOptions) -> "Result":
 def _generate(options: GenerateOptions) -> "Result":
     from slm_jax.tools.bench.ceilings import find_ceilings
     from slm_jax.tools.bench.decode_speed import bench_generate
+    from slm_jax.training.program import out_of_memory_as_input_error
 
-    with _generation_that_fits():
+    remedy = "lower --batch_sizes, --prompt_tokens or --new_tokens, or choose a smaller model"
+    with out_of_memory_as_input_error(remedy):
         cfg, params = _model(options)
         return bench_generate(
             cfg,
@@ -221,21 +222,6 @@ def _generate(options: GenerateOptions) -> "Result":
             warmup=options.warmup,
             repeats=options.repeats,
         )
-
-
-@contextlib.contextmanager
-def _generation_that_fits() -> Iterator[None]:
-    """Turn an error about memory, the device's or the machine's, into a line that says what to change."""
-    import jax
-
-    try:
-        yield
-    except (jax.errors.JaxRuntimeError, MemoryError) as error:
-        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise InputError(
-            "out of memory; lower --batch_sizes, --prompt_tokens or --new_tokens, or choose a smaller model"
-        ) from None
 
 
 def _model(options: GenerateOptions) -> "tuple[GPTConfig, Params]":

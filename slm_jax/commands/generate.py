@@ -2,13 +2,13 @@
 
 import dataclasses
 import sys
-from pathlib import Path
 from typing import Literal
 
 from slm_jax.commands import load, set_up
 from slm_jax.commands.model_options import SamplingOptions
 from slm_jax.config import Positive
-from slm_jax.errors import InputError, MissingInputError
+from slm_jax.errors import InputError
+from slm_jax.files import user_path
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,13 +52,16 @@ def run(options: Options) -> int:
     import jax
 
     from slm_jax.data.templates import Message
+    from slm_jax.data.text_files import read_text
     from slm_jax.generation.conversation import template_or_alpaca
     from slm_jax.generation.decode import stream_text
     from slm_jax.model import GPTModel
     from slm_jax.nn.blocks import unstack_blocks
 
     set_up()
-    start = options.prompt if options.prompt_file is None else read_prompt(Path(options.prompt_file))
+    start = (
+        options.prompt if options.prompt_file is None else read_text(user_path(options.prompt_file)).removesuffix("\n")
+    )
     loaded = load(options.run, options.tokenizer, options.n_heads)
     prompt, stop = start, options.stop
     if options.instruction is not None:
@@ -83,18 +86,3 @@ def run(options: Options) -> int:
             print(piece, end="", flush=True)
         print()
     return 0
-
-
-def read_prompt(path: Path) -> str:
-    """Read a prompt from a UTF-8 file, without the line break at its end.
-
-    Raises:
-        MissingInputError: no such file.
-        InputError: not UTF-8.
-    """
-    try:
-        return path.expanduser().read_text(encoding="utf-8").removesuffix("\n")
-    except OSError as error:
-        raise MissingInputError(f"{path}: {error.strerror}; expected a text file with the prompt") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 at byte {error.start}; expected a UTF-8 text file") from None

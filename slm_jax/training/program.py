@@ -245,18 +245,19 @@ class CompiledByShape:
 
 
 @contextlib.contextmanager
-def out_of_memory_as_input_error() -> Iterator[None]:
-    """Turn the device's error about its memory into one line that says what to change.
+def out_of_memory_as_input_error(remedy: str = SAVE_MEMORY) -> Iterator[None]:
+    """Turn an error about memory, the device's or the machine's, into one line that says what to change.
 
     Raises:
-        InputError: the device is out of memory.
+        InputError: out of memory.
     """
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise InputError(f"the device is out of memory; {SAVE_MEMORY}") from None
+        where = "" if isinstance(error, MemoryError) else "the device is "
+        raise InputError(f"{where}out of memory; {remedy}") from None
 
 
 def check_fits(needed: int) -> None:

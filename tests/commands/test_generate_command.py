@@ -5,9 +5,8 @@ from pathlib import Path
 import pytest
 
 from slm_jax import cli
-from slm_jax.commands.generate import Options, read_prompt
+from slm_jax.commands.generate import Options
 from slm_jax.config import parse
-from slm_jax.errors import InputError
 
 
 @pytest.mark.parametrize(
@@ -40,20 +39,6 @@ def test_top_k_0_and_null_draw_from_all(top_k):
     options = parse(Options, ["--run", "x", "--top-k", top_k], "slm-jax generate")
     assert options.sampling().top_k is None
     assert Options(run="x").sampling().top_k == 50
-
-
-def test_a_prompt_file_is_utf_8_without_its_last_line_break(tmp_path: Path):
-    path = tmp_path / "prompt.txt"
-    for content, prompt in (("é\n\nb\n", "é\n\nb"), ("a\n\n", "a\n"), (" a ", " a "), ("", "")):
-        path.write_bytes(content.encode())
-        assert read_prompt(path) == prompt
-    path.write_bytes(b"caf\xe9")
-    with pytest.raises(InputError, match=r"prompt.txt: not UTF-8 at byte 3; expected"):
-        read_prompt(path)
-    with pytest.raises(FileNotFoundError, match=r"none.txt: No such file or directory; expected a text file"):
-        read_prompt(tmp_path / "none.txt")
-    with pytest.raises(InputError, match="Is a directory"):
-        read_prompt(tmp_path)
 
 
 def generate(run: Path, *more: str) -> list[str]:
