@@ -91,31 +91,3 @@ def test_help_lists_the_kinds(capsys):
     assert cli.main(["bench", "--help"]) == 0
     printed = capsys.readouterr().out
     assert all(f"  {kind} " in printed for kind in ("train", "generate", "data", "startup", "memory"))
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ([], "bench: nothing to measure; expected one of train, generate, data, startup, memory"),
-        (["speed"], "bench: 'speed' is nothing to measure; expected one of train, generate, data, startup, memory"),
-        (["train", "--repeats", "0"], "repeats is 0; expected at least 1"),
-        (["train", "--peak", "many"], "peak is 'many'; expected a number"),
-        (["train", "--peak", "-1"], "peak is -1.0; expected above 0"),
-        (["train", "--device", "h20"], "device is 'h20'; did you mean h200"),
-        (["train", "--task", "instruction"], "task is instruction; expected pretraining"),
-        (["train", "--plot", "a.jpg"], "plot is 'a.jpg'; expected a file whose name ends in .png"),
-        (["train", "--train.stepz", "3"], "unknown key train.stepz; did you mean train.steps?"),
-        (["train", "--out", "/dev/null/figures.json"], "is not a writable folder"),
-        (["train", "--plot", "/dev/null/figures.png"], "is not a writable folder"),
-        (["data", "--step-ms", "0"], "step_ms is 0.0; expected above 0"),
-        (["generate", "--batch_sizes", "1,no"], "batch_sizes is '1,no'; expected whole numbers of at least 1"),
-        (["generate", "--run", "x", "--model.preset", "mini"], "run is x and there are keys of model"),
-        (["generate", "--run", "runs/none"], "runs/none"),
-        (["data", "--data.source", "text:nowhere/*.txt"], "nowhere"),
-    ],
-)
-def test_a_mistake_is_answered_in_one_line(words, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert cli.main(["bench", *words]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert message in line

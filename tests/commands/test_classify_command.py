@@ -101,30 +101,6 @@ def test_without_a_text_it_says_how_to_give_one(capsys, monkeypatch, tmp_path):
     assert refused(capsys, "classify", "--run", "x", "--file", file).startswith(f"{file}: no text")
 
 
-@pytest.mark.parametrize(
-    ("args", "said"),
-    [
-        (["cat"], "--run is missing; expected folder of a run"),
-        (["--run"], "--run has no value"),
-        (["--run", "x", "cat"], "x: no run with checkpoints there"),
-        (["--run", "x", "--batch-size", "0", "cat"], "batch_size is 0; expected at least 1"),
-        (["--run", "x", "--format", "xml", "cat"], "format is 'xml'; expected one of text, json"),
-        (["--run", "x", "--file", "y", "cat"], "text and file are given; expected only one"),
-        (["--run", "x", "--files", "y", "cat"], "unknown key files; did you mean file?"),
-        (["--run", "x", "--file", "none.txt"], "none.txt: no such file"),
-    ],
-)
-def test_mistakes_are_one_line(capsys, args, said):
-    assert refused(capsys, "classify", *args).startswith(said)
-
-
-def test_a_file_that_is_no_text_is_refused(capsys, tmp_path):
-    file = tmp_path / "latin1.txt"
-    file.write_bytes(b"caf\xe9\n")
-    said = refused(capsys, "classify", "--run", "x", "--file", str(file))
-    assert said.startswith(f"{file}: not UTF-8: byte 3 (line 1) is 0xe9")
-
-
 def test_a_text_that_cannot_be_read_is_named(classifier, capsys, monkeypatch):
     run = ["classify", "--run", str(classifier)]
     assert refused(capsys, *run, "the cat", "") == "a text is ''; expected text that is not empty"

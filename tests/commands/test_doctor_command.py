@@ -48,20 +48,3 @@ def test_a_device_that_cannot_be_started_is_one_problem(tmp_path, classifier):
     assert "JAX cannot start its devices" in problem
     assert "JAX_PLATFORMS is abacus: unset it" in problem
     assert "frozen.safetensors, the frozen parameters: intact" in done.stdout
-
-
-@pytest.mark.parametrize(
-    ("args", "said"),
-    [
-        (["--run", "runs/none"], "runs/none: no run there; expected a run's folder"),
-        (["--run", "~nouser/x"], "cannot be used as a path"),
-        (["--format", "yaml"], "format is 'yaml'; expected one of text, json"),
-        (["--fix"], "unknown key fix"),
-    ],
-)
-def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, args, said):
-    monkeypatch.chdir(tmp_path)
-    assert cli.main(["doctor", *args]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("slm-jax doctor: ")
-    assert said in line

@@ -9,31 +9,6 @@ from slm_jax.commands.generate import Options
 from slm_jax.config import parse
 
 
-@pytest.mark.parametrize(
-    ("args", "said"),
-    [
-        (["--num-samples", "0"], "num_samples is 0; expected at least 1"),
-        (["--max-new-tokens", "0"], "max_new_tokens is 0; expected at least 1"),
-        (["--temperature", "-1"], "temperature is -1.0"),
-        (["--top-k", "-1"], "top_k is -1"),
-        (["--top-p", "0"], "top_p is 0.0"),
-        (["--repetition-penalty", "0"], "repetition_penalty is 0.0"),
-        (["--past-context", "forget"], "past_context is 'forget'; expected one of slide, stop"),
-        (["--seed", "-1"], "seed is -1; expected at least 0"),
-        (["--stop", ""], "stop is empty"),
-        (["--prompt", "a", "--prompt-file", "b"], "prompt and prompt_file are given; expected only one"),
-        (["--instruction", "a", "--prompt", "b"], "prompt and instruction are given"),
-        (["--instruction", " "], "instruction is empty"),
-        (["--input", "a"], "input is 'a' without an instruction"),
-        (["--step", "800"], "unknown key step; did you mean stop?"),
-    ],
-)
-def test_bad_options_are_refused_before_anything_is_loaded(capsys, args, said):
-    assert cli.main(["generate", "--run", "none", *args]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"slm-jax generate: {said}")
-
-
 @pytest.mark.parametrize("top_k", ["0", "null"])
 def test_top_k_0_and_null_draw_from_all(top_k):
     options = parse(Options, ["--run", "x", "--top-k", top_k], "slm-jax generate")

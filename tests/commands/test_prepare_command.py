@@ -116,39 +116,6 @@ def test_progress_is_a_line_now_and_then():
     assert line.startswith("50% · 1 document · 5 tokens · ")
 
 
-@pytest.mark.parametrize(
-    ("args", "expected"),
-    [
-        (["--source", "text:a.txt"], "--out is missing"),
-        (["--out", "a.bin"], "--source is missing; expected the text: text:GLOB"),
-        (["--source", "text:a.txt", "--out", "a.npy"], "out is 'a.npy'; expected a file FILE.bin"),
-        (["--source", "text:gone.txt", "--out", "a.bin"], "gone.txt: no such file"),
-        (["--source", "tokens:a.bin", "--out", "b.bin"], "holds token ids, expected text"),
-        (["--source", "a.txt", "--out", "a.bin"], "did you mean text:a.txt?"),
-        (["--source", "text:a.txt", "--out", "a.bin", "--text-column", "body"], "text:a.txt has no columns"),
-        (["--source", "text:a.txt", "--out", "a.bin", "--vocab-size", "300"], "gpt2 has its own; add --tokenizer bpe"),
-        (
-            ["--source", "text:a.txt", "--out", "a.bin", "--tokenizer", "bpe", "--vocab-size", "1000001"],
-            "at most 1000000",
-        ),
-        (["--source", "text:a.txt", "--source", "text:gone.txt", "--out", "a.bin"], "gone.txt: no such file"),
-        (["--source", "text:a.txt", "--out", "a.bin", "--min-characters", "-1"], "min_characters is -1"),
-        (["--source", "text:a.txt", "--out", "a.bin", "--max-symbol-ratio", "-1"], "max_symbol_ratio is -1"),
-        (["--source", "text:a.txt", "--out", "a.bin", "--max-repeated-lines", ".nan"], "max_repeated_lines is nan"),
-        (["--source", "text:a.txt", "--out", "a.bin", "--tokenizer", "nowhere"], "no tokenizer at 'nowhere'"),
-        (["--source", "text:a.txt", "--out", "a.txt/b/a.bin"], "cannot"),
-    ],
-)
-def test_mistakes_are_one_line_and_leave_nothing(tmp_path, monkeypatch, capsys, args, expected):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "a.txt").write_text("some text")
-    assert prepare(*args) == 2
-    captured = capsys.readouterr()
-    assert expected in captured.err
-    assert captured.err.count("\n") == 1
-    assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
-
-
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stop_leaves_nothing_half_made(tmp_path, tokenizer, signum, status):
     (tmp_path / "a.txt").write_text("one small step " * 4_000_000)

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import pytest
 from safetensors.numpy import load_file
 
 from slm_jax import cli
@@ -107,22 +106,3 @@ def test_what_has_no_adapters_exports_none(weights, classifier, tmp_path, capsys
         (line,) = capsys.readouterr().err.splitlines()
         assert line == f"slm-jax export: {source}: {said}"
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("args", "said"),
-    [
-        (["import", "--run", "x"], "--source is missing"),
-        (["import", "--source", "x"], "--run is missing"),
-        (["import", "--source", "x", "--run", "../y"], "run is '../y'; expected a folder name"),
-        (["export", "--run", "x"], "--out is missing"),
-        (
-            ["export", "--run", "x", "--out", "y", "--format", "gguf"],
-            "expected one of huggingface, nanogpt, book, adapter",
-        ),
-    ],
-)
-def test_mistakes_are_one_line(capsys, args, said):
-    assert cli.main(args) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert said in line

@@ -1,0 +1,138 @@
+"""What must hold of every command: a mistake is answered in one line before any work, and nothing is left behind."""
+
+import shlex
+
+import pytest
+
+from slm_jax import cli
+
+MISTAKES = {
+    "bench": [
+        ("", "nothing to measure; expected one of train, generate, data, startup, memory"),
+        ("speed", "'speed' is nothing to measure; expected one of train, generate, data, startup, memory"),
+        ("train --repeats 0", "repeats is 0"),
+        ("train --peak many", "peak is 'many'"),
+        ("train --peak -1", "peak is -1"),
+        ("train --device h20", "device is 'h20'; did you mean h200"),
+        ("train --task instruction", "task is instruction; expected pretraining"),
+        ("train --plot a.jpg", "plot is 'a.jpg'; expected a file whose name ends in .png"),
+        ("train --train.stepz 3", "unknown key train.stepz; did you mean train.steps?"),
+        ("train --out /dev/null/figures.json", "is not a writable folder"),
+        ("train --plot /dev/null/figures.png", "is not a writable folder"),
+        ("data --step-ms 0", "step_ms is 0"),
+        ("generate --batch_sizes 1,no", "batch_sizes is '1,no'; expected whole numbers"),
+        ("generate --run x --model.preset mini", "run is x and there are keys of model"),
+        ("generate --run runs/none", "runs/none"),
+        ("data --data.source text:nowhere/*.txt", "nowhere"),
+    ],
+    "chat": [
+        ("--run none --you ' '", "you is empty"),
+        ("--run none --template nonsense", "no such file or built-in template"),
+        ("--run none --template phi3 --you Me", "--template none"),
+        ("--run none --temperature -1", "temperature is -1"),
+        ("--run none --max-new-tokens 0", "max_new_tokens is 0"),
+    ],
+    "classify": [
+        ("cat", "--run is missing; expected folder of a run"),
+        ("--run", "--run has no value"),
+        ("--run x cat", "x: no run with checkpoints there"),
+        ("--run x --batch-size 0 cat", "batch_size is 0"),
+        ("--run x --format xml cat", "format is 'xml'"),
+        ("--run x --file y cat", "text and file are given; expected only one"),
+        ("--run x --files y cat", "unknown key files; did you mean file?"),
+        ("--run x --file none.txt", "none.txt: no such file"),
+        ("--run x --file latin1.txt", "latin1.txt: not UTF-8: byte 3 (line 1) is 0xe9"),
+    ],
+    "doctor": [
+        ("--run runs/none", "runs/none: no run there; expected a run's folder"),
+        ("--run ~nouser/x", "cannot be used as a path"),
+        ("--format yaml", "format is 'yaml'"),
+        ("--fix", "unknown key fix"),
+    ],
+    "evaluate": [
+        ("--run WEIGHTS", "nothing to measure; expected --source, --lambada, --hellaswag or --responses"),
+        ("--source text:x --responses x.json", "no model to measure; expected --run"),
+        ("--lambada jsonl:x", "no model to measure; expected --run"),
+        ("--hellaswag jsonl:x", "no model to measure; expected --run"),
+        ("--responses none.json", "none.json: no such file"),
+        ("--responses a.txt", "a.txt: not JSON"),
+        ("--run WEIGHTS --source text:x --validation-fraction 1", "validation_fraction is 1"),
+        ("--run WEIGHTS --source text:x --stride 0", "stride is 0"),
+        ("--run WEIGHTS --source text:x --split test", "split is 'test'"),
+        ("--run WEIGHTS --lambada lambada.jsonl", "lambada.jsonl"),
+        ("--run WEIGHTS --source named:the-verdict --lambada jsonl:none.jsonl", "none.jsonl: no such file"),
+        ("--run WEIGHTS --source text:x --out ''", "out is ''; expected a file"),
+        ("--run WEIGHTS --source text:x --out a.txt/x.json", "is not a writable folder"),
+        ("--run WEIGHTS --source text:none.txt", "none.txt: no such file"),
+        ("--run WEIGHTS --source text:x --text-column body", "text_column is 'body', but text:x has no columns"),
+        ("--run WEIGHTS --source tokens:x --text-column body", "text_column is 'body', but tokens:x has no columns"),
+        ("--run WEIGHTS --lambada jsonl:x --text-column body", "text_column is 'body', but there is no --source"),
+    ],
+    "export": [
+        ("--run x", "--out is missing"),
+        ("--run x --out y --format gguf", "expected one of huggingface, nanogpt, book, adapter"),
+    ],
+    "generate": [
+        ("--run none --num-samples 0", "num_samples is 0"),
+        ("--run none --temperature -1", "temperature is -1"),
+        ("--run none --top-k -1", "top_k is -1"),
+        ("--run none --top-p 0", "top_p is 0"),
+        ("--run none --repetition-penalty 0", "repetition_penalty is 0"),
+        ("--run none --past-context forget", "past_context is 'forget'"),
+        ("--run none --seed -1", "seed is -1"),
+        ("--run none --stop ''", "stop is empty"),
+        ("--run none --prompt a --prompt-file b", "prompt and prompt_file are given; expected only one"),
+        ("--run none --prompt-file latin1.txt", "latin1.txt: not UTF-8"),
+        ("--run none --prompt-file .", "cannot be read"),
+        ("--run none --instruction a --prompt b", "prompt and instruction are given"),
+        ("--run none --instruction ' '", "instruction is empty"),
+        ("--run none --input a", "input is 'a' without an instruction"),
+        ("--run none --step 800", "unknown key step; did you mean stop?"),
+    ],
+    "import": [
+        ("--run x", "--source is missing"),
+        ("--source x", "--run is missing"),
+        ("--source x --run ../y", "run is '../y'; expected a folder name"),
+    ],
+    "plan": [
+        ("--device a100", "device is 'a100'; did you mean a100-80g or a100-40g?"),
+        ("--device h100 --mfu 40", "mfu is 40"),
+        ("--device h100 --devices 0", "devices is 0"),
+        ("--device h100 --tokens many", "tokens is 'many'"),
+        ("--device h100 --task classification --base runs/no", "base runs/no is no existing run"),
+    ],
+    "prepare": [
+        ("--source text:a.txt", "--out is missing"),
+        ("--out a.bin", "--source is missing; expected the text: text:GLOB"),
+        ("--source text:a.txt --out a.npy", "out is 'a.npy'; expected a file FILE.bin"),
+        ("--source text:gone.txt --out a.bin", "gone.txt: no such file"),
+        ("--source tokens:a.bin --out b.bin", "holds token ids, expected text"),
+        ("--source a.txt --out a.bin", "did you mean text:a.txt?"),
+        ("--source text:a.txt --out a.bin --text-column body", "text:a.txt has no columns"),
+        ("--source text:a.txt --out a.bin --vocab-size 300", "gpt2 has its own; add --tokenizer bpe"),
+        ("--source text:a.txt --out a.bin --tokenizer bpe --vocab-size 1000001", "vocab_size is 1000001"),
+        ("--source text:a.txt --source text:gone.txt --out a.bin", "gone.txt: no such file"),
+        ("--source text:a.txt --out a.bin --min-characters -1", "min_characters is -1"),
+        ("--source text:a.txt --out a.bin --max-symbol-ratio -1", "max_symbol_ratio is -1"),
+        ("--source text:a.txt --out a.bin --max-repeated-lines .nan", "max_repeated_lines is nan"),
+        ("--source text:a.txt --out a.bin --tokenizer nowhere", "no tokenizer at 'nowhere'"),
+        ("--source text:a.txt --out a.txt/b/a.bin", "cannot"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "expected"),
+    [(command, *row) for command, rows in MISTAKES.items() for row in rows],
+)
+def test_a_mistake_is_answered_in_one_line(command, words, expected, weights, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("some text")
+    (tmp_path / "latin1.txt").write_bytes(b"caf\xe9\n")
+    assert cli.main([command, *(str(weights) if word == "WEIGHTS" else word for word in shlex.split(words))]) == 2
+    captured = capsys.readouterr()
+    (line,) = captured.err.splitlines()
+    assert line.startswith(f"slm-jax {command}: ")
+    assert expected in line
+    assert captured.out == ""
+    assert {path.name for path in tmp_path.iterdir()} == {"a.txt", "latin1.txt"}
