@@ -28,28 +28,33 @@ def test_the_builtin_text_is_plenty_and_always_the_same():
     assert len(whole.encode("utf-8")) < 1.02 * len(whole)  # English
     assert 'The "while" statement is used for repeated execution' in whole
     assert all(document == document.strip() and document for document in first)
-
-
-def test_the_builtin_text_does_not_repeat_itself():
-    documents = read_documents(parse_source("builtin:python-docs"))
-    whole = "\n\n".join(documents)
-    paragraphs = [paragraph for document in documents for paragraph in document.split("\n")]
+    paragraphs = [paragraph for document in first for paragraph in document.split("\n")]
     assert len(paragraphs) == len(set(paragraphs)) > 3000
-    assert not [document[:60] for document in documents if len(document) > 200 and whole.count(document) > 1]
 
 
-def test_only_prose_is_kept_each_paragraph_on_one_line():
-    prose = "A paragraph of several lines that\n    says something in words."
-    others = ["short.", "no capital letter at its start, so it is a part of something.", ">>> f(1) + g(2) ** h(3, 4)"]
-    table = "Name | 1 | 2 | 3 | 4 | 5 | 6 | 7 | 8 | 9 | 10 | 11."
-    text = "\n\n".join([prose, *others, table, prose])
-    assert builtin._prose(text, set()) == "A paragraph of several lines that says something in words."
-    assert builtin._prose(text, {" ".join(prose.split())}) == ""
+@pytest.fixture
+def stdlib(tmp_path, monkeypatch):
+    """A folder that is taken for the standard library."""
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    for function in (python_docs, prose_or_code):
+        function.cache_clear()
+    yield tmp_path
+    for function in (python_docs, prose_or_code):
+        function.cache_clear()
 
 
-def test_modules_are_read_without_being_imported(tmp_path, monkeypatch):
+def test_modules_are_read_without_being_imported_and_only_prose_is_kept(stdlib, monkeypatch):
     long = "A sentence that is long enough to be kept, since it has many words in it."
-    module = f'''"""{long}"""
+    broken = long.replace(" enough", "\n    enough")
+    table = "Name | 1 | 2 | 3 | 4 | 5 | 6 | 7 | 8 | 9 | 10 | 11."
+    module = f'''"""{broken}
+
+no capital letter at its start, so it is a part of something.
+
+{table}
+
+>>> f(1) + g(2) ** h(3, 4) == "a doctest is no prose, however long it is"
+"""
 raise SystemExit
 def f():
     """Short."""
@@ -58,21 +63,16 @@ class C:
         """G: {long}"""
 '''
     for name in ("loud.py", "pkg/__init__.py", "_private.py", "test/t.py", "site-packages/s.py"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(module.replace("sentence", name))
-    (tmp_path / "copy.py").write_text((tmp_path / "loud.py").read_text())
-    (tmp_path / "broken.py").write_text("def (:\n")
-    (tmp_path / "binary.py").write_bytes(b"\0\xff")
-    (tmp_path / "half.py").write_text(f'"""{long} \\ud800"""')
-    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+        (stdlib / name).parent.mkdir(exist_ok=True)
+        (stdlib / name).write_text(module.replace("sentence", name))
+    (stdlib / "copy.py").write_text((stdlib / "loud.py").read_text())
+    (stdlib / "broken.py").write_text("def (:\n")
+    (stdlib / "binary.py").write_bytes(b"\0\xff")
+    (stdlib / "half.py").write_text(f'"""{long} \\ud800"""')
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
-    python_docs.cache_clear()
-    try:
-        loud, package = (long.replace("sentence", name) for name in ("loud.py", "pkg/__init__.py"))
-        # loud.py says nothing that copy.py did not
-        assert read_documents(parse_source("builtin:python-docs")) == [f"{text}\nG: {text}" for text in (loud, package)]
-    finally:
-        python_docs.cache_clear()
+    loud, package = (long.replace("sentence", name) for name in ("loud.py", "pkg/__init__.py"))
+    # loud.py says nothing that copy.py did not
+    assert read_documents(parse_source("builtin:python-docs")) == [f"{text}\nG: {text}" for text in (loud, package)]
 
 
 def test_docstrings_are_kept_until_a_module_changes_and_no_cache_is_needed(tmp_path, monkeypatch):
@@ -94,29 +94,16 @@ def test_docstrings_are_kept_until_a_module_changes_and_no_cache_is_needed(tmp_p
     assert builtin._cached_modules(library) == [("module.py", "Second.")]
 
 
-def test_a_python_without_its_source_still_has_the_topics(tmp_path, monkeypatch):
-    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "python311.zip")})
+def test_a_python_without_its_source_still_has_the_topics(stdlib, monkeypatch):
+    assert sum(map(len, read_documents(parse_source("builtin:python-docs")))) > 100_000
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
     python_docs.cache_clear()
-    try:
-        assert sum(map(len, read_documents(parse_source("builtin:python-docs")))) > 100_000
-        monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
-        python_docs.cache_clear()
-        with pytest.raises(MissingInputError, match=r"python311\.zip"):
-            read_documents(parse_source("builtin:python-docs"))
-    finally:
-        python_docs.cache_clear()
+    for name in ("python-docs", "prose-or-code"):
+        with refused(rf"builtin:{name}: .* source .*{stdlib}.* use a file of your own", MissingInputError):
+            list(parse_source(f"builtin:{name}").texts())
 
 
 # prose-or-code
-
-
-@pytest.fixture
-def stdlib(tmp_path, monkeypatch):
-    """A folder that is taken for the standard library."""
-    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
-    prose_or_code.cache_clear()
-    yield tmp_path
-    prose_or_code.cache_clear()
 
 
 def test_there_are_some_thousand_texts_of_both_classes_and_none_twice():
@@ -207,11 +194,6 @@ def test_files_that_cannot_be_parsed_are_skipped(stdlib):
     prose, code = "A comment that has enough words to be prose", "value = some_function(first_argument, second)"
     (stdlib / "c.py").write_text(f"# {prose}.\n\n{code}\n")
     assert prose_or_code() == ({"text": prose, "label": "prose"}, {"text": code, "label": "code"})
-
-
-def test_a_python_without_source_is_named(stdlib):
-    with refused(r"builtin:prose-or-code: .* source .* use a file of your own", MissingInputError):
-        prose_or_code()
 
 
 # docstrings

@@ -127,12 +127,6 @@ def test_a_template_of_ones_own():
     assert format_prompt({"instruction": "Why?", "input": "this"}, template) == "Q: Why?\nthis\nA: "
 
 
-def test_dollys_fields_are_understood():
-    entry = {"instruction": "Sum up.", "context": "A text.", "response": "Text.", "category": "summarization"}
-    expected = (Message("user", "Sum up.", "A text."), Message("assistant", "Text."))
-    assert entry_messages(entry, "") == expected
-
-
 # What is refused
 
 GOOD = {"user_start": "Q: ", "assistant_start": "A: "}

@@ -91,13 +91,6 @@ def test_every_text_comes_once_an_epoch_in_a_new_order_and_batches_go_on_across_
     assert len(set(epochs)) == 4
 
 
-def test_a_batch_may_be_larger_than_the_texts_are_many():
-    encoded = texts(2, 3)
-    labels, weights = labelled(encoded)
-    batch = classification_batches(encoded, labels, weights, batch_size=5, limit=64, bucketed=True, seed=0)[0]
-    assert set(check(batch, encoded, labels)) == {0, 1}
-
-
 # Evaluation
 
 
