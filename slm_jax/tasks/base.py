@@ -38,11 +38,7 @@ class Base:
 
 
 def find_base(config: BaseRunConfig, start: Start) -> Base | None:
-    """Return what the run starts from: its own checkpoint or ``config.base``; None for a new model.
-
-    Raises:
-        InputError: a base that cannot be loaded, or has another tokenizer or shape than requested.
-    """
+    """Return what the run starts from: its own checkpoint or ``config.base``; None for a new model."""
     if config.base_optimizer and config.base is None:
         raise InputError("base_optimizer is true and base is null; expected a base that is a run, such as runs/x@1200")
     if start.step is not None:
@@ -79,14 +75,7 @@ def new_base(config: BaseRunConfig, tokenizer: Tokenizer) -> Base:
 def prepare_params(config: BaseRunConfig, start: Start, base: Base, init: Callable[[jax.Array], Params]) -> Parameters:
     """Return what is trained of a model, and what is not.
 
-    Args:
-        config: configuration of the run.
-        start: where the run starts.
-        base: what it starts from.
-        init: makes a new model's whole params tree from a key; the base replaces what it has.
-
-    Raises:
-        InputError: parameters that cannot be split as requested; a damaged file of frozen ones.
+    ``init`` makes a new model's whole params tree from a key; the base replaces what it has.
     """
     if config.base is None:
         return Parameters({}, {}, init)
@@ -107,11 +96,7 @@ def prepare_params(config: BaseRunConfig, start: Start, base: Base, init: Callab
 
 
 def _base_opt_state(config: BaseRunConfig, trainable: Params) -> Any:
-    """Return the optimizer state of the base, if ``base_optimizer`` requests it.
-
-    Raises:
-        InputError: the base has none, or one for other parameters.
-    """
+    """Return the optimizer state of the base, if ``base_optimizer`` requests it."""
     if not config.base_optimizer:
         return None
     checkpoint = None if config.base is None else find_checkpoint(config.base)
@@ -142,11 +127,7 @@ def run_dtype(config: BaseRunConfig) -> DType:
 
 
 def as_configured(cfg: GPTConfig, config: BaseRunConfig) -> GPTConfig:
-    """Return a base's configuration with the run's execution.
-
-    Raises:
-        InputError: the run requests another shape than the base's.
-    """
+    """Return a base's configuration with the run's execution; refuse another shape than the base's."""
     section = dataclasses.asdict(config.model)
     preset = (
         {} if section["preset"] == ModelConfig().preset else PRESETS[section["preset"]]
@@ -179,16 +160,7 @@ def _check_tokenizer(config: BaseRunConfig, own: Tokenizer, wanted: Tokenizer | 
 
 
 def row_length(requested: int | None, key: str, cfg: GPTConfig) -> int:
-    """Return the most tokens of a row: as many as requested, by default the model's context.
-
-    Args:
-        requested: value of the configuration's ``key``.
-        key: name of the key, for the error.
-        cfg: configuration of the model.
-
-    Raises:
-        InputError: more than the context.
-    """
+    """Return the most tokens of a row: as many as the key ``key`` requests, by default the model's context."""
     if requested is not None and requested > cfg.context_length:
         raise InputError(f"{key} is {requested}; expected at most the model's context of {cfg.context_length}")
     return requested or cfg.context_length

@@ -31,15 +31,11 @@ FORMAT = 2  # of the params tree and the metadata; 1 had query, key and value in
 
 
 class Checkpoints:
-    """The checkpoints of one run: the latest few, and the one with the lowest validation loss.
+    """The checkpoints of one run: the latest ``keep``, and the one with the lowest validation loss.
 
     Use as a context manager; leaving it waits for the pending save. One save at a time runs in the background; an
-    error in it is raised by the next call.
-
-    Args:
-        folder: folder of the checkpoints.
-        keep: number of latest checkpoints to keep.
-        on_saved: called in the background with the step of a finished checkpoint; on the first host only.
+    error in it is raised by the next call. ``on_saved`` is called there with the step of each finished checkpoint, on
+    the first host only.
     """
 
     def __init__(self, folder: Path, keep: int = 2, on_saved: Callable[[int], None] | None = None):
@@ -64,12 +60,9 @@ class Checkpoints:
         self._checkpointer.close()
 
     def save(self, state: TrainState, metadata: dict[str, Any], validation_loss: float | None = None) -> None:
-        """Start saving; the arrays are copied before this returns, so that the state may be donated.
+        """Start saving a state under its step; its arrays are copied before this returns, so that it may be donated.
 
-        Args:
-            state: to be saved under its step.
-            metadata: JSON-able; returned by :func:`read_metadata`.
-            validation_loss: of these parameters, if it was just measured.
+        ``metadata`` is JSON-able; ``validation_loss`` is that of these parameters, if it was just measured.
         """
         self.wait()
         self._check_space(state)
@@ -179,17 +172,9 @@ def best_step(folder: Path) -> int | None:
 
 
 def load_params(folder: Path, step: int, like: Params, sharding: Any = None) -> Params:
-    """Load only the parameters of a step.
+    """Load only the parameters of a step, with the shapes and dtypes of ``like`` (arrays or shapes).
 
-    Args:
-        folder: folder of the checkpoints.
-        step: step of the checkpoint.
-        like: the params tree, as arrays or shapes; gives shapes and dtypes.
-        sharding: sharding of every leaf, or a tree of them; None: the first device.
-
-    Raises:
-        MissingInputError: no such step.
-        InputError: the files differ from their checksums, cannot be read, or hold other shapes.
+    ``sharding`` is that of every leaf, or a tree of them; None: the first device.
     """
     steps = saved_steps(folder)
     if step not in steps:
@@ -207,16 +192,7 @@ def load_params(folder: Path, step: int, like: Params, sharding: Any = None) -> 
 
 
 def load_opt_state(folder: Path, step: int, like: Any) -> Any:
-    """Load only the optimizer state of a step, to the host.
-
-    Args:
-        folder: folder of the checkpoints.
-        step: step of an existing, whole checkpoint.
-        like: the state, as arrays or shapes.
-
-    Raises:
-        InputError: the checkpoint holds another state, or none.
-    """
+    """Load only the optimizer state of a step, to the host; ``like`` is the state, as arrays or shapes."""
     key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
     like = {"step": jax.ShapeDtypeStruct((), "int32"), "key": key, "opt_state": like}
     place = _first_device()
@@ -278,11 +254,7 @@ def checkpoint_bytes(state: TrainState) -> int:
 
 
 def check_disk(run: RunFolder, state: TrainState, frozen: Params, keep: int) -> None:
-    """Check that the disk has room for the checkpoints of a run and for its frozen parameters.
-
-    Raises:
-        InputError: it has not.
-    """
+    """Refuse a disk without room for the checkpoints of a run and for its frozen parameters."""
     # The latest, the best and the one being written, less those that exist already.
     missing = max(1, keep + 2 - len(saved_steps(run.checkpoints)))
     each = checkpoint_bytes(state)

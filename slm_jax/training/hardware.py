@@ -77,11 +77,7 @@ DEVICES = (
 
 
 def find_device(name: str) -> Device:
-    """Return the accelerator with a name such as ``a100-40g``, in upper or lower case.
-
-    Raises:
-        InputError: an unknown name; the nearest is suggested.
-    """
+    """Return the accelerator with a name such as ``a100-40g``, in upper or lower case."""
     known = {device.name: device for device in DEVICES}
     if name.lower() not in known:
         near = [other for other in known if name and other.startswith(name.lower())]
@@ -116,11 +112,7 @@ def peak_flops(dtype: DType, device: jax.Device | None = None) -> float | None:
 def forward_flops(cfg: GPTConfig, tokens: float, seen: float, n_logits: float) -> float:
     """Count the FLOPs of a forward pass: 2 for each parameter and token, and 4 · layers · width for each pair attended.
 
-    Args:
-        cfg: the model.
-        tokens: tokens that go through the blocks.
-        seen: tokens that each of them attends to, on average.
-        n_logits: positions whose logits are computed.
+    Each of the ``tokens`` attends to ``seen`` tokens on average; ``n_logits`` positions have their logits computed.
     """
     sizes = axis_sizes(cfg)
     multiplied = count(param_shapes(cfg), lambda axes: not axes.is_table and "vocab" not in axes.outputs)

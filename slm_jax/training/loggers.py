@@ -19,11 +19,7 @@ WANDB_ID = "wandb-id.txt"  # the run's id at Weights & Biases, for a resume
 
 
 def check_loggers(config: LoggingConfig) -> None:
-    """Check that the requested loggers are installed.
-
-    Raises:
-        InputError: naming the package and how to install it.
-    """
+    """Refuse loggers that are not installed."""
     asked = {"tensorboard": config.tensorboard, "wandb": config.wandb != "disabled"}
     for key, package in PACKAGES.items():
         if asked[key] and importlib.util.find_spec(package) is None:
@@ -59,9 +55,6 @@ class WandbLogger:
     """Sends to Weights & Biases, or, offline, writes what ``wandb sync`` sends later.
 
     A resumed run is the same run there; repeated steps appear twice, as nothing can be taken back.
-
-    Raises:
-        InputError: Weights & Biases refuses: no key, no network, no such project.
     """
 
     def __init__(self, config: BaseRunConfig, folder: Path):
@@ -110,11 +103,7 @@ Logger = TensorBoardLogger | WandbLogger
 
 
 def open_loggers(config: BaseRunConfig, folder: Path, step: int) -> list[Logger]:
-    """Open the requested loggers; where they can, they drop what they have after ``step``.
-
-    Raises:
-        InputError: a logger that cannot be opened.
-    """
+    """Open the requested loggers; where they can, they drop what they have after ``step``."""
     loggers: list[Logger] = []
     if config.logging.tensorboard:
         loggers.append(TensorBoardLogger(folder / TENSORBOARD, step))

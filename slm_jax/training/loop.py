@@ -29,7 +29,7 @@ from slm_jax.training.profile import StepProfile
 from slm_jax.training.program import Program, abstract_state, compile_program, first_state
 from slm_jax.training.progress import ProgressLine, count_leaves, format_bytes, format_duration, parameter_table
 from slm_jax.training.record import PLOT_INTERVAL, RunRecord
-from slm_jax.training.resume import Start, open_mirror, run_identity
+from slm_jax.training.resume import Mirror, Start, check_identity, mirror_folder, run_identity
 from slm_jax.training.run_folder import BEFORE, FROZEN
 from slm_jax.training.sharding import check_batch_size, host_rows, make_mesh, put_batch, put_params
 from slm_jax.training.step import TrainState
@@ -49,8 +49,9 @@ def train(config: BaseRunConfig, task: Task, start: Start, stop: StopRequest, co
     """
     folder, total = start.folder, task.total_steps
     progress = ProgressLine(console, total, start.first_step)
-    start.check_identity(run_identity(task))
-    mirror = open_mirror(config, folder, progress.note)
+    if start.step is not None:
+        check_identity(folder, start.metadata["identity"], run_identity(task))
+    mirror = Mirror(folder, mirror_folder(config) if folder.writes else None, config.checkpoint.keep, progress.note)
     if (summary := start.finished(total)) is not None:
         more = "raise --train.steps or --train.epochs to train longer, or use another --run NAME"
         progress.note(f"{folder.path} has done its {start.step:,} steps: {more}")

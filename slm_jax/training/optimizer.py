@@ -17,9 +17,6 @@ def make_schedule(cfg: OptimizerConfig, total_steps: int) -> optax.Schedule:
 
     ``cosine`` falls from the peak to the final rate at ``decay_steps`` and stays there (Loshchilov & Hutter 2017);
     ``wsd`` stays at the peak and falls linearly over the last ``decay_steps`` (Hu et al. 2024); ``constant`` stays.
-
-    Raises:
-        InputError: a warmup and decay that do not fit into ``total_steps``.
     """
     peak, warmup = cfg.learning_rate, cfg.warmup_steps
     final = peak / 10 if cfg.final_learning_rate is None else cfg.final_learning_rate

@@ -14,13 +14,7 @@ TRAINING, VALIDATION, ACCURACY = "#9ab8d9", "#c2410c", "#4d7c0f"
 def draw_loss(rows: list[dict[str, Any]], path: Path, title: str, unit: str = "nats a token") -> None:
     """Draw training and validation loss by step into a PNG file; without a finite loss write none.
 
-    The validation accuracy, if there is one, has its own axis on the right.
-
-    Args:
-        rows: lines of ``metrics.jsonl``.
-        path: the PNG file.
-        title: title of the picture.
-        unit: unit of the loss, such as "nats a text".
+    The rows are lines of ``metrics.jsonl``. The validation accuracy, if there is one, has its own axis on the right.
     """
     from matplotlib.figure import Figure
 

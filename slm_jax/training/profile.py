@@ -11,13 +11,7 @@ FOLDER = "profile"  # in the run's folder
 
 
 class StepProfile:
-    """Profiles the requested steps, once; use as a context manager.
-
-    Args:
-        steps: FROM:TO; None: no profile.
-        folder: folder of the run.
-        note: prints a line for the user.
-    """
+    """Profiles the requested steps (FROM:TO), once; use as a context manager."""
 
     def __init__(self, steps: str | None, folder: Path, note: Callable[[str], None]):
         self._steps = None if steps is None else parse_profile(steps)

@@ -79,11 +79,7 @@ class Program:
     compiling: tuple[Future[Any], Future[Any]]
 
     def wait(self) -> int:
-        """Wait for both steps; return the bytes of a device that the larger one takes (0: unknown).
-
-        Raises:
-            InputError: the device has less memory.
-        """
+        """Wait for both steps; return the bytes of a device that the larger one takes (0: unknown); refuse too many."""
         needed = max(device_bytes(step.result()) for step in self.compiling)
         check_fits(needed)
         return needed
@@ -106,12 +102,8 @@ def compile_program(
 ) -> Program:
     """Start compiling the programs of a run in the background, for the exact shapes of its widest batches.
 
-    Args:
-        config: configuration of the run.
-        task: the run's task, or what stands for it.
-        mesh: the devices.
-        needs_init: whether the state of a new model is needed: not on a resume.
-        stop: called for each evaluated batch; may raise to stop early.
+    ``needs_init``: whether the state of a new model is needed: not on a resume. ``stop`` is called for each evaluated
+    batch, and may raise to stop early.
     """
     state = abstract_state(config, task, mesh)
     frozen = _with_shardings(mesh, task.params.passed)
@@ -171,13 +163,8 @@ def _with_batch_sharding(mesh: Mesh, batch: dict[str, jax.ShapeDtypeStruct]) -> 
 class Evaluator:
     """Evaluates batches on all devices, without dropout; compiled once for each width of a batch.
 
-    Args:
-        loss_fn: the task's loss.
-        mesh: the devices.
-        trainable: trained parameters, as arrays or shapes with shardings.
-        frozen: the other parameters, likewise.
-        rows: rows of a batch; rounded up to a multiple of the devices (the rows added have weight 0).
-        stop: called for each batch; may raise to stop early.
+    Batches have so many rows, rounded up to a multiple of the devices; the rows added have weight 0. ``stop`` is called
+    for each batch, and may raise to stop early.
     """
 
     def __init__(
@@ -221,11 +208,9 @@ def compile_in_background(lowered: Any) -> Future[Any]:
 
 
 class CompiledByShape:
-    """A step that is compiled ahead of time, once for each shape of a batch.
+    """A jitted step that is compiled ahead of time, once for each shape of a batch, its last argument.
 
-    Args:
-        step: a jitted function; its last argument is the batch.
-        arguments: its other arguments, as arrays or shapes with shardings.
+    The other arguments are given as arrays or shapes with shardings.
     """
 
     def __init__(self, step: Any, *arguments: Any):
@@ -246,11 +231,7 @@ class CompiledByShape:
 
 @contextlib.contextmanager
 def out_of_memory_as_input_error(remedy: str = SAVE_MEMORY) -> Iterator[None]:
-    """Turn an error about memory, the device's or the machine's, into one line that says what to change.
-
-    Raises:
-        InputError: out of memory.
-    """
+    """Turn an error about memory, the device's or the machine's, into one line that says what to change."""
     try:
         yield
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
@@ -261,11 +242,7 @@ def out_of_memory_as_input_error(remedy: str = SAVE_MEMORY) -> Iterator[None]:
 
 
 def check_fits(needed: int) -> None:
-    """Check that a step's bytes fit on a device, if its memory is known.
-
-    Raises:
-        InputError: they do not.
-    """
+    """Refuse a step whose bytes do not fit on a device, if its memory is known."""
     there = device_memory()
     if there is not None and needed > there:
         raise InputError(

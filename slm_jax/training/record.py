@@ -25,17 +25,9 @@ class TrainingDiverged(RuntimeError):
 
 
 class RunRecord:
-    """Records a run; a resumed run's log is first cut back to the step that it resumes from.
+    """Records a run; a resumed run's log is first cut back to ``last_kept``, the step that it resumes from (-1: new).
 
     Use as a context manager, which closes the loggers.
-
-    Args:
-        task: the run's task.
-        folder: the run's folder.
-        progress: what the user sees.
-        n_devices: number of devices that share the work.
-        last_kept: the last step whose log is kept; -1: none.
-        loggers: other places for the log.
 
     Attributes:
         validation: validation loss by step; infinite where it was not a number.
@@ -91,11 +83,7 @@ class RunRecord:
         self._pending = step, metrics
 
     def flush(self) -> None:
-        """Wait for the latest step and log it, if it is due.
-
-        Raises:
-            TrainingDiverged: several steps in a row were not finite.
-        """
+        """Wait for the latest step and log it, if it is due; raise TrainingDiverged after several bad ones."""
         if self._pending is None:
             return
         step, metrics = self._pending[0], jax.device_get(self._pending[1])

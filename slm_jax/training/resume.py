@@ -3,8 +3,8 @@
 import dataclasses
 import filecmp
 import math
-import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from slm_jax.config import execution_keys, flatten, to_dict
 from slm_jax.errors import InputError, MissingInputError
@@ -100,24 +101,11 @@ class Start:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Lock the run's folder.
-
-        Raises:
-            InputError: another process trains in it, or has trained in it since :func:`find_start`.
-        """
+        """Lock the run's folder; refuse one that another process has trained in since :func:`find_start`."""
         with self.folder.lock():
             if self.folder.writes and tuple(saved_steps(self.folder.checkpoints)) != self.saved:
                 raise InputError(f"{self.folder.path}: another process has just trained this run; start again")
             yield
-
-    def check_identity(self, identity: dict[str, Any]) -> None:
-        """Check that the checkpoint belongs to this run.
-
-        Raises:
-            InputError: naming the first key that differs.
-        """
-        if self.step is not None:
-            _check_identity(self.folder, self.metadata, identity)
 
     def finished(self, total_steps: int) -> dict[str, Any] | None:
         """Return the summary of a run that has done all its steps; None: it has not."""
@@ -127,20 +115,15 @@ class Start:
 
 
 def find_start(config: BaseRunConfig) -> Start:
-    """Find the checkpoint to resume from: the latest whole one, which is first copied from the mirror if it is there.
-
-    Raises:
-        InputError: ``resume`` forbids it; a folder holds something else or another run; every checkpoint is damaged;
-            the mirror cannot be used; hosts see different checkpoints.
-        MissingInputError: ``resume: must`` without a checkpoint.
-    """
-    run, mirror = RunFolder(config.folder), mirror_folder(config)
+    """Find the checkpoint to resume from: the latest whole one, copied from the mirror first if it is there."""
+    run, mirror, several_hosts = RunFolder(config.folder), mirror_folder(config), jax.process_count() > 1
     for place in [run, mirror] if mirror else [run]:
         _check_place(place, config.resume)
     notes = []
     if mirror is not None and run.writes:
         notes = _fetch(config, run, mirror)
-    _wait_for_hosts()
+    if several_hosts:
+        multihost_utils.sync_global_devices("checkpoints are in place")
     step, metadata, damage = _latest(run)
     if config.resume == "must" and step is None and not damage:
         raise MissingInputError(f"{run.checkpoints}: no checkpoint to resume from, and resume is must; use auto")
@@ -152,7 +135,13 @@ def find_start(config: BaseRunConfig) -> Start:
         notes += _move_warnings(metadata) + _decay_warnings(config, metadata, step, run)
     elif run.metrics("train"):
         notes.append(f"warning: {run.path} has a log but no checkpoint; the run starts from the beginning")
-    _check_hosts_agree(run, step)
+    if several_hosts:
+        found = np.asarray(multihost_utils.process_allgather(np.array(-1 if step is None else step))).ravel()
+        if len(set(found.tolist())) > 1:
+            raise InputError(
+                f"{run.path}: the hosts see different checkpoints ({', '.join(map(str, found))}; -1: none); expected "
+                "runs_dir on a disk that all hosts share"
+            )
     return Start(run, step, metadata, tuple(notes), tuple(saved_steps(run.checkpoints)))
 
 
@@ -189,31 +178,13 @@ def _check_config(config: BaseRunConfig, place: RunFolder, metadata: dict[str, A
     """Refuse a checkpoint of other keys before any data is read; the model and the data are compared later."""
     saved = {key: value for key, value in metadata["identity"].items() if not key.startswith("model.")}
     wanted = config_identity(config)
-    _check_identity(place, {"identity": saved}, {key: wanted.get(key, saved[key]) for key in saved})
+    check_identity(place, saved, {key: wanted.get(key, saved[key]) for key in saved})
 
 
-def _check_identity(place: RunFolder, metadata: dict[str, Any], identity: dict[str, Any]) -> None:
-    if difference := first_difference(metadata["identity"], identity):
+def check_identity(place: RunFolder, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Refuse a checkpoint of another identity than this run's, naming the first key that differs."""
+    if difference := first_difference(saved, wanted):
         raise InputError(f"{place.path} holds another run: {difference}; change it back, or use another --run NAME")
-
-
-def _wait_for_hosts() -> None:
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices("checkpoints are in place")
-
-
-def _check_hosts_agree(run: RunFolder, step: int | None) -> None:
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        found = np.asarray(multihost_utils.process_allgather(np.array(-1 if step is None else step))).ravel()
-        if len(set(found.tolist())) > 1:
-            raise InputError(
-                f"{run.path}: the hosts see different checkpoints ({', '.join(map(str, found))}; -1: none); expected "
-                "runs_dir on a disk that all hosts share"
-            )
 
 
 def _move_warnings(metadata: dict[str, Any]) -> list[str]:
@@ -230,10 +201,10 @@ def _decay_warnings(config: BaseRunConfig, metadata: dict[str, Any], step: int, 
     """Warn if more steps are asked of a run whose final decay has begun."""
     optimizer, was = config.optimizer, metadata["config"].get("train", {})
     total, more = was.get("steps"), config.train.steps
-    if optimizer.schedule != "wsd" or None in (total, more) or was.get("epochs") or more <= total:
+    if optimizer.schedule != "wsd" or None in (total, more) or was.get("epochs"):
         return []
     stable = total - (max(1, total // 10) if optimizer.decay_steps is None else optimizer.decay_steps)
-    if step <= stable:
+    if more <= total or step <= stable:
         return []
     before = [saved for saved in saved_steps(run.checkpoints) if saved <= stable]
     remedy = "raise --checkpoint.keep in a new run to keep a checkpoint from before the decay"
@@ -250,11 +221,7 @@ def _decay_warnings(config: BaseRunConfig, metadata: dict[str, Any], step: int, 
 
 
 def mirror_folder(config: BaseRunConfig) -> RunFolder | None:
-    """Return the run's folder in ``checkpoint.mirror``, which may not exist yet; None without a mirror.
-
-    Raises:
-        InputError: a mirror that cannot be written to, or that overlaps with the run's own folder.
-    """
+    """Return the run's folder in ``checkpoint.mirror``, which may not exist yet; None without a mirror."""
     if config.checkpoint.mirror is None or config.mirror_folder is None:
         return None
     root, mirror = user_path(config.checkpoint.mirror), RunFolder(config.mirror_folder)
@@ -265,9 +232,7 @@ def mirror_folder(config: BaseRunConfig) -> RunFolder | None:
         try:
             root.mkdir(exist_ok=True)  # not its parents: they are missing where a drive is not mounted
             mirror.path.parent.mkdir(parents=True, exist_ok=True)  # of a run called a/b
-            probe = root / f".write-test-{os.getpid()}"
-            probe.write_text("x")
-            probe.unlink()
+            tempfile.TemporaryFile(dir=root).close()
         except OSError as error:
             raise InputError(
                 f"checkpoint.mirror is {root}: cannot write there ({error.strerror}); mount it, or use another folder"
@@ -305,27 +270,17 @@ def _fetch(config: BaseRunConfig, run: RunFolder, mirror: RunFolder) -> list[str
             run.checkpoints.mkdir(exist_ok=True)
             if best is not None and best < step and not find_damage(mirror.step_path(best)):
                 copy_checkpoint(mirror.step_path(best), run.step_path(best))
-            copy_checkpoint(
-                mirror.checkpoints / str(step), run.checkpoints / str(step)
-            )  # last: it makes the copy count
+            copy_checkpoint(mirror.step_path(step), run.step_path(step))  # last: it makes the copy count
         except OSError as error:
             raise InputError(f"{mirror.path}: cannot be copied to {run.path} ({error.strerror}); try again") from None
     return [*notes, f"step {step:,} was copied from {mirror.path} to {run.path}"]
 
 
-def open_mirror(config: BaseRunConfig, run: RunFolder, note: Callable[[str], None]) -> "Mirror":
-    """Return the mirror of a run; without ``checkpoint.mirror``, or on another host than the first, it does nothing."""
-    return Mirror(run, mirror_folder(config) if run.writes else None, config.checkpoint.keep, note)
-
-
 class Mirror:
     """Copies a run to a second folder; errors are warnings, and the next update copies what is missing.
 
-    Args:
-        run: folder of the run.
-        target: folder of the mirror, see :func:`mirror_folder`; its parent must exist. None: nothing is copied.
-        keep: number of latest checkpoints to keep there, beside the best and those of the run.
-        note: prints a line for the user.
+    ``target`` is the folder of the mirror, whose parent must exist; None: nothing is copied. There the latest
+    ``keep`` checkpoints stay, beside the best and those of the run.
     """
 
     def __init__(self, run: RunFolder, target: RunFolder | None, keep: int, note: Callable[[str], None]):
@@ -335,8 +290,7 @@ class Mirror:
     def update(self, *, last: bool = False) -> None:
         """Copy the small files and the checkpoints that are missing there, the latest first, and remove old ones.
 
-        Args:
-            last: whether the run ends, so that a failure is reported even shortly after another.
+        A failure is reported at most once a minute, and always if this is the last update.
         """
         if self._target is None:
             return
@@ -383,11 +337,7 @@ def small_files(run: RunFolder) -> list[str]:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy a file in one step.
-
-    Raises:
-        OSError: it cannot be read or written, or the copy differs.
-    """
+    """Copy a file in one step; an OSError if the copy differs."""
     target.parent.mkdir(exist_ok=True)
     partial = target.with_name(f"{target.name}.partial")
     changed = source.stat().st_mtime_ns
@@ -398,12 +348,7 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 def copy_checkpoint(source: Path, target: Path) -> None:
-    """Copy a checkpoint, which gets its name only once the copy has been verified; replace an existing one.
-
-    Raises:
-        OSError: it cannot be read or written.
-        InputError: the copy is damaged.
-    """
+    """Copy a checkpoint, which gets its name only once the copy has been verified; replace an existing one."""
     partial, replaced = (target.with_name(f"{target.name}{suffix}") for suffix in (".partial", ".replaced.partial"))
     for path in (partial, replaced):
         shutil.rmtree(path, ignore_errors=True)

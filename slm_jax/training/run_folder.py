@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import re
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,28 +47,18 @@ class RunFolder:
         return self.checkpoints / str(step)
 
     def create(self) -> None:
-        """Create the folder.
-
-        Raises:
-            InputError: it cannot be written to.
-        """
+        """Create the folder; refuse one that cannot be written to."""
         if not self.writes:
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            probe = self.path / ".write-test"
-            probe.write_text("x")
-            probe.unlink()
+            tempfile.TemporaryFile(dir=self.path).close()
         except OSError as error:
             raise InputError(f"{self.path}: cannot write there ({error.strerror}); use another --runs_dir") from None
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep other processes from training in the same folder.
-
-        Raises:
-            InputError: another process does.
-        """
+        """Keep other processes from training in the same folder."""
         if not self.writes:
             yield
             return

@@ -26,9 +26,6 @@ def initialize_distributed(environ: Mapping[str, str] = os.environ) -> bool:
 
     That is: ``JAX_COORDINATOR_ADDRESS`` (with ``JAX_NUM_PROCESSES`` and ``JAX_PROCESS_ID``), ``srun`` or Open MPI with
     several tasks, or a list of several TPU workers (``TPU_WORKER_HOSTNAMES``).
-
-    Raises:
-        InputError: variables that are incomplete or not whole numbers.
     """
     if jax.distributed.is_initialized():  # by an earlier run of this process
         return True
@@ -67,11 +64,7 @@ def make_mesh(cfg: MeshConfig) -> Mesh:
 
 
 def mesh_sizes(cfg: MeshConfig, n_devices: int) -> tuple[int, int]:
-    """Return the sizes of the axes ``data`` and ``fsdp`` over so many devices.
-
-    Raises:
-        InputError: axes whose product is not the number of devices.
-    """
+    """Return the sizes of the axes ``data`` and ``fsdp`` over so many devices, which must be their product."""
     data = n_devices // cfg.fsdp if cfg.data == -1 else cfg.data
     if data * cfg.fsdp != n_devices:
         raise InputError(
@@ -85,11 +78,6 @@ def compiler_options(platform: str, n_devices: int, environ: Mapping[str, str] =
     """Return XLA's options for a training step: several GPUs should compute while they exchange gradients.
 
     On a TPU this is XLA's default. A setting in ``XLA_FLAGS`` is kept.
-
-    Args:
-        platform: "cpu", "gpu" or "tpu", as JAX names it.
-        n_devices: how many share a step.
-        environ: environment variables, of which ``XLA_FLAGS`` counts.
     """
     name = "xla_gpu_enable_latency_hiding_scheduler"
     wanted = platform == "gpu" and n_devices > 1 and name not in environ.get("XLA_FLAGS", "")
@@ -97,11 +85,9 @@ def compiler_options(platform: str, n_devices: int, environ: Mapping[str, str] =
 
 
 def state_shardings(mesh: Mesh, tree: Any) -> Any:
-    """Return the sharding of every leaf: one axis is split along ``fsdp`` (:func:`split_axis`), small leaves are whole.
+    """Return the sharding of every leaf of a tree (arrays or shapes; any part of a training state).
 
-    Args:
-        mesh: the mesh.
-        tree: arrays or shapes; any part of a training state.
+    One axis is split along ``fsdp`` (:func:`split_axis`); small leaves are whole.
     """
 
     def leaf_sharding(axes: Axes | None, leaf: Any) -> NamedSharding:
@@ -158,11 +144,7 @@ def put_params(mesh: Mesh, params: Any) -> Any:
 
 
 def check_batch_size(n_devices: int, batch_size: int, accumulate: int = 1) -> None:
-    """Check the size of a batch.
-
-    Raises:
-        InputError: the devices cannot share each of the ``accumulate`` micro-batches evenly.
-    """
+    """Refuse a batch that the devices cannot share evenly, each of its ``accumulate`` micro-batches."""
     if batch_size % (n_devices * accumulate):
         raise InputError(
             f"train.batch_size is {batch_size}; expected a multiple of {n_devices * accumulate} "

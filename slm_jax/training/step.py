@@ -64,11 +64,8 @@ def make_train_step(
 ) -> Callable[[TrainState, Params, Batch], tuple[TrainState, StepMetrics]]:
     """Return ``train_step(state, frozen, batch) -> (state, metrics)``, to be jitted with the state donated.
 
-    Args:
-        loss_fn: ``(trainable, frozen, batch, key) -> (loss_sum, weight_sum, metrics)``.
-        optimizer: as returned by :func:`slm_jax.training.optimizer.make_optimizer`.
-        schedule: learning rate as a function of the step.
-        accumulate: number of micro-batches that a batch is split into; divides its rows.
+    The optimizer has no learning rate of its own: ``schedule`` gives it as a function of the step. The batch is split
+    into ``accumulate`` micro-batches, which divides its rows.
     """
 
     def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, StepMetrics]:

@@ -22,13 +22,7 @@ if TYPE_CHECKING:  # who loads weights needs no command line
 def split_params(params: Params, config: "BaseRunConfig", key: jax.Array) -> tuple[Params, Params]:
     """Split a model's whole params tree as ``trainable`` says; return (trainable, frozen).
 
-    Args:
-        params: the model's parameters; with ``lora``, adapters are added.
-        config: configuration of the run.
-        key: random key for new adapters.
-
-    Raises:
-        InputError: more blocks than the model has; no separate head; a LoRA pattern that matches nothing.
+    With ``lora``, adapters are added, from the random key.
     """
     if config.trainable == "all":
         return params, {}
