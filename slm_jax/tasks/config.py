@@ -9,7 +9,7 @@ import importlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from slm_jax.config import parse, recipe_files
+from slm_jax.config import Execution, parse, recipe_files
 from slm_jax.data.config import ClassificationConfig, DataConfig, InstructionConfig
 from slm_jax.training.config import BaseRunConfig, CheckpointConfig, OptimizerConfig, SampleConfig, TrainConfig
 
@@ -88,8 +88,8 @@ class FinetuneConfig(RunConfig):
     train: TrainConfig = dataclasses.field(
         default_factory=lambda: TrainConfig(steps=150, batch_size=32, eval_every=50, eval_batch_size=64)
     )
-    checkpoint: CheckpointConfig = dataclasses.field(default_factory=lambda: CheckpointConfig(every=50))
-    sample: SampleConfig = dataclasses.field(default_factory=lambda: SampleConfig(temperature=0.0))
+    checkpoint: Execution[CheckpointConfig] = dataclasses.field(default_factory=lambda: CheckpointConfig(every=50))
+    sample: Execution[SampleConfig] = dataclasses.field(default_factory=lambda: SampleConfig(temperature=0.0))
 
     def __post_init__(self) -> None:
         if self.data.source == TASKS["classification"].source:  # nothing else can be trained on it

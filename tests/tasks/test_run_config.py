@@ -7,7 +7,7 @@ from typing import get_args, get_type_hints
 import pytest
 import yaml
 
-from slm_jax.config import dump_config, flatten, keys, to_dict
+from slm_jax.config import dump_config, execution_keys, flatten, keys, to_dict
 from slm_jax.errors import InputError
 from slm_jax.model import PRESETS, GPTConfig
 from slm_jax.tasks.config import TASKS, FinetuneConfig, RunConfig, parse_args
@@ -112,6 +112,10 @@ def test_values_that_do_not_go_together_are_refused(words, parts, tmp_path, monk
     line = refused(*words)
     for part in parts:
         assert part in line
+
+
+def test_a_resumed_fine_tuning_may_change_the_keys_that_any_run_may():
+    assert execution_keys(FinetuneConfig()) == execution_keys(RunConfig())
 
 
 def test_the_model_section_has_the_fields_of_a_model():
