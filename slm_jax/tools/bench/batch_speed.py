@@ -19,18 +19,7 @@ from slm_jax.training.sharding import check_batch_size, host_rows, make_mesh, pu
 
 
 def measure(config: RunConfig, *, warmup: int, repeats: int, batches: int, step_ms: float | None = None) -> Result:
-    """Measure the batches of pretraining as the training loop reads them, without training.
-
-    Args:
-        config: configuration of the run.
-        warmup: repeats that are not timed.
-        repeats: repeats of reading ``batches`` batches.
-        batches: batches of a repeat.
-        step_ms: milliseconds of a training step, to report the batches' share of it; None: no share.
-
-    Raises:
-        InputError: data that cannot be used; devices that cannot share the batch.
-    """
+    """Measure the batches of pretraining as the training loop reads them; ``step_ms`` of a step gives their share."""
     mesh = make_mesh(config.mesh)
     check_batch_size(mesh.size, config.train.batch_size, config.train.accumulate)
     began = time.perf_counter()

@@ -19,13 +19,7 @@ _PRODUCTS = 4  # in a row, so that starting them does not count
 
 @dataclasses.dataclass(frozen=True)
 class Ceilings:
-    """The limits of one device.
-
-    Attributes:
-        flops: FLOP/s; None: unknown.
-        bandwidth: bytes a second; None: unknown.
-        source: where the limits come from, in words.
-    """
+    """FLOP/s and bytes a second of one device, None where unknown, and where they come from, in words."""
 
     flops: float | None
     bandwidth: float | None
@@ -42,15 +36,9 @@ class Ceilings:
 
 
 def find_ceilings(dtype: DType, device: str | None, peak: Peak) -> Ceilings:
-    """Return the limits of a device; the bandwidth of a device here that has no data sheet is measured.
+    """Return the limits of a device, None: the one here, whose bandwidth is measured if it has no data sheet.
 
-    Args:
-        dtype: dtype of the matrix products.
-        device: a name of :data:`slm_jax.training.hardware.DEVICES`, or cpu; None: the device here.
-        peak: FLOP/s to use instead of the data sheet's; ``measured``: measure both limits here.
-
-    Raises:
-        InputError: an unknown device.
+    ``peak`` is the FLOP/s to use instead of the data sheet's; ``measured``: measure both limits here.
     """
     known = device_here() if device is None else named_device(device)
     if peak == "measured":
@@ -66,11 +54,7 @@ def find_ceilings(dtype: DType, device: str | None, peak: Peak) -> Ceilings:
 
 
 def named_device(name: str) -> Device | None:
-    """Return the accelerator of a name; None for ``cpu``, which has no data sheet.
-
-    Raises:
-        InputError: an unknown name.
-    """
+    """Return the accelerator of a name; None for ``cpu``, which has no data sheet."""
     return None if name.lower() == "cpu" else find_device(name)
 
 

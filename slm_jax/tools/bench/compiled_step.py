@@ -34,14 +34,11 @@ class CompiledStep:
     """A compiled training step.
 
     Attributes:
-        cfg: the model.
-        mesh: the devices.
         compiled: ``(state, frozen, batch) -> (state, metrics)``; the state is donated.
-        compile_seconds: seconds until it was compiled, tracing included.
+        compile_seconds: tracing included.
         init: makes the state and the frozen parameters.
         batch: random tokens, on the host.
-        flops_per_token: FLOPs of training on a token; None if only a part is trained.
-        notes: assumptions, a line each.
+        flops_per_token: None if only a part is trained.
     """
 
     cfg: GPTConfig
@@ -71,11 +68,7 @@ class CompiledStep:
 
 
 def compile_step(config: RunConfig) -> CompiledStep:
-    """Compile the training step of a run of pretraining for the devices here, as the training loop does.
-
-    Raises:
-        InputError: devices that cannot share the batch; a step that does not fit.
-    """
+    """Compile the training step of a run of pretraining for the devices here, as the training loop does."""
     shapes = find_shapes(config)
     mesh = make_mesh(config.mesh)
     check_batch_size(mesh.size, config.train.batch_size, config.train.accumulate)
@@ -136,11 +129,7 @@ class StepTimer:
 
 
 def with_known_vocabulary(config: RunConfig) -> tuple[RunConfig, tuple[str, ...]]:
-    """Count the token ids where only the text has them; without the text plan's assumption stands.
-
-    Returns:
-        (config, notes): with ``model.vocab_size`` set if they were counted, and a line about it.
-    """
+    """Set ``model.vocab_size``, with a note, where only the text has it; without the text plan's assumption stands."""
     section, tokenizer = config.model, config.tokenizer
     if section.vocab_size or config.base or tokenizer.path or tokenizer.kind not in ("char", "simple"):
         return config, ()

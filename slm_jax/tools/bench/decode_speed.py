@@ -33,18 +33,7 @@ def bench_generate(
 ) -> Result:
     """Measure greedy generation from random prompts, for each number of prompts at a time.
 
-    Args:
-        cfg: the model.
-        params: its parameters.
-        ceilings: limits of the one device that generates.
-        batch_sizes: numbers of prompts at a time.
-        prompt_tokens: tokens of each prompt.
-        new_tokens: tokens to add; at least 2, as the first comes with the prompt.
-        warmup: generations that are not timed, at least one, which compiles.
-        repeats: generations that are timed.
-
-    Raises:
-        InputError: more tokens than the model's context.
+    ``new_tokens`` is at least 2, as the first comes with the prompt; ``warmup`` at least 1, which compiles.
     """
     if prompt_tokens + new_tokens > cfg.context_length:
         raise InputError(

@@ -22,12 +22,7 @@ def start_python(args: Sequence[str], environ: Mapping[str, str] = os.environ) -
 
 
 def output_of(args: Sequence[str]) -> str:
-    """Run this Python to its end and return what it prints.
-
-    Raises:
-        InputError: it is killed, or reports a user's mistake.
-        RuntimeError: it fails otherwise.
-    """
+    """Run this Python to its end and return what it prints; an InputError if it is killed or reports one."""
     process = start_python(args)
     printed, errors = process.communicate()
     if process.returncode:

@@ -24,14 +24,9 @@ class Result:
 
     Attributes:
         what: kind of measurement: train, generate, data, startup or memory.
-        config: configuration of what was measured, as plain data.
-        figures: figures by name, as plain data, with all repeats.
+        config, figures: plain data for JSON.
         rows: names and figures for the table.
-        unit: unit of series, bars and limits.
-        bars: for the picture: measured values by name.
-        series: for the picture: repeats in their order, by name.
-        limits: for the picture: lower bounds by name.
-        notes: remarks, a line each.
+        unit, bars, series, limits: for the picture: measured values, repeats in their order, lower bounds.
     """
 
     what: str
@@ -70,11 +65,7 @@ def print_result(result: Result, console: Console) -> None:
 
 
 def draw_result(result: Result, path: Path) -> None:
-    """Draw the repeats in their order, and beside them the measured values over their lower bounds, into a PNG.
-
-    Raises:
-        InputError: it cannot be written.
-    """
+    """Draw the repeats in their order, and beside them the measured values over their lower bounds, into a PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.2), dpi=120, layout="constrained")

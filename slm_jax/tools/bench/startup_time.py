@@ -42,17 +42,13 @@ def measure(config: RunConfig, repeats: int) -> Result:
     """Measure imports, and ``slm-jax train`` of a recipe to its first step with an empty and a warm compile cache.
 
     It uses a compile cache of its own. A named text that is not on this machine is downloaded at each start.
-
-    Args:
-        config: configuration of the run.
-        repeats: repeats of each.
-
-    Raises:
-        InputError: a run that does not reach its first step.
     """
     output_of(["-c", _IMPORTS])  # fills the file system's cache
     imports = [json.loads(output_of(["-c", _IMPORTS])) for _ in range(repeats)]
-    starts = [_first_steps(config) for _ in range(repeats)]
+    starts = []
+    for _ in range(repeats):
+        with tempfile.TemporaryDirectory() as folder:
+            starts.append([_seconds_to_first_step(config, Path(folder), run) for run in ("cold", "warm")])
     columns = [*zip(*imports, strict=True), *zip(*starts, strict=True)]
     timings = {key: Timing(tuple(seconds)) for key, seconds in zip(NAMES, columns, strict=True)}
     return Result(
@@ -65,14 +61,6 @@ def measure(config: RunConfig, repeats: int) -> Result:
         bars={NAMES[key]: timing.median for key, timing in timings.items()},
         notes=("First step: from the start of the process to the line of step 1 in metrics.jsonl.",),
     )
-
-
-def _first_steps(config: RunConfig) -> tuple[float, float]:
-    """Return the seconds to the first step with an empty compile cache, and with the filled one."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        cold, warm = (_seconds_to_first_step(config, folder, run) for run in ("cold", "warm"))
-    return cold, warm
 
 
 def _seconds_to_first_step(config: RunConfig, folder: Path, run: str) -> float:

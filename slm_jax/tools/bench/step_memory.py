@@ -1,20 +1,17 @@
 """The memory of a recipe's training step: as planned, by XLA's analysis, as measured."""
 
 import dataclasses
-import json
-import sys
-import tempfile
-from collections.abc import Sequence
-from pathlib import Path
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
 import jax
 
-from slm_jax.config import dump_config, to_dict
+from slm_jax.config import to_dict
 from slm_jax.errors import InputError
-from slm_jax.tasks.config import RunConfig, parse_args
+from slm_jax.tasks.config import RunConfig
 from slm_jax.tools.bench.compiled_step import CompiledStep, StepTimer, compile_step, with_known_vocabulary
 from slm_jax.tools.bench.peak_memory import PeakMemory
-from slm_jax.tools.bench.processes import output_of
 from slm_jax.tools.bench.result import Result
 from slm_jax.tools.plan import Plan, make_plan
 from slm_jax.training.compile_cache import set_up
@@ -29,9 +26,6 @@ def measure(config: RunConfig) -> Result:
     """Compare the planned memory of a training step with XLA's analysis and with the peak of three steps.
 
     On a CPU the steps run in a fresh process, which has not compiled anything.
-
-    Raises:
-        InputError: what cannot be trained here.
     """
     config, notes = with_known_vocabulary(config)
     plan = plan_here(config)
@@ -39,7 +33,7 @@ def measure(config: RunConfig) -> Result:
     total = None if planned is None else planned.total
     least = None if planned is None else planned.parameters + planned.optimizer
     step = compile_step(config)
-    peak = _measured_apart(config) if jax.default_backend() == "cpu" else measured_peak(step)
+    peak = peak_of_a_process(config) if jax.default_backend() == "cpu" else measured_peak(step)
     bars = {"planned": total, "XLA": step.planned_bytes, "measured": peak.n_bytes}
     return Result(
         what="memory",
@@ -84,32 +78,20 @@ def measured_peak(step: CompiledStep) -> PeakMemory:
     return memory
 
 
-def _measured_apart(config: RunConfig) -> PeakMemory:
+def peak_of_a_process(config: RunConfig) -> PeakMemory:
     """Measure in a fresh process."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "config.yaml"
-        file.write_text(dump_config(config), encoding="utf-8")
-        memory = PeakMemory()
-        memory.n_bytes = json.loads(output_of(["-m", "slm_jax.tools.bench.step_memory", str(file)]))
-    return memory
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(_compile_and_measure, config).result()
+        except BrokenProcessPool:
+            raise InputError("the process to measure in was killed; out of memory?") from None
+
+
+def _compile_and_measure(config: RunConfig) -> PeakMemory:
+    set_up()  # with the compile cache that has the step already
+    with out_of_memory_as_input_error():
+        return measured_peak(compile_step(config))
 
 
 def _a_device(n_bytes: float | None) -> str:
     return f"{format_bytes(n_bytes)} a device" if n_bytes else "unknown"
-
-
-def main(args: Sequence[str]) -> int:
-    """Measure the recipe of a file; print the bytes, null if unknown; return the exit status."""
-    set_up()  # with the compile cache that has the step already
-    try:
-        with out_of_memory_as_input_error():
-            peak = measured_peak(compile_step(parse_args(["--config", *args])))
-    except InputError as error:
-        print(" ".join(str(error).split()), file=sys.stderr)
-        return 2
-    print(json.dumps(peak.n_bytes))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -17,17 +17,7 @@ FORMULA = "(6 N + 12 layers · width · context) · tokens/s / (devices · peak)
 
 
 def measure(config: RunConfig, *, warmup: int, repeats: int, device: str | None = None, peak: Peak = None) -> Result:
-    """Measure the training step of a run on random tokens.
-
-    Args:
-        config: configuration of the run.
-        warmup: steps that are not timed.
-        repeats: steps that are timed, waited for one by one, and then queued.
-        device, peak: see :func:`slm_jax.tools.bench.ceilings.find_ceilings`.
-
-    Raises:
-        InputError: what cannot be trained here; an unknown device.
-    """
+    """Measure the training step of a run on random tokens: ``repeats`` waited for one by one, and as many queued."""
     config, notes = with_known_vocabulary(config)
     step = compile_step(config)
     with PeakMemory() as memory:

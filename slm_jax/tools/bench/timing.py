@@ -12,11 +12,7 @@ Clock = Callable[[], float]
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Repeated measurements of one duration.
-
-    Attributes:
-        seconds: each repeat, in order; at least one.
-    """
+    """Repeated measurements of one duration, in order; at least one."""
 
     seconds: tuple[float, ...]
 

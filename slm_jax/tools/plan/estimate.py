@@ -32,7 +32,7 @@ class Fit:
 
     Attributes:
         memory: memory of the step as configured, on one device.
-        fits: whether the device has as much.
+        fits: whether the device has it.
         largest_rows: the most sequences at a time that fit on one device; 0: not even one.
         accumulate: the smallest ``train.accumulate`` with which the configured batch fits; None: none does.
     """

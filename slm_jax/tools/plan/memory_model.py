@@ -50,8 +50,7 @@ class Work:
         cfg: the model, with the ``dtype`` and ``remat`` of the run.
         target: kind of device.
         attention: implementation: explicit, xla, cudnn or flash.
-        rows: sequences of a micro-batch.
-        seq: tokens of a row.
+        rows, seq: sequences of a micro-batch, and tokens of each.
         n_outputs: columns of the logits: the vocabulary, or classes.
         trained_blocks: blocks with a backward pass; those before them keep nothing.
         accumulate: micro-batches of a step.
@@ -155,9 +154,7 @@ def step_memory(work: Work, state: State) -> Memory:
         early = state.gradients * _UNROLLED_COPIES if work.unrolled_on_cpu else 0.0
         temporary = max(temporary + early, state.gradients + copies)
     total = state.parameters + state.optimizer + batch + temporary
-    return Memory(
-        state.parameters, state.optimizer, gradients, batch, activations, logits, block, workspace, total=total
-    )
+    return Memory(state.parameters, state.optimizer, gradients, batch, activations, logits, block, workspace, total)
 
 
 def evaluation_memory(work: Work, state: State) -> float:
@@ -191,31 +188,18 @@ def copied_weights(work: Work) -> float:
 
 
 def state_bytes(trainable: Params, frozen: Params, n_shards: int = 1, muon: bool = False) -> State:
-    """Return the bytes of a training state on one of ``n_shards`` devices that split it (``mesh.fsdp``).
-
-    Args:
-        trainable, frozen: trees of arrays or shapes.
-        n_shards: devices that share parameters and optimizer state.
-        muon: whether Muon trains the blocks' matrices (``optimizer.kind``).
-    """
-    trained = _tree_bytes(trainable, n_shards)
+    """Return the bytes of a training state on one of ``n_shards`` devices that split it (``mesh.fsdp``)."""
+    shares = _leaf_bytes(trainable, n_shards)
+    trained = sum(shares)
     moments = 2 * trained
     if muon:
-        shared = _leaf_bytes(trainable, n_shards)
         labels = jax.tree.leaves(muon_or_adam(trainable))
-        moments -= sum(size for size, label in zip(shared, labels, strict=True) if label == "muon")
+        moments -= sum(share for share, label in zip(shares, labels, strict=True) if label == "muon")
     gathered = 0.0
     if n_shards > 1:  # one block at a time, and the embeddings
-        gathered = max(sum(_leaf_bytes(tree, 1, one_layer=True)) for tree in _top_level(frozen, trainable))
-    return State(trained + _tree_bytes(frozen, n_shards), moments, trained, gathered)
-
-
-def _top_level(*trees: Params) -> list[Params]:
-    return [{name: tree[name]} for tree in trees for name in tree]
-
-
-def _tree_bytes(tree: Params, n_shards: int) -> float:
-    return sum(_leaf_bytes(tree, n_shards))
+        parts = [{name: tree[name]} for tree in (frozen, trainable) for name in tree]
+        gathered = max(sum(_leaf_bytes(part, 1, one_layer=True)) for part in parts)
+    return State(trained + sum(_leaf_bytes(frozen, n_shards)), moments, trained, gathered)
 
 
 def _leaf_bytes(tree: Params, n_shards: int, one_layer: bool = False) -> list[float]:

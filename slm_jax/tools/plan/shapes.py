@@ -58,11 +58,7 @@ class Shapes:
 
 
 def find_shapes(config: RunConfig) -> Shapes:
-    """Return the shapes of a run.
-
-    Raises:
-        InputError: a base whose shape is unknown, or differs from the configuration; an invalid shape.
-    """
+    """Return the shapes of a run; an InputError for a base whose shape is unknown or differs."""
     if config.base is None:
         vocab_size, notes = _vocab_size(config)
         cfg = config.gpt_config(1 if vocab_size is None else vocab_size, run_dtype(config))
@@ -73,17 +69,14 @@ def find_shapes(config: RunConfig) -> Shapes:
         cfg = as_configured(cfg, config)
     model = get_task(config.task).shapes(config, cfg)
 
-    def split(key: jax.Array) -> tuple[Params, Params]:
-        params = model.init(key)
+    def split(params: Params, key: jax.Array) -> tuple[Params, Params]:
         return (params, {}) if config.base is None else split_params(params, config, key)
 
-    trainable, frozen = model.params, {}
-    if config.base is not None:
-        trainable, frozen = jax.eval_shape(lambda tree: split_params(tree, config, jax.random.key(0)), model.params)
+    trainable, frozen = jax.eval_shape(split, model.params, jax.random.key(0))
     return Shapes(
         cfg=cfg,
-        params=Parameters(trainable, frozen, init=lambda key: split(key)[0]),
-        make_frozen=lambda key: split(key)[1],
+        params=Parameters(trainable, frozen, init=lambda key: split(model.init(key), key)[0]),
+        make_frozen=lambda key: split(model.init(key), key)[1],
         loss_fn=model.loss_fn,
         row=model.row,
         n_outputs=model.n_outputs,

@@ -9,6 +9,7 @@ from pretraining import options
 from slm_jax.errors import InputError
 from slm_jax.tasks.config import parse_args
 from slm_jax.tools.bench import step_memory
+from slm_jax.tools.bench.peak_memory import PeakMemory
 from slm_jax.tools.bench.processes import output_of
 from slm_jax.tools.bench.startup_time import NAMES
 from slm_jax.tools.bench.startup_time import measure as measure_startup
@@ -63,15 +64,11 @@ def test_an_accelerator_without_a_data_sheet_is_not_planned_as_a_cpu(monkeypatch
 
 def test_memory_without_a_plan_is_analysed_and_measured(text_file, tmp_path, monkeypatch):
     monkeypatch.setattr(step_memory, "plan_here", lambda _: None)
-    monkeypatch.setattr(step_memory, "output_of", lambda _: "2000000")
+    peak = PeakMemory()
+    peak.n_bytes = 2_000_000
+    monkeypatch.setattr(step_memory, "peak_of_a_process", lambda _: peak)
     result = step_memory.measure(parse_args(options(text_file, tmp_path, train__accumulate=1)))
     assert result.rows["planned (slm-jax plan)"] == "unknown"
     assert result.bars.keys() == {"XLA", "measured"}
     assert result.figures["planned_bytes"] is None
     result.to_json()
-
-
-def test_a_mistake_in_the_process_that_measures_is_one_line(tmp_path, capsys):
-    assert step_memory.main([str(tmp_path / "none.yaml")]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "none.yaml" in line
