@@ -1,8 +1,10 @@
 """Reading runs: a model with its tokenizer from a run's folder, or from weights of another program."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -312,6 +314,14 @@ def _choose(checkpoints: Path, step: int | str) -> int:
             f"{checkpoints}: no checkpoint of step {chosen}; there are {', '.join(map(str, steps))}"
         )
     return chosen
+
+
+def try_metadata(folder: RunFolder, steps: Iterable[int]) -> dict[str, Any]:
+    """Return the metadata of the first of these checkpoints that can be read; empty if there is none."""
+    for step in steps:
+        with contextlib.suppress(InputError):
+            return read_metadata(folder.checkpoints, step)
+    return {}
 
 
 def read_checkpoint(

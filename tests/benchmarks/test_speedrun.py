@@ -88,24 +88,13 @@ def test_an_interpreter_is_found_from_where_the_user_is(recipe, nanogpt, named_d
         (["--seeds", 0, 0], "--seeds 0 0: one is given twice"),
         (["--output", "nowhere/speedrun.json"], "--output nowhere/speedrun.json: expected a file in a folder"),
         (["--output", "."], "--output .: expected a file"),
+        (["--nanogpt", "nanogpt", "--interpreter", "no/python"], "--interpreter no/python: cannot be run"),
+        (["--nanogpt", "."], "has no train.py; expected a checkout of nanoGPT"),
     ],
 )
-def test_mistakes_are_one_line_before_anything_runs(recipe, options, said):
+def test_mistakes_are_one_line_before_anything_runs(recipe, nanogpt, monkeypatch, options, said):
+    monkeypatch.chdir(nanogpt.parent)
     done = speedrun("--recipe", recipe, *options)
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
     assert said in line
-
-
-def test_an_interpreter_that_is_not_there_is_one_line(recipe, nanogpt):
-    done = speedrun("--recipe", recipe, "--nanogpt", nanogpt, "--interpreter", "no/python")
-    assert (done.returncode, done.stdout) == (2, "")
-    (line,) = done.stderr.splitlines()
-    assert "--interpreter no/python: cannot be run" in line
-
-
-def test_a_folder_that_is_not_nanogpt_is_one_line_before_anything_runs(recipe, tmp_path):
-    done = speedrun("--recipe", recipe, "--seeds", 0, "--nanogpt", tmp_path)
-    assert (done.returncode, done.stdout) == (2, "")
-    (line,) = done.stderr.splitlines()
-    assert "has no train.py; expected a checkout of nanoGPT" in line

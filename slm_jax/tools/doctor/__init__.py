@@ -1,1 +1,1 @@
-"""What a machine, or a run, is fit for, and what to mend: ``slm-jax doctor``."""
+"""What a machine, or a run, is fit for, and what to fix: ``slm-jax doctor``."""

@@ -1,24 +1,20 @@
 """What the doctor's checks have in common."""
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
 Level = Literal["ok", "note", "problem"]
-Check = Callable[[], Iterable[tuple[Level, str]]]  # yields a level and one line: what was found, and what to do
+Found = Iterator[tuple[Level, str]]  # a level and one line: what was found, and for a problem what to do
+Check = Callable[[], Found]
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """What a check found.
-
-    Attributes:
-        level: ``problem``: something will not work; ``note``: worth knowing; ``ok``.
-        name: name of the check.
-        text: one line: what was found, and for a problem what to do about it.
-    """
+    """What a check found: whether something will not work, is worth knowing, or is ok; and a line about it."""
 
     level: Level
     name: str
@@ -45,8 +41,6 @@ def folder_size(folder: Path) -> int:
     total = 0
     for root, _, names in os.walk(folder):
         for name in names:
-            try:
+            with contextlib.suppress(OSError):
                 total += Path(root, name).lstat().st_size
-            except OSError:
-                continue
     return total

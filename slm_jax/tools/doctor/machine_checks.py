@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,13 +22,11 @@ from slm_jax.data.named import NAMED_FILES
 from slm_jax.files import check_reachable
 from slm_jax.nn.target import target_of
 from slm_jax.tokenizer import GPT2Tokenizer
-from slm_jax.tools.doctor.checks import Check, Finding, Level, folder_size, one_line, perform
+from slm_jax.tools.doctor.checks import Check, Finding, Found, Level, folder_size, one_line, perform
 from slm_jax.training import hardware
 from slm_jax.training.loggers import PACKAGES
 from slm_jax.training.progress import format_bytes
 from slm_jax.weights.hub import PINS
-
-Found = Iterator[tuple[Level, str]]
 
 NETWORK_SECONDS = 3.0
 SMALL = 2e9  # bytes; a checkpoint of GPT-2 small with its optimizer takes 1.5 GB
@@ -99,23 +96,16 @@ def _version(package: str) -> str | None:
 
 def check_extras() -> Found:
     """List which optional packages are installed."""
-    there, lacking = [], []
+    there, lacking = [], ""
     for extra, (package, use) in EXTRAS.items():
         if importlib.util.find_spec(package):
             there.append(f"{package} {_version(package) or ''}".strip())
         else:
-            lacking.append(f"{package} ({use}): pip install -e '.[{extra}]'")
-    yield "ok", f"installed: {', '.join(there) or 'none'}" + "".join(f"; not installed: {text}" for text in lacking)
+            lacking += f"; not installed: {package} ({use}): pip install -e '.[{extra}]'"
+    yield "ok", f"installed: {', '.join(there) or 'none'}{lacking}"
 
 
 # --- Devices ---
-
-
-class Nvidia(NamedTuple):
-    """The names of a machine's NVIDIA GPUs, and the driver's version, such as 580.82 (empty: unknown)."""
-
-    names: tuple[str, ...]
-    driver: str
 
 
 def check_devices() -> Found:
@@ -152,25 +142,29 @@ def unseen_gpus(platform: str) -> Found:
     gpus = find_nvidia()
     if platform != "cpu" or gpus is None:
         return
-    what = ", ".join(gpus.names) or "an NVIDIA GPU"
-    major = int(gpus.driver.partition(".")[0] or 0)
+    names, driver = gpus
+    what = ", ".join(names) or "an NVIDIA GPU"
+    major = int(driver.partition(".")[0] or 0)
     if hidden := _hidden_by("cuda", "gpu"):
         yield "note", f"{what} is not used, as {hidden}; unset that to use it"
     elif 0 < major < 525:
-        yield "problem", f"{what}: its driver {gpus.driver} is too old: install 525 or later, then the extra cuda12"
+        yield "problem", f"{what}: its driver {driver} is too old: install 525 or later, then the extra cuda12"
     else:
         extra = "cuda12" if 0 < major < 580 else "cuda13"
-        driver = f" (driver {gpus.driver})" if gpus.driver else ""
-        yield "problem", f"JAX does not see {what}{driver}: pip install -U -e '.[{extra}]', then restart"
+        with_driver = f" (driver {driver})" if driver else ""
+        yield "problem", f"JAX does not see {what}{with_driver}: pip install -U -e '.[{extra}]', then restart"
 
 
-def find_nvidia() -> Nvidia | None:
-    """Ask ``nvidia-smi``, or else the kernel, which NVIDIA GPUs the machine has; None: it has none."""
+def find_nvidia() -> tuple[list[str], str] | None:
+    """Ask ``nvidia-smi``, or else the kernel, for the names of NVIDIA GPUs and their driver, such as 580.82.
+
+    A name or driver may be unknown, and is then missing; None: the machine has no such GPU.
+    """
     query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
         lines = subprocess.run(query, capture_output=True, text=True, timeout=3, check=True).stdout.splitlines()
         if gpus := [line.rpartition(", ") for line in lines]:
-            return Nvidia(tuple(name for name, _, _ in gpus), gpus[0][2])
+            return [name for name, _, _ in gpus], gpus[0][2]
     except (OSError, subprocess.SubprocessError):  # containers often have the GPU without the program
         pass
     if not any(Path(device).exists() for device in ("/dev/nvidia0", "/dev/nvidiactl")):
@@ -179,7 +173,7 @@ def find_nvidia() -> Nvidia | None:
         version = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", Path("/proc/driver/nvidia/version").read_text())
     except OSError:
         version = None
-    return Nvidia((), version[1] if version else "")
+    return [], version[1] if version else ""
 
 
 def unseen_tpu(platform: str) -> Found:
@@ -233,14 +227,11 @@ def check_dtype() -> Found:
     if start_error():
         return
     device = jax.devices()[0]
-    capability = target_of(device).capability
-    dtype = hardware.best_dtype(device)
-    if dtype == "bfloat16":
-        why = "this device has it in hardware"
-    elif capability is not None:
-        why = f"compute capability {capability} only emulates bfloat16"
-    else:
-        why = "bfloat16 would not be faster here"
+    capability, dtype = target_of(device).capability, hardware.best_dtype(device)
+    why = "this device has it in hardware"
+    if dtype != "bfloat16":
+        emulated = f"compute capability {capability} only emulates bfloat16"
+        why = "bfloat16 would not be faster here" if capability is None else emulated
     yield "ok", f"model.dtype auto is {dtype}: {why}"
 
 
@@ -289,10 +280,7 @@ def check_disk() -> Found:
 
 def check_caches() -> Found:
     """Report what is kept between starts: compiled programs and downloads."""
-    yield compile_cache()
-    yield tokenizer_files()
-    yield named_texts()
-    yield _hugging_face()
+    yield from (compile_cache(), tokenizer_files(), named_texts(), _hugging_face())
 
 
 def compile_cache() -> tuple[Level, str]:

@@ -1,6 +1,5 @@
 """Checks of a run's folder: whether it is intact, how far it is, how it went, and what can be done next."""
 
-import contextlib
 import functools
 import math
 from collections.abc import Iterator
@@ -9,16 +8,13 @@ from typing import Any
 import jax
 
 from slm_jax.errors import InputError
-from slm_jax.runs import read_frozen
+from slm_jax.runs import RunFolder, best_step, find_damage, read_frozen, read_metadata, saved_steps, try_metadata
 from slm_jax.tasks.config import TASKS, RunConfig, parse_args
-from slm_jax.tools.doctor.checks import Finding, Level, folder_size, perform
+from slm_jax.tools.doctor.checks import Finding, Found, folder_size, perform
 from slm_jax.tools.doctor.machine_checks import start_error
-from slm_jax.training.checkpoint import CHECKSUMS, best_step, find_damage, read_metadata, saved_steps
+from slm_jax.training.checkpoint import CHECKSUMS
 from slm_jax.training.progress import format_bytes, format_duration
-from slm_jax.training.run_folder import RunFolder
 from slm_jax.training.summary import environment, rounding_changes
-
-Found = Iterator[tuple[Level, str]]
 
 
 def examine_run(run: RunFolder) -> Iterator[Finding]:
@@ -64,12 +60,12 @@ def check_checkpoints(run: RunFolder) -> Found:
             yield "problem", f"step {step:,}: {damage[step]}; delete {folder}, the others are not affected"
             continue
         loss = read_metadata(run.checkpoints, step)["validation_loss"]
-        marks = [mark for mark, marked in (("the latest", steps[-1]), ("the best", best)) if marked == step]
-        parts = [f"step {step:,}", *([f"validation loss {loss:.4f}"] if loss is not None else []), *marks]
+        text = f"step {step:,}" + ("" if loss is None else f", validation loss {loss:.4f}")
+        text += ", the latest" * (step == steps[-1]) + ", the best" * (step == best)
         if (run.checkpoints / str(step) / CHECKSUMS).is_file():
-            yield "ok", f"{', '.join(parts)}: intact (SHA-256)"
+            yield "ok", f"{text}: intact (SHA-256)"
         else:
-            yield "note", f"{', '.join(parts)}: complete, but without checksums: the process ended while saving them"
+            yield "note", f"{text}: complete, but without checksums: the process ended while saving them"
     if intact:
         yield from _check_frozen(run, intact[-1])
     else:
@@ -140,7 +136,7 @@ def _loss(row: dict[str, Any]) -> str:
 
 def check_machine(run: RunFolder) -> Found:
     """Compare this machine with that of the latest checkpoint."""
-    metadata = _latest_metadata(run)
+    metadata = try_metadata(run, reversed(saved_steps(run.checkpoints)))
     if "environment" not in metadata or start_error():
         return
     was, now = metadata["environment"], environment(jax.device_count())
@@ -211,10 +207,3 @@ def check_next(run: RunFolder) -> Found:
 
 def _config(run: RunFolder) -> RunConfig:
     return parse_args(["--config", str(run.path / "config.yaml")])
-
-
-def _latest_metadata(run: RunFolder) -> dict[str, Any]:
-    for step in reversed(saved_steps(run.checkpoints)):
-        with contextlib.suppress(InputError):
-            return read_metadata(run.checkpoints, step)
-    return {}

@@ -48,16 +48,13 @@ class Plan:
     """What a run needs; bytes and FLOP/s of one device, tokens a second of all.
 
     Attributes:
-        device: name of the device on the command line.
-        n_devices: devices that share each batch.
+        device, n_devices: name of the device on the command line; devices that share each batch.
         dtype: dtype of the activations there.
         attention: implementation of attention there.
         optimizer: adamw or muon.
-        n_params: parameters; a tied head counts once.
-        n_trained: trained parameters.
+        n_params, n_trained: all parameters (a tied head counts once), and the trained ones.
         vocab_size: number of token ids.
-        seq: tokens of a row.
-        rows: sequences of a micro-batch on one device, as configured.
+        seq, rows: tokens of a row; rows of a micro-batch on one device, as configured.
         remat: model.remat, as configured.
         memory_limit: bytes of the device that a program may use; None: unknown.
         by_remat: the step with each setting of model.remat, by the formulas of :mod:`slm_jax.tools.plan.memory_model`.
@@ -67,8 +64,7 @@ class Plan:
         peak_flops: peak FLOP/s in ``dtype``; None: unknown, as of a CPU.
         mfu: assumed share of the peak.
         tokens_per_second: expected speed.
-        tokens: tokens of the run; None: the text decides.
-        hours: time of the run.
+        tokens, hours: of the run; None: the text decides.
         hours_for_20: time of 20 tokens a parameter.
         fits: whether training and evaluation fit as configured.
         changes: options under which it fits, if it does not, nearest to the configuration first.

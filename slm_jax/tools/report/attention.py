@@ -5,7 +5,7 @@ import contextlib
 import dataclasses
 import io
 import shlex
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,10 +15,9 @@ from slm_jax.errors import InputError, MissingInputError
 from slm_jax.evaluation.capture import capture
 from slm_jax.model import GPTClassifier, GPTModel, Params
 from slm_jax.nn.axes import STACK
-from slm_jax.runs import read_checkpoint
+from slm_jax.runs import read_checkpoint, read_metadata
 from slm_jax.tokenizer import Tokenizer, tokenizer_from_dict
 from slm_jax.tools.report.record import Record, steps_to_try
-from slm_jax.training.checkpoint import read_metadata
 
 MOST_LAYERS, MOST_HEADS, MOST_TOKENS = 6, 6, 20
 TEXT = "If the file does not exist, an error is raised, and the function returns None."
@@ -31,11 +30,10 @@ class Maps:
 
     Attributes:
         step: step of the checkpoint.
-        tokens: the first tokens of the text, as text.
-        n_tokens: tokens of the whole text.
+        tokens, n_tokens: the first tokens of the text, and how many it has.
         weights: (layers, heads, seq, seq), the weight that a query (third axis) gives to each key; the first layers
             and heads.
-        n_layers, n_heads: layers and heads of the model.
+        n_layers, n_heads: of the model.
     """
 
     step: int
@@ -65,11 +63,7 @@ class Maps:
 
 
 def read_maps(record: Record, text: str | None) -> Maps | str:
-    """Return the maps of a text, or a sentence that says why there are none.
-
-    Args:
-        record: the run.
-        text: the text; None: the latest sample, or an English sentence.
+    """Return the maps of a text (None: the latest sample, or an English sentence), or why there are none.
 
     Raises:
         InputError: a text that the model's tokenizer cannot encode.
@@ -85,7 +79,7 @@ def read_maps(record: Record, text: str | None) -> Maps | str:
         except InputError:
             continue
         try:
-            maps = _maps(step, loaded, text, sample)
+            maps = _maps(step, *loaded, text, sample)
         except MissingInputError as error:  # the tokenizer's own files
             return f"None: the text cannot be encoded ({error})."
         return maps if maps.tokens else "None: the text has no token that this model knows."
@@ -94,13 +88,7 @@ def read_maps(record: Record, text: str | None) -> Maps | str:
     return f"None: {which} readable. This command shows what is damaged: {command}"
 
 
-class _Loaded(NamedTuple):
-    model: GPTModel
-    params: Params
-    tokenizer: Tokenizer
-
-
-def _load(record: Record, step: int) -> _Loaded:
+def _load(record: Record, step: int) -> tuple[GPTModel, Params, Tokenizer]:
     """Return a checkpoint's model, which may be a classifier."""
     is_classifier = "classes" in read_metadata(record.folder.checkpoints, step)
     cfg, params, metadata = read_checkpoint(record.folder.path, step, "float32", classifier=is_classifier)
@@ -110,11 +98,10 @@ def _load(record: Record, step: int) -> _Loaded:
             model = GPTClassifier(cfg, n_classes=len(metadata["classes"]), pooling=metadata["pooling"])
         except (KeyError, TypeError) as error:
             raise InputError(f"step {step}: metadata of no classifier ({error!r})") from None
-    return _Loaded(model, params, tokenizer_from_dict(metadata.get("tokenizer", {})))
+    return model, params, tokenizer_from_dict(metadata.get("tokenizer", {}))
 
 
-def _maps(step: int, loaded: _Loaded, text: str | None, sample: str) -> Maps:
-    model, params, tokenizer = loaded
+def _maps(step: int, model: GPTModel, params: Params, tokenizer: Tokenizer, text: str | None, sample: str) -> Maps:
     cfg = model.cfg
     whole = encode(tokenizer, text, sample)
     ids = whole[: min(MOST_TOKENS, cfg.context_length)]
@@ -130,12 +117,7 @@ def _maps(step: int, loaded: _Loaded, text: str | None, sample: str) -> Maps:
 
 
 def encode(tokenizer: Tokenizer, text: str | None, sample: str) -> list[int]:
-    """Encode the requested text, or without one a sample, leaving out characters that the tokenizer cannot encode.
-
-    Raises:
-        InputError: a requested text that cannot be encoded.
-        MissingInputError: the tokenizer's own files are missing.
-    """
+    """Encode the requested text, or without one a sample, leaving out characters that the tokenizer cannot encode."""
     try:
         return tokenizer.encode(sample, allow_special=True) if text is None else tokenizer.encode(text)
     except MissingInputError:

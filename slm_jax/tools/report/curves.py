@@ -49,15 +49,7 @@ CURVES = (
 
 
 class Line(NamedTuple):
-    """A line of a figure; NaN in its values is a gap.
-
-    Attributes:
-        steps, values: the points.
-        color: the line's colour.
-        dash: Matplotlib's line style.
-        faint: whether it is drawn behind the others.
-        validation: whether each point is marked.
-    """
+    """A line of a figure; NaN in its values is a gap; one of validation has each point marked."""
 
     steps: np.ndarray
     values: np.ndarray
@@ -68,11 +60,9 @@ class Line(NamedTuple):
 
 
 def draw_curves(records: Sequence[Record], bits: bool) -> list[dict[str, Any]]:
-    """Return the picture of each figure in the logs as ``{title, src, alt}``, all runs on the same axes.
+    """Return the picture of each figure of runs of one task as ``{title, src, alt}``.
 
-    Args:
-        records: runs of the same task.
-        bits: whether to draw bits per byte, which compare models of different tokenizers.
+    ``bits`` adds bits per byte, which compare models of different tokenizers.
     """
     drawn = []
     for curve in CURVES:

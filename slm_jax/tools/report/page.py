@@ -1,6 +1,7 @@
 """The page of one run, or of several beside each other."""
 
 import functools
+import itertools
 import json
 import math
 import re
@@ -55,11 +56,7 @@ def _render(template: str, **values: object) -> str:
 
 
 def write_page(record: Record, text: str | None = None) -> str:
-    """Return the page of a run as HTML.
-
-    Args:
-        record: the run.
-        text: the text whose attention is drawn; None: the latest sample.
+    """Return the page of a run as HTML, with the attention of a text (None: of the latest sample).
 
     Raises:
         InputError: a text that the model's tokenizer cannot encode.
@@ -131,11 +128,10 @@ def _scores(record: Record) -> Table | None:
     moments = [moment for moment in ("before", "after") if record.measured(moment)]
     splits = [split for split in ("test", "validation", "train") if any(record.measured(m, split) for m in moments)]
     rows = []
-    for split in splits:
-        for key, form in SCORES.items():
-            cells = [record.measured(moment, split).get(key) for moment in moments]
-            if any(cell is not None for cell in cells):
-                rows.append([split, NAMES.get(key, key), *(figure(cell, form, "–") for cell in cells)])
+    for split, (key, form) in itertools.product(splits, SCORES.items()):
+        cells = [record.measured(moment, split).get(key) for moment in moments]
+        if any(cell is not None for cell in cells):
+            rows.append([split, NAMES.get(key, key), *(figure(cell, form, "–") for cell in cells)])
     head = ["split", "", *(f"{moment} training" for moment in moments)]
     return Table(head, rows, range(2, len(head))) if rows else None
 
@@ -188,10 +184,9 @@ def _matrix(figures: Row, caption: str) -> dict[str, Any] | None:
 
 def _spread(items: list[tuple[int, str]], most: int) -> dict[str, Any]:
     """Return at most so many items at equal distances, the first and the last included, and how many there are."""
-    chosen = items
-    if len(items) > most:
-        chosen = [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
-    return {"shown": chosen, "total": len(items)}
+    n_shown = min(most, len(items))
+    shown = [items[round(i)] for i in np.linspace(0, len(items) - 1, n_shown)] if items else []
+    return {"shown": shown, "total": len(items)}
 
 
 # --- Parameters, configuration ---
@@ -218,10 +213,8 @@ def _frozen(record: Record) -> list[tuple[str, list[int], str, bool]]:
     try:
         with safe_open(file, "numpy") as tensors:
             slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 (no mapping)
-            return [
-                (name, part.get_shape(), DTYPES.get(part.get_dtype(), part.get_dtype()), False)
-                for name, part in slices.items()
-            ]
+            dtypes = {name: DTYPES.get(part.get_dtype(), part.get_dtype()) for name, part in slices.items()}
+            return [(name, part.get_shape(), dtypes[name], False) for name, part in slices.items()]
     except (SafetensorError, OSError):
         return []
 
@@ -249,11 +242,10 @@ def _parameters(record: Record) -> Table | None:
 def _config(record: Record) -> dict[str, Any]:
     """Return the tables of the keys that differ from their defaults, and of all keys."""
     usual = {**defaults(record.task), "run": record.config.get("run")}  # a name is no default
-    changed = {key for key, value in record.config.items() if key not in usual or usual[key] != value}
+    changed = {key: value for key, value in record.config.items() if key not in usual or usual[key] != value}
     rows = [
-        [_code(key), _typed(record.config[key]), _typed(usual[key]) if key in usual else "no such key now"]
-        for key in record.config
-        if key in changed
+        [_code(key), _typed(value), _typed(usual[key]) if key in usual else "no such key now"]
+        for key, value in changed.items()
     ]
     every = [[_code(key), _typed(value, key in changed)] for key, value in record.config.items()]
     return {

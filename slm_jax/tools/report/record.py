@@ -13,10 +13,9 @@ import yaml
 
 from slm_jax.config import flatten, to_dict
 from slm_jax.errors import InputError, MissingInputError
-from slm_jax.runs import find_checkpoint, find_run, split_step
+from slm_jax.runs import RunFolder, best_step, find_checkpoint, find_run, saved_steps, split_step, try_metadata
 from slm_jax.tasks.config import TASKS, FinetuneConfig, RunConfig
-from slm_jax.training.checkpoint import best_step, read_metadata, saved_steps
-from slm_jax.training.run_folder import BEFORE, RunFolder
+from slm_jax.training.run_folder import BEFORE
 from slm_jax.weights.files import find_file
 from slm_jax.weights.hub import PINS
 
@@ -52,8 +51,7 @@ class Record:
     @property
     def environment(self) -> dict[str, Any]:
         """The machine and the versions that the run was trained with."""
-        found = self.summary.get("environment") or self.metadata.get("environment")
-        return found if isinstance(found, dict) else {}
+        return as_dict(self.summary.get("environment") or self.metadata.get("environment"))
 
     @property
     def unit(self) -> str:
@@ -84,8 +82,7 @@ class Record:
         if moment == "after" and self.continued:
             return {}
         found = self.summary.get(moment) or (self.folder.read_json(BEFORE) if moment == "before" else None)
-        figures = found.get(split) if isinstance(found, dict) else None
-        return figures if isinstance(figures, dict) else {}
+        return as_dict(as_dict(found).get(split))
 
     def points(self, split: str, key: str) -> tuple[np.ndarray, np.ndarray]:
         """Return steps and values of a logged figure; NaN where it was not finite."""
@@ -113,18 +110,21 @@ class Record:
 
     def responses(self) -> list[tuple[Row, str | None, str | None]]:
         """Return the test instructions, each with the answers before and after training; None if there is none."""
-        before, after = (self._answers(name) for name in ("responses-before.json", "responses.json"))
-        after = [] if self.continued else after
-        texts = [[str(entry.get("model_response", "")) for entry in entries] for entries in (before, after)]
-        if len(before) == len(after):
-            return list(zip(after, *texts, strict=True))
-        if after:
-            return [(entry, None, text) for entry, text in zip(after, texts[1], strict=True)]
-        return [(entry, text, None) for entry, text in zip(before, texts[0], strict=True)]
+        before = self._answers("responses-before.json")
+        after = [] if self.continued else self._answers("responses.json")
+        texts: list[list[Any]] = [[str(entry.get("model_response", "")) for entry in each] for each in (before, after)]
+        if len(before) != len(after):
+            texts[1 if not after else 0] = [None] * len(after or before)
+        return list(zip(after or before, *texts, strict=True))
 
     def _answers(self, name: str) -> list[Row]:
         entries = self.folder.read_json(name)
         return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+
+
+def as_dict(value: object) -> dict[str, Any]:
+    """Return a dictionary as it is, and everything else as an empty one."""
+    return value if isinstance(value, dict) else {}
 
 
 def number(value: object) -> float:
@@ -141,10 +141,7 @@ def figure(value: object, form: str, missing: str = "not finite") -> str:
 
 
 def read_records(names: Sequence[str]) -> list[Record]:
-    """Read runs, each once.
-
-    Args:
-        names: folders or names of runs; ``runs/tiny@800`` selects a checkpoint.
+    """Read runs by folder or name, each once; ``runs/tiny@800`` selects a checkpoint.
 
     Raises:
         MissingInputError: no run there, or no checkpoint of that step.
@@ -189,26 +186,17 @@ def _are_weights(path: Path) -> bool:
 
 
 def _read(folder: RunFolder, label: str, step: int | None) -> Record:
-    metadata: dict[str, Any] = {}
-    for candidate in steps_to_try(folder, step):
-        with contextlib.suppress(InputError):
-            metadata = read_metadata(folder.checkpoints, candidate)
-            break
-    summary = folder.read_json("summary.json")
-    summary = summary if isinstance(summary, dict) else {}
-    config = _config(folder) or flatten(metadata.get("config", {}))
-    rows = []
+    metadata = try_metadata(folder, steps_to_try(folder, step))
+    summary = as_dict(folder.read_json("summary.json"))
+    config: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError, yaml.YAMLError, RecursionError):
+        config = flatten(as_dict(yaml.safe_load((folder.path / "config.yaml").read_text(encoding="utf-8"))))
+    config = config or flatten(metadata.get("config", {}))
+    rows: list[Row] = []
     with contextlib.suppress(OSError):
         rows = [row for row in folder.metrics() if isinstance(row["step"], int) and isinstance(row["split"], str)]
     task = config.get("task") or summary.get("task")
     return Record(folder, label, step, task if task in TASKS else next(iter(TASKS)), config, rows, metadata, summary)
-
-
-def _config(folder: RunFolder) -> dict[str, Any]:
-    with contextlib.suppress(OSError, ValueError, yaml.YAMLError, RecursionError):
-        values = yaml.safe_load((folder.path / "config.yaml").read_text(encoding="utf-8"))
-        return flatten(values) if isinstance(values, dict) else {}
-    return {}
 
 
 def steps_to_try(folder: RunFolder, step: int | None) -> list[int]:

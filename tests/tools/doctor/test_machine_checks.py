@@ -155,12 +155,3 @@ def test_an_unreachable_network_is_a_note(monkeypatch):
     ((level, text),) = machine_checks.check_network()  # the proxy is gone
     assert level == "note"
     assert text.startswith("cannot reach huggingface.co (GPT-2's weights), ")
-
-
-def test_the_size_of_a_folder_is_that_of_its_files(tmp_path):
-    (tmp_path / "a" / "b").mkdir(parents=True)
-    (tmp_path / "a" / "b" / "x").write_bytes(b"12345")
-    (tmp_path / "y").write_bytes(b"123")
-    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
-    assert 8 <= checks.folder_size(tmp_path) < 1000
-    assert checks.folder_size(tmp_path / "none") == 0

@@ -31,17 +31,8 @@ ROWS = 4
 
 
 def shape(**changes):
-    return GPTConfig(
-        **{
-            "vocab_size": 512,
-            "context_length": 128,
-            "emb_dim": 64,
-            "n_heads": 2,
-            "n_layers": 2,
-            "unroll": False,
-            **changes,
-        }
-    )
+    small = {"vocab_size": 512, "context_length": 128, "emb_dim": 64, "n_heads": 2, "n_layers": 2, "unroll": False}
+    return GPTConfig(**{**small, **changes})
 
 
 def work(cfg, target=CPU, attention="explicit", rows=ROWS, accumulate=1):

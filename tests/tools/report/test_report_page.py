@@ -8,7 +8,7 @@ from reports import CONFIG, Page, make_run, train, val
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.tools.report import record as reading
 from slm_jax.tools.report.page import MOST_CLASSES, MOST_SAMPLES, facts, write_comparison, write_page
-from slm_jax.tools.report.record import defaults, figure, read_records, steps_to_try
+from slm_jax.tools.report.record import defaults, read_records, steps_to_try
 
 MARKUP = "<b>&\"'</b> 日本語 😀 </style></pre><script>alert(1)</script>"
 
@@ -205,12 +205,6 @@ def test_the_median_of_the_speeds(tmp_path):
     rows = [train(step, tokens_per_second=speed) for step, speed in enumerate([1.0, None, 3.0, 100.0, 5.0])]
     (record,) = read_records([str(make_run(tmp_path / "a", rows))])
     assert facts(record)["tokens a second"] == "4 (median)"
-
-
-def test_figures_that_are_not_finite():
-    assert figure(0.5, ".1%") == "50.0%"
-    assert figure(None, ".1%") == figure(float("nan"), ".1%") == figure(1e301, ".1%") == "not finite"
-    assert figure("x", ".1%", "–") == "–"
 
 
 def test_missing_runs_and_checkpoints(tmp_path):
