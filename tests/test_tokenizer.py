@@ -91,12 +91,6 @@ def test_every_kind_keeps_the_contract(kind):
     assert isinstance(every, str)
 
 
-@pytest.mark.parametrize("kind", ["char", "bpe", pytest.param("gpt2", marks=needs_gpt2)])
-def test_round_trip_is_exact(kind):
-    tokenizer = make(kind)
-    assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_saved_tokenizer_is_the_same_tokenizer(kind, tmp_path):
     tokenizer = make(kind)
@@ -120,14 +114,8 @@ def test_a_saved_tokenizer_is_the_same_tokenizer(kind, tmp_path):
 
 
 def test_fingerprints_tell_tokenizers_apart():
-    others = [
-        make("simple"),
-        make("char"),
-        make("bpe"),
-        BPETokenizer.train(TEXT, vocab_size=319),
-        CharTokenizer().build_vocab(TEXT + "é"),
-        GPT2Tokenizer(),
-    ]
+    others = [*map(make, ("simple", "char", "bpe", "gpt2")), CharTokenizer().build_vocab(TEXT + "é")]
+    others.append(BPETokenizer.train(TEXT, vocab_size=319))
     assert len({fingerprint(tokenizer) for tokenizer in others}) == len(others)
 
 
@@ -182,11 +170,8 @@ def test_special_text_in_a_character_vocabulary_is_spelled_out_unless_allowed():
     spelled = tokenizer.encode(text)
     assert len(spelled) == len(text)
     assert tokenizer.eot_id not in spelled
-    assert tokenizer.encode(text, allow_special=True) == [
-        *tokenizer.encode("cat"),
-        tokenizer.eot_id,
-        *tokenizer.encode("dog"),
-    ]
+    allowed = tokenizer.encode(text, allow_special=True)
+    assert allowed == [*tokenizer.encode("cat"), tokenizer.eot_id, *tokenizer.encode("dog")]
     assert tokenizer.decode(spelled) == tokenizer.decode(tokenizer.encode(text, allow_special=True)) == text
 
 
@@ -235,13 +220,6 @@ def test_an_unknown_character_is_named_with_its_place():
         tokenizer.encode(f"a{END_OF_TEXT}bxc", allow_special=True)
 
 
-@given(UNICODE)
-def test_characters_round_trip(text):
-    if text:
-        tokenizer = CharTokenizer().build_vocab(text)
-        assert tokenizer.decode(tokenizer.encode(text)) == text
-
-
 @pytest.mark.parametrize("cls", [SimpleTokenizer, CharTokenizer])
 def test_a_vocabulary_comes_before_its_use(cls, tmp_path):
     for use in (lambda t: t.encode("a"), lambda t: t.decode([0]), lambda t: t.vocab_size, lambda t: t.save(tmp_path)):
@@ -255,6 +233,7 @@ def test_a_vocabulary_comes_before_its_use(cls, tmp_path):
 
 
 @given(UNICODE)
+@example(TEXT)
 @example("")
 @example("\0\0 \0")
 @example("e\u0301 \u0301\u0301")
@@ -262,7 +241,8 @@ def test_a_vocabulary_comes_before_its_use(cls, tmp_path):
 @example("\x1c \x1d\n" * 3)
 @example("".join(map(chr, range(0x180))))
 def test_any_unicode_round_trips(text):
-    for tokenizer in [_BPE, GPT2Tokenizer()] if HAS_GPT2 else [_BPE]:
+    chars = [CharTokenizer().build_vocab(text)] if text else []
+    for tokenizer in [_BPE, *chars, *([GPT2Tokenizer()] if HAS_GPT2 else [])]:
         assert tokenizer.decode(tokenizer.encode(text, allow_special=True)) == text
 
 
@@ -318,11 +298,8 @@ def test_training_gives_the_same_merges_in_every_process():
     )
     prints = []
     for threads in ("1", "3"):
-        env = os.environ | {
-            "PYTHONHASHSEED": threads,
-            "RAYON_NUM_THREADS": threads,
-            "PYTHONPATH": os.pathsep.join(sys.path),
-        }
+        path = os.pathsep.join(sys.path)
+        env = os.environ | {"PYTHONHASHSEED": threads, "RAYON_NUM_THREADS": threads, "PYTHONPATH": path}
         prints.append(subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True))
     assert prints[0].stdout == prints[1].stdout != ""
 
@@ -497,12 +474,3 @@ def test_a_failed_save_leaves_the_old_file(monkeypatch, tmp_path):
         make("bpe").save(tmp_path)
     assert file.read_bytes() == before
     assert list(tmp_path.iterdir()) == [file]
-
-
-def test_importing_the_module_loads_no_tokenizer_library():
-    code = (
-        "import sys, slm_jax.tokenizer; print([m for m in ('tiktoken', 'tokenizers', 'requests') if m in sys.modules])"
-    )
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"

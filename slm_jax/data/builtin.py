@@ -53,13 +53,15 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 # The standard library's source
 
 
-def source_files(stdlib: Path) -> Iterator[Path]:
-    """Yield the public modules below a folder, in no order."""
+def _source_files(stdlib: Path) -> list[Path]:
+    """Return the public modules below a folder, sorted."""
+    found = []
     for folder, subfolders, files in os.walk(stdlib):
         subfolders[:] = [name for name in subfolders if name not in SKIPPED_FOLDERS and not name.startswith("_")]
         for name in files:
             if name.endswith(".py") and (name == "__init__.py" or not name.startswith("_")):
-                yield Path(folder, name)
+                found.append(Path(folder, name))
+    return sorted(found)
 
 
 def _stdlib() -> Path:
@@ -74,12 +76,12 @@ def _no_source(name: str) -> MissingInputError:
 
 def _syntax_trees(stdlib: Path) -> Iterator[tuple[Path, ast.Module]]:
     """Yield each public module that can be parsed, without importing it."""
-    for path in sorted(source_files(stdlib)):
+    for path in _source_files(stdlib):
         with suppress(OSError, SyntaxError, ValueError):
             yield path, ast.parse(path.read_bytes())
 
 
-def is_prose(paragraph: str) -> bool:
+def _is_prose(paragraph: str) -> bool:
     """Whether a paragraph is one or more sentences, mostly letters."""
     letters = sum(character.isalpha() or character == " " for character in paragraph)
     long_enough = len(paragraph) >= SHORTEST_PARAGRAPH
@@ -95,10 +97,7 @@ def python_docs() -> tuple[str, ...]:
 
     They are sorted by name, topics among modules, so that a part cut off the end for validation holds both kinds.
     Only prose is kept, and no paragraph twice. Where the standard library comes without its source (an
-    embedded Python), only the topics remain. The first call takes a second or two.
-
-    Raises:
-        MissingInputError: this Python has neither the topics nor the standard library's source.
+    embedded Python), only the topics remain; MissingInputError: not even those. The first call takes a second or two.
     """
     named = [*_topics(), *_cached_modules(_stdlib())]
     seen: set[str] = set()
@@ -131,9 +130,9 @@ def _cached_modules(stdlib: Path) -> list[tuple[str, str]]:
 
 
 def _cache_file(stdlib: Path) -> Path:
-    """Return the cache's path, which changes with the library's files and with this module."""
+    """Return a path that changes with the library's files and with this module."""
     digest = hashlib.sha256(Path(__file__).read_bytes())
-    for path in sorted(source_files(stdlib)):
+    for path in _source_files(stdlib):
         status = path.stat()
         digest.update(f"{path} {status.st_size} {status.st_mtime_ns}\n".encode())
     version = ".".join(map(str, sys.version_info[:3]))
@@ -147,7 +146,7 @@ def _prose(text: str, seen: set[str]) -> str:
     less English. A paragraph that occurs twice could be in both splits.
     """
     paragraphs = (" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text))
-    fresh = [p for p in dict.fromkeys(paragraphs) if is_prose(p) and p not in seen]
+    fresh = [p for p in dict.fromkeys(paragraphs) if _is_prose(p) and p not in seen]
     seen.update(fresh)
     return "\n".join(fresh)
 
@@ -173,13 +172,10 @@ def prose_or_code() -> tuple[dict[str, str], ...]:
     Prose is the sentences of docstrings and comments, without quotes, comment signs and the last full stop; code
     is statements without either. Paragraphs that are both or neither are left out, as are repeated texts; a
     module gives as many of one class as of the other. The first call takes a second or two.
-
-    Raises:
-        MissingInputError: this Python comes without the standard library's source.
     """
     seen: set[str] = set()
     labelled: list[dict[str, str]] = []
-    for path in sorted(source_files(_stdlib())):
+    for path in _source_files(_stdlib()):
         found: dict[str, list[str]] = {"prose": [], "code": []}
         for text, label in _paragraphs(path):
             key = " ".join(text.split())
@@ -213,7 +209,7 @@ def _paragraphs(path: Path) -> Iterator[tuple[str, str]]:
             yield text, "code"
         elif kind in ({"docstring"}, {"comment"}):
             text = _MARKS.sub("", text).strip()
-            if is_prose(" ".join(text.split())):
+            if _is_prose(" ".join(text.split())):
                 yield text.rstrip(".!?: \n"), "prose"  # code rarely ends so: the last token would give the class away
 
 
@@ -243,16 +239,13 @@ def docstring_entries() -> tuple[dict[str, str], ...]:
 
     They are in the order of their files; repeated signatures and docstrings without prose are left out. The
     source is parsed, nothing is imported; the first call takes a second or two.
-
-    Raises:
-        MissingInputError: this Python comes without the standard library's source.
     """
     explained: dict[str, str] = {}
     for _, tree in _syntax_trees(_stdlib()):
         for function in _public_functions(tree):
             raw = ast.get_docstring(function, clean=False) or ""
             paragraph = " ".join(inspect.cleandoc(raw).partition("\n\n")[0].split())
-            if is_prose(paragraph) and paragraph.isprintable():  # no half surrogate pairs
+            if _is_prose(paragraph) and paragraph.isprintable():  # no half surrogate pairs
                 explained.setdefault(_signature(function), paragraph)
     if not explained:
         raise _no_source("docstrings")
