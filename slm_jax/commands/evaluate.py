@@ -97,6 +97,7 @@ def _measure(options: Options, source: str, responses: "list[Response] | None") 
     from rich.progress import track
 
     from slm_jax.evaluation.benchmarks import hellaswag, lambada
+    from slm_jax.evaluation.logprobs import Scorer
     from slm_jax.evaluation.responses import reference_loss
     from slm_jax.evaluation.results import to_dict
     from slm_jax.evaluation.text import evaluate_source
@@ -123,8 +124,7 @@ def _measure(options: Options, source: str, responses: "list[Response] | None") 
     with jax.default_matmul_precision("highest" if options.dtype == "float32" else "default"):
         for name, measure in measurements.items():
             show = partial(track, description=name, console=console, transient=True, disable=not console.is_terminal)
-            result = measure(model, loaded.params, loaded.tokenizer, batch_size=options.batch_size, track=show)
-            figures[name] = to_dict(result)
+            figures[name] = to_dict(measure(Scorer(model, loaded.params, loaded.tokenizer, options.batch_size, show)))
     return figures
 
 

@@ -9,10 +9,8 @@ import numpy as np
 from slm_jax.data.rows import Row
 from slm_jax.data.sources import parse_source
 from slm_jax.errors import InputError, located
-from slm_jax.evaluation.logprobs import Pair, Track, continuation_logprobs, encode_pair, is_truncated
+from slm_jax.evaluation.logprobs import Pair, Scorer
 from slm_jax.evaluation.results import perplexity, standard_error
-from slm_jax.model import GPTModel, Params
-from slm_jax.tokenizer import Tokenizer
 
 # Each benchmark in TensorFlow Datasets: the split that is scored, and the fields that have another name there.
 _TFDS = {
@@ -43,38 +41,20 @@ class BenchmarkResult:
 
 @dataclasses.dataclass(frozen=True)
 class LambadaResult(BenchmarkResult):
-    """Result of LAMBADA.
-
-    Attributes:
-        perplexity: exp of the mean over passages of the last word's negative log-probability (nats).
-    """
+    """``perplexity``: exp of the mean over passages of the last word's negative log-probability (nats)."""
 
     perplexity: float
 
 
 @dataclasses.dataclass(frozen=True)
 class HellaSwagResult(BenchmarkResult):
-    """Result of HellaSwag.
-
-    Attributes:
-        acc_norm: accuracy by log-probability per character of the ending, which doesn't favour short endings.
-        acc_norm_stderr: standard error of ``acc_norm``.
-    """
+    """``acc_norm``: accuracy by log-probability per character of the ending, which doesn't favour short endings."""
 
     acc_norm: float
     acc_norm_stderr: float
 
 
-def lambada(
-    model: GPTModel,
-    params: Params,
-    tokenizer: Tokenizer,
-    source: str,
-    *,
-    batch_size: int = 8,
-    limit: int | None = None,
-    track: Track = iter,
-) -> LambadaResult:
+def lambada(scorer: Scorer, source: str, limit: int | None = None) -> LambadaResult:
     """Score the prediction of each passage's last word (Paperno et al. 2016).
 
     The context is the text up to its last space, the target that space and the last word, as in the harness's
@@ -82,35 +62,27 @@ def lambada(
     with spaces around punctuation (``lambada_standard``), on which scores are lower.
 
     Args:
-        model: the model.
-        params: its parameters.
-        tokenizer: the model's tokenizer.
+        scorer: the model and its tokenizer.
         source: ``jsonl:FILE`` with ``text`` in each line, or ``tfds:lambada[:SPLIT]`` (default: test).
-        batch_size: passages per batch.
         limit: score only the first ``limit`` passages.
-        track: wraps the list of batches, to show progress.
 
     Raises:
         InputError: the source cannot be read, or an example is malformed.
     """
-    pairs = [_lambada_pair(tokenizer, row) for row in read_examples(source, "lambada", limit)]
-    logprobs, is_greedy = continuation_logprobs(model, params, pairs, batch_size, track)
+    pairs = []
+    for row in read_examples(source, "lambada", limit):
+        text = row.filled("text").rstrip()
+        context, _, last_word = text.rpartition(" ")
+        with located(row.where):
+            pairs.append(scorer.encode(context, f" {last_word}"))
+    logprobs, is_greedy = scorer.score(pairs)
     return LambadaResult(
-        **_common(source, [[is_truncated(model, pair)] for pair in pairs], is_greedy),
+        **_common(source, [scorer.is_truncated(pair) for pair in pairs], is_greedy),
         perplexity=perplexity(-float(logprobs.mean())),
     )
 
 
-def hellaswag(
-    model: GPTModel,
-    params: Params,
-    tokenizer: Tokenizer,
-    source: str,
-    *,
-    batch_size: int = 8,
-    limit: int | None = None,
-    track: Track = iter,
-) -> HellaSwagResult:
+def hellaswag(scorer: Scorer, source: str, limit: int | None = None) -> HellaSwagResult:
     """Score the choice among endings of a context (Zellers et al. 2019); arguments and errors as :func:`lambada`.
 
     The context is ``activity_label: ctx_a Ctx_b``, with ``ctx_b`` capitalised; each ending follows after a space, and
@@ -119,26 +91,25 @@ def hellaswag(
     ``jsonl:FILE`` with these fields, ``endings`` and ``label``, or ``tfds:hellaswag[:SPLIT]`` (default: validation;
     the test split has no labels).
     """
-    examples = [_hellaswag_example(tokenizer, row) for row in read_examples(source, "hellaswag", limit)]
+    examples = [_hellaswag_example(scorer, row) for row in read_examples(source, "hellaswag", limit)]
     pairs = [pair for example in examples for pair in example.pairs]
-    logprobs, _ = continuation_logprobs(model, params, pairs, batch_size, track)
-    by_example = np.split(logprobs, np.cumsum([len(example.pairs) for example in examples])[:-1])
+    by_example = np.split(scorer.score(pairs)[0], np.cumsum([len(example.pairs) for example in examples])[:-1])
     scored = list(zip(by_example, examples, strict=True))
     hits = np.array([scores.argmax() == example.label for scores, example in scored])
     acc_norm = float(np.mean([(scores / example.lengths).argmax() == example.label for scores, example in scored]))
     return HellaSwagResult(
-        **_common(source, [[is_truncated(model, pair) for pair in example.pairs] for example in examples], hits),
+        **_common(source, [any(map(scorer.is_truncated, example.pairs)) for example in examples], hits),
         acc_norm=acc_norm,
         acc_norm_stderr=standard_error(acc_norm, len(examples)),
     )
 
 
-def _common(source: str, truncated: list[list[bool]], hits: np.ndarray) -> dict[str, Any]:
+def _common(source: str, truncated: list[bool], hits: np.ndarray) -> dict[str, Any]:
     acc = float(hits.mean())
     return {
         "source": source,
         "n_examples": len(hits),
-        "n_truncated": sum(map(any, truncated)),
+        "n_truncated": sum(truncated),
         "acc": acc,
         "acc_stderr": standard_error(acc, len(hits)),
     }
@@ -155,14 +126,6 @@ def read_examples(source: str, benchmark: str, limit: int | None) -> list[Row]:
     return [Row(row.where, {renamed.get(name, name): value for name, value in row.fields.items()}) for row in rows]
 
 
-def _lambada_pair(tokenizer: Tokenizer, row: Row) -> Pair:
-    text = row.text("text").rstrip()
-    if not text:
-        raise InputError(f"{row.where}: text is empty; expected a passage")
-    context, _, last_word = text.rpartition(" ")
-    return _encode(tokenizer, row, context, f" {last_word}")
-
-
 @dataclasses.dataclass(frozen=True)
 class _Example:
     """An encoded example of HellaSwag; ``lengths``: characters of each ending."""
@@ -172,23 +135,20 @@ class _Example:
     label: int
 
 
-def _hellaswag_example(tokenizer: Tokenizer, row: Row) -> _Example:
+def _hellaswag_example(scorer: Scorer, row: Row) -> _Example:
     endings = row.field("endings")
     if not isinstance(endings, list) or len(endings) < 2 or not all(isinstance(e, str) and e.strip() for e in endings):
         raise InputError(f"{row.where}: endings is {endings!r:.60}; expected a list of at least two texts")
-    context = _without_brackets(f"{row.text('activity_label')}: {_hellaswag_context(row)}")
-    endings = [_without_brackets(ending) for ending in endings]
-    return _Example(
-        pairs=[_encode(tokenizer, row, context, f" {ending}") for ending in endings],
-        lengths=np.array([len(ending) or 1e-9 for ending in endings]),  # acc_norm never chooses an empty one
-        label=_label(row, len(endings)),
-    )
-
-
-def _hellaswag_context(row: Row) -> str:
     if "ctx" in row.fields and not {"ctx_a", "ctx_b"} <= row.fields.keys():
-        return row.text("ctx")
-    return f"{row.text('ctx_a')} {row.text('ctx_b').capitalize()}"
+        text = row.text("ctx")
+    else:
+        text = f"{row.text('ctx_a')} {row.text('ctx_b').capitalize()}"
+    context = _without_brackets(f"{row.text('activity_label')}: {text}")
+    endings = [_without_brackets(ending) for ending in endings]
+    with located(row.where):
+        pairs = [scorer.encode(context, f" {ending}") for ending in endings]
+    # acc_norm never chooses an empty ending
+    return _Example(pairs, np.array([len(ending) or 1e-9 for ending in endings]), _label(row, len(endings)))
 
 
 def _without_brackets(text: str) -> str:
@@ -205,8 +165,3 @@ def _label(row: Row, n_endings: int) -> int:
     if type(number) is not int or not 0 <= number < n_endings:
         raise InputError(f"{row.where}: label is {label!r:.60}; expected a number from 0 to {n_endings - 1}")
     return number
-
-
-def _encode(tokenizer: Tokenizer, row: Row, context: str, continuation: str) -> Pair:
-    with located(row.where):
-        return encode_pair(tokenizer, context, continuation)

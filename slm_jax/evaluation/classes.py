@@ -79,7 +79,6 @@ class Classifier:
 
         if isinstance(texts, str):
             raise InputError(f"texts is {texts!r:.60}; expected a list of texts, even for a single one")
-        assert batch_size >= 1, batch_size
         for text in texts:
             if not isinstance(text, str) or not text.strip():
                 raise InputError(f"a text is {text!r:.60}; expected text that is not empty")
@@ -111,35 +110,28 @@ class ClassFigures:
     """Figures of a confusion matrix.
 
     Attributes:
-        classes: names of the classes.
-        confusion: (classes, classes), number of texts by true class (row) and predicted class (column).
         accuracy: share of texts whose class was predicted correctly.
+        macro_f1: unweighted mean of ``f1``.
+        classes: names of the classes.
         precision: for each class, the share of texts predicted as this class that belong to it; 0 if there are none.
         recall: for each class, the share of its texts that were predicted as this class; 0 if it has no text.
         f1: for each class, the harmonic mean of precision and recall; 0 if both are 0.
         support: for each class, the number of its texts.
-        macro_f1: unweighted mean of ``f1``.
+        confusion: (classes, classes), number of texts by true class (row) and predicted class (column).
     """
 
-    classes: tuple[str, ...]
-    confusion: Int[np.ndarray, "classes classes"]
     accuracy: float
+    macro_f1: float
+    classes: tuple[str, ...]
     precision: tuple[float, ...]
     recall: tuple[float, ...]
     f1: tuple[float, ...]
     support: tuple[int, ...]
-    macro_f1: float
+    confusion: Int[np.ndarray, "classes classes"]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as JSON data, the matrix as a list of rows."""
-        by_class = {name: list(getattr(self, name)) for name in ("precision", "recall", "f1", "support")}
-        return {
-            "accuracy": self.accuracy,
-            "macro_f1": self.macro_f1,
-            "classes": list(self.classes),
-            **by_class,
-            "confusion": self.confusion.tolist(),
-        }
+        return {**vars(self), "confusion": self.confusion.tolist()}
 
 
 def class_figures(confusion: Int[np.ndarray, "classes classes"], classes: Sequence[str]) -> ClassFigures:
@@ -223,15 +215,8 @@ def _draw_matrix(axes: "Axes", figures: ClassFigures) -> None:
     if len(shares) > MOST_CLASSES:
         return
     for (row, column), share in np.ndenumerate(shares):
-        axes.text(
-            column,
-            row,
-            f"{figures.confusion[row, column]:,}\n{share:.0%}",
-            ha="center",
-            va="center",
-            fontsize=8,
-            color="white" if share > 0.5 else "black",
-        )
+        text, color = f"{figures.confusion[row, column]:,}\n{share:.0%}", "white" if share > 0.5 else "black"
+        axes.text(column, row, text, ha="center", va="center", fontsize=8, color=color)
 
 
 def _short(names: Sequence[str]) -> list[str]:

@@ -10,10 +10,8 @@ from slm_jax.data.row_files import read_json_rows
 from slm_jax.data.rows import Row
 from slm_jax.data.templates import Message, Template, entry_messages
 from slm_jax.errors import InputError, located
-from slm_jax.evaluation.logprobs import Pair, Track, continuation_logprobs, is_truncated
+from slm_jax.evaluation.logprobs import Scorer
 from slm_jax.evaluation.results import perplexity
-from slm_jax.model import GPTModel, Params
-from slm_jax.tokenizer import Tokenizer
 
 
 class Response(NamedTuple):
@@ -37,13 +35,7 @@ class Response(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ResponseScores:
-    """Agreement of responses with their references.
-
-    Attributes:
-        n: number of responses.
-        exact_match: share of responses that equal their reference (:func:`exact_match`).
-        rouge_l: mean of :func:`rouge_l`, 0 to 1.
-    """
+    """Agreement of ``n`` responses with their references: the means of :func:`exact_match` and :func:`rouge_l`."""
 
     n: int
     exact_match: float
@@ -52,13 +44,9 @@ class ResponseScores:
 
 @dataclasses.dataclass(frozen=True)
 class ReferenceLoss:
-    """Loss of the references under a model.
+    """Loss of the references under a model, in nats per token (each reference has its end-of-text token).
 
-    Attributes:
-        n_tokens: tokens of all references, each with its end-of-text token.
-        n_truncated: references that don't fit the model's context with their prompt, which was truncated on the left.
-        loss: mean nats per token.
-        perplexity: exp(loss).
+    ``n_truncated``: references that don't fit the model's context with their prompt, which was truncated on the left.
     """
 
     n_tokens: int
@@ -128,32 +116,20 @@ def score_responses(entries: Sequence[Response]) -> ResponseScores:
     )
 
 
-def reference_loss(
-    model: GPTModel,
-    params: Params,
-    tokenizer: Tokenizer,
-    template: Template,
-    entries: Sequence[Response],
-    *,
-    batch_size: int = 8,
-    track: Track = iter,
-) -> ReferenceLoss:
+def reference_loss(scorer: Scorer, template: Template, entries: Sequence[Response]) -> ReferenceLoss:
     """Measure the loss of the references, each after its prompt in the template and up to its end-of-text token.
 
-    The responses of ``entries`` are not used; ``batch_size`` and ``track`` as for :func:`continuation_logprobs`.
+    The responses of ``entries`` are not used.
 
     Raises:
         InputError: a text that the tokenizer cannot encode; a model that gives NaN.
     """
-    pairs = [_encode(tokenizer, template, entry) for entry in entries]
-    logprobs, _ = continuation_logprobs(model, params, pairs, batch_size, track)
+    pairs, tokenizer = [], scorer.tokenizer
+    for entry in entries:
+        reference, _ = template.pieces(entry.messages)[-1]
+        with located(entry.where):  # prompt and reference are encoded separately, as in training
+            prompt_ids = tokenizer.encode(template.prompt(entry.messages))
+            pairs.append((prompt_ids, [*tokenizer.encode(reference), tokenizer.eot_id]))
     n_tokens = sum(len(reference) for _, reference in pairs)
-    loss = -float(logprobs.sum()) / n_tokens
-    return ReferenceLoss(n_tokens, sum(is_truncated(model, pair) for pair in pairs), loss, perplexity(loss))
-
-
-def _encode(tokenizer: Tokenizer, template: Template, entry: Response) -> Pair:
-    """Encode prompt and reference separately, as training does."""
-    reference, _ = template.pieces(entry.messages)[-1]
-    with located(entry.where):
-        return tokenizer.encode(template.prompt(entry.messages)), [*tokenizer.encode(reference), tokenizer.eot_id]
+    loss = -float(scorer.score(pairs)[0].sum()) / n_tokens
+    return ReferenceLoss(n_tokens, sum(map(scorer.is_truncated, pairs)), loss, perplexity(loss))

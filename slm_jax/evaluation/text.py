@@ -9,16 +9,13 @@ from jaxtyping import Integer
 
 from slm_jax.data.corpus import encode_documents, open_tokens, split_documents
 from slm_jax.data.documents import read_documents
-from slm_jax.data.rows import Source
 from slm_jax.data.sources import check_text_column, parse_source
 from slm_jax.data.token_file import TokenSource
 from slm_jax.errors import InputError, located
-from slm_jax.evaluation.logprobs import Track, check_ids, target_logprobs
+from slm_jax.evaluation.logprobs import Scorer, target_logprobs
 from slm_jax.evaluation.results import perplexity
-from slm_jax.model import GPTModel, Params
-from slm_jax.tokenizer import Tokenizer
-
-Split = Literal["all", "train", "validation"]
+from slm_jax.generation.decode import check_ids
+from slm_jax.model import GPTModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,18 +33,9 @@ class TextLoss:
 
 @dataclasses.dataclass(frozen=True)
 class SourceLoss:
-    """The cross-entropy of a source, or of one split of it.
+    """The cross-entropy of a source, or of one split of it: ``loss`` in nats per target (all tokens but the first).
 
-    Attributes:
-        source: source, as given.
-        split: all, train or validation.
-        context_length: tokens of a window.
-        stride: tokens between the starts of windows.
-        n_targets: number of predicted tokens: all but the first.
-        n_bytes: size of the text in UTF-8; None for a source of tokens.
-        loss: nats per target.
-        perplexity: exp(loss).
-        bits_per_byte: None for a source of tokens.
+    ``n_bytes``, the size of the text in UTF-8, and ``bits_per_byte`` are None for a source of tokens.
     """
 
     source: str
@@ -62,14 +50,11 @@ class SourceLoss:
 
 
 def text_loss(
-    model: GPTModel,
-    params: Params,
+    scorer: Scorer,
     tokens: Integer[np.ndarray, " tokens"],
     *,
     context_length: int | None = None,
     stride: int | None = None,
-    batch_size: int = 8,
-    track: Track = iter,
 ) -> TextLoss:
     """Measure the loss of a text of any length; each token but the first is a target exactly once.
 
@@ -79,11 +64,10 @@ def text_loss(
     proportionally more. Hugging Face's recipe ("Perplexity of fixed-length models") counts a window's last target
     among its ``max_length`` tokens: it is this one with ``context_length = max_length - 1``.
 
-    ``batch_size`` windows are computed at a time; ``track`` wraps the list of batches, to show progress.
-
     Raises:
         InputError: fewer than two tokens, an id outside the vocabulary, a number out of range.
     """
+    model, batch_size = scorer.model, scorer.batch_size
     context_length, stride = _window(model, context_length, stride)
     tokens = np.asarray(tokens)
     if tokens.size < 2:
@@ -94,31 +78,27 @@ def text_loss(
     starts = np.arange(0, max(1, n_targets - context_length + stride), stride)
     shape = (min(batch_size, len(starts)), width)
     loss_sum = 0.0
-    for first in track(range(0, len(starts), batch_size)):
+    for first in scorer.track(range(0, len(starts), batch_size)):
         inputs, targets, counts = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, bool)
         for i, start in enumerate(starts[first : first + batch_size]):
             window = tokens[start : start + width + 1]
             n = window.size - 1
             inputs[i, :n], targets[i, :n] = window[:-1], window[1:]
             counts[i, context_length - stride if start else 0 : n] = True
-        logprobs, _ = target_logprobs(model, params, inputs, targets)
+        logprobs, _ = target_logprobs(model, scorer.params, inputs, targets)
         loss_sum -= float(np.asarray(logprobs)[counts].sum(dtype=np.float64))
     return TextLoss(loss_sum, n_targets)
 
 
 def evaluate_source(
-    model: GPTModel,
-    params: Params,
-    tokenizer: Tokenizer,
+    scorer: Scorer,
     source: str,
     *,
     text_column: str | None = None,
-    split: Split = "all",
+    split: Literal["all", "train", "validation"] = "all",
     validation_fraction: float = 0.1,
     context_length: int | None = None,
     stride: int | None = None,
-    batch_size: int = 8,
-    track: Track = iter,
 ) -> SourceLoss:
     """Measure the loss of a source (as for pretraining, such as ``text:GLOB``), or of a split of it.
 
@@ -130,17 +110,23 @@ def evaluate_source(
         InputError: a source that cannot be read, or doesn't fit the tokenizer or the model.
     """
     assert 0 < validation_fraction < 1, validation_fraction
-    context_length, stride = _window(model, context_length, stride)  # before a long read
+    context_length, stride = _window(scorer.model, context_length, stride)  # before a long read
     parsed, n_bytes = parse_source(source), None
     check_text_column(text_column, [parsed])
     if isinstance(parsed, TokenSource):
-        tokens = _token_split(parsed, tokenizer, split, validation_fraction)
+        tokens = open_tokens(parsed, scorer.tokenizer).tokens
+        cut = int(len(tokens) * (1 - validation_fraction))
+        tokens = {"all": tokens, "train": tokens[:cut], "validation": tokens[cut:]}[split]
     else:
-        tokens, n_bytes = _text_split(parsed, text_column, tokenizer, split, validation_fraction)
+        documents = read_documents(parsed, text_column)
+        if split != "all":
+            train, validation = split_documents(documents, validation_fraction)
+            documents = train if split == "train" else validation
+        with located(parsed):
+            tokens = encode_documents(documents, scorer.tokenizer)
+        n_bytes = sum(len(document.encode()) for document in documents)
     with located(f"{source} (split {split})"):
-        measured = text_loss(
-            model, params, tokens, context_length=context_length, stride=stride, batch_size=batch_size, track=track
-        )
+        measured = text_loss(scorer, tokens, context_length=context_length, stride=stride)
     return SourceLoss(
         source=source,
         split=split,
@@ -152,25 +138,6 @@ def evaluate_source(
         perplexity=perplexity(measured.loss),
         bits_per_byte=None if n_bytes is None else measured.loss_sum / math.log(2) / n_bytes,
     )
-
-
-def _token_split(source: TokenSource, tokenizer: Tokenizer, split: Split, validation_fraction: float) -> np.ndarray:
-    tokens = open_tokens(source, tokenizer).tokens
-    cut = int(len(tokens) * (1 - validation_fraction))
-    return {"all": tokens, "train": tokens[:cut], "validation": tokens[cut:]}[split]
-
-
-def _text_split(
-    source: Source, text_column: str | None, tokenizer: Tokenizer, split: Split, validation_fraction: float
-) -> tuple[np.ndarray, int]:
-    """Return the ids and the number of UTF-8 bytes."""
-    documents = read_documents(source, text_column)
-    if split != "all":
-        train, validation = split_documents(documents, validation_fraction)
-        documents = train if split == "train" else validation
-    with located(source):
-        tokens = encode_documents(documents, tokenizer)
-    return tokens, sum(len(document.encode()) for document in documents)
 
 
 def _window(model: GPTModel, context_length: int | None, stride: int | None) -> tuple[int, int]:

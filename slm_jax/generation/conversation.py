@@ -1,5 +1,6 @@
 """Conversations: a prompt from a template, the answer up to its end, within the model's context."""
 
+import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
@@ -45,18 +46,9 @@ def answer(
 ) -> list[str]:
     """Answer conversations independently of each other, each up to the end-of-text token or the template's stop text.
 
-    Args:
-        model: the model.
-        params: its parameters, in any form that the model runs.
-        prompts: conversations; the last message of each is the user's.
-        tokenizer: the model's tokenizer.
-        template: the template that the model was trained with.
-        max_new_tokens: maximum number of tokens of an answer. A prompt of more than :func:`prompt_room` tokens is
-            truncated on the left.
-        temperature: see :class:`slm_jax.generation.sampler.Sampling`; 0 is greedy.
-        top_k: see :class:`slm_jax.generation.sampler.Sampling`.
-        key: random key; not needed if greedy.
-        stop: called before each batch; may raise to stop early.
+    The last message of each conversation is the user's. A prompt of more than :func:`prompt_room` tokens is truncated
+    on the left. ``stop`` is called before each batch and may raise to stop early. Other arguments as for
+    :func:`slm_jax.generate`, but greedy by default.
     """
     room = prompt_room(model.cfg, max_new_tokens)
     ids = [tokenizer.encode(template.prompt(messages))[-room:] for messages in prompts]
@@ -84,36 +76,30 @@ def _text(ids: np.ndarray, tokenizer: Tokenizer, template: Template) -> str:
     return text.strip()
 
 
+@dataclasses.dataclass
 class Conversation:
     """A conversation with a model, which remembers its turns.
 
     Attributes:
-        turns: pairs of a message and its answer; the oldest are dropped when the context is full.
         sampling: how tokens are chosen; may be replaced between answers.
+        introduction: system message at the start; empty: none.
+        turns: pairs of a message and its answer; the oldest are dropped when the context is full.
+        n_answers: number of answers, from which and the seed each answer's random key is made.
     """
 
-    def __init__(
-        self,
-        model: GPTModel,
-        params: Params,
-        tokenizer: Tokenizer,
-        template: Template,
-        sampling: Sampling,
-        *,
-        max_new_tokens: int,
-        introduction: str = "",
-        seed: int = 0,
-    ):
-        self.turns: list[tuple[str, str]] = []
-        self.sampling = sampling
-        self._model = model
-        self._params = unstack_blocks(params)
-        self._tokenizer = tokenizer
-        self._template = template
-        self._max_new_tokens = max_new_tokens
-        self._introduction = introduction
-        self._key = jax.random.key(seed)
-        self._n_answers = 0
+    model: GPTModel
+    params: Params
+    tokenizer: Tokenizer
+    template: Template
+    sampling: Sampling
+    max_new_tokens: int
+    introduction: str = ""
+    seed: int = 0
+    turns: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    n_answers: int = 0
+
+    def __post_init__(self) -> None:
+        self.params = unstack_blocks(self.params)
 
     def answer(self, message: str) -> Iterator[str]:
         """Yield the answer piece by piece; it is remembered even if the iterator is closed early.
@@ -123,12 +109,12 @@ class Conversation:
         """
         turns, prompt = self._fit(message)
         pieces = stream_text(
-            self._model, self._params, self._tokenizer, prompt, self.sampling,
-            max_new_tokens=self._max_new_tokens, stop=self._template.stop, past_context="stop",
-            key=jax.random.fold_in(self._key, self._n_answers),
+            self.model, self.params, self.tokenizer, prompt, self.sampling,
+            max_new_tokens=self.max_new_tokens, stop=self.template.stop, past_context="stop",
+            key=jax.random.fold_in(jax.random.key(self.seed), self.n_answers),
         )  # fmt: skip
         self.turns = turns
-        self._n_answers += 1
+        self.n_answers += 1
         return self._remember(message, pieces)
 
     def _remember(self, message: str, pieces: Iterator[str]) -> Iterator[str]:
@@ -151,19 +137,17 @@ class Conversation:
 
     def _fit(self, message: str) -> tuple[list[tuple[str, str]], str]:
         """Return the latest turns that leave room for an answer, and the text with them and the message."""
-        room = prompt_room(self._model.cfg, self._max_new_tokens)
+        room = prompt_room(self.model.cfg, self.max_new_tokens)
+        system = [Message("system", self.introduction)] if self.introduction else []
         for first in range(len(self.turns) + 1):
-            prompt = self._text(self.turns[first:], message)
-            n_tokens = len(self._tokenizer.encode(prompt))
+            messages = list(system)
+            for question, answer in self.turns[first:]:
+                messages += [Message("user", question), Message("assistant", answer)]
+            prompt = self.template.prompt([*messages, Message("user", message)])
+            n_tokens = len(self.tokenizer.encode(prompt))
             if n_tokens <= room:
                 return self.turns[first:], prompt
         raise InputError(
             f"the message with its template makes {n_tokens} tokens; expected at most {room}: the model's context has "
-            f"{self._model.cfg.context_length}, for prompt and answer"
+            f"{self.model.cfg.context_length}, for prompt and answer"
         )
-
-    def _text(self, turns: Sequence[tuple[str, str]], message: str) -> str:
-        messages = [Message("system", self._introduction)] if self._introduction else []
-        for question, answer in turns:
-            messages += [Message("user", question), Message("assistant", answer)]
-        return self._template.prompt([*messages, Message("user", message)])

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from slm_jax.errors import InputError
+from slm_jax.errors import InputError, located
 from slm_jax.generation.sampler import Numbers, Sampling, choose_tokens
 from slm_jax.model import GPTConfig, GPTModel, Params, init_cache
 from slm_jax.nn.blocks import segment_lengths, unstack_blocks
@@ -66,8 +66,11 @@ def generate(
     ragged = isinstance(prompts, Sequence)
     rows = [_as_row(row) for row in (prompts if ragged else np.atleast_1d(prompts))]  # one transfer from a device
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
-    chunks = _decode(model, params, rows, sampling, max_new_tokens, eos_id, past_context, key, chunk=None)
-    added = np.concatenate(list(chunks), axis=1)
+    portions = stream(
+        model, params, rows, sampling, max_new_tokens=max_new_tokens, eos_id=eos_id, past_context=past_context, key=key,
+        chunk=model.cfg.context_length,
+    )  # fmt: skip
+    added = np.concatenate(list(portions), axis=1)
     if eos_id is not None:  # all rows ended early
         added = np.pad(added, ((0, 0), (0, max_new_tokens - added.shape[1])), constant_values=eos_id)
     longest = model.cfg.context_length if past_context == "stop" else None
@@ -85,15 +88,21 @@ def stream(
     eos_id: int | None = None,
     past_context: PastContext = "slide",
     key: jax.Array | None = None,
+    chunk: int = 1,
 ) -> Iterator[np.ndarray]:
-    """Yield the next token of every prompt, int32 (batch,), until all have ended or ``max_new_tokens`` are made.
+    """Yield the next tokens of every prompt, int32 (batch, n), until all have ended or ``max_new_tokens`` are made.
 
-    A row that has ended yields ``eos_id`` (``NO_ID`` without one). Arguments and errors as for :func:`generate`;
-    errors are raised immediately, not at the first token.
+    n is at most ``chunk``. A row that has ended yields ``eos_id`` (``NO_ID`` without one). Other arguments and errors
+    as for :func:`generate`; errors are raised immediately, not at the first token.
     """
     rows = [_as_row(row) for row in prompts]
-    columns = _decode(model, params, rows, sampling, max_new_tokens, eos_id, past_context, key, chunk=1)
-    return (column[:, 0] for column in columns)
+    _check(model, params, rows, max_new_tokens, eos_id, past_context)
+    if not sampling.is_greedy and key is None:
+        raise InputError("no key to sample with; expected key=jax.random.key(seed), or temperature=0 (greedy)")
+    keys = None if sampling.is_greedy else _row_keys(key, len(rows))
+    rules = _Rules(sampling.numbers(), keys, np.int32(NO_ID if eos_id is None else eos_id))
+    decoder = _Decoder(model, None if sampling.is_greedy else sampling.top_k, past_context == "stop")
+    return decoder.portions(params, rows, rules, int(max_new_tokens), chunk)
 
 
 def stream_text(
@@ -123,11 +132,11 @@ def stream_text(
     n_ids = tokenizer.vocab_size
     if n_ids < (model.cfg.unpadded_vocab_size or model.cfg.vocab_size):  # the other ids have no text
         model = GPTModel(dataclasses.replace(model.cfg, unpadded_vocab_size=n_ids))
-    columns = stream(
+    portions = stream(
         model, params, [prompt_ids or [tokenizer.eot_id]], sampling,
         max_new_tokens=max_new_tokens, eos_id=tokenizer.eot_id, past_context=past_context, key=key,
     )  # fmt: skip
-    return _pieces(tokenizer, prompt_ids, (int(column[0]) for column in columns), stop)
+    return _pieces(tokenizer, prompt_ids, (int(portion[0, 0]) for portion in portions), stop)
 
 
 def _pieces(
@@ -186,27 +195,6 @@ class _Rules(NamedTuple):
     numbers: Numbers
     keys: Any
     eos_id: Any
-
-
-def _decode(
-    model: GPTModel,
-    params: Params,
-    rows: list[np.ndarray],
-    sampling: Sampling,
-    max_new_tokens: int,
-    eos_id: int | None,
-    past_context: PastContext,
-    key: jax.Array | None,
-    chunk: int | None,
-) -> Iterator[np.ndarray]:
-    """Check the arguments, then yield new tokens in portions (batch, n) of at most ``chunk`` tokens."""
-    _check(model, params, rows, max_new_tokens, eos_id, past_context)
-    if not sampling.is_greedy and key is None:
-        raise InputError("no key to sample with; expected key=jax.random.key(seed), or temperature=0 (greedy)")
-    keys = None if sampling.is_greedy else _row_keys(key, len(rows))
-    rules = _Rules(sampling.numbers(), keys, np.int32(NO_ID if eos_id is None else eos_id))
-    decoder = _Decoder(model, None if sampling.is_greedy else sampling.top_k, past_context == "stop")
-    return decoder.portions(params, rows, rules, int(max_new_tokens), chunk or model.cfg.context_length)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -328,6 +316,16 @@ def round_up(n: int, least: int, most: int) -> int:
     return min(max(1 << (n - 1).bit_length(), least), most)
 
 
+def check_ids(ids: np.ndarray, vocab_size: int) -> None:
+    """Raise InputError for an id outside the vocabulary, which JAX would silently clamp."""
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        where = int(np.argmax((ids < 0) | (ids >= vocab_size)))
+        raise InputError(
+            f"token {where} has id {ids[where]}, outside the model's vocabulary of {vocab_size}; was it encoded with "
+            "another tokenizer?"
+        )
+
+
 def _row_keys(key: Any, n_rows: int) -> jax.Array:
     """Return one key per row, so that a row's draws don't depend on the others."""
     try:
@@ -364,12 +362,8 @@ def _check(
     context, n_ids = model.cfg.context_length, model.cfg.unpadded_vocab_size or model.cfg.vocab_size
     longest = context - 1 if past_context == "stop" else context
     for i, row in enumerate(rows):
-        bad = row[(row < 0) | (row >= n_ids)]
-        if bad.size:
-            raise InputError(
-                f"prompt {i} has token id {bad[0]}; expected ids below the vocabulary size of {n_ids} "
-                "(was it encoded with another tokenizer?)"
-            )
+        with located(f"prompt {i}"):
+            check_ids(row, n_ids)
         if row.size > longest:
             raise InputError(
                 f"prompt {i} has {row.size} tokens; expected at most {longest} "

@@ -76,14 +76,10 @@ def choose_tokens(
     keys: jax.Array | None,
     seen: Bool[Array, "batch vocab"] | None,
 ) -> Int[Array, "batch"]:
-    """Choose one id per row.
+    """Choose one id per row, greedily if ``numbers`` (of :meth:`Sampling.numbers`) have no temperature.
 
-    Args:
-        logits: float32 (batch, vocab).
-        numbers: :meth:`Sampling.numbers`; without a temperature the choice is greedy.
-        top_k: :attr:`Sampling.top_k`.
-        keys: (batch,), one per row, so that a row's draw does not depend on the others; None if greedy.
-        seen: the tokens that each row contains, for the repetition penalty.
+    Each row has its own key, so that its draw does not depend on the others; ``seen``: the tokens that each row
+    contains, for the repetition penalty.
     """
     if seen is not None:
         logits = penalize_repetition(logits, seen, numbers["repetition_penalty"])

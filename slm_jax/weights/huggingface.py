@@ -126,11 +126,28 @@ class HuggingFace(Format):
         self, cfg: GPTConfig, dtype: str, tokenizer: Tokenizer | None, card: Mapping[str, Any]
     ) -> dict[str, bytes]:
         """Return configuration, model card, and GPT-2's tokenizer as ``transformers`` reads it."""
-        end = _end_of_text(cfg, tokenizer)
+        n_ids = tokenizer.vocab_size if tokenizer else cfg.unpadded_vocab_size or cfg.vocab_size
+        end = n_ids - 1 if n_ids == _GPT2_VOCABULARY else None
+        if tokenizer is not None:
+            end = tokenizer.eot_id
+        ends = {"bos_token_id": end, "eos_token_id": end}
+        padding = {"suppress_tokens": list(range(n_ids, cfg.vocab_size))} if n_ids < cfg.vocab_size else {}
+        config = {
+            "architectures": ["GPT2LMHeadModel"],
+            "model_type": "gpt2",
+            **{key: getattr(cfg, field) for key, field in _FIELDS.items()},
+            "n_ctx": cfg.context_length,
+            "activation_function": "gelu" if cfg.exact_gelu else "gelu_new",
+            "layer_norm_epsilon": 1e-5,
+            "tie_word_embeddings": cfg.tie_weights,
+            **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), cfg.drop_rate),
+            **ends,
+            "torch_dtype": dtype,
+        }
         tokenizer_files = _tokenizer_files(cfg) if isinstance(tokenizer, GPT2Tokenizer) else {}
         return {
-            "config.json": _json(_config(cfg, dtype, end)),
-            "generation_config.json": _json(_generation_config(cfg, tokenizer, end)),
+            "config.json": _json(config),
+            "generation_config.json": _json({**ends, **padding}),
             "README.md": _card(cfg, tokenizer, bool(tokenizer_files), card).encode(),
             **tokenizer_files,
         }
@@ -141,37 +158,6 @@ FORMAT = HuggingFace()
 
 def _json(content: dict[str, Any]) -> bytes:
     return (json.dumps(content, indent=2) + "\n").encode()
-
-
-def _end_of_text(cfg: GPTConfig, tokenizer: Tokenizer | None) -> int | None:
-    if tokenizer is not None:
-        return tokenizer.eot_id
-    is_gpt2s = (cfg.unpadded_vocab_size or cfg.vocab_size) == _GPT2_VOCABULARY
-    return _GPT2_VOCABULARY - 1 if is_gpt2s else None
-
-
-def _config(cfg: GPTConfig, dtype: str, end: int | None) -> dict[str, Any]:
-    return {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        **{key: getattr(cfg, field) for key, field in _FIELDS.items()},
-        "n_ctx": cfg.context_length,
-        "activation_function": "gelu" if cfg.exact_gelu else "gelu_new",
-        "layer_norm_epsilon": 1e-5,
-        "tie_word_embeddings": cfg.tie_weights,
-        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), cfg.drop_rate),
-        "bos_token_id": end,
-        "eos_token_id": end,
-        "torch_dtype": dtype,
-    }
-
-
-def _generation_config(cfg: GPTConfig, tokenizer: Tokenizer | None, end: int | None) -> dict[str, Any]:
-    content: dict[str, Any] = {"bos_token_id": end, "eos_token_id": end}
-    vocabulary = tokenizer.vocab_size if tokenizer else cfg.unpadded_vocab_size or cfg.vocab_size
-    if vocabulary < cfg.vocab_size:  # ids that only pad the vocabulary
-        content["suppress_tokens"] = list(range(vocabulary, cfg.vocab_size))
-    return content
 
 
 def _tokenizer_files(cfg: GPTConfig) -> dict[str, bytes]:

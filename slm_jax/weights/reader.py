@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,9 @@ def _recognise(files: TensorFiles) -> tuple[Format, TensorFiles]:
 
 def _fields(form: Format, files: TensorFiles) -> tuple[dict[str, Any], TensorFiles]:
     """Return the GPTConfig fields, and the tensors without a head that only repeats the embedding."""
-    stated, seen = {**_our_metadata(files), **form.stated_fields(files)}, form.tensor_fields(files)
+    ours = _our_metadata(files, OURS, OURS_FIELDS)
+    stated = {**{name: ours[name] for name in OURS_FIELDS if ours}, **form.stated_fields(files)}
+    seen = form.tensor_fields(files)
     for field, value in seen.items():
         if stated.get(field, value) != value:
             raise InputError(
@@ -105,15 +107,17 @@ def _spelled(names: list[str], form: Format, files: TensorFiles) -> list[str]:
     return [name if name == form.name_of(HEAD) else front + name for name in names]
 
 
-def _our_metadata(files: TensorFiles) -> dict[str, Any]:
-    """Return the GPTConfig fields that our own exports state in their metadata."""
+def _our_metadata(files: TensorFiles, key: str, names: Iterable[str] = ()) -> dict[str, Any]:
+    """Return what our own exports state as JSON in their metadata; an empty dict for other files."""
     if OURS not in files.metadata:
         return {}
     try:
-        fields = json.loads(files.metadata[OURS])
-        return {name: fields[name] for name in OURS_FIELDS}
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{files.file}: the metadata {OURS!r} is damaged ({error!r}); {AGAIN}") from None
+        content = json.loads(files.metadata[key])
+    except (KeyError, ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict) or not content or not content.keys() >= set(names):
+        raise InputError(f"{files.file}: the metadata {key!r} is damaged; {AGAIN}")
+    return content
 
 
 def _heads(fields: Mapping[str, Any], given: int | None) -> int:
@@ -164,7 +168,7 @@ def _list(names: list[str]) -> str:
 def _read(
     files: TensorFiles, names: NameMap, shapes: Mapping[str, tuple[int, ...]], dtype: str, sharding: Any
 ) -> Params:
-    digests = _digests(files)
+    digests = _our_metadata(files, DIGESTS)
     place = _placement(sharding, shapes)
     # Leaves that share a tensor are read together. The largest come first, while little else is in memory: that bounds
     # the peak where a device makes a copy.
@@ -206,19 +210,6 @@ def _fill(leaves: Mapping[str, np.ndarray], slot: Slot, tensor: Tensor, digests:
         start += len(chunk)
     if digests and digests.get(tensor.name) != digest.hexdigest():
         raise InputError(f"{tensor.file}: tensor {tensor.name} is damaged: its SHA-256 is wrong; {AGAIN}")
-
-
-def _digests(files: TensorFiles) -> dict[str, str]:
-    """Return the SHA-256 of every tensor of our own exports; an empty dict for other files."""
-    if OURS not in files.metadata:
-        return {}
-    try:
-        digests = json.loads(files.metadata[DIGESTS])
-    except (KeyError, ValueError, RecursionError):
-        digests = None
-    if not isinstance(digests, dict) or not digests:
-        raise InputError(f"{files.file}: the metadata {DIGESTS!r} is damaged; {AGAIN}")
-    return digests
 
 
 def _placement(sharding: Any, shapes: Mapping[str, tuple[int, ...]]) -> Callable[[str, np.ndarray], jax.Array]:

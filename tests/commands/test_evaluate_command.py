@@ -12,6 +12,7 @@ import pytest
 from slm_jax import cli
 from slm_jax.data.templates import Template
 from slm_jax.evaluation.benchmarks import hellaswag, lambada
+from slm_jax.evaluation.logprobs import Scorer
 from slm_jax.evaluation.responses import read_responses, reference_loss
 from slm_jax.evaluation.results import to_dict
 from slm_jax.evaluation.text import evaluate_source
@@ -46,10 +47,10 @@ def test_it_prints_what_the_functions_measure(weights, files, capsys):
     assert cli.main(["evaluate", *args]) == 0
     figures = json.loads(capsys.readouterr().out)
     run = load_model(weights)
-    model = (GPTModel(run.model_config), run.params, run.tokenizer)
-    assert figures["text"] == to_dict(evaluate_source(*model, **text))
-    assert figures["lambada"] == to_dict(lambada(*model, sources["lambada"]))
-    assert figures["hellaswag"] == to_dict(hellaswag(*model, sources["hellaswag"]))
+    scorer = Scorer(GPTModel(run.model_config), run.params, run.tokenizer)
+    assert figures["text"] == to_dict(evaluate_source(scorer, **text))
+    assert figures["lambada"] == to_dict(lambada(scorer, sources["lambada"]))
+    assert figures["hellaswag"] == to_dict(hellaswag(scorer, sources["hellaswag"]))
     assert figures["run"] == str(weights)
     assert math.isclose(math.exp(figures["text"]["loss"]), figures["text"]["perplexity"])
 
@@ -100,7 +101,7 @@ def test_a_model_measures_the_references_with_its_template(instructed, files, ca
     figures = json.loads(captured.out)
     run = load_model(instructed)
     entries = read_responses(files / "responses.json")
-    expected = reference_loss(GPTModel(run.model_config), run.params, run.tokenizer, TEMPLATE, entries, batch_size=3)
+    expected = reference_loss(Scorer(GPTModel(run.model_config), run.params, run.tokenizer, 3), TEMPLATE, entries)
     assert figures["references"] == to_dict(expected)
     assert figures["responses"]["n"] == 4
     assert captured.err == ""

@@ -5,8 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from slm_jax.evaluation.logprobs import Scorer
 from slm_jax.model import GPTConfig, GPTModel, param_shapes
+from slm_jax.tokenizer import CharTokenizer
 
+CHARS = CharTokenizer().build_vocab("ab")
 CONTEXT, VOCAB = 20, 12  # above the shortest bucket, and no power of two
 
 
@@ -22,7 +25,14 @@ def make_random_params(cfg):
     return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.5, leaf.shape), leaf.dtype), param_shapes(cfg))
 
 
-class Bigrams:
+class Scored:
+    """A model and its parameters."""
+
+    def scorer(self, tokenizer=CHARS, batch_size=8):
+        return Scorer(self.model, self.params, tokenizer, batch_size)
+
+
+class Bigrams(Scored):
     """A GPT in which the next token depends on the last one only, with logits that are given as a table.
 
     Embeddings are one-hot and the block adds nothing; with a bias of 1 the normed one-hots are independent, so that an
@@ -47,7 +57,7 @@ class Bigrams:
         return sum(self.logprobs[a, b] for a, b in zip(ids[-n_scored - 1 : -1], ids[-n_scored:], strict=True))
 
 
-class Transformer:
+class Transformer(Scored):
     """A GPT with random weights, and its probabilities one token at a time."""
 
     def __init__(self):

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from slm_jax.errors import InputError, MissingInputError
-from slm_jax.evaluation import benchmarks
 from slm_jax.evaluation.benchmarks import hellaswag, lambada, read_examples
+from slm_jax.evaluation.logprobs import Scorer
 from slm_jax.evaluation.results import to_dict
 from slm_jax.tokenizer import BPETokenizer, CharTokenizer, GPT2Tokenizer
 
@@ -36,11 +36,11 @@ def texts(monkeypatch):
     """The texts of the pairs that are scored, context and continuation."""
     seen = []
 
-    def spy(model, params, pairs, batch_size, track):
+    def spy(_, pairs):
         seen.extend((bpe.decode(context), bpe.decode(continuation)) for context, continuation in pairs)
         return -np.arange(1.0, len(pairs) + 1), np.zeros(len(pairs), bool)
 
-    monkeypatch.setattr(benchmarks, "continuation_logprobs", spy)
+    monkeypatch.setattr(Scorer, "score", spy)
     bpe = BPETokenizer()  # bytes: what goes in can be read again
     return seen
 
@@ -55,7 +55,7 @@ def test_lambada_s_perplexity_is_the_table_s(bigrams, tokenizer, jsonl):
         last = tokenizer.encode(" " + text.split(" ")[-1])
         before = tokenizer.encode(text)[: -len(last)] or [tokenizer.eot_id]
         scores.append(bigrams.score([*before, *last], len(last)))
-    result = lambada(bigrams.model, bigrams.params, tokenizer, jsonl(*({"text": text} for text in rows)))
+    result = lambada(bigrams.scorer(tokenizer), jsonl(*({"text": text} for text in rows)))
     assert result.perplexity == pytest.approx(math.exp(-np.mean(scores)), rel=1e-5)
     assert (result.n_examples, result.n_truncated) == (4, 1)
 
@@ -66,14 +66,14 @@ def test_a_hit_is_a_last_word_of_likeliest_tokens_only(bigrams_of, tokenizer, js
         logits[tokenizer.encode(before)[0], tokenizer.encode(after)[0]] = 1.0
     table = bigrams_of(logits)
     rows = ["ab c", "ab cd", "j b cd", "ab ce", "ab dd", "abc cd"]  # the last: no space is likely after c
-    result = lambada(table.model, table.params, tokenizer, jsonl(*({"text": text} for text in rows)))
+    result = lambada(table.scorer(tokenizer), jsonl(*({"text": text} for text in rows)))
     assert result.acc == 3 / 6
     assert result.acc_stderr == pytest.approx(math.sqrt(0.25 / 5))
 
 
 def test_lambada_s_target_is_the_last_word_with_its_space(transformer, jsonl, texts):
     passages = ["I saw it. “No,” she said\nto Tom", "two  spaces", "one", " end \n"]
-    lambada(transformer.model, transformer.params, BPETokenizer(), jsonl(*({"text": text} for text in passages)))
+    lambada(transformer.scorer(BPETokenizer()), jsonl(*({"text": text} for text in passages)))
     assert texts == [
         ("I saw it. “No,” she said\nto", " Tom"),
         ("two", "  spaces"),
@@ -114,7 +114,7 @@ def example(**changes):
     ],
 )
 def test_hellaswag_s_texts_are_the_harness_s(transformer, jsonl, texts, row, context, endings):
-    hellaswag(transformer.model, transformer.params, BPETokenizer(), jsonl(row))
+    hellaswag(transformer.scorer(BPETokenizer()), jsonl(row))
     assert texts == [(context, ending) for ending in endings]
 
 
@@ -129,7 +129,7 @@ def test_acc_is_by_the_sum_and_acc_norm_by_the_character(bigrams_of, jsonl):
     assert g > run_of_f
     assert g / 1 < run_of_f / 8
     rows = [example(endings=["g", "ffffffff"], label=label) for label in (0, 1, 0, 0)]
-    result = hellaswag(table.model, table.params, tokenizer, jsonl(*rows), batch_size=3)
+    result = hellaswag(table.scorer(tokenizer, 3), jsonl(*rows))
     assert (result.acc, result.acc_norm, result.n_examples, result.n_truncated) == (0.75, 0.25, 4, 0)
     assert result.acc_stderr == pytest.approx(math.sqrt(0.75 * 0.25 / 3))
     assert result.acc_norm_stderr == pytest.approx(math.sqrt(0.75 * 0.25 / 3))
@@ -138,20 +138,20 @@ def test_acc_is_by_the_sum_and_acc_norm_by_the_character(bigrams_of, jsonl):
 def test_the_harness_s_length_has_no_leading_space(transformer, jsonl, monkeypatch):
     for second, right in ((-2.1, 1), (-1.9, 0)):  # per character -1/1 and -2.1/2; with the space -1/2 and -2.1/3
         scores = np.array([-1.0, second]), np.zeros(2, bool)
-        monkeypatch.setattr(benchmarks, "continuation_logprobs", lambda *_, scores=scores: scores)
+        monkeypatch.setattr(Scorer, "score", lambda *_, scores=scores: scores)
         row = example(endings=["f", "gg"], label=0)
-        assert hellaswag(transformer.model, transformer.params, BPETokenizer(), jsonl(row)).acc_norm == right
+        assert hellaswag(transformer.scorer(BPETokenizer()), jsonl(row)).acc_norm == right
 
 
 def test_an_ending_that_is_only_brackets_is_never_the_choice(transformer, jsonl):
     rows = example(endings=["[step]", "ab"], label=1)
-    result = hellaswag(transformer.model, transformer.params, CharTokenizer().build_vocab("abcdeE: "), jsonl(rows))
+    result = hellaswag(transformer.scorer(CharTokenizer().build_vocab("abcdeE: ")), jsonl(rows))
     assert result.acc_norm == 1
 
 
 def test_one_example_has_no_standard_error_and_is_truncated_on_the_left(bigrams, tokenizer, jsonl):
-    long = lambada(bigrams.model, bigrams.params, tokenizer, jsonl({"text": "ab " * 50 + "cd"}))
-    short = lambada(bigrams.model, bigrams.params, tokenizer, jsonl({"text": "ab cd"}))
+    long = lambada(bigrams.scorer(tokenizer), jsonl({"text": "ab " * 50 + "cd"}))
+    short = lambada(bigrams.scorer(tokenizer), jsonl({"text": "ab cd"}))
     assert (long.n_truncated, short.n_truncated) == (1, 0)
     assert long.perplexity == pytest.approx(short.perplexity, rel=1e-5)
     assert math.isnan(short.acc_stderr)
@@ -172,7 +172,7 @@ def test_one_example_has_no_standard_error_and_is_truncated_on_the_left(bigrams,
 )
 def test_mistakes_in_lambada_are_named_by_line(bigrams, tokenizer, jsonl, row, message):
     with pytest.raises(InputError, match=f"rows.jsonl {message}"):
-        lambada(bigrams.model, bigrams.params, tokenizer, jsonl({"text": "a b"}, row))
+        lambada(bigrams.scorer(tokenizer), jsonl({"text": "a b"}, row))
 
 
 @pytest.mark.parametrize(
@@ -195,13 +195,13 @@ def test_mistakes_in_lambada_are_named_by_line(bigrams, tokenizer, jsonl, row, m
 def test_mistakes_in_hellaswag_are_named_by_line(bigrams, jsonl, changes, message):
     tokenizer = CharTokenizer().build_vocab("abcdefgE: ")
     with pytest.raises(InputError, match=f"rows.jsonl line 2: .*{message}") as error:
-        hellaswag(bigrams.model, bigrams.params, tokenizer, jsonl(example(), example(**changes)))
+        hellaswag(bigrams.scorer(tokenizer), jsonl(example(), example(**changes)))
     assert "\n" not in str(error.value)
 
 
 def test_labels_may_be_text(transformer, jsonl, texts):
     row = example(endings=["fg", "f"], label="1")
-    assert hellaswag(transformer.model, transformer.params, BPETokenizer(), jsonl(row)).acc == 0  # the spy prefers 0
+    assert hellaswag(transformer.scorer(BPETokenizer()), jsonl(row)).acc == 0  # the spy prefers 0
 
 
 def test_a_tokenizer_without_its_files_says_so(bigrams, jsonl, monkeypatch):
@@ -210,7 +210,7 @@ def test_a_tokenizer_without_its_files_says_so(bigrams, jsonl, monkeypatch):
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.delenv("NO_PROXY", raising=False)
     with pytest.raises(MissingInputError, match=r"^no files for GPT-2's tokenizer"):
-        lambada(bigrams.model, bigrams.params, GPT2Tokenizer(), jsonl({"text": "a b"}))
+        lambada(bigrams.scorer(GPT2Tokenizer()), jsonl({"text": "a b"}))
 
 
 # Sources

@@ -51,7 +51,7 @@ def test_json_holds_everything():
     assert content["accuracy"] == 0.9
     for name in ("precision", "recall", "f1"):
         assert content[name] == list(getattr(figures, name))
-    assert class_figures(np.array(content["confusion"]), content["classes"]).to_dict() == content
+    assert class_figures(np.array(content["confusion"]), content["classes"]).to_dict() == figures.to_dict()
 
 
 # As text

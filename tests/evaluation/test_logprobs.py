@@ -1,11 +1,12 @@
 """What must hold of continuations' scores: the naive loop's, whatever the order, the batch and the length."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
 from slm_jax.errors import InputError
-from slm_jax.evaluation.logprobs import continuation_logprobs, encode_pair, is_truncated
 from slm_jax.tokenizer import BPETokenizer, CharTokenizer, SimpleTokenizer
 
 CONTEXT, VOCAB = 20, 12
@@ -31,7 +32,7 @@ def naive(transformer, context, continuation):
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 def test_scores_are_those_of_one_token_at_a_time(transformer, batch_size):
-    logprobs, is_greedy = continuation_logprobs(transformer.model, transformer.params, PAIRS, batch_size)
+    logprobs, is_greedy = transformer.scorer(batch_size=batch_size).score(PAIRS)
     expected = [naive(transformer, *pair) for pair in PAIRS]
     np.testing.assert_allclose(logprobs, [score for score, _ in expected], rtol=1e-5)
     assert is_greedy.tolist() == [greedy for _, greedy in expected]
@@ -50,26 +51,18 @@ def test_greedy_means_every_token(transformer):
     contexts = [[3], [5, 1, 0], list(range(10))]
     best = [(context, continued(context, 4)) for context in contexts]
     wrong = [(context, changed(ids, i)) for context, ids in best for i in range(4)]
-    _, is_greedy = continuation_logprobs(transformer.model, transformer.params, best + wrong)
+    _, is_greedy = transformer.scorer().score(best + wrong)
     assert is_greedy.tolist() == [True] * 3 + [False] * 12
 
 
-def test_results_come_in_the_order_of_the_pairs(transformer):
-    logprobs, is_greedy = continuation_logprobs(transformer.model, transformer.params, PAIRS)
-    order = RNG.permutation(len(PAIRS))
-    shuffled = continuation_logprobs(transformer.model, transformer.params, [PAIRS[i] for i in order])
-    np.testing.assert_allclose(shuffled[0], logprobs[order], rtol=1e-6)
-    assert shuffled[1].tolist() == is_greedy[order].tolist()
-
-
 def test_many_lengths_take_few_shapes(transformer, shapes):
-    continuation_logprobs(transformer.model, transformer.params, [pair(i, 1) for i in range(1, 40)], 4)
+    transformer.scorer(batch_size=4).score([pair(i, 1) for i in range(1, 40)])
     assert set(shapes) == {(4, 16), (4, CONTEXT)}
 
 
 def test_a_continuation_longer_than_the_context_is_scored_whole(bigrams):
     pairs = [pair(3, n) for n in (20, 21, 40, 41, 73)]
-    logprobs, _ = continuation_logprobs(bigrams.model, bigrams.params, pairs)
+    logprobs, _ = bigrams.scorer().score(pairs)
     expected = [bigrams.score([*context, *continuation], len(continuation)) for context, continuation in pairs]
     np.testing.assert_allclose(logprobs, expected, rtol=1e-5)
 
@@ -79,24 +72,25 @@ def test_greedy_holds_across_the_pieces_of_a_long_continuation(bigrams):
     for _ in range(50):
         ids.append(int(bigrams.logprobs[ids[-1]].argmax()))
     early = [*ids[:3], (ids[3] + 1) % VOCAB, *ids[4:]]
-    _, is_greedy = continuation_logprobs(bigrams.model, bigrams.params, [(ids[:1], ids[1:]), (early[:1], early[1:])])
+    _, is_greedy = bigrams.scorer().score([(ids[:1], ids[1:]), (early[:1], early[1:])])
     assert is_greedy.tolist() == [True, False]
 
 
 def test_truncated_is_what_loses_tokens(transformer):
-    assert [is_truncated(transformer.model, pair) for pair in PAIRS] == [False] * len(LENGTHS) + [True] * len(TOO_LONG)
+    truncated = [transformer.scorer().is_truncated(pair) for pair in PAIRS]
+    assert truncated == [False] * len(LENGTHS) + [True] * len(TOO_LONG)
 
 
 @pytest.mark.parametrize("bad", [([1, 12], [1]), ([1], [-2])])
 def test_ids_outside_the_vocabulary_are_refused(transformer, bad):
     with pytest.raises(InputError, match=r"id (12|-2), outside the model's vocabulary of 12"):
-        continuation_logprobs(transformer.model, transformer.params, [([1], [2]), bad])
+        transformer.scorer().score([([1], [2]), bad])
 
 
 def test_a_model_of_nans_is_refused(transformer):
     params = jax.tree.map(lambda leaf: leaf * np.nan, transformer.params)
     with pytest.raises(InputError, match="pair 0 is not finite"):
-        continuation_logprobs(transformer.model, params, [([1], [2])])
+        dataclasses.replace(transformer.scorer(), params=params).score([([1], [2])])
 
 
 # Text to pairs
@@ -116,9 +110,9 @@ def bpe():
     ],
 )
 def test_white_space_moves_from_the_context_to_the_continuation(
-    bpe, context, continuation, context_text, continuation_text
+    transformer, bpe, context, continuation, context_text, continuation_text
 ):
-    context_ids, continuation_ids = encode_pair(bpe, context, continuation)
+    context_ids, continuation_ids = transformer.scorer(bpe).encode(context, continuation)
     assert context_ids == bpe.encode(context_text)
     assert bpe.decode(continuation_ids) == continuation_text
     # As in the harness: the whole is encoded at once, and cut by the number of the context's own tokens.
@@ -126,11 +120,11 @@ def test_white_space_moves_from_the_context_to_the_continuation(
 
 
 @pytest.mark.parametrize("context", ["", "  "])
-def test_without_a_context_the_end_of_text_stands_for_it(bpe, context):
-    assert encode_pair(bpe, context, "the cat") == ([bpe.eot_id], bpe.encode(context + "the cat"))
+def test_without_a_context_the_end_of_text_stands_for_it(transformer, bpe, context):
+    assert transformer.scorer(bpe).encode(context, "the cat") == ([bpe.eot_id], bpe.encode(context + "the cat"))
 
 
-def test_a_continuation_without_tokens_is_refused():
+def test_a_continuation_without_tokens_is_refused(transformer):
     with pytest.raises(InputError, match="makes no token of ' '"):
-        encode_pair(SimpleTokenizer().build_vocab("a b"), "a", " ")
-    assert encode_pair(CharTokenizer().build_vocab("a b"), "a", " ")[1] == [0]
+        transformer.scorer(SimpleTokenizer().build_vocab("a b")).encode("a", " ")
+    assert transformer.scorer(CharTokenizer().build_vocab("a b")).encode("a", " ")[1] == [0]

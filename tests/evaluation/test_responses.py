@@ -141,7 +141,7 @@ def test_the_loss_counts_the_reference_and_its_end_and_nothing_else(model, batch
         ids = [*tokenizer.encode(f">{reference}!"), tokenizer.eot_id]  # what precedes ">" does not matter to bigrams
         sums += bigrams.score(ids, len(ids) - 1)
         n_tokens += len(ids) - 1
-    loss = reference_loss(bigrams.model, bigrams.params, tokenizer, TEMPLATE, entries, batch_size=batch_size)
+    loss = reference_loss(bigrams.scorer(tokenizer, batch_size), TEMPLATE, entries)
     assert (loss.n_tokens, loss.n_truncated) == (n_tokens, 1)
     assert math.isclose(loss.loss, -sums / n_tokens, rel_tol=1e-5)
     assert math.isclose(loss.perplexity, math.exp(loss.loss))
@@ -155,7 +155,7 @@ def test_the_prompt_is_the_templates(transformer):
     template = Template(user_start="<", assistant_start=">", assistant_end="!", input_start="?")
     ids = [*tokenizer.encode("<ab?b>ab!"), tokenizer.eot_id]
     expected = sum(transformer.next_logprobs(ids[:i])[ids[i]] for i in range(len(ids) - 4, len(ids)))
-    loss = reference_loss(transformer.model, transformer.params, tokenizer, template, [entry])
+    loss = reference_loss(transformer.scorer(tokenizer), template, [entry])
     assert loss.n_tokens == 4
     assert math.isclose(loss.loss * 4, -expected, rel_tol=1e-5)
 
@@ -163,7 +163,7 @@ def test_the_prompt_is_the_templates(transformer):
 def test_what_cannot_be_encoded_is_named(model):
     bigrams, tokenizer = model
     with pytest.raises(InputError, match=r"here: .*'z'"):
-        reference_loss(bigrams.model, bigrams.params, tokenizer, TEMPLATE, [response("z", "")])
+        reference_loss(bigrams.scorer(tokenizer), TEMPLATE, [response("z", "")])
     tokenizer = BPETokenizer.train("ab" * 9, vocab_size=258)  # the end of a text cannot be forged
     with pytest.raises(InputError, match=r"here: .*<\|endoftext\|>"):
-        reference_loss(bigrams.model, bigrams.params, tokenizer, TEMPLATES["alpaca"], [response("a<|endoftext|>", "")])
+        reference_loss(bigrams.scorer(tokenizer), TEMPLATES["alpaca"], [response("a<|endoftext|>", "")])

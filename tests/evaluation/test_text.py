@@ -1,5 +1,6 @@
 """What must hold of a text's loss: each token but the first counts once, after all that its window shows of it."""
 
+import dataclasses
 import json
 import math
 
@@ -10,6 +11,7 @@ import pytest
 from slm_jax.data.config import DataConfig, TokenizerConfig
 from slm_jax.data.corpus import load_corpus
 from slm_jax.errors import InputError
+from slm_jax.evaluation.logprobs import Scorer
 from slm_jax.evaluation.results import perplexity, to_dict
 from slm_jax.evaluation.text import TextLoss, evaluate_source, text_loss
 from slm_jax.model import GPTConfig, GPTModel, param_shapes
@@ -45,35 +47,24 @@ def test_each_target_counts_once_after_what_its_first_window_shows(transformer, 
         transformer.next_logprobs(tokens[start:target])[tokens[target]]
         for target, start in windowed(n_tokens, context_length, stride)
     )
-    found = text_loss(
-        transformer.model, transformer.params, tokens, context_length=context_length, stride=stride, batch_size=3
-    )
+    found = text_loss(transformer.scorer(batch_size=3), tokens, context_length=context_length, stride=stride)
     assert found.n_targets == n_tokens - 1
     assert found.loss_sum == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("n_tokens", [2, 20, 21, 22, 41])
-def test_where_the_window_does_not_matter_the_loss_is_the_table_s(bigrams, n_tokens):
-    tokens = TOKENS[:n_tokens]
-    expected = -bigrams.score(tokens, n_tokens - 1)
-    for stride in (1, 6, 20):
-        loss = text_loss(bigrams.model, bigrams.params, tokens, stride=stride, batch_size=4)
-        assert loss.loss_sum == pytest.approx(expected, rel=1e-5)
-
-
 def test_windows_do_not_overlap_by_default_and_more_context_changes_the_loss(transformer, shapes):
-    model, params = transformer.model, transformer.params
-    default = text_loss(model, params, TOKENS)
-    assert default == text_loss(model, params, TOKENS, context_length=CONTEXT, stride=CONTEXT)
+    scorer = transformer.scorer()
+    default = text_loss(scorer, TOKENS)
+    assert default == text_loss(scorer, TOKENS, context_length=CONTEXT, stride=CONTEXT)
     assert shapes[0] == (5, CONTEXT)  # 89 targets
-    assert abs(text_loss(model, params, TOKENS, stride=1).loss - default.loss) > 1e-3
+    assert abs(text_loss(scorer, TOKENS, stride=1).loss - default.loss) > 1e-3
 
 
 def test_the_batch_size_does_not_matter_and_one_shape_is_compiled(transformer, shapes):
     losses = []
     for batch_size in (1, 4, 64):
         shapes.clear()
-        losses.append(text_loss(transformer.model, transformer.params, TOKENS, stride=9, batch_size=batch_size).loss)
+        losses.append(text_loss(transformer.scorer(batch_size=batch_size), TOKENS, stride=9).loss)
         assert len(set(shapes)) == 1
     assert max(losses) - min(losses) < 1e-6
 
@@ -86,7 +77,7 @@ def test_a_model_that_knows_nothing_has_the_logarithm_of_its_whole_vocabulary():
         vocab_size=64, context_length=8, emb_dim=8, n_heads=1, n_layers=1, tie_weights=False, unpadded_vocab_size=50
     )
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), param_shapes(cfg))
-    loss = text_loss(GPTModel(cfg), params, np.arange(41))
+    loss = text_loss(Scorer(GPTModel(cfg), params, CharTokenizer("ab")), np.arange(41))
     assert (loss.n_targets, loss.loss) == (40, pytest.approx(math.log(64), rel=1e-6))  # padding ids are in the softmax
 
 
@@ -100,11 +91,11 @@ def test_figures_beyond_a_float_are_null_in_json():
 
 
 @pytest.fixture
-def char_model(random_params):
+def scorer(random_params):
     """A tokenizer of characters, and a model for it."""
     tokenizer = CharTokenizer().build_vocab("abcdefgé \n")
     cfg = GPTConfig(vocab_size=tokenizer.vocab_size, context_length=8, emb_dim=8, n_heads=1, n_layers=1)
-    return GPTModel(cfg), random_params(cfg), tokenizer
+    return Scorer(GPTModel(cfg), random_params(cfg), tokenizer)
 
 
 @pytest.fixture
@@ -121,15 +112,14 @@ def token_source(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["text", "tokens"])
-def test_splits_are_those_of_pretraining(char_model, text_source, token_source, kind):
-    model, params, tokenizer = char_model
+def test_splits_are_those_of_pretraining(scorer, text_source, token_source, kind):
     source = text_source if kind == "text" else token_source
-    corpus = load_corpus(DataConfig(source=source, validation_fraction=0.3), TokenizerConfig(), saved=tokenizer)
+    corpus = load_corpus(DataConfig(source=source, validation_fraction=0.3), TokenizerConfig(), saved=scorer.tokenizer)
     for split in ("train", "validation"):
         tokens = getattr(corpus, split)
-        result = evaluate_source(model, params, tokenizer, source, split=split, validation_fraction=0.3, stride=5)
+        result = evaluate_source(scorer, source, split=split, validation_fraction=0.3, stride=5)
         assert result.n_targets == tokens.size - 1
-        assert result.loss == pytest.approx(text_loss(model, params, tokens, stride=5).loss, rel=1e-6)
+        assert result.loss == pytest.approx(text_loss(scorer, tokens, stride=5).loss, rel=1e-6)
     if kind == "text":
         assert result.n_bytes == pytest.approx(corpus.bytes_per_token * corpus.validation.size)
         assert result.bits_per_byte == pytest.approx(result.loss * result.n_targets / math.log(2) / result.n_bytes)
@@ -138,13 +128,12 @@ def test_splits_are_those_of_pretraining(char_model, text_source, token_source, 
         assert result.bits_per_byte is None
 
 
-def test_the_whole_of_a_source_has_the_end_of_text_between_documents(char_model, text_source):
-    model, params, tokenizer = char_model
+def test_the_whole_of_a_source_has_the_end_of_text_between_documents(scorer, text_source):
     documents = ["abc é gé", *["fed cab badabc é gé"] * 2, "fed cab bad", "dada geg\n" * 9]
-    ids = [tokenizer.encode(document) for document in documents]
-    joined = np.array([id_ for document in ids for id_ in [tokenizer.eot_id, *document]][1:])
-    result = evaluate_source(model, params, tokenizer, text_source)
-    assert result.loss == pytest.approx(text_loss(model, params, joined).loss, rel=1e-6)
+    ids = [scorer.tokenizer.encode(document) for document in documents]
+    joined = np.array([id_ for document in ids for id_ in [scorer.tokenizer.eot_id, *document]][1:])
+    result = evaluate_source(scorer, text_source)
+    assert result.loss == pytest.approx(text_loss(scorer, joined).loss, rel=1e-6)
     assert result.n_bytes == sum(len(document.encode()) for document in documents)
     assert (result.split, result.context_length, result.stride) == ("all", 8, 8)
     assert json.loads(json.dumps(to_dict(result)))["perplexity"] == pytest.approx(math.exp(result.loss))
@@ -166,7 +155,7 @@ def test_the_whole_of_a_source_has_the_end_of_text_between_documents(char_model,
 )
 def test_what_cannot_be_measured_is_refused(transformer, tokens, options, message):
     with pytest.raises(InputError, match=message):
-        text_loss(transformer.model, transformer.params, tokens, **options)
+        text_loss(transformer.scorer(), tokens, **options)
 
 
 @pytest.mark.parametrize(
@@ -179,19 +168,18 @@ def test_what_cannot_be_measured_is_refused(transformer, tokens, options, messag
         ("absent", {}, "no such file"),
     ],
 )
-def test_mistakes_with_a_source_are_named(char_model, text_source, tmp_path, source, options, message):
+def test_mistakes_with_a_source_are_named(scorer, text_source, tmp_path, source, options, message):
     for name, text in (("empty", " \n"), ("foreign", "azb"), ("short", "abcdefg")):
         (tmp_path / f"{name}.txt").write_text(text)
     where = text_source if source == "text" else f"text:{tmp_path / source}.txt"
     with pytest.raises(InputError, match=message) as error:
-        evaluate_source(*char_model, where, **options)
+        evaluate_source(scorer, where, **options)
     assert "\n" not in str(error.value)
 
 
-def test_a_tokenizer_of_another_model_is_refused(char_model, text_source):
-    model, params, _ = char_model
+def test_a_tokenizer_of_another_model_is_refused(scorer, text_source):
     larger = CharTokenizer().build_vocab("abcdefgé \nABCDEF")
     with pytest.raises(
         InputError, match=r"\*\.txt \(split all\): token \d+ has id \d+, outside the model's vocabulary"
     ):
-        evaluate_source(model, params, larger, text_source)
+        evaluate_source(dataclasses.replace(scorer, tokenizer=larger), text_source)

@@ -131,9 +131,9 @@ def test_an_end_in_the_prompt_ends_nothing(params):
 
 def test_a_stream_yields_a_token_a_row_as_they_come(params):
     columns = list(stream(MODEL, params, PROMPTS, GREEDY, max_new_tokens=9))
-    assert [column.shape for column in columns] == [(4,)] * 9
+    assert [column.shape for column in columns] == [(4, 1)] * 9
     rows = [row[len(prompt) :].tolist() for prompt, row in zip(PROMPTS, greedy(params, PROMPTS, 9), strict=True)]
-    assert np.stack(columns, axis=1).tolist() == rows
+    assert np.concatenate(columns, axis=1).tolist() == rows
 
 
 # Sampling
@@ -244,7 +244,7 @@ def test_stop_ends_each_row_when_its_context_is_full(params):
     assert greedy(params, jnp.array([[1, 2, 3]]), 2, past_context="stop").shape == (1, 5)
     columns = list(stream(MODEL, params, prompts, GREEDY, max_new_tokens=20, past_context="stop"))
     assert len(columns) == CONTEXT - 1
-    assert columns[-1].tolist() == [rows[0][-1], -1, -1]  # the others have ended
+    assert columns[-1][:, 0].tolist() == [rows[0][-1], -1, -1]  # the others have ended
 
 
 def test_few_programs_are_compiled_whatever_the_lengths(params):
@@ -333,9 +333,9 @@ def test_a_character_of_several_tokens_comes_whole():
     [
         ([], {}, "the prompt is empty"),
         ([[1], []], {}, "the prompt is empty"),
-        ([[1, 2], [3, VOCAB]], {}, f"prompt 1 has token id {VOCAB}"),
-        ([[-1]], {}, "prompt 0 has token id -1"),
-        (np.array([[2**32 + 1]]), {}, "token id 4294967297"),  # would be 1 in 32 bits
+        ([[1, 2], [3, VOCAB]], {}, f"prompt 1: token 1 has id {VOCAB}, outside"),
+        ([[-1]], {}, "prompt 0: token 0 has id -1"),
+        (np.array([[2**32 + 1]]), {}, "id 4294967297"),  # would be 1 in 32 bits
         ([[1.5]], {}, "a prompt is [1.5]; expected integer ids"),
         ([1, 2, 3], {}, "a prompt is 1; expected integer ids"),
         (["hello"], {}, "a prompt is 'hello'"),
