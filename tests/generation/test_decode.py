@@ -26,7 +26,7 @@ KEY = jax.random.key(0)
 @pytest.fixture(scope="module")
 def params():
     """Weights large enough that the next token depends on the whole context."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(4)
     return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.5, leaf.shape), leaf.dtype), param_shapes(CFG))
 
 
@@ -272,7 +272,7 @@ CHARS = CharTokenizer().build_vocab(TEXT + "é\n")
 def chars():
     """A model over characters."""
     cfg = GPTConfig(vocab_size=CHARS.vocab_size, context_length=16, emb_dim=16, n_heads=2, n_layers=1, unroll=False)
-    rng = np.random.default_rng(3)
+    rng = np.random.default_rng(7)
     params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.6, leaf.shape), leaf.dtype), param_shapes(cfg))
     return GPTModel(cfg), params
 
@@ -359,7 +359,7 @@ def test_bad_input_is_one_clear_line(params, prompts, more, expected):
 
 
 def test_params_still_in_their_variables_are_refused(params):
-    with pytest.raises(InputError, match=r"tok_emb.*params"):
+    with pytest.raises(InputError, match=r"no blocks.*params"):
         greedy({"params": params}, [[1]], 2)
 
 
