@@ -228,11 +228,9 @@ def test_generate_takes_the_best_checkpoint_or_the_one_named(trained, capsys):
         assert "checkpoint of step 30" in capsys.readouterr().err
     run = ["generate", "--run", trained]
     fails(capsys, ["generate", "--run", f"{trained}@7"], "no checkpoint of step 7", "20, 30")
-    fails(capsys, [*run, "--temperature", "-1"], "temperature is -1.0")
     fails(capsys, [*run, "--prompt", "a" * 17], "17 tokens", "16")
     fails(capsys, [*run, "--prompt", "Ω"], "Ω")
     fails(capsys, ["generate", "--run", "none"], "no such file or folder")
-    fails(capsys, ["generate"], "--run is missing")
 
 
 def test_generate_writes_several_samples_from_a_prompt_file_up_to_a_stop(trained, capsys):
@@ -251,7 +249,6 @@ def test_generate_writes_several_samples_from_a_prompt_file_up_to_a_stop(trained
     shorter = capsys.readouterr().out.removesuffix("\n")
     assert samples[0].startswith(shorter + end)
     assert end not in shorter.removeprefix("the cat")
-    fails(capsys, ["generate", "--run", trained, "--prompt-file", "none"], "none: no such file")
 
 
 # What is refused
@@ -308,9 +305,6 @@ BAD_TEXTS = [
 BAD_VALUES = [
     ("model.emb_dim is 33", {"model__emb_dim": 33}),
     ("did you mean train.steps?", {"train__stepz": 3}),
-    ("train.steps is 'many'", {"train__steps": "many"}),
-    ("train.accumulate is 3", {"train__accumulate": 3}),
-    ("mesh.tensor is 2", {"mesh__tensor": 2}),
     ("mesh.fsdp", {"mesh__fsdp": 64}),
     ("no scheme", {"data__source": "cats.txt"}),
     ("sample.prompt has 17 tokens", {"sample__prompt": "a" * 17}),

@@ -13,18 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from slm_jax import config
-from slm_jax.config import (
-    Execution,
-    Positive,
-    Seed,
-    Words,
-    check,
-    dump_config,
-    execution_keys,
-    find_recipe,
-    flatten,
-    parse,
-)
+from slm_jax.config import Execution, Positive, Seed, Words, dump_config, find_recipe, flatten, parse
 from slm_jax.errors import InputError, MissingInputError
 
 
@@ -213,8 +202,8 @@ def test_flatten():
 
 
 def test_execution_keys_are_marked_beside_fields_and_sections():
-    assert execution_keys(Options("x")) == {"top_k"}
-    assert execution_keys(Recipe()) == {"fast.size", "fast.rate"}
+    assert config.execution_keys(Options("x")) == {"top_k"}
+    assert config.execution_keys(Recipe()) == {"fast.size", "fast.rate"}
 
 
 # What is refused
@@ -266,10 +255,10 @@ def test_a_wrong_value_is_named_with_what_was_expected_and_the_file(recipe, cls,
 
 
 def test_values_given_in_python_are_checked_too():
-    check(Recipe())
+    config.check(Recipe())
     for wrong, line in ((Recipe(small=Section(size=0)), "small.size is 0"), (Recipe(name=3), "name is 3")):
         with pytest.raises(InputError, match=line):
-            check(wrong)
+            config.check(wrong)
 
 
 def test_texts_of_a_recipe_are_texts(recipe):

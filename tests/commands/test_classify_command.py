@@ -83,34 +83,26 @@ class Terminal(io.StringIO):
         return True
 
 
-def refused(capsys: pytest.CaptureFixture[str], *args: str) -> str:
-    assert cli.main(list(args)) == 2
-    shown = capsys.readouterr()
-    assert shown.out == ""
-    (line,) = shown.err.splitlines()
-    return line.removeprefix(f"slm-jax {args[0]}: ")
-
-
-def test_without_a_text_it_says_how_to_give_one(capsys, monkeypatch, tmp_path):
+def test_without_a_text_it_says_how_to_give_one(monkeypatch, tmp_path, refused):
     monkeypatch.setattr("sys.stdin", Terminal(""))
-    assert refused(capsys, "classify", "--run", "x").startswith("no text; expected texts, such as")
+    assert refused("classify", "--run", "x").startswith("no text; expected texts, such as")
     monkeypatch.setattr("sys.stdin", io.StringIO(" \n"))
-    assert refused(capsys, "classify", "--run", "x").startswith("standard input: no text")
+    assert refused("classify", "--run", "x").startswith("standard input: no text")
     (tmp_path / "empty.txt").touch()
     file = str(tmp_path / "empty.txt")
-    assert refused(capsys, "classify", "--run", "x", "--file", file).startswith(f"{file}: no text")
+    assert refused("classify", "--run", "x", "--file", file).startswith(f"{file}: no text")
 
 
-def test_a_text_that_cannot_be_read_is_named(classifier, capsys, monkeypatch):
+def test_a_text_that_cannot_be_read_is_named(classifier, monkeypatch, refused):
     run = ["classify", "--run", str(classifier)]
-    assert refused(capsys, *run, "the cat", "") == "a text is ''; expected text that is not empty"
-    assert refused(capsys, *run, "the cat", "the Cat").startswith("text 'the Cat': character 'C' at offset 4")
+    assert refused(*run, "the cat", "") == "a text is ''; expected text that is not empty"
+    assert refused(*run, "the cat", "the Cat").startswith("text 'the Cat': character 'C' at offset 4")
     stdin = io.TextIOWrapper(io.BytesIO(b"the cat\nhi \xff\n"), encoding="utf-8", errors="strict")
     monkeypatch.setattr("sys.stdin", stdin)
-    assert "lone surrogate" in refused(capsys, *run)
+    assert "lone surrogate" in refused(*run)
 
 
-def test_a_classifier_writes_no_text_and_a_model_of_text_tells_no_class(classifier, instructed, capsys, tmp_path):
+def test_a_classifier_writes_no_text_and_a_model_of_text_tells_no_class(classifier, instructed, tmp_path, refused):
     run, out = str(classifier), tmp_path / "out"
     for args in (
         ["generate", "--run", run],
@@ -118,11 +110,9 @@ def test_a_classifier_writes_no_text_and_a_model_of_text_tells_no_class(classifi
         ["export", "--run", run, "--out", str(out)],
         ["evaluate", "--run", run, "--source", "builtin:python-docs"],
     ):
-        assert "is a classifier and writes no text; use slm-jax classify" in refused(capsys, *args)
+        assert "is a classifier and writes no text; use slm-jax classify" in refused(*args)
     assert not out.exists()
-    assert "is no classifier; expected a run of slm-jax finetune" in refused(
-        capsys, "classify", "--run", str(instructed), "a"
-    )
+    assert "is no classifier; expected a run of slm-jax finetune" in refused("classify", "--run", str(instructed), "a")
 
 
 def test_a_loaded_classifier_is_the_checkpoints_model(classifier, tmp_path):

@@ -4,8 +4,6 @@ import shlex
 
 import pytest
 
-from slm_jax import cli
-
 MISTAKES = {
     "bench": [
         ("", "nothing to measure; expected one of train, generate, data, startup, memory"),
@@ -73,6 +71,8 @@ MISTAKES = {
         ("--run x --out y --format gguf", "expected one of huggingface, nanogpt, book, adapter"),
     ],
     "generate": [
+        ("", "--run is missing"),
+        ("--run none", "none: no such file or folder"),
         ("--run none --num-samples 0", "num_samples is 0"),
         ("--run none --temperature -1", "temperature is -1"),
         ("--run none --top-k -1", "top_k is -1"),
@@ -82,6 +82,7 @@ MISTAKES = {
         ("--run none --seed -1", "seed is -1"),
         ("--run none --stop ''", "stop is empty"),
         ("--run none --prompt a --prompt-file b", "prompt and prompt_file are given; expected only one"),
+        ("--run none --prompt-file none.txt", "none.txt: no such file"),
         ("--run none --prompt-file latin1.txt", "latin1.txt: not UTF-8"),
         ("--run none --prompt-file .", "cannot be read"),
         ("--run none --instruction a --prompt b", "prompt and instruction are given"),
@@ -125,14 +126,10 @@ MISTAKES = {
     ("command", "words", "expected"),
     [(command, *row) for command, rows in MISTAKES.items() for row in rows],
 )
-def test_a_mistake_is_answered_in_one_line(command, words, expected, weights, tmp_path, monkeypatch, capsys):
+def test_a_mistake_is_answered_in_one_line(command, words, expected, weights, tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text("some text")
     (tmp_path / "latin1.txt").write_bytes(b"caf\xe9\n")
-    assert cli.main([command, *(str(weights) if word == "WEIGHTS" else word for word in shlex.split(words))]) == 2
-    captured = capsys.readouterr()
-    (line,) = captured.err.splitlines()
-    assert line.startswith(f"slm-jax {command}: ")
-    assert expected in line
-    assert captured.out == ""
+    given = (weights if word == "WEIGHTS" else word for word in shlex.split(words))
+    assert expected in refused(command, *given)
     assert {path.name for path in tmp_path.iterdir()} == {"a.txt", "latin1.txt"}

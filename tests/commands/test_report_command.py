@@ -29,15 +29,6 @@ def report(capsys, *args):
     return Page(Path(line.removeprefix("written to ")).read_text(encoding="utf-8")).check_whole()
 
 
-def fails(capsys, *args):
-    """The command ends with 2 and one line; return it."""
-    capsys.readouterr()
-    assert cli.main(["report", *map(str, args)]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("slm-jax report: ")
-    return line
-
-
 def test_a_pretraining_run(trained, capsys):
     page = report(capsys, "--run", trained)
     assert (trained / "report.html").is_file()
@@ -53,14 +44,14 @@ def test_a_pretraining_run(trained, capsys):
     assert report(capsys, trained).html == before
 
 
-def test_the_attention_of_a_text_and_of_a_step(trained, capsys, tmp_path):
+def test_the_attention_of_a_text_and_of_a_step(trained, capsys, tmp_path, refused):
     out = tmp_path / "page.html"
     page = report(capsys, f"{trained}@20", "--out", out, "--text", "cat sat")
     assert "of step 20" in page.text
     texts = [text for text in page.texts if text.strip() and not text.isdecimal()]
     first = next(i for i, text in enumerate(texts) if text.startswith("Attention weights"))
     assert texts[first + 1 : first + 8] == ["c", "a", "t", "·", "s", "a", "t"]
-    assert "text: character 'S'" in fails(capsys, trained, "--out", out, "--text", "Straße")
+    assert "text: character 'S'" in refused("report", trained, "--out", out, "--text", "Straße")
 
 
 def test_a_classifier(classifier, capsys, tmp_path):
@@ -92,15 +83,15 @@ def test_a_run_whose_checkpoints_are_damaged(trained, capsys, tmp_path):
     assert "no checkpoint yet" in report(capsys, folder).text
 
 
-def test_weights_have_no_report(weights, capsys, tmp_path, monkeypatch):
+def test_weights_have_no_report(weights, tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model.pth").touch()
     for source in ("gpt2", weights, weights / "model.safetensors", "model.pth"):
-        line = fails(capsys, source)
+        line = refused("report", source)
         assert f"{source}: no run there; expected" in line
         assert f"slm-jax import --source {source} --run NAME" in line
     for other in ("none", tmp_path, "gpt3"):
-        assert "slm-jax import" not in fails(capsys, other)
+        assert "slm-jax import" not in refused("report", other)
 
 
 def test_weights_that_were_imported(weights, capsys, tmp_path):
@@ -121,42 +112,42 @@ def test_several_runs(trained, classifier, instructed, capsys, tmp_path, monkeyp
     assert {str(trained), str(same)} <= set(report(capsys, trained, same).texts)
 
 
-def test_mistakes_are_one_line(trained, capsys, tmp_path, monkeypatch):
+def test_mistakes_are_one_line(trained, tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
-    assert "no run; expected one or several" in fails(capsys)
-    assert "runs/none: no run there" in fails(capsys, "runs/none")
-    assert "no run there" in fails(capsys, trained, tmp_path)
-    assert "no checkpoint of step 7" in fails(capsys, f"{trained}@7")
-    assert "expected one run with it" in fails(capsys, trained, shutil.copytree(trained, "b"), "--text", "x")
-    assert "unknown key output" in fails(capsys, trained, "--output", "x")
-    assert "--out has no value" in fails(capsys, trained, "--out")
-    assert "out is ''; expected a file" in fails(capsys, trained, "--out", "")
-    assert "text is ''; expected" in fails(capsys, trained, "--text", "")
-    assert f"{trained} and {trained}@20: one run" in fails(capsys, trained, f"{trained}@20")
+    assert "no run; expected one or several" in refused("report")
+    assert "runs/none: no run there" in refused("report", "runs/none")
+    assert "no run there" in refused("report", trained, tmp_path)
+    assert "no checkpoint of step 7" in refused("report", f"{trained}@7")
+    assert "expected one run with it" in refused("report", trained, shutil.copytree(trained, "b"), "--text", "x")
+    assert "unknown key output" in refused("report", trained, "--output", "x")
+    assert "--out has no value" in refused("report", trained, "--out")
+    assert "out is ''; expected a file" in refused("report", trained, "--out", "")
+    assert "text is ''; expected" in refused("report", trained, "--text", "")
+    assert f"{trained} and {trained}@20: one run" in refused("report", trained, f"{trained}@20")
 
 
-def test_only_pages_are_replaced(trained, capsys, tmp_path):
+def test_only_pages_are_replaced(trained, capsys, tmp_path, refused):
     folder = shutil.copytree(trained, tmp_path / "run")
     log = (folder / "metrics.jsonl").read_bytes()
     for name in ("metrics.jsonl", "config.yaml", "summary.json", "samples.md"):
-        assert "only files that end in .html are replaced" in fails(capsys, folder, "--out", folder / name)
+        assert "only files that end in .html are replaced" in refused("report", folder, "--out", folder / name)
     assert (folder / "metrics.jsonl").read_bytes() == log
     for name in ("new.txt", "x.htm", "x.htm", "x.HTML", "x.HTML"):
         report(capsys, folder, "--out", tmp_path / name)
-    assert "only files" in fails(capsys, folder, "--out", tmp_path / "new.txt")
+    assert "only files" in refused("report", folder, "--out", tmp_path / "new.txt")
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "link.html").symlink_to("notes.txt")
-    assert "only files" in fails(capsys, folder, "--out", tmp_path / "link.html")
+    assert "only files" in refused("report", folder, "--out", tmp_path / "link.html")
     assert (tmp_path / "notes.txt").read_text() == "mine"
     for place in (".", "..", "/"):
-        assert f"out is '{place}'; expected a file" in fails(capsys, folder, "--out", place)
+        assert f"out is '{place}'; expected a file" in refused("report", folder, "--out", place)
 
 
-def test_a_place_that_cannot_be_written_is_refused_before_the_page_is_made(trained, capsys, tmp_path, monkeypatch):
+def test_a_place_that_cannot_be_written_is_refused_before_the_page_is_made(trained, tmp_path, monkeypatch, refused):
     monkeypatch.setattr(report_page, "write_page", lambda *_: pytest.fail("made a page"))
-    assert "is not a writable folder" in fails(capsys, trained, "--out", trained / "config.yaml" / "x.html")
-    assert f"out is '{tmp_path}'; expected a file" in fails(capsys, trained, "--out", tmp_path)
-    assert "out is '/dev/null'; expected a file" in fails(capsys, trained, "--out", "/dev/null")
+    assert "is not a writable folder" in refused("report", trained, "--out", trained / "config.yaml" / "x.html")
+    assert f"out is '{tmp_path}'; expected a file" in refused("report", trained, "--out", tmp_path)
+    assert "out is '/dev/null'; expected a file" in refused("report", trained, "--out", "/dev/null")
     assert list(tmp_path.iterdir()) == []
 
 
