@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from slm_jax.generation.decode import generate
     from slm_jax.model import GPTClassifier, GPTConfig, GPTModel, get_gpt_config, init_cache
     from slm_jax.nn.blocks import unstack_blocks
-    from slm_jax.runs import Run, load_classifier, load_gpt2, load_model, load_run
+    from slm_jax.runs import Run, load_gpt2, load_model, load_run
+    from slm_jax.tasks.classification import load_classifier
     from slm_jax.tokenizer import get_tokenizer
     from slm_jax.weights import adapters as lora
     from slm_jax.weights.writer import save_gpt2
@@ -50,7 +51,8 @@ _HOMES = {
         "generation.decode": ["generate"],
         "model": ["GPTClassifier", "GPTConfig", "GPTModel", "get_gpt_config", "init_cache"],
         "nn.blocks": ["unstack_blocks"],
-        "runs": ["Run", "load_classifier", "load_gpt2", "load_model", "load_run"],
+        "runs": ["Run", "load_gpt2", "load_model", "load_run"],
+        "tasks.classification": ["load_classifier"],
         "tokenizer": ["get_tokenizer"],
         "weights.writer": ["save_gpt2"],
     }.items()

@@ -26,8 +26,6 @@ from flax import linen as nn
 from jax import Array
 from jaxtyping import Bool, Float
 
-from slm_jax.errors import InputError
-
 # --- Step 1: attention without anything to learn ---
 
 
@@ -276,10 +274,10 @@ def _check(
     x: Array, width: int, *, context_length: int | None = None, drop_rate: float = 0.0, d_out: int = 1, n_heads: int = 1
 ) -> None:
     if x.shape[-1] != width:
-        raise InputError(f"attention input of shape {x.shape} has {x.shape[-1]} features, expected {width}")
+        raise ValueError(f"attention input of shape {x.shape} has {x.shape[-1]} features, expected {width}")
     if context_length is not None and x.shape[-2] > context_length:
-        raise InputError(f"sequence of {x.shape[-2]} tokens, expected at most context_length = {context_length}")
+        raise ValueError(f"sequence of {x.shape[-2]} tokens, expected at most context_length = {context_length}")
     if not 0 <= drop_rate < 1:
-        raise InputError(f"drop_rate is {drop_rate}, expected 0 <= drop_rate < 1")
+        raise ValueError(f"drop_rate is {drop_rate}, expected 0 <= drop_rate < 1")
     if n_heads < 1 or d_out % n_heads:
-        raise InputError(f"d_out is {d_out}, expected a multiple of n_heads = {n_heads}")
+        raise ValueError(f"d_out is {d_out}, expected a multiple of n_heads = {n_heads}")

@@ -14,9 +14,8 @@ from flax.traverse_util import flatten_dict
 
 from slm_jax.data.templates import Template
 from slm_jax.errors import InputError, MissingInputError
-from slm_jax.evaluation.classes import Classifier
 from slm_jax.files import new_folder, read_json, user_path
-from slm_jax.model import DType, GPTClassifier, GPTConfig, Params, param_shapes
+from slm_jax.model import DType, GPTConfig, Params, param_shapes
 from slm_jax.nn.axes import HEAD
 from slm_jax.nn.blocks import merge_params
 from slm_jax.nn.lora import split_adapters
@@ -97,30 +96,6 @@ def load_model(source: str | Path, tokenizer: Tokenizer | None = None, *, n_head
     cfg, params = load_gpt2(path, n_heads=n_heads, dtype=best_dtype())
     tokenizer = tokenizer or _tokenizer_beside(path, cfg)
     return Run(path, None, _with_vocabulary(cfg, tokenizer, path), params, tokenizer)
-
-
-def load_classifier(source: str | Path, step: int | str = "best") -> Classifier:
-    """Load a classifier that ``slm-jax finetune`` trained with ``task: classification``.
-
-    Args:
-        source: a run such as ``runs/classify_builtin``, or ``runs/classify_builtin@800`` with the step.
-        step: a step, ``"best"`` (the lowest validation loss) or ``"latest"``.
-
-    Returns:
-        A function from a list of texts to a :class:`Prediction` for each.
-
-    Raises:
-        MissingInputError: no run there, or no checkpoint of that step.
-        InputError: a run that is no classifier; a damaged checkpoint; an invalid step.
-    """
-    checkpoint = find_checkpoint(source, step)
-    if checkpoint is None:
-        raise MissingInputError(f"{source}: no run with checkpoints there; expected one such as runs/classify_builtin")
-    cfg, params, metadata = read_checkpoint(*checkpoint, "float32", classifier=True)
-    classes = tuple(metadata["classes"])
-    model = GPTClassifier(cfg, n_classes=len(classes), pooling=metadata["pooling"])
-    tokenizer = tokenizer_from_dict(metadata["tokenizer"])
-    return Classifier(model, params, tokenizer, classes, metadata["max_length"])
 
 
 def find_tokenizer(source: str | Path, cfg: GPTConfig) -> Tokenizer:

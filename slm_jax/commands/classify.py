@@ -43,7 +43,7 @@ class Options:
 
 def run(options: Options) -> int:
     """Print a line for each text; return 0."""
-    from slm_jax.runs import load_classifier
+    from slm_jax.tasks.classification import load_classifier
 
     set_up()
     texts = options.text or _lines(options.file)

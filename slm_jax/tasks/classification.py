@@ -15,12 +15,14 @@ import optax
 from slm_jax.data.corpus import make_tokenizer
 from slm_jax.data.labelled import LabelledSplits, class_weights, load_labelled
 from slm_jax.data.text_batches import bucket_width, classification_batches, classification_eval_batches, encode_texts
-from slm_jax.evaluation.classes import ClassFigures, class_figures, class_table, draw_confusion
+from slm_jax.errors import MissingInputError
+from slm_jax.evaluation.classes import ClassFigures, Classifier, class_figures, class_table, draw_confusion
 from slm_jax.model import GPTClassifier, GPTConfig, Params, init_classifier
 from slm_jax.nn.blocks import merge_params
+from slm_jax.runs import find_checkpoint, read_checkpoint
 from slm_jax.tasks.base import count_steps, find_base, new_base, prepare_params, row_length
 from slm_jax.tasks.config import RunConfig
-from slm_jax.tokenizer import Tokenizer
+from slm_jax.tokenizer import Tokenizer, tokenizer_from_dict
 from slm_jax.training.resume import Start
 from slm_jax.training.step import Batch, LossFn, Sums
 from slm_jax.training.task import Evaluate, EvaluationSums, ModelShapes, Moment, Task
@@ -182,3 +184,27 @@ def _encode(
         if name == "train" and config.classification.pad_to == "longest":
             longest = max(map(len, encoded[name]))
     return encoded, longest, notes
+
+
+def load_classifier(source: str | Path, step: int | str = "best") -> Classifier:
+    """Load a classifier that ``slm-jax finetune`` trained with ``task: classification``.
+
+    Args:
+        source: a run such as ``runs/classify_builtin``, or ``runs/classify_builtin@800`` with the step.
+        step: a step, ``"best"`` (the lowest validation loss) or ``"latest"``.
+
+    Returns:
+        A function from a list of texts to a :class:`Prediction` for each.
+
+    Raises:
+        MissingInputError: no run there, or no checkpoint of that step.
+        InputError: a run that is no classifier; a damaged checkpoint; an invalid step.
+    """
+    checkpoint = find_checkpoint(source, step)
+    if checkpoint is None:
+        raise MissingInputError(f"{source}: no run with checkpoints there; expected one such as runs/classify_builtin")
+    cfg, params, metadata = read_checkpoint(*checkpoint, "float32", classifier=True)
+    classes = tuple(metadata["classes"])
+    model = GPTClassifier(cfg, n_classes=len(classes), pooling=metadata["pooling"])
+    tokenizer = tokenizer_from_dict(metadata["tokenizer"])
+    return Classifier(model, params, tokenizer, classes, metadata["max_length"])
