@@ -1,6 +1,6 @@
 """What gpu.py has measured into a folder, and the summary of it: each figure beside its bar.
 
-python benchmarks/gpu_results.py benchmarks/results/FOLDER        # writes its summary.md anew
+python benchmarks/gpu_results.py benchmarks/results/FOLDER        # writes its summary.md again
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Kill a run with SIGKILL at random moments, let it go on, and compare it bit for bit with one that was never broken.
+"""Kill a run with SIGKILL at random moments, resume it, and compare it bit for bit with one that was never broken.
 
     python benchmarks/kill_and_resume.py --kills 20
 
@@ -44,7 +44,7 @@ TIMES = ("seconds", "tokens_per_second", "mfu")
 
 
 def command(folder: Path, name: str) -> list[str]:
-    """Return the command that starts the run or lets it go on."""
+    """Return the command that starts or resumes the run."""
     options = {**OPTIONS, "data.source": f"text:{folder / 'text.txt'}", "runs_dir": folder, "run": name}
     pairs = [part for key, value in options.items() for part in (f"--{key}", str(value))]
     return [sys.executable, "-m", "slm_jax", "train", *pairs]

@@ -62,7 +62,7 @@ def train(folder: Path, seed: int, overrides: list[str]) -> tuple[float, float]:
     place = ["--runs_dir", str(folder.parent), "--run", folder.name, "--seed", str(seed)]
     config = parse_args(["--config", str(RECIPE), *place, *overrides], FinetuneConfig)
     if finetune.run(config):
-        raise InputError(f"{folder}: did not end; run this again to go on")
+        raise InputError(f"{folder}: did not end; run this again to resume")
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     return summary["after"]["test"]["accuracy"], summary["seconds"]
 

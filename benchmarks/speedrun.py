@@ -81,7 +81,7 @@ def run_ours(who: str, recipe: Path, seed: int, folder: Path, cache: Path) -> Re
 def with_own_cache(cache: Path) -> dict[str, str]:
     """Return the environment of a process that keeps its caches in a folder, but finds the named texts."""
     environ = {**os.environ, "XDG_CACHE_HOME": str(cache)}
-    # Told of a folder by this, JAX would keep only what takes a second to compile; users' caches have all programs.
+    # With a folder set by this, JAX would keep only what takes a second to compile; users' caches have all programs.
     environ.pop("JAX_COMPILATION_CACHE_DIR", None)
     with contextlib.suppress(OSError):  # a user without a home has no texts there
         environ.setdefault("SLM_JAX_DATA", str(cache_folder() / "data"))

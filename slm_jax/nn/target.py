@@ -19,7 +19,7 @@ class Target(NamedTuple):
 
 
 # JAX's own kind of context: its value is a part of every cache of traced functions, so that nothing which was traced
-# for one target is taken for another's.
+# for one target is used for another.
 _named: Any = jax.make_user_context(None)
 
 
@@ -37,7 +37,7 @@ def compiling_for(platform: str, capability: float | None = None) -> AbstractCon
     Such a program is for ``jax.jit(f).trace(...).lower(lowering_platforms=(platform,))``, not to be run here.
 
     Args:
-        platform, capability: see :class:`Target`; a GPU without a capability is taken for one that is not NVIDIA's.
+        platform, capability: see :class:`Target`; a GPU without a capability counts as one that is not NVIDIA's.
     """
     return _named(Target(platform, capability))
 

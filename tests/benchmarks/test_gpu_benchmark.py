@@ -50,7 +50,7 @@ def test_the_dry_run_measures_every_part(tmp_path):
     bars = [line for line in summary.splitlines() if line.startswith("| data reader")]
     assert len(bars) == 2
     assert all(line.endswith(("| yes |", "| no |")) for line in bars)
-    # No peer took part, and that is said.
+    # No peer took part, and the page says so.
     assert "| training beside nanoGPT compiled, in turns | ≥ 1.15× | not measured |  |" in summary
 
 

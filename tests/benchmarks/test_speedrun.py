@@ -10,7 +10,7 @@ import yaml
 
 FILE = Path(__file__).parents[2] / "benchmarks" / "speedrun.py"
 
-# Says a loss at each step, and goes on for minutes unless it is stopped.
+# Prints a loss at each step, and runs for minutes unless it is stopped.
 STAND_IN = """
 import time, numpy as np
 seed = (1337 + 0)

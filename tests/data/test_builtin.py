@@ -34,7 +34,7 @@ def test_the_builtin_text_is_plenty_and_always_the_same():
 
 @pytest.fixture
 def stdlib(tmp_path, monkeypatch):
-    """A folder that is taken for the standard library."""
+    """A folder that stands for the standard library."""
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
     for function in (python_docs, prose_or_code):
         function.cache_clear()

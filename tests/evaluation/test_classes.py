@@ -99,7 +99,7 @@ def test_a_name_stays_on_its_line():
 @pytest.mark.parametrize("n_classes", [2, 40])
 def test_a_picture_is_written(tmp_path, n_classes):
     confusion = np.eye(n_classes, dtype=int) * 1234
-    names = [f"a $name_ of $a {i} that goes on" for i in range(n_classes)]  # would be an error as a formula
+    names = [f"a $name_ of $a {i} that is long" for i in range(n_classes)]  # would be an error as a formula
     panels = {split: figures_of(confusion, names) for split in ("train", "validation", "test")}
     draw_confusion(panels, tmp_path / "confusion.png", "a $_ b$")
     content = (tmp_path / "confusion.png").read_bytes()

@@ -39,7 +39,7 @@ def plain(hidden, kernel, targets, weights):
 
 
 def gradients(loss, arrays):
-    """Compile anew: how many pieces there are is no argument."""
+    """Compile again: the number of pieces is no argument."""
     return jax.jit(jax.value_and_grad(lambda *arrays: loss(*arrays), (0, 1)))(*arrays)
 
 

@@ -1,4 +1,4 @@
-"""What must hold of fine-tuning as a person does it: what a run leaves, what it starts from, how it goes on."""
+"""What must hold of fine-tuning as a person does it: what a run writes, what it starts from, how it resumes."""
 # ruff: noqa: F811 (a fixture that is imported is also an argument)
 
 import json
@@ -253,7 +253,7 @@ def sorted_leaves(tree):
 @pytest.mark.slow
 @pytest.mark.parametrize(("task", "trainable"), [(task, mode) for task in TASKS for mode in ("last_block", "lora")])
 def test_killed_equals_unbroken_bitwise(place, tuned, tmp_path, task, trainable):
-    """SIGKILL after step 11; from what was saved by then it goes on, without its base."""
+    """SIGKILL after step 11; it resumes from what was saved by then, without its base."""
     unbroken, _ = tuned(task, trainable)
     shutil.copytree(place / "base", tmp_path / "base")
     arguments = options(place, task, tmp_path, trainable, base=tmp_path / "base")
@@ -284,7 +284,7 @@ def test_on_a_fresh_machine_it_goes_on_from_the_mirror(tuned, tmp_path, task):
         assert (folder / "frozen.safetensors").read_bytes() == (run / "frozen.safetensors").read_bytes()
 
 
-# What a run does not go on from
+# What a run does not resume from
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What must hold of pretraining: which batches it takes, what it says of them, and that a packed run goes on."""
+"""What must hold of pretraining: its batches and notes, and that a packed run resumes."""
 
 import itertools
 

@@ -119,7 +119,7 @@ def test_the_latest_are_kept_and_the_best_apart_from_them(folder):
             kept[step] = saved_steps(folder)
     assert kept == {10: [10], 20: [10, 20], 30: [20, 30], 40: [20, 30, 40], 50: [20, 40, 50], 60: [20, 50, 60]}
     assert best_step(folder) == 20
-    with Checkpoints(folder, keep=1) as checkpoints:  # a run that goes on knows the losses of before
+    with Checkpoints(folder, keep=1) as checkpoints:  # a resumed run knows the losses of earlier starts
         checkpoints.save(make_state(70), {}, 0.5)
     assert saved_steps(folder) == [70]
     assert best_step(folder) == 70
@@ -143,13 +143,13 @@ def test_a_step_being_saved_is_among_the_saved_steps(folder):
 
 
 def test_who_asks_is_told_of_each_checkpoint_that_has_its_checksums(folder):
-    told = []
+    saved = []
     with Checkpoints(
-        folder, on_saved=lambda step: told.append((step, (folder / str(step) / CHECKSUMS).is_file()))
+        folder, on_saved=lambda step: saved.append((step, (folder / str(step) / CHECKSUMS).is_file()))
     ) as checkpoints:
         for step in (10, 20, 30):
             checkpoints.save(make_state(step), {})
-    assert told == [(10, True), (20, True), (30, True)]
+    assert saved == [(10, True), (20, True), (30, True)]
 
 
 def test_a_step_may_be_saved_anew(folder):
@@ -396,7 +396,7 @@ def test_what_an_interrupted_save_left_is_no_checkpoint_and_is_cleared_away(save
 
 
 def test_a_run_that_went_back_behind_damaged_checkpoints_keeps_what_it_saves_next(saved):
-    """20 and 30 are damaged, so the run goes on from 10: its step 15 is the latest, whatever the others' numbers."""
+    """20 and 30 are damaged, so the run resumes from 10: its step 15 is the latest, whatever the others' numbers."""
     for step in (20, 30):
         flip(payload(saved / str(step), "params"))
     with Checkpoints(saved, keep=1) as checkpoints:

@@ -63,7 +63,7 @@ def test_a_run_that_goes_on_has_each_step_once_in_tensorboard(text_file, tmp_pat
     more = {"checkpoint.every": 2, "sample.every": 2, "sample.max_new_tokens": 1, "train.accumulate": 1}
     args = options(text_file, tmp_path, optimizer__schedule="constant", logging__tensorboard="true", **more)
     assert cli.main(["train", *args, "--train.steps", "3"]) == 0
-    # The last checkpoint is lost, so that the run goes on from step 2 and does a step again.
+    # The last checkpoint is lost, so that the run resumes from step 2 and repeats a step.
     for path in (tmp_path / "small/checkpoints/3").rglob("*.json"):
         path.write_text("damaged")
     assert cli.main(["train", *args, "--train.steps", "4"]) == 0

@@ -47,7 +47,7 @@ MACHINES = (
 
 
 def start(folder, name, machine):
-    """Start or go on with the run on a machine; with the mirror, if it is one of several."""
+    """Start or resume the run on a machine; with the mirror, if it is one of several."""
     options, environment = machine
     mirror = {} if name == "unbroken" else {"checkpoint.mirror": folder / "drive"}
     values = {**RUN, "data.source": f"text:{folder / 'text.txt'}", "runs_dir": folder / name, **mirror, **options}

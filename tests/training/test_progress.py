@@ -71,7 +71,7 @@ def test_in_a_terminal_the_line_is_live():
     text = shown(out)
     assert "\x1b[" in text
     assert "20/1,000" in text
-    assert "a line [of] its own" in text  # not taken for markup
+    assert "a line [of] its own" in text  # is no markup
 
 
 def test_a_long_note_stays_one_line_so_that_it_can_be_copied():

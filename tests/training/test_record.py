@@ -1,4 +1,4 @@
-"""What must hold of a run's record: what is logged of a step and an evaluation, and what a person is told."""
+"""What must hold of a run's record: what is logged and printed of a step and an evaluation."""
 
 import dataclasses
 import io

@@ -38,8 +38,8 @@ MESHES = ("data=8", "data=4,fsdp=2", "fsdp=8")
 
 def environment(**changes):
     """This process's environment, importing this checkout, without what tells of devices and other processes."""
-    told = ("XLA_FLAGS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "JAX_COORDINATOR_ADDRESS")
-    env = {name: value for name, value in os.environ.items() if name not in told}
+    removed = ("XLA_FLAGS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "JAX_COORDINATOR_ADDRESS")
+    env = {name: value for name, value in os.environ.items() if name not in removed}
     return {**env, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **changes}
 
 

@@ -1,4 +1,4 @@
-"""What must hold of our own checkpoints as weights: what is damaged is said in one line, whatever it is."""
+"""What must hold of our own checkpoints as weights: damage of any kind is reported in one line."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""What must hold of a params tree in a file: it comes back as it was, or what is wrong with the file is said."""
+"""What must hold of a params tree in a file: it comes back unchanged, or the error names what is wrong with the file."""
 
 import errno
 import json
