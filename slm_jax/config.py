@@ -57,13 +57,6 @@ class Key:
         """Description of the field in its dataclass's docstring."""
         return describe(self.owner)[self.name.rpartition(".")[2]]
 
-    @property
-    def expected(self) -> str:
-        """Values that the key may have, in words."""
-        words = [word for kind, word in _KINDS.items() if kind in self.kinds]
-        words += [f"one of {', '.join(self.choices)}"] if self.choices else []
-        return " or ".join([*words, "null"] if types.NoneType in self.kinds else words)
-
     def read(self, word: str) -> Any:
         """Return the value of a word of the command line: text as it is, anything else as YAML reads it."""
         if word == "null" and (types.NoneType in self.kinds or str not in self.kinds):
@@ -87,7 +80,10 @@ class Key:
         elif type(value) is int and int not in self.kinds and float in self.kinds:
             value = float(value)
         if type(value) not in self.kinds and not (isinstance(value, str) and value in self.choices):
-            raise InputError(f"{self.name} is {shown(value)}; expected {self.expected}")
+            words = [word for kind, word in _KINDS.items() if kind in self.kinds]
+            words += [f"one of {', '.join(self.choices)}"] if self.choices else []
+            words += ["null"] if types.NoneType in self.kinds else []
+            raise InputError(f"{self.name} is {shown(value)}; expected {' or '.join(words)}")
         if type(value) in (int, float):
             bounds = [(*_BOUNDS[type(mark)], mark) for mark in self.markers if type(mark) in _BOUNDS]
             limits = [(getattr(operator, name), word, getattr(mark, name)) for name, word, mark in bounds]
@@ -217,19 +213,15 @@ def find_recipe(name: str) -> Path:
     Raises:
         MissingInputError: neither.
     """
-    path, folder = user_path(name), recipe_folder()
+    path = user_path(name)
     if path.is_file():
         return path
+    packaged = Path(str(importlib.resources.files("slm_jax"))) / "configs"
+    folder = packaged if packaged.is_dir() else packaged.parents[1] / "configs"  # the latter in a checkout
     recipes = {file.stem: file for file in sorted(folder.glob("*.yaml"))}
     if name not in recipes:
         raise MissingInputError(f"{name}: no such file; expected a YAML file or one of {', '.join(recipes)}")
     return recipes[name]
-
-
-def recipe_folder() -> Path:
-    """Return the folder of the recipes that come with slm_jax: in the installed package, or in the checkout."""
-    packaged = Path(str(importlib.resources.files("slm_jax"))) / "configs"
-    return packaged if packaged.is_dir() else packaged.parents[1] / "configs"
 
 
 def flatten(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
