@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -75,7 +74,13 @@ def _seconds_to_first_step(config: RunConfig, folder: Path, run: str) -> float:
     began = time.perf_counter()
     process = start_python(["-m", "slm_jax", "train", "--config", str(recipe)], _with_own_cache(folder))
     try:
-        _wait_for_first_step(process, folder / run / "metrics.jsonl", began)
+        log = folder / run / "metrics.jsonl"
+        while not (log.is_file() and '"train"' in log.read_text(encoding="utf-8")):
+            if process.poll() is not None:
+                raise failed(process.returncode, process.communicate()[1])
+            if time.perf_counter() - began > _TOO_LONG:
+                raise InputError(f"no first step within {_TOO_LONG:.0f} s; choose a smaller recipe with --config")
+            time.sleep(_POLL)
         return time.perf_counter() - began
     finally:
         process.terminate()
@@ -89,12 +94,3 @@ def _with_own_cache(folder: Path) -> dict[str, str]:
     with contextlib.suppress(OSError):  # no home
         environ.setdefault("SLM_JAX_DATA", str(cache_folder() / "data"))
     return environ
-
-
-def _wait_for_first_step(process: "subprocess.Popen[str]", log: Path, began: float) -> None:
-    while not (log.is_file() and '"train"' in log.read_text(encoding="utf-8")):
-        if process.poll() is not None:
-            raise failed(process.returncode, process.communicate()[1])
-        if time.perf_counter() - began > _TOO_LONG:
-            raise InputError(f"no first step within {_TOO_LONG:.0f} s; choose a smaller recipe with --config")
-        time.sleep(_POLL)

@@ -37,11 +37,15 @@ def measure(config: RunConfig, *, warmup: int, repeats: int, device: str | None 
         "loss": loss if math.isfinite(loss) else None,
         "loss_finite": math.isfinite(loss),
     }
+    mfu = figures["mfu"]
+    unknown = "unknown for a part of a model" if figures["flops_per_second"] is None else None
     rows = {
         "compilation": f"{step.compile_seconds:.2f} s",
         "step, waited for": str(waiting),
         "step, queued as in train": str(queued),
-        **_speed_rows(figures),
+        "tokens": f"{figures['tokens_per_second']:,.0f} a second ({figures['tokens_per_step']:,} a step)",
+        "arithmetic": unknown or format_flops(figures["flops_per_second"]),
+        "MFU": unknown or ("unknown peak: pass --peak measured, or --peak FLOP/s" if mfu is None else f"{mfu:.1%}"),
         **bound_rows(figures["bounds_seconds"], ceilings),
         "peak memory": f"{format_bytes(n_bytes)} of {memory.of}" if n_bytes else "unknown on this system",
         "memory by XLA's analysis": f"{format_bytes(planned)} a device" if planned else "unknown",
@@ -75,14 +79,4 @@ def speed_figures(step: CompiledStep, seconds: float, ceilings: Ceilings) -> dic
         "mfu": achieved / (n_devices * ceilings.flops) if achieved and ceilings.flops else None,
         "mfu_formula": FORMULA,
         "bounds_seconds": ceilings.bounds(flops and flops / n_devices, step.moved_bytes),
-    }
-
-
-def _speed_rows(figures: dict[str, Any]) -> dict[str, str]:
-    achieved, mfu = figures["flops_per_second"], figures["mfu"]
-    unknown = "unknown for a part of a model" if achieved is None else None
-    return {
-        "tokens": f"{figures['tokens_per_second']:,.0f} a second ({figures['tokens_per_step']:,} a step)",
-        "arithmetic": unknown or format_flops(achieved),
-        "MFU": unknown or ("unknown peak: pass --peak measured, or --peak FLOP/s" if mfu is None else f"{mfu:.1%}"),
     }

@@ -1,5 +1,7 @@
 """Checks of this machine as training will find it: versions, devices, memory, caches, network."""
 
+import contextlib
+import dataclasses
 import importlib.util
 import os
 import platform
@@ -8,10 +10,11 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +25,14 @@ from slm_jax.data.named import NAMED_FILES
 from slm_jax.files import check_reachable
 from slm_jax.nn.target import target_of
 from slm_jax.tokenizer import GPT2Tokenizer
-from slm_jax.tools.doctor.checks import Check, Finding, Found, Level, folder_size, one_line, perform
 from slm_jax.training import hardware
 from slm_jax.training.loggers import PACKAGES
 from slm_jax.training.progress import format_bytes
 from slm_jax.weights.hub import PINS
+
+Level = Literal["ok", "note", "problem"]
+Found = Iterator[tuple[Level, str]]  # a level and one line: what was found, and for a problem what to do
+Check = Callable[[], Found]
 
 NETWORK_SECONDS = 3.0
 SMALL = 2e9  # bytes; a checkpoint of GPT-2 small with its optimizer takes 1.5 GB
@@ -42,6 +48,40 @@ EXTRAS = {
     **{extra: (package, f"logging.{extra}") for extra, package in PACKAGES.items()},
 }
 SETTINGS = ("JAX_", "XLA_", "LIBTPU_INIT_ARGS", "CUDA_VISIBLE_DEVICES", "NPROC")
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """What a check found: whether something will not work, is worth knowing, or is ok; and a line about it."""
+
+    level: Level
+    name: str
+    text: str
+
+
+def perform(checks: Mapping[str, Check]) -> Iterator[Finding]:
+    """Perform checks by name; a check that fails itself is a problem, too."""
+    for name, check in checks.items():
+        try:
+            for level, text in check():
+                yield Finding(level, name, text)
+        except Exception as error:  # any: a broken machine is what the doctor is for
+            yield Finding("problem", name, f"the check itself failed: {type(error).__name__}: {one_line(error)}")
+
+
+def one_line(error: object, limit: int = 300) -> str:
+    """Return a message without line breaks, truncated to ``limit`` characters."""
+    return " ".join(str(error).split())[:limit]
+
+
+def folder_size(folder: Path) -> int:
+    """Return the bytes of all files below a folder; files that disappear meanwhile are not counted."""
+    total = 0
+    for root, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += Path(root, name).lstat().st_size
+    return total
 
 
 def examine_machine() -> Iterator[Finding]:

@@ -10,8 +10,7 @@ import jax
 from slm_jax.errors import InputError
 from slm_jax.runs import RunFolder, best_step, find_damage, read_frozen, read_metadata, saved_steps, try_metadata
 from slm_jax.tasks.config import TASKS, RunConfig, parse_args
-from slm_jax.tools.doctor.checks import Finding, Found, folder_size, perform
-from slm_jax.tools.doctor.machine_checks import start_error
+from slm_jax.tools.doctor.machine_checks import Finding, Found, folder_size, perform, start_error
 from slm_jax.training.checkpoint import CHECKSUMS
 from slm_jax.training.progress import format_bytes, format_duration
 from slm_jax.training.summary import environment, rounding_changes

@@ -9,7 +9,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from slm_jax.data.named import NAMED_FILES
-from slm_jax.tools.doctor import checks, machine_checks
+from slm_jax.tools.doctor import machine_checks
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +33,7 @@ def test_a_check_that_fails_is_a_problem():
         yield "ok", "first"
         raise RuntimeError("no such\ndevice")
 
-    first, second = checks.perform({"devices": broken})
+    first, second = machine_checks.perform({"devices": broken})
     assert (first.level, first.name) == ("ok", "devices")
     assert (second.level, second.name) == ("problem", "devices")
     assert "RuntimeError: no such device" in second.text

@@ -27,9 +27,8 @@ def test_a_folder_that_holds_only_a_configuration(tmp_path):
 
 def test_a_run_in_progress(tmp_path):
     page = page_of(make_run(tmp_path / "a", [train(i) for i in range(1, 8)]))
-    assert "not finished" in page.text
-    assert "7 of 100" in page.text
-    assert "No validation loss yet." in page.text
+    for text in ("not finished", "7 of 100", "No validation loss yet."):
+        assert text in page.text
 
 
 def test_a_run_that_diverged(tmp_path):
