@@ -1,4 +1,4 @@
-"""What must hold of a params tree in a file: it comes back unchanged, or the error names what is wrong with the file."""
+"""What must hold of a params tree in a file: it comes back unchanged, or the error names what is wrong with it."""
 
 import errno
 import json
