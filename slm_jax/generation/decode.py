@@ -278,9 +278,7 @@ class _Decoder:
         seen = None if text.seen is None else text.seen[:, :n_ids]
         keys = None if rules.keys is None else jax.vmap(jax.random.fold_in, (0, None))(rules.keys, text.n_new)
         tokens = choose_tokens(logits[:, 0, :n_ids], rules.numbers, self.top_k, keys, seen)
-        return self._append(text, jnp.where(text.ended, rules.eos_id, tokens), rules)
-
-    def _append(self, text: _Text, tokens: Int[Array, "batch"], rules: _Rules) -> _Text:
+        tokens = jnp.where(text.ended, rules.eos_id, tokens)
         context = text.window.shape[1]
         full = text.lengths == context
         window = jnp.where(full[:, None], jnp.roll(text.window, -1, axis=1), text.window)

@@ -124,10 +124,10 @@ def _heads(fields: Mapping[str, Any], given: int | None) -> int:
     """Return the number of heads, which no shape determines: stated, given, or that of the GPT-2 of this shape."""
     shape = (fields.get("emb_dim"), fields.get("n_layers"))
     presets = {(p["emb_dim"], p["n_layers"]): p["n_heads"] for name, p in PRESETS.items() if name.startswith("gpt2")}
-    stated = fields.get("n_heads")
-    if None not in (given, stated) and given != stated:
+    stated = fields.get("n_heads", given)
+    if given not in (None, stated):
         raise InputError(f"n_heads is given as {given}, but the weights' configuration states {stated}")
-    heads = next((heads for heads in (stated, given, presets.get(shape)) if heads is not None), None)
+    heads = presets.get(shape) if stated is None else stated
     if heads is None:
         raise InputError("the number of attention heads is not stated; pass n_heads")
     if type(heads) is not int:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from prepared import build
 from refusals import refused
 from sharing import make_once
 
@@ -22,25 +23,6 @@ from slm_jax.errors import InputError, MissingInputError
 
 tfds = pytest.importorskip("tensorflow_datasets")
 TEXT = tfds.features.Text()
-
-
-def build(folder: Path, dataset: str, features: dict, splits: dict) -> None:
-    """Prepare a data set of our own as TensorFlow Datasets does."""
-    with tfds.core.registered.skip_registration():
-
-        class Builder(tfds.core.GeneratorBasedBuilder):
-            name, VERSION = dataset, tfds.core.Version("1.0.0")
-
-            def _info(self):
-                return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
-
-            def _split_generators(self, _):
-                return {split: self._generate_examples(rows) for split, rows in splits.items()}
-
-            def _generate_examples(self, rows):
-                yield from enumerate(rows)
-
-    Builder(data_dir=folder, file_format="array_record").download_and_prepare()
 
 
 def build_all(folder: Path) -> None:

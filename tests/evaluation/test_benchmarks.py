@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from refusals import refused
 
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.evaluation.benchmarks import hellaswag, lambada, read_examples
@@ -194,9 +195,8 @@ def test_mistakes_in_lambada_are_named_by_line(bigrams, tokenizer, jsonl, row, m
 )
 def test_mistakes_in_hellaswag_are_named_by_line(bigrams, jsonl, changes, message):
     tokenizer = CharTokenizer().build_vocab("abcdefgE: ")
-    with pytest.raises(InputError, match=f"rows.jsonl line 2: .*{message}") as error:
+    with refused(f"rows.jsonl line 2: .*{message}"):
         hellaswag(bigrams.scorer(tokenizer), jsonl(example(), example(**changes)))
-    assert "\n" not in str(error.value)
 
 
 def test_labels_may_be_text(transformer, jsonl, texts):
@@ -237,42 +237,19 @@ def test_sources_without_rows_are_refused(source):
 def prepared(tmp_path, monkeypatch):
     """Data sets under the real names, written as TensorFlow Datasets writes them."""
     tfds = pytest.importorskip("tensorflow_datasets")
+    from prepared import build
+
     text = tfds.features.Text()
     more = {"source_id": text, "split_type": text}
     roof = {"context": "A. b", "activity_label": "Roof", "source_id": "activitynet~1", "split_type": "indomain"}
-    contents = {
-        "lambada": ("1.0.0", {"passage": text}, {"test": [{"passage": f"Zoë says {i}\n"} for i in range(3)]}),
-        "hellaswag": (
-            "1.1.0",
-            {
-                "context": text,
-                "endings": tfds.features.Sequence(text),
-                "activity_label": text,
-                "label": np.int32,
-                **more,
-            },
-            {
-                "validation": [{**roof, "endings": ["é", "g"], "label": 1}],
-                "test": [{**roof, "endings": ["f", "g"], "label": -1}],
-            },
-        ),
+    build(tmp_path, "lambada", {"passage": text}, {"test": [{"passage": f"Zoë says {i}\n"} for i in range(3)]})
+    endings = tfds.features.Sequence(text)
+    features = {"context": text, "endings": endings, "activity_label": text, "label": np.int32, **more}
+    splits = {
+        "validation": [{**roof, "endings": ["é", "g"], "label": 1}],
+        "test": [{**roof, "endings": ["f", "g"], "label": -1}],
     }
-    for dataset, (version, features, splits) in contents.items():
-        with tfds.core.registered.skip_registration():
-
-            class Builder(tfds.core.GeneratorBasedBuilder):
-                name, VERSION = dataset, tfds.core.Version(version)
-
-                def _info(self, features=features):
-                    return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
-
-                def _split_generators(self, _, splits=splits):
-                    return {split: self._generate_examples(rows) for split, rows in splits.items()}
-
-                def _generate_examples(self, rows):
-                    yield from enumerate(rows)
-
-        Builder(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    build(tmp_path, "hellaswag", features, splits, "1.1.0")
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
 
 

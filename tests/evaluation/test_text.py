@@ -7,6 +7,7 @@ import math
 import jax
 import numpy as np
 import pytest
+from refusals import refused
 
 from slm_jax.data.config import DataConfig, TokenizerConfig
 from slm_jax.data.corpus import load_corpus
@@ -172,9 +173,8 @@ def test_mistakes_with_a_source_are_named(scorer, text_source, tmp_path, source,
     for name, text in (("empty", " \n"), ("foreign", "azb"), ("short", "abcdefg")):
         (tmp_path / f"{name}.txt").write_text(text)
     where = text_source if source == "text" else f"text:{tmp_path / source}.txt"
-    with pytest.raises(InputError, match=message) as error:
+    with refused(message):
         evaluate_source(scorer, where, **options)
-    assert "\n" not in str(error.value)
 
 
 def test_a_tokenizer_of_another_model_is_refused(scorer, text_source):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 from foreign_files import CONFIG, HEADS, LAYERS, WIDTH, book, huggingface, nanogpt, write
+from refusals import refused
 
 from slm_jax.errors import InputError
 from slm_jax.runs import load_gpt2
@@ -86,9 +87,8 @@ class Harmful:
 def test_a_file_with_objects_is_not_executed(zipped, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"model": Harmful()}, tmp_path / "ckpt.pt", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(InputError, match=r"ckpt\.pt.*weights_only") as caught:
+    with refused(r"ckpt\.pt.*weights_only"):
         load_gpt2(tmp_path / "ckpt.pt")
-    assert "\n" not in str(caught.value)
     assert not (tmp_path / "was-here").exists()
 
 
@@ -153,6 +153,5 @@ def test_a_flipped_bit_in_a_zip_file_is_found(tmp_path):
     whole = (tmp_path / "ckpt.pt").read_bytes()
     at = whole.index(content) + len(content) // 2 // 4 * 4
     (tmp_path / "ckpt.pt").write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-    with pytest.raises(InputError, match=r"ckpt\.pt: damaged: .*data/") as caught:
+    with refused(r"ckpt\.pt: damaged: .*data/"):
         load_gpt2(tmp_path, n_heads=HEADS)
-    assert "\n" not in str(caught.value)

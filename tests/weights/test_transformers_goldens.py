@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.traverse_util import flatten_dict
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
@@ -61,14 +62,9 @@ class Golden:
 
     def in_their_names(self, params):
         """Cut one of our trees into their tensors."""
-        leaves = {path: np.asarray(leaf) for path, leaf in flat(params).items()}
+        leaves = {path: np.asarray(leaf) for path, leaf in flatten_dict(params, sep="/").items()}
         assert {path: leaf.shape for path, leaf in leaves.items()} == leaf_shapes(self.cfg)
         return {name: slot.read(leaves) for name, slot in FORMAT.names(self.cfg).items()}
-
-    def batch(self, i):
-        tokens = self.trees["batches"][""][i]
-        weights = np.ones(tokens[:, 1:].shape, np.float32)
-        return {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights}
 
     @functools.cached_property
     def training(self):
@@ -82,8 +78,8 @@ class Golden:
         state = TrainState(jnp.int32(0), self.params, optimizer.init(self.params), jax.random.key(0))
         history = []
         for tokens in self.trees["batches"][""]:
-            weights = np.ones(tokens[:, 1:].shape, np.float32)
-            state, metrics = step(state, {}, {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights})
+            batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
+            state, metrics = step(state, {}, {**batch, "weights": np.ones(tokens[:, 1:].shape, np.float32)})
             history.append((state, metrics))
         return history
 
@@ -100,10 +96,6 @@ def sgd_and_what_adamw_would_keep(clip_norm, adamw):
         return clip.update(gradients, clip.init(params))[0], (gradients, adamw_state)
 
     return optax.GradientTransformation(init, update)
-
-
-def flat(tree):
-    return {"/".join(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 @functools.cache

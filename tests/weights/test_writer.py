@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 from foreign_files import CONFIG, HEADS, VOCAB, WIDTH, book, huggingface, nanogpt, write
+from refusals import refused
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
@@ -238,9 +239,8 @@ def test_what_is_no_params_tree_is_refused(tmp_path):
         (params | {"final_norm": {"scale": jnp.ones(8, jnp.int32)}}, "final_norm/scale is a .* of int32"),
         (split_blocks(params, 1) | {"final_norm": {}}, "final_norm/.* has the shape None"),
     ):
-        with pytest.raises(InputError, match=expected) as caught:
+        with refused(expected):
             save_gpt2(cfg, wrong, tmp_path / "out")
-        assert "\n" not in str(caught.value)
     assert entries(tmp_path) == []
 
 
