@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_checkable
 from urllib.parse import urlsplit
 
-from slm_jax.errors import InputError, MissingInputError
+from slm_jax.errors import InputError, MissingInputError, located
 from slm_jax.files import check_reachable, read_json, write_file
 
 if TYPE_CHECKING:
@@ -68,14 +68,12 @@ class Tokenizer(Protocol):
             raise InputError(
                 f"kind is {reprlib.repr(data.get('kind'))}; expected {kind.kind!r} (or use load_tokenizer)"
             )
-        if set(data) != {"kind", *kind._fields}:
-            expected = ["kind", *kind._fields]
-            raise InputError(f"a {kind.kind} tokenizer has the keys {expected}, not {reprlib.repr(list(data))}")
+        if set(data) != (expected := {"kind", *kind._fields}):
+            raise InputError(f"keys are {reprlib.repr(list(data))}; expected {', '.join(sorted(expected))}")
         for name in kind._fields:
             if not isinstance(data[name], list):
                 raise InputError(f"{name!r} is {reprlib.repr(data[name])}: expected a list")
-        tokenizer: _T = kind(*(data[name] for name in kind._fields))
-        return tokenizer
+        return kind(*(data[name] for name in kind._fields))
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write to `path` if that names a file (`….json`), else to `path/tokenizer.json`; return the file."""
@@ -127,6 +125,14 @@ class _TableTokenizer(Tokenizer):
         """The id of `<|endoftext|>`, the first after the vocabulary."""
         return self.vocab_size - len(self._special)
 
+    def build_vocab(self, text: str) -> "_TableTokenizer":
+        """Make the vocabulary from the words or characters of `text`, sorted, and return this tokenizer."""
+        self._fill(sorted(set(self._split(text)).difference(self._special)))
+        return self
+
+    def _split(self, text: str) -> list[str]:
+        return list(_check_text(text))
+
     def to_dict(self) -> dict[str, Any]:
         """The kind, and the words or characters in the order of their ids."""
         return {"kind": self.kind, self._fields[0]: self._tokens[: self.eot_id]}
@@ -142,11 +148,6 @@ class SimpleTokenizer(_TableTokenizer):
     kind: str = "simple"
     _fields = ("words",)
     _special = (END_OF_TEXT, UNKNOWN)
-
-    def build_vocab(self, text: str) -> "SimpleTokenizer":
-        """Make the vocabulary from the words of `text`, sorted, and return this tokenizer."""
-        self._fill(sorted(set(self._split(text)).difference(self._special)))
-        return self
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """Turn text into ids, unknown words into the id of `<|unk|>`."""
@@ -173,11 +174,6 @@ class CharTokenizer(_TableTokenizer):
         super()._fill(items)
         if wrong := [char for char in self._items if len(char) != 1]:
             raise InputError(f"chars must hold single characters, not {reprlib.repr(wrong[0])}")
-
-    def build_vocab(self, text: str) -> "CharTokenizer":
-        """Make the vocabulary from the characters of `text`, sorted, and return this tokenizer."""
-        self._fill(sorted(set(_check_text(text))))
-        return self
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """Turn text into ids (`allow_special`: `<|endoftext|>` is one); InputError: a character without an id."""
@@ -223,10 +219,7 @@ class _TiktokenTokenizer(Tokenizer):
         """Turn text into ids; `<|endoftext|>` in it raises InputError, or with `allow_special` becomes `eot_id`."""
         offset = _check_text(text).find(END_OF_TEXT)
         if offset >= 0 and not allow_special:
-            raise InputError(
-                f"the text has the special token {END_OF_TEXT} at offset {offset}; pass allow_special=True to encode "
-                f"it as id {self.eot_id}, or remove it"
-            )
+            raise InputError(f"the text has {END_OF_TEXT} at offset {offset}; remove it, or pass allow_special=True")
         return _join([self._encode_ordinary(document) for document in text.split(END_OF_TEXT)], self.eot_id)
 
     def _encode_ordinary(self, text: str) -> list[int]:
@@ -286,14 +279,9 @@ class BPETokenizer(_TiktokenTokenizer):
 
         model = Model(models.BPE())
         model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        model.train_from_iterator(
-            _training_pieces(text),
-            trainers.BpeTrainer(
-                vocab_size=vocab_size - 1,
-                initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-                show_progress=False,
-            ),
-        )
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False)
+        model.train_from_iterator(_training_pieces(text), trainer)
         # In the trained model a byte is written as one visible character: itself where it has one in Latin-1, else
         # the next free character from U+0100 on.
         visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
@@ -315,12 +303,9 @@ class BPETokenizer(_TiktokenTokenizer):
         """The same vocabulary as a `tiktoken.Encoding`."""
         import tiktoken
 
+        special = {END_OF_TEXT: self.eot_id}
         return tiktoken.Encoding(
-            "slm_jax_bpe",
-            pat_str=self._PATTERN,
-            mergeable_ranks=self._ranks,
-            special_tokens={END_OF_TEXT: self.eot_id},
-            explicit_n_vocab=self.vocab_size,
+            "slm_jax_bpe", pat_str=self._PATTERN, mergeable_ranks=self._ranks, special_tokens=special
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -413,8 +398,7 @@ def tokenizer_from_dict(data: Mapping[str, Any]) -> Tokenizer:
     kind = data.get("kind")
     if not isinstance(kind, str) or kind not in _CLASSES:
         raise InputError(f"not a tokenizer of slm_jax: kind is {reprlib.repr(kind)}, expected {', '.join(_CLASSES)}")
-    tokenizer: Tokenizer = _CLASSES[kind].from_dict(data)
-    return tokenizer
+    return _CLASSES[kind].from_dict(data)
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:
@@ -431,11 +415,8 @@ def _load(path: str | os.PathLike[str], build: Callable[[Any], _T]) -> _T:
             f"no tokenizer at {str(path)!r}: expected gpt2, a saved tokenizer's file, a folder with {FILE_NAME}, "
             f"or a run's folder with tokenizer/{FILE_NAME}"
         )
-    data = read_json(file, "save the tokenizer again")
-    try:
-        return build(data)
-    except InputError as error:
-        raise InputError(f"{file}: {error}") from None
+    with located(file):
+        return build(read_json(file, "save the tokenizer again"))
 
 
 def _join(parts: list[list[int]], *between: int) -> list[int]:
@@ -462,19 +443,20 @@ def _check_ids(ids: Iterable[Any], vocab_size: int) -> list[int]:
     items = ids.tolist() if hasattr(ids, "tolist") else ids  # one transfer for an array on a device
     if not isinstance(items, Iterable):
         raise InputError(f"ids must be a sequence of integers, not {items!r}")
-    checked = []
-    for position, item in enumerate(items):
-        try:
-            number = -1 if isinstance(item, bool) else operator.index(item)
-        except TypeError:
-            number = -1
+    items = list(items)
+    checked = [_index(item) for item in items]
+    for position, number in enumerate(checked):
         if not 0 <= number < vocab_size:
-            raise InputError(
-                f"id {reprlib.repr(item)} at position {position} is not in the vocabulary of {vocab_size} tokens: "
-                f"expected integers from 0 to {vocab_size - 1}"
-            )
-        checked.append(number)
+            id_ = reprlib.repr(items[position])
+            raise InputError(f"id {id_} at position {position} is not in the vocabulary of {vocab_size} tokens")
     return checked
+
+
+def _index(item: Any) -> int:
+    try:
+        return -1 if isinstance(item, bool) else operator.index(item)
+    except TypeError:
+        return -1
 
 
 def _training_pieces(text: str | Iterable[str], length: int = 1 << 16) -> Iterator[str]:
