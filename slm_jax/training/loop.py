@@ -43,9 +43,9 @@ def train(config: BaseRunConfig, task: Task, start: Start, stop: StopRequest, co
     """Train to the last step, or until a stop is requested; return the run's summary.
 
     Raises:
-        InputError: another run is in the folder; it cannot be written; something does not fit.
+        InputError: the folder has another run or cannot be written; something does not fit.
         Interrupted: a signal came; the state of that moment was saved.
-        TrainingDiverged: three steps in a row without finite gradients.
+        TrainingDiverged: several steps in a row without finite gradients.
     """
     folder, total = start.folder, task.total_steps
     progress = ProgressLine(console, total, start.first_step)
@@ -78,19 +78,18 @@ def train(config: BaseRunConfig, task: Task, start: Start, stop: StopRequest, co
             StepProfile(config.train.profile if folder.writes else None, folder.path, progress.note) as profile,
             progress,
         ):
-            batches = _batches(task, start)
-            run = Session(task, program, frozen, record, checkpoints, batches, profile, stop, metadata)
+            run = Session(task, program, frozen, record, checkpoints, _batches(task, start), profile, stop, metadata)
             if start.step is None:
                 state = first_state(config, task.params, program, mesh)
             else:
                 progress.note(f"resuming from step {start.step:,} of {folder.path}")
                 state = checkpoints.restore(start.step, program.state)
             try:
-                if start.step is None:
-                    run.measure_before(state)
+                if start.step is None and task.measures:
+                    folder.write_text(BEFORE, json.dumps(run.measure(state.trainable, "before")) + "\n")
                 run.hooks(state, start.first_step)
                 for step in range(start.first_step + 1, total + 1):
-                    batch = task.make_batch(next(batches), state.trainable)
+                    batch = task.make_batch(next(run.batches), state.trainable)
                     state, metrics = program.train_step(state, frozen, put_batch(mesh, batch))
                     record.step(step, metrics)  # reads the step before, while the device computes this one
                     if stop.agreed(step):
@@ -99,7 +98,6 @@ def train(config: BaseRunConfig, task: Task, start: Start, stop: StopRequest, co
             except Interrupted:
                 run.save_and_stop(state)
                 raise
-        record.draw()
         return run.finish()
 
 
@@ -146,8 +144,7 @@ class Session:
         """Sample a text; before the first step only from a model that has a base."""
         if step not in self.record.sampled and (step or self.task.config.base):
             key = jax.random.fold_in(purpose_key(self.task.config.seed, "sampling"), step)
-            text = self.task.sample(self._params(state.trainable), key)
-            if text is not None:
+            if (text := self.task.sample(self._params(state.trainable), key)) is not None:
                 self.record.sample(step, text)
 
     def save(self, state: TrainState, step: int) -> None:
@@ -156,48 +153,39 @@ class Session:
         if step not in self.checkpoints.saved_steps():
             self._save(state, step)
 
-    def measure_before(self, state: TrainState) -> None:
-        """Measure the model before the first step."""
-        if self.task.measures:
-            self.record.folder.write_text(BEFORE, json.dumps(self._measure(state.trainable, "before")) + "\n")
-
     def save_and_stop(self, state: TrainState) -> None:
         """Save the state at which a signal stopped the run."""
         self.record.flush()
-        step = int(state.step)
-        if step not in self.checkpoints.saved_steps():
+        if (step := int(state.step)) not in self.checkpoints.saved_steps():
             self._save(state, step)
         self.checkpoints.wait()
         self.record.draw()
         self.record.progress.note(f"stopped at step {step:,}; the same command resumes there")
 
     def finish(self) -> dict[str, Any]:
-        """Measure the best checkpoint, write ``summary.json`` and print the end."""
-        task, folder = self.task, self.record.folder
-        trained = count_leaves(self.program.state.trainable)
+        """Measure the best checkpoint, which is what loading the run gives; write ``summary.json``, print the end."""
+        self.record.draw()
+        task, folder, shapes = self.task, self.record.folder, self.program.state.trainable
+        trained = count_leaves(shapes)
         summary = {
             **summarize(task, folder, self.record.validation, self.record.seconds()),
             "environment": self.metadata["environment"],
             "parameters": trained + count_leaves(split_adapters(task.params.frozen)[0]),
             "trained_parameters": trained,
-            **(self._measure_best() if task.measures else {}),
         }
+        step = best_step(folder.checkpoints)
+        if task.measures and step is not None:
+            best = load_params(folder.checkpoints, step, shapes, jax.tree.map(lambda leaf: leaf.sharding, shapes))
+            after = self.measure(best, "after")
+            self.record.test(step, {name: n for name, n in after["test"].items() if isinstance(n, int | float)})
+            summary |= {"before": folder.read_json(BEFORE), "after": after}
         if folder.writes:
             folder.write_text("summary.json", json.dumps(summary, indent=1) + "\n")
             print_end(self.record.progress, folder, summary, task)
         return summary
 
-    def _measure_best(self) -> dict[str, Any]:
-        """Measure the best checkpoint, which is what loading the run gives."""
-        folder, shapes = self.record.folder, self.program.state.trainable
-        step = best_step(folder.checkpoints)
-        assert step is not None
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
-        after = self._measure(load_params(folder.checkpoints, step, shapes, shardings), "after")
-        self.record.test(step, {name: value for name, value in after["test"].items() if isinstance(value, int | float)})
-        return {"before": folder.read_json(BEFORE), "after": after}
-
-    def _measure(self, trainable: Params, moment: Moment) -> dict[str, Any]:
+    def measure(self, trainable: Params, moment: Moment) -> dict[str, Any]:
+        """Measure what the task measures before and after training."""
         evaluate = functools.partial(self.program.evaluate, trainable, self.frozen)
         folder = self.record.folder
         return self.task.measure(self._params(trainable), evaluate, moment, folder.path if folder.writes else None)
@@ -207,8 +195,8 @@ class Session:
         return merge_params(own, trainable)
 
     def _save(self, state: TrainState, step: int) -> None:
-        metadata = {**self.metadata, "data": self.batches.get_state()}
-        self.checkpoints.save(state, metadata, self.record.validation.get(step))
+        data = self.batches.get_state()
+        self.checkpoints.save(state, {**self.metadata, "data": data}, self.record.validation.get(step))
 
 
 def _describe(task: Task, start: Start, progress: ProgressLine, state: TrainState) -> dict[str, Any]:
