@@ -84,7 +84,7 @@ def test_one_device_needs_no_mesh():
 @pytest.mark.parametrize(
     ("dtype", "platform", "words"),
     [
-        ("float16", "tpu", "float16.*bfloat16"),
+        ("float16", "tpu", "bfloat16.*float16"),
         ("bfloat16", "gpu", "needs a TPU.*gpu"),
         ("float32", "cpu", "needs a TPU.*cpu"),
     ],

@@ -15,7 +15,7 @@ from slm_jax.training.profile import StepProfile
 
 @pytest.mark.parametrize("text", ["", "5", "5:", ":5", "5:5", "6:5", "a:b", "-1:4", "1:2:3"])
 def test_what_is_no_range_of_steps_is_refused(text):
-    with pytest.raises(InputError, match="expected FROM:TO with FROM below TO, such as 100:105"):
+    with pytest.raises(InputError, match="expected FROM:TO, such as 100:105"):
         parse_profile(text)
 
 
