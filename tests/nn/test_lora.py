@@ -349,7 +349,9 @@ def test_gradients_equal_pefts(peft):
         loss, weight, _ = loss_fn(trainable, frozen, batch, None)
         return loss / weight
 
-    found = flat(jax.jit(jax.grad(mean_loss))(trainable, frozen))
+    # As users' programs are compiled: with fewer optimisations (tests/conftest.py) sums round more often.
+    optimised = {"xla_backend_optimization_level": 3}
+    found = flat(jax.jit(jax.grad(mean_loss), compiler_options=optimised)(trainable, frozen))
     expected = flat(in_our_tree(trees["gradients"], cfg, figures["rank"]))
     norm = np.sqrt(sum((leaf.astype(np.float64) ** 2).sum() for leaf in expected.values()))
     error = np.sqrt(sum(((np.float64(found[path]) - leaf) ** 2).sum() for path, leaf in expected.items()))
