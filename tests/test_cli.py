@@ -195,6 +195,7 @@ def test_not_finite_steps_change_nothing_and_three_stop(workplace, capsys):
     assert all(row["loss"] is None or row["grad_norm"] is None for row in skipped)
 
 
+@pytest.mark.slow
 def test_overfitting_is_noticed(workplace, capsys):
     # Noise: there is nothing to learn but by heart.
     TEXT.write_text("".join(chr(97 + byte % 16) for byte in hashlib.shake_128(b"noise").digest(400)))

@@ -44,8 +44,9 @@ def _gpt2_tokenizer(reference):
         pytest.skip(str(error))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("named_data", "_gpt2_tokenizer")
-def test_random_weights_are_told_from_the_real_ones(reference, weights, capsys, monkeypatch):
+def test_random_weights_are_distinguished_from_the_real_ones(reference, weights, capsys, monkeypatch):
     assert reference.main(["--model", weights]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert ["3.75475" in lines[0], "3.55962" in lines[1], "importance of your work" in lines[2]] == [True] * 3

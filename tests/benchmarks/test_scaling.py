@@ -35,6 +35,7 @@ def page(scaling, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_measured_and_a_computed_point(page):
     content = json.loads((page / "results" / "scaling.json").read_text())
     tiny, xl = content["steps"]
@@ -110,6 +111,7 @@ def test_a_token_file_of_ten_gigabytes_takes_32_megabytes_of_disk(scaling, tmp_p
     assert 100 < np.sum(ids == 50_256) < 300
 
 
+@pytest.mark.slow
 def test_the_ladders_reach_from_a_million_to_gpt2_xl_and_from_256_to_8192_tokens(scaling):
     by_ladder = {
         ladder: [point for point in scaling.POINTS if point.ladder == ladder] for ladder in ("parameters", "context")

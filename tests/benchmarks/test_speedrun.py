@@ -50,6 +50,7 @@ def nanogpt(tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_each_is_timed_to_the_loss(recipe, nanogpt, named_data, tmp_path):
     output = tmp_path / "speedrun.json"
     done = speedrun("--recipe", recipe, "--seeds", 3, "--loss", 1.6, "--nanogpt", nanogpt, "--output", output)

@@ -130,6 +130,7 @@ def classifier(untrained):
     return Classifier(*untrained, classes=("cat", "dog"), max_length=LENGTH)
 
 
+@pytest.mark.slow
 def test_probabilities_are_the_models_in_the_order_of_the_texts_whatever_the_batch(classifier, untrained):
     model, params, tokenizer = untrained
     expected = []

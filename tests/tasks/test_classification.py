@@ -110,6 +110,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(params):
         assert distance(grads, whole_grads) <= 1e-6 * norm(whole_grads)
 
 
+@pytest.mark.slow
 def test_parameters_after_ten_steps_do_not_depend_on_accumulation(params):
     optimizer, ends = optax.identity(), {}
     for accumulate in (1, 2, 4, 8):

@@ -187,8 +187,9 @@ def test_what_is_exported_is_the_whole_model_merged(tuned, trainable, tmp_path):
     assert flat(exported).keys() == flat(load(run, "instruction")[1]).keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
-def test_adapters_of_every_matrix_go_on_load_and_leave(place, tmp_path, task):
+def test_adapters_of_every_matrix_resume_load_and_export(place, tmp_path, task):
     """Also of a head, which is no stack of matrices; a language model has one where its weights are not tied."""
     save_new(tmp_path / "base", load_run(place / "base").tokenizer, tie_weights=False)
     arguments = options(place, task, tmp_path, "lora", base=tmp_path / "base", lora__targets="*", sample__every=0)
@@ -353,7 +354,8 @@ def test_a_summary_of_fewer_steps_is_not_taken_for_the_end(stopped):
     assert (found["step"], found["after"]) == (STEPS, summary["after"])
 
 
-def test_without_a_checkpoint_the_model_is_measured_anew(place, stopped):
+@pytest.mark.slow
+def test_without_a_checkpoint_the_model_is_measured_again(place, stopped):
     run, arguments = stopped
     before = json.loads((run / "before.json").read_text())
     shutil.rmtree(run / "checkpoints")
@@ -363,6 +365,7 @@ def test_without_a_checkpoint_the_model_is_measured_anew(place, stopped):
     assert json.loads((run / "summary.json").read_text())["before"] == before
 
 
+@pytest.mark.slow
 def test_a_run_has_its_own_template(place, tmp_path, capsys):
     file = tmp_path / "template.json"
     file.write_text(json.dumps(TEMPLATE))

@@ -118,6 +118,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(params, packed):
         assert distance(grads, whole_grads) <= 1e-6 * norm(whole_grads)
 
 
+@pytest.mark.slow
 def test_parameters_after_ten_steps_do_not_depend_on_accumulation(params):
     batches = instruction_batches(alone(examples(20)), batch_size=BATCH, limit=32, bucketed=False, packed=False, seed=0)
     optimizer, ends = optax.identity(), {}

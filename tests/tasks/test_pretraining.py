@@ -154,7 +154,8 @@ def train_rows(run):
     return [row for row in metrics(run) if row["split"] == "train"]
 
 
-def test_a_packed_run_that_was_stopped_goes_on_as_if_it_had_not(documents, tmp_path):
+@pytest.mark.slow
+def test_a_packed_run_that_was_stopped_equals_an_unbroken_one(documents, tmp_path):
     assert train(documents, tmp_path / "whole", train__steps=10) == 0
     for steps in (7, 10):  # 7 is in the middle of an epoch
         assert train(documents, tmp_path / "parts", train__steps=steps) == 0

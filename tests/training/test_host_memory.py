@@ -28,6 +28,7 @@ def page_faults(mode: str) -> int:
     return int(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator is Linux's")
 def test_a_programs_memory_is_there_when_it_runs_again() -> None:
     by_default = page_faults("default")

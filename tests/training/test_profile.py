@@ -76,6 +76,7 @@ def test_a_run_that_goes_on_in_the_middle_has_the_rest(traced, tmp_path):
     assert traced == ["wait for 3", "start", "wait for 5", "stop"]
 
 
+@pytest.mark.slow
 def test_a_profile_can_be_opened_and_changes_nothing(text_file, tmp_path, capsys):
     small = {"train.steps": 4, "train.accumulate": 1, "sample.every": 0, "checkpoint.every": 9}
     assert cli.main(["train", *options(text_file, tmp_path / "a", **small)]) == 0
