@@ -170,7 +170,10 @@ def tune_with_lora(cfg: MeshConfig | None) -> dict:
 def shard_shapes(tree) -> dict[str, list]:
     """Of each leaf its shape and those of the parts that the devices hold."""
     return {
-        jax.tree_util.keystr(path): [list(leaf.shape), sorted({s.data.shape for s in leaf.addressable_shards})]
+        jax.tree_util.keystr(path, simple=True, separator="/"): [
+            list(leaf.shape),
+            sorted({s.data.shape for s in leaf.addressable_shards}),
+        ]
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
 
