@@ -40,7 +40,10 @@ MACHINES = (
     ({"model.dtype": "float32", "train.accumulate": 2}, {}),
     (
         {"model.dtype": "bfloat16", "mesh.fsdp": 8},
-        {"XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0", "NPROC": "16"},
+        {
+            "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
+            "NPROC": "16",
+        },
     ),
     ({"model.dtype": "float32", "model.remat": "full"}, {}),
 )

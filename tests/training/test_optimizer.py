@@ -305,7 +305,7 @@ def test_muon_goes_on_from_a_checkpoint_to_the_same_bits(params, gradients, tmp_
 @pytest.mark.slow
 def test_muon_on_split_matrices_moves_as_on_whole_ones():
     """NPROC: without more threads than devices the collectives can deadlock."""
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     env = {**os.environ, "XLA_FLAGS": flags, "NPROC": "16", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     worker = ROOT / "tests" / "training" / "muon_devices.py"
     done = subprocess.run([sys.executable, worker], env=env, capture_output=True, text=True, timeout=240)

@@ -32,7 +32,7 @@ from slm_jax.training.sharding import (
 )
 
 ROOT = Path(__file__).parents[2]
-QUICK = "--xla_backend_optimization_level=0"  # less time in LLVM; how work is spread is decided before that
+QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"  # how work is spread is decided before
 MESHES = ("data=8", "data=4,fsdp=2", "fsdp=8")
 
 
