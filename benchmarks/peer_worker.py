@@ -84,7 +84,7 @@ def slm_jax(work: Work) -> Rounds:
         return _slm_jax_generation(work)
     from slm_jax.data.config import TokenizerConfig
     from slm_jax.tasks.config import RunConfig
-    from slm_jax.tools.bench.compiled_step import compile_step
+    from slm_jax.tools.bench.training import compile_step
     from slm_jax.training.config import ModelConfig, OptimizerConfig, TrainConfig
     from slm_jax.training.sharding import put_batch
 

@@ -22,9 +22,8 @@ import numpy as np
 from slm_jax.data.packing import PackedRows
 from slm_jax.data.token_file import check_ids, map_ids
 from slm_jax.data.windows import endless_batches, train_batches
-from slm_jax.tools.bench.batch_speed import per_batch
-from slm_jax.tools.bench.peak_memory import process_bytes
-from slm_jax.tools.bench.timing import Timing
+from slm_jax.tools.bench.instruments import Timing, process_bytes
+from slm_jax.tools.bench.training import per_batch
 
 SHAPES = ((12, 64), (8, 128), (32, 1024))
 VOCABULARY, EOT = 50_257, 50_256

@@ -30,12 +30,9 @@ from slm_jax.errors import InputError
 from slm_jax.files import replace_text
 from slm_jax.model import DType
 from slm_jax.tasks.config import parse_args
-from slm_jax.tools.bench.ceilings import Ceilings, find_ceilings
-from slm_jax.tools.bench.compiled_step import StepTimer, compile_step
-from slm_jax.tools.bench.peak_memory import PeakMemory
-from slm_jax.tools.bench.processes import output_of
+from slm_jax.tools.bench.instruments import Ceilings, find_ceilings, output_of, peak_memory, time_calls
 from slm_jax.tools.bench.result import describe_machine
-from slm_jax.tools.bench.timing import time_calls
+from slm_jax.tools.bench.training import StepTimer, compile_step
 from slm_jax.tools.plan.estimate import ASSUMED_MFU, Plan, make_plan
 from slm_jax.training.hardware import DEVICES, device_here, find_device
 from slm_jax.training.host_memory import keep_freed_memory
@@ -190,7 +187,7 @@ def step_row(point: Point, device: str, ceilings: Ceilings, seconds: float) -> d
 def measure_step(flags: Sequence[str], seconds: float) -> dict[str, Any]:
     """Measure a step in this process: after one that warms up as many as still fit into the time, 3 to 7."""
     step = compile_step(parse_args(flags))
-    with PeakMemory() as memory:
+    with peak_memory() as memory:
         timer = StepTimer(step)
         first = time_calls(timer.step_and_wait, warmup=0, repeats=1).median
         repeats = int(np.clip(seconds / first - 1, _LEAST_STEPS - 1, _ENOUGH_REPEATS))

@@ -3,27 +3,23 @@
 import dataclasses
 import importlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge
 
-from slm_jax.commands import load, set_up
+from slm_jax.commands import set_up
 from slm_jax.config import AboveZero, NotNegative, Positive, parse
 from slm_jax.errors import InputError
 from slm_jax.files import check_new_file, write_file
-from slm_jax.model import get_gpt_config
-from slm_jax.tasks.config import RunConfig
-from slm_jax.tools.bench.ceilings import named_device
+from slm_jax.tasks.config import TASKS, RunConfig
 from slm_jax.training.config import ModelConfig
 
-if TYPE_CHECKING:
-    from slm_jax.model import GPTConfig, Params
-    from slm_jax.tools.bench.result import Result
+SAVE_MEMORY = "lower --batch_sizes, --prompt_tokens or --new_tokens, or choose a smaller model"
 
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """Where figures are written.
+    """Where figures are written; what is measured, the function ``measures`` of :mod:`slm_jax.tools.bench` does.
 
     Attributes:
         format: what is printed: a table, or json.
@@ -31,35 +27,26 @@ class Output:
         plot: a PNG file for a picture of the figures; null: none.
     """
 
+    measures: ClassVar[str]
+
     format: Literal["table", "json"] = "table"
     out: str | None = None
     plot: str | None = None
 
-    def __post_init__(self) -> None:
-        if self.plot is not None and not self.plot.endswith(".png"):
-            raise InputError(f"plot is {self.plot!r}; expected a file whose name ends in .png")
-
 
 @dataclasses.dataclass(frozen=True)
-class RunOptions(RunConfig, Output):
-    """Options of a measurement of a recipe, by ``measure`` of a module of :mod:`slm_jax.tools.bench`."""
-
-    module: ClassVar[str]
+class OfARecipe(RunConfig, Output):
+    """Options of a measurement of a recipe."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        Output.__post_init__(self)
-        if self.task != "pretraining":
-            raise InputError(f"task is {self.task}; expected pretraining")
-
-    @property
-    def recipe(self) -> RunConfig:
-        """The run's configuration alone."""
-        return RunConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(RunConfig)})
+        measured = [name for name, task in TASKS.items() if task.command == "train"]
+        if self.task not in measured:
+            raise InputError(f"task is {self.task}; expected {' or '.join(measured)}")
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainOptions(RunOptions):
+class TrainOptions(OfARecipe):
     """Measure the training step of a recipe (any keys of train) on random tokens, which make no difference.
 
     Attributes:
@@ -70,17 +57,12 @@ class TrainOptions(RunOptions):
             measured here.
     """
 
-    module = "step_speed"
+    measures = "training.measure_step"
 
     repeats: Positive = 30
     warmup: NotNegative = 5
     device: str | None = None
     peak: AboveZero | Literal["measured"] | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.device is not None:
-            named_device(self.device)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +81,8 @@ class GenerateOptions(Output):
         peak: FLOP/s of the device, such as 989e12, or measured; null: from its data sheet.
     """
 
+    measures = "generation.measure_generation"
+
     run: str | None = None
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     batch_sizes: str = "1,8"
@@ -109,7 +93,6 @@ class GenerateOptions(Output):
     peak: AboveZero | Literal["measured"] | None = None
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if not all(word.strip().isdecimal() and int(word) for word in self.batch_sizes.split(",")):
             raise InputError(f"batch_sizes is {self.batch_sizes!r}; expected whole numbers of at least 1, such as 1,8")
         if self.run is not None and self.model != ModelConfig():
@@ -117,7 +100,7 @@ class GenerateOptions(Output):
 
 
 @dataclasses.dataclass(frozen=True)
-class DataOptions(RunOptions):
+class DataOptions(OfARecipe):
     """Measure the batches of a recipe (any keys of train) as train reads them, without training.
 
     Attributes:
@@ -128,7 +111,7 @@ class DataOptions(RunOptions):
             no share.
     """
 
-    module = "batch_speed"
+    measures = "training.measure_batches"
 
     repeats: Positive = 20
     warmup: NotNegative = 2
@@ -137,23 +120,32 @@ class DataOptions(RunOptions):
 
 
 @dataclasses.dataclass(frozen=True)
-class StartupOptions(RunOptions):
+class StartupOptions(OfARecipe):
     """Measure, in fresh processes, imports, and train of a recipe to its first step, without and with a compile cache.
 
     Attributes:
         repeats: repeats of each.
     """
 
-    module = "startup_time"
+    measures = "startup.measure_startup"
 
     repeats: Positive = 3
 
 
 @dataclasses.dataclass(frozen=True)
-class MemoryOptions(RunOptions):
+class MemoryOptions(OfARecipe):
     """Compare the memory of a recipe's training step: planned, by XLA's analysis, and measured over three steps."""
 
-    module = "step_memory"
+    measures = "training.measure_memory"
+
+
+KINDS: dict[str, type[Output]] = {
+    "train": TrainOptions,
+    "generate": GenerateOptions,
+    "data": DataOptions,
+    "startup": StartupOptions,
+    "memory": MemoryOptions,
+}
 
 
 def main(args: Sequence[str]) -> int:
@@ -169,16 +161,32 @@ def main(args: Sequence[str]) -> int:
     return run(parse(KINDS[args[0]], args[1:], f"slm-jax bench {args[0]}"))
 
 
-def run(options: Any) -> int:
+def run(options: Output) -> int:
     """Measure; print, write and draw the result; return 0."""
     out = None if options.out is None else check_new_file(options.out, "out", "figures.json")
     plot = None if options.plot is None else check_new_file(options.plot, "plot", "figures.png")
+    if plot is not None and plot.suffix != ".png":
+        raise InputError(f"plot is {options.plot!r}; expected a file whose name ends in .png")
     set_up()
-    result = _generate(options) if isinstance(options, GenerateOptions) else _measure_recipe(options)
+    import jax
     from rich.console import Console
 
     from slm_jax.tools.bench.result import draw_result, print_result
+    from slm_jax.training import program
 
+    module, _, function = options.measures.partition(".")
+    measure = getattr(importlib.import_module(f"slm_jax.tools.bench.{module}"), function)
+    values = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+    for field in dataclasses.fields(Output):
+        del values[field.name]
+    remedy = SAVE_MEMORY
+    if isinstance(options, RunConfig):
+        values["config"] = RunConfig(**{field.name: values.pop(field.name) for field in dataclasses.fields(RunConfig)})
+        remedy = program.SAVE_MEMORY
+    if isinstance(options, TrainOptions):
+        jax.config.update("jax_enable_compilation_cache", False)  # compile time is one of the figures
+    with program.out_of_memory_as_input_error(remedy):
+        result = measure(**values)
     if options.format == "json":
         print(result.to_json(), end="")
     else:
@@ -188,65 +196,3 @@ def run(options: Any) -> int:
     if plot is not None:
         draw_result(result, plot)
     return 0
-
-
-def _measure_recipe(options: RunOptions) -> "Result":
-    """Call the function of a kind with the recipe and with the options that no other kind has."""
-    import jax
-
-    from slm_jax.training.program import out_of_memory_as_input_error
-
-    if isinstance(options, TrainOptions):
-        jax.config.update("jax_enable_compilation_cache", False)  # compile time is one of the figures
-    module = importlib.import_module(f"slm_jax.tools.bench.{options.module}")
-    own = {field.name for field in dataclasses.fields(options)} - {f.name for f in dataclasses.fields(RunOptions)}
-    with out_of_memory_as_input_error():
-        return module.measure(options.recipe, **{name: getattr(options, name) for name in own})
-
-
-def _generate(options: GenerateOptions) -> "Result":
-    from slm_jax.tools.bench.ceilings import find_ceilings
-    from slm_jax.tools.bench.decode_speed import bench_generate
-    from slm_jax.training.program import out_of_memory_as_input_error
-
-    remedy = "lower --batch_sizes, --prompt_tokens or --new_tokens, or choose a smaller model"
-    with out_of_memory_as_input_error(remedy):
-        cfg, params = _model(options)
-        return bench_generate(
-            cfg,
-            params,
-            find_ceilings(cfg.dtype, None, options.peak),
-            batch_sizes=tuple(map(int, options.batch_sizes.split(","))),
-            prompt_tokens=options.prompt_tokens,
-            new_tokens=options.new_tokens,
-            warmup=options.warmup,
-            repeats=options.repeats,
-        )
-
-
-def _model(options: GenerateOptions) -> "tuple[GPTConfig, Params]":
-    """Load the model, or make one."""
-    import functools
-
-    import jax
-
-    from slm_jax.model import init_params
-    from slm_jax.training.hardware import best_dtype
-
-    if options.run is not None:
-        loaded = load(options.run, None, None)
-        return loaded.model_config, loaded.params
-    section = options.model
-    dtype = best_dtype() if section.dtype == "auto" else section.dtype
-    cfg = RunConfig(model=section).gpt_config(section.vocab_size or get_gpt_config(section.preset).vocab_size, dtype)
-    cfg = dataclasses.replace(cfg, param_dtype=section.param_dtype or dtype)
-    return cfg, jax.jit(functools.partial(init_params, cfg))(jax.random.key(0))
-
-
-KINDS = {
-    "train": TrainOptions,
-    "generate": GenerateOptions,
-    "data": DataOptions,
-    "startup": StartupOptions,
-    "memory": MemoryOptions,
-}

@@ -39,9 +39,5 @@ def run(options: Options) -> int:
     if options.format == "json":
         print(json.dumps([dataclasses.asdict(finding) for finding in found], indent=2))
     else:
-        print(f"\n{_count(n_problems, 'problem')}, {_count(n_notes, 'note')}")
+        print(f"\nproblems: {n_problems}, notes: {n_notes}")
     return 1 if n_problems else 0
-
-
-def _count(n: int, what: str) -> str:
-    return f"{n or 'no'} {what}{'' if n == 1 else 's'}"

@@ -219,13 +219,18 @@ def write_checksums(folder: Path) -> None:
     replace_text(folder / CHECKSUMS, json.dumps(sums, indent=1))
 
 
+def has_checksums(folder: Path) -> bool:
+    """Return whether a checkpoint has its checksums; not if the process was killed right after the commit."""
+    return (folder / CHECKSUMS).is_file()
+
+
 def find_damage(folder: Path) -> str | None:
     """Describe the first file of a checkpoint that is missing or changed; None if there is none.
 
-    A checkpoint without checksums (the process was killed right after the commit) is only checked for its main files.
+    A checkpoint without checksums is only checked for its main files.
     """
     sums_file = folder / CHECKSUMS
-    if not sums_file.is_file():
+    if not has_checksums(folder):
         needed = [folder / item / name for item in ("params", "state") for name in ("_METADATA", "manifest.ocdbt")]
         return next((f"{path} is missing from the checkpoint" for path in needed if not path.is_file()), None)
     try:

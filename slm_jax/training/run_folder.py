@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import IO, Any
 
 import jax
+import yaml
 
+from slm_jax.config import flatten
 from slm_jax.errors import InputError
 from slm_jax.files import replace_text
 
@@ -96,6 +98,14 @@ class RunFolder:
             return json.loads((self.path / name).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):  # deeply nested lists
             return None
+
+    def config(self) -> dict[str, Any]:
+        """Return the run's configuration as written, by dotted key; empty if it cannot be read."""
+        try:
+            content = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            return {}
+        return flatten(content) if isinstance(content, dict) else {}
 
     def add_metrics(self, row: dict[str, Any]) -> None:
         """Append a line; numbers that JSON does not have become null."""

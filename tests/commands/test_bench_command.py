@@ -53,7 +53,7 @@ def test_train_prints_writes_and_draws(tmp_path, compile_cache, capsys):
 
 
 def test_generate_prints_json(compile_cache, monkeypatch, capsys):
-    monkeypatch.setattr("slm_jax.tools.bench.ceilings._SECONDS", 0.01)
+    monkeypatch.setattr("slm_jax.tools.bench.instruments._SECONDS", 0.01)
     words = [*SMALL, "--prompt-tokens", "4", "--new_tokens", "5", "--batch_sizes", "2", "--repeats", "1"]
     assert cli.main(["bench", "generate", *words, "--format", "json"]) == 0
     content = json.loads(capsys.readouterr().out)
@@ -66,21 +66,21 @@ def test_generate_prints_json(compile_cache, monkeypatch, capsys):
 
 
 def test_generate_measures_a_run(weights, monkeypatch, capsys):
-    monkeypatch.setattr("slm_jax.tools.bench.ceilings._SECONDS", 0.01)
+    monkeypatch.setattr("slm_jax.tools.bench.instruments._SECONDS", 0.01)
     words = ["--run", str(weights), "--prompt_tokens", "3", "--new_tokens", "2", "--batch_sizes", "1", "--repeats", "1"]
     assert cli.main(["bench", "generate", *words]) == 0
     assert "batch 1: each token after" in capsys.readouterr().out
 
 
 def test_a_generation_that_does_not_fit_says_what_to_lower(monkeypatch, capsys):
-    monkeypatch.setattr("slm_jax.tools.bench.ceilings._SECONDS", 0.01)
+    monkeypatch.setattr("slm_jax.tools.bench.instruments._SECONDS", 0.01)
     words = [*SMALL, "--prompt_tokens", "4", "--new_tokens", "5"]
     assert cli.main(["bench", "generate", *words, "--batch_sizes", str(10**14)]) == 2  # more than can be addressed
 
     def full(*_: object, **__: object) -> None:
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.")
 
-    monkeypatch.setattr("slm_jax.tools.bench.decode_speed.bench_generate", full)
+    monkeypatch.setattr("slm_jax.tools.bench.generation.time_generation", full)
     assert cli.main(["bench", "generate", *words]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2

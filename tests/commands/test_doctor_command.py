@@ -20,7 +20,7 @@ def test_it_prints_a_line_a_check(classifier, capsys):
     assert cli.main(["doctor", "--run", str(classifier)]) == 0
     *lines, empty, summary = capsys.readouterr().out.splitlines()
     assert empty == ""
-    assert summary.startswith("no problems, ")
+    assert summary.startswith("problems: 0, notes: ")
     levels, names = zip(*(line.split()[:2] for line in lines), strict=True)
     assert set(levels) <= {"ok", "note"}
     assert list(dict.fromkeys(names))[:3] == ["packages", "extras", "devices"]
@@ -44,7 +44,7 @@ def test_a_device_that_cannot_be_started_is_one_problem(tmp_path, classifier):
     done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    (problem,) = (line for line in done.stdout.splitlines() if line.startswith("problem"))
+    (problem,) = (line for line in done.stdout.splitlines() if line.startswith("problem "))
     assert "JAX cannot start its devices" in problem
     assert "JAX_PLATFORMS is abacus: unset it" in problem
     assert "frozen.safetensors, the frozen parameters: intact" in done.stdout

@@ -83,17 +83,6 @@ def test_a_run_whose_checkpoints_are_damaged(trained, capsys, tmp_path):
     assert "no checkpoint yet" in report(capsys, folder).text
 
 
-def test_weights_have_no_report(weights, tmp_path, monkeypatch, refused):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "model.pth").touch()
-    for source in ("gpt2", weights, weights / "model.safetensors", "model.pth"):
-        line = refused("report", source)
-        assert f"{source}: no run there; expected" in line
-        assert f"slm-jax import --source {source} --run NAME" in line
-    for other in ("none", tmp_path, "gpt3"):
-        assert "slm-jax import" not in refused("report", other)
-
-
 def test_weights_that_were_imported(weights, capsys, tmp_path):
     assert cli.main(["import", "--source", str(weights), "--run", "imported", "--runs-dir", str(tmp_path)]) == 0
     page = report(capsys, tmp_path / "imported")
@@ -112,47 +101,41 @@ def test_several_runs(trained, classifier, instructed, capsys, tmp_path, monkeyp
     assert {str(trained), str(same)} <= set(report(capsys, trained, same).texts)
 
 
-def test_mistakes_are_one_line(trained, tmp_path, monkeypatch, refused):
+def test_mistakes_are_one_line_before_the_page_is_made(trained, tmp_path, monkeypatch, refused):
+    monkeypatch.setattr(report_page, "write_page", lambda *_: pytest.fail("made a page"))
     monkeypatch.chdir(tmp_path)
-    assert "no run; expected one or several" in refused("report")
-    assert "runs/none: no run there" in refused("report", "runs/none")
-    assert "no run there" in refused("report", trained, tmp_path)
-    assert "no checkpoint of step 7" in refused("report", f"{trained}@7")
-    assert "expected one run with it" in refused("report", trained, shutil.copytree(trained, "b"), "--text", "x")
-    assert "unknown key output" in refused("report", trained, "--output", "x")
-    assert "--out has no value" in refused("report", trained, "--out")
-    assert "out is ''; expected a file" in refused("report", trained, "--out", "")
-    assert "text is ''; expected" in refused("report", trained, "--text", "")
-    assert f"{trained} and {trained}@20: one run" in refused("report", trained, f"{trained}@20")
+    shutil.copytree(trained, "b")
+    before = {path: path.read_bytes() for path in Path("b").rglob("*") if path.is_file()}
+    Path("notes.txt").write_text("mine")
+    Path("link.html").symlink_to("notes.txt")
+    for words, expected in {
+        (): "no run; expected one or several",
+        ("runs/none",): "runs/none: no run there",
+        ("b", tmp_path): "no run there",
+        ("b@7",): "no checkpoint of step 7",
+        ("b", trained, "--text", "x"): "expected one run with it",
+        ("b", "--output", "x"): "unknown key output",
+        ("b", "--text", ""): "text is ''; expected",
+        ("b", "b@20"): "b and b@20: one run",
+        ("b", "--out", ""): "out is ''; expected a file",
+        ("b", "--out", "."): "out is '.'; expected a file",
+        ("b", "--out", "/dev/null"): "out is '/dev/null'; expected a file",
+        ("b", "--out", "b/config.yaml/x.html"): "is not a writable folder",
+        ("b", "--out", "b/metrics.jsonl"): "only files that end in .html are replaced",
+        ("b", "--out", "link.html"): "only files that end in .html are replaced",
+    }.items():
+        assert expected in refused("report", *words)
+    assert {path: path.read_bytes() for path in Path("b").rglob("*") if path.is_file()} == before
+    assert Path("notes.txt").read_text() == "mine"
 
 
 def test_only_pages_are_replaced(trained, capsys, tmp_path, refused):
-    folder = shutil.copytree(trained, tmp_path / "run")
-    log = (folder / "metrics.jsonl").read_bytes()
-    for name in ("metrics.jsonl", "config.yaml", "summary.json", "samples.md"):
-        assert "only files that end in .html are replaced" in refused("report", folder, "--out", folder / name)
-    assert (folder / "metrics.jsonl").read_bytes() == log
     for name in ("new.txt", "x.htm", "x.htm", "x.HTML", "x.HTML"):
-        report(capsys, folder, "--out", tmp_path / name)
-    assert "only files" in refused("report", folder, "--out", tmp_path / "new.txt")
-    (tmp_path / "notes.txt").write_text("mine")
-    (tmp_path / "link.html").symlink_to("notes.txt")
-    assert "only files" in refused("report", folder, "--out", tmp_path / "link.html")
-    assert (tmp_path / "notes.txt").read_text() == "mine"
-    for place in (".", "..", "/"):
-        assert f"out is '{place}'; expected a file" in refused("report", folder, "--out", place)
-
-
-def test_a_place_that_cannot_be_written_is_refused_before_the_page_is_made(trained, tmp_path, monkeypatch, refused):
-    monkeypatch.setattr(report_page, "write_page", lambda *_: pytest.fail("made a page"))
-    assert "is not a writable folder" in refused("report", trained, "--out", trained / "config.yaml" / "x.html")
-    assert f"out is '{tmp_path}'; expected a file" in refused("report", trained, "--out", tmp_path)
-    assert "out is '/dev/null'; expected a file" in refused("report", trained, "--out", "/dev/null")
-    assert list(tmp_path.iterdir()) == []
+        report(capsys, trained, "--out", tmp_path / name)
+    assert "only files" in refused("report", trained, "--out", tmp_path / "new.txt")
 
 
 def test_words_after_two_dashes_are_runs(trained, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(trained, "--run")
     assert "2 runs" in report(capsys, "--out", "x.html", "--", trained, "--run").texts
-    assert "of step 20" in report(capsys, "--", f"{trained}@20").text

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import platform
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,56 @@ from rich.console import Console
 from rich.table import Table
 
 from slm_jax.files import unwritable, write_png
-from slm_jax.tools.bench.ceilings import Ceilings
+from slm_jax.tools.bench.instruments import Timing, format_flops
+from slm_jax.training.progress import format_bytes
 from slm_jax.training.summary import environment
 
 MEASURED, BOUND = "#c2410c", "#9ab8d9"
+
+
+def _seconds(value: float) -> str:
+    return str(Timing((value,)))
+
+
+def _bounds(seconds: dict[str, float]) -> str:
+    return ", ".join(f"{_seconds(bound)} by {name}" for name, bound in seconds.items()) or "unknown"
+
+
+# The figures that the table shows, each with its name and form; all others are in the JSON only.
+SHOWN: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "import_jax_flax_seconds": ("import jax, flax", str),
+    "import_slm_jax_seconds": ("import slm_jax, beyond that", str),
+    "first_use_slm_jax_seconds": ("slm_jax.GPTModel and slm_jax.load_gpt2, used for the first time", str),
+    "first_step_empty_cache_seconds": ("train to the first step, empty cache", str),
+    "first_step_warm_cache_seconds": ("train to the first step, warm cache", str),
+    "compile_seconds": ("compilation", _seconds),
+    "step_seconds": ("step, waited for", str),
+    "queued_step_seconds": ("step, queued as in train", str),
+    "ready_seconds": ("until batches can be read", _seconds),
+    "batch_seconds": ("a batch", str),
+    "placing_seconds": ("a batch to the device", str),
+    "share_of_step": ("share of a step", "{:.2%}".format),
+    "tokens_per_step": ("tokens a step", "{:,}".format),
+    "tokens_per_batch": ("tokens a batch", "{:,}".format),
+    "tokens_per_second": ("tokens a second", "{:,.0f}".format),
+    "flops_per_second": ("arithmetic", format_flops),
+    "mfu": ("MFU", "{:.1%}".format),
+    "bounds_seconds": ("least time of a step", _bounds),
+    "prefill_seconds": ("prompt", str),
+    "prefill_tokens_per_second": ("tokens a second of the prompt", "{:,.0f}".format),
+    "decode_step_seconds": ("each token after", str),
+    "decode_tokens_per_second": ("tokens a second after", "{:,.1f}".format),
+    "decode_bounds_seconds": ("least time of a token", _bounds),
+    "bytes_per_step": ("read for a token", format_bytes),
+    "bandwidth_share": ("share of the bandwidth", "{:.0%}".format),
+    "planned_bytes": ("planned (slm-jax plan)", format_bytes),
+    "xla_bytes": ("by XLA's analysis", format_bytes),
+    "measured_bytes": ("measured", format_bytes),
+    "least_bytes": ("parameters and optimizer alone", format_bytes),
+    "peak_bytes": ("peak memory", format_bytes),
+    "loss": ("loss", "{:.4f}".format),
+    "ceilings": ("limits of a device", str),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,25 +71,32 @@ class Result:
 
     Attributes:
         what: kind of measurement: train, generate, data, startup or memory.
-        config, figures: plain data for JSON.
-        rows: names and figures for the table.
-        unit, bars, series, limits: for the picture: measured values, repeats in their order, lower bounds.
+        config: plain data.
+        figures: plain data, timings and limits by name; ``cases`` is a list of further ones, each of a batch size.
+        notes: a line each.
     """
 
     what: str
     config: dict[str, Any]
     figures: dict[str, Any]
-    rows: dict[str, str]
-    unit: str
-    bars: dict[str, float]
-    series: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
-    limits: dict[str, float] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
+    def shown(self) -> Iterator[tuple[str, Any, str]]:
+        """Yield name, value and text of each figure that is shown."""
+        for case in (*self.figures.get("cases", ()), self.figures):
+            prefix = f"batch {case['batch_size']}: " if "batch_size" in case else ""
+            for key, (name, form) in SHOWN.items():
+                if key in case:
+                    yield prefix + name, case[key], "unknown" if case[key] is None else form(case[key])
+
     def to_json(self) -> str:
-        """Return everything but the table and the picture, and the machine."""
-        content = {name: getattr(self, name) for name in ("what", "config", "figures", "notes")}
-        return json.dumps({**content, "machine": describe_machine()}, indent=2) + "\n"
+        """Return everything, and the machine."""
+        content = {**dataclasses.asdict(dataclasses.replace(self, figures={})), "figures": self.figures}
+        return json.dumps({**content, "machine": describe_machine()}, indent=2, default=_plain) + "\n"
+
+
+def _plain(value: Any) -> dict[str, Any]:
+    return value.to_dict() if isinstance(value, Timing) else dataclasses.asdict(value)
 
 
 def describe_machine() -> dict[str, Any]:
@@ -56,50 +110,45 @@ def print_result(result: Result, console: Console) -> None:
     machine = describe_machine()
     where = f"{machine['devices']} × {machine['device']}, {machine['cores']} cores, jax {machine['jax']}"
     table = Table(title=f"{result.what} on {where}", title_justify="left", show_header=False, pad_edge=False)
-    for name, figure in result.rows.items():
-        table.add_row(name, figure)
+    for name, _, text in result.shown():
+        table.add_row(name, text)
     console.print(table)
-    legend = ("Times are medians; in brackets the quartiles; the range.",) if result.series else ()
-    for note in (*legend, *result.notes):
+    for note in ("Times are medians; in brackets the quartiles; the range.", *result.notes):
         console.print(note, markup=False, highlight=False, soft_wrap=True)
 
 
 def draw_result(result: Result, path: Path) -> None:
-    """Draw the repeats in their order, and beside them the measured values over their lower bounds, into a PNG."""
+    """Draw the repeats in their order, and beside them medians and lower bounds, or else bytes, into a PNG."""
     from matplotlib.figure import Figure
 
+    shown = [(name, value) for name, value, _ in result.shown()]
+    timings = {name: value for name, value in shown if isinstance(value, Timing)}
+    scale, unit = (1e3, "ms") if timings else (1e-6, "MB")
+    measured = {name: timing.median for name, timing in timings.items()}
+    measured = measured or {name: value for name, value in shown if isinstance(value, int | float)}
+    limits = {
+        f"{name} by {kind}": bound for name, value in shown if isinstance(value, dict) for kind, bound in value.items()
+    }
     figure = Figure(figsize=(10, 4.2), dpi=120, layout="constrained")
     figure.suptitle(f"slm-jax bench {result.what}: {describe_machine()['device']}", fontsize=10)
-    *left, axes = figure.subplots(1, 2 if result.series else 1, squeeze=False)[0]
+    *left, axes = figure.subplots(1, 2 if timings else 1, squeeze=False)[0]
     for repeats in left:
-        for name, values in result.series.items():
+        for name, timing in timings.items():
+            values = [scale * seconds for seconds in timing.seconds]
             repeats.plot(range(1, len(values) + 1), values, marker="o", markersize=3, linewidth=0.8, label=name)
-        repeats.set(xlabel="repeat", ylabel=result.unit)
+        repeats.set(xlabel="repeat", ylabel=unit)
         repeats.set_ylim(bottom=0)
         repeats.legend(frameon=False, fontsize=8)
-    bars = {**result.bars, **result.limits}
-    colors = [MEASURED] * len(result.bars) + [BOUND] * len(result.limits)
-    axes.bar_label(axes.barh(list(bars), list(bars.values()), color=colors), fmt="%.4g", padding=3, fontsize=8)
+    bars = {**measured, **limits}
+    colors = [MEASURED] * len(measured) + [BOUND] * len(limits)
+    widths = [scale * value for value in bars.values()]
+    axes.bar_label(axes.barh(list(bars), widths, color=colors), fmt="%.4g", padding=3, fontsize=8)
     axes.invert_yaxis()
     axes.margins(x=0.15)
-    axes.set_xlabel(result.unit)
+    axes.set_xlabel(unit)
     try:
         path = path.resolve()  # a link stays
         path.parent.mkdir(parents=True, exist_ok=True)
         write_png(figure, path)
     except OSError as error:
         raise unwritable(path, error) from None
-
-
-def bound_rows(bounds: dict[str, float], ceilings: Ceilings, prefix: str = "") -> dict[str, str]:
-    """Return the table's rows of the lower bounds of a time; each name begins with ``prefix``."""
-    kinds = {
-        "arithmetic": ("least, FLOPs over peak", format_flops(ceilings.flops or 0)),
-        "memory": ("least, bytes over bandwidth", f"{(ceilings.bandwidth or 0) / 1e9:,.4g} GB/s"),
-    }
-    return {prefix + kinds[name][0]: f"{1e3 * bound:.4g} ms (at {kinds[name][1]})" for name, bound in bounds.items()}
-
-
-def format_flops(rate: float) -> str:
-    """Format FLOP/s with a suitable prefix."""
-    return f"{rate / 1e12:,.4g} TFLOP/s" if rate >= 1e12 else f"{rate / 1e9:,.4g} GFLOP/s"

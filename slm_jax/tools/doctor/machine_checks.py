@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
@@ -32,7 +32,6 @@ from slm_jax.weights.hub import PINS
 
 Level = Literal["ok", "note", "problem"]
 Found = Iterator[tuple[Level, str]]  # a level and one line: what was found, and for a problem what to do
-Check = Callable[[], Found]
 
 NETWORK_SECONDS = 3.0
 SMALL = 2e9  # bytes; a checkpoint of GPT-2 small with its optimizer takes 1.5 GB
@@ -59,11 +58,12 @@ class Finding:
     text: str
 
 
-def perform(checks: Mapping[str, Check]) -> Iterator[Finding]:
-    """Perform checks by name; a check that fails itself is a problem, too."""
-    for name, check in checks.items():
+def perform(checks: Iterable[Callable[..., Found]], *subject: object) -> Iterator[Finding]:
+    """Perform the checks ``check_NAME`` of a subject; one that fails itself is a problem, too."""
+    for check in checks:
+        name = check.__name__.removeprefix("check_")
         try:
-            for level, text in check():
+            for level, text in check(*subject):
                 yield Finding(level, name, text)
         except Exception as error:  # any: a broken machine is what the doctor is for
             yield Finding("problem", name, f"the check itself failed: {type(error).__name__}: {one_line(error)}")
@@ -86,20 +86,12 @@ def folder_size(folder: Path) -> int:
 
 def examine_machine() -> Iterator[Finding]:
     """Yield what each check of this machine finds, in less than ten seconds; writes only to caches."""
-    checks: dict[str, Check] = {
-        "packages": check_packages,
-        "extras": check_extras,
-        "devices": check_devices,
-        "computation": check_computation,
-        "dtype": check_dtype,
-        "threads": check_threads,
-        "memory": check_memory,
-        "disk": check_disk,
-        "cache": check_caches,
-        "settings": check_settings,
-        "network": check_network,
-    }
-    return perform(checks)
+    return perform(
+        [
+            *(check_packages, check_extras, check_devices, check_computation, check_dtype, check_threads),
+            *(check_memory, check_disk, check_cache, check_settings, check_network),
+        ]
+    )
 
 
 # --- Software ---
@@ -155,17 +147,12 @@ def check_devices() -> Found:
         remedy = f"JAX_PLATFORMS is {asked}: unset it, or install what it needs" if asked else "try JAX_PLATFORMS=cpu"
         yield "problem", f"JAX cannot start its devices ({error}); {remedy}"
     else:
-        devices = jax.devices()
-        kinds = [device.device_kind for device in devices]
-        memory = {device.device_kind: hardware.device_memory(device) for device in jax.local_devices()}
-        parts = []
-        for kind in dict.fromkeys(kinds):
-            size = memory.get(kind) if devices[0].platform != "cpu" else None
-            parts.append(f"{kinds.count(kind)} × {kind}" + (f" with {format_bytes(size)} each" if size else ""))
-        yield "ok", ", ".join(parts)
-    used = "cpu" if error else devices[0].platform
-    yield from unseen_gpus(used)
-    yield from unseen_tpu(used)
+        kinds = [device.device_kind for device in jax.devices()]
+        text = ", ".join(f"{kinds.count(kind)} × {kind}" for kind in dict.fromkeys(kinds))
+        memory = hardware.device_memory() if jax.default_backend() != "cpu" else None
+        yield "ok", text + (f" with {format_bytes(memory)} each" if memory else "")
+    if error or jax.default_backend() == "cpu":
+        yield from unseen_accelerators()
 
 
 def start_error() -> str | None:
@@ -177,67 +164,44 @@ def start_error() -> str | None:
     return None
 
 
-def unseen_gpus(platform: str) -> Found:
-    """Report NVIDIA GPUs of the machine while JAX computes on another platform."""
-    gpus = find_nvidia()
-    if platform != "cpu" or gpus is None:
-        return
-    names, driver = gpus
-    what = ", ".join(names) or "an NVIDIA GPU"
-    major = int(driver.partition(".")[0] or 0)
-    if hidden := _hidden_by("cuda", "gpu"):
-        yield "note", f"{what} is not used, as {hidden}; unset that to use it"
-    elif 0 < major < 525:
-        yield "problem", f"{what}: its driver {driver} is too old: install 525 or later, then the extra cuda12"
-    else:
-        extra = "cuda12" if 0 < major < 580 else "cuda13"
-        with_driver = f" (driver {driver})" if driver else ""
-        yield "problem", f"JAX does not see {what}{with_driver}: pip install -U -e '.[{extra}]', then restart"
-
-
-def find_nvidia() -> tuple[list[str], str] | None:
-    """Ask ``nvidia-smi``, or else the kernel, for the names of NVIDIA GPUs and their driver, such as 580.82.
-
-    A name or driver may be unknown, and is then missing; None: the machine has no such GPU.
-    """
-    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    try:
-        lines = subprocess.run(query, capture_output=True, text=True, timeout=3, check=True).stdout.splitlines()
-        if gpus := [line.rpartition(", ") for line in lines]:
-            return [name for name, _, _ in gpus], gpus[0][2]
-    except (OSError, subprocess.SubprocessError):  # containers often have the GPU without the program
-        pass
-    if not any(Path(device).exists() for device in ("/dev/nvidia0", "/dev/nvidiactl")):
-        return None
-    try:
-        version = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", Path("/proc/driver/nvidia/version").read_text())
-    except OSError:
-        version = None
-    return [], version[1] if version else ""
-
-
-def unseen_tpu(platform: str) -> Found:
-    """Report an attached TPU while JAX computes on another platform."""
+def unseen_accelerators() -> Found:
+    """Report GPUs and TPUs of the machine while JAX computes on the CPU: a problem, unless a setting hides them."""
+    chosen = os.environ.get("JAX_PLATFORMS", "")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
+    unseen = []
+    if (gpu := find_nvidia()) is not None:
+        major = int(gpu[1].partition(".")[0] or 0)
+        if 0 < major < 525:
+            remedy = f"its driver {gpu[1]} is too old: install 525 or later, then the extra cuda12"
+        else:
+            remedy = f"pip install -U -e '.[{'cuda12' if 0 < major < 580 else 'cuda13'}]', then restart"
+        hidden = f"CUDA_VISIBLE_DEVICES is {visible!r}" if visible.strip() in ("", "-1") else ""
+        unseen.append((gpu[0], {"cuda", "gpu"}, hidden, remedy))
     signs = [name for name in ("TPU_ACCELERATOR_TYPE", "TPU_NAME", "COLAB_TPU_ADDR") if os.environ.get(name)]
     signs += ["/dev/accel0"] * Path("/dev/accel0").exists()
-    if platform == "tpu" or not signs:
-        return
-    if hidden := _hidden_by("tpu"):
-        yield "note", f"the TPU ({signs[0]}) is not used, as {hidden}; unset that to use it"
-    else:
+    if signs:
         remedy = "pip install -U -e '.[tpu]', end other processes that use it, and restart"
-        yield "problem", f"JAX does not see the TPU ({signs[0]}): {remedy}"
+        unseen.append((f"the TPU ({signs[0]})", {"tpu"}, "", remedy))
+    for what, platforms, hidden, remedy in unseen:
+        if chosen and not platforms & set(chosen.lower().split(",")):
+            hidden = f"JAX_PLATFORMS is {chosen}"
+        if hidden:
+            yield "note", f"{what} is not used, as {hidden}; unset that to use it"
+        else:
+            yield "problem", f"JAX does not see {what}: {remedy}"
 
 
-def _hidden_by(*names: str) -> str | None:
-    """Return the setting that keeps JAX from a platform with these names, if there is one."""
-    chosen = os.environ.get("JAX_PLATFORMS", "")
-    if chosen and not set(names) & set(chosen.lower().split(",")):
-        return f"JAX_PLATFORMS is {chosen}"
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if "cuda" in names and visible is not None and visible.strip() in ("", "-1"):
-        return f"CUDA_VISIBLE_DEVICES is {visible!r}"
-    return None
+def find_nvidia() -> tuple[str, str] | None:
+    """Return the names of the machine's NVIDIA GPUs, and their driver, such as 580.82; None: it has none.
+
+    Containers often have a GPU without the program ``nvidia-smi``, which knows its driver.
+    """
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        lines = subprocess.run(query, capture_output=True, text=True, timeout=3, check=True).stdout.splitlines()
+        if gpus := [line.rpartition(", ") for line in lines]:
+            return ", ".join(name for name, _, _ in gpus), gpus[0][2]
+    return ("an NVIDIA GPU", "") if Path("/dev/nvidiactl").exists() else None
 
 
 def check_computation() -> Found:
@@ -266,8 +230,7 @@ def check_dtype() -> Found:
     """Report the dtype that ``model.dtype auto`` chooses."""
     if start_error():
         return
-    device = jax.devices()[0]
-    capability, dtype = target_of(device).capability, hardware.best_dtype(device)
+    capability, dtype = target_of(jax.devices()[0]).capability, hardware.best_dtype(jax.devices()[0])
     why = "this device has it in hardware"
     if dtype != "bfloat16":
         emulated = f"compute capability {capability} only emulates bfloat16"
@@ -280,9 +243,8 @@ def check_dtype() -> Found:
 
 def check_threads() -> Found:
     """Count cores; pretend devices need more threads than XLA starts by itself."""
-    there = os.cpu_count() or 1
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else there
-    yield "ok", f"{usable} CPU core{'s' * (usable > 1)}" + (f" of {there}" if usable < there else "")
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    yield "ok", f"{usable} of {os.cpu_count()} CPU cores"
     pretended = re.search(r"xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
     needed, n_threads = 2 * int(pretended[1]) if pretended else 0, os.environ.get("NPROC", "")
     if needed > 2 and not (n_threads.isdecimal() and int(n_threads) >= needed):
@@ -318,54 +280,43 @@ def check_disk() -> Found:
         yield "ok", text
 
 
-def check_caches() -> Found:
+def check_cache() -> Found:
     """Report what is kept between starts: compiled programs and downloads."""
-    yield from (compile_cache(), tokenizer_files(), named_texts(), _hugging_face())
-
-
-def compile_cache() -> tuple[Level, str]:
-    """Report the cache of compiled programs, as the command has set it."""
-    folder = getattr(jax.config, "jax_compilation_cache_dir", None)
-    if folder is None:
-        return "note", "compiled programs are not kept, so every start compiles again; set JAX_COMPILATION_CACHE_DIR"
-    if Path(folder).is_dir() and not os.access(folder, os.W_OK):
-        return "note", f"{folder}: not writable for compiled programs; set JAX_COMPILATION_CACHE_DIR to another folder"
-    size = format_bytes(folder_size(Path(folder)))
-    return "ok", f"compiled programs: {size} in {folder}; may be deleted at any time"
-
-
-def tokenizer_files() -> tuple[Level, str]:
-    """Report whether GPT-2's tokenizer is on this machine."""
-    lacking = GPT2Tokenizer().lacking()
-    if not lacking:
-        return "ok", "GPT-2's tokenizer files are on this machine"
-    if "TIKTOKEN_CACHE_DIR" in os.environ:
-        return "note", f"TIKTOKEN_CACHE_DIR: {'; '.join(lacking)}; downloaded at first use"
-    return "note", "GPT-2's tokenizer is downloaded at first use; set TIKTOKEN_CACHE_DIR to a folder that keeps it"
-
-
-def named_texts() -> tuple[Level, str]:
-    """Report which named texts are on this machine."""
-    folder = os.environ.get("SLM_JAX_DATA")
-    if not folder:
-        return "ok", "SLM_JAX_DATA is not set: named texts are downloaded at first use, and kept"
-    path = Path(folder).expanduser()
-    if not path.is_dir():
-        return "problem", f"SLM_JAX_DATA is {folder}: no such folder; create it, or unset SLM_JAX_DATA"
-    there = [name for name, entry in NAMED_FILES.items() if (path / entry.file).is_file()]
-    return "ok", f"SLM_JAX_DATA has {', '.join(there) or 'none of the named texts'}"
-
-
-def _hugging_face() -> tuple[Level, str]:
     from huggingface_hub import constants
 
-    folder = Path(constants.HF_HUB_CACHE)
-    repositories = {name: (f"models--openai-community--{name}", f"models--{name}") for name in PINS}
-    there = [name for name, places in repositories.items() if any((folder / place).is_dir() for place in places)]
-    text = f"Hugging Face's, {folder}: {', '.join(there) or 'no GPT-2 weights yet'}"
+    programs = getattr(jax.config, "jax_compilation_cache_dir", None)
+    if programs is None:
+        yield "note", "compiled programs are not kept, so every start compiles again; set JAX_COMPILATION_CACHE_DIR"
+    elif Path(programs).is_dir() and not os.access(programs, os.W_OK):
+        yield "note", f"{programs}: not writable for compiled programs; set JAX_COMPILATION_CACHE_DIR to another folder"
+    else:
+        size = format_bytes(folder_size(Path(programs)))
+        yield "ok", f"compiled programs: {size} in {programs}; may be deleted at any time"
+
+    lacking = GPT2Tokenizer().lacking()
+    if not lacking:
+        yield "ok", "GPT-2's tokenizer files are on this machine"
+    elif "TIKTOKEN_CACHE_DIR" in os.environ:
+        yield "note", f"TIKTOKEN_CACHE_DIR: {'; '.join(lacking)}; downloaded at first use"
+    else:
+        yield "note", "GPT-2's tokenizer is downloaded at first use; set TIKTOKEN_CACHE_DIR to a folder that keeps it"
+
+    named = os.environ.get("SLM_JAX_DATA")
+    if not named:
+        yield "ok", "SLM_JAX_DATA is not set: named texts are downloaded at first use, and kept"
+    elif not (folder := Path(named).expanduser()).is_dir():
+        yield "problem", f"SLM_JAX_DATA is {named}: no such folder; create it, or unset SLM_JAX_DATA"
+    else:
+        there = [name for name, entry in NAMED_FILES.items() if (folder / entry.file).is_file()]
+        yield "ok", f"SLM_JAX_DATA has {', '.join(there) or 'none of the named texts'}"
+
+    hub = Path(constants.HF_HUB_CACHE)
+    weights = [n for n in PINS if any((hub / f"models--{owner}{n}").is_dir() for owner in ("openai-community--", ""))]
+    text = f"Hugging Face's, {hub}: {', '.join(weights) or 'no GPT-2 weights yet'}"
     if constants.HF_HUB_OFFLINE:
-        return "note", f"{text}; HF_HUB_OFFLINE is set, so nothing is downloaded from there"
-    return "ok", text
+        yield "note", f"{text}; HF_HUB_OFFLINE is set, so nothing is downloaded from there"
+    else:
+        yield "ok", text
 
 
 def check_settings() -> Found:

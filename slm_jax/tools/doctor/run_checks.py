@@ -1,6 +1,5 @@
 """Checks of a run's folder: whether it is intact, how far it is, how it went, and what can be done next."""
 
-import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -11,37 +10,34 @@ from slm_jax.errors import InputError
 from slm_jax.runs import RunFolder, best_step, find_damage, read_frozen, read_metadata, saved_steps, try_metadata
 from slm_jax.tasks.config import TASKS, RunConfig, parse_args
 from slm_jax.tools.doctor.machine_checks import Finding, Found, folder_size, perform, start_error
-from slm_jax.training.checkpoint import CHECKSUMS
+from slm_jax.training.checkpoint import has_checksums
 from slm_jax.training.progress import format_bytes, format_duration
 from slm_jax.training.summary import environment, rounding_changes
 
 
 def examine_run(run: RunFolder) -> Iterator[Finding]:
     """Yield what each check of a run finds; reads every file of every checkpoint."""
-    checks = {
-        "config": check_config,
-        "checkpoints": check_checkpoints,
-        "log": check_log,
-        "machine": check_machine,
-        "mirror": check_mirror,
-        "size": check_size,
-        "next": check_next,
-    }
-    return perform({name: functools.partial(check, run) for name, check in checks.items()})
+    checks = (check_config, check_checkpoints, check_log, check_machine, check_mirror, check_size, check_next)
+    return perform(checks, run)
 
 
 def check_config(run: RunFolder) -> Found:
     """Read the configuration."""
-    if not (run.path / "config.yaml").is_file():
-        yield "note", "no config.yaml: weights only, usable for generation and as --base; training cannot resume here"
-        return
     try:
         config = _config(run)
     except InputError as error:
         yield "problem", f"{error}; the checkpoints can still be used: slm-jax generate --run {run.path}"
         return
+    if config is None:
+        yield "note", "no config.yaml: weights only, usable for generation and as --base; training cannot resume here"
+        return
     base = "" if config.base is None else f", from {config.base}, trainable {config.trainable}"
     yield "ok", f"{config.task} on {config.data.source}{base}"
+
+
+def _config(run: RunFolder) -> RunConfig | None:
+    file = run.path / "config.yaml"
+    return parse_args(["--config", str(file)]) if file.is_file() else None
 
 
 def check_checkpoints(run: RunFolder) -> Found:
@@ -54,21 +50,26 @@ def check_checkpoints(run: RunFolder) -> Found:
     intact = [step for step in steps if not damage[step]]
     best = best_step(run.checkpoints) if intact == steps else None
     for step in steps:
+        folder = run.step_path(step)
         if damage[step]:
-            folder = run.checkpoints / str(step)
             yield "problem", f"step {step:,}: {damage[step]}; delete {folder}, the others are not affected"
             continue
         loss = read_metadata(run.checkpoints, step)["validation_loss"]
         text = f"step {step:,}" + ("" if loss is None else f", validation loss {loss:.4f}")
         text += ", the latest" * (step == steps[-1]) + ", the best" * (step == best)
-        if (run.checkpoints / str(step) / CHECKSUMS).is_file():
+        if has_checksums(folder):
             yield "ok", f"{text}: intact (SHA-256)"
         else:
             yield "note", f"{text}: complete, but without checksums: the process ended while saving them"
-    if intact:
-        yield from _check_frozen(run, intact[-1])
-    else:
+    if not intact:
         yield "problem", "every checkpoint is damaged: copy the run from its mirror or a backup, or train again"
+    elif (metadata := read_metadata(run.checkpoints, intact[-1])).get("trainable", "all") != "all":
+        try:
+            read_frozen(run.path, metadata)
+        except InputError as error:
+            yield "problem", f"frozen parameters: {error}"
+        else:
+            yield "ok", "frozen.safetensors, the frozen parameters: intact"
     others = [path for path in run.checkpoints.iterdir() if path.is_dir() and not path.name.isdecimal()]
     if others:
         size, names = format_bytes(sum(map(folder_size, others))), ", ".join(path.name for path in others[:3])
@@ -77,25 +78,13 @@ def check_checkpoints(run: RunFolder) -> Found:
 
 
 def _damage(run: RunFolder, step: int) -> str | None:
-    damage = find_damage(run.checkpoints / str(step))
+    damage = find_damage(run.step_path(step))
     if damage is None:
         try:
             read_metadata(run.checkpoints, step)
         except InputError as error:
             return str(error)
     return damage
-
-
-def _check_frozen(run: RunFolder, step: int) -> Found:
-    metadata = read_metadata(run.checkpoints, step)
-    if metadata.get("trainable", "all") == "all":
-        return
-    try:
-        read_frozen(run.path, metadata)
-    except InputError as error:
-        yield "problem", f"frozen parameters: {error}"
-    else:
-        yield "ok", "frozen.safetensors, the frozen parameters: intact"
 
 
 def check_log(run: RunFolder) -> Found:
@@ -119,9 +108,9 @@ def check_log(run: RunFolder) -> Found:
     if "seconds" in last:
         text += f", {format_duration(last['seconds'])} in all"
     yield "ok", text
-    skipped = [row["step"] for row in train if row.get("loss") is None or row.get("skipped")]
+    skipped = [f"{row['step']:,}" for row in train if row.get("loss") is None or row.get("skipped")]
     if skipped:
-        shown = ", ".join(f"{step:,}" for step in skipped[:5]) + (" …" if len(skipped) > 5 else "")
+        shown = ", ".join(skipped[:5]) + (" …" if len(skipped) > 5 else "")
         what = f"loss or gradients were not finite in {len(skipped)} logged steps, which were skipped: {shown}"
         yield "note", f"{what}; if more follow, lower --optimizer.learning_rate or raise --optimizer.warmup_steps"
     steps = saved_steps(run.checkpoints)
@@ -141,8 +130,7 @@ def check_machine(run: RunFolder) -> Found:
     was, now = metadata["environment"], environment(jax.device_count())
     versions = ", ".join(f"{name} {was[name]}" for name in ("jax", "flax", "python") if name in was)
     trained = f"trained on {was.get('devices', '?')} × {was.get('device', '?')} with {versions}"
-    changed = rounding_changes(was, now)
-    if changed:
+    if changed := rounding_changes(was, now):
         here = ", ".join(f"{key} {now[key]} (was {was[key]})" for key in changed)
         yield "note", f"{trained}; here {here}: a resume reads the same data in the same order, but is not bit for bit"
         return
@@ -153,7 +141,7 @@ def check_machine(run: RunFolder) -> Found:
 
 def check_mirror(run: RunFolder) -> Found:
     """Compare the mirror's checkpoints with the run's."""
-    config = _config(run) if (run.path / "config.yaml").is_file() else None
+    config = _config(run)
     if config is None or config.mirror_folder is None:
         return
     mirror = RunFolder(config.mirror_folder)
@@ -184,25 +172,20 @@ def check_size(run: RunFolder) -> Found:
 
 def check_next(run: RunFolder) -> Found:
     """Suggest the next command."""
-    if not (run.path / "config.yaml").is_file():
-        yield "ok", f"slm-jax generate --run {run.path}"
-        return
     if run.is_locked():
         yield "note", "another process is training it now"
         return
     config = _config(run)
+    if config is None:
+        yield "ok", f"slm-jax generate --run {run.path}"
+        return
     task = TASKS[config.task]
     resume = f"slm-jax {task.command} --config {run.path / 'config.yaml'}"
     if config.folder.resolve() != run.path.resolve():
         resume += f" --runs_dir {run.path.parent} --run {run.path.name}"
-    summary, steps = run.read_json("summary.json"), saved_steps(run.checkpoints)
-    if isinstance(summary, dict) and steps and summary.get("step") == steps[-1]:
-        text = f"finished, {steps[-1]:,} steps: slm-jax {task.use} --run {run.path}; for more: {resume} --train.steps N"
-        yield "ok", text
+    summary, last = run.read_json("summary.json"), max(saved_steps(run.checkpoints), default=0)
+    if isinstance(summary, dict) and last and summary.get("step") == last:
+        yield "ok", f"finished, {last:,} steps: slm-jax {task.use} --run {run.path}; for more: {resume} --train.steps N"
         return
     total = f" of {config.train.steps:,}" if config.train.steps else ""
-    yield "ok", f"at step {steps[-1] if steps else 0:,}{total}; to resume: {resume}"
-
-
-def _config(run: RunFolder) -> RunConfig:
-    return parse_args(["--config", str(run.path / "config.yaml")])
+    yield "ok", f"at step {last:,}{total}; to resume: {resume}"

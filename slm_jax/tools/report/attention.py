@@ -15,7 +15,7 @@ from slm_jax.errors import InputError, MissingInputError
 from slm_jax.evaluation.capture import capture
 from slm_jax.model import GPTClassifier, GPTModel, Params
 from slm_jax.nn.axes import STACK
-from slm_jax.runs import read_checkpoint, read_metadata
+from slm_jax.runs import read_checkpoint
 from slm_jax.tokenizer import Tokenizer, tokenizer_from_dict
 from slm_jax.tools.report.record import Record, steps_to_try
 
@@ -29,10 +29,8 @@ class Maps:
     """Attention weights of one text.
 
     Attributes:
-        step: step of the checkpoint.
         tokens, n_tokens: the first tokens of the text, and how many it has.
-        weights: (layers, heads, seq, seq), the weight that a query (third axis) gives to each key; the first layers
-            and heads.
+        weights: of the first layers and heads: what a query (third axis) gives to each key.
         n_layers, n_heads: of the model.
     """
 
@@ -52,14 +50,16 @@ class Maps:
     def blocks(self) -> list[list[dict[str, str]]]:
         """Return ``{src, alt}`` of the picture of each head of each block."""
         return [
-            [{"src": to_png(head), "alt": self._describe(block, i, head)} for i, head in enumerate(heads)]
+            [
+                {
+                    "src": to_png(head),
+                    "alt": f"attention weights of block {block}, head {i}: the last token gives {head[-1].max():.0%} "
+                    f"to token {head[-1].argmax()}, {self.names[head[-1].argmax()]}",
+                }
+                for i, head in enumerate(heads)
+            ]
             for block, heads in enumerate(self.weights)
         ]
-
-    def _describe(self, block: int, head: int, weights: Float[np.ndarray, "seq seq"]) -> str:
-        most = int(weights[-1].argmax())
-        which = f"attention weights of block {block}, head {head}"
-        return f"{which}: the last token gives {weights[-1, most]:.0%} to token {most}, {self.names[most]}"
 
 
 def read_maps(record: Record, text: str | None) -> Maps | str:
@@ -71,15 +71,13 @@ def read_maps(record: Record, text: str | None) -> Maps | str:
     steps = steps_to_try(record.folder, record.step)
     if not steps:
         return "None: no checkpoint yet."
-    samples = record.samples()
-    sample = samples[-1][1] if samples and samples[-1][1].strip() else TEXT
     for step in steps:
         try:
             loaded = _load(record, step)
         except InputError:
             continue
         try:
-            maps = _maps(step, *loaded, text, sample)
+            maps = _maps(step, *loaded, text, next((text for _, text in record.folder.samples()[-1:] if text.strip()), TEXT))
         except MissingInputError as error:  # the tokenizer's own files
             return f"None: the text cannot be encoded ({error})."
         return maps if maps.tokens else "None: the text has no token that this model knows."
@@ -90,15 +88,12 @@ def read_maps(record: Record, text: str | None) -> Maps | str:
 
 def _load(record: Record, step: int) -> tuple[GPTModel, Params, Tokenizer]:
     """Return a checkpoint's model, which may be a classifier."""
-    is_classifier = "classes" in read_metadata(record.folder.checkpoints, step)
+    is_classifier = "classes" in record.metadata
     cfg, params, metadata = read_checkpoint(record.folder.path, step, "float32", classifier=is_classifier)
     model = GPTModel(cfg)
     if is_classifier:
-        try:
-            model = GPTClassifier(cfg, n_classes=len(metadata["classes"]), pooling=metadata["pooling"])
-        except (KeyError, TypeError) as error:
-            raise InputError(f"step {step}: metadata of no classifier ({error!r})") from None
-    return model, params, tokenizer_from_dict(metadata.get("tokenizer", {}))
+        model = GPTClassifier(cfg, n_classes=len(metadata["classes"]), pooling=metadata["pooling"])
+    return model, params, tokenizer_from_dict(metadata["tokenizer"])
 
 
 def _maps(step: int, model: GPTModel, params: Params, tokenizer: Tokenizer, text: str | None, sample: str) -> Maps:

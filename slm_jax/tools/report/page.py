@@ -9,24 +9,32 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
-from safetensors import SafetensorError, safe_open
 
+from slm_jax.config import flatten, to_dict
+from slm_jax.errors import InputError
 from slm_jax.model import GPTConfig, param_shapes
+from slm_jax.runs import read_frozen
+from slm_jax.tasks.config import TASKS, FinetuneConfig, RunConfig
 from slm_jax.tools.report.attention import read_maps
 from slm_jax.tools.report.curves import draw_curves, look
-from slm_jax.tools.report.record import Record, Row, defaults, figure, number
+from slm_jax.tools.report.record import Record, Row, figure
 from slm_jax.training.progress import format_duration
-from slm_jax.training.run_folder import FROZEN
 from slm_jax.training.trainable import leaf_table
 
 MOST_SAMPLES, MOST_RESPONSES, MOST_CLASSES = 30, 24, 30
 CONSTANTS = ("lora_scale", "lora_drop_rate")  # lie beside adapters and are not parameters
-DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-SCORES = {"loss": ".4f", "perplexity": ",.2f", "accuracy": ".2%", "macro_f1": ".4f", "exact_match": ".2%"}
-SCORES |= {"rouge_l": ".4f"}
-NAMES = {"loss": "loss, nats", "macro_f1": "macro F1", "exact_match": "exact match", "rouge_l": "ROUGE-L"}
+# Figures of a split: name and form.
+SCORES = {
+    "loss": ("loss, nats", ".4f"),
+    "perplexity": ("perplexity", ",.2f"),
+    "accuracy": ("accuracy", ".2%"),
+    "macro_f1": ("macro F1", ".4f"),
+    "exact_match": ("exact match", ".2%"),
+    "rouge_l": ("ROUGE-L", ".4f"),
+}
 OF_THE_FOLDER = ("run", "runs_dir", "resume")
 
 # HTML has no place for control characters and for halves of characters.
@@ -44,9 +52,8 @@ class Table(NamedTuple):
 
 @functools.cache
 def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("slm_jax.tools.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
+    loader = PackageLoader("slm_jax.tools.report")
+    environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.globals |= {"draw_curves": draw_curves, "look": look, "zip": zip}
     return environment
 
@@ -62,6 +69,8 @@ def write_page(record: Record, text: str | None = None) -> str:
         InputError: a text that the model's tokenizer cannot encode.
     """
     maps = read_maps(record, text)
+    samples = record.folder.samples()
+    spread = np.linspace(0, len(samples) - 1, min(MOST_SAMPLES, len(samples))).round().astype(int)
     return _render(
         "run.html",
         record=record,
@@ -70,7 +79,7 @@ def write_page(record: Record, text: str | None = None) -> str:
         classes=_classes(record),
         responses=record.responses(),
         most_responses=MOST_RESPONSES,
-        samples=_spread(record.samples(), MOST_SAMPLES),
+        samples={"shown": [samples[i] for i in spread], "total": len(samples)},
         maps=None if isinstance(maps, str) else maps,
         no_maps=maps,
         parameters=_parameters(record),
@@ -94,26 +103,27 @@ def facts(record: Record) -> dict[str, str]:
     """Return the most important figures of a run by name; unknown ones are left out."""
     shown = {"steps": f"{record.last_step:,}"}
     total = record.config.get("train.steps")
-    if isinstance(total, int) and total != record.last_step:
+    if total and total != record.last_step:
         shown["steps"] += f" of {total:,}"
     if (best := record.best()) is not None:
         shown["lowest validation loss"] = f"{best[1]:.4f} at step {best[0]:,}"
         if record.unit == "token":
             shown["its perplexity"] = f"{math.exp(min(best[1], 700)):,.2f}"
     test = record.measured("after")
-    for key, name in (("accuracy", "test accuracy"), ("rouge_l", "test ROUGE-L")):
+    for key in ("accuracy", "rouge_l"):
         if key in test:
-            shown[name] = figure(test[key], SCORES[key])
+            name, form = SCORES[key]
+            shown[f"test {name}"] = figure(test[key], form)
     train = [row for row in record.rows if row["split"] == "train"]
     if train:
-        shown["last training loss"] = figure(train[-1].get("loss"), ".4f")
-        shown["tokens"] = figure(train[-1].get("tokens"), ",.0f")
-    _, rates = record.points("train", "tokens_per_second")
-    if np.isfinite(rates).any():
-        shown["tokens a second"] = f"{np.nanmedian(rates):,.0f} (median)"
-    seconds = np.array([number(row["seconds"]) for row in [*record.rows, record.summary] if "seconds" in row])
-    if np.isfinite(seconds).any():
-        shown["time"] = format_duration(float(np.nanmax(seconds)))
+        shown["last training loss"] = figure(train[-1]["loss"], ".4f")
+        shown["tokens"] = f"{train[-1]['tokens']:,}"
+    rates = [row["tokens_per_second"] for row in train if row["tokens_per_second"] is not None]
+    if rates:
+        shown["tokens a second"] = f"{np.median(rates):,.0f} (median)"
+    seconds = [row["seconds"] for row in [*record.rows, record.summary] if "seconds" in row]
+    if seconds:
+        shown["time"] = format_duration(max(seconds))
     if rows := parameter_rows(record):
         trained, whole = sum(row["count"] for row in rows if row["trained"]), sum(row["count"] for row in rows)
         shown["parameters"] = f"{whole:,}" if trained == whole else f"{whole:,} ({trained:,} trained)"
@@ -126,105 +136,64 @@ def facts(record: Record) -> dict[str, str]:
 def _scores(record: Record) -> Table | None:
     """Return the figures of each split before and after training; None if nothing was measured."""
     moments = [moment for moment in ("before", "after") if record.measured(moment)]
-    splits = [split for split in ("test", "validation", "train") if any(record.measured(m, split) for m in moments)]
     rows = []
-    for split, (key, form) in itertools.product(splits, SCORES.items()):
+    for split, (key, (name, form)) in itertools.product(("test", "validation", "train"), SCORES.items()):
         cells = [record.measured(moment, split).get(key) for moment in moments]
         if any(cell is not None for cell in cells):
-            rows.append([split, NAMES.get(key, key), *(figure(cell, form, "–") for cell in cells)])
+            rows.append([split, name, *(figure(cell, form, "–") for cell in cells)])
     head = ["split", "", *(f"{moment} training" for moment in moments)]
     return Table(head, rows, range(2, len(head))) if rows else None
 
 
 def _classes(record: Record) -> dict[str, Any] | None:
-    """Return the confusion matrices of a classifier by split, and the table of its classes; None if it is none."""
+    """Return the figures of a classifier's matrices by split, and the table of its classes; None if it is none."""
     moments = [moment for moment in ("before", "after") if "confusion" in record.measured(moment)]
     if not moments:
         return None
     matrices = {
-        split: [
-            matrix
-            for moment in moments
-            if (matrix := _matrix(record.measured(moment, split), f"{split} texts, {moment} training"))
-        ]
+        split: [(f"{split} texts, {moment} training", record.measured(moment, split)) for moment in moments]
         for split in ("test", "validation", "train")
     }
-    last = record.measured(moments[-1])
-    names = last.get("classes")
-    columns = [last.get(name) for name in ("classes", "precision", "recall", "f1", "support")]
-    rows = []
-    if all(isinstance(column, list) for column in columns):
-        rows = [
-            [name, *(figure(value, ".4f", "–") for value in values[:3]), figure(values[3], ",.0f", "–")]
-            for name, *values in zip(*columns, strict=False)
-        ]
-    caption = f"test texts, {moments[-1]} training"
+    caption, last = matrices["test"][-1]
+    by_class = [last[name] for name in ("classes", "precision", "recall", "f1", "support")]
+    rows = [
+        [name, *(figure(share, ".4f", "–") for share in shares), f"{support:,}"]
+        for name, *shares, support in zip(*by_class, strict=True)
+    ]
+    n_classes = len(rows)
     return {
-        "too_many": len(names) if isinstance(names, list) and len(names) > MOST_CLASSES else 0,
+        "too_many": n_classes if n_classes > MOST_CLASSES else 0,
         "picture": (record.folder.path / "confusion.png").is_file() and not record.continued,
         "matrices": matrices,
-        "by_class": Table(["class", "precision", "recall", "F1", "texts"], rows, range(1, 5), caption)
-        if rows
-        else None,
+        "by_class": Table(["class", "precision", "recall", "F1", "texts"], rows, range(1, 5), caption),
     }
-
-
-def _matrix(figures: Row, caption: str) -> dict[str, Any] | None:
-    """Return a confusion matrix with each cell's share of its true class; None if the figures hold none."""
-    names = figures.get("classes")
-    try:
-        counts = np.array(figures.get("confusion"), np.int64)
-    except (TypeError, ValueError, OverflowError):
-        return None
-    if not isinstance(names, list) or counts.shape != (len(names), len(names)) or (counts < 0).any():
-        return None
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    return {"caption": caption, "names": names, "counts": counts.tolist(), "shares": shares.tolist()}
-
-
-def _spread(items: list[tuple[int, str]], most: int) -> dict[str, Any]:
-    """Return at most so many items at equal distances, the first and the last included, and how many there are."""
-    n_shown = min(most, len(items))
-    shown = [items[round(i)] for i in np.linspace(0, len(items) - 1, n_shown)] if items else []
-    return {"shown": shown, "total": len(items)}
 
 
 # --- Parameters, configuration ---
 
 
 def parameter_rows(record: Record) -> list[Row]:
-    """Return path, shape, count, dtype and whether it is trained, of each array of the model; read from headers."""
-    try:
-        leaves = record.metadata.get("leaves") or leaf_table(param_shapes(GPTConfig(**record.metadata["model"])))
-    except (KeyError, TypeError, ValueError):
+    """Return path, shape, count, dtype and whether it is trained, of each array of the model."""
+    if not record.metadata:
         return []
-    trained = [(path, shape, dtype, True) for path, (*shape, dtype) in leaves.items()]
+    leaves = record.metadata.get("leaves") or leaf_table(param_shapes(GPTConfig(**record.metadata["model"])))
+    arrays = [(path, shape, dtype, True) for path, (*shape, dtype) in leaves.items()]
+    if record.metadata.get("trainable", "all") != "all":
+        try:
+            frozen = flatten_dict(read_frozen(record.folder.path, record.metadata), sep="/")
+        except InputError:
+            frozen = {}
+        arrays += [(path, leaf.shape, str(leaf.dtype), False) for path, leaf in frozen.items()]
     return [
-        {"path": path, "shape": shape, "count": math.prod(shape), "dtype": dtype, "trained": is_trained}
-        for path, shape, dtype, is_trained in [*trained, *_frozen(record)]
+        {"path": path, "shape": shape, "count": math.prod(shape), "dtype": dtype, "trained": trained}
+        for path, shape, dtype, trained in arrays
         if not path.endswith(CONSTANTS)
     ]
 
 
-def _frozen(record: Record) -> list[tuple[str, list[int], str, bool]]:
-    file = record.folder.path / FROZEN
-    if record.metadata.get("trainable", "all") == "all" or not file.is_file():
-        return []
-    try:
-        with safe_open(file, "numpy") as tensors:
-            slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 (no mapping)
-            dtypes = {name: DTYPES.get(part.get_dtype(), part.get_dtype()) for name, part in slices.items()}
-            return [(name, part.get_shape(), dtypes[name], False) for name, part in slices.items()]
-    except (SafetensorError, OSError):
-        return []
-
-
-def _parameters(record: Record) -> Table | None:
+def _parameters(record: Record) -> Table:
     rows = parameter_rows(record)
     whole = sum(row["count"] for row in rows)
-    if not whole:
-        return None
-    head = ["path", "shape", "count", "share", "dtype", "trained"]
     cells = [
         [
             _code(row["path"]),
@@ -236,10 +205,11 @@ def _parameters(record: Record) -> Table | None:
         ]
         for row in rows
     ]
-    return Table(head, [*cells, ["all", "", f"{whole:,}", "", "", ""]], (2, 3))
+    head = ["path", "shape", "count", "share", "dtype", "trained"]
+    return Table(head, [*cells, ["all", "", f"{whole:,}", "", "", ""]] if rows else [], (2, 3))
 
 
-def _config(record: Record) -> dict[str, Any]:
+def _config(record: Record) -> dict[str, Table]:
     """Return the tables of the keys that differ from their defaults, and of all keys."""
     usual = {**defaults(record.task), "run": record.config.get("run")}  # a name is no default
     changed = {key: value for key, value in record.config.items() if key not in usual or usual[key] != value}
@@ -252,6 +222,12 @@ def _config(record: Record) -> dict[str, Any]:
         "changed": Table(["differs from the default", "here", "default"], rows),
         "all": Table(["key", "value"], every),
     }
+
+
+def defaults(task: str) -> dict[str, Any]:
+    """Return the default configuration of a task, by dotted key."""
+    config = RunConfig() if TASKS[task].command == "train" else FinetuneConfig(task=task)  # type: ignore[arg-type]
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in flatten(to_dict(config)).items()}
 
 
 def _code(text: object) -> Markup:

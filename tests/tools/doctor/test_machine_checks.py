@@ -29,11 +29,11 @@ def test_every_check_yields_lines_and_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_a_check_that_fails_is_a_problem():
-    def broken():
+    def check_devices():
         yield "ok", "first"
         raise RuntimeError("no such\ndevice")
 
-    first, second = machine_checks.perform({"devices": broken})
+    first, second = machine_checks.perform([check_devices])
     assert (first.level, first.name) == ("ok", "devices")
     assert (second.level, second.name) == ("problem", "devices")
     assert "RuntimeError: no such device" in second.text
@@ -66,11 +66,10 @@ def nvidia_smi(tmp_path, monkeypatch):
 )
 def test_a_gpu_that_jax_does_not_see_is_a_problem(nvidia_smi, driver, remedy):
     nvidia_smi(f"Tesla T4, {driver}", f"Tesla T4, {driver}")
-    ((level, text),) = machine_checks.unseen_gpus("cpu")
+    ((level, text),) = machine_checks.unseen_accelerators()
     assert level == "problem"
     assert "Tesla T4, Tesla T4" in text
     assert remedy in text
-    assert list(machine_checks.unseen_gpus("gpu")) == []
 
 
 @pytest.mark.parametrize(
@@ -85,24 +84,18 @@ def test_a_gpu_that_settings_hide_is_a_note(nvidia_smi, monkeypatch, settings, l
     nvidia_smi("NVIDIA H100, 580.82.07")
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
-    assert [found for found, _ in machine_checks.unseen_gpus("cpu")] == [level]
+    assert [found for found, _ in machine_checks.unseen_accelerators()] == [level]
 
 
 @pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="this machine has a GPU")
-def test_a_machine_without_gpus_has_none(nvidia_smi):
-    assert machine_checks.find_nvidia() is None
+def test_a_tpu_that_jax_does_not_see_is_a_problem_and_a_failing_nvidia_smi_no_gpu(nvidia_smi, monkeypatch):
     nvidia_smi("NVIDIA-SMI has failed", status=9)
-    assert machine_checks.find_nvidia() is None
-
-
-def test_a_tpu_that_jax_does_not_see_is_a_problem(monkeypatch):
-    assert list(machine_checks.unseen_tpu("cpu")) == []
+    assert list(machine_checks.unseen_accelerators()) == []
     monkeypatch.setenv("TPU_ACCELERATOR_TYPE", "v5e-1")
-    ((level, text),) = machine_checks.unseen_tpu("cpu")
+    ((level, text),) = machine_checks.unseen_accelerators()
     assert (level, "pip install -U -e '.[tpu]'" in text) == ("problem", True)
-    assert list(machine_checks.unseen_tpu("tpu")) == []
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    assert [level for level, _ in machine_checks.unseen_tpu("cpu")] == ["note"]
+    assert [level for level, _ in machine_checks.unseen_accelerators()] == ["note"]
 
 
 @pytest.mark.parametrize(("nproc", "is_problem"), [("", True), ("4", True), ("16", False), ("many", True)])
@@ -122,27 +115,18 @@ def test_a_folder_that_cannot_be_written_is_a_problem(tmp_path, monkeypatch):
     assert (level, "--runs_dir" in text) == ("problem", True)
 
 
-def test_free_disk_is_that_of_where_runs_would_be(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs").mkdir()
-    ((_, text),) = machine_checks.check_disk()
-    assert f"runs in {tmp_path / 'runs'}" in text
-    assert list((tmp_path / "runs").iterdir()) == []
-
-
-def test_missing_tokenizer_files_are_a_note(tmp_path, monkeypatch):
+def test_caches_say_what_is_there(tmp_path, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    level, text = machine_checks.tokenizer_files()
-    assert (level, "TIKTOKEN_CACHE_DIR: " in text, "vocab.bpe" in text) == ("note", True, True)
-
-
-def test_the_folder_of_named_texts(tmp_path, monkeypatch):
     monkeypatch.setenv("SLM_JAX_DATA", str(tmp_path / "none"))
-    assert machine_checks.named_texts()[0] == "problem"
+    found = list(machine_checks.check_cache())
+    (note,) = (text for level, text in found if level == "note" and text.startswith("TIKTOKEN_CACHE_DIR: "))
+    assert "vocab.bpe" in note
+    assert [text for level, text in found if level == "problem"] == [
+        f"SLM_JAX_DATA is {tmp_path / 'none'}: no such folder; create it, or unset SLM_JAX_DATA"
+    ]
     monkeypatch.setenv("SLM_JAX_DATA", str(tmp_path))
-    assert machine_checks.named_texts()[1] == "SLM_JAX_DATA has none of the named texts"
     (tmp_path / NAMED_FILES["sms-spam"].file).write_text("x")
-    assert machine_checks.named_texts()[1] == "SLM_JAX_DATA has sms-spam"
+    assert ("ok", "SLM_JAX_DATA has sms-spam") in machine_checks.check_cache()
 
 
 def test_an_unreachable_network_is_a_note(monkeypatch):

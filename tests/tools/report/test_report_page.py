@@ -1,14 +1,22 @@
-"""A report's page: it is written for whatever a folder holds, and says what is missing."""
+"""A report's page: it shows what a folder holds, and says what is missing."""
 
+import base64
+import io
 import json
 
+import numpy as np
 import pytest
+from matplotlib.image import imread
 from reports import CONFIG, Page, make_run, train, val
 
 from slm_jax.errors import InputError, MissingInputError
+from slm_jax.tokenizer import BPETokenizer, CharTokenizer
+from slm_jax.tools.report import page as pages
 from slm_jax.tools.report import record as reading
-from slm_jax.tools.report.page import MOST_CLASSES, MOST_SAMPLES, facts, write_comparison, write_page
-from slm_jax.tools.report.record import defaults, read_records, steps_to_try
+from slm_jax.tools.report.attention import Maps, encode, to_png
+from slm_jax.tools.report.curves import draw_curves, format_tick
+from slm_jax.tools.report.page import MOST_CLASSES, MOST_SAMPLES, defaults, facts, write_comparison, write_page
+from slm_jax.tools.report.record import read_records, steps_to_try
 
 MARKUP = "<b>&\"'</b> 日本語 😀 </style></pre><script>alert(1)</script>"
 
@@ -17,6 +25,14 @@ def page_of(*folders):
     """Return the page of a run, or of several."""
     records = read_records([str(folder) for folder in folders])
     return Page(write_page(records[0]) if len(records) == 1 else write_comparison(records)).check_whole()
+
+
+def record_of(folder, rows=(), config=CONFIG, **files):
+    (record,) = read_records([str(make_run(folder, rows, config, **files))])
+    return record
+
+
+# --- One run ---
 
 
 def test_a_folder_that_holds_only_a_configuration(tmp_path):
@@ -33,7 +49,9 @@ def test_a_run_in_progress(tmp_path):
 
 def test_a_run_that_diverged(tmp_path):
     rows = [val(0, 8.0), *(train(i, 5.0) for i in range(1, 5)), val(5, None), train(6, None), train(7, None)]
-    page = page_of(make_run(tmp_path / "a", rows))
+    record = record_of(tmp_path / "a", rows)
+    assert np.isnan(record.points("train", "loss")[1]).tolist() == [False] * 4 + [True] * 2
+    page = page_of(tmp_path / "a")
     assert "in 2 logged steps loss or gradients were not finite" in page.text
     assert "8.0000 at step 0" in page.text
     assert "No figure of the log" in page_of(make_run(tmp_path / "b", [val(1, None)])).text
@@ -61,30 +79,16 @@ def test_markup_in_names_samples_and_answers_stays_text(tmp_path):
 
 def test_samples_first_and_last_are_open(tmp_path):
     text = "".join(f"## Step {i}\n\n    text {i}\n\n" for i in range(100))
-    folder = make_run(tmp_path / "a", [train(1)], samples_md=text)
-    (record,) = read_records([str(folder)])
-    assert record.samples()[7] == (7, "text 7")
-    page = page_of(folder)
+    page = page_of(make_run(tmp_path / "a", [train(1)], samples_md=text))
     assert {"text 0", "text 99"} <= set(page.texts)
     assert page.values("open") == [None, None]
     assert f"{MOST_SAMPLES} of 100; samples.md has all of them." in page.text
 
 
-@pytest.mark.parametrize("content", ["[1, 2", "7", "[]", "null", '{"before": 3, "after": {"test": []}}'])
-@pytest.mark.parametrize("task", ["pretraining", "classification", "instruction"])
-def test_damaged_files(tmp_path, task, content):
-    files = dict.fromkeys(("summary_json", "before_json", "responses_json", "responses_before_json"), content)
-    rows = [{"step": "x", "split": "train"}, {"step": 2, "split": 3}, {"step": 2, "split": "val"}]
-    page_of(make_run(tmp_path / "a", rows, f"task: {task}\n", **files))
-
-
-@pytest.mark.parametrize("value", [3, "x", 10**400, -1, [3], [[1], [2, 3]], [[-1, 0.5]], {"a": 1}, []])
-@pytest.mark.parametrize("key", ["classes", "confusion", "support", "precision", "accuracy"])
-def test_invalid_figures_of_a_classifier_are_left_out(tmp_path, key, value):
-    measured = {"classes": ["a", "b"], "confusion": [[1, 2], [3, 4]], "support": [3, 7], "accuracy": 0.5, "loss": 0.5}
-    measured |= {name: [0.5, 0.5] for name in ("precision", "recall", "f1")}
-    summary = json.dumps({"step": 1, "after": {"test": {**measured, key: value}}})
-    page_of(make_run(tmp_path / "a", [train(1)], "task: classification", summary_json=summary))
+@pytest.mark.parametrize("content", ["[1, 2", "null"])
+def test_damaged_files_are_as_good_as_none(tmp_path, content):
+    names = ("summary_json", "before_json", "responses_json", "responses_before_json", "config_yaml")
+    page_of(make_run(tmp_path / "a", [train(1)], **dict.fromkeys(names, content)))
 
 
 def test_the_figures_of_a_classifier(tmp_path):
@@ -105,6 +109,17 @@ def test_the_figures_of_a_classifier(tmp_path):
     assert "55.00%" in page_of(before).text
 
 
+def test_the_matrices_of_many_classes_are_left_to_the_picture(tmp_path):
+    names = [f"class {number}" for number in range(MOST_CLASSES + 1)]
+    figures = {"classes": names, "confusion": [[1] * len(names)] * len(names), "accuracy": 0.1}
+    figures |= {name: [1] * len(names) for name in ("precision", "recall", "f1", "support")}
+    summary = json.dumps({"step": 1, "before": {"test": figures}, "after": {"test": figures}})
+    folder = make_run(tmp_path / "a", [train(1)], "task: classification", summary_json=summary)
+    assert "Matrices of 31 classes are too large here." in page_of(folder).texts
+    (folder / "confusion.png").touch()
+    assert "too large here; confusion.png has that of the test texts." in page_of(folder).text
+
+
 def test_responses_before_and_after(tmp_path):
     asked = [{"instruction": f"<i>{i}</i>", "input": "", "output": "right"} for i in range(40)]
     before, after = (json.dumps([{**entry, "model_response": when} for entry in asked]) for when in ("old", "new"))
@@ -113,10 +128,9 @@ def test_responses_before_and_after(tmp_path):
     assert "<i>3</i>" in page.texts
     assert page.texts.count("old") == page.texts.count("new") == page.texts.count("right") == 24
     assert "24 of 40; responses.json has all of them." in page.text
-    folder = make_run(tmp_path / "b", [train(1)], "task: instruction", responses_before_json=before)
-    (record,) = read_records([str(folder)])
+    record = record_of(tmp_path / "b", [train(1)], "task: instruction", responses_before_json=before)
     assert record.responses()[0] == ({**asked[0], "model_response": "old"}, "old", None)
-    assert "24 of 40; responses-before.json has all of them." in page_of(folder).text
+    assert "24 of 40; responses-before.json has all of them." in page_of(tmp_path / "b").text
 
 
 def test_a_finished_run_that_was_continued_shows_no_figures_of_its_earlier_end(tmp_path):
@@ -138,22 +152,20 @@ def test_a_finished_run_that_was_continued_shows_no_figures_of_its_earlier_end(t
     assert "new" not in page_of(folders[1]).texts
 
 
-def test_the_matrices_of_many_classes_are_left_to_the_picture(tmp_path):
-    names = [f"class {number}" for number in range(MOST_CLASSES + 1)]
-    figures = {"classes": names, "confusion": [[1] * len(names)] * len(names), "accuracy": 0.1}
-    summary = json.dumps({"step": 1, "before": {"test": figures}, "after": {"test": figures}})
-    folder = make_run(tmp_path / "a", [train(1)], "task: classification", summary_json=summary)
-    assert "Matrices of 31 classes are too large here." in page_of(folder).texts
-    (folder / "confusion.png").touch()
-    assert "too large here; confusion.png has that of the test texts." in page_of(folder).text
-
-
 def test_the_configuration_against_the_defaults(tmp_path):
     text = CONFIG + "seed: 7\nold_key: 1\ndata: {source: named:the-verdict}\n"
     page = page_of(make_run(tmp_path / "a", [train(1)], text))
     assert {"seed", "old_key", "no such key now", "named:the-verdict"} <= set(page.texts)
     assert page.texts.count("task") == 1  # the default, so among all keys only
     assert defaults("classification")["task"] == "classification"
+
+
+def test_the_median_of_the_speeds(tmp_path):
+    rows = [train(step, tokens_per_second=speed) for step, speed in enumerate([1.0, None, 3.0, 100.0, 5.0])]
+    assert facts(record_of(tmp_path / "a", rows))["tokens a second"] == "4 (median)"
+
+
+# --- Several runs ---
 
 
 def test_runs_of_one_task_share_their_axes(tmp_path):
@@ -169,9 +181,7 @@ def test_runs_of_one_task_share_their_axes(tmp_path):
 
 
 def test_runs_of_different_tasks_are_drawn_apart(tmp_path):
-    a = make_run(tmp_path / "a", [train(1)])
-    b = make_run(tmp_path / "b", [train(1)], "task: classification")
-    page = page_of(a, b)
+    page = page_of(make_run(tmp_path / "a", [train(1)]), make_run(tmp_path / "b", [train(1)], "task: classification"))
     assert "drawn apart" in page.text
     assert {"Pretraining: a", "Classification: b"} <= set(page.texts)
 
@@ -182,17 +192,21 @@ def test_runs_of_one_name_have_different_labels(tmp_path):
     assert len(read_records([str(folders[0]), f"{folders[0]}/"])) == 1
 
 
+# --- Which checkpoint ---
+
+
 def test_a_run_is_read_with_one_step(tmp_path, monkeypatch):
     run = make_run(tmp_path / "run", [train(1)])
+    with pytest.raises(MissingInputError, match="no checkpoint in this run yet"):
+        read_records([f"{run}@3"])
     monkeypatch.setattr(reading, "find_checkpoint", lambda folder, step: (folder, int(step)))
     assert read_records([f"{run}@350", f"{run}@350"])[0].step == 350
-    for names in ((f"{run}@350", f"{run}@400"), (str(run), f"{run}@400")):
-        with pytest.raises(InputError, match=f"{names[0]} and {names[1]}: .*different steps"):
-            read_records(names)
+    with pytest.raises(InputError, match=f"{run}@350 and {run}@400: .*different steps"):
+        read_records([f"{run}@350", f"{run}@400"])
 
 
 def test_the_best_checkpoint_is_tried_first_and_then_the_latest(tmp_path, monkeypatch):
-    (record,) = read_records([str(make_run(tmp_path / "a"))])
+    record = record_of(tmp_path / "a")
     assert steps_to_try(record.folder, None) == []
     assert steps_to_try(record.folder, 7) == [7]
     monkeypatch.setattr(reading, "saved_steps", lambda folder: [1, 2, 3])
@@ -200,14 +214,76 @@ def test_the_best_checkpoint_is_tried_first_and_then_the_latest(tmp_path, monkey
     assert steps_to_try(record.folder, None) == [2, 3, 1]
 
 
-def test_the_median_of_the_speeds(tmp_path):
-    rows = [train(step, tokens_per_second=speed) for step, speed in enumerate([1.0, None, 3.0, 100.0, 5.0])]
-    (record,) = read_records([str(make_run(tmp_path / "a", rows))])
-    assert facts(record)["tokens a second"] == "4 (median)"
+# --- Curves ---
 
 
-def test_missing_runs_and_checkpoints(tmp_path):
-    with pytest.raises(MissingInputError, match="no run there"):
-        read_records([str(tmp_path)])
-    with pytest.raises(MissingInputError, match="no checkpoint in this run yet"):
-        read_records([f"{make_run(tmp_path / 'a')}@3"])
+def svg(chart):
+    return base64.b64decode(chart["src"].removeprefix("data:image/svg+xml;base64,")).decode()
+
+
+def test_equal_curves_have_equal_bytes(tmp_path):
+    rows = [val(0, 3.0), *(train(i, 3 - 0.1 * i) for i in range(1, 20)), val(20, 1.5)]
+    a, b = (draw_curves([record_of(tmp_path / name, rows)], bits=False) for name in "ab")
+    assert a == b
+
+
+def test_what_is_drawn_is_what_was_logged(tmp_path):
+    rows = [val(0, 3.0, accuracy=0.5), train(1, 2.0), val(10, 2.5, accuracy=0.75), val(20, 2.75, accuracy=0.7)]
+    record = record_of(tmp_path / "a", rows, "task: classification")
+    drawn = {chart["title"]: chart for chart in draw_curves([record], bits=False)}
+    assert len(drawn) == 5
+    assert drawn["Loss"]["alt"] == "loss over 20 steps, between 2 and 3"
+    assert drawn["Accuracy"]["alt"] == "accuracy over 20 steps, between 0.5 and 0.75"
+    assert "nats a text" in svg(drawn["Loss"])
+
+
+def test_tick_labels_are_not_rounded_away(tmp_path):
+    drawn = draw_curves(
+        [record_of(tmp_path / "a", [train(i, learning_rate=4e-5 * i) for i in range(1, 9)])], bits=False
+    )
+    assert ">0.0003<" in svg(next(chart for chart in drawn if chart["title"] == "Learning rate"))
+    labels = {0.25: "0.25", 999.5: "999.5", 1000: "1,000", 2_500_000: "2,500,000", 2.5e38: "2.5e+38"}
+    assert {value: format_tick(value) for value in labels} == labels
+
+
+# --- Attention ---
+
+
+def test_the_maps_of_a_large_model(tmp_path, monkeypatch):
+    weights = np.random.default_rng(0).dirichlet(np.ones(20), (6, 6, 20)).astype(np.float32)
+    weights[2, 3, -1] = np.eye(20)[4]
+    tokens = ["<b>", " a", "\n", "\ufffd", "a token", *"abcdefghijklmno"]
+    monkeypatch.setattr(pages, "read_maps", lambda *_: Maps(7, tokens, 33, weights, n_layers=12, n_heads=25))
+    page = page_of(make_run(tmp_path / "a", [train(1)]))
+    assert "the first 6 of 12 layers and 6 of 25 heads" in page.text
+    assert ", in the first 20 of 33 tokens of a text." in page.text
+    assert page.elements.count("image") == 36
+    described = "attention weights of block 2, head 3: the last token gives 100% to token 4, a·token"
+    assert described in page.values("alt")
+    assert described in page.values("aria-label")
+    assert {"<b>", "·a", "⏎", "a·token"} <= set(page.texts)
+    assert len(page.html) < 400_000
+
+
+def test_a_picture_has_a_pixel_a_weight():
+    address = to_png(np.array([[1.0, 0.0], [0.25, np.nan]], np.float32))
+    pixels = imread(io.BytesIO(base64.b64decode(address.removeprefix("data:image/png;base64,"))))
+    assert pixels.shape == (2, 2, 4)
+    assert pixels[..., 3].tolist()[0] == [1, 0]
+    assert 0 < pixels[1, 0, 3] < 1
+    assert pixels[1, 1, 3] == 0
+
+
+def test_a_sample_is_shown_without_what_cannot_be_encoded():
+    tokenizer = CharTokenizer().build_vocab("abc")
+    assert encode(tokenizer, None, "xaybzc") == tokenizer.encode("abc")
+    with pytest.raises(InputError, match="text: character 'x'"):
+        encode(tokenizer, "xa", "abc")
+
+
+def test_a_sample_may_begin_with_the_end_of_a_text():
+    tokenizer = BPETokenizer.train("the cat sat on the mat. " * 20, vocab_size=280)
+    sample = [tokenizer.eot_id, *tokenizer.encode("the cat sat")]
+    assert encode(tokenizer, None, tokenizer.decode(sample)) == sample
+    with pytest.raises(InputError, match="text: "):
+        encode(tokenizer, "<|endoftext|>", "abc")

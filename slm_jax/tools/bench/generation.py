@@ -1,8 +1,8 @@
 """The speed of generation: the prompt in one pass, then token after token, and the time to read the weights."""
 
 import dataclasses
+import functools
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,42 +11,48 @@ import numpy as np
 
 from slm_jax.errors import InputError
 from slm_jax.generation.decode import generate
-from slm_jax.model import GPTConfig, GPTModel, Params, axis_sizes
+from slm_jax.model import GPTConfig, GPTModel, Params, axis_sizes, get_gpt_config, init_params
 from slm_jax.nn.axes import Axes, map_axes
 from slm_jax.nn.blocks import unstack_blocks
-from slm_jax.tools.bench.ceilings import Ceilings
-from slm_jax.tools.bench.result import Result, bound_rows
-from slm_jax.tools.bench.timing import Clock, Timing
+from slm_jax.runs import load_model
+from slm_jax.tasks.base import run_dtype
+from slm_jax.tasks.config import RunConfig
+from slm_jax.tools.bench.instruments import Clock, Peak, Timing, find_ceilings
+from slm_jax.tools.bench.result import Result
+from slm_jax.training.config import ModelConfig
 from slm_jax.training.hardware import forward_flops
 
 
-def bench_generate(
-    cfg: GPTConfig,
-    params: Params,
-    ceilings: Ceilings,
+def measure_generation(
     *,
-    batch_sizes: Sequence[int],
+    run: str | None,
+    model: ModelConfig,
+    batch_sizes: str,
     prompt_tokens: int,
     new_tokens: int,
     warmup: int,
     repeats: int,
+    peak: Peak = None,
 ) -> Result:
     """Measure greedy generation from random prompts, for each number of prompts at a time.
 
-    ``new_tokens`` is at least 2, as the first comes with the prompt; ``warmup`` at least 1, which compiles.
+    ``run`` is anything that has weights; None: random ones of the shape ``model``. ``new_tokens`` is at least 2, as
+    the first comes with the prompt; ``warmup`` at least 1, which compiles.
     """
+    if run is None:
+        cfg, params = _random_model(model)
+    else:
+        loaded = load_model(run)
+        cfg, params = loaded.model_config, loaded.params
     if prompt_tokens + new_tokens > cfg.context_length:
         raise InputError(
             f"prompt_tokens {prompt_tokens} and new_tokens {new_tokens} are more than the model's context of "
             f"{cfg.context_length}; lower one of them"
         )
+    ceilings = find_ceilings(cfg.dtype, None, peak)
     params = unstack_blocks(params)
     cases: list[dict[str, Any]] = []
-    rows: dict[str, str] = {}
-    series: dict[str, tuple[float, ...]] = {}
-    bars: dict[str, float] = {}
-    limits: dict[str, float] = {}
-    for batch_size in batch_sizes:
+    for batch_size in map(int, batch_sizes.split(",")):
         prefill, decode = time_generation(
             cfg, params, batch_size, prompt_tokens, new_tokens, warmup=warmup, repeats=repeats
         )
@@ -54,42 +60,35 @@ def bench_generate(
         n_bytes = bytes_per_step(cfg, params, batch_size * seen)
         bounds = ceilings.bounds(forward_flops(cfg, batch_size, seen, batch_size), n_bytes)
         prompt_flops = forward_flops(cfg, batch_size * prompt_tokens, prompt_tokens / 2, batch_size)
-        share = bounds["memory"] / decode.median if "memory" in bounds else None
-        case = {
-            "batch_size": batch_size,
-            "prefill_seconds": prefill.to_dict(),
-            "prefill_tokens_per_second": batch_size * prompt_tokens / prefill.median,
-            "prefill_bounds_seconds": ceilings.bounds(prompt_flops, bytes_per_step(cfg, params, 0)),
-            "decode_step_seconds": decode.to_dict(),
-            "decode_tokens_per_second": batch_size / decode.median,
-            "decode_bounds_seconds": bounds,
-            "bytes_per_step": n_bytes,
-            "bandwidth_share": share,
-        }
-        cases.append(case)
-        name, token = f"batch {batch_size}", f"a token, batch {batch_size}"
-        rows |= {
-            f"{name}: prompt of {prompt_tokens}": f"{prefill}, {case['prefill_tokens_per_second']:,.0f} tokens/s",
-            f"{name}: each token after": f"{decode}, {case['decode_tokens_per_second']:,.1f} tokens/s",
-            **bound_rows(bounds, ceilings, f"{name}: "),
-            f"{name}: read a token": f"{n_bytes / 1e6:,.0f} MB"
-            + ("" if share is None else f", {share:.0%} of the bandwidth"),
-        }
-        series[token], bars[token] = decode.milliseconds, 1e3 * decode.median
-        limits |= {f"least by {kind}, batch {batch_size}": 1e3 * bound for kind, bound in bounds.items()}
-    bandwidth = f"{ceilings.bandwidth / 1e9:,.4g} GB/s" if ceilings.bandwidth else "unknown"
+        cases.append(
+            {
+                "batch_size": batch_size,
+                "prefill_seconds": prefill,
+                "prefill_tokens_per_second": batch_size * prompt_tokens / prefill.median,
+                "prefill_bounds_seconds": ceilings.bounds(prompt_flops, bytes_per_step(cfg, params, 0)),
+                "decode_step_seconds": decode,
+                "decode_tokens_per_second": batch_size / decode.median,
+                "decode_bounds_seconds": bounds,
+                "bytes_per_step": n_bytes,
+                "bandwidth_share": bounds["memory"] / decode.median if "memory" in bounds else None,
+            }
+        )
     in_cache = any((case["bandwidth_share"] or 0) > 1 for case in cases)
     return Result(
         what="generate",
         config={**dataclasses.asdict(cfg), "prompt_tokens": prompt_tokens, "new_tokens": new_tokens},
-        figures={"cases": cases, "ceilings": dataclasses.asdict(ceilings)},
-        rows={**rows, "bandwidth of the memory": f"{bandwidth} ({ceilings.source})"},
-        unit="ms",
-        bars=bars,
-        series=series,
-        limits=limits,
+        figures={"cases": cases, "ceilings": ceilings},
         notes=("A share above 100%: the weights fit into the processor's caches.",) if in_cache else (),
     )
+
+
+def _random_model(section: ModelConfig) -> tuple[GPTConfig, Params]:
+    """Make a model with random weights; its dtype is that of its weights, too."""
+    config = RunConfig(model=section)
+    dtype = run_dtype(config)
+    cfg = config.gpt_config(section.vocab_size or get_gpt_config(section.preset).vocab_size, dtype)
+    cfg = dataclasses.replace(cfg, param_dtype=section.param_dtype or dtype)
+    return cfg, jax.jit(functools.partial(init_params, cfg))(jax.random.key(0))
 
 
 def time_generation(
