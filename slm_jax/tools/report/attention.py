@@ -71,13 +71,14 @@ def read_maps(record: Record, text: str | None) -> Maps | str:
     steps = steps_to_try(record.folder, record.step)
     if not steps:
         return "None: no checkpoint yet."
+    samples = [TEXT, *(sample for _, sample in record.folder.samples() if sample.strip())]
     for step in steps:
         try:
             loaded = _load(record, step)
         except InputError:
             continue
         try:
-            maps = _maps(step, *loaded, text, next((text for _, text in record.folder.samples()[-1:] if text.strip()), TEXT))
+            maps = _maps(step, *loaded, text, samples[-1])
         except MissingInputError as error:  # the tokenizer's own files
             return f"None: the text cannot be encoded ({error})."
         return maps if maps.tokens else "None: the text has no token that this model knows."
