@@ -19,9 +19,8 @@ from typing import Any
 import grain
 import numpy as np
 
-from slm_jax.data.packing import PackedRows
 from slm_jax.data.token_file import check_ids, map_ids
-from slm_jax.data.windows import endless_batches, train_batches
+from slm_jax.data.windows import PackedRows, endless_batches, train_batches
 from slm_jax.tools.bench.instruments import Timing, process_bytes
 from slm_jax.tools.bench.training import per_batch
 

@@ -19,8 +19,7 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import slm_jax
-from slm_jax.data.instruction_batches import encode_examples, instruction_eval_batches
-from slm_jax.data.instructions import Example
+from slm_jax.data.instructions import Example, encode_examples, instruction_eval_batches
 from slm_jax.data.templates import TEMPLATES, entry_messages, format_prompt
 from slm_jax.evaluation.responses import exact_match, rouge_l
 from slm_jax.nn import lora
@@ -226,7 +225,7 @@ plt.show()
 print(f"{train_rows['weights'].sum() / n_real.sum():.0%} of the targets (without padding) count")
 
 # %% [markdown]
-# In the library this is [`slm_jax/data/instruction_batches.py`](../slm_jax/data/instruction_batches.py), which also
+# In the library this is [`slm_jax/data/instructions.py`](../slm_jax/data/instructions.py), which also
 # sorts the examples by length to reduce padding. Its rows equal ours.
 
 # %%

@@ -120,7 +120,7 @@ def replace_text(path: Path, text: str) -> None:
         InputError: the path has no name.
         OSError: it cannot be written.
     """
-    with _replacing(path) as partial:
+    with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
@@ -128,12 +128,12 @@ def write_png(figure: "Figure", path: Path) -> None:
     """Write a picture atomically: a reader sees the old file or the new one."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    with _replacing(path) as partial:
+    with replacing(path) as partial:
         FigureCanvasAgg(figure).print_png(str(partial))
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """Give a file name beside the path; the file replaces the path at the end, or disappears after an error."""
     partial = partial_path(path)
     try:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_chec
 from urllib.parse import urlsplit
 
 from slm_jax.errors import InputError, MissingInputError, located
-from slm_jax.files import check_reachable, read_json, write_file
+from slm_jax.files import check_reachable, read_json, sha256, write_file
 
 if TYPE_CHECKING:
     import tiktoken
@@ -65,15 +65,12 @@ class Tokenizer(Protocol):
         """Rebuild a tokenizer from the result of `to_dict`; InputError: anything else."""
         kind: Any = cls  # beartype, which the tests run with, takes neither Self nor a TypeVar bound to a protocol
         if data.get("kind") != kind.kind:
-            raise InputError(
-                f"kind is {reprlib.repr(data.get('kind'))}; expected {kind.kind!r} (or use load_tokenizer)"
-            )
-        if set(data) != (expected := {"kind", *kind._fields}):
-            raise InputError(f"keys are {reprlib.repr(list(data))}; expected {', '.join(sorted(expected))}")
-        for name in kind._fields:
-            if not isinstance(data[name], list):
-                raise InputError(f"{name!r} is {reprlib.repr(data[name])}: expected a list")
-        return kind(*(data[name] for name in kind._fields))
+            raise InputError(f"kind is {data.get('kind')!r:.60}; expected {kind.kind!r} (or use load_tokenizer)")
+        values = [data.get(name) for name in kind._fields]
+        if set(data) != {"kind", *kind._fields} or not all(isinstance(value, list) for value in values):
+            expected = "".join(f" and a list, {name}" for name in kind._fields)
+            raise InputError(f"keys are {reprlib.repr(list(data))}; expected kind{expected}")
+        return kind(*values)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write to `path` if that names a file (`….json`), else to `path/tokenizer.json`; return the file."""
@@ -96,7 +93,6 @@ class _TableTokenizer(Tokenizer):
     _special: tuple[str, ...] = (END_OF_TEXT,)
 
     def __init__(self, items: Iterable[Any] | None = None) -> None:
-        self._items: list[str] = []
         self._tokens: list[str] = []
         if items is not None:
             self._fill(items)
@@ -105,18 +101,18 @@ class _TableTokenizer(Tokenizer):
         (name,), tokens = self._fields, [*items, *self._special]
         ids: dict[str, int] = {}
         for i, token in enumerate(tokens):
-            if not isinstance(token, str) or not token:
-                raise InputError(f"entry {i} of {name} is {reprlib.repr(token)}: expected a non-empty string")
+            if not isinstance(token, str) or not token or (name == "chars" and len(token) > 1 and token != END_OF_TEXT):
+                raise InputError(f"entry {i} of {name} is {reprlib.repr(token)}: expected one of the {name}")
             if ids.setdefault(token, i) != i:
                 raise InputError(f"{token!r} occurs twice among {name} and special tokens: expected one id each")
         if len(tokens) == len(self._special):
             raise InputError(f"no {name} for a vocabulary: expected at least one")
-        self._items, self._tokens, self._ids = tokens[: -len(self._special)], tokens, ids
+        self._tokens, self._ids = tokens, ids
 
     @property
     def vocab_size(self) -> int:
         """Number of ids, special tokens included; InputError: there is no vocabulary yet."""
-        if not self._items:
+        if not self._tokens:
             raise InputError(f"the {self.kind} tokenizer has no vocabulary yet: call build_vocab(text) first")
         return len(self._tokens)
 
@@ -170,27 +166,20 @@ class CharTokenizer(_TableTokenizer):
     kind: str = "char"
     _fields = ("chars",)
 
-    def _fill(self, items: Iterable[Any]) -> None:
-        super()._fill(items)
-        if wrong := [char for char in self._items if len(char) != 1]:
-            raise InputError(f"chars must hold single characters, not {reprlib.repr(wrong[0])}")
-
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """Turn text into ids (`allow_special`: `<|endoftext|>` is one); InputError: a character without an id."""
         eot_id = self.eot_id
-        _check_text(text)
-        documents = text.split(END_OF_TEXT) if allow_special else [text]
+        documents = _check_text(text).split(END_OF_TEXT) if allow_special else [_check_text(text)]
         try:
-            encoded = [[self._ids[char] for char in document] for document in documents]
+            return _join([[self._ids[char] for char in document] for document in documents], eot_id)
         except KeyError as error:
             char = error.args[0]
             # A special token may hold the unknown character, too.
-            plain = text.replace(END_OF_TEXT, self._items[0] * len(END_OF_TEXT)) if allow_special else text
+            plain = text.replace(END_OF_TEXT, self._tokens[0] * len(END_OF_TEXT)) if allow_special else text
             raise InputError(
-                f"character {char!r} at offset {plain.index(char)} is not in the vocabulary of {len(self._items)} "
-                "characters; use text that has every character, or tokenizer.kind: bpe"
+                f"character {char!r} at offset {plain.index(char)} is not in the vocabulary of {eot_id} characters; "
+                "use text that has every character, or tokenizer.kind: bpe"
             ) from None
-        return _join(encoded, eot_id)
 
     def decode(self, ids: Iterable[Any]) -> str:
         """Join the characters."""
@@ -362,14 +351,12 @@ class GPT2Tokenizer(_TiktokenTokenizer):
         folder = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR", default))
         if not folder:
             return ["TIKTOKEN_CACHE_DIR is set but empty, which turns tiktoken's cache off"]
-        lacking = []
-        for name, digest in self._SHA256.items():
-            file = Path(folder, hashlib.sha1((self._URL + name).encode()).hexdigest())
-            if not file.is_file():
-                lacking.append(f"{file} ({name}) is missing")
-            elif hashlib.sha256(file.read_bytes()).hexdigest() != digest:
-                lacking.append(f"{file} ({name}) is corrupt: its SHA-256 is wrong")
-        return lacking
+        files = {name: Path(folder, hashlib.sha1((self._URL + name).encode()).hexdigest()) for name in self._SHA256}
+        return [
+            f"{file} ({name}) is {'corrupt: its SHA-256 is wrong' if file.is_file() else 'missing'}"
+            for name, file in files.items()
+            if not file.is_file() or sha256(file) != self._SHA256[name]
+        ]
 
 
 _CLASSES: dict[str, Any] = {cls.kind: cls for cls in (SimpleTokenizer, CharTokenizer, BPETokenizer, GPT2Tokenizer)}
@@ -441,22 +428,17 @@ def _check_text(text: str) -> str:
 
 def _check_ids(ids: Iterable[Any], vocab_size: int) -> list[int]:
     items = ids.tolist() if hasattr(ids, "tolist") else ids  # one transfer for an array on a device
-    if not isinstance(items, Iterable):
-        raise InputError(f"ids must be a sequence of integers, not {items!r}")
-    items = list(items)
-    checked = [_index(item) for item in items]
-    for position, number in enumerate(checked):
+    checked = []
+    for position, item in enumerate(items):
+        try:
+            number = -1 if isinstance(item, bool) else operator.index(item)
+        except TypeError:
+            number = -1
         if not 0 <= number < vocab_size:
-            id_ = reprlib.repr(items[position])
+            id_ = reprlib.repr(item)
             raise InputError(f"id {id_} at position {position} is not in the vocabulary of {vocab_size} tokens")
+        checked.append(number)
     return checked
-
-
-def _index(item: Any) -> int:
-    try:
-        return -1 if isinstance(item, bool) else operator.index(item)
-    except TypeError:
-        return -1
 
 
 def _training_pieces(text: str | Iterable[str], length: int = 1 << 16) -> Iterator[str]:

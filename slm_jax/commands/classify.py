@@ -68,7 +68,7 @@ def _shown(text: str, prediction: "Prediction", format: str) -> str:
 
 def _lines(file: str | None) -> list[str]:
     """Return the lines of a file or of the standard input; warn of blank ones, which are skipped."""
-    from slm_jax.data.text_files import read_text
+    from slm_jax.data.file_sources import read_text
 
     if file is None and sys.stdin.isatty():
         raise InputError('no text; expected texts, such as slm-jax classify --run RUN "a text", --file or a pipe')

@@ -51,8 +51,8 @@ def run(options: Options) -> int:
     """Print each text as it is written; return 0."""
     import jax
 
+    from slm_jax.data.file_sources import read_text
     from slm_jax.data.templates import Message
-    from slm_jax.data.text_files import read_text
     from slm_jax.generation.conversation import template_or_alpaca
     from slm_jax.generation.decode import stream_text
     from slm_jax.model import GPTModel

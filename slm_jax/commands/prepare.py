@@ -4,7 +4,7 @@ import dataclasses
 import shlex
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,7 +18,6 @@ from slm_jax.files import check_new_file
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from slm_jax.data.filters import Rules
     from slm_jax.data.prepare import Prepared
     from slm_jax.data.rows import Source
     from slm_jax.tokenizer import Tokenizer
@@ -79,16 +78,16 @@ def run(options: Options) -> int:
     """Write the file and summarize it; return 0, or 128 plus the number of the signal that stopped it."""
     try:
         with _on_signal(_interrupt):
-            return _run(options)
+            _run(options)
+        return 0
     except KeyboardInterrupt as interrupt:  # so that no partial file is left
         return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
 
 
-def _run(options: Options) -> int:
+def _run(options: Options) -> None:
     from rich.console import Console
 
-    from slm_jax.data.filters import Rules
-    from slm_jax.data.prepare import prepare
+    from slm_jax.data.prepare import Rules, prepare
     from slm_jax.data.sources import check_text_column, parse_source
 
     sources = [parse_source(text) for text in options.source]
@@ -99,12 +98,10 @@ def _run(options: Options) -> int:
     rules = Rules(options.deduplicate, options.min_characters, options.max_symbol_ratio, options.max_repeated_lines)
     progress_console = Console(stderr=True)
     tokenizer = _tokenizer(options, sources, progress_console)
-    with _Progress(progress_console, total) as progress:
-        prepared = prepare(
-            sources, out, tokenizer, text_column=options.text_column, rules=rules, report=progress.report
-        )
+    with _progress(progress_console, total) as report:
+        prepared = prepare(sources, out, tokenizer, text_column=options.text_column, rules=rules, report=report)
     console = Console(soft_wrap=True, highlight=False, markup=False)
-    _print_summary(console, options, prepared, rules)
+    _print_summary(console, options, prepared)
     if options.show:
         from slm_jax.data.show import show_batches
         from slm_jax.data.token_file import map_ids, token_dtype
@@ -118,7 +115,6 @@ def _run(options: Options) -> int:
             console=console,
         )
     console.print(f"try next: slm-jax train --data.source {shlex.quote(f'tokens:{options.out}')}")
-    return 0
 
 
 def _check_out(options: Options, sources: "Sequence[Source]") -> Path:
@@ -146,81 +142,68 @@ def _tokenizer(options: Options, sources: "Sequence[Source]", console: "Console"
         return get_tokenizer(options.tokenizer)
     vocab_size = options.vocab_size or _VOCAB_SIZE
     console.print(f"training a tokenizer of {vocab_size:,} tokens on the start of the text", highlight=False)
-    lines = _Lines(console)
+    print_line = _now_and_then(console)
     # Nothing is being written yet, and native code that runs for long would keep Python's handlers from running.
     with _on_signal(signal.SIG_DFL):
-        return train_tokenizer(
-            sources, vocab_size, options.text_column, lambda n: lines.print(f"{n:,} characters read")
-        )
+        return train_tokenizer(sources, vocab_size, options.text_column, lambda n: print_line(f"{n:,} characters read"))
 
 
-class _Lines:
-    """Prints at most one line every few seconds."""
+def _now_and_then(console: "Console") -> Callable[[str], None]:
+    """Return a function that prints a line, but at most one every few seconds."""
+    last = time.monotonic()
 
-    def __init__(self, console: "Console") -> None:
-        self._console, self._last = console, time.monotonic()
+    def print_line(text: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= PLAIN_INTERVAL:
+            last = time.monotonic()
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def print(self, text: str) -> None:
-        if time.monotonic() - self._last >= PLAIN_INTERVAL:
-            self._last = time.monotonic()
-            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-class _Progress:
-    """A bar in a terminal, a line every few seconds elsewhere."""
-
-    def __init__(self, console: "Console", total_bytes: int | None) -> None:
-        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-        self._console, self._total = console, total_bytes
-        self._start, self._lines = time.monotonic(), _Lines(console)
-        bar = (BarColumn(bar_width=24), TaskProgressColumn(), TimeRemainingColumn()) if total_bytes else ()
-        self._live = Progress(*bar, TextColumn("{task.description}"), console=console, disable=not console.is_terminal)
-        self._task = self._live.add_task("reading", total=total_bytes)
-
-    def __enter__(self) -> "_Progress":
-        self._live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._live.stop()
-
-    def report(self, prepared: "Prepared") -> None:
-        rate = prepared.tokens / max(time.monotonic() - self._start, 1e-9)
-        text = f"{_documents(prepared.documents)} · {prepared.tokens:,} tokens · {rate:,.0f} tokens/s"
-        if self._console.is_terminal:
-            self._live.update(self._task, completed=prepared.bytes_read, description=text)
-        else:
-            self._lines.print((f"{prepared.bytes_read / self._total:.0%} · " if self._total else "") + text)
+    return print_line
 
 
-def _print_summary(console: "Console", options: Options, prepared: "Prepared", rules: "Rules") -> None:
+@contextmanager
+def _progress(console: "Console", total: int | None) -> "Iterator[Callable[[Prepared], None]]":
+    """Give what reports progress, of ``total`` bytes: a bar in a terminal, a line every few seconds elsewhere."""
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    start, print_line = time.monotonic(), _now_and_then(console)
+    bar = (BarColumn(bar_width=24), TaskProgressColumn(), TimeRemainingColumn()) if total else ()
+
+    def report(prepared: "Prepared") -> None:
+        rate = prepared.tokens / max(time.monotonic() - start, 1e-9)
+        text = f"{_documents(prepared)}, {prepared.tokens:,} tokens, {rate:,.0f} tokens/s"
+        live.update(task, completed=prepared.bytes_read, description=text)
+        if not console.is_terminal:
+            print_line(f"{prepared.bytes_read / total:.0%}, {text}" if total else text)
+
+    with Progress(*bar, TextColumn("{task.description}"), console=console, disable=not console.is_terminal) as live:
+        task = live.add_task("reading", total=total)
+        yield report
+
+
+def _print_summary(console: "Console", options: Options, prepared: "Prepared") -> None:
     from slm_jax.training.progress import format_bytes, format_duration
 
     rate = prepared.tokens / max(prepared.seconds, 1e-9)
     console.print(f"{options.out} written, SHA-256 {prepared.sha256[:12]}…, and {options.out}.json")
     console.print(
-        f"  {_documents(prepared.documents)}, {prepared.tokens:,} tokens, {format_bytes(prepared.text_bytes)} of text, "
+        f"  {_documents(prepared)}, {prepared.tokens:,} tokens, {format_bytes(prepared.text_bytes)} of text, "
         f"in {format_duration(prepared.seconds)} ({rate:,.0f} tokens/s)"
     )
-    lines = {  # reason: text, and whether the rule is on, so that its count is shown even if it is 0
-        "empty": ("left out: rows or files without text", False),
-        "duplicates": ("left out: copies of an earlier document", rules.deduplicate),
-        "short": ("left out: fewer characters than min_characters", rules.min_characters > 0),
-        "symbols": ("left out: more symbols than max_symbol_ratio", rules.max_symbol_ratio is not None),
-        "repeated_lines": (
-            "left out: more repeated lines than max_repeated_lines",
-            rules.max_repeated_lines is not None,
-        ),
-        "unfiltered": ("kept unfiltered: longer than 16 million characters", False),
-    }
-    for reason, (text, is_on) in lines.items():
-        if prepared.counts[reason] or is_on:
+    for reason, rule, text in (  # a rule that is on is shown even if it left out nothing
+        ("empty", None, "left out: rows or files without text"),
+        ("duplicates", options.deduplicate or None, "left out: copies of an earlier document"),
+        ("short", options.min_characters or None, "left out: fewer characters than min_characters"),
+        ("symbols", options.max_symbol_ratio, "left out: more symbols than max_symbol_ratio"),
+        ("repeated_lines", options.max_repeated_lines, "left out: more repeated lines than max_repeated_lines"),
+        ("unfiltered", None, "kept unfiltered: longer than 16 million characters"),
+    ):
+        if prepared.counts[reason] or rule is not None:
             console.print(f"  {prepared.counts[reason]:,} {text}")
 
 
-def _documents(n: int) -> str:
-    return f"{n:,} document{'' if n == 1 else 's'}"
+def _documents(prepared: "Prepared") -> str:
+    return f"{prepared.documents:,} document{'' if prepared.documents == 1 else 's'}"
 
 
 def _interrupt(signum: int, _frame: Any) -> None:

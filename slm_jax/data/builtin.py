@@ -5,7 +5,8 @@
 - ``prose-or-code``: labelled paragraphs of the standard library's source.
 - ``docstrings``: instructions to explain a function of the standard library.
 
-The exact content depends on the Python version, so no golden number can rest on it.
+The exact content depends on the Python version, so no golden number can rest on it. The source is parsed and never
+imported; the first use takes a second or two.
 """
 
 import ast
@@ -15,9 +16,9 @@ import importlib
 import inspect
 import itertools
 import json
+import math
 import os
 import re
-import sys
 import sysconfig
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
@@ -50,13 +51,14 @@ _MARKS = re.compile(r"""^[ \t]*#+ ?|\A[a-zA-Z]?(""\"|\'{3})|(""\"|\'{3})\Z""", r
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
-# The standard library's source
+def _stdlib() -> Path:
+    return Path(sysconfig.get_paths()["stdlib"])
 
 
-def _source_files(stdlib: Path) -> list[Path]:
-    """Return the public modules below a folder, sorted."""
+def _source_files() -> list[Path]:
+    """Return the public modules of the standard library, sorted."""
     found = []
-    for folder, subfolders, files in os.walk(stdlib):
+    for folder, subfolders, files in os.walk(_stdlib()):
         subfolders[:] = [name for name in subfolders if name not in SKIPPED_FOLDERS and not name.startswith("_")]
         for name in files:
             if name.endswith(".py") and (name == "__init__.py" or not name.startswith("_")):
@@ -64,21 +66,13 @@ def _source_files(stdlib: Path) -> list[Path]:
     return sorted(found)
 
 
-def _stdlib() -> Path:
-    return Path(sysconfig.get_paths()["stdlib"])
-
-
-def _no_source(name: str) -> MissingInputError:
-    return MissingInputError(
-        f"builtin:{name}: this Python comes without the standard library's source ({_stdlib()}); use a file of your own"
-    )
-
-
-def _syntax_trees(stdlib: Path) -> Iterator[tuple[Path, ast.Module]]:
-    """Yield each public module that can be parsed, without importing it."""
-    for path in _source_files(stdlib):
+def _modules(largest: float = math.inf) -> Iterator[tuple[Path, str, ast.Module]]:
+    """Yield path, source and syntax tree of each module that can be parsed and has at most ``largest`` bytes."""
+    for path in _source_files():
         with suppress(OSError, SyntaxError, ValueError):
-            yield path, ast.parse(path.read_bytes())
+            if path.stat().st_size <= largest:
+                source = path.read_text(encoding="utf-8")
+                yield path, source, ast.parse(source)
 
 
 def _is_prose(paragraph: str) -> bool:
@@ -97,46 +91,34 @@ def python_docs() -> tuple[str, ...]:
 
     They are sorted by name, topics among modules, so that a part cut off the end for validation holds both kinds.
     Only prose is kept, and no paragraph twice. Where the standard library comes without its source (an
-    embedded Python), only the topics remain; MissingInputError: not even those. The first call takes a second or two.
+    embedded Python), only the topics remain. The result is kept in the user's cache folder, if that can be written.
     """
-    named = [*_topics(), *_cached_modules(_stdlib())]
+    topics: dict[str, str] = {}
+    with suppress(ImportError, AttributeError):
+        topics = importlib.import_module("pydoc_data.topics").topics
+    file = None
+    with suppress(OSError, ValueError):
+        file = cache_folder() / "builtin" / f"python-docs-{_digest(topics)}.json"
+        return tuple(json.loads(file.read_text(encoding="utf-8")))
+    modules = {path.relative_to(_stdlib()).as_posix(): "\n\n".join(_docstrings(tree)) for path, _, tree in _modules()}
+    named = [*topics.items(), *modules.items()]
     seen: set[str] = set()
     texts = [_prose(text, seen) for _, text in sorted(named, key=lambda pair: (pair[0].lower(), pair))]
-    if not any(texts):
-        raise _no_source("python-docs")
-    return tuple(filter(None, texts))
-
-
-def _topics() -> Iterator[tuple[str, str]]:
-    """(name, text) of the language reference."""
-    with suppress(ImportError, AttributeError):
-        yield from importlib.import_module("pydoc_data.topics").topics.items()
-
-
-def _cached_modules(stdlib: Path) -> list[tuple[str, str]]:
-    """(path, docstrings) of each public module, cached in a file: parsing the whole library takes a second or two."""
-    with suppress(OSError, ValueError):
-        return [(name, text) for name, text in json.loads(_cache_file(stdlib).read_text(encoding="utf-8"))]
-    modules = [
-        (path.relative_to(stdlib).as_posix(), "\n\n".join(_docstrings(tree))) for path, tree in _syntax_trees(stdlib)
-    ]
+    documents = tuple(filter(None, texts))
     with suppress(OSError):
-        file = _cache_file(stdlib)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        for outdated in file.parent.glob(f"{file.stem.rpartition('-')[0]}-*.json"):
-            outdated.unlink(missing_ok=True)
-        replace_text(file, json.dumps(modules))
-    return modules
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            replace_text(file, json.dumps(documents))
+    return documents
 
 
-def _cache_file(stdlib: Path) -> Path:
-    """Return a path that changes with the library's files and with this module."""
-    digest = hashlib.sha256(Path(__file__).read_bytes())
-    for path in _source_files(stdlib):
+def _digest(topics: dict[str, str]) -> str:
+    """Return a digest that changes with the topics, the library's files and this module."""
+    digest = hashlib.sha256(Path(__file__).read_bytes() + json.dumps(topics).encode())
+    for path in _source_files():
         status = path.stat()
         digest.update(f"{path} {status.st_size} {status.st_mtime_ns}\n".encode())
-    version = ".".join(map(str, sys.version_info[:3]))
-    return cache_folder() / "builtin" / f"docstrings-{version}-{digest.hexdigest()[:16]}.json"
+    return digest.hexdigest()[:16]
 
 
 def _prose(text: str, seen: set[str]) -> str:
@@ -171,39 +153,31 @@ def prose_or_code() -> tuple[dict[str, str], ...]:
 
     Prose is the sentences of docstrings and comments, without quotes, comment signs and the last full stop; code
     is statements without either. Paragraphs that are both or neither are left out, as are repeated texts; a
-    module gives as many of one class as of the other. The first call takes a second or two.
+    module gives as many of one class as of the other.
     """
     seen: set[str] = set()
     labelled: list[dict[str, str]] = []
-    for path in _source_files(_stdlib()):
+    for _, source, tree in _modules(LARGEST_MODULE):
         found: dict[str, list[str]] = {"prose": [], "code": []}
-        for text, label in _paragraphs(path):
+        for text, label in _paragraphs(source, tree):
             key = " ".join(text.split())
             if SHORTEST_TEXT <= len(text) <= LONGEST_TEXT and key not in seen:
                 seen.add(key)
                 found[label].append(text)
         n = min(MOST_PER_MODULE, *map(len, found.values()))
         labelled += [{"text": text, "label": label} for label, texts in found.items() for text in texts[:n]]
-    if not labelled:
-        raise _no_source("prose-or-code")
     return tuple(labelled)
 
 
-def _paragraphs(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield the (text, class) of the paragraphs of a source file that have a class."""
-    try:
-        if path.stat().st_size > LARGEST_MODULE:
-            return
-        source = path.read_text(encoding="utf-8")
-        kinds = _line_kinds(source)
-    except (OSError, SyntaxError, ValueError):
-        return
+def _paragraphs(source: str, tree: ast.Module) -> Iterator[tuple[str, str]]:
+    """Yield the (text, class) of the paragraphs that have a class."""
     lines = source.split("\n")
+    kinds = _line_kinds(lines, tree)
     for blank, numbers in itertools.groupby(range(len(lines)), lambda i: not lines[i].strip()):
         paragraph = list(numbers)
         kind = {kinds.get(i, "code") for i in paragraph}
         text = textwrap.dedent("\n".join(lines[i] for i in paragraph)).strip()
-        if blank or "\0" in text:
+        if blank:
             continue
         if kind == {"code"} and "#" not in text:
             yield text, "code"
@@ -213,20 +187,16 @@ def _paragraphs(path: Path) -> Iterator[tuple[str, str]]:
                 yield text.rstrip(".!?: \n"), "prose"  # code rarely ends so: the last token would give the class away
 
 
-def _line_kinds(source: str) -> dict[int, str]:
-    """Return the lines of a source file that are not plain code: comments, docstrings, and other long strings."""
-    kinds = {i: "comment" for i, line in enumerate(source.split("\n")) if line.lstrip().startswith("#")}
-    docstrings: set[int] = set()
-    for node in ast.walk(ast.parse(source)):
+def _line_kinds(lines: list[str], tree: ast.Module) -> dict[int, str]:
+    """Return the numbers of the lines that are not plain code: comments, docstrings, and other long strings."""
+    kinds = {i: "comment" for i, line in enumerate(lines) if line.lstrip().startswith("#")}
+    docstrings: dict[int, str] = {}
+    for node in ast.walk(tree):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-            docstrings.update(_line_numbers(node))
+            docstrings |= dict.fromkeys(range(node.lineno - 1, node.end_lineno or node.lineno), "docstring")
         elif isinstance(node, ast.Constant | ast.JoinedStr) and node.lineno != node.end_lineno:
-            kinds |= dict.fromkeys(_line_numbers(node), "string")
-    return kinds | dict.fromkeys(docstrings, "docstring")
-
-
-def _line_numbers(node: ast.expr | ast.stmt) -> range:
-    return range(node.lineno - 1, node.end_lineno or node.lineno)
+            kinds |= dict.fromkeys(range(node.lineno - 1, node.end_lineno or node.lineno), "string")
+    return kinds | docstrings
 
 
 # docstrings
@@ -237,35 +207,27 @@ def docstring_entries() -> tuple[dict[str, str], ...]:
     """Return public functions and methods, Alpaca style: the input is the signature, the output the first paragraph of
     the docstring.
 
-    They are in the order of their files; repeated signatures and docstrings without prose are left out. The
-    source is parsed, nothing is imported; the first call takes a second or two.
+    They are in the order of their files; repeated signatures and docstrings without prose are left out.
     """
     explained: dict[str, str] = {}
-    for _, tree in _syntax_trees(_stdlib()):
+    for _, _, tree in _modules():
         for function in _public_functions(tree):
             raw = ast.get_docstring(function, clean=False) or ""
             paragraph = " ".join(inspect.cleandoc(raw).partition("\n\n")[0].split())
             if _is_prose(paragraph) and paragraph.isprintable():  # no half surrogate pairs
-                explained.setdefault(_signature(function), paragraph)
-    if not explained:
-        raise _no_source("docstrings")
+                function.body, function.decorator_list = [ast.Pass()], []
+                signature = ast.unparse(function).removesuffix("pass").strip()
+                explained.setdefault(signature, paragraph)
     return tuple({"instruction": INSTRUCTION, "input": name, "output": text} for name, text in explained.items())
 
 
 def _public_functions(node: ast.Module | ast.ClassDef) -> Iterator[Function]:
     """Yield the functions and methods in the order of the source."""
     for child in node.body:
-        if isinstance(child, ast.ClassDef | Function) and not child.name.startswith("_"):
-            if isinstance(child, ast.ClassDef):
-                yield from _public_functions(child)
-            else:
-                yield child
-
-
-def _signature(function: Function) -> str:
-    """Return the ``def`` line, on one line."""
-    function.body, function.decorator_list = [ast.Pass()], []
-    return ast.unparse(function).removesuffix("pass").strip()
+        if isinstance(child, ast.ClassDef) and not child.name.startswith("_"):
+            yield from _public_functions(child)
+        elif isinstance(child, Function) and not child.name.startswith("_"):
+            yield child
 
 
 # The source
@@ -291,10 +253,17 @@ class Builtin(Source):
         """Return the rows of a data set that has fields."""
         if not self.has_rows:
             return super().rows(columns, on_read)
-        return (Row(f"{self} entry {i}", fields) for i, fields in enumerate(BUILTINS[self.name](), start=1))
+        return (Row(f"{self} entry {i}", fields) for i, fields in enumerate(self._data(), start=1))
 
     def texts(self, column: str | None = None, on_read: OnRead = ignore_bytes) -> Iterator[Pieces]:
         """Return the documents, or the texts in a column."""
         if self.has_rows:
             return super().texts(column, on_read)
-        return (iter([document]) for document in BUILTINS[self.name]())
+        return ([document] for document in self._data())
+
+    def _data(self) -> tuple[Any, ...]:
+        if data := BUILTINS[self.name]():
+            return data
+        raise MissingInputError(
+            f"{self}: this Python comes without the standard library's source ({_stdlib()}); use a file of your own"
+        )

@@ -9,7 +9,6 @@ from collections.abc import Callable
 import numpy as np
 
 from slm_jax.data.config import DataConfig, TokenizerConfig
-from slm_jax.data.documents import read_documents
 from slm_jax.data.rows import Source
 from slm_jax.data.sources import check_text_column, parse_source
 from slm_jax.data.token_file import TokenFile, TokenSource, check_ids, open_token_file, token_dtype
@@ -81,9 +80,9 @@ def load_corpus(
     if any(isinstance(source, TokenSource) for source in sources):
         return _load_token_files(data, sources, tokenizer, saved)
     if len(sources) == 1:
-        train, validation = split_documents(read_documents(sources[0], data.text_column), data.validation_fraction)
+        train, validation = split_documents(sources[0].read_documents(data.text_column), data.validation_fraction)
     else:
-        train, validation = (read_documents(source, data.text_column) for source in sources)
+        train, validation = (source.read_documents(data.text_column) for source in sources)
     used = saved or make_tokenizer(tokenizer, train, validation)
     train_ids, validation_ids = (encode_documents(part, used, stop) for part in (train, validation))
     n_bytes = sum(len(document.encode()) for document in validation)

@@ -1,13 +1,21 @@
-"""Instructions with responses, from their source to three splits."""
+"""Instructions with responses: from a source to three splits, and from conversations to batches.
 
+A batch has ``inputs`` and ``targets`` (int32, (batch, width)) and ``weights`` (float32, 1 where a target counts, else
+0); where examples share rows, also ``segment_ids`` (int32, 1, 2, … and 0 for padding) and ``positions`` (int32, from 0
+for each example). Padding is on the right and never a target.
+"""
+
+import dataclasses
 import itertools
 import operator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple
 
+import grain
 import numpy as np
+from jaxtyping import Bool, Int32
 
 from slm_jax.data.config import DataConfig, InstructionConfig
-from slm_jax.data.rows import Row
 from slm_jax.data.sources import parse_source
 from slm_jax.data.splits import (
     SPLITS,
@@ -19,8 +27,10 @@ from slm_jax.data.splits import (
     shared,
     split_fractions,
 )
-from slm_jax.data.templates import Message, entry_messages
-from slm_jax.errors import InputError
+from slm_jax.data.templates import Message, Template, entry_messages
+from slm_jax.data.windows import Batch, bucket_width, endless_batches, eval_batches
+from slm_jax.errors import InputError, located
+from slm_jax.tokenizer import Tokenizer
 
 Prompt = tuple[Message, ...]
 
@@ -87,19 +97,15 @@ def load_instructions(data: DataConfig, cfg: InstructionConfig, seed: int) -> In
 
 def read_examples(source: str) -> list[Example]:
     """Read all examples of one source, in its order; InputError: an entry without a response."""
-    return [_example(row) for row in parse_source(source).read_rows()]
-
-
-def _example(row: Row) -> Example:
-    messages = entry_messages(row.fields, row.where)
-    if messages[-1].role != "assistant":
-        if "messages" in row.fields:
-            raise InputError(f"{row.where}: the last message has role {messages[-1].role}; expected assistant")
-        row.field("output")
-    return Example(row.where, messages)
-
-
-# Splitting
+    examples = []
+    for row in parse_source(source).read_rows():
+        messages = entry_messages(row.fields, row.where)
+        if messages[-1].role != "assistant":
+            if "messages" in row.fields:
+                raise InputError(f"{row.where}: the last message has role {messages[-1].role}; expected assistant")
+            row.field("output")
+        examples.append(Example(row.where, messages))
+    return examples
 
 
 def _cut(examples: list[Example], data: DataConfig) -> dict[str, list[Example]]:
@@ -122,3 +128,155 @@ def _bring_together(splits: dict[str, list[Example]]) -> dict[str, list[Example]
     for example in itertools.chain(*splits.values()):
         together[first[example.prompt][0]].append(example)
     return together
+
+
+# Tokens
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tokens:
+    """One example as tokens.
+
+    Attributes:
+        ids: the whole conversation and the end-of-text id; all but the last are inputs, all but the first targets.
+        counts: whether a token counts in the loss; the first one never does.
+    """
+
+    ids: Int32[np.ndarray, " tokens"]
+    counts: Bool[np.ndarray, " tokens"]
+
+    @property
+    def n_inputs(self) -> int:
+        """Number of positions in a row."""
+        return len(self.ids) - 1
+
+
+def encode_examples(
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+    template: Template,
+    *,
+    mask_prompt: bool,
+    max_length: int,
+    too_long: Literal["drop", "truncate"],
+) -> tuple[list[Tokens], tuple[str, ...]]:
+    """Turn examples into tokens, each piece of the template by itself, as generation will see the prompt.
+
+    The end-of-text token comes last, once, and counts in the loss; a prompt counts unless ``mask_prompt``. ``drop``
+    leaves out examples of more than ``max_length`` inputs; ``truncate`` cuts tokens off the front, but never from the
+    last response: an example is left out if that and one token before it don't fit.
+
+    Returns:
+        The remaining examples, and notes on those that were dropped or truncated.
+
+    Raises:
+        InputError: a text that the tokenizer cannot encode; no remaining example.
+    """
+    encoded, n_dropped, cuts = [], 0, []
+    for example in examples:
+        ids: list[int] = []
+        counts: list[bool] = []
+        piece: list[int] = []
+        for text, is_response in template.pieces(example.messages):
+            with located(example.where):
+                piece = tokenizer.encode(text)
+            ids += piece
+            counts += [is_response or not mask_prompt] * len(piece)
+        excess = len(ids) - max_length  # the end-of-text token, which comes last, is no input
+        if excess > 0 and (too_long == "drop" or len(piece) >= max_length):
+            n_dropped += 1
+            continue
+        if excess > 0:
+            cuts.append(excess)
+        start = max(0, excess)
+        counted = np.array([*counts[start:], True])
+        counted[0] = False
+        encoded.append(Tokens(np.array([*ids[start:], tokenizer.eot_id], np.int32), counted))
+    total = f"{len(examples):,} example{'' if len(examples) == 1 else 's'}"
+    longer = f"{'the response alone is' if too_long == 'truncate' else 'they are'} longer than {max_length} tokens"
+    if not encoded:
+        raise InputError(
+            f"nothing to learn from: {total}, and {longer}; expected shorter ones, or a larger instruction.max_length "
+            "and model.context_length"
+        )
+    notes = []
+    if n_dropped:
+        notes.append(f"left out {n_dropped:,} of {total}: {longer}")
+    if cuts:
+        notes.append(f"truncated {len(cuts):,} of {total} to {max_length} tokens: cut {sum(cuts):,} off the front")
+    return encoded, tuple(notes)
+
+
+# Batches
+
+TokenRow = list[Tokens]  # the examples that share a row
+
+
+def pack(tokens: Sequence[Tokens], width: int, seed: int) -> list[TokenRow]:
+    """Put examples in rows of at most ``width`` inputs: each, in a random order, in the first that has room."""
+    room = np.full(len(tokens), width)
+    rows: list[TokenRow] = []
+    for i in np.random.default_rng(seed).permutation(len(tokens)):
+        example = tokens[i]
+        assert example.n_inputs <= width, "an example doesn't fit in a row"
+        row = int(np.argmax(room >= example.n_inputs))
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(example)
+        room[row] -= example.n_inputs
+    return rows
+
+
+def instruction_batches(
+    rows: Sequence[TokenRow], *, batch_size: int, limit: int, bucketed: bool, packed: bool, seed: int
+) -> grain.MapDataset:
+    """Return the endless sequence of training batches; element ``i`` is the batch of step ``i``.
+
+    Args:
+        rows: the examples of each row: one, or those that :func:`pack` put together.
+        batch_size: rows per batch.
+        limit: the most tokens of a row.
+        bucketed: whether the width of a batch is its longest row, rounded up by `bucket_width`, instead of ``limit``.
+        packed: whether rows may have several examples, so that batches have ``segment_ids`` and ``positions``.
+        seed: seed of the order, which is new each epoch.
+    """
+
+    def make(indices: np.ndarray) -> Batch:
+        return _batch([rows[i] for i in indices], limit, bucketed, packed)
+
+    return endless_batches(len(rows), make, batch_size=batch_size, seed=seed)
+
+
+def instruction_eval_batches(
+    rows: Sequence[TokenRow], *, batch_size: int, limit: int, bucketed: bool, packed: bool
+) -> Iterator[Batch]:
+    """Yield every row once, sorted by length to save padding; padding of the last batch has weight 0."""
+
+    def make(indices: np.ndarray) -> Batch:
+        return _batch([rows[i] for i in indices], limit, bucketed, packed)
+
+    order = np.argsort([_row_length(row) for row in rows], kind="stable")
+    return eval_batches(order, make, batch_size=batch_size)
+
+
+def _batch(rows: Sequence[TokenRow], limit: int, bucketed: bool, packed: bool) -> Batch:
+    width = bucket_width(max(map(_row_length, rows)), limit) if bucketed else limit
+    names = ("inputs", "targets", "segment_ids", "positions") if packed else ("inputs", "targets")
+    batch = {name: np.zeros((len(rows), width), np.int32) for name in names}
+    batch["weights"] = np.zeros((len(rows), width), np.float32)
+    for r, row in enumerate(rows):
+        start = 0
+        for segment, example in enumerate(row, start=1):
+            at = np.s_[r, start : start + example.n_inputs]
+            batch["inputs"][at] = example.ids[:-1]
+            batch["targets"][at] = example.ids[1:]
+            batch["weights"][at] = example.counts[1:]
+            if packed:
+                batch["segment_ids"][at] = segment
+                batch["positions"][at] = np.arange(example.n_inputs)
+            start += example.n_inputs
+    return batch
+
+
+def _row_length(row: TokenRow) -> int:
+    return sum(example.n_inputs for example in row)

@@ -1,34 +1,36 @@
-"""Texts with their class, split into training, validation and test texts."""
+"""Texts with their class: from a source to training, validation and test texts, and to batches of them.
+
+A batch is a dict of ``inputs`` (int32, (batch, width), padded with zeros on the right), ``lengths`` (int32, (batch,),
+at least 1), ``labels`` (int32, (batch,)) and ``weights`` (float32, (batch,), 0 for rows that fill the last batch).
+"""
 
 import dataclasses
 import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import grain
 import numpy as np
 from jaxtyping import Float32, Int32, Integer
 
 from slm_jax.data.config import ClassificationConfig, DataConfig
-from slm_jax.data.row_files import Table
+from slm_jax.data.file_sources import Table
 from slm_jax.data.rows import Row
 from slm_jax.data.sources import parse_source
 from slm_jax.data.splits import SPLITS, check_apart, grouped, require_filled, share, split_fractions
+from slm_jax.data.windows import Batch, bucket_width, endless_batches, eval_batches
 from slm_jax.errors import InputError
+from slm_jax.tokenizer import Tokenizer
 
 _WHOLE_NUMBER = re.compile(r"-?\d{1,18}")
 
 
 @dataclasses.dataclass(frozen=True)
 class LabelledTexts:
-    """The texts of one split.
-
-    Attributes:
-        texts: as their source has them.
-        labels: the index of each text's class.
-    """
+    """The texts of one split, as their source has them, and the index of each text's class."""
 
     texts: tuple[str, ...]
     labels: Int32[np.ndarray, " texts"]
@@ -36,12 +38,9 @@ class LabelledTexts:
 
 @dataclasses.dataclass(frozen=True)
 class LabelledSplits:
-    """The texts of all splits.
+    """The texts of all splits: at least one of each class in ``train``, none of the others empty.
 
     Attributes:
-        train: at least one text of each class.
-        validation: not empty.
-        test: not empty.
         classes: the classes' names, by index.
         notes: lines for the user: texts of each split and class, texts left out, equal texts.
     """
@@ -83,10 +82,10 @@ def load_labelled(data: DataConfig, cfg: ClassificationConfig, seed: int) -> Lab
     if len(classes) < 2:
         raise InputError(f"{data.source}: one class only ({classes[0]!r:.60}); expected at least two")
     rng = np.random.default_rng(seed)
-    notes: list[str] = []
+    balance: list[str] = []
     if cfg.balance == "downsample":
         items, note = _downsample(items, rng)
-        notes.append(note)
+        balance.append(note)
     splits = _split(items, data, cfg, rng)
     for name, source in (("validation", data.validation_source), ("test", data.test_source)):
         if source is not None:
@@ -95,15 +94,13 @@ def load_labelled(data: DataConfig, cfg: ClassificationConfig, seed: int) -> Lab
     if cfg.group_duplicates:
         allow = ", or classification.group_duplicates=false"
         check_apart(splits, lambda item: item.key, what="text", remedy=allow)
-    index = {name: i for i, name in enumerate(classes)}
-    labelled = {
-        name: LabelledTexts(
-            tuple(item.text for item in split), np.array([index[item.label] for item in split], np.int32)
-        )
-        for name, split in splits.items()
-    }
-    described = [_describe(name, split, classes) for name, split in splits.items()]
-    return LabelledSplits(**labelled, classes=classes, notes=(*described, *notes, *_describe_duplicates(splits)))
+    labelled, notes = {}, []
+    for name, split in splits.items():
+        counts = Counter(item.label for item in split)
+        notes.append(f"{name}: {_count(len(split), 'text')} ({', '.join(f'{counts[c]} {c}' for c in classes)})")
+        labels = np.array([classes.index(item.label) for item in split], np.int32)
+        labelled[name] = LabelledTexts(tuple(item.text for item in split), labels)
+    return LabelledSplits(**labelled, classes=classes, notes=(*notes, *balance, *_describe_duplicates(splits)))
 
 
 def class_weights(labels: Integer[np.ndarray, " texts"], n_classes: int) -> Float32[np.ndarray, " classes"]:
@@ -125,13 +122,11 @@ def _read(text: str, cfg: ClassificationConfig) -> tuple[list[_Item], tuple[str,
     text_column = cfg.text_column or source.text_column()
     label_column = cfg.label_column or "label"
     names = source.class_names(label_column)
-    rows = source.read_rows(columns=(text_column, label_column))
-    return [_item(row, text_column, label_column, names) for row in rows], names
-
-
-def _item(row: Row, text_column: str, label_column: str, names: Sequence[str]) -> _Item:
-    text = row.filled(text_column, "classification.text_column")
-    return _Item(row.where, text, _label(row, label_column, names), " ".join(text.split()))
+    items = []
+    for row in source.read_rows(columns=(text_column, label_column)):
+        content = row.filled(text_column, "classification.text_column")
+        items.append(_Item(row.where, content, _label(row, label_column, names), " ".join(content.split())))
+    return items, names
 
 
 def _label(row: Row, column: str, names: Sequence[str]) -> str:
@@ -141,10 +136,8 @@ def _label(row: Row, column: str, names: Sequence[str]) -> str:
         return names[value]
     # TensorFlow Datasets has the label -1 in test sets whose labels are not published.
     if names or not isinstance(value, str | int) or (isinstance(value, str) and not value.strip()):
-        raise InputError(
-            f"{row.where}: {column} is {value!r:.60}; expected "
-            + (f"a class, 0 to {len(names) - 1}" if names else "text, a whole number, true or false")
-        )
+        expected = f"a class, 0 to {len(names) - 1}" if names else "text, a whole number, true or false"
+        raise InputError(f"{row.where}: {column} is {value!r:.60}; expected {expected}")
     return row.text(column).strip() if isinstance(value, str) else json.dumps(value)
 
 
@@ -180,17 +173,15 @@ def _split(
         # Over all classes so far: if a class is too small for a split, the next one makes up for it.
         due = {name: placed * fraction for name, fraction in shares.items()}
         for i in rng.permutation(len(stratum)):
-            below = (name for name in shares if share(placed, shares[name]) > len(splits[name]))
-            name = next(below, None) or _rest(due, splits, cfg)
+            below = [name for name in shares if share(placed, shares[name]) > len(splits[name])]
+            if below:
+                name = below[0]
+            elif cfg.split == "random" and test:
+                name = "test"  # takes what rounding down leaves over, as in the book
+            else:
+                name = max(due, key=lambda name: due[name] - len(splits[name]))
             splits[name] += stratum[i]
     return splits
-
-
-def _rest(due: dict[str, float], splits: dict[str, list[_Item]], cfg: ClassificationConfig) -> str:
-    """Return the split for what rounding down leaves over: test (as in the book), or the one most below due."""
-    if cfg.split == "random" and due["test"]:
-        return "test"
-    return max(due, key=lambda name: due[name] - len(splits[name]))
 
 
 def _check_splits(splits: dict[str, list[_Item]], classes: Sequence[str]) -> None:
@@ -208,14 +199,6 @@ def _check_splits(splits: dict[str, list[_Item]], classes: Sequence[str]) -> Non
             f"class {missing[0]!r:.60} has no training text ({len(missing)} of {len(classes)} classes); expected more "
             "texts of it, or a smaller data.validation_fraction and data.test_fraction"
         )
-
-
-# Notes
-
-
-def _describe(name: str, items: list[_Item], classes: Sequence[str]) -> str:
-    counts = Counter(item.label for item in items)
-    return f"{name}: {_count(len(items), 'text')} ({', '.join(f'{counts[label]} {label}' for label in classes)})"
 
 
 def _describe_duplicates(splits: dict[str, list[_Item]]) -> list[str]:
@@ -237,3 +220,80 @@ def _describe_duplicates(splits: dict[str, list[_Item]]) -> list[str]:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+# Batches
+
+
+def encode_text(text: str, tokenizer: Tokenizer) -> Int32[np.ndarray, " tokens"]:
+    """Return the token ids of a text; InputError: the tokenizer cannot encode it, or it has no tokens."""
+    try:
+        ids = tokenizer.encode(text)
+    except InputError as error:
+        raise InputError(f"text {text!r:.60}: {error}") from None
+    if not ids:
+        raise InputError(f"text {text!r:.60} has no token; expected at least one")
+    return np.array(ids, np.int32)
+
+
+def encode_texts(
+    texts: Sequence[str], tokenizer: Tokenizer, max_length: int
+) -> tuple[list[Int32[np.ndarray, " tokens"]], int]:
+    """Return the token ids of each text, truncated to ``max_length``, and how many texts were truncated."""
+    encoded = [encode_text(text, tokenizer) for text in texts]
+    return [ids[:max_length] for ids in encoded], sum(ids.size > max_length for ids in encoded)
+
+
+def classification_batches(
+    encoded: Sequence[Int32[np.ndarray, " _"]],
+    labels: Int32[np.ndarray, " texts"],
+    weights: Float32[np.ndarray, " texts"],
+    *,
+    batch_size: int,
+    limit: int,
+    bucketed: bool,
+    seed: int,
+) -> grain.MapDataset:
+    """Return the endless sequence of training batches; element ``i`` is the batch of step ``i``.
+
+    Args:
+        encoded: token ids of each text, 1 to ``limit``.
+        labels: class of each text.
+        weights: weight of each text in the loss.
+        batch_size: texts per batch.
+        limit: the most tokens of a row.
+        bucketed: whether the width of a batch is its longest text, rounded up by `bucket_width`, instead of ``limit``.
+        seed: seed of the order, which is new each epoch.
+    """
+
+    def make(texts: np.ndarray) -> Batch:
+        return _batch([encoded[i] for i in texts], labels[texts], weights[texts], limit, bucketed)
+
+    return endless_batches(len(encoded), make, batch_size=batch_size, seed=seed)
+
+
+def classification_eval_batches(
+    encoded: Sequence[Int32[np.ndarray, " _"]],
+    labels: Int32[np.ndarray, " texts"],
+    *,
+    batch_size: int,
+    limit: int,
+    bucketed: bool,
+) -> Iterator[Batch]:
+    """Yield every text once, sorted by length to save padding; rows that fill the last batch have weight 0."""
+
+    def make(texts: np.ndarray) -> Batch:
+        return _batch([encoded[i] for i in texts], labels[texts], np.ones(len(texts), np.float32), limit, bucketed)
+
+    order = np.argsort([ids.size for ids in encoded], kind="stable")
+    for batch in eval_batches(order, make, batch_size=batch_size):
+        yield {**batch, "lengths": np.maximum(batch["lengths"], 1)}
+
+
+def _batch(rows: Sequence[np.ndarray], labels: np.ndarray, weights: np.ndarray, limit: int, bucketed: bool) -> Batch:
+    lengths = np.array([ids.size for ids in rows], np.int32)
+    width = bucket_width(int(lengths.max()), limit) if bucketed else limit
+    inputs = np.zeros((len(rows), width), np.int32)
+    for row, ids in zip(inputs, rows, strict=True):
+        row[: ids.size] = ids
+    return {"inputs": inputs, "lengths": lengths, "labels": labels, "weights": weights}

@@ -2,16 +2,14 @@
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from slm_jax.data.row_files import Json, Tsv
+from slm_jax.data.file_sources import Json, TextFiles, Tsv, unreadable
 from slm_jax.data.rows import OnRead, Pieces, Row, Source, ignore_bytes
-from slm_jax.data.text_files import TextFiles, unreadable
 from slm_jax.errors import InputError, MissingInputError
-from slm_jax.files import cache_folder, check_reachable, sha256
+from slm_jax.files import cache_folder, check_reachable, replacing, sha256
 
 CONNECT_SECONDS = 2.0  # to look up and reach the server; without a network a name lookup alone can hang for minutes
 READ_SECONDS = 20.0  # without one byte from a server that was reached
@@ -100,58 +98,44 @@ def named_file(name: str) -> Path:
         MissingInputError: the file could not be downloaded (offline, within five seconds).
         InputError: a file with other content, a cache that cannot be written.
     """
-    entry = NAMED_FILES[name]
-    folder = os.environ.get("SLM_JAX_DATA")
-    if folder and (path := Path(folder).expanduser() / entry.file).exists():
-        if (found := _digest(path)) != entry.sha256:
-            raise InputError(f"{path}: SHA-256 is {found}, expected {entry.sha256} of {entry.url}")
+    entry, folder = NAMED_FILES[name], os.environ.get("SLM_JAX_DATA")
+    given = Path(folder).expanduser() / entry.file if folder else None
+    path = given if given and given.exists() else cache_folder() / "data" / entry.file
+    try:
+        digest = sha256(path) if path.is_file() else None
+    except OSError as error:
+        raise unreadable(path, error) from error
+    if digest == entry.sha256:
         return path
-    path = cache_folder() / "data" / entry.file
-    if not (path.is_file() and _digest(path) == entry.sha256):
-        _download(name, entry, path)
+    if path == given:
+        raise InputError(f"{path}: SHA-256 is {digest}, expected {entry.sha256} of {entry.url}")
+    content = _download(name, entry)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as partial:
+            partial.write_bytes(content)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}; set XDG_CACHE_HOME") from error
     return path
 
 
-def _digest(path: Path) -> str:
-    try:
-        return sha256(path)
-    except OSError as error:
-        raise unreadable(path, error) from error
-
-
-def _download(name: str, entry: NamedFile, destination: Path) -> None:
-    """Put the file at `destination`, whole and checked, or leave nothing there."""
+def _download(name: str, entry: NamedFile) -> bytes:
     import requests
 
     by_hand = f"put the file as {entry.file} into a folder and set SLM_JAX_DATA to that folder"
     try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=destination.parent, prefix=f".{entry.file}.")
-    except OSError as error:
-        raise InputError(
-            f"named:{name}: cannot write in {destination.parent}: {error.strerror}; set XDG_CACHE_HOME, or {by_hand}"
-        ) from error
-
-    digest = hashlib.sha256()
-    try:
-        with os.fdopen(handle, "wb") as file:
-            check_reachable(entry.url, CONNECT_SECONDS)
-            with requests.get(entry.url, stream=True, timeout=(CONNECT_SECONDS, READ_SECONDS)) as response:
-                response.raise_for_status()
-                for chunk in response.iter_content(1 << 16):
-                    digest.update(chunk)
-                    file.write(chunk)
-        if digest.hexdigest() != entry.sha256:
-            raise InputError(
-                f"named:{name}: {entry.url} gave a file with SHA-256 {digest.hexdigest()}, expected {entry.sha256}; "
-                f"if that is a login or proxy page, {by_hand}"
-            )
-        Path(temporary).replace(destination)
+        check_reachable(entry.url, CONNECT_SECONDS)
+        response = requests.get(entry.url, timeout=(CONNECT_SECONDS, READ_SECONDS))
+        response.raise_for_status()
     except OSError as error:  # requests' errors are OSErrors, too
         reason = " ".join(str(error).split()) or type(error).__name__
         raise MissingInputError(
             f"named:{name}: not in SLM_JAX_DATA ({os.environ.get('SLM_JAX_DATA') or 'not set'}) and not downloadable "
             f"from {entry.url} ({reason}); {by_hand}"
         ) from error
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    if (digest := hashlib.sha256(response.content).hexdigest()) != entry.sha256:
+        raise InputError(
+            f"named:{name}: {entry.url} gave a file with SHA-256 {digest}, expected {entry.sha256}; if that is a login "
+            f"or proxy page, {by_hand}"
+        )
+    return response.content

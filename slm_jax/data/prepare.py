@@ -1,10 +1,13 @@
-"""From a text source to a token file, once, in memory that does not grow with the text.
+"""From sources of text to a token file, once, in memory that does not grow with the text.
 
 A document is encoded in pieces, on several cores. The ids are those of encoding it whole, because it is cut only before
-white space that follows something else, where every tokenizer of this package starts a new word.
+white space that follows something else, where every tokenizer of this package starts a new word. Before that, copies
+and documents of low quality are left out, by the simplest of the measures that MassiveText used (Rae et al. 2021,
+"Scaling language models").
 """
 
 import dataclasses
+import hashlib
 import itertools
 import os
 import re
@@ -18,17 +21,34 @@ from typing import NamedTuple
 
 import numpy as np
 
-from slm_jax.data.documents import documents
-from slm_jax.data.filters import DocumentFilter, Rules
 from slm_jax.data.rows import Pieces, Source
 from slm_jax.data.token_file import token_dtype, write_token_file
 from slm_jax.errors import InputError
 from slm_jax.tokenizer import BPETokenizer, Tokenizer
 
+LONGEST = 1 << 24  # characters; longer documents are not held in memory
 TRAINING_CHARACTERS = 100_000_000  # of the text that a tokenizer is trained on
-_PIECE = 1 << 20  # characters encoded at a time
+PIECE = 1 << 20  # characters encoded at a time
 _MOST_WORKERS = 8  # more would wait: one thread reads and filters
 _LAST_CUT = re.compile(r".*\S(?=[ \t\n\r])", re.DOTALL)
+_SYMBOL = re.compile(r"[^\w\s]|_")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """Which documents are left out.
+
+    Attributes:
+        deduplicate: whether to leave out copies of an earlier document (white space at the ends is ignored).
+        min_characters: length below which a document is left out.
+        max_symbol_ratio: largest share of characters that are neither letters nor digits nor white space; None: any.
+        max_repeated_lines: largest share of lines that repeat an earlier one, not counting empty ones; None: any.
+    """
+
+    deduplicate: bool = True
+    min_characters: int = 0
+    max_symbol_ratio: float | None = None
+    max_repeated_lines: float | None = None
 
 
 @dataclasses.dataclass
@@ -40,7 +60,8 @@ class Prepared:
         documents: number of documents, with the end-of-text id between them.
         tokens: number of ids in the file.
         text_bytes: size of the documents in UTF-8.
-        counts: documents that were left out, by reason, and those unfiltered (`DocumentFilter`).
+        counts: documents that were left out, by reason: ``empty``, ``short``, ``symbols``, ``repeated_lines``,
+            ``duplicates``; and those that are ``unfiltered``: longer than `LONGEST` and always kept.
         sha256: SHA-256 of the file, set at the end.
         seconds: time taken, set at the end.
     """
@@ -49,22 +70,21 @@ class Prepared:
     documents: int = 0
     tokens: int = 0
     text_bytes: int = 0
-    counts: dict[str, int] = dataclasses.field(default_factory=dict)
+    counts: dict[str, int] = dataclasses.field(
+        default_factory=lambda: dict.fromkeys(
+            ("empty", "short", "symbols", "repeated_lines", "duplicates", "unfiltered"), 0
+        )
+    )
     sha256: str = ""
     seconds: float = 0.0
 
 
-class _Piece(NamedTuple):
-    """Text to encode at once, and whether a document begins with it."""
+class _Encoded(NamedTuple):
+    """The ids of some pieces, each document's after an end-of-text id, and what is counted of their text."""
 
-    text: str
-    begins: bool
-
-
-class _Batch(NamedTuple):
-    """Pieces, and the bytes of files that were read for them."""
-
-    pieces: list[_Piece]
+    ids: np.ndarray
+    documents: int
+    text_bytes: int
     bytes_read: int
 
 
@@ -84,8 +104,7 @@ def prepare(
         out: ``FILE.bin``, replaced if it exists; ``FILE.bin.json`` is written beside it.
         tokenizer: makes the ids; saved in the JSON file.
         text_column: the field of the texts, in sources of rows.
-        rules: which documents are left out; default: exact copies. Documents of more than 16 million characters are
-            always kept.
+        rules: which documents are left out; default: exact copies.
         report: called now and then with what has been written so far.
 
     Raises:
@@ -95,21 +114,23 @@ def prepare(
     start = time.monotonic()
     tokenizer.encode("")  # raises if the tokenizer's files are missing, before anything is read
     source = " ".join(map(str, sources))
-    document_filter = DocumentFilter(rules or Rules())
+    prepared = Prepared()
     read: list[int] = []
-    on_empty = partial(document_filter.count, "empty")
+
+    def count_empty() -> None:
+        prepared.counts["empty"] += 1
+
     # A list, so that missing files are reported at once.
-    found = itertools.chain.from_iterable([documents(each, text_column, read.append, on_empty) for each in sources])
-    batches = _batches(document_filter.select(found), read)
-    prepared = Prepared(counts=document_filter.counts)
+    found = itertools.chain.from_iterable([each.documents(text_column, read.append, count_empty) for each in sources])
+    batches = _batches(select(found, rules or Rules(), prepared.counts), read)
     workers = min(_MOST_WORKERS, os.cpu_count() or 1)
     with write_token_file(out, tokenizer, source) as file, ThreadPoolExecutor(workers) as pool:
-        encode = partial(_encode, tokenizer=tokenizer, source=source)
-        for batch, ids in _in_order(pool, encode, batches, ahead=workers + 1):
-            file.write(ids if file.tokens else ids[1:])  # the end-of-text id is between documents, not before
-            prepared.documents += sum(piece.begins for piece in batch.pieces)
-            prepared.text_bytes += sum(len(piece.text.encode()) for piece in batch.pieces)
-            prepared.bytes_read += batch.bytes_read
+        for encoded in _in_order(pool, partial(_encode, tokenizer, source), batches, ahead=workers + 1):
+            # The end-of-text id is between documents, not before the first.
+            file.write(encoded.ids if file.tokens else encoded.ids[1:])
+            prepared.documents += encoded.documents
+            prepared.text_bytes += encoded.text_bytes
+            prepared.bytes_read += encoded.bytes_read
             prepared.tokens = file.tokens
             report(prepared)
         if not file.tokens:
@@ -130,7 +151,7 @@ def train_tokenizer(
 
     def first() -> Iterator[str]:
         n_read = 0
-        for document in itertools.chain.from_iterable([documents(source, text_column) for source in sources]):
+        for document in itertools.chain.from_iterable([source.documents(text_column) for source in sources]):
             for piece in cut_pieces(document):
                 yield piece
                 n_read += len(piece)
@@ -141,11 +162,53 @@ def train_tokenizer(
     return BPETokenizer.train(first(), vocab_size)
 
 
-def cut_pieces(pieces: Iterable[str], length: int = _PIECE) -> Iterator[str]:
+def select(documents: Iterable[Pieces], rules: Rules, counts: dict[str, int]) -> Iterator[Pieces]:
+    """Yield the documents that are kept, and count the others by reason (see `Prepared`).
+
+    Copies are found by a digest of each document, which takes about 100 bytes.
+    """
+    seen: set[bytes] = set()
+    for document in documents:
+        pieces = iter(document)
+        start: list[str] = []
+        n_characters = 0
+        while n_characters <= LONGEST and (piece := next(pieces, None)) is not None:
+            start.append(piece)
+            n_characters += len(piece)
+        reason = "unfiltered" if n_characters > LONGEST else _reason("".join(start), rules, seen)
+        if reason is not None:
+            counts[reason] += 1
+        if reason in (None, "unfiltered"):
+            yield itertools.chain(start, pieces)
+
+
+def _reason(text: str, rules: Rules, seen: set[bytes]) -> str | None:
+    """Return why a document is left out, if it is."""
+    if len(text) < rules.min_characters:
+        return "short"
+    if rules.max_symbol_ratio is not None:
+        n_symbols = len(text) - len(_SYMBOL.sub("", text))
+        if n_symbols > rules.max_symbol_ratio * len(text):
+            return "symbols"
+    if rules.max_repeated_lines is not None:
+        lines = [line for part in text.split("\n") if (line := part.strip())]
+        if len(lines) - len(set(lines)) > rules.max_repeated_lines * len(lines):
+            return "repeated_lines"
+    if rules.deduplicate:
+        digest = hashlib.blake2b(text.strip().encode(), digest_size=16).digest()
+        if digest in seen:
+            return "duplicates"
+        seen.add(digest)
+    return None
+
+
+def cut_pieces(pieces: Iterable[str], length: int | None = None) -> Iterator[str]:
     """Join and cut a document again, so that its pieces can be encoded one by one.
 
-    Pieces have about ``length`` characters, at most twice as many, unless a longer run of text has no place to cut.
+    Pieces have about ``length`` characters (default: `PIECE`), at most twice as many, unless a longer run of text has
+    no place to cut.
     """
+    length = length or PIECE
     held: list[str] = []
     n_held = 0
     for piece in pieces:
@@ -163,46 +226,53 @@ def cut_pieces(pieces: Iterable[str], length: int = _PIECE) -> Iterator[str]:
         yield "".join(held)
 
 
-def _batches(found: Iterable[Pieces], read: list[int]) -> Iterator[_Batch]:
+Batch = tuple[list[str | None], int]  # pieces, each document after None; and the bytes of files read for them
+
+
+def _batches(found: Iterable[Pieces], read: list[int]) -> Iterator[Batch]:
     """Group short pieces: starting a thread pays off from about a megabyte of text.
 
     ``read`` collects the bytes that are read meanwhile, and is emptied at each batch.
     """
-    batch: list[_Piece] = []
+    batch: list[str | None] = []
     n_characters = 0
     for document in found:
-        for i, text in enumerate(cut_pieces(document)):
-            batch.append(_Piece(text, begins=i == 0))
+        batch.append(None)
+        for text in cut_pieces(document):
+            batch.append(text)
             n_characters += len(text)
-            if n_characters >= _PIECE:
-                yield _Batch(batch, sum(read))
+            if n_characters >= PIECE:
+                yield batch, sum(read)
                 read.clear()
                 batch, n_characters = [], 0
     if batch:
-        yield _Batch(batch, sum(read))
+        yield batch, sum(read)
 
 
-def _encode(batch: _Batch, tokenizer: Tokenizer, source: str) -> np.ndarray:
+def _encode(tokenizer: Tokenizer, source: str, batch: Batch) -> _Encoded:
+    pieces, bytes_read = batch
     ids: list[int] = []
-    try:
-        for text, begins in batch.pieces:
-            if begins:
-                ids.append(tokenizer.eot_id)
+    text_bytes = 0
+    for text in pieces:
+        if text is None:
+            ids.append(tokenizer.eot_id)
+            continue
+        try:
             ids += tokenizer.encode(text)
-    except InputError as error:
-        raise InputError(f"source {source!r}: in {text.strip()[:40]!r} …: {error}") from None
-    return np.array(ids, token_dtype(tokenizer.vocab_size))
+        except InputError as error:
+            raise InputError(f"source {source!r}: in {text.strip()[:40]!r} …: {error}") from None
+        text_bytes += len(text.encode())
+    return _Encoded(np.array(ids, token_dtype(tokenizer.vocab_size)), pieces.count(None), text_bytes, bytes_read)
 
 
 def _in_order(
-    pool: ThreadPoolExecutor, work: Callable[[_Batch], np.ndarray], batches: Iterable[_Batch], ahead: int
-) -> Iterator[tuple[_Batch, np.ndarray]]:
-    """Yield batches with their results, in order; at most ``ahead`` batches wait."""
-    waiting: deque[tuple[_Batch, Future[np.ndarray]]] = deque()
+    pool: ThreadPoolExecutor, encode: Callable[[Batch], _Encoded], batches: Iterable[Batch], ahead: int
+) -> Iterator[_Encoded]:
+    """Yield the encoded batches in order; at most ``ahead`` of them wait."""
+    waiting: deque[Future[_Encoded]] = deque()
     for batch in batches:
-        waiting.append((batch, pool.submit(work, batch)))
+        waiting.append(pool.submit(encode, batch))
         if len(waiting) > ahead:
-            done, result = waiting.popleft()
-            yield done, result.result()
-    for done, result in waiting:
-        yield done, result.result()
+            yield waiting.popleft().result()
+    for future in waiting:
+        yield future.result()

@@ -1,15 +1,17 @@
-"""What every source yields: rows of named fields, or the pieces of texts."""
+"""What every source yields: rows of named fields, or texts in pieces, which hold one or more documents."""
 
 import difflib
 import itertools
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from slm_jax.errors import InputError
+from slm_jax.tokenizer import END_OF_TEXT
 
 OnRead = Callable[[int], None]  # called with the number of bytes read from files since the last call
-Pieces = Iterator[str]  # one text, in pieces
+Pieces = Iterable[str]  # one text, in pieces
 
 
 def ignore_bytes(_: int) -> None:
@@ -24,9 +26,11 @@ class Row(NamedTuple):
 
     def field(self, name: str, setting: str | None = None) -> Any:
         """Return a field; InputError: it is missing (``setting`` is the configuration key that chose its name)."""
-        if name not in self.fields:
-            raise no_field(self.where, name, self.fields, setting)
-        return self.fields[name]
+        if name in self.fields:
+            return self.fields[name]
+        remedy = f"; set {setting} to one of them" if setting else ""
+        known = f"only {', '.join(map(str, self.fields)) or 'none':.300}"
+        raise InputError(f"{self.where}: no field {name!r}{did_you_mean(name, self.fields)}, {known}{remedy}")
 
     def text(self, name: str, setting: str | None = None) -> str:
         """Return a field that must be text, perhaps empty, without a lone surrogate; otherwise as `field`."""
@@ -104,9 +108,43 @@ class Source:
         """Return the text of each file or row in a fixed order; null is empty. Arguments and errors as for `rows`."""
         name = self.text_column() if column is None else column
         return (
-            iter([row.text(name, "text_column") if row.field(name, "text_column") is not None else ""])
+            [row.text(name, "text_column") if row.field(name, "text_column") is not None else ""]
             for row in self.rows([name], on_read)
         )
+
+    def documents(
+        self,
+        text_column: str | None = None,
+        on_read: OnRead = ignore_bytes,
+        on_empty: Callable[[], None] = lambda: None,
+    ) -> Iterator[Iterator[str]]:
+        """Return the documents in a fixed order, each as an iterator of its pieces, so that none need fit into memory.
+
+        A text file or a row is a document, or several if it holds a literal ``<|endoftext|>``; documents of only white
+        space are skipped, and ``on_empty`` is called for each file or row without any. A document has to be read before
+        the next one is asked for. Memory holds about a megabyte of a text file, or one row (of Parquet 64).
+
+        Raises:
+            InputError: as `texts`, or there is no document.
+        """
+        return self._documents(self.texts(text_column, on_read), on_empty)
+
+    def _documents(self, texts: Iterable[Pieces], on_empty: Callable[[], None]) -> Iterator[Iterator[str]]:
+        found_any = False
+        for text in texts:
+            is_empty = True
+            for document in _split(text):
+                is_empty = False
+                yield document
+            found_any |= not is_empty
+            if is_empty:
+                on_empty()
+        if not found_any:
+            raise InputError(f"source {self}: empty text; expected more than white space")
+
+    def read_documents(self, text_column: str | None = None) -> list[str]:
+        """Return the documents, each whole; order and errors are those of `documents`."""
+        return ["".join(pieces) for pieces in self.documents(text_column)]
 
     def read_rows(self, limit: int | None = None, columns: Sequence[str] = ()) -> list[Row]:
         """Return the first ``limit`` rows (None: all); InputError: as `rows`, or there is no row."""
@@ -116,16 +154,37 @@ class Source:
         return rows
 
 
-def no_field(where: str, name: str, names: Iterable[str], setting: str | None = None) -> InputError:
-    """Return the error for a missing field, with the fields that exist."""
-    known = list(map(str, names))
-    remedy = f"; set {setting} to one of them" if setting else ""
-    return InputError(
-        f"{where}: no field {name!r}{did_you_mean(name, known)}, only {', '.join(known) or 'none':.300}{remedy}"
-    )
-
-
 def did_you_mean(name: str, names: Iterable[str], n: int = 1) -> str:
     """Return " (did you mean …?)" with the ``n`` nearest names; empty if none is near."""
-    near = difflib.get_close_matches(name, list(names), n=n, cutoff=0.6)
+    near = difflib.get_close_matches(name, list(map(str, names)), n=n, cutoff=0.6)
     return f" (did you mean {', '.join(near)}?)" if near else ""
+
+
+def _split(pieces: Pieces) -> Iterator[Iterator[str]]:
+    """Yield the documents of a text: what is between literal marks of the end of text and more than white space."""
+    parts = (part for part in _cut_at_marks(pieces) if part != "")
+    start: list[str] = []
+    for part in parts:
+        if part is None:
+            start.clear()
+            continue
+        start.append(part)
+        if part.strip():
+            document = itertools.chain(start, iter(lambda: next(parts, None), None))  # up to the next mark
+            yield document
+            deque(document, maxlen=0)  # skip what the caller didn't read
+            start = []
+
+
+def _cut_at_marks(pieces: Pieces) -> Iterator[str | None]:
+    """Yield the pieces without the marks, and None for each mark, also for one that spans pieces."""
+    held = ""
+    for piece in pieces:
+        *ended, last = (held + piece).split(END_OF_TEXT)
+        for part in ended:
+            yield part
+            yield None
+        n_held = next((n for n in range(len(END_OF_TEXT) - 1, 0, -1) if last.endswith(END_OF_TEXT[:n])), 0)
+        held = last[len(last) - n_held :]
+        yield last[: len(last) - n_held]
+    yield held

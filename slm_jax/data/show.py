@@ -8,8 +8,7 @@ from jaxtyping import Int32, Integer
 from rich.cells import cell_len, chop_cells
 from rich.console import Console
 
-from slm_jax.data.packing import PackedRows
-from slm_jax.data.windows import Batch, endless_batches, train_batches
+from slm_jax.data.windows import Batch, PackedRows, endless_batches, train_batches
 from slm_jax.tokenizer import Tokenizer
 
 ROWS = 2  # rows per batch

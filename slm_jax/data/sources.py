@@ -3,15 +3,13 @@
 To add a source, write a subclass of `Source` in a module of its own and add it to `SOURCES`.
 """
 
-import difflib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from slm_jax.data.builtin import BUILTINS, Builtin
+from slm_jax.data.file_sources import Csv, Json, JsonLines, Parquet, TextFiles, Tsv
 from slm_jax.data.named import NAMED_FILES, Named
-from slm_jax.data.row_files import Csv, Json, JsonLines, Parquet, Tsv
-from slm_jax.data.rows import Source
-from slm_jax.data.text_files import TextFiles
+from slm_jax.data.rows import Source, did_you_mean
 from slm_jax.data.tfds import TensorFlowDataset
 from slm_jax.data.token_file import TokenSource
 from slm_jax.errors import InputError
@@ -37,8 +35,7 @@ def parse_source(source: str, *, header: Sequence[str] = (), split: str = "train
         hint = f" (did you mean {_guess_scheme(source)}:{source}?)" if source.strip() else ""
         raise InputError(f"source {source!r} has no scheme{hint}; expected one of {forms}")
     if scheme not in SOURCES:
-        near = difflib.get_close_matches(scheme.lower(), SOURCES, n=1, cutoff=0.7)
-        hint = f" (did you mean {near[0]}:{name}?)" if near else ""
+        hint = did_you_mean(scheme.lower(), SOURCES)
         raise InputError(f"source {source!r}: unknown scheme {scheme!r}{hint}; expected one of {forms}")
     if not name.strip():
         raise InputError(f"source {source!r} has no name; expected {SOURCES[scheme].form}")

@@ -2,25 +2,14 @@
 
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Any, TypeVar
 
 from slm_jax.data.config import DataConfig
 from slm_jax.errors import InputError
 
 SPLITS = ("train", "validation", "test")
 
-
-@runtime_checkable
-class Placed(Protocol):
-    """An item that knows its place, such as ``spam.csv line 12``."""
-
-    @property
-    def where(self) -> str:
-        """The place, for messages."""
-
-
 T = TypeVar("T")
-P = TypeVar("P", bound=Placed)
 Place = tuple[str, T]  # the split, and the item in it
 
 
@@ -46,12 +35,11 @@ def share(n: int, fraction: float) -> int:
 
 def require_filled(splits: Mapping[str, Sequence[T]]) -> None:
     """Raise InputError if a split is empty."""
-    for name, items in splits.items():
-        if not items:
-            raise InputError(
-                f"the {name} split is empty; expected more data, or another data.validation_fraction and "
-                "data.test_fraction"
-            )
+    if empty := [name for name, items in splits.items() if not items]:
+        raise InputError(
+            f"the {empty[0]} split is empty; expected more data, or another data.validation_fraction and "
+            "data.test_fraction"
+        )
 
 
 def grouped(members: Iterable[T], keys: Iterable[Hashable]) -> list[list[T]]:
@@ -79,8 +67,8 @@ def shared(splits: Mapping[str, Sequence[T]], key: Callable[[T], Hashable]) -> l
 
 
 def check_apart(
-    splits: Mapping[str, Sequence[P]],
-    key: Callable[[P], Hashable],
+    splits: Mapping[str, Sequence[Any]],
+    key: Callable[[Any], Hashable],
     *,
     what: str,
     separate: Sequence[str] = SPLITS,
@@ -88,7 +76,7 @@ def check_apart(
 ) -> None:
     """Raise InputError if a split shares a key with one of ``separate``, the splits with a source of their own.
 
-    ``what`` names the key and ``remedy`` how to allow it, in the message.
+    ``what`` names the key and ``remedy`` how to allow it, in the message; an item has its place as ``where``.
     """
     pairs = [(one, two) for one, two in shared(splits, key) if one[0] in separate or two[0] in separate]
     if pairs:

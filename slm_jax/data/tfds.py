@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from slm_jax.data.rows import OnRead, Pieces, Row, Source, did_you_mean, ignore_bytes, no_field
+from slm_jax.data.rows import OnRead, Pieces, Row, Source, did_you_mean, ignore_bytes
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.files import check_reachable
 
@@ -30,29 +30,24 @@ class TensorFlowDataset(Source):
 
     @cached_property
     def builder(self) -> Any:
-        """The data set, prepared as array records.
-
-        Raises:
-            MissingInputError: no such data set, or it cannot be downloaded (offline, within five seconds) or prepared.
-        """
+        """The data set, prepared as array records; MissingInputError: there is none, or it cannot be prepared."""
         return _find_builder(self.name.partition(":")[0])
 
     @cached_property
     def _features(self) -> dict[str, Any]:
-        try:
-            return dict(self.builder.info.features.items())
-        except AttributeError:
-            raise InputError(f"source {self}: its examples have no named features") from None
+        features = self.builder.info.features
+        if not hasattr(features, "items"):
+            raise InputError(f"source {self}: its examples have no named features")
+        return dict(features.items())
 
     def text_column(self) -> str:
         """Return ``text``, ``sentence`` or ``description``, or else the only feature that is text."""
         texts = self._text_features()
-        if usual := [name for name in TEXT_FEATURES if name in texts]:
-            return usual[0]
-        if len(texts) != 1:
+        usual = [name for name in TEXT_FEATURES if name in texts] or texts
+        if usual is texts and len(texts) != 1:
             features = ", ".join(texts) or "none"
             raise InputError(f"source {self}: its text features are {features}; set text_column to one of them")
-        return texts[0]
+        return usual[0]
 
     def class_names(self, column: str) -> tuple[str, ...]:
         """Return the names of a label's classes by index."""
@@ -61,17 +56,14 @@ class TensorFlowDataset(Source):
     def texts(self, column: str | None = None, on_read: OnRead = ignore_bytes) -> Iterator[Pieces]:
         """Return the text of each example."""
         name = self.text_column() if column is None else column
-        if name not in self._text_features():
-            raise no_field(str(self), name, self._text_features(), "text_column")
-        return (iter([row.text(name)]) for row in self.rows())  # None comes from a truncated file
+        Row(str(self), dict.fromkeys(self._text_features())).field(name, "text_column")
+        return ([row.text(name)] for row in self.rows())  # None comes from a truncated file
 
     def rows(self, columns: Sequence[str] = (), on_read: OnRead = ignore_bytes) -> Iterator[Row]:
         """Return the examples of the split; each is read when it is asked for."""
         name, _, split = self.name.partition(":")
-        return self._examples(f"tfds:{name}:{split or self.split}", split or self.split)
-
-    def _examples(self, where: str, split: str) -> Iterator[Row]:
-        builder = self.builder
+        split = split or self.split
+        where, builder = f"tfds:{name}:{split}", self.builder
         try:
             examples = builder.as_data_source(split)
             for i in range(len(examples)):
@@ -80,9 +72,8 @@ class TensorFlowDataset(Source):
             raise _unavailable(where, error) from error
 
     def _text_features(self) -> list[str]:
-        return [
-            name for name, feature in self._features.items() if feature.shape == () and feature.np_dtype == np.object_
-        ]
+        features = self._features.items()
+        return [name for name, feature in features if feature.shape == () and feature.np_dtype == np.object_]
 
 
 def _find_builder(name: str) -> Any:

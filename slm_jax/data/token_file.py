@@ -9,26 +9,21 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from jaxtyping import UInt
 
+from slm_jax.data.file_sources import unreadable
 from slm_jax.data.rows import OnRead, Pieces, Source, ignore_bytes
-from slm_jax.data.text_files import unreadable
 from slm_jax.errors import InputError
-from slm_jax.files import partial_path, read_json, replace_text, sha256, unwritable
+from slm_jax.files import read_json, replace_text, replacing, sha256, unwritable
 from slm_jax.tokenizer import Tokenizer, fingerprint, tokenizer_from_dict
 
 FORMAT, VERSION = "slm_jax token ids", 1
 _DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
-_FIELDS = {
-    **dict.fromkeys(("dtype", "tokenizer_sha256", "sha256", "source"), str),
-    **dict.fromkeys(("tokens", "documents", "vocab_size"), int),
-    **dict.fromkeys(("tokenizer", "counts"), dict),
-}
 # Files of ids with a header, which would be read as tokens.
 _NOT_HEADERLESS = {
     b"\x93NUMPY": "a NumPy .npy file; convert it: np.load(FILE).astype('<u2').tofile('ids.bin')",
@@ -99,6 +94,42 @@ def open_token_file(path: str | Path) -> TokenFile:
     return TokenFile(map_ids(path, _DTYPES["uint16"]), None, None)
 
 
+def _open_described(path: Path, size: int) -> TokenFile:
+    file = json_path(path)
+    about = read_description(file)
+    dtype = _DTYPES[about["dtype"]]
+    if size != about["tokens"] * dtype.itemsize:
+        raise InputError(f"{path}: {size} bytes, but {file.name} says {about['tokens']} ids of {dtype.name}; {_AGAIN}")
+    if (digest := sha256(path)) != about["sha256"]:
+        raise InputError(f"{path}: SHA-256 is {digest}, but {file.name} says {about['sha256']}; {_AGAIN}")
+    try:
+        tokenizer = tokenizer_from_dict(about["tokenizer"])
+        if fingerprint(tokenizer) != about["tokenizer_sha256"] or tokenizer.vocab_size != about["vocab_size"]:
+            raise InputError("not the one that tokenizer_sha256 and vocab_size describe")
+    except InputError as error:
+        raise InputError(f"{file}: tokenizer: {error}; {_AGAIN}") from None
+    return TokenFile(map_ids(path, dtype), tokenizer, digest)
+
+
+def read_description(file: Path) -> dict[str, Any]:
+    """Read a description, ``FILE.bin.json``; InputError: it cannot be read or doesn't describe ids."""
+    about = read_json(file, _AGAIN)
+    if (about.get("format"), about.get("version")) != (FORMAT, VERSION):
+        raise InputError(f"{file}: does not describe token ids (format {FORMAT!r}, version {VERSION}); {_AGAIN}")
+    kinds = {"dtype": str, "sha256": str, "tokenizer_sha256": str, "tokens": int, "vocab_size": int, "tokenizer": dict}
+    for name, kind in kinds.items():
+        if type(about.get(name)) is not kind:
+            raise InputError(f"{file}: {name} is {about.get(name)!r:.60}; expected {kind.__name__}; {_AGAIN}")
+    if about["dtype"] not in _DTYPES:
+        raise InputError(f"{file}: dtype is {about['dtype']!r}; expected {' or '.join(_DTYPES)}; {_AGAIN}")
+    return about
+
+
+def map_ids(path: Path, dtype: np.dtype[Any]) -> UInt[np.ndarray, " tokens"]:
+    """Map ids into memory, unchecked."""
+    return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype)
+
+
 def check_ids(tokens: UInt[np.ndarray, " tokens"], vocab_size: int, path: str | Path) -> None:
     """Raise InputError if an id is not below ``vocab_size``: on the device it would silently become another one.
 
@@ -149,72 +180,30 @@ def write_token_file(path: Path, tokenizer: Tokenizer, source: str) -> Iterator[
     Ids go to a partial file beside it, which is always removed. An existing file is replaced; of several writers the
     last one wins. A file that cannot be written, such as on a full disk, is an InputError.
     """
-    partial = partial_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            writer = TokenWriter(file, tokenizer.vocab_size)
-            yield writer
-            file.flush()
-            os.fsync(file.fileno())
-        description = {
-            "format": FORMAT,
-            "version": VERSION,
-            "source": source,
-            "dtype": token_dtype(tokenizer.vocab_size).name,
-            "tokens": writer.tokens,
-            "documents": writer.documents,
-            "counts": writer.counts,
-            "sha256": writer.sha256,
-            "vocab_size": tokenizer.vocab_size,
-            "tokenizer_sha256": fingerprint(tokenizer),
-            "tokenizer": tokenizer.to_dict(),
-        }
-        # The JSON file first: ids without one would be read as bare uint16. A mismatch is noticed by the SHA-256.
-        replace_text(json_path(path), json.dumps(description, indent=2) + "\n")
-        partial.replace(path)
+        with replacing(path) as partial:
+            with partial.open("wb") as file:
+                writer = TokenWriter(file, tokenizer.vocab_size)
+                yield writer
+                file.flush()
+                os.fsync(file.fileno())
+            description = {
+                "format": FORMAT,
+                "version": VERSION,
+                "source": source,
+                "dtype": token_dtype(tokenizer.vocab_size).name,
+                "tokens": writer.tokens,
+                "documents": writer.documents,
+                "counts": writer.counts,
+                "sha256": writer.sha256,
+                "vocab_size": tokenizer.vocab_size,
+                "tokenizer_sha256": fingerprint(tokenizer),
+                "tokenizer": tokenizer.to_dict(),
+            }
+            # The JSON file first: ids without one would be read as bare uint16. A mismatch is noticed by the SHA-256.
+            replace_text(json_path(path), json.dumps(description, indent=2) + "\n")
     except (InputError, BrokenPipeError):  # from the block
         raise
     except OSError as error:
         raise unwritable(path, error) from None
-    finally:
-        with suppress(OSError):
-            partial.unlink()
-
-
-def _open_described(path: Path, size: int) -> TokenFile:
-    file = json_path(path)
-    about = read_description(file)
-    dtype = _DTYPES[about["dtype"]]
-    if size != about["tokens"] * dtype.itemsize:
-        raise InputError(f"{path}: {size} bytes, but {file.name} says {about['tokens']} ids of {dtype.name}; {_AGAIN}")
-    if (digest := sha256(path)) != about["sha256"]:
-        raise InputError(f"{path}: SHA-256 is {digest}, but {file.name} says {about['sha256']}; {_AGAIN}")
-    try:
-        tokenizer = tokenizer_from_dict(about["tokenizer"])
-        if fingerprint(tokenizer) != about["tokenizer_sha256"] or tokenizer.vocab_size != about["vocab_size"]:
-            raise InputError("not the one that tokenizer_sha256 and vocab_size describe")
-    except InputError as error:
-        raise InputError(f"{file}: tokenizer: {error}; {_AGAIN}") from None
-    return TokenFile(map_ids(path, dtype), tokenizer, digest)
-
-
-def map_ids(path: Path, dtype: np.dtype[Any]) -> UInt[np.ndarray, " tokens"]:
-    """Map ids into memory, unchecked."""
-    return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype)
-
-
-def read_description(file: Path) -> dict[str, Any]:
-    """Read a description, ``FILE.bin.json``; InputError: it cannot be read or doesn't describe ids."""
-    about = read_json(file, _AGAIN)
-    if (about.get("format"), about.get("version")) != (FORMAT, VERSION):
-        raise InputError(f"{file}: does not describe token ids (format {FORMAT!r}, version {VERSION}); {_AGAIN}")
-    for name, kind in _FIELDS.items():
-        if type(about.get(name)) is not kind:
-            raise InputError(f"{file}: {name} is {about.get(name)!r:.60}; expected {kind.__name__}; {_AGAIN}")
-    if about["dtype"] not in _DTYPES:
-        raise InputError(f"{file}: dtype is {about['dtype']!r}; expected {' or '.join(_DTYPES)}; {_AGAIN}")
-    for name, n in {**about["counts"], "tokens": about["tokens"], "documents": about["documents"]}.items():
-        if type(n) is not int or n < 0:
-            raise InputError(f"{file}: {name} is {n!r:.60}; expected a whole number, at least 0; {_AGAIN}")
-    return about

@@ -75,7 +75,7 @@ class Classifier:
         Raises:
             InputError: one text instead of a list of texts; a text that is empty or that the tokenizer cannot encode.
         """
-        from slm_jax.data.text_batches import classification_eval_batches, encode_text  # imports Grain: 0.8 s
+        from slm_jax.data.labelled import classification_eval_batches, encode_text  # imports Grain: 0.8 s
 
         if isinstance(texts, str):
             raise InputError(f"texts is {texts!r:.60}; expected a list of texts, even for a single one")

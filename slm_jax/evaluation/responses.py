@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from slm_jax.data.row_files import read_json_rows
 from slm_jax.data.rows import Row
+from slm_jax.data.sources import parse_source
 from slm_jax.data.templates import Message, Template, entry_messages
 from slm_jax.errors import InputError, located
 from slm_jax.evaluation.logprobs import Scorer
@@ -64,10 +64,7 @@ def read_responses(path: Path) -> list[Response]:
     Raises:
         InputError: the file cannot be read or is not such a list; a field is missing, is not text, or is empty.
     """
-    rows = read_json_rows(path)
-    if not rows:
-        raise InputError(f"{path}: empty; expected entries with output and model_response")
-    return [_response(row) for row in rows]
+    return [_response(row) for row in parse_source(f"json:{path}").read_rows()]
 
 
 def _response(row: Row) -> Response:

@@ -8,7 +8,6 @@ import numpy as np
 from jaxtyping import Integer
 
 from slm_jax.data.corpus import encode_documents, open_tokens, split_documents
-from slm_jax.data.documents import read_documents
 from slm_jax.data.sources import check_text_column, parse_source
 from slm_jax.data.token_file import TokenSource
 from slm_jax.errors import InputError, located
@@ -104,7 +103,7 @@ def evaluate_source(
 
     Documents are joined with the end-of-text id, and the splits are those that pretraining makes of the same source
     with the same ``validation_fraction``. ``text_column`` is the column of the texts in rows
-    (:func:`slm_jax.data.documents.documents`); see :func:`text_loss` for the other arguments.
+    (:meth:`slm_jax.data.rows.Source.documents`); see :func:`text_loss` for the other arguments.
 
     Raises:
         InputError: a source that cannot be read, or doesn't fit the tokenizer or the model.
@@ -118,7 +117,7 @@ def evaluate_source(
         cut = int(len(tokens) * (1 - validation_fraction))
         tokens = {"all": tokens, "train": tokens[:cut], "validation": tokens[cut:]}[split]
     else:
-        documents = read_documents(parsed, text_column)
+        documents = parsed.read_documents(text_column)
         if split != "all":
             train, validation = split_documents(documents, validation_fraction)
             documents = train if split == "train" else validation

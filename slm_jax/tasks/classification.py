@@ -13,8 +13,15 @@ import numpy as np
 import optax
 
 from slm_jax.data.corpus import make_tokenizer
-from slm_jax.data.labelled import LabelledSplits, class_weights, load_labelled
-from slm_jax.data.text_batches import bucket_width, classification_batches, classification_eval_batches, encode_texts
+from slm_jax.data.labelled import (
+    LabelledSplits,
+    class_weights,
+    classification_batches,
+    classification_eval_batches,
+    encode_texts,
+    load_labelled,
+)
+from slm_jax.data.windows import bucket_width
 from slm_jax.errors import MissingInputError
 from slm_jax.evaluation.classes import ClassFigures, Classifier, class_figures, class_table, draw_confusion
 from slm_jax.model import GPTClassifier, GPTConfig, Params, init_classifier

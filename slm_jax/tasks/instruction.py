@@ -12,16 +12,18 @@ from typing import Any, ClassVar
 import jax
 
 from slm_jax.data.corpus import make_tokenizer
-from slm_jax.data.instruction_batches import (
+from slm_jax.data.instructions import (
+    Example,
+    InstructionSplits,
     Tokens,
     encode_examples,
     instruction_batches,
     instruction_eval_batches,
+    load_instructions,
     pack,
 )
-from slm_jax.data.instructions import Example, InstructionSplits, load_instructions
 from slm_jax.data.templates import Message, Template, format_prompt, load_template
-from slm_jax.data.text_batches import bucket_width
+from slm_jax.data.windows import bucket_width
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.evaluation.responses import Response, score_responses
 from slm_jax.evaluation.results import perplexity

@@ -12,8 +12,14 @@ import jax.numpy as jnp
 import optax
 
 from slm_jax.data.corpus import Corpus, load_corpus
-from slm_jax.data.packing import PackedRows, packed_validation_batches
-from slm_jax.data.windows import check_window, endless_batches, steps_per_epoch, train_batches, validation_batches
+from slm_jax.data.windows import (
+    PackedRows,
+    check_window,
+    endless_batches,
+    steps_per_epoch,
+    train_batches,
+    validation_batches,
+)
 from slm_jax.errors import InputError
 from slm_jax.generation.decode import generate
 from slm_jax.model import GPTConfig, GPTModel, Params, init_params, param_shapes
@@ -175,7 +181,7 @@ def _packed(config: RunConfig, corpus: Corpus, context: int) -> Batches:
         train=endless_batches(
             len(train), train.batch, batch_size=batch_size, seed=config.seed, shuffle=config.data.shuffle
         ),
-        validation=lambda: packed_validation_batches(validation, batch_size=config.train.eval_batch_size or batch_size),
+        validation=lambda: validation.eval_batches(config.train.eval_batch_size or batch_size),
         rows_per_epoch=len(train),
         tokens_per_step=round(batch_size * train.tokens_per_row),
         notes=(train.describe() + alone,),

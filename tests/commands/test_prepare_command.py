@@ -1,6 +1,5 @@
 """What must hold of ``slm-jax prepare``: a file that training takes, or one line and nothing left behind."""
 
-import io
 import json
 import os
 import signal
@@ -10,11 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from slm_jax import cli
-from slm_jax.commands.prepare import PLAIN_INTERVAL, _Progress
-from slm_jax.data.prepare import Prepared
 from slm_jax.data.token_file import open_token_file
 from slm_jax.tokenizer import CharTokenizer
 
@@ -106,14 +102,13 @@ def test_a_source_is_never_replaced(tmp_path, tokenizer, capsys, out):
     assert (tmp_path / "b.bin.json").read_text() == '{"text": "one small step"}'
 
 
-def test_progress_is_a_line_now_and_then():
-    console = Console(file=io.StringIO(), force_terminal=False)
-    progress = _Progress(console, 200)
-    progress._lines._last -= PLAIN_INTERVAL
-    progress.report(Prepared(bytes_read=100, documents=1, tokens=5))
-    progress.report(Prepared(bytes_read=200, documents=1, tokens=5))
-    (line,) = console.file.getvalue().splitlines()
-    assert line.startswith("50% · 1 document · 5 tokens · ")
+def test_progress_is_a_line_now_and_then(source, tokenizer, tmp_path, monkeypatch, capsys):
+    given = ["--source", source, "--tokenizer", tokenizer, "--out"]
+    prepare(*given, tmp_path / "a.bin")
+    assert "tokens/s" not in capsys.readouterr().err
+    monkeypatch.setattr("slm_jax.commands.prepare.PLAIN_INTERVAL", 0)
+    prepare(*given, tmp_path / "b.bin")
+    assert capsys.readouterr().err.startswith("100%, 5 documents, ")
 
 
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

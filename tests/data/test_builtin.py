@@ -10,9 +10,7 @@ from collections import Counter
 import pytest
 from refusals import refused
 
-from slm_jax.data import builtin
 from slm_jax.data.builtin import INSTRUCTION, docstring_entries, prose_or_code, python_docs
-from slm_jax.data.documents import read_documents
 from slm_jax.data.sources import parse_source
 from slm_jax.errors import MissingInputError
 
@@ -20,9 +18,9 @@ from slm_jax.errors import MissingInputError
 
 
 def test_the_builtin_text_is_plenty_and_always_the_same():
-    first = read_documents(parse_source("builtin:python-docs"))
+    first = parse_source("builtin:python-docs").read_documents()
     python_docs.cache_clear()
-    assert read_documents(parse_source("builtin:python-docs")) == first
+    assert parse_source("builtin:python-docs").read_documents() == first
     whole = "\n\n".join(first)
     assert 800_000 < len(whole) < 4_000_000
     assert len(whole.encode("utf-8")) < 1.02 * len(whole)  # English
@@ -35,10 +33,12 @@ def test_the_builtin_text_is_plenty_and_always_the_same():
 @pytest.fixture
 def stdlib(tmp_path, monkeypatch):
     """A folder that stands for the standard library."""
-    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    library = tmp_path / "library"
+    library.mkdir()
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(library)})
     for function in (python_docs, prose_or_code):
         function.cache_clear()
-    yield tmp_path
+    yield library
     for function in (python_docs, prose_or_code):
         function.cache_clear()
 
@@ -72,30 +72,35 @@ class C:
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
     loud, package = (long.replace("sentence", name) for name in ("loud.py", "pkg/__init__.py"))
     # loud.py says nothing that copy.py did not
-    assert read_documents(parse_source("builtin:python-docs")) == [f"{text}\nG: {text}" for text in (loud, package)]
+    assert parse_source("builtin:python-docs").read_documents() == [f"{text}\nG: {text}" for text in (loud, package)]
 
 
-def test_docstrings_are_kept_until_a_module_changes_and_no_cache_is_needed(tmp_path, monkeypatch):
-    library, cache = tmp_path / "library", tmp_path / "cache"
-    library.mkdir()
-    module = library / "module.py"
-    module.write_text('"""First."""')
+def test_docstrings_are_kept_until_a_module_changes_and_no_cache_is_needed(stdlib, tmp_path, monkeypatch):
+    cache, file, module = tmp_path / "cache", tmp_path / "file", stdlib / "module.py"
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    assert builtin._cached_modules(library) == [("module.py", "First.")]
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+
+    def read():
+        python_docs.cache_clear()
+        return python_docs()
+
+    first, second = (f"The {name} version of this module says something about itself." for name in ("first", "second"))
+    module.write_text(f'"""{first}"""')
+    assert read() == (first,)
     (kept,) = cache.rglob("*.json")
-    kept.write_text('[["module.py", "Kept."]]')
-    assert builtin._cached_modules(library) == [("module.py", "Kept.")]
+    kept.write_text('["Kept."]')
+    assert read() == ("Kept.",)
     kept.write_text("damaged")
-    assert builtin._cached_modules(library) == [("module.py", "First.")]
-    module.write_text('"""Second."""')
-    assert builtin._cached_modules(library) == [("module.py", "Second.")]
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # nothing can be written there
-    assert builtin._cached_modules(library) == [("module.py", "Second.")]
+    assert read() == (first,)
+    module.write_text(f'"""{second}"""')
+    assert read() == (second,)
+    file.touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(file))  # nothing can be written there
+    assert read() == (second,)
 
 
 def test_a_python_without_its_source_still_has_the_topics(stdlib, monkeypatch):
-    assert sum(map(len, read_documents(parse_source("builtin:python-docs")))) > 100_000
+    assert sum(map(len, parse_source("builtin:python-docs").read_documents())) > 100_000
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
     python_docs.cache_clear()
     for name in ("python-docs", "prose-or-code"):

@@ -1,9 +1,7 @@
 """What must hold between a source and two splits: no token in both, documents apart, ids that mean what they say."""
 
 import dataclasses
-import hashlib
 import json
-import re
 
 import numpy as np
 import pytest
@@ -150,7 +148,8 @@ def test_documents_without_a_token_leave_no_separator():
 # Fingerprint
 
 
-def test_every_token_changes_the_fingerprint():
+def test_every_token_changes_the_fingerprint(monkeypatch):
+    monkeypatch.setattr(corpus_module, "_CHUNK", 3)
     tokens = np.arange(12, dtype=np.uint16)
     corpus = Corpus(tokens[:8], tokens[8:], CharTokenizer().build_vocab("abc"), None)
     seen = {corpus.fingerprint()}
@@ -159,20 +158,9 @@ def test_every_token_changes_the_fingerprint():
         changed[i] += 1
         seen.add(dataclasses.replace(corpus, train=changed[:8], validation=changed[8:]).fingerprint())
     seen |= {dataclasses.replace(corpus, train=tokens[:n], validation=tokens[n:]).fingerprint() for n in (7, 9)}
-    seen.add(dataclasses.replace(corpus, train=tokens[1:8]).fingerprint())
-    seen.add(dataclasses.replace(corpus, train=tokens[:8][::-1]).fingerprint())
-    assert len(seen) == 17
+    assert len(seen) == 15
     wider = dataclasses.replace(corpus, train=tokens[:8].astype(np.uint32))  # how ids are stored makes no difference
     assert wider.fingerprint() == corpus.fingerprint()
-
-
-def test_the_fingerprint_of_a_long_text_covers_all_of_it():
-    tokens = np.zeros(3 * 2**20 + 5, np.uint16)
-    corpus = Corpus(tokens, tokens[:1], CharTokenizer().build_vocab("abc"), None)
-    for i in (0, 2**20, 2**21 + 1, 3 * 2**20 + 4):
-        changed = tokens.copy()
-        changed[i] = 1
-        assert dataclasses.replace(corpus, train=changed).fingerprint() != corpus.fingerprint()
 
 
 # Token files
@@ -202,11 +190,6 @@ def test_a_token_file_of_another_vocabulary_is_refused(token_file, saved_tokeniz
     ):
         with refused(r"ids\.bin: token 2 has id 10, but the vocabulary has 10"):
             load_corpus(source, saved_tokenizer)
-
-
-def test_no_tokenizer_can_be_trained_on_ids(token_file):
-    with refused("no simple tokenizer can be trained .*--tokenizer.kind gpt2"):
-        load_corpus(DataConfig(token_file([1, 2])), SIMPLE)
 
 
 def test_text_and_ids_do_not_mix(token_file, text_file, saved_tokenizer):
@@ -260,38 +243,34 @@ def test_a_prepared_file_of_the_models_tokenizer_is_read(prepared):
     assert open_tokens(parse_source(source), CHARS).tokens.tolist() == IDS
 
 
-def refuses(call, *said):
-    with refused(".*".join(map(re.escape, said))):
-        call()
-
-
 def test_a_prepared_file_of_another_tokenizer_is_refused(prepared, tmp_path):
     source = prepared(IDS)
-    one, other = fingerprint(CHARS)[:8], fingerprint(OTHERS)[:8]
-    data = DataConfig(source)
-    made = (source, f"made with the char tokenizer {one}")
-    the_other = f"is the char tokenizer {other}; "
+    one, other = (f"the char tokenizer {fingerprint(tokenizer)[:8]}" for tokenizer in (CHARS, OTHERS))
+    data, made = DataConfig(source), f"{source}: made with {one}, but"
 
     path = str(OTHERS.save(tmp_path / "others.json"))
-    refuses(lambda: load_corpus(data, TokenizerConfig(path=path)), *made, f"the configured one {the_other}prepare")
-    for kind in ("gpt2", "simple"):
-        refuses(lambda kind=kind: load_corpus(data, TokenizerConfig(kind=kind)), *made, kind)
-    model = f"the model's {the_other}prepare the text with that one: slm-jax prepare --tokenizer PATH"
-    refuses(lambda: load_corpus(data, DEFAULT, saved=OTHERS), *made, model)
-    refuses(lambda: open_tokens(parse_source(source), OTHERS), *made, model)
+    with refused(f"{made} the configured one is {other}; prepare"):
+        load_corpus(data, TokenizerConfig(path=path))
+    with refused(f"{made} the configured one is the gpt2 tokenizer"):
+        load_corpus(data, TokenizerConfig(kind="gpt2"))
+    with refused(f"{source}: made with {one}, but tokenizer.kind is simple; leave it out"):
+        load_corpus(data, SIMPLE)
+    for call in (lambda: load_corpus(data, DEFAULT, saved=OTHERS), lambda: open_tokens(parse_source(source), OTHERS)):
+        with refused(f"{made} the model's is {other}; prepare the text with that one: slm-jax prepare"):
+            call()
     validation = prepared(IDS, OTHERS, "val.bin")
-    refuses(
-        lambda: load_corpus(DataConfig(source, validation_source=validation), DEFAULT),
-        f"{validation}: made with the char tokenizer {other}, but data.source's is the char tokenizer {one}",
-    )
+    with refused(f"{validation}: made with {other}, but data.source's is {one}"):
+        load_corpus(DataConfig(source, validation_source=validation), DEFAULT)
 
 
 def test_a_bare_file_beside_a_prepared_one_is_read_with_its_tokenizer(prepared, token_file):
     source = DataConfig(prepared(IDS), validation_source=token_file([3, 1]))
     assert load_corpus(source, DEFAULT).validation.tolist() == [3, 1]
     outside = DataConfig(prepared(IDS), validation_source=token_file([3, 10]))
-    refuses(lambda: load_corpus(outside, DEFAULT), "token 1 has id 10, but the vocabulary has 10")
-    refuses(lambda: load_corpus(dataclasses.replace(source, source=token_file([1])), DEFAULT), "bare token ids")
+    with refused("token 1 has id 10, but the vocabulary has 10"):
+        load_corpus(outside, DEFAULT)
+    with refused("bare token ids, so no bpe tokenizer can be trained .*--tokenizer.kind gpt2"):
+        load_corpus(dataclasses.replace(source, source=token_file([1])), DEFAULT)
 
 
 def test_the_fingerprint_of_prepared_files_is_of_their_ids_and_the_cut(prepared):
@@ -309,27 +288,16 @@ def test_the_fingerprint_of_prepared_files_is_of_their_ids_and_the_cut(prepared)
         return corpus.fingerprint()
 
     assert fingerprint_of(IDS) == fingerprint_of(IDS)
-    others = [
-        fingerprint_of(IDS, 0.4), fingerprint_of([1, *IDS[1:]]), fingerprint_of([*IDS[:-1], 1]),
-        fingerprint_of(IDS[1:]), fingerprint_of(IDS, validation=[1, 2]), fingerprint_of(IDS, validation=[2, 1]),
-    ]  # fmt: skip
-    assert len({fingerprint_of(IDS), *others}) == 7
-
-
-def test_the_fingerprint_of_bare_files_is_that_of_their_ids(token_file, saved_tokenizer):
-    corpus = load_corpus(DataConfig(token_file(IDS), validation_fraction=0.3), saved_tokenizer)
-    parts = [np.array(IDS[:7], "<u4"), np.array(IDS[7:], "<u4")]
-    expected = hashlib.sha256(b"".join(str(len(part)).encode() + part.tobytes() for part in parts)).hexdigest()
-    assert corpus.fingerprint() == expected
+    others = [fingerprint_of(IDS, 0.4), fingerprint_of([1, *IDS[1:]]), fingerprint_of(IDS, validation=[1, 2])]
+    assert len({fingerprint_of(IDS), *others}) == 4
 
 
 # Columns, long texts
 
 
-def test_a_column_where_no_source_has_any_is_refused(text_file, prepared):
-    for source in (text_file("abc"), "builtin:python-docs", prepared(IDS)):
-        data = DataConfig(source, text_column="body")
-        refuses(lambda data=data: load_corpus(data, CHAR), f"data.text_column is 'body', but {data.source} has no col")
+def test_a_column_where_no_source_has_any_is_refused():
+    with refused("data.text_column is 'body', but builtin:python-docs has no columns"):
+        load_corpus(DataConfig("builtin:python-docs", text_column="body"), CHAR)
 
 
 def test_texts_come_from_a_column(tmp_path):
@@ -349,16 +317,6 @@ def test_a_long_text_is_better_prepared(text_file, monkeypatch):
     source = text_file("abc " * 300, "my text.txt")
     (note,) = load_corpus(DataConfig(source), CHAR).notes
     assert f"slm-jax prepare --source '{source}' --out FILE.bin" in note
-
-
-# What is refused
-
-
-@pytest.mark.parametrize("text", ["", "  \n\n", END_OF_TEXT, f"\n{END_OF_TEXT}\n{END_OF_TEXT}"])
-@pytest.mark.parametrize("kind", [CHAR, SIMPLE, BPE], ids=["char", "simple", "bpe"])
-def test_an_empty_text_is_refused(text_file, text, kind):
-    with refused("empty text"):
-        load_corpus(DataConfig(text_file(text)), kind)
 
 
 def test_a_stop_is_asked_for_between_the_phases(text_file):

@@ -9,11 +9,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-import requests
 from refusals import refused
 
 from slm_jax.data import named
-from slm_jax.data.documents import read_documents
 from slm_jax.data.named import NAMED_FILES, named_file
 from slm_jax.data.sources import parse_source
 from slm_jax.errors import InputError, MissingInputError
@@ -71,7 +69,7 @@ def test_a_named_file_is_downloaded_once(server, empty_home):
     path = named_file("the-verdict")
     assert path == empty_home / "the-verdict.txt"
     assert path.read_bytes() == CONTENT
-    assert read_documents(parse_source("named:the-verdict")) == [CONTENT.decode()]
+    assert parse_source("named:the-verdict").read_documents() == [CONTENT.decode()]
     assert server.hits == 1
     assert list(empty_home.iterdir()) == [path]
 
@@ -110,7 +108,7 @@ def test_other_content_is_refused_and_not_kept(server, empty_home):
         named_file("the-verdict")
     assert not isinstance(error.value, MissingInputError)
     assert NAMED_FILES["the-verdict"].sha256 in str(error.value)
-    assert list(empty_home.iterdir()) == []
+    assert not empty_home.exists()
 
 
 def assert_missing(error: pytest.ExceptionInfo[InputError]) -> None:
@@ -123,23 +121,14 @@ def test_a_server_that_refuses(server, empty_home):
     with refused("404", MissingInputError) as error:
         named_file("the-verdict")
     assert_missing(error)
-    assert list(empty_home.iterdir()) == []
+    assert not empty_home.exists()
 
 
-def test_a_download_that_breaks_off_leaves_nothing(server, empty_home, monkeypatch):
+def test_a_download_that_breaks_off_leaves_nothing(server, empty_home):
     server.body = CONTENT[:1000]  # fewer than announced, then the connection closes
     with pytest.raises(InputError):
         named_file("the-verdict")
-    assert list(empty_home.iterdir()) == []
-
-    def interrupted(self, size):
-        yield CONTENT[:10]
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(requests.Response, "iter_content", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        named_file("the-verdict")
-    assert list(empty_home.iterdir()) == []
+    assert not empty_home.exists()
 
 
 def test_a_proxy_is_used_where_the_name_is_unknown_here(server, monkeypatch):
@@ -154,10 +143,10 @@ def test_a_missing_network_is_reported_within_five_seconds(empty_home, monkeypat
     point_to(monkeypatch, "https://no-such-host.invalid/verdict.txt")
     start = time.monotonic()
     with pytest.raises(MissingInputError) as error:
-        read_documents(parse_source("named:the-verdict"))
+        parse_source("named:the-verdict").read_documents()
     assert time.monotonic() - start < 5
     assert_missing(error)
-    assert list(empty_home.iterdir()) == []
+    assert not empty_home.exists()
 
 
 def test_a_name_lookup_that_hangs_is_given_up(empty_home, monkeypatch):
@@ -181,7 +170,7 @@ def test_a_name_lookup_that_hangs_is_given_up(empty_home, monkeypatch):
     assert_missing(error)
 
 
-def test_a_cache_that_cannot_be_written(empty_home, tmp_path):
+def test_a_cache_that_cannot_be_written(server, tmp_path):
     (tmp_path / "cache").write_text("a file where a folder should be")
     with refused("XDG_CACHE_HOME"):
         named_file("the-verdict")
@@ -195,4 +184,4 @@ def test_the_real_files_have_their_pinned_content(name):
     assert named_file(name).parent == Path(folder)
     characters = {"the-verdict": 20_479, "tinyshakespeare": 1_115_394}
     if name in characters:
-        assert [len(text) for text in read_documents(parse_source(f"named:{name}"))] == [characters[name]]
+        assert [len(text) for text in parse_source(f"named:{name}").read_documents()] == [characters[name]]

@@ -9,12 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from refusals import refused
 
-from slm_jax.data import prepare, text_files
+from slm_jax.data import file_sources, prepare
 from slm_jax.data.builtin import Builtin
 from slm_jax.data.corpus import encode_documents
-from slm_jax.data.documents import read_documents
-from slm_jax.data.filters import Rules
-from slm_jax.data.prepare import cut_pieces, train_tokenizer
+from slm_jax.data.prepare import Prepared, Rules, cut_pieces, select, train_tokenizer
 from slm_jax.data.rows import Source
 from slm_jax.data.sources import parse_source
 from slm_jax.data.token_file import open_token_file
@@ -96,19 +94,17 @@ def sources(tmp_path) -> dict[str, Source]:
 
 
 @pytest.mark.parametrize("kind", ["char", "simple", "bpe", "gpt2"])
-@pytest.mark.parametrize("piece", [3, 50, 1 << 20])
-@pytest.mark.parametrize("source", ["text", "jsonl"])
+@pytest.mark.parametrize(("source", "piece"), [("text", 3), ("text", 1 << 20), ("jsonl", 50)])
 def test_a_source_has_the_ids_of_reading_and_encoding_it_whole(
     tokenizers, sources, tmp_path, monkeypatch, kind, piece, source
 ):
     tokenizer = tokenizer_of(tokenizers, kind)
-    whole = read_documents(sources[source])
+    whole = sources[source].read_documents()
     if kind == "char":
         tokenizer = CharTokenizer().build_vocab("".join(whole))
     expected = encode_documents(whole, tokenizer)
-    monkeypatch.setattr(text_files, "PIECE", piece)
-    monkeypatch.setattr(prepare, "_PIECE", piece)
-    monkeypatch.setattr(prepare.cut_pieces, "__defaults__", (piece,))
+    monkeypatch.setattr(file_sources, "PIECE", piece)
+    monkeypatch.setattr(prepare, "PIECE", piece)
     prepared = prepare.prepare([sources[source]], tmp_path / "ids.bin", tokenizer, rules=ALL)
     opened = open_token_file(tmp_path / "ids.bin")
     np.testing.assert_array_equal(opened.tokens, expected)
@@ -118,17 +114,8 @@ def test_a_source_has_the_ids_of_reading_and_encoding_it_whole(
     assert json.loads((tmp_path / "ids.bin.json").read_text())["documents"] == len(whole)
 
 
-def test_copies_are_left_out_and_counted(tokenizers, sources, tmp_path):
-    prepared = prepare.prepare([sources["text"]], tmp_path / "ids.bin", tokenizers["bpe"])
-    whole = read_documents(sources["text"])
-    first_ones = list({text.strip(): text for text in reversed(whole)}.values())[::-1]
-    assert prepared.counts["duplicates"] == len(whole) - prepared.documents >= 1
-    assert prepared.documents == len(first_ones)
-    assert json.loads((tmp_path / "ids.bin.json").read_text())["counts"] == prepared.counts
-
-
 def test_the_order_is_that_of_the_source_with_many_threads(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "_PIECE", 30)
+    monkeypatch.setattr(prepare, "PIECE", 30)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     texts = [f"document {i} " + "word " * (i * 37 % 50) for i in range(500)]
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
@@ -150,10 +137,10 @@ def test_sources_follow_each_other_as_if_they_were_one(tokenizers, tmp_path):
     (tmp_path / "b.jsonl").write_text('{"text": "newer"}\n{"text": "low lower"}\n')
     sources = [parse_source(f"jsonl:{tmp_path}/b.jsonl"), parse_source(f"text:{tmp_path}/a.txt")]
     prepared = prepare.prepare(sources, tmp_path / "ids.bin", tokenizers["bpe"])
-    opened = open_token_file(tmp_path / "ids.bin")
+    opened, about = open_token_file(tmp_path / "ids.bin"), json.loads((tmp_path / "ids.bin.json").read_text())
     assert opened.tokenizer.decode(opened.tokens) == "newer<|endoftext|>low lower"
     assert prepared.counts["duplicates"] == 1
-    assert json.loads((tmp_path / "ids.bin.json").read_text())["source"] == " ".join(map(str, sources))
+    assert (about["source"], about["counts"]) == (" ".join(map(str, sources)), prepared.counts)
     with refused("gone", MissingInputError):
         prepare.prepare([*sources, parse_source("text:gone.txt")], tmp_path / "o" / "ids.bin", tokenizers["bpe"])
     assert not (tmp_path / "o").exists()
@@ -169,26 +156,19 @@ def test_rows_and_files_without_text_are_counted(tokenizers, tmp_path):
 
 
 def test_progress_is_of_what_was_encoded_not_of_what_was_read_ahead(tokenizers, tmp_path, monkeypatch):
-    monkeypatch.setattr(text_files, "PIECE", 100)
-    monkeypatch.setattr(prepare, "_PIECE", 100)
-    monkeypatch.setattr(prepare.cut_pieces, "__defaults__", (100,))
-    (tmp_path / "a.txt").write_text("low lower " * 200)
+    monkeypatch.setattr(file_sources, "PIECE", 100)
+    monkeypatch.setattr(prepare, "PIECE", 100)
+    (tmp_path / "a.txt").write_text("<|endoftext|>".join(f"low lower {i:090}" for i in range(20)))
     reports = []
     prepare.prepare(
         [parse_source(f"text:{tmp_path}/a.txt")],
         tmp_path / "ids.bin",
         tokenizers["bpe"],
-        report=lambda p: reports.append((p.bytes_read, p.text_bytes)),
+        report=lambda p: reports.append((p.bytes_read, p.text_bytes + 13 * p.documents)),
     )
+    assert len(reports) > 10
     assert all(n_read - n_encoded <= 200 for n_read, n_encoded in reports)
-    assert reports[-1] == (2000, 2000)
-
-
-def test_a_pattern_does_not_match_what_is_written(tokenizers, tmp_path):
-    (tmp_path / "a.txt").write_text("low lower")
-    prepare.prepare([parse_source(f"text:{tmp_path}/*")], tmp_path / "ids.bin", tokenizers["bpe"])
-    opened = open_token_file(tmp_path / "ids.bin")
-    assert opened.tokenizer.decode(opened.tokens) == "low lower"
+    assert reports[-1] == (20 * 113 - 13, 20 * 113)
 
 
 def test_nothing_left_is_an_error_and_leaves_nothing(tokenizers, sources, tmp_path):
@@ -213,11 +193,61 @@ def test_a_tokenizer_without_its_files_is_found_out_before_reading(tmp_path, mon
         prepare.prepare([parse_source("builtin:python-docs")], tmp_path / "ids.bin", GPT2Tokenizer())
 
 
+# What is left out
+
+
+def selected(rules: Rules, documents: list[list[str]]) -> tuple[list[str], dict[str, int]]:
+    """What stays, and the counts that are not 0."""
+    counts = Prepared().counts
+    kept = ["".join(document) for document in select(documents, rules, counts)]
+    assert len(documents) - len(kept) == sum(counts.values()) - counts["unfiltered"]
+    return kept, {reason: n for reason, n in counts.items() if n}
+
+
+def test_copies_are_left_out_however_they_are_cut():
+    documents = [["ab", "c"], ["a", "bc"], ["abc\n"], ["ab c"], ["abd"], [" abd"], ["abc"]]
+    assert selected(Rules(), documents) == (["abc", "ab c", "abd"], {"duplicates": 4})
+    assert selected(ALL, documents)[1] == {}
+
+
+def test_each_reason_is_counted_once():
+    documents = [["word"], ["a longer word"], ["##########"], ["same line\n" * 4], ["a longer word"]]
+    rules = Rules(min_characters=5, max_symbol_ratio=0.5, max_repeated_lines=0.5)
+    expected = {"short": 1, "symbols": 1, "repeated_lines": 1, "duplicates": 1}
+    assert selected(rules, documents) == (["a longer word"], expected)
+    # what is left out for its quality is no earlier document
+    assert selected(rules, [["word"], ["word"], ["another word"]])[1] == {"short": 2}
+
+
+def test_a_limit_is_what_is_still_kept():
+    assert selected(Rules(min_characters=4), [["word"], ["wor"]])[0] == ["word"]
+    assert selected(Rules(max_symbol_ratio=0.25), [["abc!"], ["ab!!"]])[0] == ["abc!"]
+    assert selected(Rules(max_repeated_lines=0.5), [["a\na"], ["a\na\na"]])[0] == ["a\na"]
+
+
+def test_a_document_that_is_too_long_streams_through(monkeypatch):
+    monkeypatch.setattr(prepare, "LONGEST", 5)
+    read = []
+
+    def endless():
+        while True:
+            read.append("abc")
+            yield "abc"
+
+    counts = Prepared().counts
+    first = next(select([endless()], Rules(min_characters=100), counts))
+    assert len(read) == 2
+    assert [next(first) for _ in range(4)] == ["abc"] * 4
+    assert len(read) == 4
+    assert counts == Prepared().counts | {"unfiltered": 1}
+    assert selected(Rules(), [["abcde"], ["abcde"], ["abcdef"], ["abcdef"]])[1] == {"duplicates": 1, "unfiltered": 2}
+
+
 # Training a tokenizer
 
 
 def test_a_tokenizer_trained_in_pieces_is_the_one_trained_on_the_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare.cut_pieces, "__defaults__", (100,))
+    monkeypatch.setattr(prepare, "PIECE", 100)
     text = "".join(f"the {i} low lower\tlowest\n newer and wider " for i in range(300))
     (tmp_path / "a.txt").write_text(text)
     whole = BPETokenizer.train(text, vocab_size=300).to_dict()

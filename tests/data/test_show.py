@@ -7,9 +7,8 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from slm_jax.data.packing import PackedRows
 from slm_jax.data.show import COLUMNS, ROWS, show_batches
-from slm_jax.data.windows import endless_batches, train_batches
+from slm_jax.data.windows import PackedRows, endless_batches, train_batches
 from slm_jax.tokenizer import BPETokenizer, CharTokenizer
 
 CHARS = CharTokenizer().build_vocab("abcdefghijklmnopqrstuvwxyz \n")

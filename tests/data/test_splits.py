@@ -4,7 +4,7 @@ import pytest
 from refusals import refused
 
 from slm_jax.data.config import DataConfig
-from slm_jax.data.splits import first_places, grouped, share, shared, split_fractions
+from slm_jax.data.splits import share, shared, split_fractions
 
 SPLITS = {"train": ["a1", "b1"], "validation": ["c1", "c2"], "test": ["c3", "d1", "a2"]}
 
@@ -35,15 +35,8 @@ def test_a_share_is_rounded_down_but_for_the_last_digits_of_a_float(n):
     assert share(n, 0.0) == 0
 
 
-def test_groups_are_in_the_order_of_their_first():
-    assert grouped("bacab", [2, 1, 3, 1, 2]) == [["b", "b"], ["a", "a"], ["c"]]
-
-
 def test_what_is_in_two_splits_is_found_with_where_it_was_first():
     """Twice in the same split is nothing."""
-    assert first_places(SPLITS, letter) == {
-        "a": ("train", "a1"), "b": ("train", "b1"), "c": ("validation", "c1"), "d": ("test", "d1")
-    }  # fmt: skip
     assert shared(SPLITS, letter) == [
         (("validation", "c1"), ("test", "c3")),
         (("train", "a1"), ("test", "a2")),

@@ -13,7 +13,7 @@ from refusals import refused
 from slm_jax.data import token_file
 from slm_jax.data.token_file import check_ids, json_path, open_token_file, write_token_file
 from slm_jax.errors import InputError, MissingInputError
-from slm_jax.tokenizer import BPETokenizer, CharTokenizer, fingerprint
+from slm_jax.tokenizer import CharTokenizer, fingerprint
 
 TOKENIZER = CharTokenizer().build_vocab("abcdefghij")
 
@@ -105,7 +105,6 @@ def test_of_two_writers_at_once_the_later_one_wins_whole(path):
         assert open_token_file(path).tokens.tolist() == [4] * 5
     assert open_token_file(path).tokens.tolist() == [1, 2, 3]
     assert json.loads(json_path(path).read_text())["source"] == "first"
-    assert sorted(file.name for file in path.parent.iterdir()) == ["ids.bin", "ids.bin.json"]
 
 
 def test_a_changed_file_is_refused(path):
@@ -133,15 +132,9 @@ def test_a_description_alone_is_not_a_token_file(path):
     ("change", "expected"),
     [
         (lambda text: text[:50], "cannot be read as JSON"),
-        (lambda text: "[]", "expected one JSON object"),
         (lambda text: text.replace('"tokens": 5', '"tokens": 5, "tokens": 5'), r"cannot be read .*duplicate key"),
-        (lambda text: text.replace('"documents": 2', '"documents": -2'), "documents is -2; expected a whole number"),
-        (lambda text: text.replace('"duplicates": 3', '"duplicates": -3'), "duplicates is -3; expected a whole number"),
-        (lambda text: text.replace('"duplicates": 3', '"duplicates": "3"'), "duplicates is '3'; expected a whole nu"),
-        (lambda text: text.replace('"slm_jax token ids"', '"other"'), "does not describe token ids"),
         (lambda text: text.replace('"version": 1', '"version": 2'), "does not describe token ids"),
         (lambda text: text.replace('"tokens": 5', '"tokens": "5"'), "tokens is '5'; expected int"),
-        (lambda text: text.replace('"tokens": 5', '"tokens": -5'), "tokens is -5; expected a whole number, at least 0"),
         (lambda text: text.replace('"uint16"', '"uint8"'), "dtype is 'uint8'; expected uint16 or uint32"),
         (lambda text: text.replace('"sha256"', '"sha"'), "sha256 is None"),
         (lambda text: text.replace('"kind": "char"', '"kind": "word"'), "tokenizer: not a tokenizer of slm_jax"),
@@ -157,14 +150,6 @@ def test_a_damaged_description_is_refused(path, change, expected):
     with refused(rf"ids\.bin\.json: {expected}") as error:
         open_token_file(path)
     assert "prepare" in str(error.value)
-
-
-def test_a_trained_tokenizer_is_kept(tmp_path):
-    tokenizer = BPETokenizer.train("low lower lowest " * 20, vocab_size=270)
-    with write_token_file(tmp_path / "ids.bin", tokenizer, "") as file:
-        file.write(tokenizer.encode("lowest"))
-    opened = open_token_file(str(tmp_path / "ids.bin"))
-    assert opened.tokenizer.decode(opened.tokens) == "lowest"
 
 
 # Bare ids
@@ -185,23 +170,21 @@ def test_bare_ids_are_mapped_and_have_no_tokenizer(tmp_path, monkeypatch):
     assert open_token_file("~/ids.bin").tokens.tolist() == opened.tokens.tolist()
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 4, 100])
+@pytest.mark.parametrize("chunk", [1, 4, 100])
 def test_the_first_id_outside_the_vocabulary_is_named(tmp_path, monkeypatch, chunk):
     monkeypatch.setattr(token_file, "_CHUNK", chunk)
     path = bare(tmp_path, [5, 6, 9, 9, 9, 10, 3, 12])
     tokens = open_token_file(path).tokens
     check_ids(tokens, 13, path)
-    with pytest.raises(InputError) as error:
+    with refused(rf"{path}: token 5 has id 10, but the vocabulary has 10 ids; .* tokenizer"):
         check_ids(tokens, 10, path)
-    for part in (str(path), "token 5 has id 10", "vocabulary has 10", "tokenizer"):
-        assert part in str(error.value)
 
 
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (b"", "0 bytes; expected uint16"),
-        (b"\1\0\2", "3 bytes; expected uint16"),
+        (b"", "expected uint16"),
+        (b"\1\0\2", "expected uint16"),
         (b"\x93NUMPY\1\0 and so on ", r"\.npy"),
         ((20240520).to_bytes(4, "little") + bytes(1020), r"llm\.c"),
     ],
@@ -209,9 +192,8 @@ def test_the_first_id_outside_the_vocabulary_is_named(tmp_path, monkeypatch, chu
 def test_files_that_are_not_bare_ids(tmp_path, content, expected):
     path = tmp_path / "ids.bin"
     path.write_bytes(content)
-    with refused(expected) as error:
+    with refused(f"{path}: .*{expected}"):
         open_token_file(path)
-    assert str(path) in str(error.value)
 
 
 def test_paths_that_are_not_files(tmp_path):

@@ -1,20 +1,35 @@
-"""What must hold of windows and batches: what is in them, and that their order is a function of (seed, step)."""
+"""What must hold of batches of tokens: what is in them, and that their order is a function of (seed, step)."""
 
 import collections
+import itertools
+import tracemalloc
 
 import grain
 import jax
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from refusals import refused
 
-from slm_jax.data.windows import check_window, steps_per_epoch, train_batches, validation_batches, window_starts
-from slm_jax.errors import InputError
+from slm_jax.data import windows
+from slm_jax.data.windows import (
+    PackedRows,
+    best_fit,
+    bucket_width,
+    check_window,
+    endless_batches,
+    steps_per_epoch,
+    train_batches,
+    validation_batches,
+    window_starts,
+)
+from slm_jax.model import GPTConfig, GPTModel
+from slm_jax.tasks.pretraining import make_loss_fn
 from slm_jax.training.sharding import host_rows
 
 TOKENS = np.arange(1000, 1053, dtype=np.uint16)  # each token tells where it stands
+SAMPLINGS = pytest.mark.parametrize("sampling", ["stride", "random"])
 
 
 def batches(tokens=TOKENS, **changed):
@@ -31,6 +46,18 @@ def same(one, other):
     assert one.keys() == other.keys()
     for name in one:
         np.testing.assert_array_equal(one[name], other[name])
+
+
+def shapes(batch):
+    return {name: (value.shape, value.dtype) for name, value in batch.items()}
+
+
+@pytest.mark.parametrize(
+    ("longest", "limit", "width"),
+    [(1, 64, 16), (16, 64, 16), (17, 64, 32), (33, 64, 64), (33, 40, 40), (5, 8, 8)],
+)
+def test_widths_are_powers_of_two_from_16_to_the_limit(longest, limit, width):
+    assert bucket_width(longest, limit) == width
 
 
 # Windows at strides
@@ -61,17 +88,9 @@ def test_stride_windows_are_the_books(n, context, stride):
     assert steps_per_epoch(n, **settings) == len(inputs) / 2
 
 
-def test_a_batch_has_the_documented_names_and_types():
-    batch = batches()[0]
-    assert {name: (value.shape, value.dtype) for name, value in batch.items()} == {
-        "inputs": ((3, 8), np.int32),
-        "targets": ((3, 8), np.int32),
-        "weights": ((3, 8), np.float32),
-    }
-    np.testing.assert_array_equal(batch["inputs"][:, 1:], batch["targets"][:, :-1])
-
-
-def test_ids_above_int16_are_kept():
+def test_a_batch_has_the_documented_names_and_types_and_ids_above_int16():
+    tokens = ((3, 8), np.int32)
+    assert shapes(batches()[0]) == {"inputs": tokens, "targets": tokens, "weights": ((3, 8), np.float32)}
     assert (batches(np.full(20, 65_535, np.uint16))[0]["inputs"] == 65_535).all()
     assert (batches(np.full(20, 100_000, np.uint32))[0]["targets"] == 100_000).all()
 
@@ -79,12 +98,11 @@ def test_ids_above_int16_are_kept():
 def test_each_epoch_holds_every_window_once_and_in_another_order():
     n_windows = len(window_starts(53, 8, None))
     assert n_windows == 6
-    dataset = batches()  # batches of 3: an epoch is 2
     drawn = starts(batches(batch_size=n_windows), 20)
     epochs = [drawn[i * n_windows :][:n_windows] for i in range(20)]
     assert all(sorted(epoch) == [0, 8, 16, 24, 32, 40] for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 10
-    assert starts(dataset, 4) == [*epochs[0], *epochs[1]]
+    assert starts(batches(), 4) == [*epochs[0], *epochs[1]]  # batches of 3: an epoch is 2
 
 
 # Random offsets
@@ -108,16 +126,15 @@ def test_an_epoch_of_random_offsets_is_as_many_tokens_as_there_are():
 # Order
 
 
-@pytest.mark.parametrize("sampling", ["stride", "random"])
-def test_a_batch_is_a_function_of_seed_and_step(sampling):
+@SAMPLINGS
+def test_a_batch_is_a_function_of_seed_and_step(tmp_path, sampling):
     """However it is reached: by index, in any order, by iterating, or going on from a saved state."""
     dataset = batches(sampling=sampling)
     direct = [dataset[step] for step in range(12)]
-    again = batches(sampling=sampling)
+    TOKENS.tofile(tmp_path / "ids.bin")
+    mapped = batches(np.memmap(tmp_path / "ids.bin", np.uint16, mode="r"), sampling=sampling)
     for step in reversed(range(12)):
-        same(again[step], direct[step])
-    for step, batch in zip(range(12), again, strict=False):
-        same(batch, direct[step])
+        same(mapped[step], direct[step])
 
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
     iterator = iter(dataset.to_iter_dataset(options))
@@ -128,11 +145,6 @@ def test_a_batch_is_a_function_of_seed_and_step(sampling):
     fresh.set_state(state)
     for step in range(7, 12):
         same(next(fresh), direct[step])
-        same(next(iterator), direct[step])
-
-
-@pytest.mark.parametrize("sampling", ["stride", "random"])
-def test_another_seed_is_another_order(sampling):
     assert starts(batches(sampling=sampling, seed=1), 6) != starts(batches(sampling=sampling, seed=2), 6)
     assert starts(batches(sampling=sampling, seed=0), 6) != starts(batches(sampling=sampling, seed=2**32 - 1), 6)
 
@@ -149,6 +161,28 @@ def test_hosts_take_slices_of_one_global_batch(monkeypatch, n_hosts):
         parts.append(sliced[3])
     assert {len(part["inputs"]) for part in parts} == {6 // n_hosts}
     same({name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, dataset[3])
+
+
+@pytest.mark.parametrize(
+    ("sampling", "expected"),
+    [
+        ("random", [[234, 792, 451, 652], [838, 255, 774, 59], [167, 478, 487, 541]]),
+        ("stride", [[224, 672, 712, 360], [512, 648, 880, 696], [120, 176, 448, 464]]),
+    ],
+)
+def test_the_order_of_windows_never_changes(sampling, expected):
+    """Another order would change the data of resumed runs."""
+    dataset = batches(np.arange(1000, dtype=np.uint16), sampling=sampling, batch_size=4, seed=7)
+    assert [dataset[step]["inputs"][:, 0].tolist() for step in (0, 1, 1000)] == expected
+
+
+@SAMPLINGS
+def test_batches_of_one_window_can_be_iterated(sampling):
+    """Grain counts what is endless in floating point, where the number is too large by one."""
+    dataset = batches(sampling=sampling, batch_size=1)
+    iterator = iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+    for step in range(3):
+        same(next(iterator), dataset[step])
 
 
 # Validation
@@ -173,49 +207,179 @@ def test_validation_counts_each_token_but_the_first_once(n, context, batch_size)
     assert seen == tokens[1:].tolist()
 
 
-# What is refused
-
-
-@pytest.mark.parametrize("sampling", ["stride", "random"])
+@SAMPLINGS
 def test_a_text_shorter_than_one_window_is_refused(sampling):
     for n in (0, 1, 8):
-        with refused(rf"training split has {n} tokens, fewer than one window of 9") as error:
+        with refused(rf"training split has {n} tokens, fewer than one window of 9; .* model.context_length"):
             batches(TOKENS[:n], sampling=sampling)
-        assert "model.context_length" in str(error.value)
     same(batches(TOKENS[:9], sampling=sampling)[0], batches(TOKENS[:9], sampling=sampling)[5])  # one window only
-
-
-def test_validation_needs_one_target():
-    for n in (0, 1):
-        with pytest.raises(InputError, match=f"validation split has {n} tokens, fewer than one window of 2"):
-            check_window(n, 8, "validation")
+    with refused("validation split has 1 tokens, fewer than one window of 2"):
+        check_window(1, 8, "validation")
     check_window(2, 8, "validation")  # a shorter window will do
 
 
-@pytest.mark.parametrize(
-    ("sampling", "expected"),
-    [
-        ("random", [[234, 792, 451, 652], [838, 255, 774, 59], [167, 478, 487, 541]]),
-        ("stride", [[224, 672, 712, 360], [512, 648, 880, 696], [120, 176, 448, 464]]),
-    ],
+# Packed documents
+
+EOT = 0
+
+
+def stream(lengths, *, ends=False):
+    """Documents whose tokens tell where they stand, with the end-of-text id between them, or after each."""
+    tokens, n = [], 1
+    for length in lengths:
+        tokens += [*range(n, n + length), EOT]
+        n += length
+    return np.array(tokens if ends else tokens[:-1], np.uint16)
+
+
+def rows_of(packed):
+    """The rows of packed documents, one after the other."""
+    batch = packed.batch(np.arange(len(packed)))
+    return [{name: value[row] for name, value in batch.items()} for row in range(len(packed))]
+
+
+def pieces_of(row):
+    """The inputs and targets of each piece of a row, after its arrays were looked at."""
+    n_used = int((row["segment_ids"] > 0).sum())
+    found = []
+    for segment in range(1, int(row["segment_ids"].max()) + 1):
+        (at,) = np.nonzero(row["segment_ids"] == segment)
+        assert at.tolist() == list(range(at[0], at[-1] + 1))
+        assert row["positions"][at].tolist() == list(range(len(at)))
+        found.append((tuple(row["inputs"][at].tolist()), tuple(row["targets"][at].tolist())))
+    assert sum(len(inputs) for inputs, _ in found) == n_used
+    assert row["weights"].tolist() == [1.0] * n_used + [0.0] * (len(row["weights"]) - n_used)
+    assert not any(row[name][n_used:].any() for name in ("inputs", "targets", "segment_ids", "positions"))
+    return found
+
+
+def expected_pieces(tokens, width):
+    """Each input with its target, cut before end-of-text and after so many tokens, one token at a time."""
+    pieces = []
+    for inputs, target in itertools.pairwise(tokens):
+        if not pieces or inputs == EOT or len(pieces[-1][0]) == width:
+            pieces.append(([], []))
+        pieces[-1][0].append(int(inputs))
+        pieces[-1][1].append(int(target))
+    return [(tuple(inputs), tuple(targets)) for inputs, targets in pieces]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    tokens=st.lists(st.integers(0, 3) | st.integers(4, 60_000), min_size=2, max_size=120),
+    width=st.integers(1, 20),
 )
-def test_the_order_of_windows_never_changes(sampling, expected):
+@example(tokens=[EOT, EOT], width=3)
+@example(tokens=[1, EOT], width=1)
+@example(tokens=[EOT, 1, EOT, EOT, 2, EOT], width=2)
+def test_every_token_but_the_first_is_a_target_once_behind_what_its_document_has_before_it(tokens, width):
+    tokens = np.array(tokens, np.uint16)
+    packed = PackedRows(tokens, EOT, width)
+    found = [piece for row in rows_of(packed) for piece in pieces_of(row)]
+    assert collections.Counter(found) == collections.Counter(expected_pieces(tokens, width))
+    assert packed.n_documents == 1 + np.count_nonzero(tokens[1:-1] == EOT)
+    assert packed.tokens_per_row == pytest.approx(sum(len(targets) for _, targets in found) / len(packed))
+
+
+def test_a_document_starts_after_the_end_of_the_one_before_and_learns_its_own():
+    packed = PackedRows(np.array([EOT, 11, 12, EOT, 21, EOT], np.uint16), EOT, 8)
+    assert packed.describe() == "packed 2 documents into 1 row of 8, 37.5% padding"
+    (row,) = rows_of(packed)
+    assert pieces_of(row) == [((EOT, 11, 12), (11, 12, EOT)), ((EOT, 21), (21, EOT))]
+    tokens = dict.fromkeys(("inputs", "targets", "segment_ids", "positions"), ((8,), np.int32))
+    assert shapes(row) == {**tokens, "weights": ((8,), np.float32)}
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_the_search_for_documents_does_not_depend_on_how_much_is_searched_at_a_time(monkeypatch, ends):
+    tokens = stream([5, 12, 3, 9, 1, 20, 7, 2], ends=ends)
+    whole = rows_of(PackedRows(tokens, EOT, 16))
+    for chunk in (1, 7, len(tokens) - 1, len(tokens)):
+        monkeypatch.setattr(windows, "_CHUNK", chunk)
+        for one, other in zip(rows_of(PackedRows(tokens, EOT, 16)), whole, strict=True):
+            same(one, other)
+
+
+def test_a_file_of_tokens_stays_out_of_memory(tmp_path):
+    np.arange(16_000_000, dtype=np.uint32).astype("<u2").tofile(tmp_path / "ids.bin")  # an end of text every 65,536
+    tracemalloc.start()
+    try:
+        packed = PackedRows(np.memmap(tmp_path / "ids.bin", "<u2", mode="r"), EOT, 1024)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 10e6  # of 32 MB
+    assert packed.n_documents == 245
+
+
+def naive_best_fit(lengths, width):
+    """The loads of rows, by looking at all of them for each piece."""
+    loads = []
+    for length in sorted(lengths, reverse=True):
+        fitting = [row for row in range(len(loads)) if loads[row] + length <= width]
+        if fitting:
+            loads[max(fitting, key=lambda row: loads[row])] += length
+        else:
+            loads.append(length)
+    return sorted(loads)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data(), width=st.integers(1, 40))
+def test_each_piece_goes_into_the_fullest_row_that_has_room(data, width):
+    lengths = np.array(data.draw(st.lists(st.integers(1, width), min_size=1, max_size=60)), np.int32)
+    row_of = best_fit(lengths, width)
+    loads = np.bincount(row_of, weights=lengths).astype(int)
+    assert sorted(loads.tolist()) == naive_best_fit(lengths.tolist(), width)
+    assert (best_fit(lengths, width) == row_of).all()
+
+
+def test_the_loss_of_a_packed_batch_is_the_mean_over_its_documents_fed_one_by_one():
+    lengths = [5, 12, 30, 9, 1, 20, 7, 2]  # one is longer than a row
+    pieces = expected_pieces(stream(lengths), 24)
+    alone = {name: np.zeros((len(pieces), 24), np.int32) for name in ("inputs", "targets", "weights")}
+    for row, (inputs, targets) in enumerate(pieces):
+        alone["inputs"][row, : len(inputs)], alone["targets"][row, : len(targets)] = inputs, targets
+        alone["weights"][row, : len(targets)] = 1
+    (packed,) = PackedRows(stream(lengths), EOT, 24).eval_batches(len(pieces))
+    assert packed["segment_ids"].max() >= 3
+
+    model = GPTModel(GPTConfig(128, 24, emb_dim=16, n_heads=2, n_layers=2, tie_weights=False, unroll=False))
+    params = jax.tree.map(  # biases and position embeddings that are not near zero
+        lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(1), leaf.shape),
+        jax.jit(model.init)(jax.random.key(0), packed["inputs"])["params"],
+    )
+    loss_fn = jax.jit(lambda batch: make_loss_fn(model)(params, {}, batch, None)[:2])
+    loss, n_targets = loss_fn(packed)
+    expected, n_expected = loss_fn({**alone, "weights": alone["weights"].astype(np.float32)})
+    assert n_targets == n_expected == stream(lengths).size - 1
+    assert float(loss / n_targets) == pytest.approx(float(expected / n_expected), rel=1e-5)
+
+
+def test_validation_has_every_row_once_in_the_order_of_first_documents_and_fills_the_last_batch_with_nothing():
+    tokens = stream(np.random.default_rng(1).integers(2, 12, 40))
+    packed = PackedRows(tokens, EOT, 16)
+    found = list(packed.eval_batches(6))
+    assert {batch["inputs"].shape for batch in found} == {(6, 16)}
+    assert sum(batch["weights"].sum() for batch in found) == tokens.size - 1
+    rows = [{name: value[i] for name, value in batch.items()} for batch in found for i in range(6)]
+    for row, expected in zip(rows, rows_of(packed), strict=False):
+        same(row, expected)
+    assert len(rows) > len(packed)
+    assert not any(value.any() for row in rows[len(packed) :] for value in row.values())
+    first_targets = [int(row["targets"][0]) for row in rows[: len(packed)]]  # the first input is mostly end-of-text
+    assert first_targets == sorted(first_targets)
+    assert first_targets[0] == 2
+
+
+def test_the_order_of_rows_never_changes():
     """Another order would change the data of resumed runs."""
-    dataset = batches(np.arange(1000, dtype=np.uint16), sampling=sampling, batch_size=4, seed=7)
-    assert [dataset[step]["inputs"][:, 0].tolist() for step in (0, 1, 1000)] == expected
-
-
-@pytest.mark.parametrize("sampling", ["random", "stride"])
-def test_batches_of_one_window_can_be_iterated(sampling):
-    """Grain counts what is endless in floating point, where the number is too large by one."""
-    dataset = batches(sampling=sampling, batch_size=1)
-    iterator = iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
-    for step in range(3):
-        same(next(iterator), dataset[step])
-
-
-def test_a_mapped_file_gives_the_same_batches(tmp_path):
-    TOKENS.tofile(tmp_path / "ids.bin")
-    mapped = batches(np.memmap(tmp_path / "ids.bin", np.uint16, mode="r"))
-    for step in range(4):
-        same(mapped[step], batches()[step])
+    tokens = np.arange(1, 401, dtype=np.uint16)
+    tokens[::9] = tokens[::23] = 0
+    packed = PackedRows(tokens, 0, 16)
+    dataset = endless_batches(len(packed), packed.batch, batch_size=4, seed=7)
+    found = [dataset[step]["inputs"][:, 1].tolist() for step in (0, 1, 1000)]
+    assert found == [[301, 65, 2, 56], [317, 137, 117, 0], [94, 0, 65, 20]]
+    assert dataset[0]["targets"][0].tolist() == [*range(301, 307), 0, *range(353, 361), 0]
+    assert dataset[0]["segment_ids"][0].tolist() == [1] * 7 + [2] * 9
+    assert dataset[0]["positions"][0].tolist() == [*range(7), *range(9)]

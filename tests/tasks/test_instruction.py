@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from slm_jax.data.config import DataConfig, InstructionConfig, TokenizerConfig
-from slm_jax.data.instruction_batches import Tokens, instruction_batches, instruction_eval_batches, pack
+from slm_jax.data.instructions import Tokens, instruction_batches, instruction_eval_batches, pack
 from slm_jax.data.templates import Message, Template
 from slm_jax.errors import InputError
 from slm_jax.generation.conversation import answer
