@@ -1,6 +1,8 @@
 """An estimate of what a run needs of a device that may be elsewhere, and of what to change if it does not fit."""
 
+import bisect
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any, get_args
 
@@ -48,22 +50,14 @@ class Plan:
     """What a run needs; bytes and FLOP/s of one device, tokens a second of all.
 
     Attributes:
-        device, n_devices: name of the device on the command line; devices that share each batch.
-        dtype: dtype of the activations there.
-        attention: implementation of attention there.
-        optimizer: adamw or muon.
         n_params, n_trained: all parameters (a tied head counts once), and the trained ones.
-        vocab_size: number of token ids.
         seq, rows: tokens of a row; rows of a micro-batch on one device, as configured.
-        remat: model.remat, as configured.
         memory_limit: bytes of the device that a program may use; None: unknown.
         by_remat: the step with each setting of model.remat, by the formulas of :mod:`slm_jax.tools.plan.memory_model`.
         xla_bytes: the step as configured, by XLA's analysis of the compiled program; None: not compiled.
-        evaluation_bytes: memory of an evaluation.
         flops_per_token: FLOPs of training on a token; None if only a part is trained.
         peak_flops: peak FLOP/s in ``dtype``; None: unknown, as of a CPU.
         mfu: assumed share of the peak.
-        tokens_per_second: expected speed.
         tokens, hours: of the run; None: the text decides.
         hours_for_20: time of 20 tokens a parameter.
         fits: whether training and evaluation fit as configured.
@@ -126,13 +120,12 @@ def make_plan(
     mesh_sizes(config.mesh, n_devices)
     check_batch_size(n_devices, config.train.batch_size, config.train.accumulate)
     limit = device_memory(jax.devices("cpu")[0]) if known is None else known.memory * known.usable
-    setting = _Setting(shapes, target, limit, n_devices)
+    setting = _Setting(shapes, target, math.inf if limit is None else limit, n_devices)
     work = setting.work(config)
     by_remat = {remat: setting.fit(_replace(config, "model", remat=remat)) for remat in get_args(Remat)}
     xla_bytes = compiled_bytes(config, shapes) if known is None and n_devices == 1 else None
     evaluation = setting.evaluation(config)
-    needed = max(xla_bytes or by_remat[work.cfg.remat].memory.total, evaluation)
-    fits = limit is None or needed <= limit
+    fits = max(xla_bytes or by_remat[work.cfg.remat].memory.total, evaluation) <= setting.limit
     n_trained = count(shapes.params.trainable)
     n_params = n_trained + count(shapes.params.frozen)
 
@@ -178,11 +171,11 @@ def _replace(config: RunConfig, section: str, **changes: Any) -> RunConfig:
 
 @dataclasses.dataclass(frozen=True)
 class _Setting:
-    """A model and its devices, for which configurations are tried."""
+    """A model and its devices, for which configurations are tried; the limit of an unknown memory is infinite."""
 
     shapes: Shapes
     target: Target
-    limit: float | None
+    limit: float
     n_devices: int
 
     def work(self, config: RunConfig) -> Work:
@@ -202,43 +195,31 @@ class _Setting:
         muon = config.optimizer.kind == "muon"
         return state_bytes(self.shapes.params.trainable, self.shapes.params.frozen, config.mesh.fsdp, muon)
 
-    def memory(self, config: RunConfig) -> Memory:
-        return step_memory(self.work(config), self.state(config))
-
     def evaluation(self, config: RunConfig) -> float:
         rows = -(-(config.train.eval_batch_size or config.train.batch_size) // self.n_devices)
         return evaluation_memory(dataclasses.replace(self.work(config), rows=rows), self.state(config))
 
-    def has(self, n_bytes: float) -> bool:
-        return self.limit is None or n_bytes <= self.limit
-
     def fit(self, config: RunConfig) -> Fit:
-        memory = self.memory(config)
-        if self.limit is None:
-            return Fit(memory, True, 0, config.train.accumulate)
-        return Fit(memory, self.has(memory.total), self.largest_rows(config), self.least_accumulate(config))
+        work, state = self.work(config), self.state(config)
 
-    def least_accumulate(self, config: RunConfig) -> int | None:
+        def fits(**changes: Any) -> bool:
+            return step_memory(dataclasses.replace(work, **changes), state).total <= self.limit
+
         share = config.train.batch_size // self.n_devices
-        divisors = (accumulate for accumulate in range(1, share + 1) if share % accumulate == 0)
-        return next((n for n in divisors if self.has(self.memory(_replace(config, "train", accumulate=n)).total)), None)
-
-    def largest_rows(self, config: RunConfig) -> int:
-        """Return the most rows at a time that fit on one device, by bisection."""
-        state, work = self.state(config), self.work(config)
-        low, high = 0, _MOST_ROWS
-        while low < high:
-            middle = (low + high + 1) // 2
-            fits = self.has(step_memory(dataclasses.replace(work, rows=middle), state).total)
-            low, high = (middle, high) if fits else (low, middle - 1)
-        return low
+        divisors = (n for n in range(1, share + 1) if share % n == 0)
+        return Fit(
+            memory=step_memory(work, state),
+            fits=fits(),
+            largest_rows=bisect.bisect_left(range(1, _MOST_ROWS), True, key=lambda rows: not fits(rows=rows)),
+            accumulate=next((n for n in divisors if fits(rows=share // n, accumulate=n)), None),
+        )
 
     def changes(self, config: RunConfig) -> Iterator[str]:
         """Yield options with which the run fits, nearest to the configuration first."""
         asked = rows = config.train.eval_batch_size or config.train.batch_size
-        while rows > self.n_devices and not self.has(self.evaluation(_replace(config, "train", eval_batch_size=rows))):
+        while rows > self.n_devices and self.evaluation(_replace(config, "train", eval_batch_size=rows)) > self.limit:
             rows //= 2
-        evaluation = [f"--train.eval_batch_size {rows}"] if rows < asked else []
+        evaluation = f"--train.eval_batch_size {rows}" if rows < asked else ""
         candidates = {
             "": config,
             "--model.remat dots": _replace(config, "model", remat="dots"),
@@ -249,12 +230,12 @@ class _Setting:
             flags = f"--mesh.fsdp {self.n_devices}"
             candidates |= {flags: sharded, f"{flags} --model.remat full": _replace(sharded, "model", remat="full")}
         for flags, changed in candidates.items():
-            accumulate = self.least_accumulate(changed)
+            accumulate = self.fit(changed).accumulate
             if accumulate is not None:
-                more = [f"--train.accumulate {accumulate}"] if accumulate > config.train.accumulate else []
-                yield " ".join([*([flags] if flags else []), *more, *evaluation])
-            if not flags and accumulate is not None and accumulate <= config.train.accumulate:
-                return  # only the evaluation does not fit
+                more = f"--train.accumulate {accumulate}" if accumulate > config.train.accumulate else ""
+                yield " ".join(filter(None, [flags, more, evaluation]))
+                if not flags and not more:
+                    return  # only the evaluation does not fit
 
 
 def compiled_bytes(config: RunConfig, shapes: Shapes) -> int | None:

@@ -44,11 +44,9 @@ _UNROLLED_WIDTHS, _UNROLLED_WEIGHTS = 24, 3  # float32 arrays of a token's E, an
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What one device computes at a time.
+    """What one device computes at a time, with the ``dtype`` and ``remat`` of the run.
 
     Attributes:
-        cfg: the model, with the ``dtype`` and ``remat`` of the run.
-        target: kind of device.
         attention: implementation: explicit, xla, cudnn or flash.
         rows, seq: sequences of a micro-batch, and tokens of each.
         n_outputs: columns of the logits: the vocabulary, or classes.
@@ -96,11 +94,7 @@ class Work:
 class State:
     """Bytes on one device of what lasts from step to step, and of the gradients.
 
-    Attributes:
-        parameters: trained and frozen parameters.
-        optimizer: moments of the trained parameters, Adam's two or Muon's one.
-        gradients: gradients of the trained parameters.
-        gathered: other devices' shares that a device holds while it computes (``mesh.fsdp``).
+    ``gathered``: other devices' shares that a device holds while it computes (``mesh.fsdp``).
     """
 
     parameters: float
@@ -114,7 +108,7 @@ class Memory:
     """Bytes on one device; not all parts exist at the same time, see ``total``.
 
     Attributes:
-        parameters, optimizer, gradients: see :class:`State`; accumulating doubles the gradients.
+        gradients: of the trained parameters; accumulating doubles them.
         batch: inputs, targets and weights of all micro-batches.
         activations: kept for the backward pass.
         logits: before the backward pass through the blocks: a piece's logits, the head's kernel as it is multiplied,

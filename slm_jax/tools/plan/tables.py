@@ -38,10 +38,9 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 def _model_table(plan: Plan) -> Table:
     devices = f"{plan.n_devices} × {plan.device}" if plan.n_devices > 1 else plan.device
-    table = Table(title=f"on {devices}", title_justify="left", show_header=False, pad_edge=False)
+    trained = f", trained {plan.n_trained:,}" if plan.n_trained != plan.n_params else ""
     rows = {
-        "parameters": f"{plan.n_params:,}"
-        + (f", trained {plan.n_trained:,}" if plan.n_trained != plan.n_params else ""),
+        "parameters": f"{plan.n_params:,}{trained}",
         "computed in": f"{plan.dtype}, attention {plan.attention}",
         "rows of tokens": f"{plan.seq:,} tokens each, of {plan.vocab_size:,} ids; {plan.rows:,} at a time on a device",
     }
@@ -49,16 +48,15 @@ def _model_table(plan: Plan) -> Table:
         rows["FLOPs a token"] = f"{_count(plan.flops_per_token)} (6 · parameters + 12 · layers · width · context)"
     if plan.tokens:
         rows["tokens"] = f"{plan.tokens:,.0f}: {plan.tokens / plan.n_params:.3g} a parameter"
-    if plan.tokens_per_second and plan.peak_flops and plan.mfu:
-        rows["speed"] = (
-            f"{plan.tokens_per_second:,.0f} tokens/s, if {plan.mfu:.0%} of {plan.peak_flops / 1e12:,.4g} TFLOP/s are "
-            "reached: an assumption (--mfu)"
-        )
+    if plan.tokens_per_second and plan.peak_flops:
+        share = f"{plan.mfu:.0%} of {plan.peak_flops / 1e12:,.4g} TFLOP/s"
+        rows["speed"] = f"{plan.tokens_per_second:,.0f} tokens/s, if {share} are reached: an assumption (--mfu)"
     if plan.hours is not None:
         rows["time"] = format_duration(3600 * plan.hours)
     if plan.hours_for_20 is not None:
         wanted = _count(CHINCHILLA * plan.n_params)
         rows[f"for {CHINCHILLA} tokens a parameter"] = f"{format_duration(3600 * plan.hours_for_20)} ({wanted} tokens)"
+    table = Table(title=f"on {devices}", title_justify="left", show_header=False, pad_edge=False)
     for name, value in rows.items():
         table.add_row(name, value)
     return table
@@ -72,21 +70,19 @@ def _memory_table(plan: Plan) -> Table:
         table.add_column(f"{remat} (configured)" if remat == plan.remat else remat, justify="right")
     fits = plan.by_remat.values()
     for part, label in _PARTS.items():
-        label = label.format(moments=_MOMENTS[plan.optimizer])
-        table.add_row(label, *(_size(getattr(fit.memory, part)) for fit in fits))
+        sizes = [getattr(fit.memory, part) for fit in fits]
+        shown = ("-" if size == 0 else "< 0.1 MB" if size < 5e4 else format_bytes(size) for size in sizes)
+        table.add_row(label.format(moments=_MOMENTS[plan.optimizer]), *shown)
     table.add_section()
     table.add_row("total", *(format_bytes(fit.memory.total) for fit in fits))
     if plan.xla_bytes is not None:
-        table.add_row(
-            "total by XLA", *(format_bytes(plan.xla_bytes) if remat == plan.remat else "" for remat in plan.by_remat)
-        )
+        compiled = format_bytes(plan.xla_bytes)
+        table.add_row("total by XLA", *(compiled if remat == plan.remat else "" for remat in plan.by_remat))
     table.add_row("an evaluation", *([format_bytes(plan.evaluation_bytes)] * len(fits)))
     if plan.memory_limit is not None:
         table.add_row("fits", *("yes" if fit.fits else "no" for fit in fits))
         table.add_row("rows at a time, at most", *(f"{fit.largest_rows:,}" for fit in fits))
-        table.add_row(
-            "train.accumulate, at least", *("none" if fit.accumulate is None else str(fit.accumulate) for fit in fits)
-        )
+        table.add_row("train.accumulate, at least", *(str(fit.accumulate or "none") for fit in fits))
     return table
 
 
@@ -101,10 +97,6 @@ def _verdict(plan: Plan) -> list[str]:
         "It does not fit, even one row at a time with --model.remat full; choose a smaller model or context, more "
         "devices with --mesh.fsdp, or a device with more memory."
     ]
-
-
-def _size(n_bytes: float) -> str:
-    return "-" if n_bytes == 0 else "< 0.1 MB" if n_bytes < 5e4 else format_bytes(n_bytes)
 
 
 def _count(number: float) -> str:
