@@ -30,7 +30,7 @@ from slm_jax.errors import InputError
 from slm_jax.files import replace_text
 from slm_jax.model import DType
 from slm_jax.tasks.config import parse_args
-from slm_jax.tools.bench.instruments import Ceilings, find_ceilings, output_of, peak_memory, time_calls
+from slm_jax.tools.bench.instruments import Ceilings, find_ceilings, output_of, peak_memory, start_python, time_calls
 from slm_jax.tools.bench.result import describe_machine
 from slm_jax.tools.bench.training import StepTimer, compile_step
 from slm_jax.tools.plan.estimate import ASSUMED_MFU, Plan, make_plan
@@ -170,7 +170,7 @@ def step_row(point: Point, device: str, ceilings: Ceilings, seconds: float) -> d
     measured: dict[str, Any] = {"seconds": None, "bytes": None, "repeats": ()}
     if memory.total < 0.8 * (plan.memory_limit or 0) and _LEAST_STEPS * bounds["arithmetic"] < seconds:
         arguments = ["--step", json.dumps(point.flags), "--seconds-per-point", str(seconds)]
-        measured = json.loads(output_of([__file__, *arguments]))
+        measured = json.loads(output_of(start_python([__file__, *arguments])))
     return {
         **dataclasses.asdict(point),
         "parameters": plan.n_params,
@@ -217,8 +217,8 @@ def reader_row(gigabytes: float) -> dict[str, Any]:
             return {"gigabytes": gigabytes, "missing": "no room on this disk"}
         try:
             write_ids(path, n_bytes)
-            return {"gigabytes": gigabytes, **json.loads(output_of([__file__, "--tokens", str(path)]))}
-        except (InputError, RuntimeError, OSError) as error:  # the steps took minutes, and are still to be written
+            return {"gigabytes": gigabytes, **json.loads(output_of(start_python([__file__, "--tokens", str(path)])))}
+        except (InputError, OSError) as error:  # the steps took minutes, and are still to be written
             print(f"the reader of {gigabytes:g} GB: {error}", file=sys.stderr)
             return {"gigabytes": gigabytes, "missing": "failed"}
 

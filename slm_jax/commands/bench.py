@@ -127,7 +127,7 @@ class StartupOptions(OfARecipe):
         repeats: repeats of each.
     """
 
-    measures = "startup.measure_startup"
+    measures = "training.measure_startup"
 
     repeats: Positive = 3
 

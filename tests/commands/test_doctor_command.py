@@ -23,7 +23,7 @@ def test_it_prints_a_line_a_check(classifier, capsys):
     assert summary.startswith("problems: 0, notes: ")
     levels, names = zip(*(line.split()[:2] for line in lines), strict=True)
     assert set(levels) <= {"ok", "note"}
-    assert list(dict.fromkeys(names))[:3] == ["packages", "extras", "devices"]
+    assert list(dict.fromkeys(names))[:3] == ["packages", "devices", "computation"]
     assert names[-1] == "next"
     assert f"slm-jax classify --run {classifier}" in lines[-1]
     assert any("frozen.safetensors, the frozen parameters: intact" in line for line in lines)

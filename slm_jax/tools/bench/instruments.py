@@ -122,21 +122,17 @@ def start_python(args: Sequence[str], environ: Mapping[str, str] = os.environ) -
     return subprocess.Popen([sys.executable, *args], env=environ, text=True, stdout=pipe, stderr=pipe)
 
 
-def output_of(args: Sequence[str]) -> str:
-    """Run this Python to its end and return what it prints; an InputError if it is killed or reports one."""
-    process = start_python(args)
+def output_of(process: "subprocess.Popen[str]") -> str:
+    """Return what a process prints until its end.
+
+    Raises:
+        InputError: the process failed or was killed; the last line that it wrote to stderr.
+    """
     printed, errors = process.communicate()
     if process.returncode:
-        raise failed(process.returncode, errors)
+        reason = (errors.strip().splitlines() or ["it was killed; out of memory?"])[-1]
+        raise InputError(f"a process to measure in ended with status {process.returncode}: {reason}")
     return printed
-
-
-def failed(status: int, errors: str) -> Exception:
-    """Return the exception for a process that ended with a status; errors that are no user's mistake are kept whole."""
-    if status == 1:
-        return RuntimeError(f"a process to measure in failed:\n{errors}")
-    reason = (errors.strip().splitlines() or ["it was killed; out of memory?"])[-1]
-    return InputError(f"a process to measure in ended with status {status}: {reason}")
 
 
 # --- Limits of a device ---

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -118,34 +119,29 @@ def print_result(result: Result, console: Console) -> None:
 
 
 def draw_result(result: Result, path: Path) -> None:
-    """Draw the repeats in their order, and beside them medians and lower bounds, or else bytes, into a PNG."""
+    """Draw all repeats of each time, and lower bounds beside them, or else bytes, into a PNG."""
     from matplotlib.figure import Figure
 
     shown = [(name, value) for name, value, _ in result.shown()]
-    timings = {name: value for name, value in shown if isinstance(value, Timing)}
+    timings = [(name, value.seconds) for name, value in shown if isinstance(value, Timing)]
+    bounds = [
+        (f"{name}, {kind}", [bound])
+        for name, value in shown
+        if isinstance(value, dict)
+        for kind, bound in value.items()
+    ]
+    sizes = [(name, [value]) for name, value in shown if isinstance(value, int | float)]
     scale, unit = (1e3, "ms") if timings else (1e-6, "MB")
-    measured = {name: timing.median for name, timing in timings.items()}
-    measured = measured or {name: value for name, value in shown if isinstance(value, int | float)}
-    limits = {
-        f"{name} by {kind}": bound for name, value in shown if isinstance(value, dict) for kind, bound in value.items()
-    }
     figure = Figure(figsize=(10, 4.2), dpi=120, layout="constrained")
-    figure.suptitle(f"slm-jax bench {result.what}: {describe_machine()['device']}", fontsize=10)
-    *left, axes = figure.subplots(1, 2 if timings else 1, squeeze=False)[0]
-    for repeats in left:
-        for name, timing in timings.items():
-            values = [scale * seconds for seconds in timing.seconds]
-            repeats.plot(range(1, len(values) + 1), values, marker="o", markersize=3, linewidth=0.8, label=name)
-        repeats.set(xlabel="repeat", ylabel=unit)
-        repeats.set_ylim(bottom=0)
-        repeats.legend(frameon=False, fontsize=8)
-    bars = {**measured, **limits}
-    colors = [MEASURED] * len(measured) + [BOUND] * len(limits)
-    widths = [scale * value for value in bars.values()]
-    axes.bar_label(axes.barh(list(bars), widths, color=colors), fmt="%.4g", padding=3, fontsize=8)
+    axes = figure.add_subplot(title=f"slm-jax bench {result.what}: {describe_machine()['device']}", xlabel=unit)
+    for points, color in ((timings or sizes, MEASURED), (bounds, BOUND)):
+        for name, values in points:
+            scaled = [scale * value for value in values]
+            axes.plot(scaled, [name] * len(scaled), "o", color=color, alpha=0.6)
+            axes.annotate(f" {np.median(scaled):.4g}", (max(scaled), name), va="center", fontsize=8)
     axes.invert_yaxis()
+    axes.set_xlim(left=0)
     axes.margins(x=0.15)
-    axes.set_xlabel(unit)
     try:
         path = path.resolve()  # a link stays
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,16 +1,22 @@
-"""A recipe's training step as ``slm-jax train`` compiles it: its speed, its memory, and the speed of its batches.
+"""``slm-jax train`` of a recipe: the speed and the memory of its step, the speed of its batches, and its start.
 
-The step runs on random tokens. Text is read only where it decides how many token ids there are, and may be absent.
+The step is the one that train compiles, and runs on random tokens. Text is read only where it decides how many token
+ids there are, and may be absent.
 """
 
+import contextlib
 import dataclasses
 import itertools
+import json
 import math
 import multiprocessing
+import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from typing import Any
 
 import grain
@@ -18,9 +24,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from slm_jax.config import to_dict
+from slm_jax.config import dump_config, to_dict
 from slm_jax.data.corpus import load_corpus
 from slm_jax.errors import InputError
+from slm_jax.files import cache_folder
 from slm_jax.model import GPTConfig, Params
 from slm_jax.runs import RunFolder
 from slm_jax.tasks.config import RunConfig, get_task
@@ -32,7 +39,9 @@ from slm_jax.tools.bench.instruments import (
     Timing,
     find_ceilings,
     named_device,
+    output_of,
     peak_memory,
+    start_python,
     time_calls,
 )
 from slm_jax.tools.bench.result import Result
@@ -49,6 +58,24 @@ from slm_jax.training.task import purpose_key
 FORMULA = "(6 N + 12 layers · width · context) · tokens/s / (devices · peak), N without position embeddings"
 _DOCUMENTS = 4  # of a packed row
 _STEPS = 3  # whose memory is measured
+_IMPORTS = """
+import json, time
+began = time.perf_counter()
+import jax, flax
+theirs = time.perf_counter()
+import slm_jax
+ours = time.perf_counter()
+slm_jax.GPTModel, slm_jax.load_gpt2
+print(json.dumps([theirs - began, ours - theirs, time.perf_counter() - ours]))
+"""
+STARTUP = (
+    "import_jax_flax_seconds",
+    "import_slm_jax_seconds",
+    "first_use_slm_jax_seconds",
+    "first_step_empty_cache_seconds",
+    "first_step_warm_cache_seconds",
+)
+_POLL, _TOO_LONG = 0.01, 3600.0  # seconds between two looks at a run's log, and until its first step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -321,3 +348,51 @@ def per_batch(
         lambda: sum(1 for _ in itertools.islice(iterator, batches)), warmup=warmup, repeats=repeats, clock=clock
     )
     return Timing(tuple(seconds / batches for seconds in timing.seconds))
+
+
+def measure_startup(config: RunConfig, repeats: int) -> Result:
+    """Measure imports, and ``slm-jax train`` of a recipe to its first step with an empty and a warm compile cache.
+
+    It uses a compile cache of its own. A named text that is not on this machine is downloaded at each start.
+    """
+    output_of(start_python(["-c", _IMPORTS]))  # fills the file system's cache
+    rows = []
+    for _ in range(repeats):
+        with tempfile.TemporaryDirectory() as folder:
+            starts = [_seconds_to_first_step(config, Path(folder), run) for run in ("cold", "warm")]
+        rows.append([*json.loads(output_of(start_python(["-c", _IMPORTS]))), *starts])
+    figures = {name: Timing(seconds) for name, seconds in zip(STARTUP, zip(*rows, strict=True), strict=True)}
+    note = "First step: from the start of the process to the line of step 1 in metrics.jsonl."
+    return Result("startup", to_dict(config), figures, (note,))
+
+
+def _seconds_to_first_step(config: RunConfig, folder: Path, run: str) -> float:
+    """Start a run in a folder, with the compile cache there, and stop it after its first step."""
+    config = dataclasses.replace(
+        config,
+        run=run,
+        runs_dir=str(folder),
+        resume="never",
+        train=dataclasses.replace(config.train, log_every=1),
+        checkpoint=dataclasses.replace(config.checkpoint, mirror=None),
+    )
+    recipe = folder / f"{run}.yaml"
+    recipe.write_text(dump_config(config), encoding="utf-8")
+    environ = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache")}
+    environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+    with contextlib.suppress(OSError):  # no home
+        environ.setdefault("SLM_JAX_DATA", str(cache_folder() / "data"))
+    began = time.perf_counter()
+    process = start_python(["-m", "slm_jax", "train", "--config", str(recipe)], environ)
+    try:
+        log = folder / run / "metrics.jsonl"
+        while not (log.is_file() and '"train"' in log.read_text(encoding="utf-8")):
+            if process.poll() is not None:
+                output_of(process)  # raises
+            if time.perf_counter() - began > _TOO_LONG:
+                raise InputError(f"no first step within {_TOO_LONG:.0f} s; choose a smaller recipe with --config")
+            time.sleep(_POLL)
+        return time.perf_counter() - began
+    finally:
+        process.terminate()
+        process.communicate()

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import importlib.util
 import os
 import platform
 import re
@@ -26,7 +25,6 @@ from slm_jax.files import check_reachable
 from slm_jax.nn.target import target_of
 from slm_jax.tokenizer import GPT2Tokenizer
 from slm_jax.training import hardware
-from slm_jax.training.loggers import PACKAGES
 from slm_jax.training.progress import format_bytes
 from slm_jax.weights.hub import PINS
 
@@ -41,10 +39,6 @@ HOSTS = {
     "openaipublic.blob.core.windows.net": "GPT-2's tokenizer",
     "raw.githubusercontent.com": "the named texts",
     "storage.googleapis.com": "TensorFlow Datasets",
-}
-EXTRAS = {
-    "torch": ("torch", "reads .pt, .pth and .bin weights"),
-    **{extra: (package, f"logging.{extra}") for extra, package in PACKAGES.items()},
 }
 SETTINGS = ("JAX_", "XLA_", "LIBTPU_INIT_ARGS", "CUDA_VISIBLE_DEVICES", "NPROC")
 
@@ -88,7 +82,7 @@ def examine_machine() -> Iterator[Finding]:
     """Yield what each check of this machine finds, in less than ten seconds; writes only to caches."""
     return perform(
         [
-            *(check_packages, check_extras, check_devices, check_computation, check_dtype, check_threads),
+            *(check_packages, check_devices, check_computation, check_dtype, check_threads),
             *(check_memory, check_disk, check_cache, check_settings, check_network),
         ]
     )
@@ -124,17 +118,6 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def check_extras() -> Found:
-    """List which optional packages are installed."""
-    there, lacking = [], ""
-    for extra, (package, use) in EXTRAS.items():
-        if importlib.util.find_spec(package):
-            there.append(f"{package} {_version(package) or ''}".strip())
-        else:
-            lacking += f"; not installed: {package} ({use}): pip install -e '.[{extra}]'"
-    yield "ok", f"installed: {', '.join(there) or 'none'}{lacking}"
 
 
 # --- Devices ---

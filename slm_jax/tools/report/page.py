@@ -18,8 +18,7 @@ from slm_jax.errors import InputError
 from slm_jax.model import GPTConfig, param_shapes
 from slm_jax.runs import read_frozen
 from slm_jax.tasks.config import TASKS, FinetuneConfig, RunConfig
-from slm_jax.tools.report.attention import read_maps
-from slm_jax.tools.report.curves import draw_curves, look
+from slm_jax.tools.report.pictures import draw_curves, look, read_maps
 from slm_jax.tools.report.record import Record, Row, figure
 from slm_jax.training.progress import format_duration
 from slm_jax.training.trainable import leaf_table

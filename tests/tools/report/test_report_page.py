@@ -13,9 +13,8 @@ from slm_jax.errors import InputError, MissingInputError
 from slm_jax.tokenizer import BPETokenizer, CharTokenizer
 from slm_jax.tools.report import page as pages
 from slm_jax.tools.report import record as reading
-from slm_jax.tools.report.attention import Maps, encode, to_png
-from slm_jax.tools.report.curves import draw_curves, format_tick
 from slm_jax.tools.report.page import MOST_CLASSES, MOST_SAMPLES, defaults, facts, write_comparison, write_page
+from slm_jax.tools.report.pictures import Maps, draw_curves, encode, format_tick, to_png
 from slm_jax.tools.report.record import read_records, steps_to_try
 
 MARKUP = "<b>&\"'</b> 日本語 😀 </style></pre><script>alert(1)</script>"

@@ -1,0 +1,276 @@
+"""The pictures of a report: curves of the log, of one run or of several, and attention weights of a run's model."""
+
+import base64
+import contextlib
+import dataclasses
+import io
+import shlex
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from slm_jax.errors import InputError, MissingInputError
+from slm_jax.evaluation.capture import capture
+from slm_jax.model import GPTClassifier, GPTModel, Params
+from slm_jax.nn.axes import STACK
+from slm_jax.runs import read_checkpoint
+from slm_jax.tokenizer import Tokenizer, tokenizer_from_dict
+from slm_jax.tools.report.record import Record, steps_to_try
+
+# --- Curves ---
+
+COLORS = ("#1f6fb4", "#c2410c", "#2e7d32", "#8a3fb0", "#92700a", "#0b7a80", "#b42a66", "#5a6270")
+INK = "#45505e"
+# An <img> cannot read the page's colours; in dark mode the style sheet inverts the whole picture.
+_STYLE: Any = {
+    "font.size": 11.0,
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
+    "axes.grid": True,
+    "grid.color": INK,
+    "grid.alpha": 0.15,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "path.simplify_threshold": 1.0,  # units of which 72 are an inch: a long line has no more points than a screen
+    "svg.fonttype": "none",
+    "svg.hashsalt": "slm-jax",
+}
+
+
+class Curve(NamedTuple):
+    """A split's figure over steps: its name in the log, title, unit, and the limits of its axis."""
+
+    split: str
+    key: str
+    title: str
+    unit: str
+    low: float | None = None
+    high: float | None = None
+
+
+CURVES = (
+    Curve("val", "loss", "Loss", ""),
+    Curve("val", "bits_per_byte", "Bits a byte", "bits a byte"),
+    Curve("val", "accuracy", "Accuracy", "share of the validation texts", 0, 1.03),
+    Curve("train", "learning_rate", "Learning rate", "", 0),
+    Curve("train", "grad_norm", "Gradient norm", "norm before clipping", 0),
+    Curve("train", "tokens_per_second", "Speed", "tokens a second", 0),
+)
+
+
+class Line(NamedTuple):
+    """A line of a figure; NaN in its values is a gap; one of validation has each point marked."""
+
+    steps: np.ndarray
+    values: np.ndarray
+    color: str
+    dash: str
+    faint: bool
+    validation: bool
+
+
+def draw_curves(records: Sequence[Record], bits: bool) -> list[dict[str, Any]]:
+    """Return the picture of each figure of runs of one task as ``{title, src, alt}``.
+
+    ``bits`` adds bits per byte, which compare models of different tokenizers.
+    """
+    drawn = []
+    for curve in CURVES:
+        lines = [line for line in _lines(records, curve) if np.isfinite(line.values).any()]
+        if lines and (bits or curve.key != "bits_per_byte"):
+            alt = _describe(curve.title.lower(), len(records), lines)
+            drawn.append({"title": curve.title, "src": _draw(records, curve, lines), "alt": alt})
+    return drawn
+
+
+def look(index: int) -> tuple[str, str]:
+    """Return colour and dash of a run's lines."""
+    return COLORS[index % len(COLORS)], ("-", "--", ":", "-.")[index // len(COLORS) % 4]
+
+
+def _lines(records: Sequence[Record], curve: Curve) -> list[Line]:
+    lines = []
+    for index, record in enumerate(records):
+        color, dash = look(index)
+        validation = curve.split == "val"
+        if curve.key == "loss":
+            lines.append(Line(*record.points("train", "loss"), color, "-", True, False))
+        if validation and len(records) == 1:
+            color = COLORS[1]
+        lines.append(Line(*record.points(curve.split, curve.key), color, dash, False, validation))
+    return sorted(lines, key=lambda line: not line.faint)
+
+
+def _describe(title: str, n_runs: int, lines: Sequence[Line]) -> str:
+    steps = max(line.steps[-1] for line in lines)
+    low, high = min(np.nanmin(line.values) for line in lines), max(np.nanmax(line.values) for line in lines)
+    of = "" if n_runs == 1 else f" of {n_runs} runs"
+    return f"{title}{of} over {steps:,.0f} steps, between {low:.4g} and {high:.4g}"
+
+
+def _draw(records: Sequence[Record], curve: Curve, lines: Sequence[Line]) -> str:
+    """Return a figure as the data URL of an SVG; equal figures have equal bytes."""
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    file = io.StringIO()
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(400 / 72, 250 / 72), dpi=72, layout="constrained")
+        axes = figure.add_subplot()
+        for line in lines:
+            _plot(axes, line, ring=curve.key == "loss" and not line.faint)
+        last = max(1, *(record.last_step for record in records))
+        axes.set(xlim=(-0.02 * last, 1.02 * last), ylim=(curve.low, curve.high), xlabel="step")
+        axes.set_ylabel(f"nats a {records[0].unit}" if curve.key == "loss" else curve.unit)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(6, integer=axis is axes.xaxis, steps=[1, 2, 2.5, 5, 10]))
+            axis.set_major_formatter(FuncFormatter(format_tick))
+        figure.patch.set_visible(False)
+        axes.patch.set_visible(False)
+        FigureCanvasSVG(figure).print_svg(file, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    return "data:image/svg+xml;base64," + base64.b64encode(file.getvalue().encode()).decode()
+
+
+def _plot(axes: Any, line: Line, ring: bool) -> None:
+    steps, values = line.steps, line.values
+    finite = np.concatenate([[False], np.isfinite(values), [False]])
+    alone = finite[1:-1] & ~finite[:-2] & ~finite[2:]  # no line leads to these points
+    width, alpha = (0.8, 0.65) if line.faint else (1.5, 1)
+    marks: dict[str, Any] = {"marker": "o", "markersize": 3, "markevery": None if line.validation else alone}
+    axes.plot(steps, values, line.dash, color=line.color, linewidth=width, alpha=alpha, **marks)
+    if ring:
+        lowest = np.nanargmin(values)
+        axes.plot(steps[lowest], values[lowest], "o", color=line.color, markersize=8, fillstyle="none")
+
+
+def format_tick(value: float, _position: int | None = None) -> str:
+    """Return a short label of an axis."""
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.4g}"
+
+
+# --- Attention ---
+
+MOST_LAYERS, MOST_HEADS, MOST_TOKENS = 6, 6, 20
+TEXT = "If the file does not exist, an error is raised, and the function returns None."
+MAP_COLOR = (58, 143, 222)  # visible on white and on black
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Maps:
+    """Attention weights of one text.
+
+    Attributes:
+        tokens, n_tokens: the first tokens of the text, and how many it has.
+        weights: of the first layers and heads: what a query (third axis) gives to each key.
+        n_layers, n_heads: of the model.
+    """
+
+    step: int
+    tokens: list[str]
+    n_tokens: int
+    weights: Float[np.ndarray, "layers heads seq seq"]
+    n_layers: int
+    n_heads: int
+
+    @property
+    def names(self) -> list[str]:
+        """The tokens with spaces and line breaks made visible."""
+        shown = [token.replace(" ", "·").replace("\n", "⏎").replace("\t", "⇥") or "∅" for token in self.tokens]
+        return [name if len(name) <= 24 else f"{name[:23]}…" for name in shown]
+
+    def blocks(self) -> list[list[dict[str, str]]]:
+        """Return ``{src, alt}`` of the picture of each head of each block."""
+        return [
+            [
+                {
+                    "src": to_png(head),
+                    "alt": f"attention weights of block {block}, head {i}: the last token gives {head[-1].max():.0%} "
+                    f"to token {head[-1].argmax()}, {self.names[head[-1].argmax()]}",
+                }
+                for i, head in enumerate(heads)
+            ]
+            for block, heads in enumerate(self.weights)
+        ]
+
+
+def read_maps(record: Record, text: str | None) -> Maps | str:
+    """Return the maps of a text (None: the latest sample, or an English sentence), or why there are none.
+
+    Raises:
+        InputError: a text that the model's tokenizer cannot encode.
+    """
+    steps = steps_to_try(record.folder, record.step)
+    if not steps:
+        return "None: no checkpoint yet."
+    samples = [TEXT, *(sample for _, sample in record.folder.samples() if sample.strip())]
+    for step in steps:
+        try:
+            loaded = _load(record, step)
+        except InputError:
+            continue
+        try:
+            maps = _maps(step, *loaded, text, samples[-1])
+        except MissingInputError as error:  # the tokenizer's own files
+            return f"None: the text cannot be encoded ({error})."
+        return maps if maps.tokens else "None: the text has no token that this model knows."
+    which = "no checkpoint" if record.step is None else f"the checkpoint of step {record.step:,} not"
+    command = f"slm-jax doctor --run {shlex.quote(str(record.folder.path))}"
+    return f"None: {which} readable. This command shows what is damaged: {command}"
+
+
+def _load(record: Record, step: int) -> tuple[GPTModel, Params, Tokenizer]:
+    """Return a checkpoint's model, which may be a classifier."""
+    is_classifier = "classes" in record.metadata
+    cfg, params, metadata = read_checkpoint(record.folder.path, step, "float32", classifier=is_classifier)
+    model = GPTModel(cfg)
+    if is_classifier:
+        model = GPTClassifier(cfg, n_classes=len(metadata["classes"]), pooling=metadata["pooling"])
+    return model, params, tokenizer_from_dict(metadata["tokenizer"])
+
+
+def _maps(step: int, model: GPTModel, params: Params, tokenizer: Tokenizer, text: str | None, sample: str) -> Maps:
+    cfg = model.cfg
+    whole = encode(tokenizer, text, sample)
+    ids = whole[: min(MOST_TOKENS, cfg.context_length)]
+    n_layers, n_heads = min(cfg.n_layers, MOST_LAYERS), min(cfg.n_heads, MOST_HEADS)
+    weights = np.zeros((n_layers, n_heads, len(ids), len(ids)), np.float32)
+    if ids:
+        lengths: dict[str, Any] = {"lengths": jnp.array([len(ids)])} if isinstance(model, GPTClassifier) else {}
+        names = [f"{STACK}/{layer}/attn/weights" for layer in range(n_layers)]
+        _, seen = capture(model, params, jnp.array([ids], jnp.int32), names, **lengths)
+        weights = np.stack([np.asarray(seen[name], np.float32)[0, :n_heads] for name in names])
+    tokens = [tokenizer.decode([token]) for token in ids]
+    return Maps(step, tokens, len(whole), weights, cfg.n_layers, cfg.n_heads)
+
+
+def encode(tokenizer: Tokenizer, text: str | None, sample: str) -> list[int]:
+    """Encode the requested text, or without one a sample, leaving out characters that the tokenizer cannot encode."""
+    try:
+        return tokenizer.encode(sample, allow_special=True) if text is None else tokenizer.encode(text)
+    except MissingInputError:
+        raise
+    except InputError as error:
+        if text is not None:
+            raise InputError(f"text: {error}") from None
+    ids: list[int] = []
+    for character in sample:
+        with contextlib.suppress(InputError):
+            ids += tokenizer.encode(character)
+    return ids
+
+
+def to_png(weights: Float[np.ndarray, "seq seq"]) -> str:
+    """Return a map as the data URL of a picture with one pixel a weight; larger weights are more opaque."""
+    from matplotlib.image import imsave
+
+    pixels = np.zeros((*weights.shape, 4), np.uint8)
+    pixels[..., :3] = MAP_COLOR
+    pixels[..., 3] = np.rint(255 * np.clip(np.nan_to_num(weights), 0, 1) ** 0.7)  # small weights stay visible
+    file = io.BytesIO()
+    imsave(file, pixels, format="png", metadata={"Software": ""})  # the same bytes with any version
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
