@@ -57,7 +57,7 @@ SHOWN: dict[str, tuple[str, Callable[[Any], str]]] = {
     "bytes_per_step": ("read for a token", format_bytes),
     "bandwidth_share": ("share of the bandwidth", "{:.0%}".format),
     "planned_bytes": ("planned (slm-jax plan)", format_bytes),
-    "xla_bytes": ("by XLA's analysis", format_bytes),
+    "xla_bytes": ("memory by XLA's analysis", format_bytes),
     "measured_bytes": ("measured", format_bytes),
     "least_bytes": ("parameters and optimizer alone", format_bytes),
     "peak_bytes": ("peak memory", format_bytes),
