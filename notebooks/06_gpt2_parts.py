@@ -160,7 +160,7 @@ assert abs(float(jax.grad(gelu_tanh)(low))) < 0.01
 # same matrices: attention collects information from other tokens, the feed-forward network processes it. It holds two
 # thirds of a block's parameters.
 #
-# In the library this is `FeedForward` in [`slm_jax/model.py`](../slm_jax/model.py).
+# In the library this is `FeedForward` in [`slm_jax/nn/mlp.py`](../slm_jax/nn/mlp.py).
 
 
 # %%

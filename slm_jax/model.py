@@ -409,7 +409,7 @@ class GPTClassifier(GPTModel):
 
     ``GPTClassifier(cfg, n_classes=2).apply({"params": params}, tokens, lengths)`` gives float32 logits
     (batch, n_classes). The head is one linear layer with a bias on one vector a text, which ``pooling`` makes of the
-    hidden states: the last real token's, their mean, or the first token's. What lies behind a text's length is ignored.
+    hidden states: the last real token's, their mean, or the first token's. Padding behind a text's length is ignored.
 
     Source: the book's chapter 6, which takes the last token.
     """

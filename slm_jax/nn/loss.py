@@ -52,7 +52,7 @@ def _cross_entropy(hidden: Array, kernel: Array, targets: Array, weights: Array)
 
 
 def _forward(hidden: Any, kernel: Any, targets: Any, weights: Any) -> tuple[Array, Any]:
-    """Compute the loss and, of what is trained, already the gradients: a frozen head or trunk costs nothing here."""
+    """Compute the loss and the gradients of the trained inputs in one pass; a frozen input costs nothing."""
     loss, *grads = _by_pieces(
         hidden.value, kernel.value, targets.value, weights.value, hidden.perturbed, kernel.perturbed
     )

@@ -24,7 +24,7 @@ _named: Any = jax.make_user_context(None)
 
 
 def target() -> Target:
-    """Return what is compiled for: what :func:`compiling_for` names, else the device that JAX computes on."""
+    """Return the compilation target: the one that :func:`compiling_for` names, else the device that JAX computes on."""
     if _named.value is not None:
         return _named.value
     device = getattr(jax.config, "jax_default_device", None) or jax.local_devices()[0]
@@ -32,7 +32,7 @@ def target() -> Target:
 
 
 def compiling_for(platform: str, capability: float | None = None) -> AbstractContextManager[None]:
-    """Within the context, trace what a device of another kind would run, which need not be there.
+    """Within the context, trace programs for another kind of device; this machine needs none of that kind.
 
     Such a program is for ``jax.jit(f).trace(...).lower(lowering_platforms=(platform,))``, not to be run here.
 
