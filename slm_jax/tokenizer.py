@@ -111,14 +111,12 @@ class _TableTokenizer(Tokenizer):
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids, special tokens included; InputError: there is no vocabulary yet."""
         if not self._tokens:
             raise InputError(f"the {self.kind} tokenizer has no vocabulary yet: call build_vocab(text) first")
         return len(self._tokens)
 
     @property
     def eot_id(self) -> int:
-        """The id of `<|endoftext|>`, the first after the vocabulary."""
         return self.vocab_size - len(self._special)
 
     def build_vocab(self, text: str) -> "_TableTokenizer":
@@ -130,7 +128,6 @@ class _TableTokenizer(Tokenizer):
         return list(_check_text(text))
 
     def to_dict(self) -> dict[str, Any]:
-        """The kind, and the words or characters in the order of their ids."""
         return {"kind": self.kind, self._fields[0]: self._tokens[: self.eot_id]}
 
 
@@ -192,20 +189,20 @@ _LONG_SPACE = re.compile(rf"(?<![{_SPACE}])[{_SPACE}]{{4096,}}(?=[{_SPACE}][^{_S
 
 
 class _TiktokenTokenizer(Tokenizer):
-    """Encoding and decoding through a `tiktoken.Encoding`, whose last id is `<|endoftext|>`."""
+    """Encoding and decoding through a `tiktoken.Encoding`, whose last id is `<|endoftext|>`.
+
+    Bytes that are not UTF-8 (a cut character) are decoded to U+FFFD.
+    """
 
     @cached_property
     def encoding(self) -> "tiktoken.Encoding":
-        """The vocabulary as tiktoken has it."""
         raise NotImplementedError
 
     @property
     def eot_id(self) -> int:
-        """The id of `<|endoftext|>`, the last one."""
         return self.vocab_size - 1
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
-        """Turn text into ids; `<|endoftext|>` in it raises InputError, or with `allow_special` becomes `eot_id`."""
         offset = _check_text(text).find(END_OF_TEXT)
         if offset >= 0 and not allow_special:
             raise InputError(f"the text has {END_OF_TEXT} at offset {offset}; remove it, or pass allow_special=True")
@@ -218,7 +215,6 @@ class _TiktokenTokenizer(Tokenizer):
         return _join([self.encoding.encode_ordinary(text[start:end]) for start, end in pairwise(cuts)])
 
     def decode(self, ids: Iterable[Any]) -> str:
-        """Turn ids into text; bytes that are not UTF-8 (a cut character) become U+FFFD."""
         return self.encoding.decode(_check_ids(ids, self.vocab_size), errors="replace")
 
 
@@ -240,9 +236,8 @@ class BPETokenizer(_TiktokenTokenizer):
         tokens = [bytes([byte]) for byte in range(256)]
         self._ranks = {token: rank for rank, token in enumerate(tokens)}
         for i, pair in enumerate(merges):
-            if not (isinstance(pair, list | tuple) and [type(part) for part in pair] == [int, int]) or not (
-                0 <= min(pair) <= max(pair) < len(tokens)
-            ):
+            are_ids = isinstance(pair, list | tuple) and [type(part) for part in pair] == [int, int]
+            if not are_ids or not 0 <= min(pair) <= max(pair) < len(tokens):
                 raise InputError(f"merge {i} is {reprlib.repr(pair)}: expected two ids below {len(tokens)}")
             token = tokens[pair[0]] + tokens[pair[1]]
             if token in self._ranks:
@@ -257,9 +252,7 @@ class BPETokenizer(_TiktokenTokenizer):
 
         `vocab_size` counts the 256 bytes and `<|endoftext|>`. Text that runs out of pairs to merge gives a smaller
         vocabulary. `<|endoftext|>` in the text separates documents. The same text gives the same merges.
-
-        Raises:
-            InputError: a `vocab_size` below 257; text that is not Unicode.
+        InputError: a `vocab_size` below 257; text that is not Unicode.
         """
         if vocab_size < 257:
             raise InputError(f"vocab_size is {vocab_size}: expected at least 257 (256 bytes and {END_OF_TEXT})")
@@ -292,10 +285,8 @@ class BPETokenizer(_TiktokenTokenizer):
         """The same vocabulary as a `tiktoken.Encoding`."""
         import tiktoken
 
-        special = {END_OF_TEXT: self.eot_id}
-        return tiktoken.Encoding(
-            "slm_jax_bpe", pat_str=self._PATTERN, mergeable_ranks=self._ranks, special_tokens=special
-        )
+        ranks: dict[str, Any] = {"mergeable_ranks": self._ranks, "special_tokens": {END_OF_TEXT: self.eot_id}}
+        return tiktoken.Encoding("slm_jax_bpe", pat_str=self._PATTERN, **ranks)
 
     def to_dict(self) -> dict[str, Any]:
         """`{"kind": "bpe", "merges": [[left id, right id], …]}`."""
@@ -363,10 +354,7 @@ _CLASSES: dict[str, Any] = {cls.kind: cls for cls in (SimpleTokenizer, CharToken
 
 
 def get_tokenizer(name_or_path: str | os.PathLike[str]) -> Tokenizer:
-    """Return GPT-2's tokenizer or a saved one.
-
-    Args:
-        name_or_path: `"gpt2"`, or the path of a tokenizer's file, its folder or a run's folder.
+    """Return GPT-2's tokenizer (`"gpt2"`), or one saved in a file, a folder or a run's folder.
 
     Raises:
         MissingInputError: no tokenizer there (GPT-2's files are loaded at the first `encode` or `decode`).

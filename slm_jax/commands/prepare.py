@@ -7,20 +7,20 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from annotated_types import Ge, Le
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from slm_jax.config import NotNegative, Positive
+from slm_jax.data.prepare import Rules, prepare, train_tokenizer
+from slm_jax.data.rows import Source
+from slm_jax.data.sources import check_text_column, parse_source
+from slm_jax.data.token_file import TokenWriter, json_path, map_ids, token_dtype
 from slm_jax.errors import InputError
 from slm_jax.files import check_new_file
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from slm_jax.data.prepare import Prepared
-    from slm_jax.data.rows import Source
-    from slm_jax.tokenizer import Tokenizer
+from slm_jax.tokenizer import Tokenizer, get_tokenizer
 
 PLAIN_INTERVAL = 5.0  # seconds between two progress lines without a terminal
 _VOCAB_SIZE = 4_096
@@ -85,26 +85,22 @@ def run(options: Options) -> int:
 
 
 def _run(options: Options) -> None:
-    from rich.console import Console
-
-    from slm_jax.data.prepare import Rules, prepare
-    from slm_jax.data.sources import check_text_column, parse_source
-
     sources = [parse_source(text) for text in options.source]
     check_text_column(options.text_column, sources)
-    out = _check_out(options, sources)
-    files = [source.files() for source in sources]
-    total = None if None in files else sum(path.stat().st_size for paths in files for path in paths or ())
+    files = [file for source in sources for file in source.files() or ()]
+    out = _check_out(options, files)
+    all_are_files = all(source.files() is not None for source in sources)
+    total = sum(file.stat().st_size for file in files) if all_are_files else None
     rules = Rules(options.deduplicate, options.min_characters, options.max_symbol_ratio, options.max_repeated_lines)
     progress_console = Console(stderr=True)
     tokenizer = _tokenizer(options, sources, progress_console)
     with _progress(progress_console, total) as report:
+        start = time.monotonic()
         prepared = prepare(sources, out, tokenizer, text_column=options.text_column, rules=rules, report=report)
     console = Console(soft_wrap=True, highlight=False, markup=False)
-    _print_summary(console, options, prepared)
+    _print_summary(console, options, prepared, max(time.monotonic() - start, 1e-9))
     if options.show:
         from slm_jax.data.show import show_batches
-        from slm_jax.data.token_file import map_ids, token_dtype
 
         show_batches(
             map_ids(out, token_dtype(tokenizer.vocab_size)),
@@ -117,27 +113,21 @@ def _run(options: Options) -> None:
     console.print(f"try next: slm-jax train --data.source {shlex.quote(f'tokens:{options.out}')}")
 
 
-def _check_out(options: Options, sources: "Sequence[Source]") -> Path:
+def _check_out(options: Options, files: Sequence[Path]) -> Path:
     """Refuse a file that cannot or must not be written, before anything is read."""
-    from slm_jax.data.token_file import json_path
-
     out = check_new_file(options.out, "out", "tokens.bin").resolve()
     if out.suffix != ".bin":
         raise InputError(f"out is {options.out!r}; expected a file FILE.bin, such as tokens.bin")
     existing = [path for path in (out, json_path(out)) if path.exists()]
-    for source in sources:
-        for file in source.files() or ():
-            if any(file.exists() and file.samefile(path) for path in existing):
-                raise InputError(f"{file}: is read for {source} and would be replaced; choose another --out")
+    for file in files:
+        if any(file.exists() and file.samefile(path) for path in existing):
+            raise InputError(f"{file}: is read and would be replaced; choose another --out")
     if existing and not options.overwrite:
         raise InputError(f"{existing[0]}: exists; choose another --out, or add --overwrite true")
     return out
 
 
-def _tokenizer(options: Options, sources: "Sequence[Source]", console: "Console") -> "Tokenizer":
-    from slm_jax.data.prepare import train_tokenizer
-    from slm_jax.tokenizer import get_tokenizer
-
+def _tokenizer(options: Options, sources: Sequence[Source], console: Console) -> Tokenizer:
     if options.tokenizer != "bpe":
         return get_tokenizer(options.tokenizer)
     vocab_size = options.vocab_size or _VOCAB_SIZE
@@ -148,7 +138,7 @@ def _tokenizer(options: Options, sources: "Sequence[Source]", console: "Console"
         return train_tokenizer(sources, vocab_size, options.text_column, lambda n: print_line(f"{n:,} characters read"))
 
 
-def _now_and_then(console: "Console") -> Callable[[str], None]:
+def _now_and_then(console: Console) -> Callable[[str], None]:
     """Return a function that prints a line, but at most one every few seconds."""
     last = time.monotonic()
 
@@ -162,14 +152,12 @@ def _now_and_then(console: "Console") -> Callable[[str], None]:
 
 
 @contextmanager
-def _progress(console: "Console", total: int | None) -> "Iterator[Callable[[Prepared], None]]":
+def _progress(console: Console, total: int | None) -> Iterator[Callable[[TokenWriter], None]]:
     """Give what reports progress, of ``total`` bytes: a bar in a terminal, a line every few seconds elsewhere."""
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
     start, print_line = time.monotonic(), _now_and_then(console)
     bar = (BarColumn(bar_width=24), TaskProgressColumn(), TimeRemainingColumn()) if total else ()
 
-    def report(prepared: "Prepared") -> None:
+    def report(prepared: TokenWriter) -> None:
         rate = prepared.tokens / max(time.monotonic() - start, 1e-9)
         text = f"{_documents(prepared)}, {prepared.tokens:,} tokens, {rate:,.0f} tokens/s"
         live.update(task, completed=prepared.bytes_read, description=text)
@@ -181,14 +169,13 @@ def _progress(console: "Console", total: int | None) -> "Iterator[Callable[[Prep
         yield report
 
 
-def _print_summary(console: "Console", options: Options, prepared: "Prepared") -> None:
+def _print_summary(console: Console, options: Options, prepared: TokenWriter, seconds: float) -> None:
     from slm_jax.training.progress import format_bytes, format_duration
 
-    rate = prepared.tokens / max(prepared.seconds, 1e-9)
     console.print(f"{options.out} written, SHA-256 {prepared.sha256[:12]}…, and {options.out}.json")
     console.print(
         f"  {_documents(prepared)}, {prepared.tokens:,} tokens, {format_bytes(prepared.text_bytes)} of text, "
-        f"in {format_duration(prepared.seconds)} ({rate:,.0f} tokens/s)"
+        f"in {format_duration(seconds)} ({prepared.tokens / seconds:,.0f} tokens/s)"
     )
     for reason, rule, text in (  # a rule that is on is shown even if it left out nothing
         ("empty", None, "left out: rows or files without text"),
@@ -202,7 +189,7 @@ def _print_summary(console: "Console", options: Options, prepared: "Prepared") -
             console.print(f"  {prepared.counts[reason]:,} {text}")
 
 
-def _documents(prepared: "Prepared") -> str:
+def _documents(prepared: TokenWriter) -> str:
     return f"{prepared.documents:,} document{'' if prepared.documents == 1 else 's'}"
 
 

@@ -31,19 +31,13 @@ from slm_jax.errors import MissingInputError
 from slm_jax.files import cache_folder, replace_text
 
 # Not read: installed packages, tests and demos, and the code pages, which are tables.
-SKIPPED_FOLDERS = frozenset(
-    {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "encodings"}
-)
-
+SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "encodings"}
 SHORTEST_PARAGRAPH = 40  # characters
 LETTERS = 0.85  # the share of letters and spaces above which a paragraph is prose
-
 SHORTEST_TEXT, LONGEST_TEXT = 40, 400  # characters of a labelled paragraph
 MOST_PER_MODULE = 30  # labelled paragraphs of each class, so that no module dominates
 LARGEST_MODULE = 50_000  # bytes; larger modules would take half of the time and add little
-
 INSTRUCTION = "Explain this function."
-
 _UNDERLINE = re.compile(r"^[ \t]*([-=*~^#+])\1{3,}[ \t]*\n", re.MULTILINE)
 _SENTENCE = re.compile(r"[A-Z].*[.!?:]")
 _MARKS = re.compile(r"""^[ \t]*#+ ?|\A[a-zA-Z]?(""\"|\'{3})|(""\"|\'{3})\Z""", re.MULTILINE)
@@ -90,8 +84,8 @@ def python_docs() -> tuple[str, ...]:
     """Return the language reference, one document a topic, and the standard library's docstrings, one a module.
 
     They are sorted by name, topics among modules, so that a part cut off the end for validation holds both kinds.
-    Only prose is kept, and no paragraph twice. Where the standard library comes without its source (an
-    embedded Python), only the topics remain. The result is kept in the user's cache folder, if that can be written.
+    Only prose is kept, and no paragraph twice. An embedded Python, which comes without source, has only the topics.
+    The result is kept in the user's cache folder, if that can be written.
     """
     topics: dict[str, str] = {}
     with suppress(ImportError, AttributeError):
@@ -152,8 +146,7 @@ def prose_or_code() -> tuple[dict[str, str], ...]:
     """Return paragraphs of the standard library's source, each a ``text`` with its ``label``, "prose" or "code".
 
     Prose is the sentences of docstrings and comments, without quotes, comment signs and the last full stop; code
-    is statements without either. Paragraphs that are both or neither are left out, as are repeated texts; a
-    module gives as many of one class as of the other.
+    is statements without either. Repeated texts are left out; a module gives as many of one class as of the other.
     """
     seen: set[str] = set()
     labelled: list[dict[str, str]] = []
@@ -173,13 +166,11 @@ def _paragraphs(source: str, tree: ast.Module) -> Iterator[tuple[str, str]]:
     """Yield the (text, class) of the paragraphs that have a class."""
     lines = source.split("\n")
     kinds = _line_kinds(lines, tree)
-    for blank, numbers in itertools.groupby(range(len(lines)), lambda i: not lines[i].strip()):
+    for _, numbers in itertools.groupby(range(len(lines)), lambda i: not lines[i].strip()):
         paragraph = list(numbers)
         kind = {kinds.get(i, "code") for i in paragraph}
         text = textwrap.dedent("\n".join(lines[i] for i in paragraph)).strip()
-        if blank:
-            continue
-        if kind == {"code"} and "#" not in text:
+        if text and kind == {"code"} and "#" not in text:
             yield text, "code"
         elif kind in ({"docstring"}, {"comment"}):
             text = _MARKS.sub("", text).strip()
@@ -204,11 +195,7 @@ def _line_kinds(lines: list[str], tree: ast.Module) -> dict[int, str]:
 
 @functools.cache
 def docstring_entries() -> tuple[dict[str, str], ...]:
-    """Return public functions and methods, Alpaca style: the input is the signature, the output the first paragraph of
-    the docstring.
-
-    They are in the order of their files; repeated signatures and docstrings without prose are left out.
-    """
+    """Return public functions and methods, Alpaca style: from the signature to the first paragraph of the docstring."""
     explained: dict[str, str] = {}
     for _, _, tree in _modules():
         for function in _public_functions(tree):
@@ -229,8 +216,6 @@ def _public_functions(node: ast.Module | ast.ClassDef) -> Iterator[Function]:
         elif isinstance(child, Function) and not child.name.startswith("_"):
             yield child
 
-
-# The source
 
 BUILTINS: dict[str, Callable[[], tuple[Any, ...]]] = {  # each returns texts or the fields of rows
     "python-docs": python_docs,

@@ -13,15 +13,7 @@ from slm_jax.data.rows import Source
 from slm_jax.data.sources import check_text_column, parse_source
 from slm_jax.data.token_file import TokenFile, TokenSource, check_ids, open_token_file, token_dtype
 from slm_jax.errors import InputError
-from slm_jax.tokenizer import (
-    END_OF_TEXT,
-    BPETokenizer,
-    CharTokenizer,
-    SimpleTokenizer,
-    Tokenizer,
-    fingerprint,
-    get_tokenizer,
-)
+from slm_jax.tokenizer import BPETokenizer, CharTokenizer, SimpleTokenizer, Tokenizer, fingerprint, get_tokenizer
 
 _LONG = 200_000_000  # characters from which reading and encoding the text at each start takes too long
 _CHUNK = 1 << 20  # tokens hashed at a time
@@ -29,12 +21,9 @@ _CHUNK = 1 << 20  # tokens hashed at a time
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Token ids of both splits, and the tokenizer that made them.
+    """1-D token ids of both splits, with the end-of-text id between documents, and the tokenizer that made them.
 
     Attributes:
-        train: 1-D integers; documents follow each other with the end-of-text id between them.
-        validation: likewise, from text that ``train`` doesn't have.
-        tokenizer: the tokenizer of the ids.
         bytes_per_token: UTF-8 bytes per validation token; None if the source is token ids.
         sha256: of each token file that the splits are made of; empty if one of them has none, or the source is text.
         notes: warnings about the source, a line each.
@@ -86,12 +75,10 @@ def load_corpus(
     used = saved or make_tokenizer(tokenizer, train, validation)
     train_ids, validation_ids = (encode_documents(part, used, stop) for part in (train, validation))
     n_bytes = sum(len(document.encode()) for document in validation)
-    n_characters = sum(map(len, train)) + sum(map(len, validation))
-    note = (
-        f"{n_characters / 1e6:,.0f} million characters are read and encoded at each start; to do it once: "
-        f"slm-jax prepare --source {shlex.quote(data.source)} --out FILE.bin"
-    )
-    notes = (note,) if n_characters >= _LONG else ()
+    notes: tuple[str, ...] = ()
+    if (n_characters := sum(map(len, train)) + sum(map(len, validation))) >= _LONG:
+        do_once = f"slm-jax prepare --source {shlex.quote(data.source)} --out FILE.bin"
+        notes = (f"{n_characters / 1e6:,.0f} million characters are read at each start; to do it once: {do_once}",)
     return Corpus(train_ids, validation_ids, used, n_bytes / max(1, validation_ids.size), notes=notes)
 
 
@@ -115,13 +102,10 @@ def _load_token_files(
     for source, file in zip(sources, files, strict=True):
         _check_tokenizer(source, file, tokenizer, whose)
     known = tuple(file.sha256 for file in files if file.sha256 is not None)
-    tokens = files[0].tokens
-    if len(files) > 1:
-        train, validation = tokens, files[1].tokens
-    else:
-        cut = int(len(tokens) * (1 - data.validation_fraction))
-        train, validation = tokens[:cut], tokens[cut:]
-    return Corpus(train, validation, tokenizer, None, known if len(known) == len(files) else ())
+    arrays = [file.tokens for file in files]
+    if len(arrays) == 1:
+        arrays = np.split(arrays[0], [int(len(arrays[0]) * (1 - data.validation_fraction))])
+    return Corpus(arrays[0], arrays[1], tokenizer, None, known if len(known) == len(files) else ())
 
 
 def _choose_tokenizer(
@@ -163,8 +147,7 @@ def split_documents(documents: list[str], validation_fraction: float) -> tuple[l
     Several documents are first shuffled, always in the same order, so that both parts are alike; of a single document
     the last part validates (as in nanoGPT and the book). A document at the cut is cut in two.
     """
-    order = np.random.default_rng(0).permutation(len(documents))
-    documents = [documents[i] for i in order]
+    documents = [documents[i] for i in np.random.default_rng(0).permutation(len(documents))]
     remaining = int(sum(map(len, documents)) * (1 - validation_fraction))
     train: list[str] = []
     for i, document in enumerate(documents):
@@ -182,16 +165,14 @@ def make_tokenizer(config: TokenizerConfig, train: list[str], validation: list[s
     The alphabet of ``char`` is that of the whole text (as in nanoGPT), or else a rare letter of the validation split
     could not be encoded. InputError: a file that cannot be read, or no text to make a tokenizer from.
     """
-    if config.path is not None:
-        return get_tokenizer(config.path)
-    if config.kind == "gpt2":
-        return get_tokenizer("gpt2")
+    if config.path is not None or config.kind == "gpt2":
+        return get_tokenizer(config.path or "gpt2")
     if not any(map(str.strip, train)):
         raise InputError("empty text: there is nothing to train on; expected at least one window of text")
     if config.kind == "char":
         return CharTokenizer().build_vocab("".join([*train, *validation]))
     if config.kind == "simple":
-        return SimpleTokenizer().build_vocab(f" {END_OF_TEXT} ".join(train))
+        return SimpleTokenizer().build_vocab("\n".join(train))
     return BPETokenizer.train(train, vocab_size=config.vocab_size)
 
 
@@ -200,15 +181,10 @@ def encode_documents(documents: list[str], tokenizer: Tokenizer, stop: Callable[
 
     ``stop`` is called for each document and may raise.
     """
-    dtype = token_dtype(tokenizer.vocab_size)
-    pieces: list[np.ndarray] = []
+    pieces = [np.zeros(0, token_dtype(tokenizer.vocab_size))]
     for document in documents:
         if stop:
             stop()
-        ids = tokenizer.encode(document)
-        if not ids:  # white space at the cut between the splits is no word
-            continue
-        if pieces:
-            pieces.append(np.array([tokenizer.eot_id], dtype))
-        pieces.append(np.array(ids, dtype))
-    return np.concatenate(pieces) if pieces else np.zeros(0, dtype)
+        if ids := tokenizer.encode(document):  # white space at the cut between the splits may be no word
+            pieces.append(np.array([tokenizer.eot_id, *ids], pieces[0].dtype))
+    return np.concatenate(pieces)[1:]

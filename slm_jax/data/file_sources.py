@@ -203,11 +203,8 @@ def read_text(path: Path) -> str:
 def iter_text(path: Path, on_read: OnRead = ignore_bytes) -> Iterator[str]:
     """Yield the text of a file in pieces of at most a megabyte, without a byte order mark and with CR LF as LF.
 
-    Files that end in ``.gz`` or ``.zst`` are decompressed. ``on_read`` is called with the number of bytes of the file
-    that were read since the last call.
-
-    Raises:
-        InputError: a file that cannot be read, is truncated, damaged, binary or not in UTF-8.
+    ``.gz`` and ``.zst`` are decompressed. InputError: the file cannot be read, is truncated, damaged, binary or not in
+    UTF-8.
     """
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     n_bytes = n_lines = 0

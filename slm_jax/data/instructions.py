@@ -6,6 +6,7 @@ for each example). Padding is on the right and never a target.
 """
 
 import dataclasses
+import functools
 import itertools
 import operator
 from collections.abc import Iterator, Sequence
@@ -17,16 +18,7 @@ from jaxtyping import Bool, Int32
 
 from slm_jax.data.config import DataConfig, InstructionConfig
 from slm_jax.data.sources import parse_source
-from slm_jax.data.splits import (
-    SPLITS,
-    check_apart,
-    first_places,
-    grouped,
-    require_filled,
-    share,
-    shared,
-    split_fractions,
-)
+from slm_jax.data.splits import SPLITS, check_apart, grouped, require_filled, share, shared, split_fractions
 from slm_jax.data.templates import Message, Template, entry_messages
 from slm_jax.data.windows import Batch, bucket_width, endless_batches, eval_batches
 from slm_jax.errors import InputError, located
@@ -60,10 +52,7 @@ class InstructionSplits(NamedTuple):
 
 
 def load_instructions(data: DataConfig, cfg: InstructionConfig, seed: int) -> InstructionSplits:
-    """Read and split the examples of ``data``.
-
-    An entry is Alpaca's (``instruction``, ``output``, and perhaps ``input``), Dolly's (``instruction``, ``response``,
-    ``context``), or a chat (``messages``, each with ``role`` and ``content``, the last the assistant's).
+    """Read and split the examples of ``data``: entries as `entry_messages` takes them, with a response.
 
     One source is split by ``data``'s fractions, each count rounded down and the rest going to validation.
     In ``file_order`` training comes first, then test, then validation. At random, examples with the same prompt go
@@ -78,7 +67,10 @@ def load_instructions(data: DataConfig, cfg: InstructionConfig, seed: int) -> In
     if cfg.split == "random":
         shuffled = [examples[i] for i in np.random.default_rng(seed).permutation(len(examples))]
         groups = grouped(shuffled, map(_prompt, shuffled))
-        splits = _bring_together(_cut(list(itertools.chain(*groups)), data))
+        # A group at a cut goes to one split as a whole.
+        cut = _cut(list(itertools.chain(*groups)), data)
+        place = {example.prompt: name for name in reversed(cut) for example in cut[name]}
+        splits = {name: [e for e in itertools.chain(*cut.values()) if place[e.prompt] == name] for name in cut}
         if n_repeated := len(examples) - len(groups):
             notes.append(f"{n_repeated:,} of them repeat the prompt of another one, and are in the same split")
     else:
@@ -114,20 +106,8 @@ def _cut(examples: list[Example], data: DataConfig) -> dict[str, list[Example]]:
     n = len(examples)
     n_test = share(n, test)
     n_train = share(n, 1 - validation - test) if validation else n - n_test
-    return {
-        "train": examples[:n_train],
-        "validation": examples[n_train + n_test :],
-        "test": examples[n_train : n_train + n_test],
-    }
-
-
-def _bring_together(splits: dict[str, list[Example]]) -> dict[str, list[Example]]:
-    """Move each example to the first split that has its prompt."""
-    first = first_places(splits, _prompt)
-    together: dict[str, list[Example]] = {name: [] for name in splits}
-    for example in itertools.chain(*splits.values()):
-        together[first[example.prompt][0]].append(example)
-    return together
+    n_both = n_train + n_test
+    return {"train": examples[:n_train], "validation": examples[n_both:], "test": examples[n_train:n_both]}
 
 
 # Tokens
@@ -135,11 +115,9 @@ def _bring_together(splits: dict[str, list[Example]]) -> dict[str, list[Example]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tokens:
-    """One example as tokens.
+    """One example as tokens, the last the end-of-text id, and whether each counts in the loss; the first never does.
 
-    Attributes:
-        ids: the whole conversation and the end-of-text id; all but the last are inputs, all but the first targets.
-        counts: whether a token counts in the loss; the first one never does.
+    All but the last are inputs, all but the first targets.
     """
 
     ids: Int32[np.ndarray, " tokens"]
@@ -164,13 +142,8 @@ def encode_examples(
 
     The end-of-text token comes last, once, and counts in the loss; a prompt counts unless ``mask_prompt``. ``drop``
     leaves out examples of more than ``max_length`` inputs; ``truncate`` cuts tokens off the front, but never from the
-    last response: an example is left out if that and one token before it don't fit.
-
-    Returns:
-        The remaining examples, and notes on those that were dropped or truncated.
-
-    Raises:
-        InputError: a text that the tokenizer cannot encode; no remaining example.
+    last response: an example is left out if that and one token before it don't fit. Also returns notes on both.
+    InputError: a text that the tokenizer cannot encode; no remaining example.
     """
     encoded, n_dropped, cuts = [], 0, []
     for example in examples:
@@ -232,18 +205,10 @@ def instruction_batches(
 ) -> grain.MapDataset:
     """Return the endless sequence of training batches; element ``i`` is the batch of step ``i``.
 
-    Args:
-        rows: the examples of each row: one, or those that :func:`pack` put together.
-        batch_size: rows per batch.
-        limit: the most tokens of a row.
-        bucketed: whether the width of a batch is its longest row, rounded up by `bucket_width`, instead of ``limit``.
-        packed: whether rows may have several examples, so that batches have ``segment_ids`` and ``positions``.
-        seed: seed of the order, which is new each epoch.
+    A row has at most ``limit`` tokens; the width of a batch is that, or if ``bucketed`` the `bucket_width` of its
+    longest row. If ``packed``, rows may have several examples, and batches have ``segment_ids`` and ``positions``.
     """
-
-    def make(indices: np.ndarray) -> Batch:
-        return _batch([rows[i] for i in indices], limit, bucketed, packed)
-
+    make = functools.partial(_batch, rows, limit, bucketed, packed)
     return endless_batches(len(rows), make, batch_size=batch_size, seed=seed)
 
 
@@ -251,15 +216,12 @@ def instruction_eval_batches(
     rows: Sequence[TokenRow], *, batch_size: int, limit: int, bucketed: bool, packed: bool
 ) -> Iterator[Batch]:
     """Yield every row once, sorted by length to save padding; padding of the last batch has weight 0."""
-
-    def make(indices: np.ndarray) -> Batch:
-        return _batch([rows[i] for i in indices], limit, bucketed, packed)
-
-    order = np.argsort([_row_length(row) for row in rows], kind="stable")
-    return eval_batches(order, make, batch_size=batch_size)
+    order = np.argsort(list(map(_row_length, rows)), kind="stable")
+    return eval_batches(order, functools.partial(_batch, rows, limit, bucketed, packed), batch_size=batch_size)
 
 
-def _batch(rows: Sequence[TokenRow], limit: int, bucketed: bool, packed: bool) -> Batch:
+def _batch(all_rows: Sequence[TokenRow], limit: int, bucketed: bool, packed: bool, indices: np.ndarray) -> Batch:
+    rows = [all_rows[i] for i in indices]
     width = bucket_width(max(map(_row_length, rows)), limit) if bucketed else limit
     names = ("inputs", "targets", "segment_ids", "positions") if packed else ("inputs", "targets")
     batch = {name: np.zeros((len(rows), width), np.int32) for name in names}

@@ -20,7 +20,7 @@ from slm_jax.data.config import ClassificationConfig, DataConfig
 from slm_jax.data.file_sources import Table
 from slm_jax.data.rows import Row
 from slm_jax.data.sources import parse_source
-from slm_jax.data.splits import SPLITS, check_apart, grouped, require_filled, share, split_fractions
+from slm_jax.data.splits import SPLITS, check_apart, grouped, require_filled, share, shared, split_fractions
 from slm_jax.data.windows import Batch, bucket_width, endless_batches, eval_batches
 from slm_jax.errors import InputError
 from slm_jax.tokenizer import Tokenizer
@@ -38,12 +38,7 @@ class LabelledTexts:
 
 @dataclasses.dataclass(frozen=True)
 class LabelledSplits:
-    """The texts of all splits: at least one of each class in ``train``, none of the others empty.
-
-    Attributes:
-        classes: the classes' names, by index.
-        notes: lines for the user: texts of each split and class, texts left out, equal texts.
-    """
+    """The texts of all splits, the names of the classes by index, and notes on them for the user."""
 
     train: LabelledTexts
     validation: LabelledTexts
@@ -69,8 +64,7 @@ class _Item(NamedTuple):
 def load_labelled(data: DataConfig, cfg: ClassificationConfig, seed: int) -> LabelledSplits:
     """Read labelled texts, check every row, balance and split them.
 
-    Without validation and test sources, one source is split into three: ``data.validation_fraction`` and
-    ``data.test_fraction`` of its texts, and the rest for training. Balancing comes first (as in the book) and
+    Without validation and test sources, one source is split into three. Balancing comes first (as in the book) and
     doesn't change a separate validation or test source.
 
     Raises:
@@ -84,8 +78,8 @@ def load_labelled(data: DataConfig, cfg: ClassificationConfig, seed: int) -> Lab
     rng = np.random.default_rng(seed)
     balance: list[str] = []
     if cfg.balance == "downsample":
-        items, note = _downsample(items, rng)
-        balance.append(note)
+        n_all, items = len(items), _downsample(items, rng)
+        balance = [f"balance: {n_all - len(items)} of {n_all} texts left out; the classes are equally frequent"]
     splits = _split(items, data, cfg, rng)
     for name, source in (("validation", data.validation_source), ("test", data.test_source)):
         if source is not None:
@@ -97,7 +91,7 @@ def load_labelled(data: DataConfig, cfg: ClassificationConfig, seed: int) -> Lab
     labelled, notes = {}, []
     for name, split in splits.items():
         counts = Counter(item.label for item in split)
-        notes.append(f"{name}: {_count(len(split), 'text')} ({', '.join(f'{counts[c]} {c}' for c in classes)})")
+        notes.append(f"{name}: {len(split)} texts ({', '.join(f'{counts[c]} {c}' for c in classes)})")
         labels = np.array([classes.index(item.label) for item in split], np.int32)
         labelled[name] = LabelledTexts(tuple(item.text for item in split), labels)
     return LabelledSplits(**labelled, classes=classes, notes=(*notes, *balance, *_describe_duplicates(splits)))
@@ -149,13 +143,11 @@ def _sorted_classes(labels: set[str]) -> tuple[str, ...]:
 # Balancing and splitting
 
 
-def _downsample(items: list[_Item], rng: np.random.Generator) -> tuple[list[_Item], str]:
+def _downsample(items: list[_Item], rng: np.random.Generator) -> list[_Item]:
     """Keep as many texts of each class as of the rarest, in the order of the source."""
     classes = grouped(range(len(items)), [item.label for item in items])
     rarest = min(map(len, classes))
-    kept = np.sort(np.concatenate([rng.permutation(members)[:rarest] for members in classes]))
-    note = f"balance: {_count(len(items) - len(kept), 'text')} of {len(items)} left out, {rarest} of each class kept"
-    return [items[i] for i in kept], note
+    return [items[i] for i in np.sort(np.concatenate([rng.permutation(members)[:rarest] for members in classes]))]
 
 
 def _split(
@@ -187,12 +179,11 @@ def _split(
 def _check_splits(splits: dict[str, list[_Item]], classes: Sequence[str]) -> None:
     require_filled(splits)
     for name, items in splits.items():
-        for item in items:
-            if item.label not in classes:
-                raise InputError(
-                    f"{item.where}: label {item.label!r:.60} of the {name} split never occurs in training; "
-                    f"expected one of {', '.join(classes):.200}"
-                )
+        if unknown := [item for item in items if item.label not in classes]:
+            raise InputError(
+                f"{unknown[0].where}: label {unknown[0].label!r:.60} of the {name} split never occurs in training; "
+                f"expected one of {', '.join(classes):.200}"
+            )
     trained = {item.label for item in splits["train"]}
     if missing := [name for name in classes if name not in trained]:
         raise InputError(
@@ -202,24 +193,17 @@ def _check_splits(splits: dict[str, list[_Item]], classes: Sequence[str]) -> Non
 
 
 def _describe_duplicates(splits: dict[str, list[_Item]]) -> list[str]:
-    """Report how many texts equal another one, across splits, and with different labels."""
-    placed = [(name, item) for name, items in splits.items() for item in items]
-    groups = [group for group in grouped(placed, [item.key for _, item in placed]) if len(group) > 1]
-    if not groups:
-        return []
-    across = sum(len({name for name, _ in group}) > 1 for group in groups)
-    notes = [
-        f"duplicates: {_count(sum(map(len, groups)), 'text')} in {_count(len(groups), 'group')} of equal ones, "
-        f"{across or 'none'} of them across splits"
-    ]
-    if conflicts := [group for group in groups if len({item.label for _, item in group}) > 1]:
-        first, n = conflicts[0][0][1].where, _count(len(conflicts), "group")
-        notes.append(f"duplicates: {n} of equal texts with different labels, such as {first}")
+    """Report how many texts equal an earlier one, also in another split, and how many have different labels."""
+    n_across = len(shared(splits, lambda item: item.key))
+    items = [item for split in splits.values() for item in split]
+    groups = grouped(items, [item.key for item in items])
+    conflicts = [group[0].where for group in groups if len({item.label for item in group}) > 1]
+    notes = []
+    if n := len(items) - len(groups):
+        notes.append(f"duplicates: {n:,} of {len(items):,} texts equal an earlier one, {n_across:,} in another split")
+    if conflicts:
+        notes.append(f"duplicates: {len(conflicts):,} texts have copies with another label, such as {conflicts[0]}")
     return notes
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 # Batches
@@ -256,14 +240,8 @@ def classification_batches(
 ) -> grain.MapDataset:
     """Return the endless sequence of training batches; element ``i`` is the batch of step ``i``.
 
-    Args:
-        encoded: token ids of each text, 1 to ``limit``.
-        labels: class of each text.
-        weights: weight of each text in the loss.
-        batch_size: texts per batch.
-        limit: the most tokens of a row.
-        bucketed: whether the width of a batch is its longest text, rounded up by `bucket_width`, instead of ``limit``.
-        seed: seed of the order, which is new each epoch.
+    A row has at most ``limit`` tokens; the width of a batch is that, or if ``bucketed`` the `bucket_width` of its
+    longest text. ``weights`` are those of the texts in the loss.
     """
 
     def make(texts: np.ndarray) -> Batch:

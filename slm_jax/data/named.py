@@ -16,16 +16,11 @@ READ_SECONDS = 20.0  # without one byte from a server that was reached
 
 
 class NamedFile(NamedTuple):
-    """A file, where it comes from, what it must contain, and the source that reads it.
-
-    Attributes:
-        header: column names if the file is a table without a header line.
-    """
+    """A file, where it comes from, what it must contain, and the source that reads it, perhaps with column names."""
 
     file: str
     url: str
     sha256: str
-    licence: str
     reader: type[Source]
     header: tuple[str, ...] = ()
 
@@ -34,33 +29,29 @@ _GITHUB = "https://raw.githubusercontent.com"
 _BOOK = f"{_GITHUB}/rasbt/LLMs-from-scratch/28c65cdfbc3338e2e040016eea4b7fdf556e4d57"
 
 NAMED_FILES: dict[str, NamedFile] = {
-    "the-verdict": NamedFile(
+    "the-verdict": NamedFile(  # public domain (Edith Wharton, 1908)
         file="the-verdict.txt",
         url=f"{_BOOK}/ch02/01_main-chapter-code/the-verdict.txt",
         sha256="b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f",
-        licence="public domain (Edith Wharton, 1908)",
         reader=TextFiles,
     ),
-    "tinyshakespeare": NamedFile(
+    "tinyshakespeare": NamedFile(  # public domain
         file="tinyshakespeare.txt",
         url=f"{_GITHUB}/karpathy/char-rnn/6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e/data/tinyshakespeare/input.txt",
         sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
-        licence="public domain",
         reader=TextFiles,
     ),
-    "sms-spam": NamedFile(
+    "sms-spam": NamedFile(  # CC BY 4.0 (SMS Spam Collection, UCI)
         file="sms-spam.tsv",
         url=f"{_GITHUB}/justmarkham/pycon-2016-tutorial/5339710562cc46c4a32a369d63f1e8751a18a54e/data/sms.tsv",
         sha256="7d039a24a6083ed9ef0f806ebad56bbb976e3aeb8de05669173bfdc4996c239d",
-        licence="CC BY 4.0 (SMS Spam Collection, UCI)",
         reader=Tsv,
         header=("label", "text"),
     ),
-    "instruction-data": NamedFile(
+    "instruction-data": NamedFile(  # Apache-2.0
         file="instruction-data.json",
         url=f"{_BOOK}/ch07/01_main-chapter-code/instruction-data.json",
         sha256="7e09a9af353722ca15c18bc580f093f9c39d3178335a75177319cb1e1d163944",
-        licence="Apache-2.0",
         reader=Json,
     ),
 }
@@ -91,8 +82,6 @@ class Named(Source):
 
 def named_file(name: str) -> Path:
     """Return the path of a named file with its pinned content, downloaded into the cache unless $SLM_JAX_DATA has it.
-
-    The cache is `slm_jax/data` under $XDG_CACHE_HOME, or under `~/.cache` where that is not set.
 
     Raises:
         MissingInputError: the file could not be downloaded (offline, within five seconds).

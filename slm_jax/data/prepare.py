@@ -11,7 +11,6 @@ import hashlib
 import itertools
 import os
 import re
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,11 +21,13 @@ from typing import NamedTuple
 import numpy as np
 
 from slm_jax.data.rows import Pieces, Source
-from slm_jax.data.token_file import token_dtype, write_token_file
+from slm_jax.data.token_file import TokenWriter, token_dtype, write_token_file
 from slm_jax.errors import InputError
 from slm_jax.tokenizer import BPETokenizer, Tokenizer
 
 LONGEST = 1 << 24  # characters; longer documents are not held in memory
+# Why documents are left out; those that are unfiltered, because they are longer, are kept.
+REASONS = ("empty", "short", "symbols", "repeated_lines", "duplicates", "unfiltered")
 TRAINING_CHARACTERS = 100_000_000  # of the text that a tokenizer is trained on
 PIECE = 1 << 20  # characters encoded at a time
 _MOST_WORKERS = 8  # more would wait: one thread reads and filters
@@ -36,47 +37,12 @@ _SYMBOL = re.compile(r"[^\w\s]|_")
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """Which documents are left out.
-
-    Attributes:
-        deduplicate: whether to leave out copies of an earlier document (white space at the ends is ignored).
-        min_characters: length below which a document is left out.
-        max_symbol_ratio: largest share of characters that are neither letters nor digits nor white space; None: any.
-        max_repeated_lines: largest share of lines that repeat an earlier one, not counting empty ones; None: any.
-    """
+    """Which documents are left out; the command's options of the same names describe each rule."""
 
     deduplicate: bool = True
     min_characters: int = 0
     max_symbol_ratio: float | None = None
     max_repeated_lines: float | None = None
-
-
-@dataclasses.dataclass
-class Prepared:
-    """What has been written so far.
-
-    Attributes:
-        bytes_read: bytes read from the source's files.
-        documents: number of documents, with the end-of-text id between them.
-        tokens: number of ids in the file.
-        text_bytes: size of the documents in UTF-8.
-        counts: documents that were left out, by reason: ``empty``, ``short``, ``symbols``, ``repeated_lines``,
-            ``duplicates``; and those that are ``unfiltered``: longer than `LONGEST` and always kept.
-        sha256: SHA-256 of the file, set at the end.
-        seconds: time taken, set at the end.
-    """
-
-    bytes_read: int = 0
-    documents: int = 0
-    tokens: int = 0
-    text_bytes: int = 0
-    counts: dict[str, int] = dataclasses.field(
-        default_factory=lambda: dict.fromkeys(
-            ("empty", "short", "symbols", "repeated_lines", "duplicates", "unfiltered"), 0
-        )
-    )
-    sha256: str = ""
-    seconds: float = 0.0
 
 
 class _Encoded(NamedTuple):
@@ -94,51 +60,41 @@ def prepare(
     tokenizer: Tokenizer,
     *,
     text_column: str | None = None,
-    rules: Rules | None = None,
-    report: Callable[[Prepared], None] = lambda _: None,
-) -> Prepared:
-    """Encode sources, one after the other, into a token file (`slm_jax.data.token_file`).
+    rules: Rules = Rules(),
+    report: Callable[[TokenWriter], None] = lambda _: None,
+) -> TokenWriter:
+    """Encode sources, one after the other, into a token file (`slm_jax.data.token_file`); return its counts.
 
-    Args:
-        sources: any sources of texts or rows.
-        out: ``FILE.bin``, replaced if it exists; ``FILE.bin.json`` is written beside it.
-        tokenizer: makes the ids; saved in the JSON file.
-        text_column: the field of the texts, in sources of rows.
-        rules: which documents are left out; default: exact copies.
-        report: called now and then with what has been written so far.
+    ``report`` is called now and then with what has been written so far.
 
     Raises:
         InputError: a source that cannot be read, or has no text that the rules keep; a text that the tokenizer cannot
             encode; a file that cannot be written. Nothing is left behind.
     """
-    start = time.monotonic()
     tokenizer.encode("")  # raises if the tokenizer's files are missing, before anything is read
-    source = " ".join(map(str, sources))
-    prepared = Prepared()
+    source, counts = " ".join(map(str, sources)), dict.fromkeys(REASONS, 0)
     read: list[int] = []
 
     def count_empty() -> None:
-        prepared.counts["empty"] += 1
+        counts["empty"] += 1
 
     # A list, so that missing files are reported at once.
     found = itertools.chain.from_iterable([each.documents(text_column, read.append, count_empty) for each in sources])
-    batches = _batches(select(found, rules or Rules(), prepared.counts), read)
+    batches = _batches(select(found, rules, counts), read)
     workers = min(_MOST_WORKERS, os.cpu_count() or 1)
     with write_token_file(out, tokenizer, source) as file, ThreadPoolExecutor(workers) as pool:
+        file.counts = counts
         for encoded in _in_order(pool, partial(_encode, tokenizer, source), batches, ahead=workers + 1):
             # The end-of-text id is between documents, not before the first.
             file.write(encoded.ids if file.tokens else encoded.ids[1:])
-            prepared.documents += encoded.documents
-            prepared.text_bytes += encoded.text_bytes
-            prepared.bytes_read += encoded.bytes_read
-            prepared.tokens = file.tokens
-            report(prepared)
+            file.documents += encoded.documents
+            file.text_bytes += encoded.text_bytes
+            file.bytes_read += encoded.bytes_read
+            report(file)
         if not file.tokens:
-            left_out = ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in prepared.counts.items() if n)
+            left_out = ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in counts.items() if n)
             raise InputError(f"source {source!r}: no document is left ({left_out or 'none read'}); loosen the filter")
-        file.documents, file.counts = prepared.documents, prepared.counts
-    prepared.sha256, prepared.seconds = file.sha256, time.monotonic() - start
-    return prepared
+    return file
 
 
 def train_tokenizer(
@@ -163,10 +119,7 @@ def train_tokenizer(
 
 
 def select(documents: Iterable[Pieces], rules: Rules, counts: dict[str, int]) -> Iterator[Pieces]:
-    """Yield the documents that are kept, and count the others by reason (see `Prepared`).
-
-    Copies are found by a digest of each document, which takes about 100 bytes.
-    """
+    """Yield the documents that are kept, and count the others by reason; remembers about 100 bytes per document."""
     seen: set[bytes] = set()
     for document in documents:
         pieces = iter(document)
@@ -205,8 +158,7 @@ def _reason(text: str, rules: Rules, seen: set[bytes]) -> str | None:
 def cut_pieces(pieces: Iterable[str], length: int | None = None) -> Iterator[str]:
     """Join and cut a document again, so that its pieces can be encoded one by one.
 
-    Pieces have about ``length`` characters (default: `PIECE`), at most twice as many, unless a longer run of text has
-    no place to cut.
+    Pieces have about ``length`` characters (default: `PIECE`), at most twice as many where there is a place to cut.
     """
     length = length or PIECE
     held: list[str] = []
@@ -230,10 +182,7 @@ Batch = tuple[list[str | None], int]  # pieces, each document after None; and th
 
 
 def _batches(found: Iterable[Pieces], read: list[int]) -> Iterator[Batch]:
-    """Group short pieces: starting a thread pays off from about a megabyte of text.
-
-    ``read`` collects the bytes that are read meanwhile, and is emptied at each batch.
-    """
+    """Group short pieces: starting a thread pays off from about a megabyte; ``read`` collects the bytes read for it."""
     batch: list[str | None] = []
     n_characters = 0
     for document in found:

@@ -51,20 +51,13 @@ class Row(NamedTuple):
 class Source:
     """Where data comes from: ``SCHEME:NAME``, parsed by `slm_jax.data.sources.parse_source`.
 
-    A subclass reads one scheme. It implements `rows`, or `texts` if its data has no named fields.
-
-    Attributes:
-        scheme: the part before the colon.
-        form: how such a source is written, for messages.
-        names: the names that exist; None if that isn't known before reading.
-        name: the part after the colon.
-        header: column names for tables without a header line.
-        split: the split that is read from a data set with splits if the name doesn't have one.
+    A subclass reads one scheme. It implements `rows`, or `texts` if its data has no named fields. ``header`` names the
+    columns of tables without a header line, ``split`` the split of a data set whose name doesn't have one.
     """
 
     scheme: ClassVar[str]
-    form: ClassVar[str]
-    names: ClassVar[Collection[str] | None] = None
+    form: ClassVar[str]  # how such a source is written, for messages
+    names: ClassVar[Collection[str] | None] = None  # those that exist, if that is known before reading
 
     def __init__(self, name: str, *, header: Sequence[str] = (), split: str = "train") -> None:
         if self.names is not None and name not in self.names:
@@ -93,14 +86,10 @@ class Source:
         return ()
 
     def rows(self, columns: Sequence[str] = (), on_read: OnRead = ignore_bytes) -> Iterator[Row]:
-        """Return the rows in a fixed order; missing files are reported at once, other errors while iterating.
+        """Return the rows in a fixed order, with at least the fields ``columns`` (default: all).
 
-        Args:
-            columns: the fields that are needed, for formats that can skip the others; default: all.
-            on_read: called with the number of bytes read from files since the last call.
-
-        Raises:
-            InputError: the source cannot be read or has no named fields.
+        ``on_read`` is called with the number of bytes read from files since the last call. InputError: the source
+        cannot be read (missing files are reported at once) or has no named fields.
         """
         raise InputError(f"source {self} has no named fields; expected rows, such as jsonl:FILE")
 
@@ -123,9 +112,7 @@ class Source:
         A text file or a row is a document, or several if it holds a literal ``<|endoftext|>``; documents of only white
         space are skipped, and ``on_empty`` is called for each file or row without any. A document has to be read before
         the next one is asked for. Memory holds about a megabyte of a text file, or one row (of Parquet 64).
-
-        Raises:
-            InputError: as `texts`, or there is no document.
+        InputError: as `texts`, or there is no document.
         """
         return self._documents(self.texts(text_column, on_read), on_empty)
 

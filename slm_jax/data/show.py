@@ -1,6 +1,7 @@
 """Prints batches as the model will see them."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import grain
 import numpy as np
@@ -53,34 +54,25 @@ def _batches(tokens: Integer[np.ndarray, " tokens"], eot_id: int, width: int, pa
     if packing:
         rows = PackedRows(tokens, eot_id, width)
         return endless_batches(len(rows), rows.batch, batch_size=min(ROWS, len(rows)), seed=0)
-    return train_batches(
-        tokens,
-        context_length=min(width, tokens.size - 1),
-        batch_size=ROWS,
-        sampling="random",
-        stride=None,
-        shuffle=True,
-        seed=0,
-    )
+    cut: dict[str, Any] = {"sampling": "random", "stride": None, "shuffle": True}
+    return train_batches(tokens, context_length=min(width, tokens.size - 1), batch_size=ROWS, seed=0, **cut)
 
 
 def _row_lines(row: Batch, tokenizer: Tokenizer, number: int) -> Iterator[str]:
     """Yield the lines of one row: a heading, the documents, and its tokens in blocks side by side."""
-    counted = int(row["weights"].sum())
-    yield f"\nrow {number}: {counted} of {len(row['weights'])} targets count"
+    counted, width = int(row["weights"].sum()), len(row["weights"])
+    yield f"\nrow {number}: {counted} of {width} targets count"
     if "segment_ids" in row:
         yield from _document_lines(row, tokenizer)
-    shown = min(len(row["weights"]), counted + _PADDING)
-    table = _table({name: value[:shown] for name, value in row.items()}, tokenizer)
-    blocks = list(_blocks(table))
-    for block in blocks[:_FIRST]:
-        yield from _block_lines(table, *block)
-    if hidden := blocks[_FIRST:-_LAST]:
-        yield f"\n  … {hidden[-1][1] - hidden[0][0]} more …"
-    for block in blocks[max(_FIRST, len(blocks) - _LAST) :]:
-        yield from _block_lines(table, *block)
-    if hidden_padding := len(row["weights"]) - shown:
-        yield f"\n  … {hidden_padding} more of padding"
+    shown = min(width, counted + _PADDING)
+    blocks = list(_blocks(_table({name: value[:shown] for name, value in row.items()}, tokenizer)))
+    for i, (start, lines) in enumerate(blocks):
+        if i < _FIRST or i >= len(blocks) - _LAST:
+            yield from lines
+        elif i == _FIRST:
+            yield f"\n  … {blocks[-_LAST][0] - start} more …"
+    if shown < width:
+        yield f"\n  … {width - shown} more of padding"
 
 
 def _table(row: Batch, tokenizer: Tokenizer) -> dict[str, list[str]]:
@@ -94,29 +86,24 @@ def _table(row: Batch, tokenizer: Tokenizer) -> dict[str, list[str]]:
         "counts": [str(int(count)) for count in counts],
     }
     if "segment_ids" in row:
-        table["document"] = list(map(str, row["segment_ids"]))
-        table["position"] = list(map(str, row["positions"]))
+        table |= {"document": list(map(str, row["segment_ids"])), "position": list(map(str, row["positions"]))}
     return table
 
 
-def _blocks(table: dict[str, list[str]]) -> Iterator[tuple[int, int]]:
-    """Yield the ranges of tokens that fit side by side."""
-    widths = [2 + max(map(cell_len, cells)) for cells in zip(*table.values(), strict=True)]
-    start = used = 0
-    for at, width in enumerate(widths):
-        if used + width > COLUMNS - _LABEL and at > start:
-            yield start, at
-            start, used = at, 0
-        used += width
-    yield start, len(widths)
-
-
-def _block_lines(table: dict[str, list[str]], start: int, end: int) -> Iterator[str]:
-    widths = [max(cell_len(cells[at]) for cells in table.values()) for at in range(start, end)]
-    yield ""
-    for label, cells in table.items():
-        padded = [" " * (width - cell_len(cell)) + cell for width, cell in zip(widths, cells[start:end], strict=True)]
-        yield f"  {label:<{_LABEL}}" + "  ".join(padded)
+def _blocks(table: dict[str, list[str]]) -> Iterator[tuple[int, list[str]]]:
+    """Yield blocks of as many tokens as fit side by side: the first one's number, and the lines."""
+    widths = [max(map(cell_len, cells)) for cells in zip(*table.values(), strict=True)]
+    start = 0
+    while start < len(widths):
+        end = start + 1
+        while end < len(widths) and sum(widths[start : end + 1]) + 2 * (end + 1 - start) <= COLUMNS - _LABEL:
+            end += 1
+        lines = [""]
+        for label, cells in table.items():
+            padded = (" " * (widths[i] - cell_len(cells[i])) + cells[i] for i in range(start, end))
+            lines.append(f"  {label:<{_LABEL}}" + "  ".join(padded))
+        yield start, lines
+        start = end
 
 
 def _document_lines(row: Batch, tokenizer: Tokenizer) -> Iterator[str]:

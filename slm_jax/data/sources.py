@@ -24,10 +24,7 @@ SOURCES = {source.scheme: source for source in _CLASSES}
 def parse_source(source: str, *, header: Sequence[str] = (), split: str = "train") -> Source:
     """Return the source that a string such as ``text:books/*.txt`` names; nothing is read yet.
 
-    ``header`` and ``split`` are attributes of `Source`.
-
-    Raises:
-        InputError: a missing or unknown scheme, an empty or unknown name.
+    ``header`` and ``split`` are those of `Source`. InputError: a missing or unknown scheme, an empty or unknown name.
     """
     scheme, colon, name = source.partition(":")
     forms = ", ".join(known.form for known in SOURCES.values())

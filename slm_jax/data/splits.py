@@ -50,19 +50,11 @@ def grouped(members: Iterable[T], keys: Iterable[Hashable]) -> list[list[T]]:
     return list(groups.values())
 
 
-def first_places(splits: Mapping[str, Sequence[T]], key: Callable[[T], Hashable]) -> dict[Hashable, Place[T]]:
-    """Return the split and the item in which each key first occurs."""
-    first: dict[Hashable, Place[T]] = {}
-    for name, items in splits.items():
-        for item in items:
-            first.setdefault(key(item), (name, item))
-    return first
-
-
 def shared(splits: Mapping[str, Sequence[T]], key: Callable[[T], Hashable]) -> list[tuple[Place[T], Place[T]]]:
     """Return the items whose key also occurs in an earlier split, each after the first item with that key."""
-    first = first_places(splits, key)
-    pairs = [(first[key(item)], (name, item)) for name, items in splits.items() for item in items]
+    first: dict[Hashable, Place[T]] = {}
+    places = [(name, item) for name, items in splits.items() for item in items]
+    pairs = [(first.setdefault(key(place[1]), place), place) for place in places]
     return [(earlier, later) for earlier, later in pairs if earlier[0] != later[0]]
 
 

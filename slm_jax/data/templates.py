@@ -18,13 +18,7 @@ Role = Literal["system", "user", "assistant"]
 
 @dataclasses.dataclass(frozen=True)
 class Message:
-    """One turn of a conversation.
-
-    Attributes:
-        role: the speaker.
-        content: the text.
-        input: separate input of an instruction (Alpaca's ``input``).
-    """
+    """One turn of a conversation; ``input`` is the separate input of an instruction (Alpaca's)."""
 
     role: Role
     content: str
@@ -87,19 +81,13 @@ class Template:
     def from_dict(cls, data: Mapping[str, Any], where: str = "template") -> "Template":
         """Rebuild a template from the result of :meth:`to_dict`; only the first two fields are required.
 
-        Raises:
-            InputError: a field that is unknown, missing or not text; no text by which a response begins or ends. The
-                message starts with ``where``.
+        InputError: a field that is unknown, missing or not text; no text by which a response begins or ends.
         """
-        fields = [field.name for field in dataclasses.fields(cls)]
-        for name, value in data.items():
-            if name not in fields:
-                raise InputError(f"{where}: unknown field {name!r}; expected {', '.join(fields)}")
-            if not isinstance(value, str):
-                raise InputError(f"{where}: {name} is {value!r:.60}; expected text")
-        row = Row(where, data)
+        row, fields = Row(where, data), [field.name for field in dataclasses.fields(cls)]
+        if unknown := [name for name in data if name not in fields]:
+            raise InputError(f"{where}: unknown field {unknown[0]!r}; expected {', '.join(fields)}")
         row.filled("assistant_start")
-        template = cls(**{**data, "user_start": row.text("user_start")})
+        template = cls(**{name: row.text(name) for name in ("user_start", *data)})
         if not all(template.stop):
             raise InputError(f"{where}: assistant_end and user_start are blank, so nothing ends a response")
         return template
@@ -163,7 +151,8 @@ def format_prompt(entry: Mapping[str, Any], template: str | Template = "alpaca")
 def entry_messages(entry: Mapping[str, Any], where: str) -> tuple[Message, ...]:
     """Return the turns of an entry; the last one is the assistant's if the entry has an output or ends with one.
 
-    Its fields are as :func:`format_prompt` takes them, or as Databricks' Dolly names them (``context``, ``response``).
+    An entry is Alpaca's (``instruction``, ``output``, and perhaps ``input``), Dolly's (``instruction``, ``response``,
+    ``context``), or a chat (``messages``, each with ``role`` and ``content``).
 
     Raises:
         InputError: a field that is missing, empty or not text; an unknown role; no message of a user.

@@ -6,7 +6,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -81,9 +81,7 @@ def _find_builder(name: str) -> Any:
 
     dataset = name.partition("/")[0]
 
-    def find() -> Any:
-        return tfds.builder(name, file_format="array_record", data_dir=os.environ.get("TFDS_DATA_DIR"))
-
+    find = partial(tfds.builder, name, file_format="array_record", data_dir=os.environ.get("TFDS_DATA_DIR"))
     try:
         try:
             builder = find()

@@ -4,14 +4,13 @@
 the tokenizer, the counts and the SHA-256 of the ids; without it, ids are read as uint16.
 """
 
-import dataclasses
 import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt
@@ -43,15 +42,8 @@ class TokenSource(Source):
         raise InputError(f"source {self} holds token ids, expected text, such as text:GLOB")
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class TokenFile:
-    """An opened file of ids.
-
-    Attributes:
-        tokens: 1-D, mapped into memory, read-only.
-        tokenizer: the tokenizer of the ids; None for bare ids.
-        sha256: SHA-256 of the file's bytes; None for bare ids.
-    """
+class TokenFile(NamedTuple):
+    """An opened file: ids mapped into memory; the tokenizer and the SHA-256 of described ones, None for bare ids."""
 
     tokens: UInt[np.ndarray, " tokens"]
     tokenizer: Tokenizer | None
@@ -71,11 +63,8 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 def open_token_file(path: str | Path) -> TokenFile:
     """Map a file of ids, after checking it against its JSON file, if it has one (which reads the whole file once).
 
-    Bare ids must still be compared with a vocabulary: `check_ids`.
-
-    Raises:
-        InputError: a file that is missing, empty, truncated, changed, or something else; a JSON file that cannot be
-            read or describes other ids.
+    Bare ids must still be compared with a vocabulary: `check_ids`. InputError: a file that is missing, empty,
+    truncated, changed, or something else.
     """
     path = Path(path).expanduser()
     try:
@@ -131,10 +120,7 @@ def map_ids(path: Path, dtype: np.dtype[Any]) -> UInt[np.ndarray, " tokens"]:
 
 
 def check_ids(tokens: UInt[np.ndarray, " tokens"], vocab_size: int, path: str | Path) -> None:
-    """Raise InputError if an id is not below ``vocab_size``: on the device it would silently become another one.
-
-    Takes about a second per billion ids if the file is in memory.
-    """
+    """Raise InputError if an id is not below ``vocab_size``: on the device it would silently become another one."""
     for begin in range(0, len(tokens), _CHUNK):
         chunk = tokens[begin : begin + _CHUNK]
         if int(chunk.max()) >= vocab_size:
@@ -146,16 +132,18 @@ def check_ids(tokens: UInt[np.ndarray, " tokens"], vocab_size: int, path: str | 
 
 
 class TokenWriter:
-    """Appends ids to a token file; made by `write_token_file`.
+    """Appends ids to a token file; made by `write_token_file`, whose caller sets all attributes but the first.
 
     Attributes:
         tokens: number of ids written.
-        documents: number of documents, set by the caller.
-        counts: documents that were left out, by reason, set by the caller.
+        documents: number of documents, with the end-of-text id between them.
+        counts: documents that were left out, by reason.
+        text_bytes: size of the documents in UTF-8.
+        bytes_read: bytes read from the sources' files.
     """
 
     def __init__(self, file: BinaryIO, vocab_size: int) -> None:
-        self.tokens = self.documents = 0
+        self.tokens = self.documents = self.text_bytes = self.bytes_read = 0
         self.counts: dict[str, int] = {}
         self._digest = hashlib.sha256()
         self._file, self._dtype = file, token_dtype(vocab_size)

@@ -1,13 +1,13 @@
 """Token arrays to batches in an order that is f(seed, step): windows at strides or random offsets, or packed documents.
 
 A batch is a dict of ``inputs`` and ``targets`` (int32, (batch, context), targets one token on) and ``weights``
-(float32, 1 where a target counts, else 0). Padding is on the right.
+(float32, 1 where a target counts, else 0). Padding is on the right. Batches of packed rows, whose documents see only
+themselves, also have ``segment_ids`` (int32, 1, 2 … for a row's pieces, 0 for padding) and ``positions`` (int32, from 0
+in each piece).
 
-Packed rows hold documents that see only themselves. The tokens are cut right before every end-of-text id, so that a
-piece is ``[eot, t1 … tn]`` with the targets ``[t1 … tn, eot]``: every token but the first is a target once, and a
-document's start is learned after the same id that generation starts from. Pieces longer than a row are cut again.
-Their batches also have ``segment_ids`` (int32, 1, 2 … for a row's pieces, 0 for padding) and ``positions`` (int32, from
-0 in each piece).
+For packing, the tokens are cut right before every end-of-text id, so that a piece is ``[eot, t1 … tn]`` with the
+targets ``[t1 … tn, eot]``: every token but the first is a target once, and a document's start is learned after the same
+id that generation starts from. Pieces longer than a row are cut again.
 """
 
 from array import array
@@ -75,17 +75,8 @@ def train_batches(
 ) -> grain.MapDataset:
     """Return the endless sequence of training batches; element ``i`` is the batch of step ``i``.
 
-    Args:
-        tokens: 1-D token ids.
-        context_length: tokens per window; its targets reach one token further.
-        batch_size: windows per batch.
-        sampling: ``stride``, or ``random`` for nanoGPT's random offsets.
-        stride: tokens between the starts of ``stride`` windows; None: ``context_length``.
-        shuffle: whether ``stride`` windows have a new random order each epoch.
-        seed: seed of offsets and order.
-
-    Raises:
-        InputError: fewer tokens than one window.
+    ``sampling`` is ``stride``, for windows every ``stride`` tokens (None: ``context_length``), with ``shuffle`` in a
+    new random order each epoch; or ``random``, for nanoGPT's random offsets. InputError: fewer tokens than one window.
     """
     check_window(tokens.size, context_length, "training")
     if sampling == "random":
@@ -115,10 +106,7 @@ def window_starts(n_tokens: int, context_length: int, stride: int | None) -> np.
 
 
 def validation_batches(tokens: np.ndarray, *, context_length: int, batch_size: int) -> Iterator[Batch]:
-    """Yield all ``tokens`` in windows that don't overlap, so that every token but the first is a target once.
-
-    Padding of the last window and the last batch has weight 0.
-    """
+    """Yield all ``tokens`` in windows that don't overlap, so that every token but the first is a target once."""
     starts = np.arange(0, tokens.size - 1, context_length)
     return eval_batches(starts, lambda at: _windows(tokens, at, context_length), batch_size=batch_size)
 
@@ -141,18 +129,12 @@ class PackedRows:
     """Rows of packed documents, ordered by their first documents, planned without copying any token.
 
     Takes about 16 bytes per document (60 while packing), and a few seconds for a million of them.
-
-    Attributes:
-        n_documents: number of documents.
-        width: tokens per row.
     """
 
     def __init__(self, tokens: Integer[np.ndarray, " tokens"], eot_id: int, width: int):
-        """Find the documents, which start after the id ``eot_id``, and pack them."""
         assert tokens.size > 1, "the first token is not predicted"
         documents = _document_starts(tokens, eot_id)
-        self.n_documents = len(documents) - 1
-        self.width = width
+        self.n_documents, self.width = len(documents) - 1, width
         self._tokens = np.asarray(tokens)  # indexing a np.memmap is slower
         self._starts = _cut(documents, width)
         self._pieces, self._bounds = _group(best_fit(np.diff(self._starts).astype(np.int32), width))
@@ -224,10 +206,8 @@ def best_fit(lengths: Int32[np.ndarray, " pieces"], width: int) -> Int32[np.ndar
 def _document_starts(tokens: Integer[np.ndarray, " tokens"], eot_id: int) -> Int64[np.ndarray, " documents_and_1"]:
     """Return the starts of the documents, and the end of all inputs: the last token is only a target."""
     end = tokens.size - 1
-    starts = [
-        begin + np.flatnonzero(tokens[begin : min(begin + _CHUNK, end)] == eot_id) for begin in range(0, end, _CHUNK)
-    ]
-    found = np.concatenate(starts)
+    chunks = range(0, end, _CHUNK)
+    found = np.concatenate([at + np.flatnonzero(tokens[at : min(at + _CHUNK, end)] == eot_id) for at in chunks])
     return np.concatenate([[0], found[found > 0], [end]])
 
 

@@ -12,7 +12,6 @@ from refusals import refused
 from slm_jax.data import corpus as corpus_module
 from slm_jax.data.config import DataConfig, TokenizerConfig
 from slm_jax.data.corpus import (
-    END_OF_TEXT,
     Corpus,
     encode_documents,
     load_corpus,
@@ -21,7 +20,7 @@ from slm_jax.data.corpus import (
 )
 from slm_jax.data.sources import parse_source
 from slm_jax.data.token_file import write_token_file
-from slm_jax.tokenizer import BPETokenizer, CharTokenizer, SimpleTokenizer, fingerprint
+from slm_jax.tokenizer import END_OF_TEXT, BPETokenizer, CharTokenizer, SimpleTokenizer, fingerprint
 
 CHAR, SIMPLE = TokenizerConfig(kind="char"), TokenizerConfig(kind="simple")
 BPE = TokenizerConfig(kind="bpe", vocab_size=300)

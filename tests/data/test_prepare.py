@@ -12,7 +12,7 @@ from refusals import refused
 from slm_jax.data import file_sources, prepare
 from slm_jax.data.builtin import Builtin
 from slm_jax.data.corpus import encode_documents
-from slm_jax.data.prepare import Prepared, Rules, cut_pieces, select, train_tokenizer
+from slm_jax.data.prepare import REASONS, Rules, cut_pieces, select, train_tokenizer
 from slm_jax.data.rows import Source
 from slm_jax.data.sources import parse_source
 from slm_jax.data.token_file import open_token_file
@@ -198,7 +198,7 @@ def test_a_tokenizer_without_its_files_is_found_out_before_reading(tmp_path, mon
 
 def selected(rules: Rules, documents: list[list[str]]) -> tuple[list[str], dict[str, int]]:
     """What stays, and the counts that are not 0."""
-    counts = Prepared().counts
+    counts = dict.fromkeys(REASONS, 0)
     kept = ["".join(document) for document in select(documents, rules, counts)]
     assert len(documents) - len(kept) == sum(counts.values()) - counts["unfiltered"]
     return kept, {reason: n for reason, n in counts.items() if n}
@@ -234,12 +234,12 @@ def test_a_document_that_is_too_long_streams_through(monkeypatch):
             read.append("abc")
             yield "abc"
 
-    counts = Prepared().counts
+    counts = dict.fromkeys(REASONS, 0)
     first = next(select([endless()], Rules(min_characters=100), counts))
     assert len(read) == 2
     assert [next(first) for _ in range(4)] == ["abc"] * 4
     assert len(read) == 4
-    assert counts == Prepared().counts | {"unfiltered": 1}
+    assert counts == dict.fromkeys(REASONS, 0) | {"unfiltered": 1}
     assert selected(Rules(), [["abcde"], ["abcde"], ["abcdef"], ["abcdef"]])[1] == {"duplicates": 1, "unfiltered": 2}
 
 

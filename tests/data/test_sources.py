@@ -21,12 +21,6 @@ from slm_jax.data.sources import SOURCES, check_text_column, parse_source
 MARK = "<|endoftext|>"
 
 
-@pytest.mark.parametrize("source", ["text:books/*.txt", "text:C:\\a.txt", "tfds:glue/sst2:test[:5]", "tokens:a.bin"])
-def test_a_source_is_a_scheme_and_a_name(source):
-    parsed = parse_source(source)
-    assert str(parsed) == source == f"{parsed.scheme}:{parsed.name}"
-
-
 @pytest.mark.parametrize(
     ("source", "expected"),
     [

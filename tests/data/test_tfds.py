@@ -1,6 +1,5 @@
 """What must hold of TensorFlow Datasets: prepared ones are read as JSON would be, and what is missing is named soon."""
 
-import importlib
 import json
 import shutil
 import time
@@ -172,13 +171,11 @@ def offline(tmp_path, monkeypatch) -> Path:
     ("name", "expected"),
     [
         ("glue/sst2", "a connection to "),
-        ("imdb_reviews", "a connection to "),
         ("lambada", "a connection to "),
         ("wikipedia/20230601.en", r"only Apache Beam can prepare it.*array_record"),
         ("imdb_review", "did you mean imdb_reviews"),
         ("wikipedai", "did you mean .*wikipedia"),  # an old-style builder, which the list of names lacks at first
         ("glue/sst", "no such configuration; expected one of cola, sst2"),
-        ("piqa/zz", "no such configuration; expected one of none"),
         ("../x", "failed"),
     ],
 )
@@ -188,16 +185,6 @@ def test_what_cannot_be_prepared_is_named_at_once_and_leaves_nothing(offline, na
         parse_source(f"tfds:{name}").read_rows()
     assert time.monotonic() - start < 5
     assert list(offline.iterdir()) == []
-
-
-def test_older_builders_are_imported_only_for_a_name_that_is_not_found_without(folder, monkeypatch):
-    def imported(name):
-        raise MissingInputError(f"{name} was imported")
-
-    monkeypatch.setattr(module, "importlib", SimpleNamespace(import_module=imported, util=importlib.util))
-    assert len(texts("tfds:our_tales")) == 5
-    with refused(r"tensorflow_datasets\.text was imported", MissingInputError):
-        texts("tfds:no_such_tales")
 
 
 def test_a_data_set_that_needs_tensorflow_to_be_prepared_is_refused(tmp_path, monkeypatch):
