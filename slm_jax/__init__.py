@@ -43,30 +43,26 @@ __all__ = [
     "unstack_blocks",
 ]
 
-# Module of each public name; a public module has its own path.
-_HOMES = {
-    name: module
-    for module, names in {
-        "evaluation.capture": ["ablate", "capture"],
-        "generation.decode": ["generate"],
-        "model": ["GPTClassifier", "GPTConfig", "GPTModel", "get_gpt_config", "init_cache"],
-        "nn.blocks": ["unstack_blocks"],
-        "runs": ["Run", "load_gpt2", "load_model", "load_run"],
-        "tasks.classification": ["load_classifier"],
-        "tokenizer": ["get_tokenizer"],
-        "weights.writer": ["save_gpt2"],
-    }.items()
-    for name in names
-}
 _MODULES = {name: name for name in ("attention", "model", "tasks", "tokenizer")} | {"lora": "weights.adapters"}
+_NAMES = {
+    "evaluation.capture": ("ablate", "capture"),
+    "generation.decode": ("generate",),
+    "model": ("GPTClassifier", "GPTConfig", "GPTModel", "get_gpt_config", "init_cache"),
+    "nn.blocks": ("unstack_blocks",),
+    "runs": ("Run", "load_gpt2", "load_model", "load_run"),
+    "tasks.classification": ("load_classifier",),
+    "tokenizer": ("get_tokenizer",),
+    "weights.writer": ("save_gpt2",),
+}
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name or module when it is first used."""
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"slm_jax.{_HOMES[name]}"), name)
     if name in _MODULES:
         return importlib.import_module(f"slm_jax.{_MODULES[name]}")
+    for module, names in _NAMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"slm_jax.{module}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -15,6 +15,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 
+import slm_jax
 from slm_jax.errors import InputError
 
 # Problems of the place that is written to, not of the program.
@@ -42,11 +43,7 @@ COMMANDS = {
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run one command; return the exit status.
-
-    Args:
-        args: the command and its options; by default those of the process.
-    """
+    """Run the command of ``args`` (by default those of the process); return the exit status."""
     words = sys.argv[1:] if args is None else list(args)
     if not words or words[0] in ("-h", "--help"):
         print("usage: slm-jax COMMAND [OPTIONS]\n")
@@ -56,9 +53,7 @@ def main(args: Sequence[str] | None = None) -> int:
         return 0 if words else 2
     name = words[0]
     if name == "--version":
-        from slm_jax import __version__
-
-        print(f"slm-jax {__version__}")
+        print(f"slm-jax {slm_jax.__version__}")
         return 0
     if name not in COMMANDS:
         return _fail("slm-jax", f"unknown command {name!r}; expected one of {', '.join(COMMANDS)}")
@@ -73,10 +68,8 @@ def main(args: Sequence[str] | None = None) -> int:
             module = importlib.import_module(COMMANDS[name][0])
             from slm_jax.config import parse
         if hasattr(module, "main"):  # it chooses the class of its options itself
-            status: int = module.main(words[1:])
-        else:
-            status = module.run(parse(module.Options, words[1:], f"slm-jax {name}"))
-        return status
+            return int(module.main(words[1:]))
+        return int(module.run(parse(module.Options, words[1:], f"slm-jax {name}")))
     except InputError as error:
         return _fail(f"slm-jax {name}", str(error))
     except BrokenPipeError:  # the reader of the output has had enough, such as head

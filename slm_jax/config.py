@@ -70,11 +70,7 @@ class Key:
         return word if value is None else value
 
     def check(self, value: Any) -> Any:
-        """Return the value, a list as a tuple, a whole number as a float where the field has one.
-
-        Raises:
-            InputError: a value of another type or out of range.
-        """
+        """Return the value, a list as a tuple, a whole number as a float where the field has one; refuse others."""
         if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
             value = tuple(value)
         elif type(value) is int and int not in self.kinds and float in self.kinds:
@@ -142,25 +138,16 @@ def describe(cls: type) -> dict[str, str]:
 
 
 def check(config: Any) -> None:
-    """Check each value of a configuration that was made in Python.
-
-    Raises:
-        InputError: a value of another type or out of range.
-    """
+    """Raise an InputError if a value of a configuration made in Python is of another type or out of range."""
     for name, key in keys(config.__class__).items():
         key.check(operator.attrgetter(name)(config))
 
 
 def parse(cls: Callable[..., Options], args: Sequence[str], prog: str) -> Options:
-    """Read ``--config RECIPE`` and options in the order they are given; later ones win.
+    """Read ``--config RECIPE`` and options, the words after the command ``prog``, into the dataclass ``cls``.
 
-    Names may be typed with hyphens or underscores. Text arrives as typed; a field ``tuple[str, ...]`` collects the
-    texts of an option that is given several times. ``--help`` prints every option and exits.
-
-    Args:
-        cls: the frozen dataclass of the command's options.
-        args: the words after the command.
-        prog: the command as it is typed, for ``--help``.
+    Later ones win. Names may be typed with hyphens or underscores. Text arrives as typed; a field ``tuple[str, ...]``
+    collects the texts of an option that is given several times. ``--help`` prints every option and exits.
 
     Raises:
         InputError: an unknown key, a value of another type or out of range, a missing required key, a recipe that
@@ -173,23 +160,17 @@ def parse(cls: Callable[..., Options], args: Sequence[str], prog: str) -> Option
     for name, key in keys(cls).items():
         if key.default is dataclasses.MISSING and name not in values:
             raise InputError(f"{_option(cls, name)} is missing; expected {key.help.rstrip('.')}")
-    options: dict[str, Any] = {}
-    sections: dict[str, dict[str, Any]] = collections.defaultdict(dict)
-    for name, value in values.items():
-        section, _, leaf = name.rpartition(".")
-        (sections[section] if section else options)[leaf] = value
+    options = {name: value for name, value in values.items() if "." not in name}
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        if field.name in sections and field.default_factory is not dataclasses.MISSING:
-            options[field.name] = dataclasses.replace(field.default_factory(), **sections[field.name])
+        prefix = f"{field.name}."
+        section = {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
+        if section and field.default_factory is not dataclasses.MISSING:
+            options[field.name] = dataclasses.replace(field.default_factory(), **section)
     return cls(**options)
 
 
 def given(cls: Any, args: Sequence[str]) -> dict[str, Any]:
-    """Return the values that recipes and options give, by dotted key.
-
-    Raises:
-        InputError: as :func:`parse`.
-    """
+    """Return the values that recipes and options give, by dotted key; raises as :func:`parse`."""
     values: dict[str, Any] = {}
     texts: dict[str, list[str]] = collections.defaultdict(list)
     for name, word in _split(cls, args):
@@ -208,11 +189,7 @@ def recipe_files(cls: type, args: Sequence[str]) -> list[Path]:
 
 
 def find_recipe(name: str) -> Path:
-    """Return the file that ``--config`` names: a path, or the name of a recipe that comes with slm_jax.
-
-    Raises:
-        MissingInputError: neither.
-    """
+    """Return the file that ``--config`` names: a path, or the name of a recipe that comes with slm_jax."""
     path = user_path(name)
     if path.is_file():
         return path
@@ -225,16 +202,15 @@ def find_recipe(name: str) -> Path:
 
 
 def flatten(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
-    """Turn nested dicts into one of dotted keys."""
+    """Turn nested dicts into one of dotted keys; an empty dict stays."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+        nested = isinstance(value, dict) and value
+        flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
     return flat
 
 
-def to_dict(config: Any) -> dict[str, Any]:
-    """Return a configuration as nested plain data."""
-    return dataclasses.asdict(config)
+to_dict = dataclasses.asdict
 
 
 def dump_config(config: Any) -> str:
@@ -294,19 +270,13 @@ def _split(cls: Any, args: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _find(cls: Any, name: str, value: Any) -> Key:
-    """Return the key of a name.
-
-    Raises:
-        InputError: there is none; the nearest is named.
-    """
+    """Return the key of a name; refuse an unknown one."""
     known, sections = keys(cls), _sections(cls)
     if name in known:
         return known[name]
     if name in sections:
         raise InputError(f"{name} is {shown(value)}; expected keys such as {name}.{sections[name]}")
-    leaves = {key.rpartition(".")[2]: key for key in reversed(known)}
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    near += [leaves[leaf] for leaf in difflib.get_close_matches(name.rpartition(".")[2], leaves, n=1, cutoff=0.7)]
+    near = difflib.get_close_matches(name, known, n=1)
     raise InputError(f"unknown key {name}; " + (f"did you mean {near[0]}?" if near else "see --help for all keys"))
 
 
@@ -318,10 +288,8 @@ def _read_recipe(cls: Any, path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected keys and values, found {shown(content)}")
-    values: dict[str, Any] = {}
-    for name, value in content.items():
-        inner = isinstance(value, dict) and name in _sections(cls)
-        values |= {f"{name}.{leaf}": item for leaf, item in value.items()} if inner else {str(name): value}
+    sections = _sections(cls)
+    values = {name: value for name, value in flatten(content).items() if value != {} or name not in sections}
     with located(path):
         return {name: _find(cls, name, value).check(value) for name, value in values.items()}
 

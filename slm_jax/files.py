@@ -37,11 +37,7 @@ def user_path(text: str | Path) -> Path:
 
 
 def cache_folder() -> Path:
-    """Return ``slm_jax`` in the user's cache folder: ``$XDG_CACHE_HOME``, or ``~/.cache`` where that is not set.
-
-    Raises:
-        OSError: the user has no home.
-    """
+    """Return ``slm_jax`` in ``$XDG_CACHE_HOME``, or in ``~/.cache``; OSError: the user has no home."""
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     try:
         return (base if base.is_absolute() else Path("~/.cache").expanduser()) / "slm_jax"
@@ -52,12 +48,8 @@ def cache_folder() -> Path:
 def read_json(file: Path, remedy: str = "download or export it again") -> dict[str, Any]:
     """Read a file that is one JSON object without duplicate keys.
 
-    Args:
-        file: the file.
-        remedy: what to do if it is damaged.
-
     Raises:
-        InputError: not such a file.
+        InputError: not such a file; ``remedy`` says what to do.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -68,35 +60,57 @@ def read_json(file: Path, remedy: str = "download or export it again") -> dict[s
 
     try:
         content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique)
+        if not isinstance(content, dict):
+            raise ValueError("expected one JSON object")
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file}: cannot be read as JSON ({error}); {remedy}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{file}: expected one JSON object; {remedy}")
     return content
 
 
-def check_new_file(target: str | Path, option: str, example: str) -> Path:
-    """Return the path of a file to be written; cheap, so that it can be checked before long work.
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
-    Args:
-        target: what the user gave; its folder need not exist.
-        option: the option that it was given with, such as ``out``.
-        example: a valid name.
+
+def unwritable(path: Path, error: OSError) -> InputError:
+    """Return what to raise for a file or folder that cannot be written."""
+    return InputError(f"{path}: cannot be written: {error.strerror or error}")
+
+
+# Files
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a new name beside the path; that file replaces the path at the end, or disappears after an error.
 
     Raises:
-        InputError: not a file, or a place that cannot be written to.
+        InputError: the path has no name, such as ``.`` or ``/``.
     """
-    path = user_path(target)
-    if not str(target) or (path.exists() and not path.is_file()):
-        raise InputError(f"{option} is {str(target)!r}; expected a file, such as {example}")
-    _check_writable(path.resolve(), path)
-    return path
+    if not path.name:
+        raise InputError(f"{path}: is a folder; expected a file in it")
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        with suppress(OSError):
+            partial.unlink()
 
 
-def _check_writable(path: Path, given: Path) -> None:
-    parent = next(parent for parent in path.parents if parent.exists())
-    if not (parent.is_dir() and os.access(parent, os.W_OK)):
-        raise InputError(f"{given}: cannot be written: {parent} is not a writable folder")
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file atomically: a reader sees the old file or the new one; OSError: it cannot be written."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_png(figure: "Figure", path: Path) -> None:
+    """Write a picture atomically: a reader sees the old file or the new one."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    with replacing(path) as partial:
+        FigureCanvasAgg(figure).print_png(str(partial))
 
 
 def write_file(path: Path, text: str) -> None:
@@ -113,61 +127,30 @@ def write_file(path: Path, text: str) -> None:
         raise unwritable(path, error) from None
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a text file atomically: a reader sees the old file or the new one.
+def check_new_file(target: str | Path, option: str, example: str) -> Path:
+    """Return the path of a file to be written, its folder new or not; cheap, to be called before long work.
 
     Raises:
-        InputError: the path has no name.
-        OSError: it cannot be written.
+        InputError: not a file, or a place that cannot be written to; names the ``option`` and a valid ``example``.
     """
-    with replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+    path = user_path(target)
+    if not str(target) or (path.exists() and not path.is_file()):
+        raise InputError(f"{option} is {str(target)!r}; expected a file, such as {example}")
+    _check_writable(path.resolve(), path)
+    return path
 
 
-def write_png(figure: "Figure", path: Path) -> None:
-    """Write a picture atomically: a reader sees the old file or the new one."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    with replacing(path) as partial:
-        FigureCanvasAgg(figure).print_png(str(partial))
+def _check_writable(path: Path, given: Path) -> None:
+    parent = next(parent for parent in path.parents if parent.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise InputError(f"{given}: cannot be written: {parent} is not a writable folder")
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a file name beside the path; the file replaces the path at the end, or disappears after an error."""
-    partial = partial_path(path)
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        with suppress(OSError):
-            partial.unlink()
-
-
-def partial_path(path: Path) -> Path:
-    """Return a new, unique name beside a file, for writing it until it is complete.
-
-    Raises:
-        InputError: the path has no name, such as ``.`` or ``/``.
-    """
-    if not path.name:
-        raise InputError(f"{path}: is a folder; expected a file in it")
-    return path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
-
-
-def unwritable(path: Path, error: OSError) -> InputError:
-    """Return what to raise for a file or folder that cannot be written."""
-    return InputError(f"{path}: cannot be written: {error.strerror or error}")
-
-
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+# Folders
 
 
 def check_new_folder(target: str | Path) -> Path:
-    """Return the absolute path of a folder to be made; cheap, so that it can be checked before long work.
+    """Return the absolute path of a folder to be made; cheap, to be called before long work.
 
     Raises:
         InputError: not a new or empty folder, or a place that cannot be written to.
@@ -209,18 +192,20 @@ def new_folder(target: str | Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+# Network
+
+
 def check_reachable(url: str, seconds: float) -> None:
     """Raise an OSError unless the server of ``url``, or the proxy that leads to it, takes a connection in time.
 
-    Libraries that download bound neither the name lookup nor the sum of their tries at a server's addresses; this
-    tries first, in a thread that is left behind if it hangs.
+    Libraries that download limit neither the name lookup nor the sum of their tries at a server's addresses.
     """
     from requests.utils import get_environ_proxies, prepend_scheme_if_needed, select_proxy
 
     proxy = select_proxy(url, get_environ_proxies(url))
     server = urlsplit(prepend_scheme_if_needed(proxy, "http") if proxy else url)
     address = (server.hostname or "", server.port or {"http": 80, "https": 443}.get(server.scheme, 1080))  # else SOCKS
-    outcome: list[OSError | None] = []
+    outcome: list[OSError | None] = [TimeoutError(f"no answer from {address[0]} in {seconds:g} s")]
 
     def connect() -> None:
         try:
@@ -229,9 +214,8 @@ def check_reachable(url: str, seconds: float) -> None:
         except OSError as error:
             outcome.append(error)
 
-    thread = threading.Thread(target=connect, daemon=True)
+    thread = threading.Thread(target=connect, daemon=True)  # is left behind if it hangs
     thread.start()
     thread.join(seconds)
-    error = outcome[0] if outcome else TimeoutError(f"no answer from {address[0]} in {seconds:g} s")
-    if error:
-        raise error
+    if outcome[-1]:
+        raise outcome[-1]

@@ -70,10 +70,7 @@ def load_run(folder: str | Path, step: int | str = "best") -> Run:
         MissingInputError: no run there, or no checkpoint of that step.
         InputError: a damaged checkpoint; an invalid step.
     """
-    checkpoint = find_checkpoint(folder, step)
-    if checkpoint is None:
-        raise MissingInputError(f"{folder}: no run with checkpoints there; expected a folder such as runs/tiny")
-    return _from_checkpoint(*checkpoint)
+    return _from_checkpoint(*get_checkpoint(folder, step))
 
 
 def load_model(source: str | Path, tokenizer: Tokenizer | None = None, *, n_heads: int | None = None) -> Run:
@@ -93,95 +90,9 @@ def load_model(source: str | Path, tokenizer: Tokenizer | None = None, *, n_head
     if checkpoint is not None:
         return _from_checkpoint(*checkpoint, tokenizer, n_heads)
     path = find_weights(source)
-    cfg, params = load_gpt2(path, n_heads=n_heads, dtype=best_dtype())
+    cfg, params = read_weights(path, n_heads, best_dtype(), "float32")
     tokenizer = tokenizer or _tokenizer_beside(path, cfg)
     return Run(path, None, _with_vocabulary(cfg, tokenizer, path), params, tokenizer)
-
-
-def find_tokenizer(source: str | Path, cfg: GPTConfig) -> Tokenizer:
-    """Return the tokenizer of a run, the one beside weights, or GPT-2's if the vocabulary is GPT-2's.
-
-    Raises:
-        InputError: there is none.
-    """
-    checkpoint = find_checkpoint(source)
-    if checkpoint is not None:
-        return _saved_tokenizer(read_metadata(checkpoint[0] / "checkpoints", checkpoint[1]))
-    return _tokenizer_beside(find_weights(source), cfg)
-
-
-def save_run(folder: Path, run: Run) -> None:
-    """Write a model as a run with one checkpoint of step 0; training cannot resume from it.
-
-    Raises:
-        InputError: a folder in use, or one that cannot be written.
-    """
-    state = TrainState(step=jnp.int32(0), trainable=run.params, opt_state=(), key=jax.random.key(0))
-    metadata = {
-        "config": {},
-        "model": dataclasses.asdict(run.model_config),
-        "identity": {"task": "imported weights"},  # no training has this identity
-        "tokenizer": run.tokenizer.to_dict(),
-        **({} if run.template is None else {"template": run.template.to_dict()}),
-    }
-    with new_folder(folder) as partial:
-        run.tokenizer.save(partial / "tokenizer")
-        with Checkpoints(partial / "checkpoints") as checkpoints:
-            checkpoints.save(state, metadata)
-
-
-def _from_checkpoint(folder: Path, step: int, tokenizer: Tokenizer | None = None, n_heads: int | None = None) -> Run:
-    cfg, params, metadata = read_checkpoint(folder, step, best_dtype(), n_heads=n_heads)
-    tokenizer = tokenizer or _saved_tokenizer(metadata)
-    template = Template.from_dict(metadata["template"]) if "template" in metadata else None
-    return Run(folder, step, _with_vocabulary(cfg, tokenizer, folder), params, tokenizer, template)
-
-
-def _saved_tokenizer(metadata: dict[str, Any]) -> Tokenizer:
-    return tokenizer_from_dict(metadata.get("tokenizer", {}))
-
-
-def _with_vocabulary(cfg: GPTConfig, tokenizer: Tokenizer, path: Path) -> GPTConfig:
-    if tokenizer.vocab_size > cfg.vocab_size:
-        raise InputError(
-            f"{path}: the model has a vocabulary of {cfg.vocab_size} and the tokenizer of {tokenizer.vocab_size}; "
-            "pass the tokenizer that the model was trained with"
-        )
-    padded = tokenizer.vocab_size < cfg.vocab_size
-    return dataclasses.replace(cfg, unpadded_vocab_size=tokenizer.vocab_size if padded else None)
-
-
-# SHA-256 of GPT-2's vocabulary {token: id} as JSON with sorted keys and no spaces.
-_GPT2_VOCAB_SHA256 = "e35d8b86ebd35ebd260d040aa455e09759f7e675f4dbb7f3d727516f27eca190"
-
-
-def _tokenizer_beside(path: Path, cfg: GPTConfig) -> Tokenizer:
-    folder = path if path.is_dir() else path.parent
-    saved = folder / "tokenizer" / FILE_NAME
-    if saved.is_file():
-        return load_tokenizer(saved)
-    vocab_size = cfg.unpadded_vocab_size or cfg.vocab_size
-    if vocab_size != GPT2Tokenizer().vocab_size:
-        raise InputError(
-            f"{path}: no tokenizer with these weights, and a vocabulary of {vocab_size} is not GPT-2's; "
-            f"pass the tokenizer, or save it as {saved}"
-        )
-    vocabulary = _vocabulary(folder)
-    if vocabulary is not None:
-        canonical = json.dumps(vocabulary, sort_keys=True, separators=(",", ":"))
-        if hashlib.sha256(canonical.encode()).hexdigest() != _GPT2_VOCAB_SHA256:
-            raise InputError(f"{folder}: its tokenizer is as large as GPT-2's and not GPT-2's; pass the tokenizer")
-    return GPT2Tokenizer()
-
-
-def _vocabulary(folder: Path) -> object:
-    """Return the vocabulary of Hugging Face's tokenizer files in a folder; None without them."""
-    if (folder / "vocab.json").is_file():
-        return read_json(folder / "vocab.json")
-    if (folder / "tokenizer.json").is_file():
-        model = read_json(folder / "tokenizer.json").get("model")
-        return model.get("vocab") if isinstance(model, dict) else model
-    return None
 
 
 def load_gpt2(
@@ -215,8 +126,83 @@ def load_gpt2(
     checkpoint = find_checkpoint(source)
     if checkpoint is None:
         return read_weights(find_weights(source), n_heads, dtype, param_dtype, sharding)
-    cfg, params, _ = read_checkpoint(*checkpoint, dtype, param_dtype, n_heads, sharding)
-    return cfg, params
+    return read_checkpoint(*checkpoint, dtype, param_dtype, n_heads, sharding)[:2]
+
+
+def find_tokenizer(source: str | Path, cfg: GPTConfig) -> Tokenizer:
+    """Return the tokenizer of a run, the one beside weights, or GPT-2's if the vocabulary is GPT-2's.
+
+    Raises:
+        InputError: there is none.
+    """
+    checkpoint = find_checkpoint(source)
+    if checkpoint is None:
+        return _tokenizer_beside(find_weights(source), cfg)
+    return tokenizer_from_dict(read_metadata(checkpoint[0] / "checkpoints", checkpoint[1]).get("tokenizer", {}))
+
+
+def save_run(folder: Path, run: Run) -> None:
+    """Write a model as a run with one checkpoint of step 0; training cannot resume from it.
+
+    Raises:
+        InputError: a folder in use, or one that cannot be written.
+    """
+    state = TrainState(step=jnp.int32(0), trainable=run.params, opt_state=(), key=jax.random.key(0))
+    metadata = {
+        "config": {},
+        "model": dataclasses.asdict(run.model_config),
+        "identity": {"task": "imported weights"},  # no training has this identity
+        "tokenizer": run.tokenizer.to_dict(),
+        **({} if run.template is None else {"template": run.template.to_dict()}),
+    }
+    with new_folder(folder) as partial:
+        run.tokenizer.save(partial / "tokenizer")
+        with Checkpoints(partial / "checkpoints") as checkpoints:
+            checkpoints.save(state, metadata)
+
+
+def _from_checkpoint(folder: Path, step: int, tokenizer: Tokenizer | None = None, n_heads: int | None = None) -> Run:
+    cfg, params, metadata = read_checkpoint(folder, step, best_dtype(), n_heads=n_heads)
+    tokenizer = tokenizer or tokenizer_from_dict(metadata.get("tokenizer", {}))
+    template = Template.from_dict(metadata["template"]) if "template" in metadata else None
+    return Run(folder, step, _with_vocabulary(cfg, tokenizer, folder), params, tokenizer, template)
+
+
+def _with_vocabulary(cfg: GPTConfig, tokenizer: Tokenizer, path: Path) -> GPTConfig:
+    if tokenizer.vocab_size > cfg.vocab_size:
+        raise InputError(
+            f"{path}: the model has a vocabulary of {cfg.vocab_size} and the tokenizer of {tokenizer.vocab_size}; "
+            "pass the tokenizer that the model was trained with"
+        )
+    padded = tokenizer.vocab_size < cfg.vocab_size
+    return dataclasses.replace(cfg, unpadded_vocab_size=tokenizer.vocab_size if padded else None)
+
+
+# SHA-256 of GPT-2's vocabulary {token: id} as JSON with sorted keys and no spaces.
+_GPT2_VOCAB_SHA256 = "e35d8b86ebd35ebd260d040aa455e09759f7e675f4dbb7f3d727516f27eca190"
+
+
+def _tokenizer_beside(path: Path, cfg: GPTConfig) -> Tokenizer:
+    folder = path if path.is_dir() else path.parent
+    saved = folder / "tokenizer" / FILE_NAME
+    if saved.is_file():
+        return load_tokenizer(saved)
+    vocab_size = cfg.unpadded_vocab_size or cfg.vocab_size
+    if vocab_size != GPT2Tokenizer().vocab_size:
+        raise InputError(
+            f"{path}: no tokenizer with these weights, and a vocabulary of {vocab_size} is not GPT-2's; "
+            f"pass the tokenizer, or save it as {saved}"
+        )
+    vocabulary: Any = None  # in the files of Hugging Face's tokenizer
+    if (folder / "vocab.json").is_file():
+        vocabulary = read_json(folder / "vocab.json")
+    elif (folder / "tokenizer.json").is_file():
+        vocabulary = read_json(folder / "tokenizer.json").get("model")
+        vocabulary = vocabulary.get("vocab") if isinstance(vocabulary, dict) else vocabulary
+    canonical = json.dumps(vocabulary, sort_keys=True, separators=(",", ":"))
+    if vocabulary is not None and hashlib.sha256(canonical.encode()).hexdigest() != _GPT2_VOCAB_SHA256:
+        raise InputError(f"{folder}: its tokenizer is as large as GPT-2's and not GPT-2's; pass the tokenizer")
+    return GPT2Tokenizer()
 
 
 def find_run(name: str | Path) -> RunFolder:
@@ -237,16 +223,25 @@ def find_run(name: str | Path) -> RunFolder:
 
 
 def split_step(source: str | Path) -> tuple[Path, str | None]:
-    """Split ``runs/tiny@800`` into folder and step; no step if the whole exists as a path, or has no ``@``.
-
-    Raises:
-        InputError: an invalid path.
-    """
+    """Split ``runs/tiny@800`` into folder and step; no step if the whole exists as a path, or has no ``@``."""
     path = user_path(source)
     name, at, step = path.name.rpartition("@")
     if path.exists() or not at:
         return path, None
     return path.parent / name if name else path, step
+
+
+def get_checkpoint(source: str | Path, step: int | str = "best") -> tuple[Path, int]:
+    """Return folder and step of the checkpoint that a run's name stands for, see :func:`find_checkpoint`.
+
+    Raises:
+        MissingInputError: no run there, or no checkpoint of that step.
+        InputError: an invalid step or path.
+    """
+    checkpoint = find_checkpoint(source, step)
+    if checkpoint is None:
+        raise MissingInputError(f"{source}: no run with checkpoints there; expected a folder such as runs/tiny")
+    return checkpoint
 
 
 def find_checkpoint(source: str | Path, step: int | str = "best") -> tuple[Path, int] | None:
@@ -261,34 +256,25 @@ def find_checkpoint(source: str | Path, step: int | str = "best") -> tuple[Path,
         InputError: an invalid step or path.
     """
     path, named = split_step(source)
-    if named is not None and not (path / "checkpoints").is_dir():
-        raise MissingInputError(f"{path}: no run with checkpoints there; expected a folder such as runs/tiny")
     if path.parent.name == "checkpoints" and path.name.isdecimal() and (path / METADATA).is_file():
         return path.parent.parent, int(path.name)
-    if not (path / "checkpoints").is_dir():
-        return None
-    return path, _choose(path / "checkpoints", step if named is None else named)
-
-
-def _choose(checkpoints: Path, step: int | str) -> int:
+    checkpoints, step = path / "checkpoints", step if named is None else named
+    if not checkpoints.is_dir():
+        return None if named is None else get_checkpoint(path)
     steps = saved_steps(checkpoints)
     if not steps:
         raise MissingInputError(f"{checkpoints}: no checkpoint in this run yet; train it first")
+    if step == "latest":
+        return path, steps[-1]
     if step == "best":
-        chosen = best_step(checkpoints)
-        assert chosen is not None
-    elif step == "latest":
-        chosen = steps[-1]
-    else:
-        try:
-            chosen = int(step)
-        except ValueError:
-            raise InputError(f"step is {step!r}; expected a number, best or latest") from None
-    if chosen not in steps:
-        raise MissingInputError(
-            f"{checkpoints}: no checkpoint of step {chosen}; there are {', '.join(map(str, steps))}"
-        )
-    return chosen
+        best = best_step(checkpoints)
+        assert best is not None
+        return path, best
+    if not str(step).isdecimal():
+        raise InputError(f"step is {step!r}; expected a number, best or latest")
+    if int(step) not in steps:
+        raise MissingInputError(f"{checkpoints}: no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
+    return path, int(step)
 
 
 def try_metadata(folder: RunFolder, steps: Iterable[int]) -> dict[str, Any]:
@@ -308,55 +294,42 @@ def read_checkpoint(
     sharding: Any = None,
     classifier: bool = False,
 ) -> tuple[GPTConfig, Params, dict[str, Any]]:
-    """Load the model of a checkpoint, and its metadata.
+    """Load the model of a checkpoint, computing in ``dtype``, and its metadata; arguments as for :func:`load_gpt2`.
 
-    Args:
-        folder: folder of the run.
-        step: step of the checkpoint.
-        dtype: dtype to compute in.
-        param_dtype: dtype of the parameters; None: as they were trained.
-        n_heads: number of attention heads that the caller expects.
-        sharding: sharding of every leaf, or a tree of them; None: JAX's default device.
-        classifier: whether a classifier is expected, or a language model.
+    Parameters are of ``param_dtype``, by default as they were trained.
 
     Raises:
-        InputError: a damaged checkpoint; one with another number of heads; a model of the other kind.
+        InputError: a damaged checkpoint; one with another number of heads; a classifier that is not expected, or a
+            language model where one is.
     """
     checkpoint = folder / "checkpoints" / str(step)
     metadata = read_metadata(checkpoint.parent, step)
     # Only the shape: it may have been executed on another device.
-    execution = {"dtype": dtype, "attention": "auto", "remat": "none", "unroll": None}
-    held = {} if param_dtype is None else {"param_dtype": param_dtype}
+    changes = {"dtype": dtype, "attention": "auto", "remat": "none", "unroll": None}
+    changes |= {} if param_dtype is None else {"param_dtype": param_dtype}
     try:
-        cfg = GPTConfig(**{**metadata["model"], **execution, **held})
+        cfg = GPTConfig(**{**metadata["model"], **changes})
         shapes = from_leaf_table(metadata["leaves"]) if "leaves" in metadata else param_shapes(cfg)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         problem = find_damage(checkpoint) or f"{checkpoint}: its metadata describe no model of slm_jax ({error!r})"
         raise InputError(f"{problem}; choose another step") from None
     if n_heads not in (None, cfg.n_heads):
         raise InputError(f"{folder}: n_heads is given as {n_heads}, and the run has {cfg.n_heads}; leave it out")
-    if classifier != ("classes" in metadata):
-        raise InputError(
-            f"{folder}: is no classifier; expected a run of slm-jax finetune with task: classification"
-            if classifier
-            else f"{folder}: is a classifier and writes no text; use slm-jax classify, or slm_jax.load_classifier"
-        )
+    if classifier and "classes" not in metadata:
+        raise InputError(f"{folder}: is no classifier; expected a run of slm-jax finetune with task: classification")
+    if "classes" in metadata and not classifier:
+        raise InputError(f"{folder}: is a classifier; expected a language model (slm-jax classify uses a classifier)")
     if metadata.get("trainable", "all") == "all":
         if param_dtype is not None:
             shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, param_dtype), shapes)
         return cfg, load_params(checkpoint.parent, step, shapes, sharding), metadata
-    trained = load_params(checkpoint.parent, step, shapes)
-    params = _with_frozen(folder, trained, cfg, metadata)
+    params = _with_frozen(folder, load_params(checkpoint.parent, step, shapes), cfg, metadata)
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, param_dtype), params)
     return cfg, params if sharding is None else jax.device_put(params, sharding), metadata
 
 
 def read_adapters(folder: Path, step: int) -> Params:
     """Load only the adapters of a run that was trained with ``trainable: lora``, not merged.
-
-    Args:
-        folder: folder of the run.
-        step: step of the checkpoint.
 
     Raises:
         InputError: a run without adapters; a damaged checkpoint.
@@ -370,11 +343,7 @@ def read_adapters(folder: Path, step: int) -> Params:
 
 
 def read_frozen(folder: Path, metadata: dict[str, Any]) -> Params:
-    """Read the parameters that a run does not train, as NumPy arrays.
-
-    Args:
-        folder: folder of the run.
-        metadata: metadata of the checkpoint that they belong to.
+    """Read the parameters that a run does not train, as NumPy arrays; ``metadata`` are those of its checkpoint.
 
     Raises:
         InputError: the file is missing, damaged, or another run's.

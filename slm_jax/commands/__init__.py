@@ -1,8 +1,7 @@
 """The commands, one module each, and what they share.
 
-A command's module has ``Options``, a frozen dataclass, and ``run(options)``, which does the work and returns the exit
-status; where the words decide which dataclass it is, also ``main(args)``, which reads them and calls ``run``. Heavy
-modules are imported inside ``run``.
+A command's module has ``Options``, a frozen dataclass, and ``run(options)``, which returns the exit status; or, where
+the words decide which dataclass it is, ``main(args)``. Heavy modules are imported inside ``run``.
 """
 
 from typing import TYPE_CHECKING

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from slm_jax.commands.model_options import ModelOptions
 from slm_jax.config import flatten
-from slm_jax.errors import InputError, MissingInputError
+from slm_jax.errors import InputError
 from slm_jax.weights.registry import FormatName
 
 
@@ -52,13 +52,11 @@ def run(options: Options) -> int:
 def _export_adapters(source: str, out: str) -> int:
     """Write the LoRA adapters of a run, without the model; return 0."""
     from slm_jax.files import new_folder
-    from slm_jax.runs import find_checkpoint, read_adapters
+    from slm_jax.runs import get_checkpoint, read_adapters
     from slm_jax.training.checkpoint import read_metadata
     from slm_jax.weights.adapters import save_adapters
 
-    checkpoint = find_checkpoint(source)
-    if checkpoint is None:
-        raise MissingInputError(f"{source}: no run with checkpoints there; expected one with trainable: lora")
+    checkpoint = get_checkpoint(source)
     adapters = read_adapters(*checkpoint)
     with new_folder(out) as partial:
         save_adapters(partial / "adapter.safetensors", adapters)

@@ -3,13 +3,13 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from slm_jax.errors import InputError
 from slm_jax.model import PRESETS, DType, GPTConfig, Params
-from slm_jax.runs import find_checkpoint, find_tokenizer, load_model, read_frozen
+from slm_jax.runs import find_checkpoint, load_model, read_frozen
 from slm_jax.tokenizer import Tokenizer, fingerprint, get_tokenizer, tokenizer_from_dict
 from slm_jax.training.checkpoint import load_opt_state, read_metadata
 from slm_jax.training.config import BaseRunConfig, ModelConfig
@@ -22,15 +22,8 @@ from slm_jax.training.trainable import leaf_table, split_params
 _EXECUTION = ("drop_rate", "remat", "attention", "unroll")  # what a run may change of its base
 
 
-@dataclasses.dataclass(frozen=True)
-class Base:
-    """What a run starts from.
-
-    Attributes:
-        model_config: configuration of the model, with this run's execution.
-        tokenizer: tokenizer of the model.
-        params: parameters of the model; None: a new model, or a run that resumes from its checkpoint.
-    """
+class Base(NamedTuple):
+    """What a run starts from; ``params`` is None for a new model, or a run that resumes from its checkpoint."""
 
     model_config: GPTConfig
     tokenizer: Tokenizer
@@ -48,23 +41,23 @@ def find_base(config: BaseRunConfig, start: Start) -> Base | None:
         return Base(as_configured(GPTConfig(**start.metadata["model"]), config), tokenizer, None)
     if config.base is None:
         return None
-    wanted = _wanted_tokenizer(config)
-    checkpoint = find_checkpoint(config.base)
-    own = None
-    if checkpoint is not None:
-        metadata = read_metadata(checkpoint[0] / "checkpoints", checkpoint[1])
-        if "classes" in metadata:
-            raise InputError(f"base {config.base} is a classifier; expected the run that it was made from")
-        own = tokenizer_from_dict(metadata.get("tokenizer", {}))
-        _check_tokenizer(config, own, wanted)
-    loaded = load_model(config.base, wanted)
-    if checkpoint is None and wanted is not None:
-        try:
-            own = find_tokenizer(config.base, loaded.model_config)
-        except InputError:  # there is none beside the weights
-            own = wanted
-        _check_tokenizer(config, own, wanted)
-    return Base(as_configured(loaded.model_config, config), loaded.tokenizer, loaded.params)
+    kind, path = config.tokenizer.kind, config.tokenizer.path
+    path = "gpt2" if path is None and kind == "gpt2" else path
+    wanted = None if path is None else get_tokenizer(path)
+    try:
+        loaded = load_model(config.base)
+    except InputError:
+        if wanted is None:
+            raise
+        loaded = load_model(config.base, wanted)  # weights without a tokenizer beside them
+    own = loaded.tokenizer
+    # The default kind, bpe, requests nothing.
+    if kind not in ("bpe", own.to_dict()["kind"]) if wanted is None else fingerprint(own) != fingerprint(wanted):
+        raise InputError(
+            f"base {config.base} was trained with another tokenizer than the one requested; leave tokenizer.kind and "
+            "tokenizer.path out, or use another base"
+        )
+    return Base(as_configured(loaded.model_config, config), own, loaded.params)
 
 
 def new_base(config: BaseRunConfig, tokenizer: Tokenizer) -> Base:
@@ -99,18 +92,16 @@ def _base_opt_state(config: BaseRunConfig, trainable: Params) -> Any:
     """Return the optimizer state of the base, if ``base_optimizer`` requests it."""
     if not config.base_optimizer:
         return None
-    checkpoint = None if config.base is None else find_checkpoint(config.base)
+    checkpoint = find_checkpoint(config.base or "")
     if checkpoint is None:
         raise InputError(f"base_optimizer is true and base {config.base} is no run; leave base_optimizer out")
-    folder, step = checkpoint
-    leaves = read_metadata(folder / "checkpoints", step).get("leaves")
-    if config.trainable == "lora" or leaves != leaf_table(trainable):
+    checkpoints, step = checkpoint[0] / "checkpoints", checkpoint[1]
+    if config.trainable == "lora" or read_metadata(checkpoints, step).get("leaves") != leaf_table(trainable):
         raise InputError(
-            f"base_optimizer is true and {folder} trained other parameters than trainable: {config.trainable} does "
-            "here; leave base_optimizer out"
+            f"base_optimizer is true and {config.base} trained other parameters than trainable: {config.trainable} "
+            "does here; leave base_optimizer out"
         )
-    like = jax.eval_shape(make_optimizer(config.optimizer).init, trainable)
-    return load_opt_state(folder / "checkpoints", step, like)
+    return load_opt_state(checkpoints, step, jax.eval_shape(make_optimizer(config.optimizer).init, trainable))
 
 
 def count_steps(config: BaseRunConfig, n_rows: float) -> int:
@@ -129,34 +120,16 @@ def run_dtype(config: BaseRunConfig) -> DType:
 def as_configured(cfg: GPTConfig, config: BaseRunConfig) -> GPTConfig:
     """Return a base's configuration with the run's execution; refuse another shape than the base's."""
     section = dataclasses.asdict(config.model)
-    preset = (
-        {} if section["preset"] == ModelConfig().preset else PRESETS[section["preset"]]
-    )  # the default is no request
-    given = {name: value for name, value in section.items() if value is not None and name not in ("preset", "dtype")}
-    shape = {**preset, **given}
-    if any(shape[name] != getattr(cfg, name) for name in preset if name != "vocab_size"):
-        raise InputError(f"model.preset is {section['preset']}, and the base has another shape; leave it out")
-    for name, value in given.items():
-        if name not in _EXECUTION and value != getattr(cfg, name):
+    preset, _ = section.pop("preset"), section.pop("dtype")
+    if preset != ModelConfig().preset:  # the default requests nothing
+        shape = {**PRESETS[preset], **{name: value for name, value in section.items() if value is not None}}
+        if any(shape[name] != getattr(cfg, name) for name in PRESETS[preset] if name != "vocab_size"):
+            raise InputError(f"model.preset is {preset}, and the base has another shape; leave it out")
+    changes = {name: value for name, value in section.items() if value not in (None, getattr(cfg, name))}
+    for name, value in changes.items():
+        if name not in _EXECUTION:
             raise InputError(f"model.{name} is {value}, and the base's is {getattr(cfg, name)}; leave it out")
-    changes = {name: given[name] for name in _EXECUTION if name in given}
     return dataclasses.replace(cfg, **changes, dtype=run_dtype(config))
-
-
-def _wanted_tokenizer(config: BaseRunConfig) -> Tokenizer | None:
-    if config.tokenizer.path is not None:
-        return get_tokenizer(config.tokenizer.path)
-    return get_tokenizer("gpt2") if config.tokenizer.kind == "gpt2" else None
-
-
-def _check_tokenizer(config: BaseRunConfig, own: Tokenizer, wanted: Tokenizer | None) -> None:
-    """Refuse another tokenizer than the base's; the default kind, bpe, is no request."""
-    other_kind = wanted is None and config.tokenizer.kind not in ("bpe", own.to_dict()["kind"])
-    if other_kind or (wanted is not None and fingerprint(own) != fingerprint(wanted)):
-        raise InputError(
-            f"base {config.base} was trained with another tokenizer than the one requested; leave tokenizer.kind and "
-            "tokenizer.path out, or use another base"
-        )
 
 
 def row_length(requested: int | None, key: str, cfg: GPTConfig) -> int:

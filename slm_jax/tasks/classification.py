@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -22,11 +22,10 @@ from slm_jax.data.labelled import (
     load_labelled,
 )
 from slm_jax.data.windows import bucket_width
-from slm_jax.errors import MissingInputError
 from slm_jax.evaluation.classes import ClassFigures, Classifier, class_figures, class_table, draw_confusion
 from slm_jax.model import GPTClassifier, GPTConfig, Params, init_classifier
 from slm_jax.nn.blocks import merge_params
-from slm_jax.runs import find_checkpoint, read_checkpoint
+from slm_jax.runs import get_checkpoint, read_checkpoint
 from slm_jax.tasks.base import count_steps, find_base, new_base, prepare_params, row_length
 from slm_jax.tasks.config import RunConfig
 from slm_jax.tokenizer import Tokenizer, tokenizer_from_dict
@@ -39,13 +38,7 @@ SPLITS = ("train", "validation", "test")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Classification(Task):
-    """Fine-tuning on labelled texts.
-
-    Attributes:
-        model: the model with its classification head.
-        classes: names of the classes.
-        evaluation_batches: for each split, what returns its batches.
-    """
+    """Fine-tuning on labelled texts."""
 
     unit: ClassVar[Literal["token", "text"]] = "text"
     unused_keys: ClassVar[tuple[str, ...]] = ("data.packing", "data.text_column")
@@ -53,11 +46,9 @@ class Classification(Task):
 
     model: GPTClassifier
     classes: tuple[str, ...]
-    evaluation_batches: dict[str, Callable[[], Iterable[Batch]]]
 
     @classmethod
     def build(cls, config: RunConfig, start: Start, stop: Callable[[], None] = lambda: None) -> "Classification":
-        """Load splits, base and batches; see :meth:`slm_jax.training.task.Task.build`."""
         section, train = config.classification, config.train
         splits = load_labelled(config.data, section, config.seed)
         stop()
@@ -101,7 +92,6 @@ class Classification(Task):
 
     @classmethod
     def shapes(cls, config: RunConfig, cfg: GPTConfig) -> ModelShapes:
-        """Return the shapes of a classifier of two classes."""
         model = GPTClassifier(dataclasses.replace(cfg, attention="auto"), n_classes=2)
         init = functools.partial(init_classifier, model)
         params = jax.eval_shape(init, jax.random.key(0))
@@ -113,20 +103,13 @@ class Classification(Task):
 
     @classmethod
     def check_data(cls, config: RunConfig) -> None:
-        """Find mistakes in the labelled texts."""
         load_labelled(config.data, config.classification, config.seed)
 
     @property
     def loss_fn(self) -> LossFn:
-        """The loss: see :func:`make_loss_fn`."""
         return make_loss_fn(self.model)
 
-    def validation_batches(self) -> Iterable[Batch]:
-        """Return the validation split once."""
-        return self.evaluation_batches["validation"]()
-
     def figures(self, sums: EvaluationSums) -> dict[str, float]:
-        """Return the accuracy."""
         return {"accuracy": self._class_figures(sums).accuracy}
 
     def measure(self, params: Params, evaluate: Evaluate, moment: Moment, folder: Path | None) -> dict[str, Any]:
@@ -138,7 +121,6 @@ class Classification(Task):
         return {name: {"loss": sums[name].loss, **measured[name].to_dict()} for name in SPLITS}
 
     def report(self, before: dict[str, Any] | None, after: dict[str, Any]) -> list[str]:
-        """Return the accuracy and the table of classes of each split."""
         lines = []
         for name in SPLITS:
             was = "" if before is None else f" (before training {before[name]['accuracy']:.2%})"
@@ -147,7 +129,6 @@ class Classification(Task):
         return lines
 
     def next_commands(self) -> tuple[str, ...]:
-        """Return the command that classifies a text."""
         return (f'slm-jax classify --run {shlex.quote(str(self.config.folder))} "your text"',)
 
     def _class_figures(self, sums: EvaluationSums) -> ClassFigures:
@@ -196,21 +177,14 @@ def _encode(
 def load_classifier(source: str | Path, step: int | str = "best") -> Classifier:
     """Load a classifier that ``slm-jax finetune`` trained with ``task: classification``.
 
-    Args:
-        source: a run such as ``runs/classify_builtin``, or ``runs/classify_builtin@800`` with the step.
-        step: a step, ``"best"`` (the lowest validation loss) or ``"latest"``.
-
-    Returns:
-        A function from a list of texts to a :class:`Prediction` for each.
+    It is a function from a list of texts to a :class:`Prediction` for each; arguments as for
+    :func:`slm_jax.runs.load_run`.
 
     Raises:
         MissingInputError: no run there, or no checkpoint of that step.
         InputError: a run that is no classifier; a damaged checkpoint; an invalid step.
     """
-    checkpoint = find_checkpoint(source, step)
-    if checkpoint is None:
-        raise MissingInputError(f"{source}: no run with checkpoints there; expected one such as runs/classify_builtin")
-    cfg, params, metadata = read_checkpoint(*checkpoint, "float32", classifier=True)
+    cfg, params, metadata = read_checkpoint(*get_checkpoint(source, step), "float32", classifier=True)
     classes = tuple(metadata["classes"])
     model = GPTClassifier(cfg, n_classes=len(classes), pooling=metadata["pooling"])
     tokenizer = tokenizer_from_dict(metadata["tokenizer"])

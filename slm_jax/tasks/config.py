@@ -20,23 +20,14 @@ TaskName = Literal["pretraining", "classification", "instruction"]
 
 
 class TaskInfo(NamedTuple):
-    """What is known of a task before its module is imported.
+    """What is known of a task before its module is imported."""
 
-    Attributes:
-        cls: its module and class in ``slm_jax.tasks``.
-        recipe: name of the recipe whose keys are the defaults.
-        source: default of ``data.source``.
-        unit: what its loss is a mean over.
-        use: the command that uses a trained model.
-        command: the command that trains it.
-    """
-
-    cls: str
-    recipe: str
-    source: str
-    unit: Literal["token", "text"]
-    use: str
-    command: Literal["train", "finetune"] = "finetune"
+    cls: str  # module and class in slm_jax.tasks
+    recipe: str  # the recipe whose keys are the defaults
+    source: str  # default of data.source
+    unit: Literal["token", "text"]  # what the loss is a mean over
+    use: str  # the command that uses a trained model
+    command: Literal["train", "finetune"] = "finetune"  # the command that trains it
 
 
 # The registry. A section of RunConfig that has the name of a task is read by this task only.
@@ -98,15 +89,7 @@ class FinetuneConfig(RunConfig):
 
 
 def parse_args(args: Sequence[str], cls: type[RunConfig] = RunConfig) -> RunConfig:
-    """Read recipe files and overrides in the order they are given; a run is named after the last recipe.
-
-    Args:
-        args: the words after the command.
-        cls: whose defaults hold: RunConfig's of pretraining, or FinetuneConfig's.
-
-    Raises:
-        InputError: an unknown key, a value of the wrong type or out of range; a file that is missing or not YAML.
-    """
+    """Read the words after a command as :func:`slm_jax.config.parse` does; a run is named after the last recipe."""
     config = parse(cls, args, "slm-jax train" if cls is RunConfig else "slm-jax finetune")
     recipes = recipe_files(cls, args)
     if config.run is None and recipes:

@@ -5,7 +5,7 @@ import functools
 import hashlib
 import json
 import shlex
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,7 +14,6 @@ import jax
 from slm_jax.data.corpus import make_tokenizer
 from slm_jax.data.instructions import (
     Example,
-    InstructionSplits,
     Tokens,
     encode_examples,
     instruction_batches,
@@ -29,30 +28,21 @@ from slm_jax.evaluation.responses import Response, score_responses
 from slm_jax.evaluation.results import perplexity
 from slm_jax.files import replace_text
 from slm_jax.generation.conversation import answer, prompt_room
-from slm_jax.model import GPTConfig, GPTModel, Params, init_params, param_shapes
+from slm_jax.model import GPTConfig, GPTModel, Params, init_params
 from slm_jax.tasks.base import count_steps, find_base, new_base, prepare_params, row_length
 from slm_jax.tasks.config import RunConfig
-from slm_jax.tasks.pretraining import make_loss_fn
+from slm_jax.tasks.pretraining import language_model_shapes, make_loss_fn
 from slm_jax.tokenizer import Tokenizer
 from slm_jax.training.resume import Start
-from slm_jax.training.step import Batch, LossFn
-from slm_jax.training.task import Evaluate, ModelShapes, Moment, Task, token_row
+from slm_jax.training.step import LossFn
+from slm_jax.training.task import Evaluate, ModelShapes, Moment, Task
 
 __all__ = ["Instruction", "answer", "format_prompt"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Instruction(Task):
-    """Fine-tuning on instructions with their responses.
-
-    Attributes:
-        model: the model.
-        template: format of the conversations.
-        test: test examples to respond to.
-        asked: messages that samples respond to.
-        evaluation_batches: for each split, what returns its batches.
-        stop: called between groups of responses; may raise to stop early.
-    """
+    """Fine-tuning on instructions with their responses; samples respond to ``asked``, the report to ``test``."""
 
     unused_keys: ClassVar[tuple[str, ...]] = ("data.packing", "data.text_column")
     samples_at_evaluation: ClassVar[bool] = True
@@ -62,24 +52,35 @@ class Instruction(Task):
     template: Template
     test: Sequence[Example]
     asked: Sequence[Message]
-    evaluation_batches: dict[str, Callable[[], Iterable[Batch]]]
     stop: Callable[[], None]
 
     @classmethod
     def build(cls, config: RunConfig, start: Start, stop: Callable[[], None] = lambda: None) -> "Instruction":
-        """Load splits, base, template and batches; see :meth:`slm_jax.training.task.Task.build`."""
         section, train = config.instruction, config.train
         template = _template(section.template, start)
         splits = load_instructions(config.data, section, config.seed)
         stop()
         base = find_base(config, start)
         if base is None:
-            texts = (_texts(splits.train, template), _texts(splits.validation, template))
+            texts = [
+                ["".join(text for text, _ in template.pieces(example.messages)) for example in examples]
+                for examples in (splits.train, splits.validation)
+            ]
             base = new_base(config, make_tokenizer(config.tokenizer, *texts))
         stop()
         cfg, tokenizer = base.model_config, base.tokenizer
-        longest = row_length(section.max_length, "instruction.max_length", cfg)
-        encoded, notes = _encode(config, splits, tokenizer, template, longest)
+        longest, notes = row_length(section.max_length, "instruction.max_length", cfg), list(splits.notes)
+        encoded: dict[str, list[Tokens]] = {}
+        for name in ("train", "validation", "test"):
+            encoded[name], own_notes = encode_examples(
+                getattr(splits, name),
+                tokenizer,
+                template,
+                mask_prompt=section.mask_prompt,
+                max_length=longest,
+                too_long=section.too_long,
+            )
+            notes += [f"{name}: {note}" for note in own_notes]
         stop()
         rows = {name: [[example] for example in tokens] for name, tokens in encoded.items()}
         width = bucket_width(max(t.n_inputs for tokens in encoded.values() for t in tokens), longest)
@@ -116,38 +117,32 @@ class Instruction(Task):
             files={"template.json": json.dumps(template.to_dict(), indent=1) + "\n"},
             metadata={"template": template.to_dict()},
             fingerprint=_fingerprint(encoded),
-            notes=(*splits.notes, *notes),
+            notes=tuple(notes),
         )
 
     @classmethod
     def shapes(cls, config: RunConfig, cfg: GPTConfig) -> ModelShapes:
-        """Return the shapes of the language model."""
         seq = row_length(config.instruction.max_length, "instruction.max_length", cfg)
         notes = (f"assumed: rows of {seq} tokens (instruction.max_length)",)
-        row = token_row(seq, config.instruction.packing)
-        init, loss_fn = functools.partial(init_params, cfg), make_loss_fn(GPTModel(cfg))
-        return ModelShapes(param_shapes(cfg), init, loss_fn, row, cfg.vocab_size, notes)
+        return language_model_shapes(cfg, seq, config.instruction.packing, notes)
 
     @classmethod
     def check_data(cls, config: RunConfig) -> None:
-        """Find mistakes in the template and the instructions."""
         load_template(config.instruction.template)
         load_instructions(config.data, config.instruction, config.seed)
 
     @property
     def loss_fn(self) -> LossFn:
-        """The loss: see :func:`slm_jax.tasks.pretraining.make_loss_fn`."""
         return make_loss_fn(self.model)
 
-    def validation_batches(self) -> Iterable[Batch]:
-        """Return the validation split once."""
-        return self.evaluation_batches["validation"]()
-
     def sample(self, params: Params, key: jax.Array) -> str:
-        """Return the response to one instruction, after its prompt."""
         section = self.config.sample
         text = self._respond(params, [self.asked], temperature=section.temperature, top_k=section.top_k, key=key)[0]
         return self.template.prompt(self.asked) + text
+
+    def _respond(self, params: Params, prompts: Sequence[Sequence[Message]], **sampling: Any) -> list[str]:
+        sampling |= {"max_new_tokens": self.config.sample.max_new_tokens, "stop": self.stop}
+        return answer(self.model, params, prompts, tokenizer=self.tokenizer, template=self.template, **sampling)
 
     def measure(self, params: Params, evaluate: Evaluate, moment: Moment, folder: Path | None) -> dict[str, Any]:
         """Return loss, exact match and ROUGE-L of the test split; write the responses to a file."""
@@ -159,13 +154,11 @@ class Instruction(Task):
             scores = score_responses(responses)
             figures |= {"responses": scores.n, "exact_match": scores.exact_match, "rouge_l": scores.rouge_l}
             if folder is not None:
-                name = "responses.json" if moment == "after" else "responses-before.json"
-                entries = [_entry(response) for response in responses]
-                replace_text(folder / name, json.dumps(entries, indent=1, ensure_ascii=False) + "\n")
+                file = folder / ("responses.json" if moment == "after" else "responses-before.json")
+                replace_text(file, json.dumps([_entry(r) for r in responses], indent=1, ensure_ascii=False) + "\n")
         return {"test": figures}
 
     def report(self, before: dict[str, Any] | None, after: dict[str, Any]) -> list[str]:
-        """Return the figures of the test split."""
         lines = []
         for name, form in (("loss", ".4f"), ("perplexity", ",.2f"), ("exact_match", ".2%"), ("rouge_l", ".4f")):
             if name in after["test"]:
@@ -174,7 +167,6 @@ class Instruction(Task):
         return lines
 
     def next_commands(self) -> tuple[str, ...]:
-        """Return the commands that chat, score the responses and export."""
         config = self.config
         folder = shlex.quote(str(config.folder))
         scoring = f"slm-jax evaluate --run {folder} --responses {shlex.quote(str(config.folder / 'responses.json'))}"
@@ -182,18 +174,6 @@ class Instruction(Task):
             f"slm-jax chat --run {folder} --temperature 0 --max-new-tokens {config.sample.max_new_tokens}",
             *([scoring] if self.test else []),
             f"slm-jax export --run {folder} --out {shlex.quote(config.name + '-hf')}",
-        )
-
-    def _respond(self, params: Params, prompts: Sequence[Sequence[Message]], **sampling: Any) -> list[str]:
-        return answer(
-            self.model,
-            params,
-            prompts,
-            tokenizer=self.tokenizer,
-            template=self.template,
-            max_new_tokens=self.config.sample.max_new_tokens,
-            stop=self.stop,
-            **sampling,
         )
 
 
@@ -215,7 +195,7 @@ def _template(name: str, start: Start) -> Template:
 def _asked(
     config: RunConfig, tokenizer: Tokenizer, template: Template, validation: Sequence[Example], room: int
 ) -> Sequence[Message]:
-    """Return what samples respond to: the configured instruction, or the first of the validation split that fits."""
+    """Return the messages that samples respond to: ``sample.prompt``, or the first validation prompt that fits."""
     section = config.sample
     if section.prompt is None or not section.every:
         fits = (e for e in validation if len(tokenizer.encode(template.prompt(e.prompt))) <= room)
@@ -228,27 +208,6 @@ def _asked(
     except InputError as error:
         raise InputError(f"sample.prompt: {error}") from None
     return asked
-
-
-def _texts(examples: Sequence[Example], template: Template) -> list[str]:
-    return ["".join(text for text, _ in template.pieces(example.messages)) for example in examples]
-
-
-def _encode(
-    config: RunConfig, splits: InstructionSplits, tokenizer: Tokenizer, template: Template, longest: int
-) -> tuple[dict[str, list[Tokens]], list[str]]:
-    encoded, notes = {}, []
-    for name in ("train", "validation", "test"):
-        encoded[name], own = encode_examples(
-            getattr(splits, name),
-            tokenizer,
-            template,
-            mask_prompt=config.instruction.mask_prompt,
-            max_length=longest,
-            too_long=config.instruction.too_long,
-        )
-        notes += [f"{name}: {note}" for note in own]
-    return encoded, notes
 
 
 def _fingerprint(encoded: dict[str, list[Tokens]]) -> str:

@@ -3,10 +3,9 @@
 import dataclasses
 import functools
 import shlex
-from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable
+from typing import Any, ClassVar
 
-import grain
 import jax
 import jax.numpy as jnp
 import optax
@@ -35,64 +34,33 @@ from slm_jax.training.task import ModelShapes, Task, token_row
 PROMPT_TOKENS = 8  # of the validation text, as the default prompt of samples
 
 
-class Batches(NamedTuple):
-    """Both splits cut into rows.
-
-    Attributes:
-        train: the training batches by step.
-        validation: returns the batches of the validation split.
-        rows_per_epoch: number of rows of the training split.
-        tokens_per_step: average number of tokens in a training batch.
-        notes: notes for the user, a line each.
-    """
-
-    train: grain.MapDataset
-    validation: Callable[[], Iterable[Batch]]
-    rows_per_epoch: float
-    tokens_per_step: int
-    notes: tuple[str, ...] = ()
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pretraining(Task):
-    """Training on running text.
-
-    Attributes:
-        model: the model.
-        prompt: what samples start with.
-        validation: returns the batches of the validation split.
-    """
+    """Training on running text; samples continue ``prompt``."""
 
     unused_keys: ClassVar[tuple[str, ...]] = ("data.test_",)
 
     model: GPTModel
     prompt: str
-    validation: Callable[[], Iterable[Batch]]
 
     @classmethod
     def build(cls, config: RunConfig, start: Start, stop: Callable[[], None] = lambda: None) -> "Pretraining":
-        """Load text, tokenizer and batches; see :meth:`slm_jax.training.task.Task.build`."""
         if config.data.packing and config.data.stride is not None:
             raise InputError(f"data.stride is {config.data.stride}; expected null with data.packing")
         base = find_base(config, start)
         corpus = load_corpus(config.data, config.tokenizer, saved=base.tokenizer if base else None, stop=stop)
         base = base or new_base(config, corpus.tokenizer)
         cfg = base.model_config
-        batches = (_packed if config.data.packing else _windows)(config, corpus, cfg.context_length)
         task = cls(
             config=config,
             model=GPTModel(cfg),
             prompt=_prompt(config, corpus),
-            validation=batches.validation,
             model_config=cfg,
             params=prepare_params(config, start, base, functools.partial(init_params, cfg)),
-            train_batches=batches.train,
-            total_steps=count_steps(config, batches.rows_per_epoch),
-            tokens_per_step=batches.tokens_per_step,
             tokenizer=corpus.tokenizer,
             fingerprint=corpus.fingerprint(),
             bytes_per_token=corpus.bytes_per_token,
-            notes=(*corpus.notes, *batches.notes),
+            **(_packed_rows if config.data.packing else _windows)(config, corpus, cfg.context_length),
         )
         if config.sample.every:
             task._prompt_ids()  # a bad prompt is reported now, not after an hour
@@ -100,22 +68,13 @@ class Pretraining(Task):
 
     @classmethod
     def shapes(cls, config: RunConfig, cfg: GPTConfig) -> ModelShapes:
-        """Return the shapes of the language model."""
-        row = token_row(cfg.context_length, config.data.packing)
-        init, loss_fn = functools.partial(init_params, cfg), make_loss_fn(GPTModel(cfg))
-        return ModelShapes(param_shapes(cfg), init, loss_fn, row, cfg.vocab_size)
+        return language_model_shapes(cfg, cfg.context_length, config.data.packing)
 
     @property
     def loss_fn(self) -> LossFn:
-        """The loss: see :func:`make_loss_fn`."""
         return make_loss_fn(self.model)
 
-    def validation_batches(self) -> Iterable[Batch]:
-        """Return the validation split once."""
-        return self.validation()
-
     def sample(self, params: Params, key: jax.Array) -> str:
-        """Return text that continues the prompt."""
         section, eot_id, prompt = self.config.sample, self.tokenizer.eot_id, self._prompt_ids()
         ids = generate(
             self.model,
@@ -132,7 +91,6 @@ class Pretraining(Task):
         return self.tokenizer.decode(ids)
 
     def next_commands(self) -> tuple[str, ...]:
-        """Return the commands that generate text and train longer."""
         folder, train = self.config.folder, self.config.train
         more = "" if train.steps is None else f" --train.steps {2 * train.steps}"
         if train.epochs is not None:
@@ -156,36 +114,51 @@ class Pretraining(Task):
         return ids
 
 
-def _windows(config: RunConfig, corpus: Corpus, context: int) -> Batches:
+def _windows(config: RunConfig, corpus: Corpus, context: int) -> dict[str, Any]:
+    """Return the fields of the task that tell how both splits are cut into windows."""
     data, batch_size = config.data, config.train.batch_size
     cut: dict[str, Any] = {"context_length": context, "sampling": data.sampling, "stride": data.stride}
-    train = train_batches(corpus.train, batch_size=batch_size, shuffle=data.shuffle, seed=config.seed, **cut)
+    batches = train_batches(corpus.train, batch_size=batch_size, shuffle=data.shuffle, seed=config.seed, **cut)
     check_window(corpus.validation.size, context, "validation")
-    return Batches(
-        train=train,
-        validation=lambda: validation_batches(
-            corpus.validation, context_length=context, batch_size=config.train.eval_batch_size or batch_size
-        ),
-        rows_per_epoch=batch_size * steps_per_epoch(corpus.train.size, batch_size=batch_size, **cut),
-        tokens_per_step=batch_size * context,
+    validation = functools.partial(
+        validation_batches,
+        corpus.validation,
+        context_length=context,
+        batch_size=config.train.eval_batch_size or batch_size,
     )
+    rows_per_epoch = batch_size * steps_per_epoch(corpus.train.size, batch_size=batch_size, **cut)
+    return {
+        "train_batches": batches,
+        "evaluation_batches": {"validation": validation},
+        "total_steps": count_steps(config, rows_per_epoch),
+        "tokens_per_step": batch_size * context,
+        "notes": corpus.notes,
+    }
 
 
-def _packed(config: RunConfig, corpus: Corpus, context: int) -> Batches:
+def _packed_rows(config: RunConfig, corpus: Corpus, context: int) -> dict[str, Any]:
+    """Return the fields of the task that tell how both splits are packed into rows."""
     batch_size, eot_id = config.train.batch_size, corpus.tokenizer.eot_id
     for split, tokens in (("training", corpus.train), ("validation", corpus.validation)):
         check_window(tokens.size, 1, split)
-    train, validation = PackedRows(corpus.train, eot_id, context), PackedRows(corpus.validation, eot_id, context)
+    train, validation = (PackedRows(tokens, eot_id, context) for tokens in (corpus.train, corpus.validation))
     alone = "; there is only one, so that data.packing separates nothing" if train.n_documents == 1 else ""
-    return Batches(
-        train=endless_batches(
+    eval_rows = config.train.eval_batch_size or batch_size
+    return {
+        "train_batches": endless_batches(
             len(train), train.batch, batch_size=batch_size, seed=config.seed, shuffle=config.data.shuffle
         ),
-        validation=lambda: validation.eval_batches(config.train.eval_batch_size or batch_size),
-        rows_per_epoch=len(train),
-        tokens_per_step=round(batch_size * train.tokens_per_row),
-        notes=(train.describe() + alone,),
-    )
+        "evaluation_batches": {"validation": functools.partial(validation.eval_batches, eval_rows)},
+        "total_steps": count_steps(config, len(train)),
+        "tokens_per_step": round(batch_size * train.tokens_per_row),
+        "notes": (*corpus.notes, train.describe() + alone),
+    }
+
+
+def language_model_shapes(cfg: GPTConfig, seq: int, packed: bool, notes: tuple[str, ...] = ()) -> ModelShapes:
+    """Return the shapes of a language model that is trained on rows of ``seq`` tokens."""
+    init, loss_fn = functools.partial(init_params, cfg), make_loss_fn(GPTModel(cfg))
+    return ModelShapes(param_shapes(cfg), init, loss_fn, token_row(seq, packed), cfg.vocab_size, notes)
 
 
 def make_loss_fn(model: GPTModel) -> LossFn:

@@ -112,6 +112,7 @@ class Task(abc.ABC):
         params: parameters of the model.
         tokenizer: tokenizer of the model; saved with the run.
         train_batches: element ``i`` is the global batch of step ``i`` (see :meth:`make_batch`).
+        evaluation_batches: for each split that is evaluated, what returns its global batches once.
         total_steps: number of steps of the whole run.
         tokens_per_step: average number of tokens in a training batch.
         fingerprint: SHA-256 of the data; a run resumes only with the same data.
@@ -135,6 +136,7 @@ class Task(abc.ABC):
     total_steps: int
     tokens_per_step: int
     fingerprint: str
+    evaluation_batches: Mapping[str, Callable[[], Iterable[Batch]]] = dataclasses.field(default_factory=dict)
     longest: int | None = None
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     files: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -174,9 +176,9 @@ class Task(abc.ABC):
     def loss_fn(self) -> LossFn:
         """The loss, see :mod:`slm_jax.training.step`; a key of None means no dropout."""
 
-    @abc.abstractmethod
     def validation_batches(self) -> Iterable[Batch]:
         """Return the whole validation split once, in global batches."""
+        return self.evaluation_batches["validation"]()
 
     def make_batch(self, drawn: Batch, params: Params) -> Batch:
         """Return the batch to train on, from an element of ``train_batches`` and the current parameters.
