@@ -60,10 +60,10 @@ def read_json(file: Path, remedy: str = "download or export it again") -> dict[s
 
     try:
         content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique)
-        if not isinstance(content, dict):
-            raise ValueError("expected one JSON object")
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file}: cannot be read as JSON ({error}); {remedy}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{file}: expected one JSON object; {remedy}")
     return content
 
 

@@ -1,6 +1,7 @@
 """What must hold of options and recipes: what is read, how names and texts may be typed, what is refused and how."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -75,8 +76,8 @@ class Recipe:
     fast: Execution[Section] = dataclasses.field(default_factory=Section)
 
 
-def read(*args: str) -> Options:
-    return parse(Options, ["--run", "x", *args], "slm-jax something")
+def read(*args: object, cls: type = Options) -> Options:
+    return parse(cls, [*(["--run", "x"] if cls is Options else []), *map(str, args)], "slm-jax something")
 
 
 def refused(cls: type, *args: object) -> str:
@@ -103,27 +104,19 @@ def recipe(tmp_path):
 # What is read
 
 
-@pytest.mark.parametrize(
-    "args",
-    [["--top-k", "3"], ["--top_k", "3"], ["--top-k=3"], ["--top_k=3"], ["--top-k", "5", "--top_k", "3"]],
-)
-def test_names_take_hyphens_or_underscores(args):
-    assert read(*args) == Options(run="x", top_k=3)
+def test_names_take_hyphens_or_underscores_and_later_ones_win():
+    for args in (["--top-k", "3"], ["--top_k", "3"], ["--top-k=3"], ["--top_k=3"], ["--top-k", "5", "--top_k", "3"]):
+        assert read(*args) == Options(run="x", top_k=3)
 
 
-def test_types():
+def test_types(recipe):
     words = ["--past-context", "stop", "--dry", "true", "--share", "1e-3", "--top-k", "null", "--peak", "measured"]
     assert read(*words) == Options("x", past_context="stop", dry=True, share=0.001, top_k=None, peak="measured")
     assert read("--peak", "989e12").peak == 989e12
     assert read() == Options("x")
-
-
-@pytest.mark.parametrize("text", ["1e-3", "1.0e-3", "0.001", ".001", "1E-3", "1.e-3"])
-def test_floats_may_be_written_in_any_way(recipe, text):
-    """YAML 1.1 itself would read 1e-3 as text."""
-    for share in (read("--share", text).share, read("--config", str(recipe(f"share: {text}"))).share):
-        assert share == 0.001
-    assert type(read("--config", str(recipe("share: 1"))).share) is float
+    for text in ("1e-3", "1.0e-3", "0.001", ".001", "1E-3", "1.e-3"):  # YAML 1.1 itself would read 1e-3 as text
+        assert read("--share", text).share == read("--config", recipe(f"share: {text}")).share == 0.001
+    assert type(read("--config", recipe("share: 1")).share) is float
 
 
 TEXTS = ["3", "null", "~", "1e3", "true", "[a]", "{a: b}", "- a", "x: y", "# c", "&a", "'q'", '"', " ", "\\n", "a\nb"]
@@ -140,29 +133,28 @@ def test_any_text_arrives_as_typed(text):
     assert read("--stop=a", f"--stop={text}", "--share=1", f"--stop={text}").stop == ("a", text, text)
 
 
-@pytest.mark.parametrize("text", TEXTS)
-def test_a_text_needs_no_equals_sign(text):
-    """Unless it is the name of an option."""
-    assert read("--prompt", text, "--stop", text, "--stop", "b") == Options(run="x", prompt=text, stop=(text, "b"))
+def test_a_text_that_is_no_name_of_an_option_needs_no_equals_sign():
+    for text in TEXTS:
+        assert read("--prompt", text, "--stop", text, "--stop", "b") == Options(run="x", prompt=text, stop=(text, "b"))
 
 
 def test_texts_in_a_recipe(recipe):
-    path = str(recipe({"prompt": "# Title", "note": "# Title", "stop": ["3", "- a", "\n"]}))
+    path = recipe({"prompt": "# Title", "note": "# Title", "stop": ["3", "- a", "\n"]})
     assert read("--config", path) == Options("x", prompt="# Title", note="# Title", stop=("3", "- a", "\n"))
     assert read("--config", path, "--stop", "end", "--note", "null") == Options("x", prompt="# Title", stop=("end",))
-    assert read("--note", "a", "--config", str(recipe({"note": None}))).note is None
+    assert read("--note", "a", "--config", recipe({"note": None})).note is None
 
 
-def test_later_ones_win_and_a_recipe_may_give_what_is_required(recipe):
+def test_a_recipe_may_give_what_is_required_and_recipes_are_merged(recipe):
     path = str(recipe({"run": "y", "top_k": 3}))
     assert parse(Options, ["--config", path], "x") == Options(run="y", top_k=3)
     assert parse(Options, [f"--config={path}", "--run", "z"], "x") == Options(run="z", top_k=3)
-    assert parse(Options, ["--run", "z", "--config", path], "x").run == "y"
+    assert read("--config", path).run == "y"
     first = recipe("small: {size: 5, rate: 0.5}\nname: a", "first.yaml")
     second = recipe("small: {size: 6}\nfast: {}", "second.yaml")
-    merged = parse(Recipe, ["--config", str(first), "--config", str(second), "--fast.rate", "1"], "x")
+    merged = read("--config", first, "--config", second, "--fast.rate", "1", cls=Recipe)
     assert merged == Recipe("a", Section(6, 0.5), Section(8, 1.0))
-    assert parse(Recipe, ["--small.rate", "0"], "x").small == Section(size=2, rate=0.0)
+    assert read("--small.rate", "0", cls=Recipe).small == Section(size=2, rate=0.0)
 
 
 def test_words_without_an_option():
@@ -180,10 +172,11 @@ def test_help_shows_every_option_with_its_default(capsys):
         with pytest.raises(SystemExit, match="0"):
             parse(cls, words, "slm-jax something")
     out = " ".join(capsys.readouterr().out.split())
-    for part in ("usage: slm-jax something", "--run TEXT a folder such as runs/tiny, or a file (required)", "100% dry"):
-        assert part in out
     for part in (
+        "usage: slm-jax something",
+        "--run TEXT a folder such as runs/tiny, or a file (required)",
         "--top-k INT|null how many tokens; 0: all (default: 50)",
+        "100% dry",
         "slide|stop",
         "measured|FLOAT|null",
         "--small.size INT",
@@ -193,12 +186,8 @@ def test_help_shows_every_option_with_its_default(capsys):
 
 def test_a_configuration_survives_yaml(recipe):
     changed = Recipe("a: 'b'\n#c", Section(3, 1e-12), Section(4))
-    assert parse(Recipe, ["--config", str(recipe(dump_config(changed)))], "x") == changed
+    assert read("--config", recipe(dump_config(changed)), cls=Recipe) == changed
     assert flatten(yaml.safe_load(dump_config(Recipe()))).keys() == config.keys(Recipe).keys()
-
-
-def test_flatten():
-    assert flatten({"a": {"b": 1, "c": {"d": None}}, "e": [1], "f": {}}) == {"a.b": 1, "a.c.d": None, "e": [1]}
 
 
 def test_execution_keys_are_marked_beside_fields_and_sections():
@@ -209,16 +198,11 @@ def test_execution_keys_are_marked_beside_fields_and_sections():
 # What is refused
 
 
-def test_what_is_required_is_asked_for_with_its_help(recipe):
+def test_a_missing_option_or_value_is_asked_for(recipe):
     expected = "--run is missing; expected a folder such as runs/tiny, or a file"
-    assert refused(Options) == refused(Options, "--top-k", "3") == expected
-    assert refused(Options, "--config", recipe({"top_k": 3})) == expected
-
-
-def test_an_option_without_a_value():
+    assert refused(Options) == refused(Options, "--config", recipe({"top_k": 3})) == expected
     for words in (["--run"], ["--run", "--top-k", "3"], ["--top-k=1", "--run"]):
         assert refused(Options, *words).startswith("--run has no value")
-    assert refused(Options, "--run=x", "--top-k").startswith("--top-k has no value")
 
 
 WRONG = [
@@ -229,13 +213,10 @@ WRONG = [
     (Options, "share", ".nan", "at least 0"),
     (Options, "share", ".inf", "at least 0"),
     (Options, "share", "much", "a number"),
-    (Options, "share", "true", "a number"),
     (Options, "past_context", "go", "one of slide, stop"),
-    (Options, "dry", "maybe", "true or false"),
     (Options, "dry", "2", "true or false"),
     (Options, "peak", ".inf", "finite"),
     (Options, "peak", "high", "a number or one of measured or null"),
-    (Options, "seed", "-1", "at least 0"),
     (Options, "seed", "4294967296", "below 4294967296"),
     (Options, "seed", "null", "a whole number"),
     (Recipe, "small.size", "0", "at least 1"),
@@ -249,8 +230,7 @@ def test_a_wrong_value_is_named_with_what_was_expected_and_the_file(recipe, cls,
     line = refused(cls, *["--run=x"] * (cls is Options), f"--{key.replace('_', '-')}={value}")
     assert line.startswith(f"{key} is ")
     assert expected in line.partition("; expected ")[2]
-    section, _, leaf = key.rpartition(".")
-    path = recipe(f"{section}:\n  {leaf}: {value}\n" if section else f"{leaf}: {value}\n")
+    path = recipe(f"{key}: {value}\n")
     assert refused(cls, "--config", path, "--config", recipe({}, "good.yaml")) == f"{path}: {line}"
 
 
@@ -261,32 +241,17 @@ def test_values_given_in_python_are_checked_too():
             config.check(wrong)
 
 
-def test_texts_of_a_recipe_are_texts(recipe):
-    for content, key in (({"stop": "end"}, "stop"), ({"stop": [1]}, "stop"), ({"note": 3}, "note"), ("run:", "run")):
-        path = recipe(content)
-        assert refused(Options, "--run=x", "--config", path).startswith(f"{path}: {key} is ")
-
-
 @pytest.mark.parametrize(
     ("cls", "key", "nearest"),
-    [
-        (Options, "topk", "top_k"),
-        (Options, "small.seed", "seed"),
-        (Options, "xyzzy", None),
-        (Recipe, "smal.size", "small.size"),
-        (Recipe, "small.rat", "small.rate"),
-        (Recipe, "small.sizes", "small.size"),
-        (Recipe, "1", None),
-    ],
+    [(Options, "topk", "top_k"), (Options, "xyzzy", None), (Recipe, "small.rat", "small.rate"), (Recipe, "1", None)],
 )
 def test_an_unknown_key_is_refused_with_the_nearest(recipe, cls, key, nearest):
     line = refused(cls, f"--{key}", "5")
     assert line == refused(cls, f"--{key}=5") == refused(cls, f"--{key}")
     assert line.startswith(f"unknown key {key}; ")
     assert (f"did you mean {nearest}?" if nearest else "--help") in line
-    section, _, leaf = key.rpartition(".")
-    path = recipe(f"{section}:\n  {leaf}: 5\n" if section else f"{leaf}: 5\n")
-    assert refused(cls, "--config", path).startswith(f"{path}: unknown key ")
+    path = recipe(f"{key}: 5\n")
+    assert refused(cls, "--config", path) == f"{path}: {line}"
 
 
 def test_words_that_are_no_options_are_refused():
@@ -299,14 +264,13 @@ def test_words_that_are_no_options_are_refused():
     ("content", "expected"),
     [
         ("- a\n- b\n", "expected keys and values"),
-        ("hello", "expected keys and values"),
         ("# nothing but a comment\n", "expected keys and values"),
         ("small: 5", "small is 5; expected keys such as small.size"),
-        ("small:", "small is null"),
         ("small:\n  - size: 5", "expected keys such as small.size"),
-        ("name: {a: 1}", "name is {'a': 1}; expected text"),
+        ("name: {a: 1}", "unknown key name.a"),
+        ("name: 3", "name is 3; expected text"),
+        ("name:", "name is null"),
         ("xyzzy: {}", "unknown key xyzzy"),
-        ("a: [1", "YAML"),
         ("small:\n  size: 5\n rate: 3", "line 3"),
         ("!!python/object:os.system {}", "YAML"),
         (b"name: caf\xe9\n", "0xe9"),
@@ -327,9 +291,8 @@ def test_a_recipe_of_the_package_has_a_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert find_recipe("shakespeare_char").name == "shakespeare_char.yaml"
     for name in ("shakespeare", str(tmp_path), "configs/none.yaml"):
-        with pytest.raises(MissingInputError, match=r"one of .*shakespeare_char, .*tiny") as error:
+        with pytest.raises(MissingInputError, match=r"one of .*shakespeare_char, .*tiny"):
             find_recipe(name)
-        assert "\n" not in str(error.value)
     (tmp_path / "tiny").write_text("seed: 1")
     assert find_recipe("tiny") == Path("tiny")  # a file comes first
 
@@ -343,12 +306,6 @@ def test_an_installed_package_has_recipes_of_its_own(tmp_path):
     (package / "configs").mkdir()
     (package / "configs" / "mine.yaml").write_text("seed: 1")
     script = "from slm_jax.config import find_recipe; print(find_recipe('mine'))"
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert Path(done.stdout.strip()) == package / "configs" / "mine.yaml"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    found = subprocess.check_output([sys.executable, "-c", script], cwd=tmp_path, env=environment, text=True)
+    assert Path(found.strip()) == package / "configs" / "mine.yaml"

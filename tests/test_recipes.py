@@ -8,14 +8,14 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from recipes import CONFIGS, RECIPES, initial_params, read, training_step, with_tokens
+from recipes import RECIPES, initial_params, read, training_step, with_tokens
 
+from slm_jax.config import flatten, to_dict
 from slm_jax.data.builtin import python_docs
 from slm_jax.data.named import NAMED_FILES
 from slm_jax.errors import MissingInputError
 from slm_jax.model import count_params, get_gpt_config, init_params
 from slm_jax.runs import Run, save_run
-from slm_jax.tasks import pretraining
 from slm_jax.tasks.config import FinetuneConfig, RunConfig, get_task, parse_args
 from slm_jax.tokenizer import BPETokenizer, get_tokenizer
 from slm_jax.training.resume import find_start
@@ -53,16 +53,9 @@ def available(config: RunConfig) -> None:
             pytest.skip("GPT-2's tokenizer is not in TIKTOKEN_CACHE_DIR")
 
 
-def test_there_are_recipes():
-    assert {"tiny", "shakespeare_char", "verdict"} <= {path.stem for path in RECIPES}
-    assert not list(CONFIGS.rglob("*.yml"))
-
-
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_parses_and_names_its_run(path):
-    config = read(path.stem)
-    assert config.name == path.stem
-    assert config.folder == Path("runs") / path.stem
+    assert read(path.stem).folder == Path("runs") / path.stem
     assert f"--config configs/{path.name}" in path.read_text() or path.stem == "tiny"
 
 
@@ -113,33 +106,55 @@ def padded(batch, like):
 
 # What a recipe promises
 
+# Keys of the recipe, and fields of its model (with GPT-2's vocabulary) as model.FIELD.
+PROMISES = {
+    "tiny": {"data.source": "builtin:python-docs", "tokenizer.kind": "bpe"},
+    # nanoGPT's config/train_shakespeare_char.py and the arguments that its README gives for a CPU
+    "shakespeare_char": {
+        "model.n_layers": 4, "model.n_heads": 4, "model.emb_dim": 128, "model.context_length": 64,
+        "model.drop_rate": 0.0, "model.bias": False, "model.tie_weights": True,
+        "train.batch_size": 12, "train.steps": 2000, "train.epochs": None, "train.accumulate": 1,
+        "data.source": "named:tinyshakespeare", "data.sampling": "random", "data.validation_fraction": 0.1,
+        "tokenizer.kind": "char", "optimizer.weight_decay": 0.1, "optimizer.beta1": 0.9, "optimizer.beta2": 0.99,
+        "optimizer.clip_norm": 1.0, "optimizer.schedule": "cosine", "optimizer.warmup_steps": 100,
+        "optimizer.decay_steps": 2000,
+    },
+    "shakespeare_speedrun": {"data.source": "named:tinyshakespeare", "data.validation_fraction": 0.1},
+    # the book's chapter 5, with torch's defaults and no clipping
+    "verdict": {
+        "model.n_layers": 12, "model.n_heads": 12, "model.emb_dim": 768, "model.context_length": 256,
+        "model.drop_rate": 0.1, "model.tie_weights": False, "model.qkv_bias": False,
+        "train.batch_size": 2, "train.epochs": 10, "train.steps": None,
+        "optimizer.learning_rate": 4e-4, "optimizer.weight_decay": 0.1, "optimizer.schedule": "constant",
+        "optimizer.beta1": 0.9, "optimizer.beta2": 0.999, "optimizer.clip_norm": None,
+        "data.source": "named:the-verdict", "tokenizer.kind": "gpt2", "data.sampling": "stride",
+    },
+    # GPT-3's of this size (Brown et al. 2020, table 2.1 and appendix B)
+    "gpt2_124m": {
+        "model.dtype": "auto", "data.sampling": "stride", "data.packing": False, "checkpoint.mirror": None,
+        "optimizer.learning_rate": 6e-4, "optimizer.beta1": 0.9, "optimizer.beta2": 0.95,
+        "optimizer.weight_decay": 0.1, "optimizer.clip_norm": 1.0, "optimizer.schedule": "cosine",
+    },
+    # Can be ended at any step, as the decay is of a fixed length and comes last; runs_dir is on the machine itself.
+    "gpt2_124m_colab": {
+        "checkpoint.mirror": "/content/drive/MyDrive/slm_jax", "runs_dir": "runs", "model.dtype": "auto",
+        "optimizer.schedule": "wsd", "optimizer.decay_steps": 600,
+    },
+}  # fmt: skip
 
-def test_tiny_needs_nothing_but_python():
-    config = read("tiny")
-    assert config.data.source == "builtin:python-docs"
-    assert config.tokenizer.kind == "bpe"
-    assert dataclasses.replace(config, run=None) == RunConfig()
+
+@pytest.mark.parametrize("name", PROMISES)
+def test_a_recipe_keeps_its_promises(name):
+    config = read(name)
+    model = {f"model.{key}": value for key, value in dataclasses.asdict(config.gpt_config(50_257)).items()}
+    found = {**model, **{key: value for key, value in flatten(to_dict(config)).items() if value is not None}}
+    assert {key: found.get(key) for key in PROMISES[name]} == PROMISES[name]
 
 
-def test_classify_builtin_is_what_finetune_does_by_itself():
+def test_the_defaults_are_those_of_recipes():
+    assert dataclasses.replace(read("tiny"), run=None) == RunConfig()
     assert dataclasses.replace(read("classify_builtin"), run=None) == parse_args([], FinetuneConfig) == FinetuneConfig()
     assert read("classify_builtin").name == FinetuneConfig().name == "classify_builtin"
-
-
-def test_shakespeare_is_nanogpts_recipe_for_a_cpu():
-    config = read("shakespeare_char")
-    cfg = config.gpt_config(66)
-    assert (cfg.n_layers, cfg.n_heads, cfg.emb_dim, cfg.context_length, cfg.drop_rate) == (4, 4, 128, 64, 0.0)
-    assert (config.train.batch_size, config.train.steps, config.train.epochs) == (12, 2000, None)
-    assert config.train.accumulate == 1
-    assert (config.data.source, config.data.sampling) == ("named:tinyshakespeare", "random")
-    assert config.data.validation_fraction == 0.1
-    assert config.tokenizer.kind == "char"
-    assert (cfg.bias, cfg.tie_weights) == (False, True)
-    # nanoGPT's config/train_shakespeare_char.py and the arguments that its README gives for a CPU
-    optimizer = config.optimizer
-    assert (optimizer.weight_decay, optimizer.beta1, optimizer.beta2, optimizer.clip_norm) == (0.1, 0.9, 0.99, 1.0)
-    assert (optimizer.schedule, optimizer.warmup_steps, optimizer.decay_steps) == ("cosine", 100, 2000)
 
 
 @pytest.mark.parametrize(
@@ -154,60 +169,22 @@ def test_a_speedrun_trains_the_same_model_in_less(speedrun, other, vocab_size):
     assert fast.optimizer.final_learning_rate == 0.0  # each ends where its course does
 
 
-def test_shakespeare_speedrun_is_measured_as_shakespeare_char_is():
-    fast, slow = read("shakespeare_speedrun"), read("shakespeare_char")
-    assert (fast.data.source, fast.data.validation_fraction) == (slow.data.source, slow.data.validation_fraction)
+def test_sizes():
+    verdict = dataclasses.replace(read("verdict").gpt_config(50_257), context_length=1024)
+    assert count_params(verdict) == 163_009_536
+    fast, large, colab = read("shakespeare_speedrun"), read("gpt2_124m"), read("gpt2_124m_colab")
     assert fast.train.eval_every == fast.checkpoint.every == fast.train.steps  # once, at the end
-
-
-def test_verdict_is_the_books_chapter_5():
-    config = read("verdict")
-    cfg = config.gpt_config(50_257)
-    assert (cfg.n_layers, cfg.n_heads, cfg.emb_dim, cfg.context_length, cfg.drop_rate) == (12, 12, 768, 256, 0.1)
-    assert (cfg.tie_weights, cfg.qkv_bias) == (False, False)
-    assert count_params(dataclasses.replace(cfg, context_length=1024)) == 163_009_536
-    assert (config.train.batch_size, config.train.epochs, config.train.steps) == (2, 10, None)
-    optimizer = config.optimizer
-    assert (optimizer.learning_rate, optimizer.weight_decay, optimizer.schedule) == (4e-4, 0.1, "constant")
-    assert (optimizer.beta1, optimizer.beta2, optimizer.clip_norm) == (
-        0.9,
-        0.999,
-        None,
-    )  # torch's defaults, no clipping
-    assert (config.data.source, config.tokenizer.kind) == ("named:the-verdict", "gpt2")
-    assert config.data.sampling == "stride"
+    cfg = large.gpt_config(50_257)
+    assert cfg == colab.gpt_config(50_257) == get_gpt_config("gpt2-small")
+    assert large.train.batch_size * cfg.context_length == 2**19
+    assert large.train.steps * 2**19 == pytest.approx(10e9, rel=1e-4)
+    assert colab.train.eval_every % colab.checkpoint.every == 0
 
 
 def test_epochs_become_steps(named_data, tmp_path):
     config = read("verdict", "--runs_dir", str(tmp_path))
     available(config)
-    task = pretraining.Pretraining.build(config, find_start(config))
+    task = get_task("pretraining").build(config, find_start(config))
     # 5,145 tokens, nine tenths of the characters to train on: 18 windows of 256 in nine batches of two
     assert task.total_steps == 90
     assert task.tokens_per_step == 512
-
-
-def test_gpt2_124m_is_gpt2_small_on_ten_billion_tokens_half_a_million_a_step():
-    config = read("gpt2_124m")
-    cfg = config.gpt_config(50_257)
-    assert cfg == get_gpt_config("gpt2-small")
-    tokens_per_step = config.train.batch_size * cfg.context_length
-    assert tokens_per_step == 2**19
-    assert config.train.steps * tokens_per_step == pytest.approx(10e9, rel=1e-4)
-    assert config.model.dtype == "auto"
-    assert (config.data.sampling, config.data.packing, config.checkpoint.mirror) == ("stride", False, None)
-    # GPT-3's of this size (Brown et al. 2020, table 2.1 and appendix B)
-    optimizer = config.optimizer
-    assert (optimizer.learning_rate, optimizer.beta1, optimizer.beta2) == (6e-4, 0.9, 0.95)
-    assert (optimizer.weight_decay, optimizer.clip_norm, optimizer.schedule) == (0.1, 1.0, "cosine")
-
-
-def test_gpt2_124m_colab_is_the_same_model_and_survives_its_machine():
-    config = read("gpt2_124m_colab")
-    assert config.gpt_config(50_257) == read("gpt2_124m").gpt_config(50_257)
-    assert config.checkpoint.mirror == "/content/drive/MyDrive/slm_jax"
-    assert config.runs_dir == "runs"  # on the machine itself, not on the Drive
-    assert config.model.dtype == "auto"
-    # Can be ended at any step: the decay is of a fixed length, and comes last.
-    assert (config.optimizer.schedule, config.optimizer.decay_steps) == ("wsd", 600)
-    assert config.train.eval_every % config.checkpoint.every == 0

@@ -64,11 +64,10 @@ def test_a_run_is_named_with_or_without_a_step(name, step, runs):
     cfg, params = load_gpt2(str(runs / name), param_dtype="bfloat16")
     assert cfg == dataclasses.replace(CONFIG, param_dtype="bfloat16")
     assert_same(params, jax.tree.map(lambda leaf: leaf.astype("bfloat16"), make_params(seed=step)))
-
-
-def test_load_run_takes_the_step_apart_too(runs):
     assert load_run(runs / "x", 10).step == 10
     assert load_run(runs / "x", "latest").step == 30
+    with pytest.raises(InputError, match=r"given as 4.*run has 2"):
+        load_gpt2(runs / name, n_heads=4)
 
 
 @pytest.mark.parametrize(
@@ -83,15 +82,8 @@ def test_load_run_takes_the_step_apart_too(runs):
 )
 def test_what_is_no_run_or_no_step_of_it_is_named(name, expected, kind, runs):
     for load in (load_run, load_model, load_gpt2):
-        with pytest.raises(kind, match=expected) as caught:
+        with pytest.raises(kind, match=expected):
             load(runs / name)
-        assert str(runs) in str(caught.value) or kind is InputError
-        assert "\n" not in str(caught.value)
-
-
-def test_a_runs_number_of_heads_cannot_be_changed(runs):
-    with pytest.raises(InputError, match=r"given as 4.*run has 2"):
-        load_gpt2(runs / "x", n_heads=4)
 
 
 def test_weights_come_with_the_tokenizer_beside_them(tmp_path):
@@ -116,32 +108,23 @@ def test_without_a_tokenizer_it_must_be_given(tmp_path):
     assert (run.model_config.vocab_size, run.model_config.unpadded_vocab_size) == (9, 4)
 
 
-def test_a_vocabulary_of_gpt2s_size_is_gpt2s(tmp_path):
-    for vocab_size, unpadded in ((50_257, None), (50_304, 50_257)):
+def test_a_vocabulary_of_gpt2s_size_is_gpt2s_unless_its_files_say_otherwise(tmp_path):
+    for vocab_size, unpadded in ((50_304, 50_257), (50_257, None)):
         cfg = dataclasses.replace(CONFIG, vocab_size=vocab_size, emb_dim=2, n_layers=1, unpadded_vocab_size=unpadded)
-        run = load_model(save_gpt2(cfg, make_params(cfg), tmp_path / str(vocab_size)))
+        folder = save_gpt2(cfg, make_params(cfg), tmp_path / str(vocab_size))
+        run = load_model(folder)
         assert isinstance(run.tokenizer, GPT2Tokenizer)
         assert run.model_config.unpadded_vocab_size == unpadded
-
-
-def test_another_tokenizer_of_that_size_is_not_taken_for_gpt2s(tmp_path):
-    cfg = dataclasses.replace(CONFIG, vocab_size=50_257, emb_dim=2, n_layers=1)
-    folder = save_gpt2(cfg, make_params(cfg), tmp_path / "out")
     spanish = {f"palabra{i}": i for i in range(50_257)}
     for name, content in (("vocab.json", spanish), ("tokenizer.json", {"model": {"vocab": spanish}})):
         (folder / name).write_text(json.dumps(content))
         with pytest.raises(InputError, match="not GPT-2's"):
             load_model(folder)
         (folder / name).unlink()
-
-
-def test_gpt2s_own_files_are_taken_for_gpt2s_however_they_are_written(tmp_path):
     if GPT2Tokenizer().lacking():
         pytest.skip("TIKTOKEN_CACHE_DIR has not GPT-2's two files")
-    cfg = dataclasses.replace(CONFIG, vocab_size=50_257, emb_dim=2, n_layers=1)
     folder = save_gpt2(cfg, make_params(cfg), tmp_path / "out", tokenizer=GPT2Tokenizer())
-    assert isinstance(load_model(folder).tokenizer, GPT2Tokenizer)
-    vocabulary = json.loads((folder / "vocab.json").read_text())
+    vocabulary = json.loads((folder / "vocab.json").read_text())  # in any order
     (folder / "vocab.json").write_text(json.dumps(dict(reversed(vocabulary.items())), ensure_ascii=False))
     assert isinstance(load_model(folder).tokenizer, GPT2Tokenizer)
 
