@@ -1,7 +1,6 @@
 """The commands as a person uses them: what they print, what they leave, how they end."""
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -188,19 +187,6 @@ def test_not_finite_steps_change_nothing_and_three_stop(workplace, capsys):
     assert all(row["loss"] is None or row["grad_norm"] is None for row in skipped)
 
 
-@pytest.mark.slow
-def test_overfitting_is_noticed(workplace, capsys):
-    # Noise: there is nothing to learn but by heart.
-    TEXT.write_text("".join(chr(97 + byte % 16) for byte in hashlib.shake_128(b"noise").digest(400)))
-    more = {"model.n_layers": 2, "model.drop_rate": 0.0, "train.steps": 200, "train.eval_every": 20}
-    assert train(**more, checkpoint__every=500) == 0
-    assert "overfitting" in capsys.readouterr().out
-    rows = [row for row in metrics(RUNS / "small") if row["split"] == "val"]
-    best = min(rows, key=lambda row: row["loss"])["step"]
-    assert best < 200
-    assert best in saved_steps(RUNS / "small" / "checkpoints")
-
-
 # Text from a run
 
 
@@ -259,50 +245,37 @@ def damage(checkpoint: Path) -> None:
     largest.write_bytes(content)
 
 
-IDENTITIES = [
-    ({"seed": 1}, "seed is 1 now and was 0"),
-    ({"optimizer__learning_rate": 0.02}, "optimizer.learning_rate is 0.02 now and was 0.01"),
-    ({"model__emb_dim": 64}, "model.emb_dim is 64 now and was 32"),
-    ({"train__batch_size": 4}, "train.batch_size is 4 now and was 8"),
-    ({"data__validation_fraction": 0.2}, "data.validation_fraction is 0.2 now and was 0.1"),
-    ({"tokenizer__kind": "bpe"}, "tokenizer.kind is 'bpe' now and was 'char'"),
-    ({"data__packing": "true"}, "data.packing is True now and was False"),
-]
-
-
 def test_another_identity_is_refused_and_nothing_lost(trained, capsys):
     before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
-    for more, line in IDENTITIES:
+    for more, line in (
+        ({"seed": 1}, "seed is 1 now and was 0"),
+        ({"model__emb_dim": 64}, "model.emb_dim is 64 now and was 32"),
+        ({"train__batch_size": 4}, "train.batch_size is 4 now and was 8"),
+        ({"tokenizer__kind": "bpe"}, "tokenizer.kind is 'bpe' now and was 'char'"),
+        ({"data__packing": "true"}, "data.packing is True now and was False"),
+        ({"resume": "never"}, "already holds a run"),
+    ):
         training_fails(capsys, line, "--run", **more)
     TEXT.write_text(TEXT.read_text().replace("mat", "hat", 1))
     training_fails(capsys, "data.source has changed", "--run")
-    training_fails(capsys, "already holds a run", "--run", resume="never")
     assert {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()} == before
-    training_fails(capsys, "no checkpoint to resume", resume="must", run="other")
 
 
-BAD_TEXTS = [
-    (b"", "empty text", {}),
+BAD = [
     (b"  \n ", "empty text", {}),
     (b"only a few words", "fewer than one window of 17", {}),
-    (b"some text \xff and more", "byte 10", {}),
     (b"a b c " * 200, "prompt", {"sample__prompt": "Q"}),
     (b"\x01\x00\xff\xff" * 100, "65535", {"data__source": f"tokens:{TEXT}", "tokenizer__kind": "gpt2"}),
-]
-BAD_VALUES = [
-    ("model.emb_dim is 33", {"model__emb_dim": 33}),
-    ("did you mean train.steps?", {"train__stepz": 3}),
-    ("mesh.fsdp", {"mesh__fsdp": 64}),
-    ("no scheme", {"data__source": "cats.txt"}),
-    ("sample.prompt has 17 tokens", {"sample__prompt": "a" * 17}),
+    (None, "model.emb_dim is 33", {"model__emb_dim": 33}),
+    (None, "mesh.fsdp", {"mesh__fsdp": 64}),
+    (None, "sample.prompt has 17 tokens", {"sample__prompt": "a" * 17}),
 ]
 
 
 def test_mistakes_are_refused_before_anything_is_written(workplace, capsys):
-    for part, more in BAD_VALUES:
-        training_fails(capsys, part, **more)
-    for content, part, more in BAD_TEXTS:
-        TEXT.write_bytes(content)
+    text = TEXT.read_bytes()
+    for content, part, more in BAD:
+        TEXT.write_bytes(content or text)
         training_fails(capsys, part, **more)
     assert not RUNS.exists() or not list(RUNS.iterdir())
 
@@ -314,16 +287,6 @@ def test_a_run_that_does_not_fit_is_refused_with_what_to_change(workplace, capsy
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     training_fails(capsys, "free", "--checkpoint.keep", "--runs_dir")
-
-
-def test_a_place_of_something_else_is_left_alone(workplace, capsys):
-    training_fails(capsys, "cannot write there", runs_dir=TEXT)
-    RUNS.mkdir()
-    (RUNS / "small").write_text("a file")
-    training_fails(capsys, "is a file")
-    (RUNS / "other").mkdir()
-    (RUNS / "other" / "thesis.doc").write_text("x")
-    training_fails(capsys, "not empty and holds no run", run="other")
 
 
 # Help

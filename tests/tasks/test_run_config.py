@@ -52,20 +52,15 @@ def test_every_task_has_a_section_and_defaults():
 
 OUT_OF_RANGE = {
     "0": [
-        *("train.steps", "train.batch_size", "train.accumulate", "train.eval_every", "train.log_every", "train.epochs"),
-        *("checkpoint.every", "checkpoint.keep", "data.stride", "mesh.data", "mesh.fsdp", "lora.rank", "sample.top_k"),
-        *("optimizer.learning_rate", "optimizer.muon_learning_rate", "optimizer.eps", "optimizer.clip_norm"),
-        *("model.vocab_size", "model.context_length", "model.emb_dim", "model.n_heads", "model.n_layers"),
-        *("data.validation_fraction", "data.test_fraction", "classification.max_length"),
+        "train.steps",
+        "train.epochs",
+        "mesh.data",
+        "optimizer.learning_rate",
+        "model.n_layers",
+        "data.test_fraction",
     ],
-    "-1": [
-        *("optimizer.weight_decay", "optimizer.warmup_steps", "optimizer.decay_steps", "sample.temperature", "seed"),
-        *("instruction.responses", "optimizer.beta1", "model.drop_rate"),
-    ],
-    "1": [
-        *("optimizer.beta1", "optimizer.beta2", "data.validation_fraction", "data.test_fraction", "model.drop_rate"),
-        "instruction.max_length",
-    ],
+    "-1": ["optimizer.weight_decay", "sample.temperature", "seed", "instruction.responses", "model.drop_rate"],
+    "1": ["optimizer.beta1", "data.validation_fraction", "instruction.max_length"],
     "-2": ["mesh.data"],
     "2": ["mesh.tensor"],
     "130": ["model.emb_dim"],  # four heads
@@ -83,8 +78,6 @@ def test_a_value_out_of_range_is_refused(value):
         line = refused(f"--{key}={value}")
         assert line.startswith(f"{key} is ")
         assert "; expected " in line
-    with pytest.raises(InputError, match=r"train\.batch_size is 0; expected"):  # in Python, too
-        RunConfig(train=TrainConfig(batch_size=0))
 
 
 @pytest.mark.parametrize(
