@@ -110,7 +110,7 @@ def test_a_classifier_writes_no_text_and_a_model_of_text_tells_no_class(classifi
         ["export", "--run", run, "--out", str(out)],
         ["evaluate", "--run", run, "--source", "builtin:python-docs"],
     ):
-        assert "is a classifier and writes no text; use slm-jax classify" in refused(*args)
+        assert "is a classifier; expected a language model" in refused(*args)
     assert not out.exists()
     assert "is no classifier; expected a run of slm-jax finetune" in refused("classify", "--run", str(instructed), "a")
 
