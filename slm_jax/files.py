@@ -21,11 +21,7 @@ if TYPE_CHECKING:
 
 
 def user_path(text: str | Path) -> Path:
-    """Return the path that a user gave, ``~`` expanded; nothing need be there.
-
-    Raises:
-        InputError: the path is impossible or inaccessible: an unknown ``~user``, a NUL, a loop of links.
-    """
+    """Return the path that a user gave, ``~`` expanded; refuse an impossible one, such as of an unknown ``~user``."""
     try:
         path = Path(text).expanduser()
         with suppress(FileNotFoundError, NotADirectoryError):
@@ -46,11 +42,7 @@ def cache_folder() -> Path:
 
 
 def read_json(file: Path, remedy: str = "download or export it again") -> dict[str, Any]:
-    """Read a file that is one JSON object without duplicate keys.
-
-    Raises:
-        InputError: not such a file; ``remedy`` says what to do.
-    """
+    """Read a file that is one JSON object without duplicate keys; ``remedy`` says what to do if it is not."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         content = dict(pairs)
@@ -83,11 +75,7 @@ def unwritable(path: Path, error: OSError) -> InputError:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a new name beside the path; that file replaces the path at the end, or disappears after an error.
-
-    Raises:
-        InputError: the path has no name, such as ``.`` or ``/``.
-    """
+    """Give a new name beside the path; that file replaces the path at the end, or disappears after an error."""
     if not path.name:
         raise InputError(f"{path}: is a folder; expected a file in it")
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
@@ -114,11 +102,7 @@ def write_png(figure: "Figure", path: Path) -> None:
 
 
 def write_file(path: Path, text: str) -> None:
-    """Write a text file atomically, and its folder; a link stays, and its target is replaced.
-
-    Raises:
-        InputError: it cannot be written.
-    """
+    """Write a text file atomically, and its folder, or raise an InputError; a link stays, its target is replaced."""
     try:
         path = path.resolve()
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -128,11 +112,7 @@ def write_file(path: Path, text: str) -> None:
 
 
 def check_new_file(target: str | Path, option: str, example: str) -> Path:
-    """Return the path of a file to be written, its folder new or not; cheap, to be called before long work.
-
-    Raises:
-        InputError: not a file, or a place that cannot be written to; names the ``option`` and a valid ``example``.
-    """
+    """Return the path of a file to be written, its folder new or not, or refuse it; cheap, for before long work."""
     path = user_path(target)
     if not str(target) or (path.exists() and not path.is_file()):
         raise InputError(f"{option} is {str(target)!r}; expected a file, such as {example}")
@@ -150,11 +130,7 @@ def _check_writable(path: Path, given: Path) -> None:
 
 
 def check_new_folder(target: str | Path) -> Path:
-    """Return the absolute path of a folder to be made; cheap, to be called before long work.
-
-    Raises:
-        InputError: not a new or empty folder, or a place that cannot be written to.
-    """
+    """Return the absolute path of a new or empty folder to be made, or refuse it; cheap, for before long work."""
     given = user_path(target)
     try:
         path = given.resolve()
@@ -170,11 +146,7 @@ def check_new_folder(target: str | Path) -> Path:
 
 @contextmanager
 def new_folder(target: str | Path) -> Iterator[Path]:
-    """Give a folder beside the target; it becomes the target at the end, or disappears after an error.
-
-    Raises:
-        InputError: as :func:`check_new_folder`, or an error of writing.
-    """
+    """Give a folder beside the target; it becomes the target at the end, or disappears after an error."""
     path = check_new_folder(target)
     partial = path.with_name(f".{uuid.uuid4().hex}.partial")  # short, so that it fits beside a name of any length
     try:

@@ -78,8 +78,7 @@ def load_model(source: str | Path, tokenizer: Tokenizer | None = None, *, n_head
 
     Args:
         source: a run, a checkpoint, a file or folder of weights, or a name such as ``gpt2``.
-        tokenizer: tokenizer of the model; None: the run's, the one saved in the folder, or GPT-2's if the vocabulary is
-            GPT-2's.
+        tokenizer: tokenizer of the model; None: that of the run or the folder, or GPT-2's if the vocabulary is GPT-2's.
         n_heads: number of attention heads, if the weights do not state it and have none of OpenAI's four shapes.
 
     Raises:
@@ -130,11 +129,7 @@ def load_gpt2(
 
 
 def find_tokenizer(source: str | Path, cfg: GPTConfig) -> Tokenizer:
-    """Return the tokenizer of a run, the one beside weights, or GPT-2's if the vocabulary is GPT-2's.
-
-    Raises:
-        InputError: there is none.
-    """
+    """Return the tokenizer of a run, the one beside weights, or GPT-2's if the vocabulary is GPT-2's; else raise."""
     checkpoint = find_checkpoint(source)
     if checkpoint is None:
         return _tokenizer_beside(find_weights(source), cfg)
@@ -142,11 +137,7 @@ def find_tokenizer(source: str | Path, cfg: GPTConfig) -> Tokenizer:
 
 
 def save_run(folder: Path, run: Run) -> None:
-    """Write a model as a run with one checkpoint of step 0; training cannot resume from it.
-
-    Raises:
-        InputError: a folder in use, or one that cannot be written.
-    """
+    """Write a model as a run with one checkpoint of step 0; training cannot resume from it."""
     state = TrainState(step=jnp.int32(0), trainable=run.params, opt_state=(), key=jax.random.key(0))
     metadata = {
         "config": {},
@@ -206,12 +197,7 @@ def _tokenizer_beside(path: Path, cfg: GPTConfig) -> Tokenizer:
 
 
 def find_run(name: str | Path) -> RunFolder:
-    """Return the folder of a run; a name alone is also looked for in ``runs``.
-
-    Raises:
-        MissingInputError: no run there.
-        InputError: an invalid path.
-    """
+    """Return the folder of a run; a name alone is also looked for in ``runs``."""
     path = user_path(name)
     for folder in (path, Path("runs") / path):
         if (folder / "config.yaml").is_file() or (folder / "checkpoints").is_dir():
@@ -232,12 +218,7 @@ def split_step(source: str | Path) -> tuple[Path, str | None]:
 
 
 def get_checkpoint(source: str | Path, step: int | str = "best") -> tuple[Path, int]:
-    """Return folder and step of the checkpoint that a run's name stands for, see :func:`find_checkpoint`.
-
-    Raises:
-        MissingInputError: no run there, or no checkpoint of that step.
-        InputError: an invalid step or path.
-    """
+    """Return what :func:`find_checkpoint` returns, or raise a MissingInputError if there is no run."""
     checkpoint = find_checkpoint(source, step)
     if checkpoint is None:
         raise MissingInputError(f"{source}: no run with checkpoints there; expected a folder such as runs/tiny")
@@ -247,13 +228,8 @@ def get_checkpoint(source: str | Path, step: int | str = "best") -> tuple[Path, 
 def find_checkpoint(source: str | Path, step: int | str = "best") -> tuple[Path, int] | None:
     """Return folder and step of the checkpoint that a source names; None if it is no run.
 
-    Args:
-        source: ``runs/x``, ``runs/x@800``, ``runs/x@best``, ``runs/x@latest`` or ``runs/x/checkpoints/800``.
-        step: step to choose if the source names none: a number, ``best`` (lowest validation loss) or ``latest``.
-
-    Raises:
-        MissingInputError: a run without checkpoints, or without one of that step.
-        InputError: an invalid step or path.
+    A source is ``runs/x``, ``runs/x@800``, ``runs/x@best``, ``runs/x@latest`` or ``runs/x/checkpoints/800``; ``step``
+    is chosen if it names none: a number, ``best`` (lowest validation loss) or ``latest``.
     """
     path, named = split_step(source)
     if path.parent.name == "checkpoints" and path.name.isdecimal() and (path / METADATA).is_file():
@@ -294,13 +270,9 @@ def read_checkpoint(
     sharding: Any = None,
     classifier: bool = False,
 ) -> tuple[GPTConfig, Params, dict[str, Any]]:
-    """Load the model of a checkpoint, computing in ``dtype``, and its metadata; arguments as for :func:`load_gpt2`.
+    """Load the model of a checkpoint and its metadata; arguments as for :func:`load_gpt2`.
 
-    Parameters are of ``param_dtype``, by default as they were trained.
-
-    Raises:
-        InputError: a damaged checkpoint; one with another number of heads; a classifier that is not expected, or a
-            language model where one is.
+    Parameters are of ``param_dtype``, by default as they were trained. ``classifier``: whether one is expected.
     """
     checkpoint = folder / "checkpoints" / str(step)
     metadata = read_metadata(checkpoint.parent, step)
@@ -329,11 +301,7 @@ def read_checkpoint(
 
 
 def read_adapters(folder: Path, step: int) -> Params:
-    """Load only the adapters of a run that was trained with ``trainable: lora``, not merged.
-
-    Raises:
-        InputError: a run without adapters; a damaged checkpoint.
-    """
+    """Load only the adapters of a run that was trained with ``trainable: lora``, not merged."""
     metadata = read_metadata(folder / "checkpoints", step)
     trained = metadata.get("trainable", "all")
     if trained != "lora":
@@ -343,11 +311,7 @@ def read_adapters(folder: Path, step: int) -> Params:
 
 
 def read_frozen(folder: Path, metadata: dict[str, Any]) -> Params:
-    """Read the parameters that a run does not train, as NumPy arrays; ``metadata`` are those of its checkpoint.
-
-    Raises:
-        InputError: the file is missing, damaged, or another run's.
-    """
+    """Read the parameters that a run does not train, as NumPy arrays; ``metadata`` are those of its checkpoint."""
     file = folder / FROZEN
     params = read_tree(file)
     if metadata.get("frozen_sha256") not in (None, tree_fingerprint(file)):
