@@ -100,7 +100,7 @@ def test_an_export_of_a_run_with_adapters_has_them_merged(weights, instructed, t
 def test_what_has_no_adapters_exports_none(weights, classifier, tmp_path, refused):
     for source, said in (
         (classifier, "has no adapters, as trainable was last_block; expected a run with trainable: lora"),
-        (weights, "no run with checkpoints there"),
+        (weights, "no run with checkpoints there; expected a folder such as runs/tiny"),
     ):
         line = refused("export", "--run", source, "--format", "adapter", "--out", tmp_path / "out")
         assert line == f"{source}: {said}"
