@@ -4,14 +4,19 @@ A command's module has ``Options``, a frozen dataclass, and ``run(options)``, wh
 the words decide which dataclass it is, ``main(args)``. Heavy modules are imported inside ``run``.
 """
 
-from typing import TYPE_CHECKING
+import dataclasses
+from typing import TYPE_CHECKING, Annotated
 
+from annotated_types import Ge
+
+from slm_jax.config import NotNegative, Positive, Seed
+from slm_jax.generation.config import Sampling
 from slm_jax.training.compile_cache import set_up, use_compile_cache
 
 if TYPE_CHECKING:
     from slm_jax.runs import Run
 
-__all__ = ["load", "set_up", "use_compile_cache"]
+__all__ = ["LoadOptions", "ModelOptions", "SamplingOptions", "load", "set_up", "use_compile_cache"]
 
 
 def load(source: str, tokenizer: str | None, n_heads: int | None) -> "Run":
@@ -20,3 +25,43 @@ def load(source: str, tokenizer: str | None, n_heads: int | None) -> "Run":
     from slm_jax.tokenizer import get_tokenizer
 
     return load_model(source, None if tokenizer is None else get_tokenizer(tokenizer), n_heads=n_heads)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """What a model's weights may not state.
+
+    Attributes:
+        tokenizer: gpt2, or a saved tokenizer: its file or folder, or a run's folder; null: the model's own, or GPT-2's.
+        n_heads: number of attention heads, if the weights do not state it.
+    """
+
+    tokenizer: str | None = None
+    n_heads: Positive | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelOptions(LoadOptions):
+    """Which model.
+
+    Attributes:
+        run: a run's folder such as runs/tiny, or runs/tiny@800 for one of its checkpoints; or GPT-2 weights: a file,
+            a folder or a name such as gpt2.
+    """
+
+    run: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingOptions(Sampling, ModelOptions):
+    """Which model, and how its tokens are chosen.
+
+    Attributes:
+        max_new_tokens: maximum number of new tokens.
+        seed: random seed.
+    """
+
+    temperature: Annotated[float, Ge(0)] = 0.8
+    top_k: NotNegative | None = 50
+    max_new_tokens: Positive = 200
+    seed: Seed = 0

@@ -6,8 +6,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from slm_jax.commands import load, set_up
-from slm_jax.commands.model_options import SamplingOptions
+from slm_jax.commands import SamplingOptions, load, set_up
 from slm_jax.data.templates import Template, load_template
 from slm_jax.errors import InputError
 
@@ -70,7 +69,7 @@ def run(options: Options) -> int:
         loaded.params,
         loaded.tokenizer,
         options.choose_template(loaded.template),
-        options.sampling(),
+        options,
         max_new_tokens=options.max_new_tokens,
         introduction=options.introduction,
         seed=options.seed,

@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
+import math
 import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from slm_jax.commands import load, set_up
+from slm_jax.commands import LoadOptions, load, set_up
 from slm_jax.config import Fraction, Positive
 from slm_jax.errors import InputError
 from slm_jax.files import check_new_file, user_path, write_file
@@ -15,15 +16,13 @@ if TYPE_CHECKING:
     from slm_jax.evaluation.responses import Response
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(LoadOptions):
     """Measure a model on a text, LAMBADA and HellaSwag, or responses to instructions; the figures are printed as JSON.
 
     Attributes:
         run: a run's folder such as runs/tiny, or runs/tiny@800 for one of its checkpoints; or GPT-2 weights: a file,
             a folder or a name such as gpt2; null: only responses are measured.
-        tokenizer: gpt2, or a saved tokenizer: its file or folder, or a run's folder; null: the run's own, or GPT-2's.
-        n_heads: number of attention heads, if the weights do not state it.
         source: text to measure the loss on: builtin:python-docs, text:GLOB, jsonl:GLOB, parquet:GLOB, tfds:NAME,
             named:NAME or tokens:FILE.bin.
         text_column: column of the texts in jsonl:, parquet: and tfds: sources; null: text, or in tfds: the only text
@@ -44,8 +43,6 @@ class Options:
     """
 
     run: str | None = None
-    tokenizer: str | None = None
-    n_heads: Positive | None = None
     source: str | None = None
     text_column: str | None = None
     split: Literal["all", "train", "validation"] = "all"
@@ -72,15 +69,21 @@ class Options:
 
 def run(options: Options) -> int:
     """Measure, and print or write the figures; return 0."""
+    from slm_jax.data.sources import check_text_column, parse_source
+    from slm_jax.evaluation.benchmarks import read_examples
     from slm_jax.evaluation.responses import read_responses, score_responses
-    from slm_jax.evaluation.results import to_dict
 
-    _check_sources(options)  # before the first is measured
+    # Check everything before the first is measured.
+    if options.source is not None:
+        check_text_column(options.text_column, [parse_source(options.source)])
+    for name in ("lambada", "hellaswag"):
+        if getattr(options, name) is not None:
+            read_examples(getattr(options, name), name, options.limit)
     responses = None if options.responses is None else read_responses(user_path(options.responses))
     out = None if options.out is None else check_new_file(options.out, "out", "figures.json")
     figures = {} if options.run is None else _measure(options, options.run, responses)
     if responses is not None:
-        figures["responses"] = {"source": options.responses, **to_dict(score_responses(responses))}
+        figures["responses"] = {"source": options.responses, **score_responses(responses)}
     text = json.dumps(figures, indent=2)
     if out is None:
         print(text)
@@ -99,7 +102,6 @@ def _measure(options: Options, source: str, responses: "list[Response] | None") 
     from slm_jax.evaluation.benchmarks import hellaswag, lambada
     from slm_jax.evaluation.logprobs import Scorer
     from slm_jax.evaluation.responses import reference_loss
-    from slm_jax.evaluation.results import to_dict
     from slm_jax.evaluation.text import evaluate_source
     from slm_jax.generation.conversation import template_or_alpaca
     from slm_jax.model import GPTModel
@@ -110,7 +112,7 @@ def _measure(options: Options, source: str, responses: "list[Response] | None") 
     model = GPTModel(dataclasses.replace(loaded.model_config, dtype=options.dtype))
     given = vars(options)
     text = ("source", "text_column", "split", "validation_fraction", "context_length", "stride")
-    measurements: dict[str, partial[Any]] = {}
+    measurements: dict[str, partial[dict[str, Any]]] = {}
     if options.source is not None:
         measurements["text"] = partial(evaluate_source, **{name: given[name] for name in text})
     for name, function in (("lambada", lambada), ("hellaswag", hellaswag)):
@@ -124,16 +126,8 @@ def _measure(options: Options, source: str, responses: "list[Response] | None") 
     with jax.default_matmul_precision("highest" if options.dtype == "float32" else "default"):
         for name, measure in measurements.items():
             show = partial(track, description=name, console=console, transient=True, disable=not console.is_terminal)
-            figures[name] = to_dict(measure(Scorer(model, loaded.params, loaded.tokenizer, options.batch_size, show)))
+            measured = measure(Scorer(model, loaded.params, loaded.tokenizer, options.batch_size, show))
+            # JSON has no NaN and no infinity.
+            finite = {key: not isinstance(value, float) or math.isfinite(value) for key, value in measured.items()}
+            figures[name] = {key: value if finite[key] else None for key, value in measured.items()}
     return figures
-
-
-def _check_sources(options: Options) -> None:
-    from slm_jax.data.sources import check_text_column, parse_source
-    from slm_jax.evaluation.benchmarks import read_examples
-
-    if options.source is not None:
-        check_text_column(options.text_column, [parse_source(options.source)])
-    for name in ("lambada", "hellaswag"):
-        if getattr(options, name) is not None:
-            read_examples(getattr(options, name), name, options.limit)

@@ -4,7 +4,7 @@ import dataclasses
 import sys
 from typing import Any, Literal
 
-from slm_jax.commands.model_options import ModelOptions
+from slm_jax.commands import ModelOptions
 from slm_jax.config import flatten
 from slm_jax.errors import InputError
 from slm_jax.weights.registry import FormatName
@@ -50,7 +50,6 @@ def run(options: Options) -> int:
 
 
 def _export_adapters(source: str, out: str) -> int:
-    """Write the LoRA adapters of a run, without the model; return 0."""
     from slm_jax.files import new_folder
     from slm_jax.runs import get_checkpoint, read_adapters
     from slm_jax.training.checkpoint import read_metadata

@@ -4,8 +4,7 @@ import dataclasses
 import sys
 from typing import Literal
 
-from slm_jax.commands import load, set_up
-from slm_jax.commands.model_options import SamplingOptions
+from slm_jax.commands import SamplingOptions, load, set_up
 from slm_jax.config import Positive
 from slm_jax.errors import InputError
 from slm_jax.files import user_path
@@ -59,9 +58,9 @@ def run(options: Options) -> int:
     from slm_jax.nn.blocks import unstack_blocks
 
     set_up()
-    start = (
-        options.prompt if options.prompt_file is None else read_text(user_path(options.prompt_file)).removesuffix("\n")
-    )
+    start = options.prompt
+    if options.prompt_file is not None:
+        start = read_text(user_path(options.prompt_file)).removesuffix("\n")
     loaded = load(options.run, options.tokenizer, options.n_heads)
     prompt, stop = start, options.stop
     if options.instruction is not None:
@@ -71,7 +70,7 @@ def run(options: Options) -> int:
     model, params, key = GPTModel(loaded.model_config), unstack_blocks(loaded.params), jax.random.key(options.seed)
     texts = [
         stream_text(
-            model, params, loaded.tokenizer, prompt, options.sampling(), max_new_tokens=options.max_new_tokens,
+            model, params, loaded.tokenizer, prompt, options, max_new_tokens=options.max_new_tokens,
             stop=stop, past_context=options.past_context, key=jax.random.fold_in(key, index),
         )
         for index in range(options.num_samples)

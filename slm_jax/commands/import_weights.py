@@ -2,27 +2,22 @@
 
 import dataclasses
 
-from slm_jax.commands import load
-from slm_jax.config import Positive
+from slm_jax.commands import LoadOptions, load
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(LoadOptions):
     """Make a run of GPT-2 weights: Hugging Face's, nanoGPT's, the book's, or gpt2, gpt2-medium, -large, -xl by name.
 
     Attributes:
         source: file or folder of weights, or a name such as gpt2.
         run: name of the new run; it must not exist.
         runs_dir: folder of the runs.
-        tokenizer: gpt2, or a saved tokenizer: its file or folder, or a run's folder; null: the source's, or GPT-2's.
-        n_heads: number of attention heads, if the weights do not state it.
     """
 
     source: str
     run: str
     runs_dir: str = "runs"
-    tokenizer: str | None = None
-    n_heads: Positive | None = None
 
 
 def run(options: Options) -> int:

@@ -1,6 +1,6 @@
 """LAMBADA and HellaSwag, scored zero-shot as EleutherAI's lm-evaluation-harness scores them."""
 
-import dataclasses
+import math
 import re
 from typing import Any
 
@@ -9,8 +9,7 @@ import numpy as np
 from slm_jax.data.rows import Row
 from slm_jax.data.sources import parse_source
 from slm_jax.errors import InputError, located
-from slm_jax.evaluation.logprobs import Pair, Scorer
-from slm_jax.evaluation.results import perplexity, standard_error
+from slm_jax.evaluation.logprobs import Scorer, perplexity
 
 # Each benchmark in TensorFlow Datasets: the split that is scored, and the fields that have another name there.
 _TFDS = {
@@ -19,42 +18,7 @@ _TFDS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class BenchmarkResult:
-    """Result of a benchmark.
-
-    Attributes:
-        source: source of the examples, as given.
-        n_examples: number of examples scored.
-        n_truncated: examples that are longer than the model's context and were truncated on the left.
-        acc: accuracy: share of passages whose last word has the most likely tokens (LAMBADA), or of contexts whose
-            right ending has the largest log-probability (HellaSwag).
-        acc_stderr: standard error of ``acc``; NaN for one example.
-    """
-
-    source: str
-    n_examples: int
-    n_truncated: int
-    acc: float
-    acc_stderr: float
-
-
-@dataclasses.dataclass(frozen=True)
-class LambadaResult(BenchmarkResult):
-    """``perplexity``: exp of the mean over passages of the last word's negative log-probability (nats)."""
-
-    perplexity: float
-
-
-@dataclasses.dataclass(frozen=True)
-class HellaSwagResult(BenchmarkResult):
-    """``acc_norm``: accuracy by log-probability per character of the ending, which doesn't favour short endings."""
-
-    acc_norm: float
-    acc_norm_stderr: float
-
-
-def lambada(scorer: Scorer, source: str, limit: int | None = None) -> LambadaResult:
+def lambada(scorer: Scorer, source: str, limit: int | None = None) -> dict[str, Any]:
     """Score the prediction of each passage's last word (Paperno et al. 2016).
 
     The context is the text up to its last space, the target that space and the last word, as in the harness's
@@ -66,6 +30,11 @@ def lambada(scorer: Scorer, source: str, limit: int | None = None) -> LambadaRes
         source: ``jsonl:FILE`` with ``text`` in each line, or ``tfds:lambada[:SPLIT]`` (default: test).
         limit: score only the first ``limit`` passages.
 
+    Returns:
+        The figures: ``acc``, the share of passages whose last word has the most likely tokens, its standard error,
+        ``perplexity`` of the last words (each counts once), and ``n_truncated``, how many examples are longer than the
+        model's context and were truncated on the left.
+
     Raises:
         InputError: the source cannot be read, or an example is malformed.
     """
@@ -76,14 +45,18 @@ def lambada(scorer: Scorer, source: str, limit: int | None = None) -> LambadaRes
         with located(row.where):
             pairs.append(scorer.encode(context, f" {last_word}"))
     logprobs, is_greedy = scorer.score(pairs)
-    return LambadaResult(
-        **_common(source, [scorer.is_truncated(pair) for pair in pairs], is_greedy),
-        perplexity=perplexity(-float(logprobs.mean())),
-    )
+    return {
+        **_common(source, [scorer.is_truncated(pair) for pair in pairs]),
+        **_accuracy("acc", is_greedy),
+        "perplexity": perplexity(-float(logprobs.mean())),
+    }
 
 
-def hellaswag(scorer: Scorer, source: str, limit: int | None = None) -> HellaSwagResult:
+def hellaswag(scorer: Scorer, source: str, limit: int | None = None) -> dict[str, Any]:
     """Score the choice among endings of a context (Zellers et al. 2019); arguments and errors as :func:`lambada`.
+
+    ``acc`` chooses the ending with the largest log-probability, ``acc_norm`` that with the largest per character, which
+    doesn't favour short endings.
 
     The context is ``activity_label: ctx_a Ctx_b``, with ``ctx_b`` capitalised; each ending follows after a space, and
     WikiHow's bracketed markers are removed. If a line has no ``ctx_a`` and ``ctx_b`` (as in TensorFlow Datasets),
@@ -91,28 +64,31 @@ def hellaswag(scorer: Scorer, source: str, limit: int | None = None) -> HellaSwa
     ``jsonl:FILE`` with these fields, ``endings`` and ``label``, or ``tfds:hellaswag[:SPLIT]`` (default: validation;
     the test split has no labels).
     """
-    examples = [_hellaswag_example(scorer, row) for row in read_examples(source, "hellaswag", limit)]
-    pairs = [pair for example in examples for pair in example.pairs]
-    by_example = np.split(scorer.score(pairs)[0], np.cumsum([len(example.pairs) for example in examples])[:-1])
-    scored = list(zip(by_example, examples, strict=True))
-    hits = np.array([scores.argmax() == example.label for scores, example in scored])
-    acc_norm = float(np.mean([(scores / example.lengths).argmax() == example.label for scores, example in scored]))
-    return HellaSwagResult(
-        **_common(source, [any(map(scorer.is_truncated, example.pairs)) for example in examples], hits),
-        acc_norm=acc_norm,
-        acc_norm_stderr=standard_error(acc_norm, len(examples)),
-    )
-
-
-def _common(source: str, truncated: list[bool], hits: np.ndarray) -> dict[str, Any]:
-    acc = float(hits.mean())
+    examples, pairs = [], []
+    for row in read_examples(source, "hellaswag", limit):
+        context, endings, label = _hellaswag_example(row)
+        with located(row.where):
+            pairs.append([scorer.encode(context, f" {ending}") for ending in endings])
+        # acc_norm never chooses an empty ending
+        examples.append((np.array([len(ending) or 1e-9 for ending in endings]), label))
+    logprobs = scorer.score([pair for group in pairs for pair in group])[0]
+    by_example = np.split(logprobs, np.cumsum([len(group) for group in pairs])[:-1])
+    scored = [(scores, lengths, label) for scores, (lengths, label) in zip(by_example, examples, strict=True)]
     return {
-        "source": source,
-        "n_examples": len(hits),
-        "n_truncated": sum(truncated),
-        "acc": acc,
-        "acc_stderr": standard_error(acc, len(hits)),
+        **_common(source, [any(map(scorer.is_truncated, group)) for group in pairs]),
+        **_accuracy("acc", np.array([scores.argmax() == label for scores, _, label in scored])),
+        **_accuracy("acc_norm", np.array([(scores / lengths).argmax() == label for scores, lengths, label in scored])),
     }
+
+
+def _common(source: str, truncated: list[bool]) -> dict[str, Any]:
+    return {"source": source, "n_examples": len(truncated), "n_truncated": sum(truncated)}
+
+
+def _accuracy(name: str, hits: np.ndarray) -> dict[str, float | None]:
+    """Return an accuracy and its standard error; None for a single example."""
+    acc, n = float(hits.mean()), len(hits)
+    return {name: acc, f"{name}_stderr": math.sqrt(acc * (1 - acc) / (n - 1)) if n > 1 else None}
 
 
 def read_examples(source: str, benchmark: str, limit: int | None) -> list[Row]:
@@ -126,16 +102,8 @@ def read_examples(source: str, benchmark: str, limit: int | None) -> list[Row]:
     return [Row(row.where, {renamed.get(name, name): value for name, value in row.fields.items()}) for row in rows]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Example:
-    """An encoded example of HellaSwag; ``lengths``: characters of each ending."""
-
-    pairs: list[Pair]
-    lengths: np.ndarray
-    label: int
-
-
-def _hellaswag_example(scorer: Scorer, row: Row) -> _Example:
+def _hellaswag_example(row: Row) -> tuple[str, list[str], int]:
+    """Return context, endings and the index of the right one."""
     endings = row.field("endings")
     if not isinstance(endings, list) or len(endings) < 2 or not all(isinstance(e, str) and e.strip() for e in endings):
         raise InputError(f"{row.where}: endings is {endings!r:.60}; expected a list of at least two texts")
@@ -144,11 +112,7 @@ def _hellaswag_example(scorer: Scorer, row: Row) -> _Example:
     else:
         text = f"{row.text('ctx_a')} {row.text('ctx_b').capitalize()}"
     context = _without_brackets(f"{row.text('activity_label')}: {text}")
-    endings = [_without_brackets(ending) for ending in endings]
-    with located(row.where):
-        pairs = [scorer.encode(context, f" {ending}") for ending in endings]
-    # acc_norm never chooses an empty ending
-    return _Example(pairs, np.array([len(ending) or 1e-9 for ending in endings]), _label(row, len(endings)))
+    return context, [_without_brackets(ending) for ending in endings], _label(row, len(endings))
 
 
 def _without_brackets(text: str) -> str:

@@ -6,7 +6,6 @@ path contains its index. Both are pure functions: ``jax.jit``, ``jax.grad`` and 
 """
 
 import dataclasses
-import difflib
 import functools
 import re
 from collections.abc import Callable, Sequence
@@ -77,7 +76,10 @@ def capture(
     Raises:
         InputError: a name that the model does not have; another option.
     """
-    wanted, kept = _find(names, model.cfg), _masks(ablate, model.cfg)
+    blocks = [f"{STACK}/{i}{part}" for i in range(model.cfg.n_layers) for part in POINTS]
+    points = [FIRST_POINT, *blocks, *LAST_POINTS]  # in the order of the model
+    found, kept = _find(names, points, model.cfg), _masks(ablate, model.cfg)
+    wanted = tuple(name for name in points if name in found)
     if unknown := sorted(options.keys() - set(_OPTIONS)):
         raise InputError(
             f"capture and ablate take no {unknown[0]}; expected {', '.join(_OPTIONS)}: "
@@ -200,54 +202,30 @@ class _Watcher:
             module.sow("intermediates", name, value)
 
 
-def _find(patterns: str | Sequence[str], cfg: GPTConfig) -> tuple[str, ...]:
-    """Return the names of what is to be captured, in the order of the model."""
-    blocks = [f"{STACK}/{i}{part}" for i in range(cfg.n_layers) for part in POINTS]
-    names = [FIRST_POINT, *blocks, *LAST_POINTS]
+def _find(patterns: str | Sequence[str], names: list[str], cfg: GPTConfig) -> set[str]:
+    """Return the names that a pattern matches."""
     found: set[str] = set()
-    for pattern in _listed(patterns):
-        matches = [name for name in names if _regex(pattern).fullmatch(name)]
+    for pattern in (patterns,) if isinstance(patterns, str) else patterns:
+        regex = re.compile(re.escape(pattern).replace(r"\*", "[^/]*"))
+        matches = {name for name in names if regex.fullmatch(name)}
         if not matches:
-            raise _unknown(pattern, names, cfg)
-        found.update(matches)
-    return tuple(name for name in names if name in found)
+            raise InputError(
+                f"{pattern!r} is nowhere in this model of {cfg.n_layers} layers, counted from 0, with {cfg.n_heads} "
+                f"heads each; expected a name such as {', '.join(names[1:4])}"
+            )
+        found |= matches
+    return found
 
 
 def _masks(patterns: str | Sequence[str], cfg: GPTConfig) -> dict[str, np.ndarray]:
-    """Return for each part whether it is kept, for heads and neurons one flag each; empty if nothing is ablated.
+    """Return for each part whether it is kept, for heads and neurons one flag each; nothing if nothing is ablated.
 
     They are arguments of the compiled program, which is therefore the same whichever head is ablated.
     """
-    shapes: dict[str, tuple[int, ...]] = {"": (), "/attn": (), "/ff": ()}
-    shapes |= {point: (axis_sizes(cfg)[axis],) for point, (_, axis) in INPUT_POINTS.items()}
-    kept = {f"{STACK}/{i}{part}": np.ones(shape, bool) for i in range(cfg.n_layers) for part, shape in shapes.items()}
-    for pattern in _listed(patterns):
-        whole, parent, matches = _regex(pattern), _regex(pattern.rpartition("/")[0]), 0
-        for name, mask in kept.items():
-            if mask.ndim == 0:
-                match = np.array(whole.fullmatch(name) is not None)
-            elif parent.fullmatch(name):
-                match = np.array([whole.fullmatch(f"{name}/{unit}") is not None for unit in range(len(mask))])
-            else:
-                continue
-            mask &= ~match
-            matches += match.sum()
-        if not matches:
-            raise _unknown(pattern, [f"{name}/0" if mask.ndim else name for name, mask in kept.items()], cfg)
-    return kept if _listed(patterns) else {}
-
-
-def _listed(patterns: str | Sequence[str]) -> Sequence[str]:
-    return (patterns,) if isinstance(patterns, str) else patterns
-
-
-def _regex(pattern: str) -> re.Pattern[str]:
-    return re.compile(re.escape(pattern).replace(r"\*", "[^/]*"))
-
-
-def _unknown(pattern: str, names: list[str], cfg: GPTConfig) -> InputError:
-    near = difflib.get_close_matches(pattern, names, n=3) or names[1:4]
-    return InputError(
-        f"{pattern!r} is nowhere in this model of {cfg.n_layers} layers, counted from 0, with {cfg.n_heads} heads "
-        f"each; expected a name such as {', '.join(near)}"
-    )
+    if patterns == ():
+        return {}
+    units = {"": [""], "/attn": [""], "/ff": [""]}
+    units |= {point: [f"/{i}" for i in range(axis_sizes(cfg)[axis])] for point, (_, axis) in INPUT_POINTS.items()}
+    parts = {f"{STACK}/{i}{part}": names for i in range(cfg.n_layers) for part, names in units.items()}
+    removed = _find(patterns, [part + name for part, names in parts.items() for name in names], cfg)
+    return {part: np.array([part + name not in removed for name in names]) for part, names in parts.items()}

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,9 +14,6 @@ from slm_jax.files import write_png
 from slm_jax.generation.decode import round_up
 from slm_jax.model import GPTClassifier, Params
 from slm_jax.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 MOST_CLASSES = 10  # of a confusion matrix that fits 80 columns
 LONGEST_NAME = 18  # characters
@@ -42,11 +39,8 @@ class Prediction:
 class Classifier:
     """Predicts classes of texts: ``classifier(["a text", "another"])[0].label``.
 
-    It computes in float32 on every device, so that a text's probabilities don't depend on its batch (≤1e-6).
-
-    Attributes:
-        classes: names of the classes.
-        max_length: tokens of a text that are read, as in training.
+    It computes in float32 on every device, so that a text's probabilities don't depend on its batch (≤1e-6). It reads
+    the first ``max_length`` tokens of a text, as in training.
     """
 
     def __init__(
@@ -66,11 +60,7 @@ class Classifier:
         self._probabilities = jax.jit(probabilities)  # compiled once per width of a batch
 
     def __call__(self, texts: Sequence[str], batch_size: int = 32) -> list[Prediction]:
-        """Predict the class of each text, in their order.
-
-        Args:
-            texts: any number; only the first ``max_length`` tokens of each are read.
-            batch_size: texts per batch.
+        """Predict the class of each of any number of texts, in their order.
 
         Raises:
             InputError: one text instead of a list of texts; a text that is empty or that the tokenizer cannot encode.
@@ -97,25 +87,25 @@ class Classifier:
             real = batch["weights"] > 0
             found = self._probabilities(self._params, batch["inputs"], batch["lengths"])
             rows[batch["labels"][real]] = np.asarray(found)[real]
-        return [self._prediction(row, len(ids) > self.max_length) for row, ids in zip(rows, encoded, strict=True)]
-
-    def _prediction(self, row: Float[np.ndarray, " classes"], truncated: bool) -> Prediction:
-        probabilities = dict(zip(self.classes, row.tolist(), strict=True))
-        label = max(probabilities, key=probabilities.__getitem__)
-        return Prediction(label, probabilities[label], probabilities, truncated)
+        predictions = []
+        for row, ids in zip(rows, encoded, strict=True):
+            probabilities = dict(zip(self.classes, row.tolist(), strict=True))
+            label = max(probabilities, key=probabilities.__getitem__)
+            truncated = len(ids) > self.max_length
+            predictions.append(Prediction(label, probabilities[label], probabilities, truncated))
+        return predictions
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ClassFigures:
-    """Figures of a confusion matrix.
+    """Figures of a confusion matrix, as in scikit-learn's ``classification_report`` with ``zero_division=0``.
 
     Attributes:
         accuracy: share of texts whose class was predicted correctly.
         macro_f1: unweighted mean of ``f1``.
-        classes: names of the classes.
-        precision: for each class, the share of texts predicted as this class that belong to it; 0 if there are none.
-        recall: for each class, the share of its texts that were predicted as this class; 0 if it has no text.
-        f1: for each class, the harmonic mean of precision and recall; 0 if both are 0.
+        precision: for each class, the share of texts predicted as this class that belong to it.
+        recall: for each class, the share of its texts that were predicted as this class.
+        f1: for each class, the harmonic mean of precision and recall.
         support: for each class, the number of its texts.
         confusion: (classes, classes), number of texts by true class (row) and predicted class (column).
     """
@@ -135,12 +125,7 @@ class ClassFigures:
 
 
 def class_figures(confusion: Int[np.ndarray, "classes classes"], classes: Sequence[str]) -> ClassFigures:
-    """Compute the figures of scikit-learn's ``classification_report`` with ``zero_division=0``.
-
-    Args:
-        confusion: (classes, classes), number of texts by true class (row) and predicted class (column); not all zero.
-        classes: names of the classes.
-    """
+    """Compute the figures of a confusion matrix: number of texts by true class (row) and predicted class (column)."""
     assert len(classes) == len(confusion), classes
     assert confusion.any(), "no texts"
     right, support, predicted = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
@@ -158,8 +143,7 @@ def class_figures(confusion: Int[np.ndarray, "classes classes"], classes: Sequen
 
 
 def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """Divide; 0 where ``whole`` is 0."""
-    return part / np.maximum(whole, 1)
+    return part / np.maximum(whole, 1)  # 0 where the whole is 0
 
 
 def class_table(figures: ClassFigures) -> str:
@@ -181,15 +165,10 @@ def class_table(figures: ClassFigures) -> str:
 
 
 def draw_confusion(figures: Mapping[str, ClassFigures], path: Path, title: str) -> None:
-    """Draw confusion matrices side by side into a PNG.
+    """Draw confusion matrices of splits, by name, with the same classes, side by side into a PNG.
 
     A cell shows the number of texts and, also as its colour, their share of the true class; with more than ten
     classes only the colour.
-
-    Args:
-        figures: figures by name of the split, at least one, all of the same classes.
-        path: file to write.
-        title: title above the picture.
     """
     from matplotlib.figure import Figure
 
@@ -199,7 +178,11 @@ def draw_confusion(figures: Mapping[str, ClassFigures], path: Path, title: str) 
     figure = Figure(figsize=size, dpi=120, layout="compressed")
     panels = figure.subplots(1, len(figures), squeeze=False)[0]
     for axes, (split, one) in zip(panels, figures.items(), strict=True):
-        _draw_matrix(axes, one)
+        shares = _share(one.confusion, one.confusion.sum(axis=1, keepdims=True))
+        axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        for (row, column), share in np.ndenumerate(shares) if len(names) <= MOST_CLASSES else ():
+            text, color = f"{one.confusion[row, column]:,}\n{share:.0%}", "white" if share > 0.5 else "black"
+            axes.text(column, row, text, ha="center", va="center", fontsize=8, color=color)
         axes.set_title(f"{split}: {one.accuracy:.2%} of {sum(one.support):,}", fontsize=10)
         axes.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=8, parse_math=False)
         axes.set_yticks(range(len(names)), names if axes is panels[0] else [], fontsize=8, parse_math=False)
@@ -207,16 +190,6 @@ def draw_confusion(figures: Mapping[str, ClassFigures], path: Path, title: str) 
     panels[0].set_ylabel("true class")
     figure.suptitle(title, fontsize=11, parse_math=False)
     write_png(figure, path)
-
-
-def _draw_matrix(axes: "Axes", figures: ClassFigures) -> None:
-    shares = _share(figures.confusion, figures.confusion.sum(axis=1, keepdims=True))
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    if len(shares) > MOST_CLASSES:
-        return
-    for (row, column), share in np.ndenumerate(shares):
-        text, color = f"{figures.confusion[row, column]:,}\n{share:.0%}", "white" if share > 0.5 else "black"
-        axes.text(column, row, text, ha="center", va="center", fontsize=8, color=color)
 
 
 def _short(names: Sequence[str]) -> list[str]:

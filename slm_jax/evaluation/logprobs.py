@@ -3,7 +3,8 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ from slm_jax.tokenizer import Tokenizer
 Pair = tuple[Sequence[int], Sequence[int]]
 Track = Callable[[Sequence[Any]], Iterable[Any]]  # yields the batches, such as rich.progress.track
 
-_Row = tuple[int, np.ndarray, int]  # pair, at most context_length + 1 of its ids, how many of the last are scored
+Row = tuple[int, np.ndarray, int]  # text that it belongs to, its ids, how many of the last are scored
 
 SHORTEST_BUCKET = 16  # tokens; below, compiling another program costs more than padding
 
@@ -40,17 +41,17 @@ def target_logprobs(
     return jax.lax.map(score, (hidden, targets))  # row by row: the logits of a whole batch could fill the memory
 
 
+def perplexity(loss: float) -> float:
+    """Return exp(loss) of a loss in nats; infinity if it overflows."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
 @dataclasses.dataclass(frozen=True)
 class Scorer:
-    """A model that is evaluated.
-
-    Attributes:
-        model: the model.
-        params: its parameters.
-        tokenizer: its tokenizer.
-        batch_size: sequences per batch.
-        track: wraps the list of batches, to show progress.
-    """
+    """A model that is evaluated, ``batch_size`` sequences at a time; ``track`` wraps the batches, to show progress."""
 
     model: GPTModel
     params: Params
@@ -85,9 +86,6 @@ class Scorer:
         continuation's last token is only a target. A continuation that is itself longer than the context (an error in
         the harness) is scored in pieces of ``context_length``, each after as much as fits before it.
 
-        Args:
-            pairs: (context ids, continuation ids), neither empty.
-
         Returns:
             (logprobs, is_greedy), in the order of the pairs: the summed log-probability of each continuation in nats,
             and whether each of its tokens is the argmax.
@@ -95,25 +93,6 @@ class Scorer:
         Raises:
             InputError: an id outside the vocabulary; a model that gives NaN.
         """
-        logprobs, is_greedy = np.zeros(len(pairs)), np.ones(len(pairs), bool)
-        for width, batch in self.track(list(self._batches(pairs))):
-            inputs, targets = np.zeros((2, self.batch_size, width), np.int32)
-            for i, (_, ids, _) in enumerate(batch):
-                inputs[i, : len(ids) - 1], targets[i, : len(ids) - 1] = ids[:-1], ids[1:]
-            scores, hits = map(np.asarray, target_logprobs(self.model, self.params, inputs, targets))
-            for i, (pair, ids, n_scored) in enumerate(batch):
-                scored = slice(len(ids) - 1 - n_scored, len(ids) - 1)
-                logprobs[pair] += scores[i, scored].sum(dtype=np.float64)
-                is_greedy[pair] &= hits[i, scored].all()
-        if not np.isfinite(logprobs).all():  # the argmax of NaNs would be the first
-            raise InputError(
-                f"the log-probability of pair {np.argmin(np.isfinite(logprobs))} is not finite: the weights are "
-                f"damaged or overflow {self.model.cfg.dtype}; use float32 or an earlier checkpoint"
-            )
-        return logprobs, is_greedy
-
-    def _batches(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, list[_Row]]]:
-        """Yield (width, rows): batches of rows of about the same length, the longest first."""
         context_length, rows = self.model.cfg.context_length, []
         for i, (context, continuation) in enumerate(pairs):
             ids = np.array([*context, *continuation], np.int64)
@@ -121,8 +100,37 @@ class Scorer:
             for start in range(len(context), len(ids), context_length):
                 piece = ids[: start + context_length][-context_length - 1 :]
                 rows.append((i, piece, min(context_length, len(ids) - start)))
-        rows.sort(key=lambda row: len(row[1]), reverse=True)
-        by_width = itertools.groupby(rows, lambda row: round_up(len(row[1]) - 1, SHORTEST_BUCKET, context_length))
-        for width, group in by_width:
+        logprobs, is_greedy = self.score_rows(rows, len(pairs))
+        if not np.isfinite(logprobs).all():  # the argmax of NaNs would be the first
+            raise InputError(
+                f"the log-probability of pair {np.argmin(np.isfinite(logprobs))} is not finite: the weights are "
+                f"damaged or overflow {self.model.cfg.dtype}; use float32 or an earlier checkpoint"
+            )
+        return logprobs, is_greedy
+
+    def score_rows(
+        self, rows: Iterable[Row], n_texts: int, width: int | None = None
+    ) -> tuple[Float[np.ndarray, " texts"], Bool[np.ndarray, " texts"]]:
+        """Sum the log-probabilities of each text's rows, and tell whether each scored token is the argmax.
+
+        Rows have at most ``context_length + 1`` ids. They are padded to ``width`` inputs; None: to few widths, so that
+        rows of similar length share a batch.
+        """
+        longest = self.model.cfg.context_length
+        rows = sorted(rows, key=lambda row: len(row[1]), reverse=True)
+        by_width = itertools.groupby(rows, lambda row: width or round_up(len(row[1]) - 1, SHORTEST_BUCKET, longest))
+        batches: list[tuple[int, list[Row]]] = []
+        for n_inputs, group in by_width:
             while batch := list(itertools.islice(group, self.batch_size)):
-                yield width, batch
+                batches.append((n_inputs, batch))
+        logprobs, is_greedy = np.zeros(n_texts), np.ones(n_texts, bool)
+        for n_inputs, batch in self.track(batches):
+            inputs, targets = np.zeros((2, min(self.batch_size, len(rows)), n_inputs), np.int32)
+            for i, (_, ids, _) in enumerate(batch):
+                inputs[i, : len(ids) - 1], targets[i, : len(ids) - 1] = ids[:-1], ids[1:]
+            scores, hits = map(np.asarray, target_logprobs(self.model, self.params, inputs, targets))
+            for i, (text, ids, n_scored) in enumerate(batch):
+                scored = slice(len(ids) - 1 - n_scored, len(ids) - 1)
+                logprobs[text] += scores[i, scored].sum(dtype=np.float64)
+                is_greedy[text] &= hits[i, scored].all()
+        return logprobs, is_greedy

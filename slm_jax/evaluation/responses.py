@@ -1,17 +1,14 @@
 """Responses to instructions: compared with references, and the loss of the references under a model."""
 
-import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from slm_jax.data.rows import Row
 from slm_jax.data.sources import parse_source
 from slm_jax.data.templates import Message, Template, entry_messages
 from slm_jax.errors import InputError, located
-from slm_jax.evaluation.logprobs import Scorer
-from slm_jax.evaluation.results import perplexity
+from slm_jax.evaluation.logprobs import Scorer, perplexity
 
 
 class Response(NamedTuple):
@@ -33,28 +30,6 @@ class Response(NamedTuple):
         return self.messages[-1].content
 
 
-@dataclasses.dataclass(frozen=True)
-class ResponseScores:
-    """Agreement of ``n`` responses with their references: the means of :func:`exact_match` and :func:`rouge_l`."""
-
-    n: int
-    exact_match: float
-    rouge_l: float
-
-
-@dataclasses.dataclass(frozen=True)
-class ReferenceLoss:
-    """Loss of the references under a model, in nats per token (each reference has its end-of-text token).
-
-    ``n_truncated``: references that don't fit the model's context with their prompt, which was truncated on the left.
-    """
-
-    n_tokens: int
-    n_truncated: int
-    loss: float
-    perplexity: float
-
-
 def read_responses(path: Path) -> list[Response]:
     """Read a ``responses.json``: a list of entries, each with a reference and a model's response.
 
@@ -64,17 +39,16 @@ def read_responses(path: Path) -> list[Response]:
     Raises:
         InputError: the file cannot be read or is not such a list; a field is missing, is not text, or is empty.
     """
-    return [_response(row) for row in parse_source(f"json:{path}").read_rows()]
-
-
-def _response(row: Row) -> Response:
-    answer, reference = row.text("model_response"), row.text("output")
-    if not reference.strip():
-        raise InputError(f"{row.where}: output is empty; expected a reference")
-    asked = entry_messages(row.fields, row.where)
-    if asked[-1].role == "assistant":
-        asked = asked[:-1]
-    return Response(row.where, (*asked, Message("assistant", reference)), answer)
+    responses = []
+    for row in parse_source(f"json:{path}").read_rows():
+        answer, reference = row.text("model_response"), row.text("output")
+        if not reference.strip():
+            raise InputError(f"{row.where}: output is empty; expected a reference")
+        asked = entry_messages(row.fields, row.where)
+        if asked[-1].role == "assistant":
+            asked = asked[:-1]
+        responses.append(Response(row.where, (*asked, Message("assistant", reference)), answer))
+    return responses
 
 
 def exact_match(reference: str, response: str) -> bool:
@@ -91,32 +65,32 @@ def rouge_l(reference: str, response: str) -> float:
     expected, found = (re.findall(r"[a-z0-9]+", text.lower()) for text in (reference, response))
     if not expected or not found:
         return 0.0
-    return 2 * _common_length(expected, found) / (len(expected) + len(found))
-
-
-def _common_length(a: Sequence[str], b: Sequence[str]) -> int:
-    """Return the length of the longest common subsequence."""
-    lengths = [0] * (len(b) + 1)  # for the words of a so far and the first j of b
-    for word in a:
+    lengths = [0] * (len(found) + 1)  # of the common subsequence of the words so far and the first j found
+    for word in expected:
         diagonal = 0
-        for j, other in enumerate(b, start=1):
+        for j, other in enumerate(found, start=1):
             diagonal, lengths[j] = lengths[j], diagonal + 1 if word == other else max(lengths[j], lengths[j - 1])
-    return lengths[-1]
+    return 2 * lengths[-1] / (len(expected) + len(found))
 
 
-def score_responses(entries: Sequence[Response]) -> ResponseScores:
-    """Compare responses, at least one, with their references."""
-    return ResponseScores(
-        n=len(entries),
-        exact_match=sum(exact_match(entry.reference, entry.response) for entry in entries) / len(entries),
-        rouge_l=sum(rouge_l(entry.reference, entry.response) for entry in entries) / len(entries),
-    )
+def score_responses(entries: Sequence[Response]) -> dict[str, Any]:
+    """Compare responses, at least one, with their references: the means of :func:`exact_match` and :func:`rouge_l`."""
+    pairs, n = [(entry.reference, entry.response) for entry in entries], len(entries)
+    return {
+        "n": n,
+        "exact_match": sum(exact_match(*pair) for pair in pairs) / n,
+        "rouge_l": sum(rouge_l(*pair) for pair in pairs) / n,
+    }
 
 
-def reference_loss(scorer: Scorer, template: Template, entries: Sequence[Response]) -> ReferenceLoss:
+def reference_loss(scorer: Scorer, template: Template, entries: Sequence[Response]) -> dict[str, Any]:
     """Measure the loss of the references, each after its prompt in the template and up to its end-of-text token.
 
     The responses of ``entries`` are not used.
+
+    Returns:
+        The figures: ``loss`` in nats per token, ``perplexity``, ``n_tokens``, and ``n_truncated``, how many references
+        don't fit the model's context with their prompt, which was truncated on the left.
 
     Raises:
         InputError: a text that the tokenizer cannot encode; a model that gives NaN.
@@ -129,4 +103,5 @@ def reference_loss(scorer: Scorer, template: Template, entries: Sequence[Respons
             pairs.append((prompt_ids, [*tokenizer.encode(reference), tokenizer.eot_id]))
     n_tokens = sum(len(reference) for _, reference in pairs)
     loss = -float(scorer.score(pairs)[0].sum()) / n_tokens
-    return ReferenceLoss(n_tokens, sum(map(scorer.is_truncated, pairs)), loss, perplexity(loss))
+    n_truncated = sum(map(scorer.is_truncated, pairs))
+    return {"n_tokens": n_tokens, "n_truncated": n_truncated, "loss": loss, "perplexity": perplexity(loss)}

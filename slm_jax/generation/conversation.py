@@ -9,8 +9,8 @@ import numpy as np
 
 from slm_jax.data.templates import TEMPLATES, Message, Template
 from slm_jax.errors import InputError
+from slm_jax.generation.config import Sampling
 from slm_jax.generation.decode import generate, stream_text
-from slm_jax.generation.sampler import Sampling
 from slm_jax.model import GPTConfig, GPTModel, Params
 from slm_jax.nn.blocks import unstack_blocks
 from slm_jax.tokenizer import Tokenizer
@@ -115,24 +115,21 @@ class Conversation:
         )  # fmt: skip
         self.turns = turns
         self.n_answers += 1
-        return self._remember(message, pieces)
 
-    def _remember(self, message: str, pieces: Iterator[str]) -> Iterator[str]:
-        answer = ""
-        try:
-            for piece in pieces:
-                shown = piece if answer.strip() else piece.lstrip()
-                answer += piece
-                yield shown
-        finally:
-            self.turns.append((message, answer.rstrip()))  # keeps leading space: the model will see what it wrote
+        def remember() -> Iterator[str]:
+            answer = ""
+            try:
+                for piece in pieces:
+                    shown = piece if answer.strip() else piece.lstrip()
+                    answer += piece
+                    yield shown
+            finally:
+                self.turns.append((message, answer.rstrip()))  # with leading space, as the model wrote it
+
+        return remember()
 
     def prompt(self, message: str) -> str:
-        """Return the text that the answer to a message would continue.
-
-        Raises:
-            InputError: the message alone is too long, or the tokenizer cannot encode it.
-        """
+        """Return the text that the answer to a message would continue; errors as for :meth:`answer`."""
         return self._fit(message)[1]
 
     def _fit(self, message: str) -> tuple[list[tuple[str, str]], str]:
@@ -148,6 +145,5 @@ class Conversation:
             if n_tokens <= room:
                 return self.turns[first:], prompt
         raise InputError(
-            f"the message with its template makes {n_tokens} tokens; expected at most {room}: the model's context has "
-            f"{self.model.cfg.context_length}, for prompt and answer"
+            f"the message with its template makes {n_tokens} tokens; expected at most {room} of the model's context"
         )

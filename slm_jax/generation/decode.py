@@ -16,7 +16,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from slm_jax.errors import InputError, located
-from slm_jax.generation.sampler import Numbers, Sampling, choose_tokens
+from slm_jax.generation.config import Numbers, Sampling
+from slm_jax.generation.sampler import choose_tokens
 from slm_jax.model import GPTConfig, GPTModel, Params, init_cache
 from slm_jax.nn.blocks import segment_lengths, unstack_blocks
 from slm_jax.nn.cache import KVCache
@@ -49,7 +50,7 @@ def generate(
         prompts: ids (batch, seq), or a list of lists of ids of different lengths.
         max_new_tokens: number of tokens to add.
         temperature, top_k, top_p, min_p, repetition_penalty: see
-            :class:`slm_jax.generation.sampler.Sampling`; temperature 0 is greedy and needs no key.
+            :class:`slm_jax.generation.config.Sampling`; temperature 0 is greedy and needs no key.
         eos_id: after this id a row only repeats it; None: rows never stop.
         past_context: what to do when a text fills the context: ``slide`` continues from its last ``context_length``
             tokens, ``stop`` ends it.
@@ -101,7 +102,7 @@ def stream(
         raise InputError("no key to sample with; expected key=jax.random.key(seed), or temperature=0 (greedy)")
     keys = None if sampling.is_greedy else _row_keys(key, len(rows))
     rules = _Rules(sampling.numbers(), keys, np.int32(NO_ID if eos_id is None else eos_id))
-    decoder = _Decoder(model, None if sampling.is_greedy else sampling.top_k, past_context == "stop")
+    decoder = _Decoder(model, None if sampling.is_greedy else sampling.top_k or None, past_context == "stop")
     return decoder.portions(params, rows, rules, int(max_new_tokens), chunk)
 
 
@@ -168,33 +169,21 @@ def _held_back(text: str, stop: tuple[str, ...]) -> int:
 
 
 class _Text(NamedTuple):
-    """The texts being written, on the device.
+    """The texts being written, on the device."""
 
-    window: int32 (batch, context), the last tokens of each row, padded on the right.
-    lengths: int32 (batch,), number of tokens in the window.
-    ended: bool (batch,).
-    seen: bool (batch, vocab), the tokens that each row contains; None without a repetition penalty.
-    n_new: int32 (), number of tokens added to each row.
-    """
-
-    window: Any
-    lengths: Any
-    ended: Any
-    seen: Any
-    n_new: Any
+    window: Any  # int32 (batch, context), the last tokens of each row, padded on the right
+    lengths: Any  # int32 (batch,), number of tokens in the window
+    ended: Any  # bool (batch,)
+    seen: Any  # bool (batch, vocab), the tokens that each row contains; None without a repetition penalty
+    n_new: Any  # int32 (), number of tokens added to each row
 
 
 class _Rules(NamedTuple):
-    """What determines the next token, as values, so that a change doesn't recompile.
-
-    numbers: of :class:`Sampling`.
-    keys: (batch,), one per row; None if greedy.
-    eos_id: or ``NO_ID``.
-    """
+    """What determines the next token, as values, so that a change doesn't recompile."""
 
     numbers: Numbers
-    keys: Any
-    eos_id: Any
+    keys: Any  # (batch,), one per row; None if greedy
+    eos_id: Any  # or NO_ID
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,7 +243,7 @@ class _Decoder:
             return self._add_tokens(params, text, hidden, rules), cache
 
         last = text.n_new + n
-        return jax.lax.while_loop(lambda carry: _continues(carry[0], last), step, (text, cache))
+        return jax.lax.while_loop(lambda carry: (carry[0].n_new < last) & ~carry[0].ended.all(), step, (text, cache))
 
     @functools.partial(jax.jit, static_argnames=("self",))
     def sliding_steps(self, params: Params, text: _Text, rules: _Rules, n: Int[Array, ""] | int) -> _Text:
@@ -264,7 +253,7 @@ class _Decoder:
             return self._add_tokens(params, text, self._hidden(params, text.window), rules)
 
         last = text.n_new + n
-        return jax.lax.while_loop(lambda text: _continues(text, last), step, text)
+        return jax.lax.while_loop(lambda text: (text.n_new < last) & ~text.ended.all(), step, text)
 
     def _hidden(self, params: Params, tokens: Int[Array, "batch seq"], **options: Any) -> Any:
         return self.model.apply({"params": params}, tokens, method="hidden", **options)
@@ -296,16 +285,13 @@ class _Decoder:
         )
 
 
-def _continues(text: _Text, last: Int[Array, ""]) -> Array:
-    return (text.n_new < last) & ~text.ended.all()
-
-
 def _start(cfg: GPTConfig, rows: list[np.ndarray], keeps_seen: bool) -> _Text:
     lengths = np.array([row.size for row in rows], np.int32)
-    window = np.stack([np.pad(row, (0, cfg.context_length - row.size)) for row in rows]).astype(np.int32)
+    window = np.zeros((len(rows), cfg.context_length), np.int32)
     seen = np.zeros((len(rows), cfg.vocab_size), bool)
-    for flags, row in zip(seen, rows, strict=True):
-        flags[row] = True
+    for i, row in enumerate(rows):
+        window[i, : row.size] = row
+        seen[i, row] = True
     return _Text(window, lengths, np.zeros(len(rows), bool), seen if keeps_seen else None, np.int32(0))
 
 
@@ -318,10 +304,7 @@ def check_ids(ids: np.ndarray, vocab_size: int) -> None:
     """Raise InputError for an id outside the vocabulary, which JAX would silently clamp."""
     if ids.min() < 0 or ids.max() >= vocab_size:
         where = int(np.argmax((ids < 0) | (ids >= vocab_size)))
-        raise InputError(
-            f"token {where} has id {ids[where]}, outside the model's vocabulary of {vocab_size}; was it encoded with "
-            "another tokenizer?"
-        )
+        raise InputError(f"token {where} has id {ids[where]}, outside the model's vocabulary of {vocab_size}")
 
 
 def _row_keys(key: Any, n_rows: int) -> jax.Array:
@@ -357,19 +340,16 @@ def _check(
         raise InputError('params has no blocks; expected the params tree, such as model.init(key, tokens)["params"]')
     if not rows or any(row.size == 0 for row in rows):
         raise InputError("the prompt is empty; expected at least one token, such as the end-of-text id")
-    context, n_ids = model.cfg.context_length, model.cfg.unpadded_vocab_size or model.cfg.vocab_size
-    longest = context - 1 if past_context == "stop" else context
+    n_ids = model.cfg.unpadded_vocab_size or model.cfg.vocab_size
+    longest = model.cfg.context_length - (past_context == "stop")
     for i, row in enumerate(rows):
         with located(f"prompt {i}"):
             check_ids(row, n_ids)
         if row.size > longest:
-            raise InputError(
-                f"prompt {i} has {row.size} tokens; expected at most {longest} "
-                f"(context_length {context}, past_context {past_context})"
-            )
-    if not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
-        raise InputError(f"max_new_tokens is {max_new_tokens}; expected a whole number of at least 1")
-    if eos_id is not None and not (isinstance(eos_id, int | np.integer) and 0 <= eos_id < n_ids):
+            raise InputError(f"prompt {i} has {row.size} tokens; expected at most {longest}, the model's context")
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
+    if eos_id is not None and not 0 <= eos_id < n_ids:
         raise InputError(f"eos_id is {eos_id}; expected an id below {n_ids}, or None")
     if past_context not in get_args(PastContext):
         raise InputError(f"past_context is {past_context!r}; expected slide or stop")

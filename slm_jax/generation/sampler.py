@@ -4,8 +4,6 @@ The filters are applied in the order of Hugging Face's transformers: repetition 
 min-p. Each takes float32 logits (batch, vocab) and returns them with excluded tokens at -inf.
 """
 
-import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -13,60 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from slm_jax.errors import InputError
+from slm_jax.generation.config import Numbers
 
 Number = Float[Array, ""] | np.float32 | float
-Numbers = dict[str, Any]
-LOWEST_TEMPERATURE = 1e-6  # below, logits / temperature overflows
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen.
-
-    Attributes:
-        temperature: divides the logits: below 1 less random, above 1 more; 0 takes the most likely token (greedy).
-        top_k: sample only from this many of the most likely tokens (Fan et al. 2018); None: from all.
-        top_p: sample only from the most likely tokens whose probabilities sum to this (Holtzman et al. 2020).
-        min_p: sample only from tokens with at least this share of the largest probability (Nguyen et al. 2024).
-        repetition_penalty: above 1 makes tokens that the text already contains less likely (Keskar et al. 2019).
-
-    Raises:
-        InputError: a number out of range.
-    """
-
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.temperature != 0 and not LOWEST_TEMPERATURE <= self.temperature < math.inf:
-            raise InputError(
-                f"temperature is {self.temperature}; expected 0 (greedy) or at least {LOWEST_TEMPERATURE:g}"
-            )
-        if self.top_k is not None and (not isinstance(self.top_k, int | np.integer) or self.top_k < 1):
-            raise InputError(f"top_k is {self.top_k}; expected a whole number of at least 1")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise InputError(f"top_p is {self.top_p}; expected above 0 and at most 1")
-        if self.min_p is not None and not 0 <= self.min_p <= 1:
-            raise InputError(f"min_p is {self.min_p}; expected 0 to 1")
-        if self.repetition_penalty is not None and not 0 < self.repetition_penalty < math.inf:
-            raise InputError(f"repetition_penalty is {self.repetition_penalty}; expected above 0 (1: no penalty)")
-
-    @property
-    def is_greedy(self) -> bool:
-        """Whether the choice is greedy and needs no key."""
-        return self.temperature == 0
-
-    def numbers(self) -> Numbers:
-        """Return the arguments of compiled code that can change without recompiling; None if switched off."""
-        top_p = None if self.top_p == 1 else self.top_p  # rounded, no sum of probabilities is exactly 1
-        drawn = {"temperature": self.temperature, "top_p": top_p, "min_p": self.min_p}
-        chosen = {**(dict.fromkeys(drawn) if self.is_greedy else drawn), "repetition_penalty": self.repetition_penalty}
-        # Always float32: each other type would be compiled separately.
-        return {name: None if value is None else np.float32(value) for name, value in chosen.items()}
 
 
 def choose_tokens(
@@ -87,7 +34,7 @@ def choose_tokens(
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits / numbers["temperature"]
     ids = None
-    if top_k is not None and top_k < logits.shape[-1]:
+    if top_k and top_k < logits.shape[-1]:
         logits, ids = jax.lax.top_k(logits, top_k)  # the following filters only process these
     if numbers["top_p"] is not None:
         logits = keep_top_p(logits, numbers["top_p"])

@@ -24,8 +24,8 @@ from slm_jax.data.instructions import (
 from slm_jax.data.templates import Message, Template, format_prompt, load_template
 from slm_jax.data.windows import bucket_width
 from slm_jax.errors import InputError, MissingInputError
+from slm_jax.evaluation.logprobs import perplexity
 from slm_jax.evaluation.responses import Response, score_responses
-from slm_jax.evaluation.results import perplexity
 from slm_jax.files import replace_text
 from slm_jax.generation.conversation import answer, prompt_room
 from slm_jax.model import GPTConfig, GPTModel, Params, init_params
@@ -152,7 +152,7 @@ class Instruction(Task):
             answers = self._respond(params, [example.prompt for example in self.test])
             responses = [Response(e.where, e.messages, text) for e, text in zip(self.test, answers, strict=True)]
             scores = score_responses(responses)
-            figures |= {"responses": scores.n, "exact_match": scores.exact_match, "rouge_l": scores.rouge_l}
+            figures |= {"responses": scores["n"], "exact_match": scores["exact_match"], "rouge_l": scores["rouge_l"]}
             if folder is not None:
                 file = folder / ("responses.json" if moment == "after" else "responses-before.json")
                 replace_text(file, json.dumps([_entry(r) for r in responses], indent=1, ensure_ascii=False) + "\n")

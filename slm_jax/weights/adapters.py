@@ -47,10 +47,10 @@ def load_adapters(file: str | Path) -> Params:
         InputError: no such file, or one that is damaged or holds no adapters.
     """
     adapters = read_tree(Path(file))
-    needed = {*TRAINED, "lora_scale"}
     flat = flatten_dict(adapters, sep="/")
     places = {path.rpartition("/")[0] for path in flat}
     known = {place + ADAPTER for place in TARGETS.values()}
-    if not places or not places <= known or any(f"{place}/{name}" not in flat for place in places for name in needed):
+    needed = {f"{place}/{name}" for place in places for name in (*TRAINED, "lora_scale")}
+    if not flat or not places <= known or not needed <= flat.keys():
         raise InputError(f"{file}: holds no adapters of slm_jax; expected a file that save_adapters wrote")
     return adapters

@@ -64,32 +64,18 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class TensorFiles:
-    """All tensors of a model.
+    """All tensors of a model by name.
 
     Attributes:
         file: the file that holds the tensors, or the index that lists their shards.
-        tensors: the tensors by name.
         metadata: text metadata of safetensors files.
         model_args: nanoGPT's configuration, stored in its checkpoint.
-
-    Raises:
-        InputError: a tensor's name is not printable.
     """
 
     file: Path
     tensors: dict[str, Tensor]
-    metadata: dict[str, str]
+    metadata: dict[str, str] = dataclasses.field(default_factory=dict)
     model_args: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for name in self.tensors:
-            if not name.isprintable():  # error messages of one line show names
-                raise InputError(f"{self.file}: a tensor is called {name!r}; expected the tensors of a GPT-2")
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The tensors' shapes by name."""
-        return {name: tensor.shape for name, tensor in self.tensors.items()}
 
 
 def find_file(path: Path) -> Path:
@@ -122,26 +108,32 @@ def open_tensors(file: Path) -> TensorFiles:
         InputError: the file is damaged or of another kind, or is a pickle and PyTorch is not installed.
     """
     try:
-        if file.name.endswith(".index.json"):
-            return _open_shards(file)
-        with file.open("rb") as stream:
-            start = stream.read(64)
-        if start[8:9] == b"{":  # checked first: the header's length may begin with any bytes, even a pickle's
-            return TensorFiles(file, *_open_safetensors(file))
-        if start.startswith((b"PK\x03\x04", b"\x80")):
-            return _open_torch(file)
+        files = _open_shards(file) if file.name.endswith(".index.json") else _open_file(file)
     except MissingInputError:  # also an OSError
         raise
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error.strerror or error}") from None
+    for name in files.tensors:
+        if not name.isprintable():  # error messages of one line show names
+            raise InputError(f"{file}: a tensor is called {name!r}; expected the tensors of a GPT-2")
+    return files
+
+
+def _open_file(file: Path) -> TensorFiles:
+    with file.open("rb") as stream:
+        start = stream.read(64)
+    if start[8:9] == b"{":  # checked first: the header's length may begin with any bytes, even a pickle's
+        return _open_safetensors(file)
+    if start.startswith((b"PK\x03\x04", b"\x80")):
+        return _open_torch(file, zipped=start.startswith(b"PK"))
     if not start:
         raise InputError(f"{file}: the file is empty (0 bytes); {AGAIN}")
     start = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     kind = next((kind for magic, kind in _WRONG_KIND.items() if start.startswith(magic)), None)
-    raise InputError(f"{file}: {kind}" if kind else f"{file}: neither safetensors nor a PyTorch file; {AGAIN}")
+    raise InputError(f"{file}: {kind or f'neither safetensors nor a PyTorch file; {AGAIN}'}")
 
 
-def _open_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _open_safetensors(file: Path) -> TensorFiles:
     try:
         with safe_open(file, "numpy") as opened:
             tensors = {}
@@ -149,10 +141,9 @@ def _open_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                 rows = opened.get_slice(name)
                 dtype = _DTYPES.get(rows.get_dtype(), rows.get_dtype())
                 tensors[name] = Tensor(file, name, tuple(rows.get_shape()), dtype, partial(_mapped, file, name))
-            return tensors, dict(opened.metadata() or {})
+            return TensorFiles(file, tensors, dict(opened.metadata() or {}))
     except SafetensorError as error:
-        cause = " ".join(str(error).split())
-        raise InputError(f"{file}: a damaged safetensors file ({cause}); {AGAIN}") from None
+        raise InputError(f"{file}: a damaged safetensors file ({' '.join(str(error).split())}); {AGAIN}") from None
 
 
 @contextmanager
@@ -166,26 +157,23 @@ def _open_shards(index: Path) -> TensorFiles:
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index}: weight_map is missing or empty; {AGAIN}")
     for name, shard in weight_map.items():
-        valid = isinstance(shard, str) and re.fullmatch(r"[^/\\:]+\.safetensors", shard) and shard.isprintable()
-        if not valid or not name.isprintable():
+        if not isinstance(shard, str) or not re.fullmatch(r"[\w .-]+\.safetensors", shard) or not name.isprintable():
             raise InputError(f"{index}: weight_map has {shard!r} for {name!r}; expected a file beside the index")
-    tensors: dict[str, Tensor] = {}
-    metadata: dict[str, str] = {}
+    files = TensorFiles(index, {})
     for shard in dict.fromkeys(weight_map.values()):
         if not (index.parent / shard).is_file():
             raise MissingInputError(f"{index.parent / shard}: this shard is missing; {index.name} lists it")
         found = open_tensors(index.parent / shard)
-        if twice := found.tensors.keys() & tensors.keys():
-            raise InputError(f"{found.file}: tensor {min(twice)} is also in another shard; expected it once")
-        tensors |= found.tensors
-        metadata |= found.metadata
-    for name, shard in weight_map.items():
-        if name not in tensors or tensors[name].file.name != shard:
-            raise InputError(f"{index.parent / shard}: lacks tensor {name}, which {index.name} lists; {AGAIN}")
-    return TensorFiles(index, tensors, metadata)
+        expected = {name for name, file in weight_map.items() if file == shard}
+        if wrong := sorted(expected ^ found.tensors.keys()):
+            verb = "lacks" if wrong[0] in expected else "holds"
+            raise InputError(f"{found.file}: {verb} tensor {wrong[0]}, unlike what {index.name} lists; {AGAIN}")
+        files.tensors.update(found.tensors)
+        files.metadata.update(found.metadata)
+    return files
 
 
-def _open_torch(file: Path) -> TensorFiles:
+def _open_torch(file: Path, zipped: bool) -> TensorFiles:
     try:
         import torch
     except ImportError:
@@ -194,8 +182,6 @@ def _open_torch(file: Path) -> TensorFiles:
         ) from None
     if tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2]) < (2, 6):  # CVE-2025-32434
         raise InputError(f"{file}: PyTorch {torch.__version__} cannot read pickles safely; expected 2.6 or later")
-    with file.open("rb") as stream:
-        zipped = stream.read(2) == b"PK"
     if zipped:
         _check_crc(file)
     try:
@@ -207,11 +193,12 @@ def _open_torch(file: Path) -> TensorFiles:
         unsafe = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it holds objects ({unsafe[1]}), which may run code" if unsafe else "it is damaged or no state dict"
         raise InputError(f"{file}: torch.load(weights_only=True) fails: {reason}; expected a state dict") from None
-    model_args = content.get("model_args") if isinstance(content, dict) else None
+    content = content if isinstance(content, dict) else {}
+    model_args = content.get("model_args")
     for key in ("model", "model_state_dict", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
+        if isinstance(content.get(key), dict):
             content = content[key]
-    if not isinstance(content, dict) or not content:
+    if not content:
         raise InputError(f"{file}: no state dict in it; expected a dict of tensors: save model.state_dict()")
     tensors = {}
     for name, value in content.items():
@@ -222,7 +209,7 @@ def _open_torch(file: Path) -> TensorFiles:
         dtype = str(value.dtype).removeprefix("torch.")
         rows = _torch_rows(value) if dtype in FLOATS else None
         tensors[str(name)] = Tensor(file, str(name), tuple(value.shape), dtype, partial(nullcontext, rows))
-    return TensorFiles(file, tensors, {}, model_args if isinstance(model_args, dict) else {})
+    return TensorFiles(file, tensors, model_args=model_args if isinstance(model_args, dict) else {})
 
 
 def _check_crc(file: Path) -> None:

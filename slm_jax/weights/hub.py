@@ -54,11 +54,18 @@ def find_weights(source: str | Path) -> Path:
     for repository in (f"openai-community/{name}", name):  # the second is its former name
         cached = try_to_load_from_cache(repository, FILE, revision=pin.revision)
         if isinstance(cached, str):
-            return _verified(Path(cached), pin)
-    return _verified(_download(name, pin), pin)
+            break
+    else:
+        cached = _download(name, pin)
+    file = Path(cached)
+    expected = pin.sha256 or file.resolve().name  # the cache names a file by the SHA-256 that the server reports
+    # The names are no digests in a cache of copies, on a system without symbolic links.
+    if re.fullmatch(r"[0-9a-f]{64}", expected) and (digest := sha256(file)) != expected:
+        raise InputError(f"{file}: SHA-256 is {digest}, expected {expected}; delete {file.resolve()} and try again")
+    return file
 
 
-def _download(name: str, pin: Pin) -> Path:
+def _download(name: str, pin: Pin) -> str:
     import requests
     from huggingface_hub import constants, hf_hub_download
 
@@ -69,19 +76,10 @@ def _download(name: str, pin: Pin) -> Path:
         check_reachable(constants.ENDPOINT, 2)
         # The library would retry for minutes if a server accepts connections and doesn't answer (a captive portal).
         requests.head(f"{constants.ENDPOINT}/{repository}/resolve/{pin.revision}/{FILE}", timeout=2)
-        return Path(hf_hub_download(repository, FILE, revision=pin.revision))
+        return hf_hub_download(repository, FILE, revision=pin.revision)
     except Exception as error:  # the libraries' exception types change between versions
         cause = " ".join(str(error).split())[:200]
         raise MissingInputError(
             f"{name}: not in $SLM_JAX_DATA/{name} or Hugging Face's cache, and the download from "
             f"{constants.ENDPOINT}/{repository} failed ({cause})"
         ) from None
-
-
-def _verified(file: Path, pin: Pin) -> Path:
-    expected = pin.sha256 or file.resolve().name  # the cache names a file by the SHA-256 that the server reports
-    if not re.fullmatch(r"[0-9a-f]{64}", expected):  # a cache of copies, on a system without symbolic links
-        return file
-    if (digest := sha256(file)) != expected:
-        raise InputError(f"{file}: SHA-256 is {digest}, expected {expected}; delete {file.resolve()} and try again")
-    return file

@@ -3,7 +3,6 @@
 Its ``Conv1D`` stores weights as (in, out), like ours. Source: ``transformers``, ``GPT2LMHeadModel`` and ``GPT2Config``.
 """
 
-import dataclasses
 import json
 import re
 from collections.abc import Mapping
@@ -11,10 +10,11 @@ from typing import Any
 
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.files import read_json
-from slm_jax.model import GPTConfig, axis_sizes, count_params
+from slm_jax.model import GPTConfig, count_params
+from slm_jax.nn.axes import HEAD
 from slm_jax.tokenizer import END_OF_TEXT, GPT2Tokenizer, Tokenizer
 from slm_jax.weights.files import TensorFiles
-from slm_jax.weights.names import HEAD, POSITIONS, TOKENS, Format, NameMap, Slot
+from slm_jax.weights.names import POSITIONS, TOKENS, Format
 
 _FIELDS = {
     "vocab_size": "vocab_size",
@@ -36,58 +36,15 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
 _GPT2_VOCABULARY = 50_257
 
 
-_TOP: NameMap = {
-    "wte.weight": Slot(TOKENS),
-    "wpe.weight": Slot(POSITIONS),
-    "ln_f.weight": Slot("final_norm/scale"),
-    "ln_f.bias": Slot("final_norm/bias"),
-    "lm_head.weight": Slot(HEAD, transpose=True),
-}
-_BLOCK: NameMap = {
-    "ln_1.weight": Slot("norm1/scale"),
-    "ln_1.bias": Slot("norm1/bias"),
-    "attn.c_attn.weight": Slot("attn/q/kernel", "attn/k/kernel", "attn/v/kernel"),
-    "attn.c_attn.bias": Slot("attn/q/bias", "attn/k/bias", "attn/v/bias"),
-    "attn.c_proj.weight": Slot("attn/out_proj/kernel"),
-    "attn.c_proj.bias": Slot("attn/out_proj/bias"),
-    "ln_2.weight": Slot("norm2/scale"),
-    "ln_2.bias": Slot("norm2/bias"),
-    "mlp.c_fc.weight": Slot("ff/fc/kernel"),
-    "mlp.c_fc.bias": Slot("ff/fc/bias"),
-    "mlp.c_proj.weight": Slot("ff/proj/kernel"),
-    "mlp.c_proj.bias": Slot("ff/proj/bias"),
-}
-
-
 class HuggingFace(Format):
     """Names and configuration of ``GPT2LMHeadModel``."""
 
-    title = "Hugging Face"
-    top = _TOP
-    prefix = "h.{}."
-    block = _BLOCK
-
-    def clean(self, name: str) -> str | None:
-        """Remove the prefix, leave out the causal mask, and rename TensorFlow's gamma and beta."""
-        name = name.removeprefix("transformer.")
-        if re.fullmatch(r"h\.\d+\.attn\.(bias|masked_bias)", name):  # the mask; not attn.c_attn.bias
-            return None
-        return re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))
-
-    def is_in_out(self, files: TensorFiles) -> list[bool]:
-        """Return for each weight with more outputs than inputs whether it is stored as (in, out)."""
+    def recognise(self, files: TensorFiles) -> bool:
+        """Whether most matrices with more outputs than inputs lie as in this format; one of them may be wrong."""
         pattern = re.compile(r"h\.\d+\.(attn\.c_attn|mlp\.c_fc)\.weight")
         shapes = [tensor.shape for name, tensor in files.tensors.items() if pattern.fullmatch(name)]
-        return [len(shape) != 2 or shape[0] < shape[1] for shape in shapes]
-
-    def recognise(self, files: TensorFiles) -> bool:
-        """Whether these tensors are GPT-2's with weights as (in, out): most of them, as one may be wrong."""
-        found = self.is_in_out(files)
-        return bool(found) and 2 * sum(found) >= len(found)
-
-    def tensor_fields(self, files: TensorFiles) -> dict[str, Any]:
-        """Return the fields; all biases are there."""
-        return {**super().tensor_fields(files), "bias": True, "qkv_bias": True}
+        n_in_out = sum(len(shape) != 2 or shape[0] < shape[1] for shape in shapes)
+        return bool(shapes) and (2 * n_in_out < len(shapes)) == self.out_in
 
     def stated_fields(self, files: TensorFiles) -> dict[str, Any]:
         """Return the fields of ``config.json``, without dropout."""
@@ -104,32 +61,17 @@ class HuggingFace(Format):
             value = content.get(key)
             if value is not None and fields.setdefault(field, value) != value:
                 raise InputError(f"{file}: n_head is {fields[field]!r} and {key} {value!r}; expected one or the other")
-        emb_dim = self.tensor_fields(files).get("emb_dim")
-        hidden = axis_sizes(GPTConfig(emb_dim=emb_dim, n_heads=1))["mlp"] if emb_dim else None
-        if hidden and content.get("n_inner") not in (None, hidden):
-            raise InputError(f"{file}: n_inner is {content['n_inner']!r}; expected null or {hidden}")
         fields["exact_gelu"] = content.get("activation_function") == "gelu"
         if not content.get("tie_word_embeddings", True):
             fields["tie_weights"] = False
         return fields
-
-    def fit(self, cfg: GPTConfig) -> GPTConfig:
-        """Add all biases."""
-        return dataclasses.replace(cfg, bias=True, qkv_bias=True)
-
-    def written_names(self, cfg: GPTConfig) -> NameMap:
-        """Add the prefix of ``GPT2LMHeadModel``."""
-        head = self.name_of(HEAD)
-        return {name if name == head else f"transformer.{name}": slot for name, slot in self.names(cfg).items()}
 
     def side_files(
         self, cfg: GPTConfig, dtype: str, tokenizer: Tokenizer | None, card: Mapping[str, Any]
     ) -> dict[str, bytes]:
         """Return configuration, model card, and GPT-2's tokenizer as ``transformers`` reads it."""
         n_ids = tokenizer.vocab_size if tokenizer else cfg.unpadded_vocab_size or cfg.vocab_size
-        end = n_ids - 1 if n_ids == _GPT2_VOCABULARY else None
-        if tokenizer is not None:
-            end = tokenizer.eot_id
+        end = tokenizer.eot_id if tokenizer else n_ids - 1 if n_ids == _GPT2_VOCABULARY else None
         ends = {"bos_token_id": end, "eos_token_id": end}
         padding = {"suppress_tokens": list(range(n_ids, cfg.vocab_size))} if n_ids < cfg.vocab_size else {}
         config = {
@@ -153,7 +95,35 @@ class HuggingFace(Format):
         }
 
 
-FORMAT = HuggingFace()
+FORMAT = HuggingFace(
+    title="Hugging Face",
+    top={
+        "wte.weight": TOKENS,
+        "wpe.weight": POSITIONS,
+        "ln_f.weight": "final_norm/scale",
+        "ln_f.bias": "final_norm/bias",
+        "lm_head.weight": HEAD,
+    },
+    prefix="h.{}.",
+    block={
+        "ln_1.weight": "norm1/scale",
+        "ln_1.bias": "norm1/bias",
+        "attn.c_attn.weight": "attn/q/kernel attn/k/kernel attn/v/kernel",
+        "attn.c_attn.bias": "attn/q/bias attn/k/bias attn/v/bias",
+        "attn.c_proj.weight": "attn/out_proj/kernel",
+        "attn.c_proj.bias": "attn/out_proj/bias",
+        "ln_2.weight": "norm2/scale",
+        "ln_2.bias": "norm2/bias",
+        "mlp.c_fc.weight": "ff/fc/kernel",
+        "mlp.c_fc.bias": "ff/fc/bias",
+        "mlp.c_proj.weight": "ff/proj/kernel",
+        "mlp.c_proj.bias": "ff/proj/bias",
+    },
+    front="transformer.",
+    buffers=r"h\.\d+\.attn\.(bias|masked_bias)",  # the mask; not attn.c_attn.bias
+    out_in=False,
+    fixed={"bias": True, "qkv_bias": True},
+)
 
 
 def _json(content: dict[str, Any]) -> bytes:

@@ -4,44 +4,39 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, NamedTuple
 
 import numpy as np
 from flax.traverse_util import flatten_dict
 
 from slm_jax.model import GPTConfig, param_shapes
-from slm_jax.nn.axes import STACK, find_axes
+from slm_jax.nn.axes import HEAD, STACK, find_axes
 from slm_jax.tokenizer import Tokenizer
 from slm_jax.weights.files import TensorFiles
 
-TOKENS, POSITIONS, HEAD = "tok_emb/embedding", "pos_emb/embedding", "out_head/kernel"
+TOKENS, POSITIONS = "tok_emb/embedding", "pos_emb/embedding"
 
 
-@dataclasses.dataclass(frozen=True, init=False)
-class Slot:
+class Slot(NamedTuple):
     """The leaves of the params tree that one foreign tensor fills.
 
     Attributes:
         paths: usually one leaf, such as ``blocks/ff/fc/kernel``; several if the format stores them in one tensor, side
             by side along the outputs.
         layer: index into the leaves' first axis; None: they are not stacked.
-        transpose: whether the foreign tensor is (out, in), as in PyTorch's ``Linear``; ours is (in, out).
+        out_in: whether the foreign matrix is (out, in), as in PyTorch's ``Linear``; ours is (in, out).
     """
 
     paths: tuple[str, ...]
     layer: int | None = None
-    transpose: bool = False
-
-    def __init__(self, *paths: str, layer: int | None = None, transpose: bool = False):
-        for field, value in (("paths", paths), ("layer", layer), ("transpose", transpose)):
-            object.__setattr__(self, field, value)
+    out_in: bool = False
 
     def shape(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
         """Return the foreign tensor's shape, given those of all leaves."""
         views = self._views({path: np.broadcast_to(np.float32(0), shapes[path]) for path in self.paths})
-        shape = list(views[0].shape)
-        shape[self._axis(views)] = sum(view.shape[self._axis(views)] for view in views)
-        return tuple(shape)
+        axis = self._axis(views)
+        n_outputs = sum(view.shape[axis] for view in views)
+        return (*views[0].shape[:axis], n_outputs, *views[0].shape[axis + 1 :])
 
     def read(self, leaves: Mapping[str, np.ndarray]) -> np.ndarray:
         """Return the foreign tensor made of the leaves; a copy only if it is transposed or made of several."""
@@ -72,15 +67,12 @@ class Slot:
                 leaf = leaf[self.layer]
             n_inputs = math.prod(leaf.shape[: len(axes.inputs)])
             leaf = leaf.reshape(n_inputs, -1) if axes.inputs else leaf.reshape(-1)
-            views.append(leaf.T if self.transpose else leaf)
+            views.append(leaf.T if self.out_in else leaf)
         return views
 
     def _axis(self, views: list[np.ndarray]) -> int:
         """Return the axis of the outputs, along which several leaves lie side by side."""
-        return 0 if self.transpose else views[0].ndim - 1
-
-
-NameMap = dict[str, Slot]
+        return 0 if self.out_in else views[0].ndim - 1
 
 
 def leaf_shapes(cfg: GPTConfig) -> dict[str, tuple[int, ...]]:
@@ -88,40 +80,54 @@ def leaf_shapes(cfg: GPTConfig) -> dict[str, tuple[int, ...]]:
     return {path: leaf.shape for path, leaf in flatten_dict(param_shapes(cfg), sep="/").items()}
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Format:
     """A format of weights: its module declares the maps, and overrides the methods in which the format differs.
 
     Attributes:
         title: name of the format in messages.
-        top: names and slots outside the blocks.
-        block: names and slots of a block, without prefix.
+        top: leaves outside the blocks by their names in the format.
+        block: leaves of a block by their names without prefix; several in one tensor are separated by spaces.
         prefix: prefix of a block's names, with ``{}`` for its index.
+        front: prefix that all names but the output head's may have, and do have in the files that we write.
+        buffers: regular expression of names of buffers, such as a mask.
+        out_in: whether a block's matrices are (out, in), as in PyTorch's ``Linear``.
+        fixed: GPTConfig fields that are the same for every model in this format.
     """
 
-    title: ClassVar[str]
-    top: ClassVar[NameMap]
-    block: ClassVar[NameMap]
-    prefix: ClassVar[str]
-
-    # Reading
+    title: str
+    top: dict[str, str]
+    block: dict[str, str]
+    prefix: str
+    front: str = ""
+    buffers: str = ""
+    out_in: bool = True
+    fixed: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def clean(self, name: str) -> str | None:
-        """Return a tensor's name as in the map; None for a buffer, such as a mask."""
-        return name
+        """Return a tensor's name as in the map, whatever PyTorch or TensorFlow added to it; None for a buffer."""
+        name = re.sub(r"^(_orig_mod\.|module\.)+", "", name).removeprefix(self.front)
+        name = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))
+        return None if re.fullmatch(self.buffers, name) else name
 
     def recognise(self, files: TensorFiles) -> bool:
         """Whether these tensors, their names cleaned, are of this format."""
-        raise NotImplementedError
+        return any(name.startswith(self.prefix.partition("{")[0]) for name in files.tensors)
 
     def tensor_fields(self, files: TensorFiles) -> dict[str, Any]:
         """Return the GPTConfig fields that follow from the tensors: all but the number of heads."""
         pattern = re.compile(re.escape(self.prefix).replace(r"\{\}", r"(\d+)"))
-        fields = {"n_layers": len({found[1] for name in files.tensors if (found := pattern.match(name))})}
-        tokens, positions = (files.shapes.get(self.name_of(leaf), ()) for leaf in (TOKENS, POSITIONS))
-        if len(tokens) == 2:
-            fields["vocab_size"], fields["emb_dim"] = tokens
-        if len(positions) == 2:
-            fields["context_length"] = positions[0]
+        leaves = [path for name, path in self.block.items() if self.prefix.format(0) + name in files.tensors]
+        fields: dict[str, Any] = {
+            "n_layers": len({found[1] for name in files.tensors if (found := pattern.match(name))}),
+            "bias": any(path.endswith("/bias") for path in leaves),
+            "qkv_bias": "attn/q/bias" in leaves,
+            **self.fixed,
+        }
+        for leaf, names in ((TOKENS, ("vocab_size", "emb_dim")), (POSITIONS, ("context_length",))):
+            tensor = files.tensors.get(self.name_of(leaf))
+            if tensor is not None and len(tensor.shape) == 2:
+                fields |= dict(zip(names, tensor.shape, strict=False))
         return fields
 
     def stated_fields(self, files: TensorFiles) -> dict[str, Any]:
@@ -132,33 +138,28 @@ class Format:
         """
         return {}
 
-    def names(self, cfg: GPTConfig) -> NameMap:
+    def names(self, cfg: GPTConfig) -> dict[str, Slot]:
         """Return a model's whole name map; leaves that the model lacks (biases, an untied head) are left out."""
-        names = dict(self.top)
+        names = {name: Slot((path,), out_in=path == HEAD) for name, path in self.top.items()}
         for layer in range(cfg.n_layers):
-            for name, slot in self.block.items():
-                paths = (f"{STACK}/{path}" for path in slot.paths)
-                names[self.prefix.format(layer) + name] = Slot(*paths, layer=layer, transpose=slot.transpose)
+            for name, paths in self.block.items():
+                stacked = tuple(f"{STACK}/{path}" for path in paths.split())
+                names[self.prefix.format(layer) + name] = Slot(stacked, layer, self.out_in)
         leaves = leaf_shapes(cfg)
         return {name: slot for name, slot in names.items() if leaves.keys() >= set(slot.paths)}
 
     def name_of(self, leaf: str) -> str:
         """Return the name of a leaf outside the blocks."""
-        return next(name for name, slot in self.top.items() if slot.paths == (leaf,))
+        return next(name for name, path in self.top.items() if path == leaf)
 
-    # Writing
-
-    def fit(self, cfg: GPTConfig) -> GPTConfig:
-        """Return the configuration with what the format cannot leave out (biases, an untied head).
+    def written_names(self, cfg: GPTConfig) -> dict[str, Slot]:
+        """Return the name map of a file that we write.
 
         Raises:
             InputError: a model that the format cannot hold.
         """
-        return cfg
-
-    def written_names(self, cfg: GPTConfig) -> NameMap:
-        """Return the name map of the written file."""
-        return self.names(cfg)
+        head = self.name_of(HEAD)
+        return {name if name == head else self.front + name: slot for name, slot in self.names(cfg).items()}
 
     def side_files(
         self, cfg: GPTConfig, dtype: str, tokenizer: Tokenizer | None, card: Mapping[str, Any]

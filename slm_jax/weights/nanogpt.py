@@ -3,16 +3,14 @@
 ``bias=False`` drops every bias. Source: karpathy/nanoGPT, ``model.py`` and ``train.py``.
 """
 
-import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 from slm_jax.errors import InputError
 from slm_jax.model import GPTConfig
-from slm_jax.tokenizer import Tokenizer
+from slm_jax.nn.axes import HEAD
+from slm_jax.weights import huggingface
 from slm_jax.weights.files import OURS, TensorFiles
-from slm_jax.weights.huggingface import HuggingFace
-from slm_jax.weights.names import HEAD, TOKENS, NameMap, Slot
+from slm_jax.weights.names import TOKENS, Slot
 
 _FIELDS = {
     "vocab_size": "vocab_size",
@@ -24,25 +22,8 @@ _FIELDS = {
 }
 
 
-_BLOCK: NameMap = {
-    name: Slot(*slot.paths, transpose=name.endswith(".weight") and not name.startswith("ln_"))
-    for name, slot in HuggingFace.block.items()
-}
-
-
-class NanoGPT(HuggingFace):
+class NanoGPT(huggingface.HuggingFace):
     """Hugging Face's names, other shapes."""
-
-    title = "nanoGPT"
-    block = _BLOCK
-
-    def recognise(self, files: TensorFiles) -> bool:
-        """Whether these tensors are GPT-2's with weights as (out, in)."""
-        return bool(self.is_in_out(files)) and not super().recognise(files)
-
-    def tensor_fields(self, files: TensorFiles) -> dict[str, Any]:
-        """Return the fields; there may be no bias at all."""
-        return {**super().tensor_fields(files), "bias": any(name.endswith(".bias") for name in files.tensors)}
 
     def stated_fields(self, files: TensorFiles) -> dict[str, Any]:
         """Return the fields of ``model_args``, without dropout."""
@@ -53,21 +34,22 @@ class NanoGPT(HuggingFace):
         # nanoGPT only computes the exact GELU; a file that we wrote states which form the model was trained with.
         return fields if OURS in files.metadata else {**fields, "exact_gelu": True}
 
-    def fit(self, cfg: GPTConfig) -> GPTConfig:
-        """Add biases of query, key and value if the others are there."""
+    def written_names(self, cfg: GPTConfig) -> dict[str, Slot]:
+        """Add the tied matrix a second time, as in nanoGPT's state dict."""
         if not cfg.tie_weights:
             raise InputError("nanoGPT has no untied output head, which this model has; expected format huggingface")
-        return dataclasses.replace(cfg, qkv_bias=True) if cfg.bias else cfg
+        return {**super().written_names(cfg), self.name_of(HEAD): Slot((TOKENS,))}
 
-    def written_names(self, cfg: GPTConfig) -> NameMap:
-        """Add the tied matrix a second time, as in nanoGPT's state dict."""
-        return {**super().written_names(cfg), self.name_of(HEAD): Slot(TOKENS)}
-
-    def side_files(
-        self, cfg: GPTConfig, dtype: str, tokenizer: Tokenizer | None, card: Mapping[str, Any]
-    ) -> dict[str, bytes]:
+    def side_files(self, *args: Any, **kwargs: Any) -> dict[str, bytes]:
         """Return nothing."""
         return {}
 
 
-FORMAT = NanoGPT()
+FORMAT = NanoGPT(
+    **{
+        **vars(huggingface.FORMAT),
+        "title": "nanoGPT",
+        "out_in": True,
+        "fixed": {"qkv_bias": True},  # if there are biases at all
+    }
+)

@@ -4,8 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from slm_jax.errors import InputError, located
 from slm_jax.files import read_json
 from slm_jax.model import PRESETS, GPTConfig, Params
+from slm_jax.nn.axes import HEAD
 from slm_jax.weights.files import AGAIN, FLOATS, OURS, OURS_FIELDS, Tensor, TensorFiles, find_file, open_tensors
-from slm_jax.weights.foreign import describe
-from slm_jax.weights.names import HEAD, POSITIONS, TOKENS, Format, NameMap, Slot, leaf_shapes
-from slm_jax.weights.registry import all_formats
+from slm_jax.weights.names import TOKENS, Format, Slot, leaf_shapes
+from slm_jax.weights.registry import all_formats, describe
 from slm_jax.weights.trees import DIGESTS
 
 
@@ -31,22 +30,17 @@ def read_weights(
     Raises:
         InputError: weights that are not GPT-2's, incomplete or damaged.
     """
-    files = open_tensors(find_file(path))
-    form, files = _recognise(files)
-    fields, files = _fields(form, files)
+    form, files = _recognise(open_tensors(find_file(path)))
+    stated, digests = _our_metadata(files)
+    fields, files = _fields(form, files, stated)
     with located(files.file):
         cfg = GPTConfig(**{**fields, "n_heads": 1, "dtype": dtype, "param_dtype": param_dtype})
         names, shapes = form.names(cfg), leaf_shapes(cfg)
     # The tensors' shapes don't depend on the number of heads; check them before asking for it.
-    _check_tensors(form, files, {name: slot.shape(shapes) for name, slot in names.items()})
+    _check_tensors(files, {name: slot.shape(shapes) for name, slot in names.items()})
     with located(files.file):
         cfg = dataclasses.replace(cfg, n_heads=_heads(fields, n_heads))
-    return cfg, _read(files, names, leaf_shapes(cfg), cfg.param_dtype, sharding)
-
-
-def _bare(name: str) -> str:
-    """Remove the prefixes of torch.compile and data parallelism."""
-    return re.sub(r"^(_orig_mod\.|module\.)+", "", name)
+    return cfg, _read(files, names, digests, leaf_shapes(cfg), cfg.param_dtype, sharding)
 
 
 def _recognise(files: TensorFiles) -> tuple[Format, TensorFiles]:
@@ -54,28 +48,31 @@ def _recognise(files: TensorFiles) -> tuple[Format, TensorFiles]:
     config = files.file.parent / "config.json"
     model_type = read_json(config).get("model_type") if config.is_file() else None
     for form in all_formats() if model_type in (None, "gpt2") else ():
-        clean: dict[str, Tensor] = {}
-        duplicate = None
-        for name, tensor in files.tensors.items():
-            new = form.clean(_bare(name))
-            if new in clean:
-                duplicate = f"{tensor.file}: tensors {clean[new].name} and {name} are the same; expected {new} once"
-            elif new is not None:
-                clean[new] = tensor
-        if form.recognise(dataclasses.replace(files, tensors=clean)):
-            if duplicate:
-                raise InputError(duplicate)
-            return form, dataclasses.replace(files, tensors=clean)
+        names = {name: new for name in files.tensors if (new := form.clean(name)) is not None}
+        cleaned = dataclasses.replace(files, tensors={new: files.tensors[name] for name, new in names.items()})
+        if form.recognise(cleaned):
+            for name, new in names.items():
+                if cleaned.tensors[new].name != name:
+                    raise InputError(f"{files.file}: tensor {new} is there twice, also as {name}; expected it once")
+            return form, cleaned
     titles = ", ".join(form.title for form in all_formats())
-    raise InputError(
-        f"{files.file}: not GPT-2 but {describe(map(_bare, files.tensors), model_type)}; expected a GPT-2 of {titles}"
-    )
+    raise InputError(f"{files.file}: not GPT-2 but {describe(files.tensors, model_type)}; expected one of {titles}")
 
 
-def _fields(form: Format, files: TensorFiles) -> tuple[dict[str, Any], TensorFiles]:
+def _our_metadata(files: TensorFiles) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the fields and the SHA-256 digests that our own exports state as JSON; nothing for other files."""
+    if OURS not in files.metadata:
+        return {}, {}
+    try:
+        content, digests = json.loads(files.metadata[OURS]), json.loads(files.metadata[DIGESTS])
+        return {name: content[name] for name in OURS_FIELDS}, dict(digests)
+    except (KeyError, ValueError, TypeError, RecursionError):
+        raise InputError(f"{files.file}: the metadata {OURS!r} or {DIGESTS!r} is damaged; {AGAIN}") from None
+
+
+def _fields(form: Format, files: TensorFiles, ours: dict[str, Any]) -> tuple[dict[str, Any], TensorFiles]:
     """Return the GPTConfig fields, and the tensors without a head that only repeats the embedding."""
-    ours = _our_metadata(files, OURS, OURS_FIELDS)
-    stated = {**{name: ours[name] for name in OURS_FIELDS if ours}, **form.stated_fields(files)}
+    stated = {**ours, **form.stated_fields(files)}
     seen = form.tensor_fields(files)
     for field, value in seen.items():
         if stated.get(field, value) != value:
@@ -89,35 +86,9 @@ def _fields(form: Format, files: TensorFiles) -> tuple[dict[str, Any], TensorFil
         fields["tie_weights"] = head is None or _equal(head, tensors.get(form.name_of(TOKENS)))
         if fields["tie_weights"]:
             files = dataclasses.replace(files, tensors=tensors)
-    for field, leaf in (("emb_dim", TOKENS), ("context_length", POSITIONS)):
-        if not fields.get(field):  # nothing else to check the other tensors by
-            found = files.tensors.get(form.name_of(leaf))
-            problem = "is missing" if found is None else f"has the shape {found.shape}; expected two axes"
-            (spelled,) = _spelled([form.name_of(leaf)], form, files)
-            raise InputError(f"{files.file}: tensor {spelled} {problem}; {AGAIN}")
     if fields.get("vocab_size") == 50_304:
         fields.setdefault("unpadded_vocab_size", 50_257)  # GPT-2's, padded as nanoGPT does
     return fields, files
-
-
-def _spelled(names: list[str], form: Format, files: TensorFiles) -> list[str]:
-    """Return names with the prefix that other names have in the file."""
-    fronts = [tensor.name.removesuffix(new) for new, tensor in files.tensors.items() if tensor.name.endswith(new)]
-    front = max(fronts, key=len, default="")
-    return [name if name == form.name_of(HEAD) else front + name for name in names]
-
-
-def _our_metadata(files: TensorFiles, key: str, names: Iterable[str] = ()) -> dict[str, Any]:
-    """Return what our own exports state as JSON in their metadata; an empty dict for other files."""
-    if OURS not in files.metadata:
-        return {}
-    try:
-        content = json.loads(files.metadata[key])
-    except (KeyError, ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict) or not content or not content.keys() >= set(names):
-        raise InputError(f"{files.file}: the metadata {key!r} is damaged; {AGAIN}")
-    return content
 
 
 def _heads(fields: Mapping[str, Any], given: int | None) -> int:
@@ -144,31 +115,30 @@ def _equal(left: Tensor, right: Tensor | None) -> bool:
     return all(a.tobytes() == b.tobytes() for a, b in zip(left.chunks(), right.chunks(), strict=True))
 
 
-def _check_tensors(form: Format, files: TensorFiles, expected: Mapping[str, tuple[int, ...]]) -> None:
+def _check_tensors(files: TensorFiles, expected: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse missing and unknown tensors, wrong shapes and dtypes."""
-    if missing := _spelled([name for name in expected if name not in files.tensors], form, files):
-        raise InputError(f"{files.file}: {_list(missing)} missing; {AGAIN}")
-    if unknown := [tensor.name for name, tensor in files.tensors.items() if name not in expected]:
-        raise InputError(f"{files.file}: {_list(unknown)} unknown to GPT-2; expected its {len(expected)} tensors only")
+    missing = [name for name in expected if name not in files.tensors]
+    unknown = [tensor.name for name, tensor in files.tensors.items() if name not in expected]
+    for names, problem in ((missing, "missing"), (unknown, "unknown to GPT-2")):
+        if names:
+            rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise InputError(f"{files.file}: tensors {problem}: {', '.join(names[:3])}{rest}; {AGAIN}")
     for name, shape in expected.items():
         tensor = files.tensors[name]
         if tensor.shape != shape:
             raise InputError(f"{tensor.file}: tensor {tensor.name} has the shape {tensor.shape}; expected {shape}")
         if tensor.dtype not in FLOATS:
-            raise InputError(
-                f"{tensor.file}: tensor {tensor.name} is {tensor.dtype}; expected one of {', '.join(FLOATS)}"
-            )
-
-
-def _list(names: list[str]) -> str:
-    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    return f"tensor {shown} is" if len(names) == 1 else f"tensors {shown} are"
+            raise InputError(f"{tensor.file}: tensor {tensor.name} is {tensor.dtype}; expected {', '.join(FLOATS)}")
 
 
 def _read(
-    files: TensorFiles, names: NameMap, shapes: Mapping[str, tuple[int, ...]], dtype: str, sharding: Any
+    files: TensorFiles,
+    names: Mapping[str, Slot],
+    digests: Mapping[str, str],
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: str,
+    sharding: Any,
 ) -> Params:
-    digests = _our_metadata(files, DIGESTS)
     place = _placement(sharding, shapes)
     # Leaves that share a tensor are read together. The largest come first, while little else is in memory: that bounds
     # the peak where a device makes a copy.

@@ -1,12 +1,33 @@
-"""The supported formats of weights: each is a module of its name in this package, with its ``FORMAT``."""
+"""The supported formats of weights, and the families of models that are only recognised.
+
+A format is a module of its name in this package, with its ``FORMAT``.
+"""
 
 import importlib
+import re
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Literal, get_args
 
 if TYPE_CHECKING:
     from slm_jax.weights.names import Format
 
 FormatName = Literal["huggingface", "nanogpt", "book"]
+
+# The first pattern that a tensor's name starts with decides.
+_OTHER_FAMILIES = (
+    (r"base_model\.model\.|.*\.lora_[AB]\.", "a LoRA adapter (PEFT) without its base model"),
+    (r"(transformer|model)\.(h|layers)\.\d+\.(attn\.(attn|qkv|proj)\.|norm_[12]\.|mlp\.fc)", "LitGPT"),
+    (r"gpt_neox\.|layers\.\d+\.attention\.query_key_value\.", "GPT-NeoX (Pythia)"),
+    (r"(transformer\.)?h\.\d+\.attn\.attention\.", "GPT-Neo"),
+    (r"(transformer\.)?h\.\d+\.attn\.[qkv]_proj\.", "GPT-J"),
+    (r"(transformer\.)?h\.\d+\.self_attention\.", "BLOOM or Falcon"),
+    (r"(model\.)?decoder\.layers\.\d+\.self_attn\.|model\.decoder\.", "OPT"),
+    (r"(model\.)?(language_model\.)?layers\.\d+\.self_attn\.", "LLaMA-like (LLaMA, Mistral, Qwen, Gemma)"),
+    (r"layers\.\d+\.attention\.w[qkvo]\.", "LLaMA-like (Meta's own names)"),
+    (r"((bert|roberta|electra|deberta)\.)?(embeddings\.word_embeddings|encoder\.layer)\.", "an encoder (BERT-like)"),
+    (r"shared\.weight|(encoder|decoder)\.block\.", "T5"),
+    (r"model/(h\d+|wte|wpe|ln_f)", "OpenAI's TensorFlow checkpoint of GPT-2, which is not read yet"),
+)
 
 
 def get_format(name: str) -> "Format":
@@ -17,3 +38,15 @@ def get_format(name: str) -> "Format":
 def all_formats() -> list["Format"]:
     """Return all formats, in the order in which they are tried."""
     return [get_format(name) for name in get_args(FormatName)]
+
+
+def describe(names: Iterable[str], model_type: object = None) -> str:
+    """Say whose tensors these are: by the pattern of their names, else by ``model_type`` of a ``config.json``."""
+    names = list(names)
+    for pattern, family in _OTHER_FAMILIES:
+        for name in names:
+            if re.match(rf"(_orig_mod\.|module\.)*({pattern})", name):
+                return f"{family}: tensor {name}"
+    if model_type not in (None, "gpt2"):
+        return f"model_type {model_type!r} in config.json"
+    return f"no model that slm_jax knows: tensor {names[0]}" if names else "no tensors at all"

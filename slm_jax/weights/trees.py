@@ -5,6 +5,8 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,15 +64,12 @@ def read_tree(file: Path) -> Params:
     file = user_path(file)
     if not file.is_file():
         raise MissingInputError(f"{file}: no such file; expected parameters that slm_jax wrote")
-    try:
-        with safe_open(file, "numpy") as tensors:
-            digests = json.loads((tensors.metadata() or {})[DIGESTS])
-            flat = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
-        raise _unreadable(file, error) from None
-    for name in sorted(flat.keys() | digests.keys()):
-        if name not in flat or hashlib.sha256(_bytes(flat[name])).hexdigest() != digests.get(name):
-            raise InputError(f"{file}: {name} is {'damaged' if name in flat else 'missing'}; restore the file")
+    with _opened(file) as (tensors, text):
+        digests = json.loads(text)
+        flat = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 (no mapping)
+        for name in sorted(flat.keys() | digests.keys()):
+            if name not in flat or hashlib.sha256(_bytes(flat[name])).hexdigest() != digests.get(name):
+                raise InputError(f"{file}: {name} is {'damaged' if name in flat else 'missing'}; restore the file")
     return unflatten_dict(flat, sep="/")
 
 
@@ -80,15 +79,20 @@ def tree_fingerprint(file: Path) -> str:
     Raises:
         InputError: the file is damaged, or not a params tree.
     """
+    with _opened(file) as (_, text):
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[tuple[Any, str]]:
+    """Open a file of a tree; yield it and the text of its digests."""
     try:
         with safe_open(file, "numpy") as tensors:
-            return hashlib.sha256((tensors.metadata() or {})[DIGESTS].encode()).hexdigest()
-    except (SafetensorError, OSError, KeyError) as error:
-        raise _unreadable(file, error) from None
-
-
-def _unreadable(file: Path, error: Exception) -> InputError:
-    return InputError(f"{file}: cannot be read as parameters of slm_jax ({error}); restore the file")
+            yield tensors, (tensors.metadata() or {})[DIGESTS]
+    except InputError:
+        raise
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+        raise InputError(f"{file}: cannot be read as parameters of slm_jax ({error}); restore the file") from None
 
 
 def _bytes(tensor: np.ndarray) -> memoryview:

@@ -1,5 +1,6 @@
 """``save_gpt2``: a model as a folder that Hugging Face, nanoGPT or the book's code can read."""
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,12 +13,12 @@ from flax.traverse_util import flatten_dict
 from slm_jax.errors import InputError
 from slm_jax.files import check_new_folder, new_folder
 from slm_jax.model import GPTConfig, Params
-from slm_jax.nn.axes import STACK
+from slm_jax.nn.axes import HEAD, STACK
 from slm_jax.nn.blocks import join_blocks
 from slm_jax.nn.lora import merge_adapters
 from slm_jax.tokenizer import GPT2Tokenizer, Tokenizer
 from slm_jax.weights.files import FLOATS, OURS, OURS_FIELDS
-from slm_jax.weights.names import HEAD, TOKENS, leaf_shapes
+from slm_jax.weights.names import TOKENS, leaf_shapes
 from slm_jax.weights.registry import FormatName, get_format
 from slm_jax.weights.trees import write_tensors
 
@@ -60,7 +61,8 @@ def save_gpt2(
     if tokenizer is not None and tokenizer.vocab_size > cfg.vocab_size:
         raise InputError(f"the tokenizer has {tokenizer.vocab_size} ids; the model's vocab_size is {cfg.vocab_size}")
     form = get_format(format)
-    target, leaves, cfg = check_new_folder(folder), _leaves(cfg, params), form.fit(cfg)
+    target, leaves = check_new_folder(folder), _leaves(cfg, params)
+    cfg = dataclasses.replace(cfg, **{"qkv_bias": cfg.qkv_bias and cfg.bias, **form.fixed})
     embedding = leaves[TOKENS]
     for path, shape in leaf_shapes(cfg).items():  # what the format cannot leave out
         leaves.setdefault(path, embedding.T if path == HEAD else np.zeros(shape, embedding.dtype))

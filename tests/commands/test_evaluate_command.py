@@ -14,7 +14,6 @@ from slm_jax.data.templates import Template
 from slm_jax.evaluation.benchmarks import hellaswag, lambada
 from slm_jax.evaluation.logprobs import Scorer
 from slm_jax.evaluation.responses import read_responses, reference_loss
-from slm_jax.evaluation.results import to_dict
 from slm_jax.evaluation.text import evaluate_source
 from slm_jax.model import GPTModel, init_params
 from slm_jax.runs import load_model
@@ -48,9 +47,9 @@ def test_it_prints_what_the_functions_measure(weights, files, capsys):
     figures = json.loads(capsys.readouterr().out)
     run = load_model(weights)
     scorer = Scorer(GPTModel(run.model_config), run.params, run.tokenizer)
-    assert figures["text"] == to_dict(evaluate_source(scorer, **text))
-    assert figures["lambada"] == to_dict(lambada(scorer, sources["lambada"]))
-    assert figures["hellaswag"] == to_dict(hellaswag(scorer, sources["hellaswag"]))
+    assert figures["text"] == evaluate_source(scorer, **text)
+    assert figures["lambada"] == lambada(scorer, sources["lambada"])
+    assert figures["hellaswag"] == hellaswag(scorer, sources["hellaswag"])
     assert figures["run"] == str(weights)
     assert math.isclose(math.exp(figures["text"]["loss"]), figures["text"]["perplexity"])
 
@@ -102,7 +101,7 @@ def test_a_model_measures_the_references_with_its_template(instructed, files, ca
     run = load_model(instructed)
     entries = read_responses(files / "responses.json")
     expected = reference_loss(Scorer(GPTModel(run.model_config), run.params, run.tokenizer, 3), TEMPLATE, entries)
-    assert figures["references"] == to_dict(expected)
+    assert figures["references"] == expected
     assert figures["responses"]["n"] == 4
     assert captured.err == ""
 
@@ -126,3 +125,9 @@ def test_it_writes_to_a_file_or_says_why_not(weights, files, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert cli.main([*args, "--out", str(tmp_path / "file" / "figures.json")]) == 2
     assert "is not a writable folder" in capsys.readouterr().err
+
+
+def test_figures_beyond_a_float_are_null_in_json(weights, files, monkeypatch, capsys):
+    monkeypatch.setattr("slm_jax.evaluation.text.evaluate_source", lambda *_, **__: {"loss": math.nan, "n": 2})
+    assert cli.main(["evaluate", "--run", str(weights), "--source", f"text:{files / 'cats.txt'}"]) == 0
+    assert json.loads(capsys.readouterr().out)["text"] == {"loss": None, "n": 2}

@@ -2,18 +2,7 @@
 
 from pathlib import Path
 
-import pytest
-
 from slm_jax import cli
-from slm_jax.commands.generate import Options
-from slm_jax.config import parse
-
-
-@pytest.mark.parametrize("top_k", ["0", "null"])
-def test_top_k_0_and_null_draw_from_all(top_k):
-    options = parse(Options, ["--run", "x", "--top-k", top_k], "slm-jax generate")
-    assert options.sampling().top_k is None
-    assert Options(run="x").sampling().top_k == 50
 
 
 def generate(run: Path, *more: str) -> list[str]:

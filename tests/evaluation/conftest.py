@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from slm_jax.evaluation import logprobs
 from slm_jax.evaluation.logprobs import Scorer
 from slm_jax.model import GPTConfig, GPTModel, param_shapes
 from slm_jax.tokenizer import CharTokenizer
@@ -95,15 +96,11 @@ def random_params():
 @pytest.fixture
 def shapes(monkeypatch):
     """The shapes that are computed, and so compiled for."""
-    from slm_jax.evaluation import logprobs, text
-
-    seen = []
+    seen, compute = [], logprobs.target_logprobs
 
     def spy(model, params, inputs, targets):
         seen.append(inputs.shape)
         return compute(model, params, inputs, targets)
 
-    compute = logprobs.target_logprobs
-    for module in (logprobs, text):
-        monkeypatch.setattr(module, "target_logprobs", spy)
+    monkeypatch.setattr(logprobs, "target_logprobs", spy)
     return seen

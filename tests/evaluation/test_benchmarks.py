@@ -10,8 +10,7 @@ from refusals import refused
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.evaluation.benchmarks import hellaswag, lambada, read_examples
 from slm_jax.evaluation.logprobs import Scorer
-from slm_jax.evaluation.results import to_dict
-from slm_jax.tokenizer import BPETokenizer, CharTokenizer, GPT2Tokenizer
+from slm_jax.tokenizer import BPETokenizer, CharTokenizer
 
 CHARS = "abcdefghij "  # with the end of text 12 ids
 
@@ -46,9 +45,6 @@ def texts(monkeypatch):
     return seen
 
 
-# LAMBADA
-
-
 def test_lambada_s_perplexity_is_the_table_s(bigrams, tokenizer, jsonl):
     rows = ["ab cd ef", "abc de g", "j", "a b c d e f g h i j a b c d e f"]
     scores = []
@@ -57,8 +53,8 @@ def test_lambada_s_perplexity_is_the_table_s(bigrams, tokenizer, jsonl):
         before = tokenizer.encode(text)[: -len(last)] or [tokenizer.eot_id]
         scores.append(bigrams.score([*before, *last], len(last)))
     result = lambada(bigrams.scorer(tokenizer), jsonl(*({"text": text} for text in rows)))
-    assert result.perplexity == pytest.approx(math.exp(-np.mean(scores)), rel=1e-5)
-    assert (result.n_examples, result.n_truncated) == (4, 1)
+    assert result["perplexity"] == pytest.approx(math.exp(-np.mean(scores)), rel=1e-5)
+    assert (result["n_examples"], result["n_truncated"]) == (4, 1)
 
 
 def test_a_hit_is_a_last_word_of_likeliest_tokens_only(bigrams_of, tokenizer, jsonl):
@@ -68,8 +64,8 @@ def test_a_hit_is_a_last_word_of_likeliest_tokens_only(bigrams_of, tokenizer, js
     table = bigrams_of(logits)
     rows = ["ab c", "ab cd", "j b cd", "ab ce", "ab dd", "abc cd"]  # the last: no space is likely after c
     result = lambada(table.scorer(tokenizer), jsonl(*({"text": text} for text in rows)))
-    assert result.acc == 3 / 6
-    assert result.acc_stderr == pytest.approx(math.sqrt(0.25 / 5))
+    assert result["acc"] == 3 / 6
+    assert result["acc_stderr"] == pytest.approx(math.sqrt(0.25 / 5))
 
 
 def test_lambada_s_target_is_the_last_word_with_its_space(transformer, jsonl, texts):
@@ -81,9 +77,6 @@ def test_lambada_s_target_is_the_last_word_with_its_space(transformer, jsonl, te
         ("<|endoftext|>", " one"),
         ("<|endoftext|>", " end"),
     ]
-
-
-# HellaSwag
 
 
 def example(**changes):
@@ -131,9 +124,9 @@ def test_acc_is_by_the_sum_and_acc_norm_by_the_character(bigrams_of, jsonl):
     assert g / 1 < run_of_f / 8
     rows = [example(endings=["g", "ffffffff"], label=label) for label in (0, 1, 0, 0)]
     result = hellaswag(table.scorer(tokenizer, 3), jsonl(*rows))
-    assert (result.acc, result.acc_norm, result.n_examples, result.n_truncated) == (0.75, 0.25, 4, 0)
-    assert result.acc_stderr == pytest.approx(math.sqrt(0.75 * 0.25 / 3))
-    assert result.acc_norm_stderr == pytest.approx(math.sqrt(0.75 * 0.25 / 3))
+    assert (result["acc"], result["acc_norm"], result["n_examples"], result["n_truncated"]) == (0.75, 0.25, 4, 0)
+    assert result["acc_stderr"] == pytest.approx(math.sqrt(0.75 * 0.25 / 3))
+    assert result["acc_norm_stderr"] == pytest.approx(math.sqrt(0.75 * 0.25 / 3))
 
 
 def test_the_harness_s_length_has_no_leading_space(transformer, jsonl, monkeypatch):
@@ -141,25 +134,21 @@ def test_the_harness_s_length_has_no_leading_space(transformer, jsonl, monkeypat
         scores = np.array([-1.0, second]), np.zeros(2, bool)
         monkeypatch.setattr(Scorer, "score", lambda *_, scores=scores: scores)
         row = example(endings=["f", "gg"], label=0)
-        assert hellaswag(transformer.scorer(BPETokenizer()), jsonl(row)).acc_norm == right
+        assert hellaswag(transformer.scorer(BPETokenizer()), jsonl(row))["acc_norm"] == right
 
 
 def test_an_ending_that_is_only_brackets_is_never_the_choice(transformer, jsonl):
     rows = example(endings=["[step]", "ab"], label=1)
     result = hellaswag(transformer.scorer(CharTokenizer().build_vocab("abcdeE: ")), jsonl(rows))
-    assert result.acc_norm == 1
+    assert result["acc_norm"] == 1
 
 
 def test_one_example_has_no_standard_error_and_is_truncated_on_the_left(bigrams, tokenizer, jsonl):
     long = lambada(bigrams.scorer(tokenizer), jsonl({"text": "ab " * 50 + "cd"}))
     short = lambada(bigrams.scorer(tokenizer), jsonl({"text": "ab cd"}))
-    assert (long.n_truncated, short.n_truncated) == (1, 0)
-    assert long.perplexity == pytest.approx(short.perplexity, rel=1e-5)
-    assert math.isnan(short.acc_stderr)
-    assert json.loads(json.dumps(to_dict(short), allow_nan=False))["acc_stderr"] is None
-
-
-# Mistakes
+    assert (long["n_truncated"], short["n_truncated"]) == (1, 0)
+    assert long["perplexity"] == pytest.approx(short["perplexity"], rel=1e-5)
+    assert short["acc_stderr"] is None
 
 
 @pytest.mark.parametrize(
@@ -179,14 +168,10 @@ def test_mistakes_in_lambada_are_named_by_line(bigrams, tokenizer, jsonl, row, m
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"activity_label": None}, "no field 'activity_label'"),
         ({"ctx_b": None}, "no field 'ctx_b'"),
         ({"ctx_a": ["x"]}, r"ctx_a is \['x'\]; expected text"),
-        ({"endings": None}, "no field 'endings'"),
-        ({"endings": "fg"}, "endings is 'fg'; expected a list of at least two texts"),
-        ({"endings": ["f"]}, "endings is"),
+        ({"endings": ["f"]}, "endings is .*; expected a list of at least two texts"),
         ({"endings": ["f", " "]}, "endings is"),
-        ({"label": ""}, "has no label"),
         ({"label": -1}, "has no label"),
         ({"label": 2}, "label is 2; expected a number from 0 to 1"),
         ({"label": True}, "label is True"),
@@ -201,19 +186,7 @@ def test_mistakes_in_hellaswag_are_named_by_line(bigrams, jsonl, changes, messag
 
 def test_labels_may_be_text(transformer, jsonl, texts):
     row = example(endings=["fg", "f"], label="1")
-    assert hellaswag(transformer.scorer(BPETokenizer()), jsonl(row)).acc == 0  # the spy prefers 0
-
-
-def test_a_tokenizer_without_its_files_says_so(bigrams, jsonl, monkeypatch):
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
-    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
-    monkeypatch.delenv("no_proxy", raising=False)
-    monkeypatch.delenv("NO_PROXY", raising=False)
-    with pytest.raises(MissingInputError, match=r"^no files for GPT-2's tokenizer"):
-        lambada(bigrams.scorer(GPT2Tokenizer()), jsonl({"text": "a b"}))
-
-
-# Sources
+    assert hellaswag(transformer.scorer(BPETokenizer()), jsonl(row))["acc"] == 0  # the spy prefers 0
 
 
 def test_a_limit_leaves_the_rest_unread(tmp_path):
@@ -227,10 +200,9 @@ def test_a_limit_leaves_the_rest_unread(tmp_path):
         read_examples(f"jsonl:{path}", "lambada", None)
 
 
-@pytest.mark.parametrize("source", ["rows.jsonl", "jsonl:", "builtin:python-docs"])
-def test_sources_without_rows_are_refused(source):
+def test_sources_without_rows_are_refused():
     with pytest.raises(InputError, match=r"expected .*jsonl:"):
-        read_examples(source, "lambada", None)
+        read_examples("builtin:python-docs", "lambada", None)
 
 
 @pytest.fixture

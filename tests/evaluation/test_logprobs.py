@@ -81,19 +81,15 @@ def test_truncated_is_what_loses_tokens(transformer):
     assert truncated == [False] * len(LENGTHS) + [True] * len(TOO_LONG)
 
 
-@pytest.mark.parametrize("bad", [([1, 12], [1]), ([1], [-2])])
-def test_ids_outside_the_vocabulary_are_refused(transformer, bad):
-    with pytest.raises(InputError, match=r"id (12|-2), outside the model's vocabulary of 12"):
-        transformer.scorer().score([([1], [2]), bad])
+def test_ids_outside_the_vocabulary_are_refused(transformer):
+    with pytest.raises(InputError, match=r"id 12, outside the model's vocabulary of 12"):
+        transformer.scorer().score([([1], [2]), ([1, 12], [1])])
 
 
 def test_a_model_of_nans_is_refused(transformer):
     params = jax.tree.map(lambda leaf: leaf * np.nan, transformer.params)
     with pytest.raises(InputError, match="pair 0 is not finite"):
         dataclasses.replace(transformer.scorer(), params=params).score([([1], [2])])
-
-
-# Text to pairs
 
 
 @pytest.fixture(scope="module")

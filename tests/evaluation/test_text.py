@@ -1,7 +1,6 @@
 """What must hold of a text's loss: each token but the first counts once, after all that its window shows of it."""
 
 import dataclasses
-import json
 import math
 
 import jax
@@ -12,9 +11,8 @@ from refusals import refused
 from slm_jax.data.config import DataConfig, TokenizerConfig
 from slm_jax.data.corpus import load_corpus
 from slm_jax.errors import InputError
-from slm_jax.evaluation.logprobs import Scorer
-from slm_jax.evaluation.results import perplexity, to_dict
-from slm_jax.evaluation.text import TextLoss, evaluate_source, text_loss
+from slm_jax.evaluation.logprobs import Scorer, perplexity
+from slm_jax.evaluation.text import evaluate_source, text_loss
 from slm_jax.model import GPTConfig, GPTModel, param_shapes
 from slm_jax.tokenizer import CharTokenizer
 
@@ -27,20 +25,9 @@ def windowed(n_tokens, context_length, stride):
     return [(target, stride * max(0, math.ceil((target - context_length) / stride))) for target in range(1, n_tokens)]
 
 
-# The definition
-
-
 @pytest.mark.parametrize(
     ("n_tokens", "context_length", "stride"),
-    [
-        (90, 20, 20),
-        (90, 20, 7),
-        (61, 20, 20),
-        (60, 20, 19),
-        (41, 5, 3),
-        (12, 20, 4),
-        (2, 1, 1),
-    ],
+    [(90, 20, 20), (90, 20, 7), (60, 20, 19), (12, 20, 4), (2, 1, 1)],
 )
 def test_each_target_counts_once_after_what_its_first_window_shows(transformer, n_tokens, context_length, stride):
     tokens = TOKENS[:n_tokens]
@@ -49,8 +36,7 @@ def test_each_target_counts_once_after_what_its_first_window_shows(transformer, 
         for target, start in windowed(n_tokens, context_length, stride)
     )
     found = text_loss(transformer.scorer(batch_size=3), tokens, context_length=context_length, stride=stride)
-    assert found.n_targets == n_tokens - 1
-    assert found.loss_sum == pytest.approx(expected, rel=1e-5)
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_windows_do_not_overlap_by_default_and_more_context_changes_the_loss(transformer, shapes):
@@ -58,19 +44,16 @@ def test_windows_do_not_overlap_by_default_and_more_context_changes_the_loss(tra
     default = text_loss(scorer, TOKENS)
     assert default == text_loss(scorer, TOKENS, context_length=CONTEXT, stride=CONTEXT)
     assert shapes[0] == (5, CONTEXT)  # 89 targets
-    assert abs(text_loss(scorer, TOKENS, stride=1).loss - default.loss) > 1e-3
+    assert abs(text_loss(scorer, TOKENS, stride=1) - default) > 0.1
 
 
 def test_the_batch_size_does_not_matter_and_one_shape_is_compiled(transformer, shapes):
     losses = []
     for batch_size in (1, 4, 64):
         shapes.clear()
-        losses.append(text_loss(transformer.scorer(batch_size=batch_size), TOKENS, stride=9).loss)
+        losses.append(text_loss(transformer.scorer(batch_size=batch_size), TOKENS, stride=9))
         assert len(set(shapes)) == 1
-    assert max(losses) - min(losses) < 1e-6
-
-
-# Figures
+    assert max(losses) - min(losses) < 1e-6 * 89
 
 
 def test_a_model_that_knows_nothing_has_the_logarithm_of_its_whole_vocabulary():
@@ -79,16 +62,8 @@ def test_a_model_that_knows_nothing_has_the_logarithm_of_its_whole_vocabulary():
     )
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), param_shapes(cfg))
     loss = text_loss(Scorer(GPTModel(cfg), params, CharTokenizer("ab")), np.arange(41))
-    assert (loss.n_targets, loss.loss) == (40, pytest.approx(math.log(64), rel=1e-6))  # padding ids are in the softmax
-
-
-def test_figures_beyond_a_float_are_null_in_json():
+    assert loss == pytest.approx(40 * math.log(64), rel=1e-6)  # padding ids are in the softmax
     assert perplexity(1000.0) == math.inf
-    found = to_dict(TextLoss(math.nan, 2))
-    assert json.loads(json.dumps(found, allow_nan=False)) == {"loss_sum": None, "n_targets": 2}
-
-
-# Sources
 
 
 @pytest.fixture
@@ -119,14 +94,14 @@ def test_splits_are_those_of_pretraining(scorer, text_source, token_source, kind
     for split in ("train", "validation"):
         tokens = getattr(corpus, split)
         result = evaluate_source(scorer, source, split=split, validation_fraction=0.3, stride=5)
-        assert result.n_targets == tokens.size - 1
-        assert result.loss == pytest.approx(text_loss(scorer, tokens, stride=5).loss, rel=1e-6)
+        assert result["n_targets"] == tokens.size - 1
+        assert result["loss"] * (tokens.size - 1) == pytest.approx(text_loss(scorer, tokens, stride=5), rel=1e-6)
     if kind == "text":
-        assert result.n_bytes == pytest.approx(corpus.bytes_per_token * corpus.validation.size)
-        assert result.bits_per_byte == pytest.approx(result.loss * result.n_targets / math.log(2) / result.n_bytes)
+        n_bits = result["loss"] * result["n_targets"] / math.log(2)
+        assert result["n_bytes"] == pytest.approx(corpus.bytes_per_token * corpus.validation.size)
+        assert result["bits_per_byte"] == pytest.approx(n_bits / result["n_bytes"])
     else:
-        assert result.n_bytes is None
-        assert result.bits_per_byte is None
+        assert result["n_bytes"] is result["bits_per_byte"] is None
 
 
 def test_the_whole_of_a_source_has_the_end_of_text_between_documents(scorer, text_source):
@@ -134,20 +109,16 @@ def test_the_whole_of_a_source_has_the_end_of_text_between_documents(scorer, tex
     ids = [scorer.tokenizer.encode(document) for document in documents]
     joined = np.array([id_ for document in ids for id_ in [scorer.tokenizer.eot_id, *document]][1:])
     result = evaluate_source(scorer, text_source)
-    assert result.loss == pytest.approx(text_loss(scorer, joined).loss, rel=1e-6)
-    assert result.n_bytes == sum(len(document.encode()) for document in documents)
-    assert (result.split, result.context_length, result.stride) == ("all", 8, 8)
-    assert json.loads(json.dumps(to_dict(result)))["perplexity"] == pytest.approx(math.exp(result.loss))
-
-
-# Mistakes
+    assert result["loss"] * (joined.size - 1) == pytest.approx(text_loss(scorer, joined), rel=1e-6)
+    assert result["n_bytes"] == sum(len(document.encode()) for document in documents)
+    assert (result["split"], result["context_length"], result["stride"]) == ("all", 8, 8)
+    assert result["perplexity"] == pytest.approx(math.exp(result["loss"]))
 
 
 @pytest.mark.parametrize(
     ("tokens", "options", "message"),
     [
         (TOKENS, {"stride": 0}, "stride is 0; expected 1 to the context length of 20"),
-        (TOKENS, {"stride": 6, "context_length": 5}, "stride is 6; expected 1 to the context length of 5"),
         (TOKENS, {"context_length": 21}, "context_length is 21"),
         (TOKENS[:1], {}, "1 tokens; expected at least 2"),
         (np.array([3, 12, 1]), {}, "token 1 has id 12, outside the model's vocabulary of 12"),

@@ -7,8 +7,8 @@ import pytest
 
 from slm_jax.data.templates import Message, Template
 from slm_jax.errors import InputError
+from slm_jax.generation.config import Sampling
 from slm_jax.generation.conversation import Conversation
-from slm_jax.generation.sampler import Sampling
 from slm_jax.model import GPTConfig, GPTModel, param_shapes
 from slm_jax.tokenizer import CharTokenizer
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from slm_jax.errors import InputError
+from slm_jax.generation.config import Sampling
 from slm_jax.generation.decode import _pieces, generate, stream, stream_text
-from slm_jax.generation.sampler import Sampling
 from slm_jax.model import GPTConfig, GPTModel, param_shapes
 from slm_jax.nn.blocks import split_blocks, unstack_blocks
 from slm_jax.tokenizer import BPETokenizer, CharTokenizer

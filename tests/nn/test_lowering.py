@@ -19,8 +19,8 @@ from recipes import RECIPES, initial_params, read, shapes, training_step, with_t
 
 from slm_jax.data.builtin import python_docs
 from slm_jax.errors import MissingInputError
+from slm_jax.generation.config import Sampling
 from slm_jax.generation.decode import _Decoder, _Rules, _start
-from slm_jax.generation.sampler import Sampling
 from slm_jax.model import GPTClassifier, GPTModel, get_gpt_config, param_shapes
 from slm_jax.nn.blocks import unstack_blocks
 from slm_jax.nn.target import compiling_for

