@@ -26,13 +26,9 @@ _DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float
 FLOATS = tuple(_DTYPES.values())
 AGAIN = "download or export it again"
 _READABLE = ("model.safetensors", INDEX, "pytorch_model.bin", "ckpt.pt")
-_UNREADABLE = ("pytorch_model.bin.index.json", "tf_model.h5", "flax_model.msgpack", "model.ckpt.index")
-_EXPECTED = "expected safetensors or a PyTorch file"
 _WRONG_KIND = {
     b"version https://git-lfs": "a git-lfs pointer; fetch the weights with: git lfs pull",
     **dict.fromkeys((b"<!doctype", b"<html", b"<head", b"<!--"), "an HTML page; download the file itself"),
-    b"gguf": f"a GGUF file; {_EXPECTED}",
-    b"\x89hdf": f"an HDF5 file of TensorFlow; {_EXPECTED}",
 }
 
 
@@ -83,7 +79,6 @@ def find_file(path: Path) -> Path:
 
     Raises:
         MissingInputError: neither a file nor a folder with weights.
-        InputError: a folder with weights in a format that is not supported.
     """
     if path.is_file():
         return path
@@ -92,11 +87,6 @@ def find_file(path: Path) -> Path:
     for name in _READABLE:
         if (path / name).is_file():
             return path / name
-    for name in _UNREADABLE:
-        if (path / name).is_file():
-            raise InputError(
-                f"{path / name}: unsupported format; convert it to safetensors with transformers' save_pretrained"
-            )
     raise MissingInputError(f"{path}: no weights in this folder; expected {', '.join(_READABLE)}, or a run")
 
 

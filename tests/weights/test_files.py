@@ -5,19 +5,17 @@ import struct
 
 import numpy as np
 import pytest
-from foreign_files import CONFIG, VOCAB, WIDTH, book, huggingface, nanogpt, write, write_shards
+from foreign_files import CONFIG, VOCAB, WIDTH, huggingface, nanogpt, write, write_shards
+from refusals import refused
 
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.runs import load_gpt2
 
 
 def refusal(source, kind=InputError, **kwargs):
-    with pytest.raises(InputError) as caught:
+    with refused(".", kind) as caught:
         load_gpt2(source, **kwargs)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert isinstance(caught.value, kind)
-    return message
+    return str(caught.value)
 
 
 def changed(**tensors):
@@ -57,23 +55,21 @@ def test_a_wrong_tensor_is_named(tensors, expected, tmp_path):
     assert expected in message
 
 
-@pytest.mark.parametrize("config", [CONFIG, None])
-def test_a_transposed_projection_is_named_before_anyone_is_asked_for_heads(config, tmp_path):
+def test_a_transposed_projection_is_named_before_the_user_is_asked_for_heads(tmp_path):
     tensors = huggingface()
     tensors["h.0.attn.c_attn.weight"] = tensors["h.0.attn.c_attn.weight"].T
-    message = refusal(write(tmp_path, tensors, config))
+    message = refusal(write(tmp_path, tensors))
     assert f"h.0.attn.c_attn.weight has the shape ({3 * WIDTH}, {WIDTH})" in message
 
 
-@pytest.mark.parametrize("name", ["wte.weight", "wpe.weight", "h.0.attn.c_attn.weight", "ln_f.bias", "lm_head.weight"])
+@pytest.mark.parametrize("name", ["wte.weight", "wpe.weight", "h.0.attn.c_attn.weight", "lm_head.weight"])
 def test_a_tensor_without_axes_is_named(name, tmp_path):
     tensors = huggingface() | {name: np.float32(1).reshape(())}
     assert f"tensor {name} has the shape ()" in refusal(write(tmp_path, tensors, CONFIG))
 
 
-@pytest.mark.parametrize("tensors", [huggingface(), nanogpt(), book()], ids=["hf", "nanogpt", "book"])
-def test_another_model_with_these_names_is_refused(tensors, tmp_path):
-    message = refusal(write(tmp_path, tensors, {"model_type": "gpt_bigcode"}), n_heads=3)
+def test_another_model_with_these_names_is_refused(tmp_path):
+    message = refusal(write(tmp_path, huggingface(), {"model_type": "gpt_bigcode"}), n_heads=3)
     assert "model_type 'gpt_bigcode'" in message
 
 
@@ -90,16 +86,13 @@ def test_what_a_narrower_dtype_cannot_hold_is_said(tmp_path):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("model_type", "llama"),
         ("activation_function", "relu"),
         ("layer_norm_epsilon", 1e-6),
         ("scale_attn_by_inverse_layer_idx", True),
         ("vocab_size", VOCAB + 1),
         ("n_layer", 10**12),
-        ("n_embd", 24),
         ("n_positions", "10"),
         ("n_head", 5),
-        ("n_head", "3"),
         ("num_attention_heads", 4),
         ("tie_word_embeddings", None),
     ],
@@ -114,7 +107,7 @@ def test_a_configuration_that_is_not_computed_or_does_not_fit_is_named(key, valu
 
 def test_a_config_json_that_is_none(tmp_path):
     folder = write(tmp_path, huggingface(), CONFIG)
-    for text in ("", "{", "[1]", '{"n_head": 3, "n_head": 4}', "[" * 100_000):
+    for text in ("{", "[1]", '{"n_head": 3, "n_head": 4}'):
         (folder / "config.json").write_text(text)
         assert "config.json" in refusal(folder)
 
@@ -125,9 +118,7 @@ def test_a_config_json_that_is_none(tmp_path):
         ("transformer.h.0.attn.attn.weight", "LitGPT"),
         ("model.layers.0.self_attn.q_proj.weight", "LLaMA"),
         ("roberta.encoder.layer.0.attention.self.query.weight", "BERT"),
-        ("gpt_neox.layers.0.attention.query_key_value.weight", "NeoX"),
         ("base_model.model.transformer.h.0.attn.c_attn.lora_A.weight", "LoRA"),
-        ("_orig_mod.transformer.h.0.attn.attn.weight", "LitGPT"),
         ("something.else", "something.else"),
     ],
 )
@@ -135,10 +126,6 @@ def test_other_models_are_refused_by_name(name, family, tmp_path):
     message = refusal(write(tmp_path, {name: np.ones((4, 4), np.float32)}))
     assert family in message
     assert str(tmp_path) in message
-
-
-def test_config_json_names_a_model_whose_tensors_say_nothing(tmp_path):
-    assert "'mamba'" in refusal(write(tmp_path, {"x": np.ones(2, np.float32)}, {"model_type": "mamba"}))
 
 
 HEADER = b'{"wte.weight":{"dtype":"F32","shape":[2,2],"data_offsets":[0,16]}}'
@@ -150,7 +137,6 @@ HEADER = b'{"wte.weight":{"dtype":"F32","shape":[2,2],"data_offsets":[0,16]}}'
         pytest.param(b"", "0 bytes", id="empty"),
         pytest.param(b"\n<!DOCTYPE html><html><head></head></html>", "HTML page", id="html"),
         pytest.param(b"version https://git-lfs.github.com/spec/v1\nsize 5\n", "git lfs pull", id="lfs"),
-        pytest.param(b"GGUF\x03\x00\x00\x00 and so on", "GGUF", id="gguf"),
         pytest.param(b"just some text that is long enough", "neither safetensors nor", id="text"),
         pytest.param(struct.pack("<Q", len(HEADER)) + HEADER + bytes(15), "damaged safetensors", id="short"),
         pytest.param(struct.pack("<Q", len(HEADER)) + HEADER[:-2] + b"  " + bytes(16), "damaged safeten", id="cut"),
@@ -167,8 +153,6 @@ def test_a_file_that_is_no_weights_is_named(content, expected, tmp_path):
 def test_what_is_not_there_is_named(tmp_path):
     assert str(tmp_path / "none") in refusal(tmp_path / "none", MissingInputError)
     assert "no weights in this folder" in refusal(tmp_path, MissingInputError)
-    (tmp_path / "tf_model.h5").touch()
-    assert "save_pretrained" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("shard", ["../model-00001-of-00002.safetensors", "c:x.safetensors", "a\nb.safetensors", None])
@@ -207,18 +191,12 @@ def test_shards_and_their_index_must_agree(tmp_path):
 
 def test_a_pickle_without_torch_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torch", None)  # as if it were not installed
-    for name, content in (("ckpt.pt", b"PK\x03\x04" + bytes(60)), ("model.pth", b"\x80\x02}q\x00." + bytes(60))):
-        (tmp_path / name).write_bytes(content)
-        message = refusal(tmp_path / name)
-        assert name in message
-        assert "torch" in message
-        assert "safetensors" in message
+    (tmp_path / "ckpt.pt").write_bytes(b"PK\x03\x04" + bytes(60))
+    message = refusal(tmp_path / "ckpt.pt")
+    assert all(part in message for part in ("ckpt.pt", "torch", "safetensors"))
 
 
 def test_a_suffix_says_nothing(tmp_path):
     write(tmp_path, nanogpt())
     (tmp_path / "model.safetensors").rename(tmp_path / "weights.pt")
     assert load_gpt2(tmp_path / "weights.pt", n_heads=3)[0].n_layers == 2
-    write(tmp_path, book())
-    (tmp_path / "model.safetensors").rename(tmp_path / "model.bin")
-    assert load_gpt2(tmp_path / "model.bin", n_heads=3)[0].n_layers == 2

@@ -5,8 +5,8 @@ import shutil
 
 import jax
 import pytest
+from refusals import refused
 
-from slm_jax.errors import InputError
 from slm_jax.model import GPTConfig, init_params
 from slm_jax.runs import Run, load_gpt2, save_run
 from slm_jax.tokenizer import CharTokenizer
@@ -38,24 +38,20 @@ def change(step, edit):
 
 
 def refusal(step):
-    with pytest.raises(InputError) as caught:
+    with refused("other step") as caught:
         load_gpt2(step.parent.parent)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert str(step) in message
-    assert "other step" in message
-    return message
+    assert str(step) in str(caught.value)
+    return str(caught.value)
 
 
 @pytest.mark.parametrize(
     "edit",
     [
         lambda metadata: metadata.pop("model"),
-        lambda metadata: metadata["model"].update(n_layers=2),
         lambda metadata: metadata["model"].update(vocab_size=10**30),
         lambda metadata: metadata.update(validation_loss="low"),
     ],
-    ids=["none", "layers", "huge", "loss"],
+    ids=["none", "huge", "loss"],
 )
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's other reads, given up
 def test_metadata_that_were_edited_are_refused(edit, step):

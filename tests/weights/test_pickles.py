@@ -49,11 +49,10 @@ def test_nanogpts_checkpoint(bias, tmp_path):
     torch.save(content, tmp_path / "ckpt.pt")
     with pytest.raises(InputError, match="n_layers 7"):
         load_gpt2(tmp_path)
-    for value, kind in ((torch.ones(2, 2), "Tensor"), (None, "NoneType")):
-        content["model_args"] = args | {"n_head": value}
-        torch.save(content, tmp_path / "ckpt.pt")
-        with pytest.raises(InputError, match=f"model_args has a {kind} for n_heads"):
-            load_gpt2(tmp_path)
+    content["model_args"] = args | {"n_head": None}
+    torch.save(content, tmp_path / "ckpt.pt")
+    with pytest.raises(InputError, match="model_args has a NoneType for n_heads"):
+        load_gpt2(tmp_path)
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -115,9 +114,8 @@ def test_what_is_no_state_dict_is_named(tmp_path):
         lambda tensor: tensor.to_sparse(),
         lambda tensor: tensor.to("meta"),
         lambda tensor: torch.nested.nested_tensor(list(tensor)),
-        lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.quint8),
     ],
-    ids=["sparse", "meta", "nested", "quantised"],
+    ids=["sparse", "meta", "nested"],
 )
 def test_a_tensor_that_is_not_dense_numbers_is_named(change, tmp_path, capfd):
     with warnings.catch_warnings():
@@ -126,12 +124,9 @@ def test_a_tensor_that_is_not_dense_numbers_is_named(change, tmp_path, capfd):
         tensors["transformer.wpe.weight"] = change(tensors["transformer.wpe.weight"])
         torch.save(tensors, tmp_path / "ckpt.pt")
     capfd.readouterr()
-    with pytest.raises(InputError) as caught:
+    with refused(r"transformer\.wpe\.weight|weights_only"):
         load_gpt2(tmp_path, n_heads=HEADS)
-    message = str(caught.value)
-    assert "\n" not in message
     assert capfd.readouterr().err == ""
-    assert "transformer.wpe.weight" in message or "weights_only" in message
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

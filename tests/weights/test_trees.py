@@ -37,11 +37,8 @@ def test_a_tree_comes_back_as_it_was(file):
         assert found[path].tobytes() == np.asarray(leaf).tobytes()
     assert found["half",].dtype == ml_dtypes.bfloat16
     assert [path.name for path in file.parent.iterdir()] == [file.name]
-
-
-def test_others_may_read_it_as_any_file(file):
     (file.parent / "plain").touch()
-    assert file.stat().st_mode == (file.parent / "plain").stat().st_mode
+    assert file.stat().st_mode == (file.parent / "plain").stat().st_mode  # others may read it as any file
 
 
 def test_a_fingerprint_is_of_the_contents(file, tmp_path):
@@ -52,25 +49,22 @@ def test_a_fingerprint_is_of_the_contents(file, tmp_path):
 
 def test_every_damage_is_refused(file):
     whole = file.read_bytes()
-    for content in (b"", whole[:-1], whole + b"\0", b"{}", whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:]):
+    changed = whole[:-1] + bytes([whole[-1] ^ 1])  # of the last leaf
+    for content, problem in (
+        (b"", ""),
+        (whole[:-1], ""),
+        (whole + b"\0", ""),
+        (changed, "(scale|kernel|half|one) is d"),
+    ):
         file.write_bytes(content)
-        with pytest.raises(InputError, match=r"params\.safetensors"):
+        with pytest.raises(InputError, match=rf"params\.safetensors: {problem}"):
             read_tree(file)
 
-
-def test_a_changed_leaf_is_named(file):
-    whole = bytearray(file.read_bytes())
-    whole[-1] ^= 1  # of the last leaf
-    file.write_bytes(whole)
-    with pytest.raises(InputError, match=r"(scale|kernel|half|one) is damaged"):
-        read_tree(file)
-
-
-def test_a_leaf_that_is_noted_and_not_there_is_named(file):
-    digests = {"a": "0" * 64}
-    save_file({}, file, {DIGESTS: json.dumps(digests)})
+    save_file({}, file, {DIGESTS: json.dumps({"a": "0" * 64})})
     with pytest.raises(InputError, match=r"a is missing"):
         read_tree(file)
+    with pytest.raises(MissingInputError, match=r"nothing: no such file"):
+        read_tree(file.with_name("nothing"))
 
 
 @pytest.mark.parametrize("read", [read_tree, tree_fingerprint])
@@ -78,11 +72,6 @@ def test_tensors_of_another_program_are_refused(file, read):
     save_file({"a": np.ones(2, np.float32)}, file)
     with pytest.raises(InputError, match=r"params\.safetensors: cannot be read as parameters of slm_jax"):
         read(file)
-
-
-def test_a_file_that_is_not_there_is_missing(tmp_path):
-    with pytest.raises(MissingInputError, match=r"nothing: no such file"):
-        read_tree(tmp_path / "nothing")
 
 
 @pytest.mark.parametrize(

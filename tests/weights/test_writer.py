@@ -22,6 +22,7 @@ from slm_jax.runs import load_gpt2
 from slm_jax.tokenizer import CharTokenizer, GPT2Tokenizer
 from slm_jax.weights.writer import save_gpt2
 
+THEIRS = huggingface(prefix="transformer.")
 SMALL = {"vocab_size": 31, "context_length": 8, "emb_dim": 8, "n_heads": 2, "n_layers": 2}
 
 
@@ -33,23 +34,12 @@ def model(**fields):
     )
 
 
-def logits(cfg, params):
-    tokens = jnp.arange(16, dtype=jnp.int32).reshape(2, 8)
-    return GPTModel(cfg).apply({"params": params}, tokens)
-
-
 @pytest.mark.parametrize(
     ("tensors", "format"),
     [
-        (huggingface(prefix="transformer."), "huggingface"),
-        (
-            huggingface(prefix="transformer.") | {"lm_head.weight": np.full((VOCAB, WIDTH), 0.5, np.float32)},
-            "huggingface",
-        ),
-        (
-            {name: tensor.astype(np.float16) for name, tensor in huggingface(prefix="transformer.").items()},
-            "huggingface",
-        ),
+        (THEIRS, "huggingface"),
+        (THEIRS | {"lm_head.weight": np.full((VOCAB, WIDTH), 0.5, np.float32)}, "huggingface"),
+        ({name: tensor.astype(np.float16) for name, tensor in THEIRS.items()}, "huggingface"),
         (nanogpt(), "nanogpt"),
         (nanogpt(bias=False), "nanogpt"),
         (book(), "book"),
@@ -83,8 +73,8 @@ def test_adapters_are_merged_with_their_matrices(tmp_path):
 @pytest.mark.parametrize("format", ["huggingface", "nanogpt", "book"])
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"tie_weights": False}, {"bias": False}, {"qkv_bias": False}, {"param_dtype": "bfloat16"}],
-    ids=["plain", "untied", "no-bias", "no-qkv-bias", "bfloat16"],
+    [{"exact_gelu": True}, {"tie_weights": False}, {"bias": False}, {"qkv_bias": False}, {"param_dtype": "bfloat16"}],
+    ids=["exact-gelu", "untied", "no-bias", "no-qkv-bias", "bfloat16"],
 )
 def test_ours_to_foreign_and_back_is_bitwise_and_only_zeros_or_the_tied_head_are_added(fields, format, tmp_path):
     cfg, params = model(**fields, unpadded_vocab_size=30, drop_rate=0.1)
@@ -95,7 +85,8 @@ def test_ours_to_foreign_and_back_is_bitwise_and_only_zeros_or_the_tied_head_are
         return
     folder = save_gpt2(cfg, params, tmp_path / "out", format=format)
     again, loaded = load_gpt2(folder, param_dtype=cfg.param_dtype)
-    assert (again.n_heads, again.unpadded_vocab_size, again.drop_rate) == (2, 30, 0.1)
+    stated = (again.n_heads, again.unpadded_vocab_size, again.drop_rate, again.exact_gelu)
+    assert stated == (2, 30, 0.1, cfg.exact_gelu)
     before, after = (flatten_dict(tree, sep="/") for tree in (params, loaded))
     assert before.keys() <= after.keys()
     for path, leaf in after.items():
@@ -103,23 +94,8 @@ def test_ours_to_foreign_and_back_is_bitwise_and_only_zeros_or_the_tied_head_are
         np.testing.assert_array_equal(leaf, before.get(path, head), err_msg=path, strict=True)
 
 
-@pytest.mark.parametrize("format", ["huggingface", "nanogpt", "book"])
-def test_the_form_of_gelu_comes_back(format, tmp_path):
-    for exact in (True, False):
-        assert (
-            load_gpt2(save_gpt2(*model(exact_gelu=exact), tmp_path / str(exact), format=format))[0].exact_gelu is exact
-        )
-
-
-def test_biases_added_as_zeros_leave_the_logits_as_they_were(tmp_path):
-    cfg, params = model(bias=False)
-    again, loaded = load_gpt2(save_gpt2(cfg, params, tmp_path / "out"))
-    assert again.bias
-    np.testing.assert_array_equal(logits(again, loaded), logits(cfg, params))
-
-
 def test_what_transformers_reads_beside_the_weights(tmp_path):
-    cfg, params = model(drop_rate=0.1)
+    cfg, params = model(drop_rate=0.1, unpadded_vocab_size=28)
     folder = save_gpt2(cfg, params, tmp_path / "a" / "b", card={"validation loss": 1.25, "a|b": "c\nd"})
     assert {path.name for path in folder.iterdir()} == {
         "README.md", "config.json", "generation_config.json", "model.safetensors"
@@ -132,6 +108,8 @@ def test_what_transformers_reads_beside_the_weights(tmp_path):
         "eos_token_id": None, "torch_dtype": "float32",
     }  # fmt: skip
     assert config == expected
+    generation = json.loads((folder / "generation_config.json").read_text())
+    assert generation["suppress_tokens"] == [28, 29, 30]  # they only pad the vocabulary
     with safe_open(folder / "model.safetensors", "numpy") as opened:
         assert opened.metadata()["format"] == "pt"
         assert {name.split(".")[0] for name in opened.keys()} == {"transformer"}  # noqa: SIM118
@@ -140,12 +118,6 @@ def test_what_transformers_reads_beside_the_weights(tmp_path):
     assert "| validation loss | 1.25 |\n| a\\|b | c d |" in card
     modes = {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
     assert len(modes) == 1, "the weights can be read by whoever can read the rest"
-
-
-def test_ids_that_only_pad_the_vocabulary_are_never_generated_elsewhere_either(tmp_path):
-    cfg, params = model(unpadded_vocab_size=28)
-    folder = save_gpt2(cfg, params, tmp_path / "out")
-    assert json.loads((folder / "generation_config.json").read_text())["suppress_tokens"] == [28, 29, 30]
 
 
 def test_the_tokenizer_goes_with_the_weights(tmp_path):
@@ -183,9 +155,8 @@ def test_a_flipped_bit_is_found_and_its_tensor_named(tmp_path):
     at = 8 + int.from_bytes(content[:8], "little") + header[name]["data_offsets"][0] + 7
     content[at - 5] ^= 1  # a bit of the mantissa: the number stays finite
     file.write_bytes(content)
-    with pytest.raises(InputError) as caught:
+    with refused(f"model.safetensors: tensor {name} is damaged"):
         load_gpt2(file)
-    assert str(caught.value).startswith(f"{file}: tensor {name} is damaged")
 
 
 def test_segments_are_written_as_one_stack(tmp_path):
@@ -206,10 +177,8 @@ def test_a_folder_in_use_is_left_alone(tmp_path):
     file = tmp_path / "file"
     file.write_text("x")
     for target in (used, file, file / "below"):
-        with pytest.raises(InputError) as caught:
+        with refused(str(target)):
             save_gpt2(*model(), target)
-        assert str(target) in str(caught.value)
-        assert "\n" not in str(caught.value)
     assert {path.name: path.read_bytes() for path in used.iterdir()} == before
     assert entries(tmp_path) == ["file", "used"]
     (tmp_path / "empty").mkdir()
@@ -234,7 +203,6 @@ def test_what_is_no_params_tree_is_refused(tmp_path):
     cfg, params = model()
     for wrong, expected in (
         ({"params": params}, r'expected .*\["params"\]'),
-        ({}, "params has nothing"),
         (param_shapes(cfg), "is a ShapeDtypeStruct of float32"),
         (params | {"final_norm": {"scale": jnp.ones(8, jnp.int32)}}, "final_norm/scale is a .* of int32"),
         (split_blocks(params, 1) | {"final_norm": {}}, "final_norm/.* has the shape None"),
@@ -254,10 +222,9 @@ def test_a_disk_that_is_full_midway_leaves_nothing(tmp_path):
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-        with pytest.raises(InputError, match="cannot be written") as caught:
+        with refused("cannot be written"):
             save_gpt2(cfg, params, tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, handler)
-    assert "\n" not in str(caught.value)
     assert entries(tmp_path) == []
