@@ -34,12 +34,7 @@ def test_texts_are_words_that_belong_to_no_option(classifier, capsys):
     ]
     assert [line.partition("\t")[0] for line in expected] == ["cat", "dog"]
     run = str(classifier)
-    for args in (
-        ("--run", run, CATS, DOGS),
-        (CATS, DOGS, "--run", run),
-        (CATS, f"--run={run}", "--", DOGS),
-        ("--run", run, "--text", CATS, "--text", DOGS),
-    ):
+    for args in ((CATS, f"--run={run}", "--", DOGS), ("--run", run, "--text", CATS, "--text", DOGS)):
         assert classify(capsys, *args) == (expected, [])
 
 
@@ -66,14 +61,8 @@ def test_lines_of_a_file_or_of_the_standard_input(classifier, tmp_path, capsys, 
     run = ["--run", str(classifier)]
     expected, _ = classify(capsys, *run, CATS, DOGS)
     file = tmp_path / "texts.txt"
-    for content, n_blank in (
-        (f"{CATS}\n{DOGS}\n", ""),
-        (f"\ufeff{CATS}\r\n \n\n{DOGS}", "skipped 2 blank of 4 lines"),
-    ):
-        file.write_bytes(content.encode())
-        lines, said = classify(capsys, *run, "--file", str(file))
-        assert lines == expected
-        assert said == ([f"{file}: {n_blank}"] if n_blank else [])
+    file.write_bytes(f"\ufeff{CATS}\r\n \n\n{DOGS}".encode())
+    assert classify(capsys, *run, "--file", str(file)) == (expected, [f"{file}: skipped 2 blank of 4 lines"])
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{CATS}\n\n{DOGS}\n"))
     assert classify(capsys, *run) == (expected, ["standard input: skipped 1 blank of 3 lines"])
 
@@ -83,14 +72,11 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_without_a_text_it_says_how_to_give_one(monkeypatch, tmp_path, refused):
+def test_without_a_text_it_says_how_to_give_one(monkeypatch, refused):
     monkeypatch.setattr("sys.stdin", Terminal(""))
     assert refused("classify", "--run", "x").startswith("no text; expected texts, such as")
     monkeypatch.setattr("sys.stdin", io.StringIO(" \n"))
     assert refused("classify", "--run", "x").startswith("standard input: no text")
-    (tmp_path / "empty.txt").touch()
-    file = str(tmp_path / "empty.txt")
-    assert refused("classify", "--run", "x", "--file", file).startswith(f"{file}: no text")
 
 
 def test_a_text_that_cannot_be_read_is_named(classifier, monkeypatch, refused):

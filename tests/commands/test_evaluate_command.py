@@ -1,26 +1,18 @@
 """What must hold of ``slm-jax evaluate``: valid JSON with the figures that the functions give."""
 
-import dataclasses
 import json
 import math
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import pytest
 
 from slm_jax import cli
-from slm_jax.data.templates import Template
 from slm_jax.evaluation.benchmarks import hellaswag, lambada
 from slm_jax.evaluation.logprobs import Scorer
 from slm_jax.evaluation.responses import read_responses, reference_loss
 from slm_jax.evaluation.text import evaluate_source
-from slm_jax.model import GPTModel, init_params
+from slm_jax.model import GPTModel
 from slm_jax.runs import load_model
-from slm_jax.tokenizer import CharTokenizer
-from slm_jax.training.checkpoint import Checkpoints
-from slm_jax.training.step import TrainState
-from slm_jax.weights.writer import save_gpt2
 
 TEXT = "the cat sat on the mat, and the dog sat on the log. " * 9
 
@@ -75,24 +67,6 @@ def test_responses_are_scored_without_a_model(files, capsys):
     assert math.isclose(scores["rouge_l"], (1 + 0.4 + 0 + 4 / 6) / 4)
 
 
-TEMPLATE = Template(user_start="User: ", assistant_start=" Assistant: ")  # Alpaca's has letters unknown to this model
-
-
-@pytest.fixture
-def instructed(weights, tmp_path):
-    """The same weights as a run that was trained on instructions."""
-    run = load_model(weights)
-    metadata = {
-        "model": dataclasses.asdict(run.model_config),
-        "tokenizer": run.tokenizer.to_dict(),
-        "template": TEMPLATE.to_dict(),
-    }
-    state = TrainState(step=jnp.int32(0), trainable=run.params, opt_state=(), key=jax.random.key(0))
-    with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
-        checkpoints.save(state, metadata)
-    return tmp_path / "run"
-
-
 def test_a_model_measures_the_references_with_its_template(instructed, files, capsys):
     args = ["evaluate", "--run", str(instructed), "--responses", str(files / "responses.json"), "--batch-size", "3"]
     assert cli.main(args) == 0
@@ -100,21 +74,11 @@ def test_a_model_measures_the_references_with_its_template(instructed, files, ca
     figures = json.loads(captured.out)
     run = load_model(instructed)
     entries = read_responses(files / "responses.json")
-    expected = reference_loss(Scorer(GPTModel(run.model_config), run.params, run.tokenizer, 3), TEMPLATE, entries)
+    scorer = Scorer(GPTModel(run.model_config), run.params, run.tokenizer, 3)
+    expected = reference_loss(scorer, run.template, entries)
     assert figures["references"] == expected
     assert figures["responses"]["n"] == 4
     assert captured.err == ""
-
-
-def test_a_model_that_knows_no_template_gets_alpacas(weights, files, tmp_path, capsys):
-    tokenizer = CharTokenizer().build_vocab("".join(map(chr, range(32, 127))) + "\n")
-    cfg = dataclasses.replace(load_model(weights).model_config, vocab_size=tokenizer.vocab_size, context_length=192)
-    folder = save_gpt2(cfg, init_params(cfg, jax.random.key(0)), tmp_path / "weights", tokenizer=tokenizer)
-    assert cli.main(["evaluate", "--run", str(folder), "--responses", str(files / "responses.json")]) == 0
-    captured = capsys.readouterr()
-    (line,) = captured.err.splitlines()
-    assert line == f"{folder}: was not trained on instructions; using the template alpaca"
-    assert json.loads(captured.out)["references"]["n_truncated"] == 0
 
 
 def test_it_writes_to_a_file_or_says_why_not(weights, files, tmp_path, capsys):

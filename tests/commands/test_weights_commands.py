@@ -47,10 +47,9 @@ def test_nothing_is_overwritten_or_left_half_written(weights, tmp_path, capsys):
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-def test_training_does_not_go_on_from_imported_weights(weights, tmp_path, capsys):
+def test_training_does_not_resume_from_imported_weights(weights, tmp_path, capsys):
     """They have no optimizer state and no data; and nothing of them is lost."""
-    runs = ["--runs-dir", str(tmp_path)]
-    assert cli.main(["import", "--source", str(weights), "--run", "mine", *runs]) == 0
+    assert cli.main(["import", "--source", str(weights), "--run", "mine", "--runs-dir", str(tmp_path)]) == 0
     capsys.readouterr()
     text = tmp_path / "cats.txt"
     text.write_text("the cat sat on the mat, " * 200)
@@ -78,23 +77,12 @@ def test_adapters_leave_alone_and_come_back_to_their_base(weights, instructed, t
     assert cli.main(["export", "--run", str(instructed), "--format", "adapter", "--out", str(out)]) == 0
     assert capsys.readouterr().out == f"{out} written: adapter.safetensors\n"
     adapters = load_adapters(out / "adapter.safetensors")
-    n_adapted, n_whole = (
-        sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (adapters, load_gpt2(weights)[1])
-    )
-    assert n_adapted < n_whole
-    merged = merge_adapters(add_adapters(load_gpt2(weights)[1], adapters))
-    trained = load_gpt2(instructed)[1]
+    base = load_gpt2(weights)[1]
+    merged, trained = merge_adapters(add_adapters(base, adapters)), load_gpt2(instructed)[1]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), merged, trained)
-    assert not np.allclose(
-        merged["blocks"]["ff"]["fc"]["kernel"], load_gpt2(weights)[1]["blocks"]["ff"]["fc"]["kernel"]
-    )
-
-
-def test_an_export_of_a_run_with_adapters_has_them_merged(weights, instructed, tmp_path):
-    assert cli.main(["export", "--run", str(instructed), "--out", str(tmp_path / "hf")]) == 0
-    assert load_file(tmp_path / "hf" / "model.safetensors").keys() == load_file(weights / "model.safetensors").keys()
-    expected = load_run(instructed).params
-    jax.tree.map(np.testing.assert_array_equal, load_gpt2(tmp_path / "hf")[1], expected)
+    assert not np.allclose(merged["blocks"]["ff"]["fc"]["kernel"], base["blocks"]["ff"]["fc"]["kernel"])
+    assert cli.main(["export", "--run", str(instructed), "--out", str(tmp_path / "hf")]) == 0  # with them merged
+    jax.tree.map(np.testing.assert_array_equal, load_gpt2(tmp_path / "hf")[1], load_run(instructed).params)
 
 
 def test_what_has_no_adapters_exports_none(weights, classifier, tmp_path, refused):

@@ -1,12 +1,14 @@
 """What must hold of generation: greedy is a naive loop, draws follow softmax, rows know nothing of each other."""
 
 import dataclasses
+import re
 from functools import cache
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from refusals import refused
 
 from slm_jax.errors import InputError
 from slm_jax.generation.config import Sampling
@@ -52,50 +54,23 @@ GREEDY = Sampling(temperature=0.0)
 PROMPTS = [[3], [1, 2, 3, 4], [9, 8, 7, 6, 5, 4], [5, 0, 1, 2, 11]]  # one fills the context
 
 
-# Greedy
-
-
-@pytest.mark.parametrize("prompt", PROMPTS, ids=len)
-def test_greedy_is_the_naive_loop_even_past_the_context(params, prompt):
-    ids = greedy(params, jnp.array([prompt]), 10)
-    assert ids[0].tolist() == naive_greedy(params, prompt, 10)
-    assert len(set(ids[0, len(prompt) :].tolist())) > 1  # not one token over and over
-
-
-@pytest.mark.parametrize("form", [lambda p: split_blocks(p, 1), unstack_blocks], ids=["two segments", "unstacked"])
-def test_the_form_of_the_stack_does_not_matter(params, form):
-    assert greedy(form(params), PROMPTS, 8)[1].tolist() == naive_greedy(params, PROMPTS[1], 8)
-
-
-def test_each_row_of_a_ragged_batch_is_as_if_alone(params):
-    together = greedy(params, PROMPTS, 9)
-    for prompt, row in zip(PROMPTS, together, strict=True):
+@pytest.mark.parametrize(
+    "form", [lambda p: p, lambda p: split_blocks(p, 1), unstack_blocks], ids=["stacked", "two segments", "unstacked"]
+)
+def test_greedy_is_the_naive_loop_even_past_the_context_whatever_the_form_of_the_stack(params, form):
+    """Each row of a ragged batch is as if alone."""
+    for prompt, row in zip(PROMPTS, greedy(form(params), PROMPTS, 9), strict=True):
+        assert row.dtype == jnp.int32
         assert row.tolist() == naive_greedy(params, prompt, 9)
+        assert len(set(row[len(prompt) :].tolist())) > 1  # not one token over and over
 
 
-# What comes back
-
-
-@pytest.mark.parametrize("prompts", [np.array([[1, 2], [3, 4]]), jnp.array([[1, 2], [3, 4]])], ids=["numpy", "jax"])
+@pytest.mark.parametrize("prompts", [np.array([PROMPTS[1]]), jnp.array([PROMPTS[1]])], ids=["numpy", "jax"])
 def test_an_array_gives_an_array_with_its_prompts(params, prompts):
-    ids = greedy(params, prompts, 3)
+    ids = greedy(params, prompts, 9)
     assert isinstance(ids, jax.Array)
-    assert (ids.shape, ids.dtype) == ((2, 5), jnp.int32)
-    assert (ids[:, :2] == prompts).all()
-    assert ((ids >= 0) & (ids < VOCAB)).all()
-
-
-@pytest.mark.parametrize("prompts", [[[1], [2, 3, 4]], ([1], [2]), [np.array([1, 2])]])
-def test_lists_give_a_list_of_rows_with_their_prompts(params, prompts):
-    rows = greedy(params, prompts, 3)
-    assert isinstance(rows, list)
-    assert len(rows) == len(prompts)
-    for prompt, row in zip(prompts, rows, strict=True):
-        assert (row.shape, row.dtype) == ((len(prompt) + 3,), jnp.int32)
-        assert row[: len(prompt)].tolist() == list(prompt)
-
-
-# The end of a text
+    assert ids.dtype == jnp.int32
+    assert ids.tolist() == [naive_greedy(params, PROMPTS[1], 9)]
 
 
 def test_after_the_end_only_the_end_comes(params):
@@ -122,11 +97,7 @@ def test_when_all_rows_have_ended_the_rest_is_the_end(params):
 
 
 def test_an_end_in_the_prompt_ends_nothing(params):
-    prompt = PROMPTS[1]
-    free = naive_greedy(params, prompt, 8)
-    eos = next(token for token in range(VOCAB) if token not in free[len(prompt) :])
-    assert greedy(params, [[eos, eos]], 1, eos_id=eos)[0].tolist() == naive_greedy(params, [eos, eos], 1)
-    assert greedy(params, [prompt], 8, eos_id=eos)[0].tolist() == free
+    assert greedy(params, [[5, 5]], 1, eos_id=5)[0].tolist() == naive_greedy(params, [5, 5], 1)
 
 
 def test_a_stream_yields_a_token_a_row_as_they_come(params):
@@ -134,9 +105,6 @@ def test_a_stream_yields_a_token_a_row_as_they_come(params):
     assert [column.shape for column in columns] == [(4, 1)] * 9
     rows = [row[len(prompt) :].tolist() for prompt, row in zip(PROMPTS, greedy(params, PROMPTS, 9), strict=True)]
     assert np.concatenate(columns, axis=1).tolist() == rows
-
-
-# Sampling
 
 
 def chi_square(counts, probabilities):
@@ -151,8 +119,7 @@ def chi_square(counts, probabilities):
     return ((observed - expected) ** 2 / expected).sum() / (len(expected) - 1)
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-@pytest.mark.parametrize("top_k", [None, 5])
+@pytest.mark.parametrize(("temperature", "top_k"), [(0.5, None), (1.0, 5), (2.0, None), (2.0, 5)])
 def test_draws_follow_softmax_of_the_logits_over_the_temperature(params, temperature, top_k):
     prompt, n = PROMPTS[2], 8192
     rows = jnp.tile(jnp.array(prompt), (n, 1))
@@ -199,10 +166,8 @@ def test_a_rows_draws_are_those_of_its_own_single_run(params):
     options = {"max_new_tokens": 9, "temperature": 1.5, "top_k": 10, "repetition_penalty": 1.3}
     together = generate(MODEL, params, PROMPTS, key=keys, **options)
     for i, prompt in enumerate(PROMPTS):
-        alone = generate(MODEL, params, [prompt], key=keys[i : i + 1], **options)
+        alone = generate(MODEL, params, [prompt], key=jax.random.key_data(keys[i : i + 1]), **options)  # old style
         assert together[i].tolist() == alone[0].tolist()
-    old_style = generate(MODEL, params, PROMPTS, key=jax.random.key_data(keys), **options)
-    assert [row.tolist() for row in old_style] == [row.tolist() for row in together]
     one_key = generate(MODEL, params, PROMPTS, key=KEY, **options)
     third = generate(MODEL, params, [PROMPTS[2]], key=jax.random.fold_in(KEY, 2)[None], **options)
     assert one_key[2].tolist() == third[0].tolist()
@@ -232,16 +197,12 @@ def test_a_penalty_remembers_the_prompt_and_what_was_written(params):
     assert naive_greedy(params, prompt, 12) != ids
 
 
-# Past the context
-
-
 def test_stop_ends_each_row_when_its_context_is_full(params):
     prompts = PROMPTS[:2] + PROMPTS[3:]
     rows = greedy(params, prompts, 20, past_context="stop")
     for prompt, row in zip(prompts, rows, strict=True):
         assert row.tolist() == naive_greedy(params, prompt, CONTEXT - len(prompt))
     assert greedy(params, jnp.array([[1, 2, 3]]), 20, past_context="stop").shape == (1, CONTEXT)
-    assert greedy(params, jnp.array([[1, 2, 3]]), 2, past_context="stop").shape == (1, 5)
     columns = list(stream(MODEL, params, prompts, GREEDY, max_new_tokens=20, past_context="stop"))
     assert len(columns) == CONTEXT - 1
     assert columns[-1][:, 0].tolist() == [rows[0][-1], -1, -1]  # the others have ended
@@ -261,8 +222,6 @@ def test_few_programs_are_compiled_whatever_the_lengths(params):
     after = _Decoder.cached_steps._cache_size(), _Decoder.prefill._cache_size()
     assert (after[0] - before[0], after[1] - before[1]) == (1, 1)
 
-
-# Text
 
 TEXT = "the cat sat on the mat. the dog sat on the log. "
 CHARS = CharTokenizer().build_vocab(TEXT + "é\n")
@@ -310,10 +269,8 @@ def test_a_stop_string_may_begin_in_one_character_and_end_in_the_next():
     tokenizer = BPETokenizer()  # bytes
     for text, stop, expected in (
         ("hi\n€ world", ("\n€",), "hi"),
-        ("a€b", ("€b", "zz"), "a"),
-        ("€€!", ("€!",), "€"),
+        ("€€!", ("€!", "zz"), "€"),
         ("abcabd", ("abd",), "abc"),
-        ("abd", ("abd",), ""),
         ("aab", ("ab", "aab"), ""),
     ):
         assert "".join(_pieces(tokenizer, [], iter(text.encode()), stop)) == expected
@@ -325,26 +282,19 @@ def test_a_character_of_several_tokens_comes_whole():
     assert [piece for piece in _pieces(tokenizer, [], iter("a€b".encode()), ()) if piece] == ["a", "€", "b"]
 
 
-# What is refused
-
-
 @pytest.mark.parametrize(
     ("prompts", "more", "expected"),
     [
         ([], {}, "the prompt is empty"),
         ([[1], []], {}, "the prompt is empty"),
         ([[1, 2], [3, VOCAB]], {}, f"prompt 1: token 1 has id {VOCAB}, outside"),
-        ([[-1]], {}, "prompt 0: token 0 has id -1"),
         (np.array([[2**32 + 1]]), {}, "id 4294967297"),  # would be 1 in 32 bits
-        ([[1.5]], {}, "a prompt is [1.5]; expected integer ids"),
         ([1, 2, 3], {}, "a prompt is 1; expected integer ids"),
-        (["hello"], {}, "a prompt is 'hello'"),
         ([[1, [2]]], {}, "a prompt is [1, [2]]"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens is 0"),
         ([[1]], {"temperature": -0.5}, "temperature is -0.5"),
         ([[1]], {"temperature": 1.0, "key": None}, "no key to sample with"),
         ([[1]], {"key": jnp.ones(2)}, "expected a random key"),
-        (np.zeros((1, 2, 3), int), {}, "a prompt is array([[0, 0, 0], [0, 0, 0]])"),
         ([[1]], {"eos_id": VOCAB}, f"eos_id is {VOCAB}"),
         ([[1]], {"key": jax.random.split(KEY, 3)}, "key has the shape (3,)"),
         ([[1], [0] * 7], {}, "prompt 1 has 7 tokens; expected at most 6"),
@@ -352,14 +302,9 @@ def test_a_character_of_several_tokens_comes_whole():
     ],
 )
 def test_bad_input_is_one_clear_line(params, prompts, more, expected):
-    with pytest.raises(InputError) as error:
+    with refused(re.escape(expected)):
         generate(MODEL, params, prompts, **{"max_new_tokens": 2, "key": KEY, **more})
-    assert expected in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-def test_params_still_in_their_variables_are_refused(params):
-    with pytest.raises(InputError, match=r"no blocks.*params"):
+    with refused(r"no blocks.*params"):
         greedy({"params": params}, [[1]], 2)
 
 
@@ -368,22 +313,3 @@ def test_tied_and_half_precision_models_generate(params):
     tied = {name: value for name, value in params.items() if name != "out_head"}
     ids = generate(GPTModel(cfg), tied, jnp.array([[1, 2]]), max_new_tokens=3, temperature=0.0)
     assert ids.shape == (1, 5)
-
-
-@pytest.mark.parametrize("platform", ["tpu", "cuda"])
-def test_every_part_lowers_for_accelerators(params, platform):
-    """On a machine that has none of them."""
-    from slm_jax.generation.decode import _Decoder, _Rules, _start
-
-    decoder = _Decoder(GPTModel(dataclasses.replace(CFG, dtype="bfloat16")), 5, False)
-    text = _start(CFG, [np.array([1, 2])], keeps_seen=True)
-    sampling = Sampling(0.7, top_k=5, top_p=0.9, min_p=0.1, repetition_penalty=1.1)
-    rules = _Rules(sampling.numbers(), KEY[None], 3)
-    unstacked = unstack_blocks(params)
-    text, cache = jax.eval_shape(lambda p: decoder.prefill(p, text, rules, 6, 6), unstacked)
-    for traced in (
-        _Decoder.prefill.trace(decoder, unstacked, text, rules, 6, 6),
-        _Decoder.cached_steps.trace(decoder, unstacked, text, cache, rules, 4),
-        _Decoder.sliding_steps.trace(decoder, unstacked, text, rules, 4),
-    ):
-        assert "stablehlo" in traced.lower(lowering_platforms=(platform,)).as_text()

@@ -20,24 +20,14 @@ def kept(logits):
 
 @pytest.mark.parametrize(
     ("p", "expected"),
-    [
-        (0.01, [1]),
-        (0.39, [1]),
-        (0.64, [1, 2]),
-        (0.66, [1, 2, 4]),
-        (0.84, [1, 2, 4]),
-        (0.92, [1, 2, 4, 5]),
-    ],
+    [(0.01, [1]), (0.39, [1]), (0.64, [1, 2]), (0.66, [1, 2, 4]), (0.92, [1, 2, 4, 5])],
 )
 def test_top_p_keeps_the_fewest_that_reach_p(p, expected):
     assert kept(keep_top_p(LOGITS, p)) == [expected, sorted(5 - i for i in expected)]
-
-
-def test_top_p_of_one_is_none():
     assert Sampling(top_p=1.0).numbers() == Sampling().numbers()
 
 
-@pytest.mark.parametrize("p", [0.1, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("p", [0.5, 0.99])
 def test_top_p_of_a_large_vocabulary_is_what_sorting_gives(p):
     logits = np.asarray(jax.random.normal(jax.random.key(2), (4, 50_257)) * 3)
     for row, result in zip(logits.astype(np.float64), np.asarray(keep_top_p(jnp.asarray(logits), p)), strict=True):
@@ -123,16 +113,10 @@ def test_values_can_change_without_a_new_compilation():
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
-    [
-        ({"temperature": -0.5}, "temperature is -0.5"),
-        ({"temperature": float("nan")}, "temperature is nan"),
-        ({"top_k": -1}, "top_k is -1"),
-        ({"top_p": 0.0}, "top_p is 0.0"),
-        ({"min_p": -0.1}, "min_p is -0.1"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0"),
-    ],
+    ("name", "value"),
+    [("temperature", float("nan")), ("top_k", -1), ("top_p", 0.0), ("min_p", -0.1), ("repetition_penalty", 0.0)],
 )
-def test_numbers_out_of_range_are_refused(values, said):
-    with pytest.raises(InputError, match=said):
-        Sampling(**values)
+def test_numbers_out_of_range_are_refused(name, value):
+    with pytest.raises(InputError, match=f"{name} is {value}"):
+        Sampling(**{name: value})
+    assert Sampling(temperature=np.float32(0.5)).temperature == 0.5

@@ -147,16 +147,6 @@ def check(golden, what, value, limit):
     assert value <= limit
 
 
-def test_the_configuration_is_theirs(golden):
-    cfg, config = golden.cfg, golden.figures["config"]
-    assert (cfg.vocab_size, cfg.context_length, cfg.emb_dim) == tuple(
-        config[key] for key in ("vocab_size", "n_positions", "n_embd")
-    )
-    assert (cfg.n_heads, cfg.n_layers, cfg.tie_weights) == tuple(
-        config[key] for key in ("n_head", "n_layer", "tie_word_embeddings")
-    )
-
-
 @pytest.mark.parametrize("length", ["full", "short"])
 def test_log_probabilities(golden, length):
     tokens = golden.trees["tokens"][length]
