@@ -103,11 +103,7 @@ def _show(pieces: Iterator[str]) -> None:
 
 
 def run_command(conversation: "Conversation", line: str) -> str:
-    """Run a line that starts with a slash; return what to show.
-
-    Raises:
-        InputError: an unknown command or an invalid temperature.
-    """
+    """Run a line that starts with a slash; return what to show."""
     name, _, value = line.partition(" ")
     if name == "/help":
         return HELP

@@ -34,9 +34,6 @@ def lambada(scorer: Scorer, source: str, limit: int | None = None) -> dict[str, 
         The figures: ``acc``, the share of passages whose last word has the most likely tokens, its standard error,
         ``perplexity`` of the last words (each counts once), and ``n_truncated``, how many examples are longer than the
         model's context and were truncated on the left.
-
-    Raises:
-        InputError: the source cannot be read, or an example is malformed.
     """
     pairs = []
     for row in read_examples(source, "lambada", limit):
@@ -92,11 +89,7 @@ def _accuracy(name: str, hits: np.ndarray) -> dict[str, float | None]:
 
 
 def read_examples(source: str, benchmark: str, limit: int | None) -> list[Row]:
-    """Read the first ``limit`` examples (None: all) of ``lambada`` or ``hellaswag`` from a source of rows.
-
-    Raises:
-        InputError: a source that cannot be read; no examples.
-    """
+    """Read the first ``limit`` examples (None: all) of ``lambada`` or ``hellaswag`` from a source of rows."""
     split, renamed = _TFDS[benchmark]
     rows = parse_source(source, split=split).read_rows(limit)
     return [Row(row.where, {renamed.get(name, name): value for name, value in row.fields.items()}) for row in rows]

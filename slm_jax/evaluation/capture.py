@@ -105,18 +105,7 @@ def ablate(
     ``blocks/3/ff/hidden/17``     this neuron is 0 after GELU
     ============================  ==============================================================
 
-    Args:
-        model: a :class:`GPTModel`, or a ``GPTClassifier`` (with ``lengths=``).
-        params: its parameters, the blocks stacked or not.
-        tokens: int32 (batch, seq).
-        names: one or several of the table; ``*`` stands for any text between two slashes: ``blocks/*/attn/heads/0``.
-        **options: as for :func:`capture`.
-
-    Returns:
-        Logits, as those of the model.
-
-    Raises:
-        InputError: a name that the model does not have; an unknown option.
+    Names, ``*`` and the other arguments as for :func:`capture`.
     """
     return capture(model, params, tokens, (), ablate=names, **options)[0]
 

@@ -64,9 +64,6 @@ class Scorer:
 
         White space at the end of the context moves to the continuation, where a token begins with it; both are encoded
         as one text and split after the context's own tokens. An empty context becomes the end-of-text id.
-
-        Raises:
-            InputError: the tokenizer makes no token of the continuation.
         """
         stripped = context.rstrip()
         context_ids = self.tokenizer.encode(stripped) if stripped else []
@@ -87,11 +84,8 @@ class Scorer:
         the harness) is scored in pieces of ``context_length``, each after as much as fits before it.
 
         Returns:
-            (logprobs, is_greedy), in the order of the pairs: the summed log-probability of each continuation in nats,
-            and whether each of its tokens is the argmax.
-
-        Raises:
-            InputError: an id outside the vocabulary; a model that gives NaN.
+            For each pair, the summed log-probability of the continuation in nats, and whether each of its tokens is
+            the argmax.
         """
         context_length, rows = self.model.cfg.context_length, []
         for i, (context, continuation) in enumerate(pairs):

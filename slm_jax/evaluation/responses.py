@@ -12,16 +12,10 @@ from slm_jax.evaluation.logprobs import Scorer, perplexity
 
 
 class Response(NamedTuple):
-    """An instruction with a model's response and the reference.
+    """An instruction with a model's response and the reference."""
 
-    Attributes:
-        where: location of the entry, for messages.
-        messages: the conversation; the last message is the reference.
-        response: the model's response.
-    """
-
-    where: str
-    messages: tuple[Message, ...]
+    where: str  # location of the entry, for error messages
+    messages: tuple[Message, ...]  # the last one is the reference
     response: str
 
     @property
@@ -35,9 +29,6 @@ def read_responses(path: Path) -> list[Response]:
 
     An entry has ``instruction`` and optionally ``input``, or ``messages``; the reference is ``output``, the response
     ``model_response`` (the book's names).
-
-    Raises:
-        InputError: the file cannot be read or is not such a list; a field is missing, is not text, or is empty.
     """
     responses = []
     for row in parse_source(f"json:{path}").read_rows():
@@ -91,9 +82,6 @@ def reference_loss(scorer: Scorer, template: Template, entries: Sequence[Respons
     Returns:
         The figures: ``loss`` in nats per token, ``perplexity``, ``n_tokens``, and ``n_truncated``, how many references
         don't fit the model's context with their prompt, which was truncated on the left.
-
-    Raises:
-        InputError: a text that the tokenizer cannot encode; a model that gives NaN.
     """
     pairs, tokenizer = [], scorer.tokenizer
     for entry in entries:

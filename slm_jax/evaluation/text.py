@@ -29,9 +29,6 @@ def text_loss(
     had count. A small stride gives each target more context (at least ``context_length - stride`` tokens) and costs
     proportionally more. Hugging Face's recipe ("Perplexity of fixed-length models") counts a window's last target
     among its ``max_length`` tokens: it is this one with ``context_length = max_length - 1``.
-
-    Raises:
-        InputError: fewer than two tokens, an id outside the vocabulary, a number out of range.
     """
     context_length, stride = _window(scorer.model, context_length, stride)
     tokens = np.asarray(tokens)
@@ -65,9 +62,6 @@ def evaluate_source(
     Returns:
         The figures: ``loss`` in nats per target (all tokens but the first), ``perplexity``, and for a text also
         ``n_bytes``, its size in UTF-8, and ``bits_per_byte``; for a source of tokens these two are None.
-
-    Raises:
-        InputError: a source that cannot be read, or doesn't fit the tokenizer or the model.
     """
     assert 0 < validation_fraction < 1, validation_fraction
     context_length, stride = _window(scorer.model, context_length, stride)  # before a long read

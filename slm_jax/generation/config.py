@@ -26,9 +26,6 @@ class Sampling:
             null: from all.
         repetition_penalty: above 1 makes tokens that the text already contains less likely (Keskar et al. 2019); null:
             no penalty.
-
-    Raises:
-        InputError: a number out of range.
     """
 
     temperature: Annotated[float, Ge(0)] = 1.0

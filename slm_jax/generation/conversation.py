@@ -102,11 +102,7 @@ class Conversation:
         self.params = unstack_blocks(self.params)
 
     def answer(self, message: str) -> Iterator[str]:
-        """Yield the answer piece by piece; it is remembered even if the iterator is closed early.
-
-        Raises:
-            InputError: a message that is too long, or that the tokenizer cannot encode.
-        """
+        """Yield the answer piece by piece; it is remembered even if the iterator is closed early."""
         turns, prompt = self._fit(message)
         pieces = stream_text(
             self.model, self.params, self.tokenizer, prompt, self.sampling,

@@ -122,9 +122,6 @@ def stream_text(
 
     An empty prompt is the start of a document. Incomplete characters, and text that may become a stop string, are held
     back until they are complete. Other arguments and errors as for :func:`generate`.
-
-    Raises:
-        InputError: an empty stop string; a prompt that the tokenizer cannot encode.
     """
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
     if "" in stop:

@@ -34,21 +34,13 @@ _WRONG_KIND = {
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor that is read on demand, a few rows at a time.
-
-    Attributes:
-        file: file that holds the tensor.
-        name: name in the file.
-        shape: shape.
-        dtype: NumPy's name of the dtype; the file's own name if it is not a float.
-        rows: opens the tensor, so that slices of its first axis can be read.
-    """
+    """A tensor that is read on demand, a few rows at a time."""
 
     file: Path
     name: str
     shape: tuple[int, ...]
-    dtype: str
-    rows: Callable[[], AbstractContextManager[Any]]
+    dtype: str  # NumPy's name; the file's own if it is not a float
+    rows: Callable[[], AbstractContextManager[Any]]  # opens the tensor, so that slices of its first axis can be read
 
     def chunks(self) -> Iterator[np.ndarray]:
         """Yield the tensor in slices of its first axis; mapped pages are released at the end."""
@@ -60,26 +52,16 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class TensorFiles:
-    """All tensors of a model by name.
+    """All tensors of a model by name."""
 
-    Attributes:
-        file: the file that holds the tensors, or the index that lists their shards.
-        metadata: text metadata of safetensors files.
-        model_args: nanoGPT's configuration, stored in its checkpoint.
-    """
-
-    file: Path
+    file: Path  # that holds the tensors, or the index that lists their shards
     tensors: dict[str, Tensor]
-    metadata: dict[str, str] = dataclasses.field(default_factory=dict)
-    model_args: dict[str, Any] = dataclasses.field(default_factory=dict)
+    metadata: dict[str, str] = dataclasses.field(default_factory=dict)  # of safetensors files
+    model_args: dict[str, Any] = dataclasses.field(default_factory=dict)  # nanoGPT's configuration
 
 
 def find_file(path: Path) -> Path:
-    """Return the file that holds a folder's weights (or lists their shards), or the path itself if it is a file.
-
-    Raises:
-        MissingInputError: neither a file nor a folder with weights.
-    """
+    """Return the file that holds a folder's weights (or lists their shards), or the path itself if it is a file."""
     if path.is_file():
         return path
     if not path.is_dir():
@@ -91,12 +73,7 @@ def find_file(path: Path) -> Path:
 
 
 def open_tensors(file: Path) -> TensorFiles:
-    """Open a safetensors file, an index of shards or a PyTorch file without reading any tensor.
-
-    Raises:
-        MissingInputError: a shard is missing.
-        InputError: the file is damaged or of another kind, or is a pickle and PyTorch is not installed.
-    """
+    """Open a safetensors file, an index of shards or a PyTorch file without reading any tensor."""
     try:
         files = _open_shards(file) if file.name.endswith(".index.json") else _open_file(file)
     except MissingInputError:  # also an OSError

@@ -36,10 +36,6 @@ def find_weights(source: str | Path) -> Path:
     """Return the file or folder of weights for a path or a name such as ``gpt2-medium``.
 
     A path of that name comes first, then ``$SLM_JAX_DATA/<name>/``, then Hugging Face's cache, then a download.
-
-    Raises:
-        MissingInputError: not on this machine, and the download fails.
-        InputError: a file whose SHA-256 is wrong.
     """
     name = _ALIASES.get(str(source), str(source))
     path = user_path(source)

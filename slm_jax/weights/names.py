@@ -44,18 +44,12 @@ class Slot(NamedTuple):
         return np.ascontiguousarray(views[0] if len(views) == 1 else np.concatenate(views, self._axis(views)))
 
     def write(self, leaves: Mapping[str, np.ndarray], start: int, rows: np.ndarray) -> None:
-        """Write rows of the foreign tensor, from row ``start`` on, to their places in the leaves."""
+        """Write the foreign tensor to the leaves; of one that fills a single leaf, only some rows from ``start`` on."""
         views = self._views(leaves)
-        ends = np.cumsum([view.shape[self._axis(views)] for view in views])
-        if self._axis(views) > 0:
-            for view, part in zip(views, np.split(rows, ends[:-1], axis=1), strict=True):
-                view[start : start + len(rows)] = part
-            return
-        for view, end in zip(views, ends, strict=True):
-            first = end - len(view)
-            low, high = max(start, first), min(start + len(rows), end)
-            if low < high:
-                view[low - first : high - first] = rows[low - start : high - start]
+        axis = self._axis(views)
+        ends = np.cumsum([view.shape[axis] for view in views])
+        for view, part in zip(views, np.split(rows, ends[:-1], axis), strict=True):
+            view[start : start + len(part)] = part
 
     def _views(self, leaves: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         """Return each leaf's part as a vector or a matrix laid out as in the foreign tensor, without a copy."""
@@ -131,11 +125,7 @@ class Format:
         return fields
 
     def stated_fields(self, files: TensorFiles) -> dict[str, Any]:
-        """Return the GPTConfig fields that are stated beside the tensors.
-
-        Raises:
-            InputError: a configuration that GPTModel does not support.
-        """
+        """Return the GPTConfig fields that are stated beside the tensors."""
         return {}
 
     def names(self, cfg: GPTConfig) -> dict[str, Slot]:
@@ -153,11 +143,7 @@ class Format:
         return next(name for name, path in self.top.items() if path == leaf)
 
     def written_names(self, cfg: GPTConfig) -> dict[str, Slot]:
-        """Return the name map of a file that we write.
-
-        Raises:
-            InputError: a model that the format cannot hold.
-        """
+        """Return the name map of a file that we write."""
         head = self.name_of(HEAD)
         return {name if name == head else self.front + name: slot for name, slot in self.names(cfg).items()}
 

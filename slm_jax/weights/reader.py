@@ -25,11 +25,7 @@ from slm_jax.weights.trees import DIGESTS
 def read_weights(
     path: Path, n_heads: int | None, dtype: Any, param_dtype: Any, sharding: Any = None
 ) -> tuple[GPTConfig, Params]:
-    """Read weights of any format; arguments as for :func:`slm_jax.runs.load_gpt2`.
-
-    Raises:
-        InputError: weights that are not GPT-2's, incomplete or damaged.
-    """
+    """Read weights of any format; arguments as for :func:`slm_jax.runs.load_gpt2`."""
     form, files = _recognise(open_tensors(find_file(path)))
     stated, digests = _our_metadata(files)
     fields, files = _fields(form, files, stated)
@@ -167,7 +163,8 @@ def _fill(leaves: Mapping[str, np.ndarray], slot: Slot, tensor: Tensor, digests:
     digest = hashlib.sha256()
     dtype = leaves[slot.paths[0]].dtype
     start = 0
-    for chunk in tensor.chunks():
+    several = len(slot.paths) > 1
+    for chunk in [np.concatenate(list(tensor.chunks()))] if several else tensor.chunks():
         with np.errstate(over="ignore"):
             rows = chunk.astype(dtype, copy=False)
         if not np.isfinite(rows).all():

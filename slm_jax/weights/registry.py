@@ -20,12 +20,9 @@ _OTHER_FAMILIES = (
     (r"gpt_neox\.|layers\.\d+\.attention\.query_key_value\.", "GPT-NeoX (Pythia)"),
     (r"(transformer\.)?h\.\d+\.attn\.attention\.", "GPT-Neo"),
     (r"(transformer\.)?h\.\d+\.attn\.[qkv]_proj\.", "GPT-J"),
-    (r"(transformer\.)?h\.\d+\.self_attention\.", "BLOOM or Falcon"),
     (r"(model\.)?decoder\.layers\.\d+\.self_attn\.|model\.decoder\.", "OPT"),
     (r"(model\.)?(language_model\.)?layers\.\d+\.self_attn\.", "LLaMA-like (LLaMA, Mistral, Qwen, Gemma)"),
-    (r"layers\.\d+\.attention\.w[qkvo]\.", "LLaMA-like (Meta's own names)"),
     (r"((bert|roberta|electra|deberta)\.)?(embeddings\.word_embeddings|encoder\.layer)\.", "an encoder (BERT-like)"),
-    (r"shared\.weight|(encoder|decoder)\.block\.", "T5"),
     (r"model/(h\d+|wte|wpe|ln_f)", "OpenAI's TensorFlow checkpoint of GPT-2, which is not read yet"),
 )
 

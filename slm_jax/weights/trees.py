@@ -32,11 +32,7 @@ def write_tree(file: Path, tree: Params) -> Path:
 
 
 def write_tensors(file: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
-    """Write tensors with their SHA-256 digests and further text ``metadata`` in one step.
-
-    Raises:
-        OSError: the file cannot be written, or the disk is full.
-    """
+    """Write tensors with their SHA-256 digests and further text ``metadata`` in one step."""
     digests = {name: hashlib.sha256(_bytes(tensor)).hexdigest() for name, tensor in tensors.items()}
     partial = file.with_name(f"{file.name}.partial")
     partial.touch()
@@ -55,12 +51,7 @@ def write_tensors(file: Path, tensors: dict[str, np.ndarray], metadata: dict[str
 
 
 def read_tree(file: Path) -> Params:
-    """Read a file of :func:`write_tree` as NumPy arrays.
-
-    Raises:
-        MissingInputError: no such file.
-        InputError: the file is damaged, or not a params tree.
-    """
+    """Read a file of :func:`write_tree` as NumPy arrays."""
     file = user_path(file)
     if not file.is_file():
         raise MissingInputError(f"{file}: no such file; expected parameters that slm_jax wrote")
@@ -74,11 +65,7 @@ def read_tree(file: Path) -> Params:
 
 
 def tree_fingerprint(file: Path) -> str:
-    """Return a SHA-256 of the digests of a file's leaves, which :func:`read_tree` verifies.
-
-    Raises:
-        InputError: the file is damaged, or not a params tree.
-    """
+    """Return a SHA-256 of the digests of a file's leaves, which :func:`read_tree` verifies."""
     with _opened(file) as (_, text):
         return hashlib.sha256(text.encode()).hexdigest()
 

@@ -82,18 +82,15 @@ def _leaves(cfg: GPTConfig, params: Params) -> dict[str, np.ndarray]:
     if "params" in params or not any(str(name).startswith(STACK) for name in params):
         found = ", ".join(map(str, params)) or "nothing"
         raise InputError(f'params has {found}; expected a model\'s params tree: model.init(...)["params"]')
-    for path, leaf in flatten_dict(params, sep="/").items():
-        if not isinstance(leaf, jax.Array | np.ndarray) or str(leaf.dtype) not in FLOATS:
-            kind = f"{type(leaf).__name__} of {getattr(leaf, 'dtype', 'no dtype')}"
-            raise InputError(f"parameter {path} is a {kind}; expected an array of one of {', '.join(FLOATS)}")
     flat = flatten_dict(merge_adapters(params if STACK in params else join_blocks(params)), sep="/")
-    expected = leaf_shapes(cfg)
+    expected, leaves = leaf_shapes(cfg), {}
     for path in sorted({*flat, *expected}):
-        shape = flat[path].shape if path in flat else None
-        if shape != expected.get(path):
-            raise InputError(f"parameter {path} has the shape {shape}; expected {expected.get(path)}")
-    leaves = {path: np.asarray(leaf) for path, leaf in flat.items()}
-    for path, array in leaves.items():
-        if not np.isfinite(array).all():
+        leaf = flat.get(path)
+        shape, dtype = getattr(leaf, "shape", None), str(getattr(leaf, "dtype", None))
+        if not isinstance(leaf, jax.Array | np.ndarray) or shape != expected.get(path) or dtype not in FLOATS:
+            found = f"{type(leaf).__name__} of shape {shape} and dtype {dtype}"
+            raise InputError(f"parameter {path} is a {found}; expected floats of shape {expected.get(path)}")
+        leaves[path] = np.asarray(leaf)
+        if not np.isfinite(leaves[path]).all():
             raise InputError(f"parameter {path} holds NaN or infinity; export an earlier checkpoint")
     return leaves
