@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from slm_jax.commands import SamplingOptions, load, set_up
@@ -65,15 +64,9 @@ def run(options: Options) -> int:
     set_up()
     loaded = load(options.run, options.tokenizer, options.n_heads)
     conversation = Conversation(
-        GPTModel(loaded.model_config),
-        loaded.params,
-        loaded.tokenizer,
-        options.choose_template(loaded.template),
-        options,
-        max_new_tokens=options.max_new_tokens,
-        introduction=options.introduction,
-        seed=options.seed,
-    )
+        GPTModel(loaded.model_config), loaded.params, loaded.tokenizer, options.choose_template(loaded.template),
+        options, options.max_new_tokens, options.introduction, options.seed,
+    )  # fmt: skip
     with contextlib.suppress(ImportError):  # gives input() arrow keys and history
         import readline  # noqa: F401
     print("Type a message, /help for commands, /quit to leave.", file=sys.stderr)
@@ -88,18 +81,13 @@ def run(options: Options) -> int:
             if line.startswith("/"):
                 print(run_command(conversation, line))
             elif line:
-                _show(conversation.answer(line))
+                pieces = conversation.answer(line)
+                with contextlib.suppress(KeyboardInterrupt), contextlib.closing(pieces):
+                    for piece in pieces:
+                        print(piece, end="", flush=True)
+                print(flush=True)
         except InputError as error:  # the conversation continues
             print(error, file=sys.stderr)
-
-
-def _show(pieces: Iterator[str]) -> None:
-    try:
-        for piece in pieces:
-            print(piece, end="", flush=True)
-    except KeyboardInterrupt:
-        pieces.close()  # type: ignore[attr-defined]
-    print(flush=True)
 
 
 def run_command(conversation: "Conversation", line: str) -> str:

@@ -100,9 +100,8 @@ def _measure(options: Options, source: str, responses: "list[Response] | None") 
     from rich.progress import track
 
     from slm_jax.evaluation.benchmarks import hellaswag, lambada
-    from slm_jax.evaluation.logprobs import Scorer
+    from slm_jax.evaluation.logprobs import Scorer, evaluate_source
     from slm_jax.evaluation.responses import reference_loss
-    from slm_jax.evaluation.text import evaluate_source
     from slm_jax.generation.conversation import template_or_alpaca
     from slm_jax.model import GPTModel
 

@@ -21,19 +21,12 @@ LONGEST_NAME = 18  # characters
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """A classifier's prediction for a text.
-
-    Attributes:
-        label: most likely class.
-        probability: probability of ``label``.
-        probabilities: probability of each class; they sum to 1.
-        truncated: whether the text is longer than the classifier's ``max_length`` and was truncated.
-    """
+    """A classifier's prediction for a text: the most likely class, and the probability of each."""
 
     label: str
-    probability: float
+    probability: float  # of the label
     probabilities: dict[str, float]
-    truncated: bool
+    truncated: bool  # whether the text is longer than the classifier's max_length
 
 
 class Classifier:
@@ -100,14 +93,8 @@ class Classifier:
 class ClassFigures:
     """Figures of a confusion matrix, as in scikit-learn's ``classification_report`` with ``zero_division=0``.
 
-    Attributes:
-        accuracy: share of texts whose class was predicted correctly.
-        macro_f1: unweighted mean of ``f1``.
-        precision: for each class, the share of texts predicted as this class that belong to it.
-        recall: for each class, the share of its texts that were predicted as this class.
-        f1: for each class, the harmonic mean of precision and recall.
-        support: for each class, the number of its texts.
-        confusion: (classes, classes), number of texts by true class (row) and predicted class (column).
+    ``support`` is the number of texts of each class, ``confusion`` (classes, classes) the number of texts by true class
+    (row) and predicted class (column).
     """
 
     accuracy: float
@@ -125,7 +112,7 @@ class ClassFigures:
 
 
 def class_figures(confusion: Int[np.ndarray, "classes classes"], classes: Sequence[str]) -> ClassFigures:
-    """Compute the figures of a confusion matrix: number of texts by true class (row) and predicted class (column)."""
+    """Compute the figures of a confusion matrix, which is not all zero."""
     assert len(classes) == len(confusion), classes
     assert confusion.any(), "no texts"
     right, support, predicted = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 import jax
 import numpy as np
@@ -62,46 +62,35 @@ def answer(
             max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, eos_id=tokenizer.eot_id,
             past_context="stop", key=None if key is None else jax.random.fold_in(key, first),
         )  # fmt: skip
-        new = [np.asarray(row)[len(prompt) :] for row, prompt in zip(rows, batch, strict=True)]
-        answers += [_text(ids, tokenizer, template) for ids in new]
+        for row, prompt in zip(rows, batch, strict=True):
+            new = np.asarray(row)[len(prompt) :]
+            ends = np.flatnonzero(new == tokenizer.eot_id)
+            text = tokenizer.decode(new[: ends[0]] if ends.size else new)
+            for end in template.stop:
+                text = text.partition(end)[0]
+            answers.append(text.strip())
     return answers
-
-
-def _text(ids: np.ndarray, tokenizer: Tokenizer, template: Template) -> str:
-    """Return an answer's text up to the end-of-text token or the first stop text."""
-    ends = np.flatnonzero(ids == tokenizer.eot_id)
-    text = tokenizer.decode(ids[: ends[0]] if ends.size else ids)
-    for end in template.stop:
-        text = text.partition(end)[0]
-    return text.strip()
 
 
 @dataclasses.dataclass
 class Conversation:
-    """A conversation with a model, which remembers its turns.
-
-    Attributes:
-        sampling: how tokens are chosen; may be replaced between answers.
-        introduction: system message at the start; empty: none.
-        turns: pairs of a message and its answer; the oldest are dropped when the context is full.
-        n_answers: number of answers, from which and the seed each answer's random key is made.
-    """
+    """A conversation with a model, which remembers its turns."""
 
     model: GPTModel
     params: Params
     tokenizer: Tokenizer
     template: Template
-    sampling: Sampling
+    sampling: Sampling  # may be replaced between answers
     max_new_tokens: int
-    introduction: str = ""
-    seed: int = 0
-    turns: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    introduction: str = ""  # system message at the start; empty: none
+    seed: int = 0  # from which and the number of the answer each answer's random key is made
+    turns: list[tuple[str, str]] = dataclasses.field(default_factory=list)  # the oldest go when the context is full
     n_answers: int = 0
 
     def __post_init__(self) -> None:
         self.params = unstack_blocks(self.params)
 
-    def answer(self, message: str) -> Iterator[str]:
+    def answer(self, message: str) -> Generator[str, None, None]:
         """Yield the answer piece by piece; it is remembered even if the iterator is closed early."""
         turns, prompt = self._fit(message)
         pieces = stream_text(
@@ -112,7 +101,7 @@ class Conversation:
         self.turns = turns
         self.n_answers += 1
 
-        def remember() -> Iterator[str]:
+        def remember() -> Generator[str, None, None]:
             answer = ""
             try:
                 for piece in pieces:

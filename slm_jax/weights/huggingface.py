@@ -86,12 +86,11 @@ class HuggingFace(Format):
             **ends,
             "torch_dtype": dtype,
         }
-        tokenizer_files = _tokenizer_files(cfg) if isinstance(tokenizer, GPT2Tokenizer) else {}
         return {
             "config.json": _json(config),
             "generation_config.json": _json({**ends, **padding}),
-            "README.md": _card(cfg, tokenizer, bool(tokenizer_files), card).encode(),
-            **tokenizer_files,
+            "README.md": _card(cfg, tokenizer, card).encode(),
+            **(_tokenizer_files(cfg) if isinstance(tokenizer, GPT2Tokenizer) else {}),
         }
 
 
@@ -158,27 +157,21 @@ tags: [gpt2, slm_jax]
 
 # A GPT-2 from slm_jax
 
-{n_params:,} parameters: {cfg.n_layers} layers, {cfg.n_heads} heads, width {cfg.emb_dim}, context \
-{cfg.context_length:,}, vocabulary {cfg.vocab_size:,}, output head {head}.
-
 ```python
 from transformers import GPT2LMHeadModel
 model = GPT2LMHeadModel.from_pretrained("path/to/this/folder")
 ```
+
+| | |
+|---|---|
 """
 
 
-def _card(cfg: GPTConfig, tokenizer: Tokenizer | None, has_files: bool, figures: Mapping[str, Any]) -> str:
-    head = "tied to the token embedding" if cfg.tie_weights else "not tied to the token embedding"
-    card = _CARD.format(n_params=count_params(cfg), cfg=cfg, head=head)
+def _card(cfg: GPTConfig, tokenizer: Tokenizer | None, figures: Mapping[str, Any]) -> str:
+    shown: dict[str, Any] = {"parameters": f"{count_params(cfg):,}"}
     if isinstance(tokenizer, GPT2Tokenizer):
-        card += f"\nTokenizer: GPT-2's{'' if has_files else '; its files are not in this folder'}.\n"
+        shown["tokenizer"] = "GPT-2's"
     elif tokenizer is not None:
-        card += f"\nTokenizer: `tokenizer/tokenizer.json` (slm_jax, kind {tokenizer.kind}).\n"
-    if figures:
-        card += "\n| | |\n|---|---|\n"
-    return card + "".join(f"| {_cell(name)} | {_cell(value)} |\n" for name, value in figures.items())
-
-
-def _cell(value: object) -> str:
-    return " ".join(str(value).split()).replace("|", "\\|")
+        shown["tokenizer"] = f"`tokenizer/tokenizer.json` (slm_jax, kind {tokenizer.kind})"
+    cells = [[" ".join(str(cell).split()).replace("|", "\\|") for cell in row] for row in {**shown, **figures}.items()]
+    return _CARD + "".join(f"| {name} | {value} |\n" for name, value in cells)

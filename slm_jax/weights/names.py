@@ -18,18 +18,11 @@ TOKENS, POSITIONS = "tok_emb/embedding", "pos_emb/embedding"
 
 
 class Slot(NamedTuple):
-    """The leaves of the params tree that one foreign tensor fills.
+    """The leaves of the params tree that one foreign tensor fills: several if they lie side by side in its outputs."""
 
-    Attributes:
-        paths: usually one leaf, such as ``blocks/ff/fc/kernel``; several if the format stores them in one tensor, side
-            by side along the outputs.
-        layer: index into the leaves' first axis; None: they are not stacked.
-        out_in: whether the foreign matrix is (out, in), as in PyTorch's ``Linear``; ours is (in, out).
-    """
-
-    paths: tuple[str, ...]
-    layer: int | None = None
-    out_in: bool = False
+    paths: tuple[str, ...]  # such as blocks/ff/fc/kernel
+    layer: int | None = None  # index into the leaves' first axis; None: they are not stacked
+    out_in: bool = False  # whether the foreign matrix is (out, in), as in PyTorch's Linear; ours is (in, out)
 
     def shape(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
         """Return the foreign tensor's shape, given those of all leaves."""

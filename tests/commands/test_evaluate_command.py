@@ -8,9 +8,8 @@ import pytest
 
 from slm_jax import cli
 from slm_jax.evaluation.benchmarks import hellaswag, lambada
-from slm_jax.evaluation.logprobs import Scorer
+from slm_jax.evaluation.logprobs import Scorer, evaluate_source
 from slm_jax.evaluation.responses import read_responses, reference_loss
-from slm_jax.evaluation.text import evaluate_source
 from slm_jax.model import GPTModel
 from slm_jax.runs import load_model
 
@@ -92,6 +91,6 @@ def test_it_writes_to_a_file_or_says_why_not(weights, files, tmp_path, capsys):
 
 
 def test_figures_beyond_a_float_are_null_in_json(weights, files, monkeypatch, capsys):
-    monkeypatch.setattr("slm_jax.evaluation.text.evaluate_source", lambda *_, **__: {"loss": math.nan, "n": 2})
+    monkeypatch.setattr("slm_jax.evaluation.logprobs.evaluate_source", lambda *_, **__: {"loss": math.nan, "n": 2})
     assert cli.main(["evaluate", "--run", str(weights), "--source", f"text:{files / 'cats.txt'}"]) == 0
     assert json.loads(capsys.readouterr().out)["text"] == {"loss": None, "n": 2}

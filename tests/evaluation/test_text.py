@@ -11,8 +11,7 @@ from refusals import refused
 from slm_jax.data.config import DataConfig, TokenizerConfig
 from slm_jax.data.corpus import load_corpus
 from slm_jax.errors import InputError
-from slm_jax.evaluation.logprobs import Scorer, perplexity
-from slm_jax.evaluation.text import evaluate_source, text_loss
+from slm_jax.evaluation.logprobs import Scorer, evaluate_source, perplexity, text_loss
 from slm_jax.model import GPTConfig, GPTModel, param_shapes
 from slm_jax.tokenizer import CharTokenizer
 

@@ -119,4 +119,4 @@ def test_values_can_change_without_a_new_compilation():
 def test_numbers_out_of_range_are_refused(name, value):
     with pytest.raises(InputError, match=f"{name} is {value}"):
         Sampling(**{name: value})
-    assert Sampling(temperature=np.float32(0.5)).temperature == 0.5
+    assert Sampling(temperature=np.float64(0.5)) == Sampling(temperature=0.5)
