@@ -4,7 +4,6 @@ import errno
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,11 +38,9 @@ def write_tensors(file: Path, tensors: dict[str, np.ndarray], metadata: dict[str
     mode = partial.stat().st_mode  # safetensors creates a file that only its owner can read
     try:
         save_file(tensors, partial, {**metadata, DIGESTS: json.dumps(digests)})
-    except SafetensorError as error:  # a full disk, for example; the code is only in the text
+    except SafetensorError as error:  # a full disk, for example: the text says so
         partial.unlink(missing_ok=True)
-        number = re.search(r"os error (\d+)", str(error))
-        code = int(number[1]) if number else errno.EIO
-        raise OSError(code, os.strerror(code), str(file)) from None
+        raise OSError(errno.EIO, " ".join(str(error).split()), str(file)) from None
     partial.chmod(mode)
     with partial.open("r+b") as stream:
         os.fsync(stream.fileno())

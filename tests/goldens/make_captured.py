@@ -9,15 +9,14 @@ linear layers, and logits with a head, an attention or a feed-forward taken out 
 """
 
 import json
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from make import build
-from safetensors.torch import load_file, save_file
+from make import as_saved, build
+from safetensors.torch import save_file
 
 SEED = 12
 SHAPE = {"n_embd": 12, "n_head": 3, "n_layer": 3, "vocab_size": 61, "n_positions": 11}
@@ -41,10 +40,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
     model = build(SHAPE)
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        state = load_file(Path(folder) / "model.safetensors")
-        config = (Path(folder) / "config.json").read_text()
+    state, config = as_saved(model)
     tokens = torch.randint(SHAPE["vocab_size"], (2, SHAPE["n_positions"]))
     blocks = model.transformer.h
     tensors = {f"state/{name}": value for name, value in state.items()} | {"tokens": tokens.to(torch.int32)}

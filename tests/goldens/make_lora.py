@@ -10,14 +10,13 @@ rank r are to it one of rank 3 r, the B of which is zero off the three diagonal 
 """
 
 import json
-import tempfile
 from pathlib import Path
 
 import peft
 import torch
 import transformers
-from make import build
-from safetensors.torch import load_file, save_file
+from make import as_saved, build
+from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy
 
 RANK, ALPHA, SEED = 3, 7.0, 11
@@ -29,10 +28,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
     base = build(SHAPE)
-    with tempfile.TemporaryDirectory() as folder:
-        base.save_pretrained(folder)
-        state = load_file(Path(folder) / "model.safetensors")
-        config = (Path(folder) / "config.json").read_text()
+    state, config = as_saved(base)
     lora = peft.LoraConfig(
         r=RANK, lora_alpha=ALPHA, fan_in_fan_out=True, target_modules=["c_attn", "c_proj", "c_fc"],
         rank_pattern={"c_attn": 3 * RANK}, alpha_pattern={"c_attn": 3 * ALPHA},

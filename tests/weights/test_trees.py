@@ -1,6 +1,5 @@
 """What must hold of a params tree in a file: it comes back unchanged, or the error names what is wrong with it."""
 
-import errno
 import json
 
 import jax.numpy as jnp
@@ -74,21 +73,13 @@ def test_tensors_of_another_program_are_refused(file, read):
         read(file)
 
 
-@pytest.mark.parametrize(
-    ("message", "code"),
-    [
-        ("Error while serializing: I/O error: No space left on device (os error 28)", errno.ENOSPC),
-        ("Error while serializing: something else", errno.EIO),
-    ],
-)
-def test_a_place_that_cannot_be_written_says_why_and_keeps_the_file(file, monkeypatch, message, code):
+def test_a_place_that_cannot_be_written_says_why_and_keeps_the_file(file, monkeypatch):
     def fail(*_):
-        raise SafetensorError(message)
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     before = file.read_bytes()
     monkeypatch.setattr(trees, "save_file", fail)
-    with pytest.raises(OSError, match=r"params\.safetensors") as caught:
+    with pytest.raises(OSError, match=r"No space left on device.*params\.safetensors"):
         write_tree(file, {"one": np.ones(1)})
-    assert caught.value.errno == code
     assert [path.name for path in file.parent.iterdir()] == [file.name]
     assert file.read_bytes() == before
