@@ -15,7 +15,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from refusals import refused
 
-from slm_jax import tokenizer as tokenizer_module
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.tokenizer import (
     END_OF_TEXT,
@@ -57,13 +56,6 @@ def make(kind: str) -> Tokenizer:
             return GPT2Tokenizer()
 
 
-def data_file(name: str) -> str:
-    path = Path(os.environ.get("SLM_JAX_DATA", ""), name)
-    if "SLM_JAX_DATA" not in os.environ or not path.is_file():
-        pytest.skip(f"$SLM_JAX_DATA does not hold {name}")
-    return path.read_text(encoding="utf-8")
-
-
 def english() -> str:
     """Real prose that ships with Python, so that it needs no download; it differs by version."""
     from pydoc_data.topics import topics
@@ -87,8 +79,10 @@ def test_every_kind_keeps_the_contract(kind):
     assert tokenizer.encode("") == []
     assert tokenizer.decode([]) == ""
     assert tokenizer.decode([tokenizer.eot_id]) == END_OF_TEXT
-    every = tokenizer.decode(range(tokenizer.vocab_size))
-    assert isinstance(every, str)
+    assert isinstance(tokenizer.decode(range(tokenizer.vocab_size)), str)
+    ids = tokenizer.encode("the cat")
+    for form in (tuple(ids), iter(ids), np.array(ids, np.uint16), list(np.array(ids)), jnp.array(ids)):
+        assert tokenizer.decode(form) == "the cat"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -117,14 +111,6 @@ def test_fingerprints_tell_tokenizers_apart():
     others = [*map(make, ("simple", "char", "bpe", "gpt2")), CharTokenizer().build_vocab(TEXT + "é")]
     others.append(BPETokenizer.train(TEXT, vocab_size=319))
     assert len({fingerprint(tokenizer) for tokenizer in others}) == len(others)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_decode_takes_lists_and_arrays(kind):
-    tokenizer = make(kind)
-    ids = tokenizer.encode("the cat")
-    for form in (tuple(ids), iter(ids), np.array(ids), np.array(ids, np.uint16), list(np.array(ids)), jnp.array(ids)):
-        assert tokenizer.decode(form) == "the cat"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -184,9 +170,9 @@ def test_end_of_text_in_training_text_separates_documents():
 # The book's tokenizer
 
 
-def test_the_verdict_has_the_books_vocabulary():
+def test_the_verdict_has_the_books_vocabulary(named_data):
     # 1,132: the book's chapter 2, with both special tokens. If it moves, the split moved away from the book's.
-    tokenizer = SimpleTokenizer().build_vocab(data_file("the-verdict.txt"))
+    tokenizer = SimpleTokenizer().build_vocab((named_data / "the-verdict.txt").read_text(encoding="utf-8"))
     assert tokenizer.vocab_size == 1132
     assert (tokenizer.eot_id, tokenizer.decode([1131])) == (1130, "<|unk|>")
     # The book's example, with the ids and the text that it prints.
@@ -205,9 +191,9 @@ def test_special_words_in_the_training_text_keep_their_places():
 # Characters
 
 
-def test_characters_keep_nanogpts_ids():
+def test_characters_keep_nanogpts_ids(named_data):
     # nanoGPT's prepare.py on tinyshakespeare prints 65 characters: newline is 0, "z" is 64.
-    tokenizer = CharTokenizer().build_vocab(data_file("tinyshakespeare.txt"))
+    tokenizer = CharTokenizer().build_vocab((named_data / "tinyshakespeare.txt").read_text(encoding="utf-8"))
     assert (tokenizer.vocab_size, tokenizer.eot_id) == (66, 65)
     assert tokenizer.encode("\nz") == [0, 64]
 
@@ -356,23 +342,16 @@ def refusing(*args, **kwargs):
     raise socket.gaierror("Name or service not known")
 
 
-def test_gpt2_has_its_size_without_its_files(monkeypatch, tmp_path):
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(socket, "create_connection", refusing)
-    tokenizer = get_tokenizer("gpt2")
-    assert (tokenizer.vocab_size, tokenizer.eot_id) == (50257, 50256)
-    assert tokenizer.to_dict() == {"kind": "gpt2"}
-
-
 @pytest.mark.parametrize("connect", [lambda *_, **__: time.sleep(4) or refusing(), refusing])
 def test_offline_without_files_fails_soon_and_says_what_to_do(connect, monkeypatch, tmp_path):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(socket, "create_connection", connect)
-    start = time.monotonic()
-    with refused(
-        rf"{tmp_path}.*missing.*download .*failed.*TIKTOKEN_CACHE_DIR.*tokenizer\.kind: bpe", MissingInputError
-    ):
-        get_tokenizer("gpt2").encode("x")
+    tokenizer = get_tokenizer("gpt2")
+    assert (tokenizer.vocab_size, tokenizer.eot_id) == (50257, 50256)
+    assert tokenizer.to_dict() == {"kind": "gpt2"}
+    start, expected = time.monotonic(), r"missing.*download .*failed.*TIKTOKEN_CACHE_DIR.*tokenizer\.kind: bpe"
+    with refused(f"{tmp_path}.*{expected}", MissingInputError):
+        tokenizer.encode("x")
     assert time.monotonic() - start < 2
 
 
@@ -387,19 +366,6 @@ def test_a_corrupt_file_is_reported_offline_and_left_alone(monkeypatch, tmp_path
         get_tokenizer("gpt2").decode([1])
     assert "missing" not in str(caught.value)
     assert len(list(tmp_path.iterdir())) == 2
-
-
-def test_a_failed_download_is_a_users_message(monkeypatch, tmp_path):
-    import tiktoken
-
-    def failing(name):
-        raise ConnectionResetError("reset\nby peer")
-
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(tokenizer_module, "check_reachable", lambda url, seconds: None)
-    monkeypatch.setattr(tiktoken, "get_encoding", failing)
-    with refused(r"reset by peer.*TIKTOKEN_CACHE_DIR", MissingInputError):
-        get_tokenizer("gpt2").encode("x")
 
 
 # Files that are not what they should be
@@ -447,17 +413,3 @@ def test_another_kinds_file_is_refused(tmp_path):
     make("char").save(tmp_path)
     with refused(r"tokenizer\.json.*'char'.*'bpe'.*load_tokenizer"):
         BPETokenizer.load(tmp_path)
-
-
-def test_a_failed_save_leaves_the_old_file(monkeypatch, tmp_path):
-    file = make("char").save(tmp_path)
-    before = file.read_bytes()
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "replace", full)
-    with refused("No space"):
-        make("bpe").save(tmp_path)
-    assert file.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [file]

@@ -47,15 +47,6 @@ def test_it_writes_a_token_file_and_summarizes_it(source, tokenizer, tmp_path, c
     assert json.loads(Path(f"{out}.json").read_text())["source"] == source
 
 
-def test_without_rules_only_copies_are_left_out(source, tokenizer, tmp_path, capsys):
-    prepare("--source", source, "--out", tmp_path / "a.bin", "--tokenizer", tokenizer)
-    assert capsys.readouterr().out.count("left out") == 1
-    assert json.loads((tmp_path / "a.bin.json").read_text())["documents"] == 5
-    prepare("--source", source, "--out", tmp_path / "b.bin", "--tokenizer", tokenizer, "--deduplicate", "false")
-    assert "left out" not in capsys.readouterr().out
-    assert json.loads((tmp_path / "b.bin.json").read_text())["documents"] == 6
-
-
 def test_a_tokenizer_is_trained_on_the_source(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"body": "low lower lowest newer wider"}\n{"body": "low low"}\n' * 3)
     out = tmp_path / "a.bin"

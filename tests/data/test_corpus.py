@@ -20,7 +20,7 @@ from slm_jax.data.corpus import (
 )
 from slm_jax.data.sources import parse_source
 from slm_jax.data.token_file import write_token_file
-from slm_jax.tokenizer import END_OF_TEXT, BPETokenizer, CharTokenizer, SimpleTokenizer, fingerprint
+from slm_jax.tokenizer import BPETokenizer, CharTokenizer, SimpleTokenizer, fingerprint
 
 CHAR, SIMPLE = TokenizerConfig(kind="char"), TokenizerConfig(kind="simple")
 BPE = TokenizerConfig(kind="bpe", vocab_size=300)
@@ -124,15 +124,6 @@ def test_documents_are_separated_and_nothing_else_is_special(tmp_path, kind):
         found += documents_of(tokens, corpus.tokenizer)
     if kind is not SIMPLE:  # to which the validation split's first words are unknown
         assert sorted(found) == sorted(documents)
-
-
-@KINDS
-def test_a_literal_end_of_text_separates_documents(text_file, kind):
-    text = f"{END_OF_TEXT}first one{END_OF_TEXT}\n\n{END_OF_TEXT}second{END_OF_TEXT}{END_OF_TEXT}third{END_OF_TEXT}"
-    source = DataConfig(text_file(text), validation_source=text_file("one more", "v.txt"))
-    corpus = load_corpus(source, kind)
-    assert documents_of(corpus.train, corpus.tokenizer) == ["first one", "second", "third"]
-    assert corpus.tokenizer.eot_id not in (corpus.train[0], corpus.train[-1])
 
 
 def test_documents_without_a_token_leave_no_separator():

@@ -156,17 +156,6 @@ def test_a_prompt_in_two_given_splits_is_refused(write, order):
         load(train, test_source=test, split=order)
 
 
-def test_equal_prompts_within_the_training_source_are_no_mistake_beside_a_given_split(write):
-    train = write([entry(i % 8, output=f"{i}") for i in range(40)])
-    splits = load(train, test_source=write([entry(20)], "test.json"), validation_fraction=0.3)
-    assert not {e.prompt for e in splits.train} & {e.prompt for e in splits.validation}
-
-
-def test_a_split_without_examples_is_refused(write):
-    with refused(r"the test split is empty.*data.test_fraction"):
-        load(write([entry(i) for i in range(3)]), test_fraction=0.1)
-
-
 # Tokens
 
 PLAIN = Template(user_start="Q:", user_end="\n", assistant_start="A:", assistant_end=".")  # a token a character
@@ -309,13 +298,6 @@ def test_a_batch_has_the_documented_names_and_types(packed):
     assert {name: (value.shape, value.dtype) for name, value in batch.items()} == expected
 
 
-@pytest.mark.parametrize(("longest", "limit", "width"), [(17, 64, 32), (40, 50, 50)])
-def test_a_batch_is_as_wide_as_its_longest_rounded_up_or_as_the_limit(longest, limit, width):
-    make = {"rows": rows_of(numbered([2, longest])), "batch_size": 2, "limit": limit, "packed": False, "seed": 0}
-    assert instruction_batches(bucketed=True, **make)[0]["inputs"].shape == (2, width)
-    assert instruction_batches(bucketed=False, **make)[0]["inputs"].shape == (2, limit)
-
-
 def test_padding_is_never_a_target():
     (batch,) = instruction_eval_batches(rows_of(numbered([4])), batch_size=2, limit=8, **ALONE)
     np.testing.assert_array_equal(batch["inputs"], [[100, 101, 102, 103, 0, 0, 0, 0], [0] * 8])
@@ -358,8 +340,3 @@ def test_packing_keeps_every_example_once_within_the_width_and_is_fixed_by_the_s
     assert drawn != [id(example) for row in pack(examples, 32, seed=4) for example in row]
     assert len(rows) <= 1.7 * np.ceil(lengths.sum() / 32)  # the bound of first fit
     assert [len(row) for row in pack(numbered([10] * 9), 30, seed=0)] == [3, 3, 3]
-
-
-def test_a_single_row_fills_batches():
-    dataset = instruction_batches(rows_of(numbered([4])), batch_size=2, limit=8, seed=0, **ALONE)
-    assert [dataset[step]["inputs"][:, 0].tolist() for step in (0, 1)] == [[100, 100]] * 2

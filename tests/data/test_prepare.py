@@ -146,15 +146,6 @@ def test_sources_follow_each_other_as_if_they_were_one(tokenizers, tmp_path):
     assert not (tmp_path / "o").exists()
 
 
-def test_rows_and_files_without_text_are_counted(tokenizers, tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "newer"}\n{"text": null}\n{"text": ""}\n{"text": " \\n"}\n')
-    (tmp_path / "a.txt").write_text("<|endoftext|> \n")
-    (tmp_path / "b.txt").write_text("low<|endoftext|> ")
-    sources = [parse_source(f"jsonl:{tmp_path}/a.jsonl"), parse_source(f"text:{tmp_path}/*.txt")]
-    prepared = prepare.prepare(sources, tmp_path / "ids.bin", tokenizers["bpe"])
-    assert (prepared.documents, prepared.counts["empty"]) == (2, 4)
-
-
 def test_progress_is_of_what_was_encoded_not_of_what_was_read_ahead(tokenizers, tmp_path, monkeypatch):
     monkeypatch.setattr(file_sources, "PIECE", 100)
     monkeypatch.setattr(prepare, "PIECE", 100)

@@ -150,15 +150,6 @@ def test_files_and_rows_are_split_and_empty_ones_are_counted(tmp_path, monkeypat
         assert len(empty) == n_empty
 
 
-def test_a_large_file_is_never_in_memory_whole(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_text("words and more words\n" * 200_000)
-    read = []
-    (document,) = map(list, parse_source(f"text:{path}").documents(on_read=read.append))
-    assert max(map(len, document)) <= 1 << 20
-    assert sum(read) == path.stat().st_size
-
-
 @pytest.mark.parametrize("source", ["text:{}/*.txt", "jsonl:{}/*.jsonl"])
 def test_no_text_at_all_is_an_error(tmp_path, source):
     (tmp_path / "a.txt").write_text(f" \n{MARK}\t")

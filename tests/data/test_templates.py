@@ -143,11 +143,8 @@ def test_an_unknown_template_lists_those_there_are():
     [
         ({"input": "x"}, r"^entry: no field 'instruction', only input$"),
         ({"instruction": " \n"}, r"instruction is empty"),
-        ({"instruction": 3}, r"instruction is 3; expected text"),
         ({"instruction": "a", "input": None}, r"input is None; expected text"),
-        ({"instruction": "a\ud800"}, r"instruction has half a surrogate pair"),
         ({"messages": "hello"}, r"messages is 'hello'; expected a list of objects with role and content"),
-        ({"messages": ["hello"]}, r"expected a list of objects"),
         ({"messages": []}, r"no user message"),
         ({"messages": [CHAT[0], CHAT[2]]}, r"no user message"),
         ({"messages": [CHAT[1], CHAT[0]]}, r"message 2: role is 'system'.*only first"),
@@ -155,7 +152,6 @@ def test_an_unknown_template_lists_those_there_are():
             {"messages": [{"role": "human", "content": "x"}]},
             r"message 1: role is 'human'; expected one of system, user",
         ),
-        ({"messages": [CHAT[1], {"role": "assistant"}]}, r"message 2: no field 'content', only role"),
         ({"messages": [CHAT[1], {"role": "assistant", "content": ""}]}, r"message 2: content is empty"),
     ],
 )

@@ -108,21 +108,14 @@ def test_of_two_writers_at_once_the_later_one_wins_whole(path):
 
 
 def test_a_changed_file_is_refused(path):
-    data = bytearray(path.read_bytes())
-    data[4] ^= 1
-    path.write_bytes(data)
+    data = path.read_bytes()
+    path.write_bytes(data[:4] + b"\7" + data[5:])
     with refused(r"ids\.bin: SHA-256 is .*, but ids\.bin\.json says .*prepare"):
         open_token_file(path)
-
-
-@pytest.mark.parametrize("change", [lambda data: data[:-2], lambda data: data + b"\0\0", lambda data: data[:-1]])
-def test_a_file_of_another_length_is_refused(path, change):
-    path.write_bytes(change(path.read_bytes()))
-    with refused(r"bytes, but ids\.bin\.json says 5 ids of uint16"):
-        open_token_file(path)
-
-
-def test_a_description_alone_is_not_a_token_file(path):
+    for changed in (data[:-2], data + b"\0\0", data[:-1]):
+        path.write_bytes(changed)
+        with refused(r"bytes, but ids\.bin\.json says 5 ids of uint16"):
+            open_token_file(path)
     path.unlink()
     with refused(r"ids\.bin: no such file", MissingInputError):
         open_token_file(path)
@@ -194,10 +187,3 @@ def test_files_that_are_not_bare_ids(tmp_path, content, expected):
     path.write_bytes(content)
     with refused(f"{path}: .*{expected}"):
         open_token_file(path)
-
-
-def test_paths_that_are_not_files(tmp_path):
-    with refused(r"gone\.bin: no such file", MissingInputError):
-        open_token_file(tmp_path / "gone.bin")
-    with refused("cannot be read"):
-        open_token_file(tmp_path)
