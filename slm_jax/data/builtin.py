@@ -26,7 +26,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from slm_jax.data.rows import OnRead, Pieces, Row, Source, ignore_bytes
+from slm_jax.data.rows import OnRead, Row, Source, ignore_bytes
 from slm_jax.errors import MissingInputError
 from slm_jax.files import cache_folder, replace_text
 
@@ -229,26 +229,12 @@ class Builtin(Source):
 
     scheme, form, names = "builtin", "builtin:NAME", BUILTINS
 
-    @property
-    def has_rows(self) -> bool:
-        """Whether the data set has fields: all but ``python-docs``."""
-        return self.name != "python-docs"
-
     def rows(self, columns: Sequence[str] = (), on_read: OnRead = ignore_bytes) -> Iterator[Row]:
-        """Return the rows of a data set that has fields."""
-        if not self.has_rows:
-            return super().rows(columns, on_read)
-        return (Row(f"{self} entry {i}", fields) for i, fields in enumerate(self._data(), start=1))
-
-    def texts(self, column: str | None = None, on_read: OnRead = ignore_bytes) -> Iterator[Pieces]:
-        """Return the documents, or the texts in a column."""
-        if self.has_rows:
-            return super().texts(column, on_read)
-        return ([document] for document in self._data())
-
-    def _data(self) -> tuple[Any, ...]:
-        if data := BUILTINS[self.name]():
-            return data
-        raise MissingInputError(
-            f"{self}: this Python comes without the standard library's source ({_stdlib()}); use a file of your own"
-        )
+        """Return the rows; those of ``python-docs`` have only a ``text``."""
+        data = BUILTINS[self.name]()
+        if not data:
+            raise MissingInputError(
+                f"{self}: this Python comes without the standard library's source ({_stdlib()}); use a file of your own"
+            )
+        fields = ({"text": row} if isinstance(row, str) else row for row in data)
+        return (Row(f"{self} entry {i}", row) for i, row in enumerate(fields, start=1))

@@ -69,7 +69,7 @@ class Named(Source):
 
     def rows(self, columns: Sequence[str] = (), on_read: OnRead = ignore_bytes) -> Iterator[Row]:
         """Return the rows of a file with fields."""
-        return self._file().rows(columns, on_read) if self.has_rows else super().rows(columns, on_read)
+        return self._file().rows(columns, on_read)
 
     def texts(self, column: str | None = None, on_read: OnRead = ignore_bytes) -> Iterator[Pieces]:
         """Return the whole text, or the texts in a column."""

@@ -286,8 +286,8 @@ def test_the_fingerprint_of_prepared_files_is_of_their_ids_and_the_cut(prepared)
 
 
 def test_a_column_where_no_source_has_any_is_refused():
-    with refused("data.text_column is 'body', but builtin:python-docs has no columns"):
-        load_corpus(DataConfig("builtin:python-docs", text_column="body"), CHAR)
+    with refused("data.text_column is 'body', but named:the-verdict has no columns"):
+        load_corpus(DataConfig("named:the-verdict", text_column="body"), CHAR)
 
 
 def test_texts_come_from_a_column(tmp_path):

@@ -62,7 +62,7 @@ def test_a_new_source_is_a_class_and_its_entry_in_the_registry(monkeypatch):
 
 def test_what_has_no_fields_or_no_text_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("words")
-    for source in (f"text:{tmp_path}/a.txt", "builtin:python-docs", "named:the-verdict", "tokens:a.bin"):
+    for source in (f"text:{tmp_path}/a.txt", "tokens:a.bin"):
         with refused("no named fields; expected rows"):
             parse_source(source).read_rows()
         with refused("text_column is 'body', but .* has no columns"):
