@@ -91,16 +91,11 @@ def test_what_cannot_take_part_says_why(nanodo):
     assert lines["nanodo"] == "skipped: failed: out of memory"
 
 
-def test_a_contestant_that_dies_is_reported(nanodo):
-    done = peers("--contestants", "nanodo", "--nanodo", nanodo("import os\nos._exit(9)"))
-    assert done.returncode == 0, done.stderr
+def test_a_contestant_that_dies_or_that_has_no_gpu_is_a_line(nanodo, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # also where the machine has a GPU
+    folder = nanodo("import os\nos._exit(9)")
+    done = peers("--device", "gpu", "--contestants", "slm_jax,nanodo", "--nanodo", folder)
     assert "nanodo        skipped: failed: its process ended with status 9" in done.stdout
-
-
-def test_a_gpu_that_is_not_there_is_one_line(monkeypatch):
-    monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # also where the machine has one
-    done = peers("--device", "gpu", "--contestants", "slm_jax")
-    assert done.returncode == 1
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("slm_jax")]
     assert "skipped: JAX finds no GPU here; pip install" in line
     assert "Error" not in done.stdout + done.stderr
@@ -118,26 +113,14 @@ def test_only_what_shared_the_machine_is_said_to_slow_others(capsys, monkeypatch
     assert "slm_jax       took 60% of a CPU" in capsys.readouterr().out
 
 
-def test_an_interpreter_that_is_not_there(tmp_path):
-    done = peers("--contestants", "slm_jax", "--interpreter", f"slm_jax={tmp_path / 'python'}")
-    assert done.returncode == 1
-    assert "give another by --interpreter" in done.stdout
-    assert "Traceback" not in done.stderr
-
-
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         (["--contestants", "torch"], "there is no 'torch'; expected some of slm_jax, nanogpt"),
-        (["--batch", "0"], "--batch is 0; expected at least 1"),
         (["--width", "15"], "--width is 15, which --heads 2 does not divide"),
         (["--work", "generate"], "--prompt 64 and --new 128 are more than --context 16"),
-        (["--nanogpt", "nowhere"], "nowhere is not a folder"),
-        (["--interpreter", "nanogpt"], "expected NAME=PYTHON"),
         (["--output", "nowhere/result.json"], "nowhere is not a folder; make it first"),
-        (["--output", "."], ". is a folder; expected a file"),
         (["--picture", "result.doc"], "result.doc has no known format; expected one of .png"),
-        (["--contestants", "slm_jax,slm_jax"], "slm_jax is given twice"),
     ],
 )
 def test_mistakes_end_with_status_2(options, said):

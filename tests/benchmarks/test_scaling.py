@@ -25,19 +25,19 @@ def scaling():
             del sys.modules[name]
 
 
-@pytest.fixture(scope="module")
-def page(scaling, tmp_path_factory):
-    """A page of a tiny step that is measured, GPT-2 XL, which takes too long, and a file of a megabyte."""
-    folder = tmp_path_factory.mktemp("page")
-    tiny = scaling.point("parameters", "smallest", BPE, 2, 16, **SHAPE)
-    xl = next(point for point in scaling.POINTS if "xl" in point.name)
-    scaling.write(folder, [tiny, xl], gigabytes=[0.001], seconds=0.2)
-    return folder
+@pytest.fixture
+def content():
+    """The figures that the project shows."""
+    return json.loads((FOLDER / "results" / "scaling.json").read_text())
 
 
 @pytest.mark.slow
-def test_a_measured_and_a_computed_point(page):
-    content = json.loads((page / "results" / "scaling.json").read_text())
+def test_a_measured_and_a_computed_point_and_the_reader(scaling, tmp_path):
+    """A tiny step is measured; GPT-2 XL takes too long; the file has a megabyte."""
+    tiny = scaling.point("parameters", "smallest", BPE, 2, 16, **SHAPE)
+    xl = next(point for point in scaling.POINTS if "xl" in point.name)
+    scaling.write(tmp_path, [tiny, xl], gigabytes=[0.001], seconds=0.2)
+    content = json.loads((tmp_path / "results" / "scaling.json").read_text())
     tiny, xl = content["steps"]
     n_parameters = 300 * 16 + 16 * 16 + 2 * (12 * 16**2 + 13 * 16) + 2 * 16
     assert (tiny["parameters"], tiny["tokens"]) == (n_parameters, 32)
@@ -56,32 +56,26 @@ def test_a_measured_and_a_computed_point(page):
     share = tiny["bounds_seconds"]["arithmetic"] / tiny["seconds"]
     assert xl["estimated_seconds"] == pytest.approx(xl["bounds_seconds"]["arithmetic"] / share)
 
-    text = (page / "SCALING.md").read_text()
+    text = (tmp_path / "SCALING.md").read_text()
     line = {name: next(row for row in text.splitlines() if row.startswith(f"| {name}")) for name in ("smallest", "GPT")}
     assert len(re.findall(r"\*[^*]+\*", line["smallest"])) == 1  # what is planned
     assert len(re.findall(r"\*[^*]+\*", line["GPT"])) == 3  # and its time, and share of the peak
     assert "{" not in text
-    assert 0 < (page / "scaling.png").stat().st_size < 100_000
+    assert 0 < (tmp_path / "scaling.png").stat().st_size < 100_000
 
-
-def test_the_reader(page):
-    (row,) = json.loads((page / "results" / "scaling.json").read_text())["readers"]
+    (row,) = content["readers"]
     assert row["tokens"] == 500_000
     assert row["tokens_per_second"] == pytest.approx(8 * 1024 / row["batch_seconds"]["median"])
 
 
-def test_a_reader_that_fails_leaves_the_rest_of_the_page(scaling, page, capsys):
+def test_a_reader_that_fails_leaves_the_rest_of_the_page(scaling, content, capsys):
     row = scaling.reader_row(1e-9)  # no room for an id: the file is refused, not mapped
     assert row == {"gigabytes": 1e-9, "missing": "failed"}
     assert "the reader of 1e-09 GB: " in capsys.readouterr().err
-    content = json.loads((page / "results" / "scaling.json").read_text())
-    assert "| 1e-09 GB | failed |" in scaling.page({**content, "readers": [row]})
-
-
-def test_memory_that_the_system_does_not_tell_is_not_known(scaling, page):
-    content = json.loads((page / "results" / "scaling.json").read_text())
-    (row,) = content["readers"]
-    assert "| not known |" in scaling.page({**content, "readers": [{**row, "own_bytes": None}]})
+    unknown = {**content["readers"][0], "own_bytes": None}
+    page = scaling.page({**content, "readers": [row, unknown]})
+    assert "| 1e-09 GB | failed |" in page
+    assert "| not known |" in page
     assert scaling.grown_bytes(None) is None
 
 
