@@ -100,8 +100,8 @@ def test_the_total_is_within_ten_percent_of_what_xla_says(changes):
 def test_flash_attention_keeps_no_weights():
     """So what is kept grows with the tokens, not with their square."""
     for kernel in ("cudnn", "flash"):
-        kept = [saved_bytes(work(shape(context_length=length), TPU, kernel)) for length in (64, 128)]
-        assert kept[0] == kept[1]
+        short, long = (saved_bytes(work(shape(context_length=length), TPU, kernel)) for length in (64, 128))
+        assert short == long
 
 
 def test_remat_saves_nothing_where_a_cpu_unrolls():
@@ -141,12 +141,9 @@ def test_sharded_state_is_a_share_and_small_leaves_are_whole():
     assert state_bytes(trainable, {}, 4).gradients == 4 * 4096 / 4 + 4 * 64
 
 
-def test_an_evaluation_of_more_rows_takes_more():
-    few, many = (evaluation_memory(work(shape(), rows=rows), State(0, 0, 0)) for rows in (8, 16))
-    assert many == 2 * few
-
-
-def test_frozen_blocks_keep_nothing():
-    whole = step_memory(work(shape()), State(0, 0, 0))
-    half = step_memory(dataclasses.replace(work(shape()), trained_blocks=1), State(0, 0, 0))
+def test_an_evaluation_grows_with_its_rows_and_frozen_blocks_keep_nothing():
+    nothing = State(0, 0, 0)
+    assert evaluation_memory(work(shape(), rows=16), nothing) == 2 * evaluation_memory(work(shape(), rows=8), nothing)
+    whole = step_memory(work(shape()), nothing)
+    half = step_memory(dataclasses.replace(work(shape()), trained_blocks=1), nothing)
     assert half.activations == whole.activations / 2
