@@ -90,21 +90,18 @@ def test_on_a_gpu_it_does_not_promise_equal_bits(run, monkeypatch):
     assert "apart from kernels that round differently" in text
 
 
-def test_the_suggested_command_works(run, capsys):
-    (next_step,) = examine(run)["next"]
-    command = next_step.text.partition("for more: slm-jax ")[2].replace("--train.steps N", "--train.steps 7").split()
-    assert cli.main(command) == 0
-    assert examine(run)["next"][0].text.startswith("finished, 7 steps")
-
-
-def test_a_run_that_was_moved_resumes_where_it_is(run, tmp_path):
+def test_the_suggested_command_resumes_a_run_that_was_moved(run, tmp_path):
     moved = tmp_path / "elsewhere" / "dogs"
     shutil.copytree(run, moved)
-    (next_step,) = examine(moved)["next"]
-    assert f"--runs_dir {moved.parent} --run dogs" in next_step.text
+    ((_, text),) = check_next(RunFolder(moved))
+    assert f"--runs_dir {moved.parent} --run dogs" in text
+    command = text.partition("for more: slm-jax ")[2].replace("--train.steps N", "--train.steps 7").split()
+    assert cli.main(command) == 0
+    ((_, text),) = check_next(RunFolder(moved))
+    assert text.startswith("finished, 7 steps")
 
 
-def test_a_damaged_checkpoint_is_named(run):
+def test_a_damaged_checkpoint_is_named_and_no_intact_one_is_a_problem_of_its_own(run):
     file = max((run / "checkpoints" / "3").rglob("*"), key=lambda path: path.stat().st_size)
     file.write_bytes(file.read_bytes()[:-1] + b"?")
     found = examine(run)
@@ -112,11 +109,7 @@ def test_a_damaged_checkpoint_is_named(run):
     assert f"{file} is damaged" in problem
     assert f"delete {run / 'checkpoints' / '3'}, the others are not affected" in problem
     assert "intact" in found["checkpoints"][1].text
-
-
-def test_no_intact_checkpoint_is_a_problem_of_its_own(run):
-    for step in ("3", "6"):
-        (run / "checkpoints" / step / "_CHECKPOINT_METADATA").write_text("{}")
+    (run / "checkpoints" / "6" / "_CHECKPOINT_METADATA").write_text("{}")
     assert "every checkpoint is damaged" in problems(examine(run))[-1]
 
 
@@ -168,17 +161,14 @@ def test_a_mirror_may_be_behind_damaged_or_gone(machine, run):
     assert "does not exist; mount it" in problems(examine(run))[0]
 
 
-def test_a_configuration_of_another_version_is_a_problem(run):
+def test_a_configuration_of_another_version_is_a_problem_and_a_run_in_training_is_left_alone(run):
+    with RunFolder(run).lock():
+        assert list(check_next(RunFolder(run))) == [("note", "another process is training it now")]
+    assert [level for level, _ in check_next(RunFolder(run))] == ["ok"]
     config = run / "config.yaml"
     config.write_text(config.read_text() + "new_key: 1\n")
     ((level, text),) = check_config(RunFolder(run))
     assert (level, "new_key" in text) == ("problem", True)
-
-
-def test_a_run_that_is_being_trained_is_left_alone(run):
-    with RunFolder(run).lock():
-        assert list(check_next(RunFolder(run))) == [("note", "another process is training it now")]
-    assert [level for level, _ in check_next(RunFolder(run))] == ["ok"]
 
 
 def test_imported_weights_and_a_run_that_has_just_begun(tmp_path):

@@ -40,25 +40,20 @@ def test_a_folder_that_holds_only_a_configuration(tmp_path):
         assert text in page.text
 
 
-def test_a_run_in_progress(tmp_path):
-    page = page_of(make_run(tmp_path / "a", [train(i) for i in range(1, 8)]))
-    for text in ("not finished", "7 of 100", "No validation loss yet."):
-        assert text in page.text
-
-
 def test_a_run_that_diverged(tmp_path):
     rows = [val(0, 8.0), *(train(i, 5.0) for i in range(1, 5)), val(5, None), train(6, None), train(7, None)]
     record = record_of(tmp_path / "a", rows)
     assert np.isnan(record.points("train", "loss")[1]).tolist() == [False] * 4 + [True] * 2
-    page = page_of(tmp_path / "a")
-    assert "in 2 logged steps loss or gradients were not finite" in page.text
-    assert "8.0000 at step 0" in page.text
+    text = page_of(tmp_path / "a").text
+    for part in ("in 2 logged steps loss or gradients were not finite", "8.0000 at step 0", "not finished", "7 of 100"):
+        assert part in text
     assert "No figure of the log" in page_of(make_run(tmp_path / "b", [val(1, None)])).text
 
 
 def test_the_page_of_a_long_log_is_small(tmp_path):
-    folder = make_run(tmp_path / "a", [train(i, 2 + (i % 7) / 10) for i in range(1, 20_001)])
-    assert len(page_of(folder).html) < 300_000
+    page = page_of(make_run(tmp_path / "a", [train(i, 2 + (i % 7) / 10) for i in range(1, 20_001)]))
+    assert len(page.html) < 300_000
+    assert "No validation loss yet." in page.text
 
 
 def test_markup_in_names_samples_and_answers_stays_text(tmp_path):
@@ -185,17 +180,13 @@ def test_runs_of_different_tasks_are_drawn_apart(tmp_path):
     assert {"Pretraining: a", "Classification: b"} <= set(page.texts)
 
 
-def test_runs_of_one_name_have_different_labels(tmp_path):
-    folders = [make_run(tmp_path / place / "run", [train(1)]) for place in ("one", "two")]
-    assert [record.label for record in read_records([str(folder) for folder in folders])] == [str(f) for f in folders]
-    assert len(read_records([str(folders[0]), f"{folders[0]}/"])) == 1
-
-
 # --- Which checkpoint ---
 
 
-def test_a_run_is_read_with_one_step(tmp_path, monkeypatch):
-    run = make_run(tmp_path / "run", [train(1)])
+def test_a_run_is_read_once_with_one_step_and_has_a_label_of_its_own(tmp_path, monkeypatch):
+    run, other = (make_run(tmp_path / place / "run", [train(1)]) for place in ("one", "two"))
+    records = read_records([str(run), str(other), f"{run}/"])
+    assert [record.label for record in records] == [str(run), str(other)]
     with pytest.raises(MissingInputError, match="no checkpoint in this run yet"):
         read_records([f"{run}@3"])
     monkeypatch.setattr(reading, "find_checkpoint", lambda folder, step: (folder, int(step)))
