@@ -74,7 +74,7 @@ class SkippedError(Exception):
 
 def slm_jax(work: Work) -> Rounds:
     """Build this checkout's model and the step that its training compiles."""
-    from slm_jax.training.host_memory import keep_freed_memory
+    from slm_jax.training.process import keep_freed_memory
 
     keep_freed_memory()  # as every command does
     import jax

@@ -35,7 +35,7 @@ from slm_jax.tools.bench.result import describe_machine
 from slm_jax.tools.bench.training import StepTimer, compile_step
 from slm_jax.tools.plan.estimate import ASSUMED_MFU, Plan, make_plan
 from slm_jax.training.hardware import DEVICES, device_here, find_device
-from slm_jax.training.host_memory import keep_freed_memory
+from slm_jax.training.process import keep_freed_memory
 
 Ladder = Literal["parameters", "context", "batch"]
 _ENOUGH_REPEATS = 7

@@ -11,7 +11,7 @@ from annotated_types import Ge
 
 from slm_jax.config import NotNegative, Positive, Seed
 from slm_jax.generation.config import Sampling
-from slm_jax.training.compile_cache import set_up, use_compile_cache
+from slm_jax.training.process import set_up, use_compile_cache
 
 if TYPE_CHECKING:
     from slm_jax.runs import Run

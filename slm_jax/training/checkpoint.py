@@ -8,10 +8,11 @@ commits a checkpoint by renaming it, so one that exists is whole; it keeps no ch
 import errno
 import json
 import math
+import operator
 import os
 import shutil
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,10 @@ class Checkpoints:
     the first host only.
     """
 
-    def __init__(self, folder: Path, keep: int = 2, on_saved: Callable[[int], None] | None = None):
+    def __init__(self, folder: Path, keep: int = 2, on_saved: Callable[[int], None] = lambda step: None):
         policies = ocp.training.preservation_policies
-        best = policies.BestN(get_metric_fn=_validation_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False)
+        loss = operator.itemgetter("validation_loss")
+        best = policies.BestN(get_metric_fn=loss, reverse=True, n=1, keep_checkpoints_without_metrics=False)
         self.folder = folder.resolve()
         self._on_saved = on_saved
         self._checkpointer = ocp.training.Checkpointer(
@@ -49,14 +51,17 @@ class Checkpoints:
             cleanup_tmp_directories=True,
         )
         self._started: list[int] = []
-        self._background: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._pool = ThreadPoolExecutor(1)
+        self._saving: Future[None] | None = None
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.wait()
+        try:
+            self.wait()
+        finally:
+            self._pool.shutdown()
         self._checkpointer.close()
 
     def save(self, state: TrainState, metadata: dict[str, Any], validation_loss: float | None = None) -> None:
@@ -65,7 +70,9 @@ class Checkpoints:
         ``metadata`` is JSON-able; ``validation_loss`` is that of these parameters, if it was just measured.
         """
         self.wait()
-        self._check_space(state)
+        # Checked: a save that runs out of space midway ends in a heap of tracebacks.
+        if shutil.disk_usage(self.folder).free < 1.1 * checkpoint_bytes(state):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.folder))
         step = int(state.step)
         exists = step in self.saved_steps()
         self._started.append(step)
@@ -77,33 +84,19 @@ class Checkpoints:
             metrics=None if validation_loss is None else {"validation_loss": validation_loss},
             custom_metadata={**metadata, "format": FORMAT, "validation_loss": validation_loss},
         )
-        self._background = threading.Thread(target=self._finish, args=(response, step))
-        self._background.start()
-
-    def _check_space(self, state: TrainState) -> None:
-        """Refuse to start a save that will not fit: one that runs out midway ends in a heap of tracebacks."""
-        needed = 1.1 * sum(leaf.nbytes for leaf in jax.tree.leaves((state.trainable, state.opt_state)))
-        if shutil.disk_usage(self.folder).free < needed:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.folder))
+        self._saving = self._pool.submit(self._finish, response, step)
 
     def _finish(self, response: Any, step: int) -> None:
-        try:
-            response.result()
-            if jax.process_index() == 0:
-                write_checksums(self.folder / str(step))
-                if self._on_saved is not None:
-                    self._on_saved(step)
-        except BaseException as error:  # handed to the thread that waits
-            self._error = error
+        response.result()
+        if jax.process_index() == 0:
+            write_checksums(self.folder / str(step))
+            self._on_saved(step)
 
     def wait(self) -> None:
         """Wait for the save under way; raise the error that it met, if any."""
-        if self._background is not None:
-            self._background.join()
-            self._background = None
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
 
     def saved_steps(self) -> list[int]:
         """Return the steps saved or being saved, ascending."""
@@ -130,10 +123,6 @@ def _items(state: TrainState) -> dict[str, Any]:
     return {"params": state.trainable, "state": {"step": state.step, "opt_state": state.opt_state, "key": key}}
 
 
-def _validation_loss(metrics: dict[str, float]) -> float:
-    return metrics["validation_loss"]
-
-
 def saved_steps(folder: Path) -> list[int]:
     """Return the steps that have a committed checkpoint, ascending; a half-deleted one does not count."""
     if not folder.is_dir():
@@ -142,11 +131,7 @@ def saved_steps(folder: Path) -> list[int]:
 
 
 def read_metadata(folder: Path, step: int) -> dict[str, Any]:
-    """Return the metadata saved with a step, ``validation_loss`` included.
-
-    Raises:
-        InputError: no checkpoint of slm_jax there, or a damaged one.
-    """
+    """Return the metadata saved with a step, ``validation_loss`` included; an InputError if they are damaged."""
     path = folder / str(step) / METADATA
     try:
         metadata = json.loads(path.read_text())["custom_metadata"]
@@ -184,28 +169,22 @@ def load_params(folder: Path, step: int, like: Params, sharding: Any = None) -> 
     another = f"choose another step of {others}" if others else "no other step was saved"
     if damage := find_damage(folder / str(step)):
         raise InputError(f"{damage}; {another}")
-    if not isinstance(sharding, dict):
-        place = sharding or _first_device()
-        sharding = jax.tree.map(lambda _: place, like)
-    abstract = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), like, sharding)
-    return _load(folder / str(step), "params", abstract, another)
+    return _load(folder / str(step), "params", like, sharding, another)
 
 
 def load_opt_state(folder: Path, step: int, like: Any) -> Any:
     """Load only the optimizer state of a step, to the host; ``like`` is the state, as arrays or shapes."""
     key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
     like = {"step": jax.ShapeDtypeStruct((), "int32"), "key": key, "opt_state": like}
-    place = _first_device()
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), like)
-    state = _load(folder / str(step), "state", abstract, "the optimizer is another; leave base_optimizer out")
+    state = _load(folder / str(step), "state", like, None, "the optimizer is another; leave base_optimizer out")
     return jax.device_get(state["opt_state"])
 
 
-def _first_device() -> jax.sharding.Sharding:
-    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-
-
-def _load(path: Path, item: str, abstract: Any, remedy: str) -> Any:
+def _load(path: Path, item: str, like: Any, sharding: Any, remedy: str) -> Any:
+    if not isinstance(sharding, dict):
+        place = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        sharding = jax.tree.map(lambda _: place, like)
+    abstract = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), like, sharding)
     try:
         return ocp.load_checkpointables(path.resolve(), {item: abstract})[item]  # Orbax takes absolute paths only
     except Exception as error:  # of any kind: without checksums Orbax runs into whatever the files hold
@@ -215,7 +194,8 @@ def _load(path: Path, item: str, abstract: Any, remedy: str) -> Any:
 
 def write_checksums(folder: Path) -> None:
     """Write the SHA-256 of every file of a checkpoint beside them."""
-    sums = {str(path.relative_to(folder)): sha256(path) for path in _files(folder)}
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(CHECKSUMS)]
+    sums = {str(path.relative_to(folder)): sha256(path) for path in files}
     replace_text(folder / CHECKSUMS, json.dumps(sums, indent=1))
 
 
@@ -248,14 +228,9 @@ def find_damage(folder: Path) -> str | None:
     return None
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    return (path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(CHECKSUMS))
-
-
 def checkpoint_bytes(state: TrainState) -> int:
     """Return the bytes of one checkpoint: parameters and optimizer state (arrays or shapes)."""
-    leaves = jax.tree.leaves((state.trainable, state.opt_state))
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((state.trainable, state.opt_state)))
 
 
 def check_disk(run: RunFolder, state: TrainState, frozen: Params, keep: int) -> None:

@@ -6,11 +6,22 @@ The defaults are the ``tiny`` recipe.
 import dataclasses
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le
 
-from slm_jax.config import AboveZero, Execution, NotNegative, Positive, Rate, Seed, check
+from slm_jax.config import (
+    AboveZero,
+    Execution,
+    NotNegative,
+    Positive,
+    Rate,
+    Seed,
+    check,
+    execution_keys,
+    flatten,
+    to_dict,
+)
 from slm_jax.data.config import DataConfig, TokenizerConfig
 from slm_jax.errors import InputError
 from slm_jax.files import user_path
@@ -296,6 +307,25 @@ class BaseRunConfig:
         """The run's folder in the mirror; None without one."""
         mirror = self.checkpoint.mirror
         return None if mirror is None else user_path(mirror) / self.name
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What is trained on what, JSON-able: all keys but those marked as execution and those that are not read."""
+        used = {
+            "lora.": self.trainable == "lora",
+            "trainable_blocks": self.trainable == "last_n_blocks",
+            "optimizer.muon_": self.optimizer.kind == "muon",
+        }
+        # The section of a task has its name.
+        shared = {field.name for field in dataclasses.fields(BaseRunConfig)}
+        used |= {f"{f.name}.": f.name == self.task for f in dataclasses.fields(self) if f.name not in shared}
+        unused, execution = tuple(prefix for prefix in used if not used[prefix]), execution_keys(self)
+        base = None if self.base is None else str(Path(self.base))  # "./runs/x" is "runs/x"
+        return {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in flatten({**to_dict(self), "base": base}).items()
+            if key not in execution and not key.startswith(unused)
+        }
 
     def gpt_config(self, vocab_size: int, dtype: DType = "float32") -> GPTConfig:
         """Return the model's configuration for a tokenizer of ``vocab_size`` ids, computing in ``dtype``.

@@ -1,12 +1,13 @@
-"""What devices offer: peak FLOP/s, memory, and the best dtype."""
+"""What devices offer: peak FLOP/s, memory, and the best dtype; and what the numbers of a run depend on."""
 
 import contextlib
 import dataclasses
-import difflib
 import os
+import platform
 import re
+from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 
@@ -80,10 +81,7 @@ def find_device(name: str) -> Device:
     """Return the accelerator with a name such as ``a100-40g``, in upper or lower case."""
     known = {device.name: device for device in DEVICES}
     if name.lower() not in known:
-        near = [other for other in known if name and other.startswith(name.lower())]
-        near = near or difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.6)
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise InputError(f"device is {name!r}; {hint}expected one of {', '.join(known)}, cpu")
+        raise InputError(f"device is {name!r}; expected one of {', '.join(known)}, cpu")
     return known[name.lower()]
 
 
@@ -106,7 +104,7 @@ def device_here(device: jax.Device | None = None) -> Device | None:
 def peak_flops(dtype: DType, device: jax.Device | None = None) -> float | None:
     """Return the peak FLOP/s of one device in a dtype, see :class:`Device`; None where it is not known."""
     known = device_here(device)
-    return None if known is None else known.peak(dtype)
+    return known.peak(dtype) if known else None
 
 
 def forward_flops(cfg: GPTConfig, tokens: float, seen: float, n_logits: float) -> float:
@@ -146,3 +144,22 @@ def machine_memory() -> int | None:
     with contextlib.suppress(ValueError, OSError, AttributeError):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return None
+
+
+def environment(n_devices: int) -> dict[str, Any]:
+    """Return what the numbers of a run depend on apart from its configuration."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return {
+        "device": jax.devices()[0].device_kind,
+        "devices": n_devices,
+        "processes": jax.process_count(),
+        "threads": len(affinity(0)) if affinity else os.cpu_count(),
+        "python": platform.python_version(),
+        **{package: version(package) for package in ("jax", "flax", "optax")},
+    }
+
+
+def rounding_changes(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Return the keys in which two environments differ and that decide how numbers are rounded."""
+    keys = ("device", "devices", "processes", "threads", "jax")
+    return [key for key in keys if was.get(key, now[key]) != now[key]]

@@ -22,18 +22,16 @@ from slm_jax.nn.blocks import merge_params
 from slm_jax.nn.lora import split_adapters
 from slm_jax.training.checkpoint import Checkpoints, best_step, check_disk, load_params
 from slm_jax.training.config import BaseRunConfig
-from slm_jax.training.hardware import device_memory
-from slm_jax.training.interrupt import Interrupted, StopRequest
+from slm_jax.training.hardware import device_memory, environment
 from slm_jax.training.loggers import check_loggers, open_loggers
-from slm_jax.training.profile import StepProfile
+from slm_jax.training.process import Interrupted, StopRequest
 from slm_jax.training.program import Program, abstract_state, compile_program, first_state
 from slm_jax.training.progress import ProgressLine, count_leaves, format_bytes, format_duration, parameter_table
-from slm_jax.training.record import PLOT_INTERVAL, RunRecord
-from slm_jax.training.resume import Mirror, Start, check_identity, mirror_folder, run_identity
+from slm_jax.training.record import PLOT_INTERVAL, RunRecord, StepProfile
+from slm_jax.training.resume import Mirror, Start, check_identity, mirror_folder
 from slm_jax.training.run_folder import BEFORE, FROZEN
 from slm_jax.training.sharding import check_batch_size, host_rows, make_mesh, put_batch, put_params
 from slm_jax.training.step import TrainState
-from slm_jax.training.summary import environment, print_end, summarize
 from slm_jax.training.task import REFERENCES, Moment, Task, purpose_key
 from slm_jax.training.trainable import leaf_table
 from slm_jax.weights.trees import tree_fingerprint, write_tree
@@ -50,7 +48,7 @@ def train(config: BaseRunConfig, task: Task, start: Start, stop: StopRequest, co
     folder, total = start.folder, task.total_steps
     progress = ProgressLine(console, total, start.first_step)
     if start.step is not None:
-        check_identity(folder, start.metadata["identity"], run_identity(task))
+        check_identity(folder, start.metadata["identity"], task.identity)
     mirror = Mirror(folder, mirror_folder(config) if folder.writes else None, config.checkpoint.keep, progress.note)
     if (summary := start.finished(total)) is not None:
         more = "raise --train.steps or --train.epochs to train longer, or use another --run NAME"
@@ -80,7 +78,7 @@ def train(config: BaseRunConfig, task: Task, start: Start, stop: StopRequest, co
         ):
             run = Session(task, program, frozen, record, checkpoints, _batches(task, start), profile, stop, metadata)
             if start.step is None:
-                state = first_state(config, task.params, program, mesh)
+                state = first_state(config, task.params, program)
             else:
                 progress.note(f"resuming from step {start.step:,} of {folder.path}")
                 state = checkpoints.restore(start.step, program.state)
@@ -165,23 +163,19 @@ class Session:
     def finish(self) -> dict[str, Any]:
         """Measure the best checkpoint, which is what loading the run gives; write ``summary.json``, print the end."""
         self.record.draw()
-        task, folder, shapes = self.task, self.record.folder, self.program.state.trainable
-        trained = count_leaves(shapes)
-        summary = {
-            **summarize(task, folder, self.record.validation, self.record.seconds()),
-            "environment": self.metadata["environment"],
-            "parameters": trained + count_leaves(split_adapters(task.params.frozen)[0]),
-            "trained_parameters": trained,
-        }
+        folder, shapes = self.record.folder, self.program.state.trainable
+        trained, whole = _count(self.task, shapes)
+        counts = {"parameters": whole, "trained_parameters": trained}
+        summary = {**self.record.summary(), "environment": self.metadata["environment"], **counts}
         step = best_step(folder.checkpoints)
-        if task.measures and step is not None:
+        if self.task.measures and step is not None:
             best = load_params(folder.checkpoints, step, shapes, jax.tree.map(lambda leaf: leaf.sharding, shapes))
             after = self.measure(best, "after")
             self.record.test(step, {name: n for name, n in after["test"].items() if isinstance(n, int | float)})
             summary |= {"before": folder.read_json(BEFORE), "after": after}
         if folder.writes:
             folder.write_text("summary.json", json.dumps(summary, indent=1) + "\n")
-            print_end(self.record.progress, folder, summary, task)
+            self.record.print_end(summary)
         return summary
 
     def measure(self, trainable: Params, moment: Moment) -> dict[str, Any]:
@@ -217,13 +211,12 @@ def _describe(task: Task, start: Start, progress: ProgressLine, state: TrainStat
         progress.note(note)
     progress.console.print(parameter_table(state.trainable))
     if task.params.frozen:
-        trained = count_leaves(state.trainable)
-        whole = trained + count_leaves(split_adapters(task.params.frozen)[0])
+        trained, whole = _count(task, state.trainable)
         progress.note(f"trained: {trained:,} of {whole:,} parameters ({config.trainable})")
     return {
         "config": to_dict(config),
         "model": dataclasses.asdict(task.model_config),
-        "identity": run_identity(task),
+        "identity": task.identity,
         "tokenizer": task.tokenizer.to_dict(),
         "trainable": config.trainable,
         "leaves": leaf_table(state.trainable),
@@ -231,6 +224,12 @@ def _describe(task: Task, start: Start, progress: ProgressLine, state: TrainStat
         "environment": environment(jax.sharding.get_abstract_mesh().size),
         **task.metadata,
     }
+
+
+def _count(task: Task, trainable: Params) -> tuple[int, int]:
+    """Return the number of trained parameters, and of the whole model's, without adapters of frozen matrices."""
+    trained = count_leaves(trainable)
+    return trained, trained + count_leaves(split_adapters(task.params.frozen)[0])
 
 
 def _compile(task: Task, start: Start, stop: StopRequest, progress: ProgressLine, mesh: Mesh) -> Program:

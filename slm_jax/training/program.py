@@ -63,33 +63,57 @@ class Program:
     """The compiled steps of a run.
 
     Attributes:
+        mesh: the devices.
         state: shapes of the training state, with shardings.
         frozen: shapes of the parameters that are not trained, with shardings; references included.
         train_step: ``(state, frozen, batch) -> (state, metrics)``; donates the state.
-        evaluate: ``(trainable, frozen, batches) -> sums``.
+        eval_step: ``(trainable, frozen, batch) -> sums``, without dropout.
+        eval_rows: rows of an evaluated batch, a multiple of the devices.
         init: ``key -> state`` of a new model, being compiled; None: the parameters come from elsewhere.
         compiling: the training and the evaluation step for the widest batches, being compiled.
+        stop: called for each evaluated batch; may raise to stop early.
     """
 
+    mesh: Mesh
     state: TrainState
     frozen: Params
     train_step: "CompiledByShape"
-    evaluate: "Evaluator"
+    eval_step: "CompiledByShape"
+    eval_rows: int
     init: Future[Any] | None
     compiling: tuple[Future[Any], Future[Any]]
+    stop: Callable[[], None]
 
     def wait(self) -> int:
         """Wait for both steps; return the bytes of a device that the larger one takes (0: unknown); refuse too many."""
-        needed = max(device_bytes(step.result()) for step in self.compiling)
-        check_fits(needed)
+        needed, there = max(device_bytes(step.result()) for step in self.compiling), device_memory()
+        if there is not None and needed > there:
+            raise InputError(
+                f"a training step needs {format_bytes(needed)} on each device, which has {format_bytes(there)}; "
+                f"{SAVE_MEMORY}"
+            )
         return needed
+
+    def evaluate(self, trainable: Params, frozen: Params, batches: Iterable[Batch]) -> EvaluationSums:
+        """Evaluate batches and return the sums; rows that fill a batch up have weight 0."""
+        sums = []
+        rows = host_rows(self.eval_rows)
+        for batch in batches:
+            self.stop()
+            missing = self.eval_rows - len(next(iter(batch.values())))
+            filled = {k: np.pad(v, [(0, missing), *[(0, 0)] * (v.ndim - 1)])[rows] for k, v in batch.items()}
+            sums.append(self.eval_step(trainable, frozen, put_batch(self.mesh, filled)))
+        each = jax.tree.map(lambda value: np.asarray(value, np.float64), jax.device_get(sums))
+        loss_sum, weight_sum, metrics = jax.tree.map(lambda *values: np.sum(values, axis=0), *each)
+        return EvaluationSums(float(loss_sum), float(weight_sum), metrics)
 
 
 def abstract_state(config: BaseRunConfig, task: Compilable, mesh: Mesh) -> TrainState:
     """Return the shapes of a run's training state, with their shardings; nothing is compiled."""
     # Jitted, so that the initialisation is traced only once.
     init = jax.jit(task.params.init) if task.params.init else (lambda _: task.params.trainable)
-    return _with_shardings(mesh, jax.eval_shape(lambda key: _state(config, init(key)), jax.random.key(0)))
+    shapes = jax.eval_shape(lambda key: _state(config, init(key)), jax.random.key(0))
+    return _with_shardings(shapes, state_shardings(mesh, shapes))
 
 
 def compile_program(
@@ -102,13 +126,11 @@ def compile_program(
 ) -> Program:
     """Start compiling the programs of a run in the background, for the exact shapes of its widest batches.
 
-    ``needs_init``: whether the state of a new model is needed: not on a resume. ``stop`` is called for each evaluated
-    batch, and may raise to stop early.
+    ``needs_init``: whether the state of a new model is needed: not on a resume. For ``stop`` see :class:`Program`.
     """
     state = abstract_state(config, task, mesh)
-    frozen = _with_shardings(mesh, task.params.passed)
+    frozen = _with_shardings(task.params.passed, state_shardings(mesh, task.params.passed))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    rows = config.train.eval_batch_size or config.train.batch_size
     step = make_train_step(
         task.loss_fn,
         make_optimizer(config.optimizer),
@@ -117,29 +139,30 @@ def compile_program(
     )
     options = compiler_options(jax.default_backend(), mesh.size)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)
+    train_step = CompiledByShape(jitted, state, frozen)
+    eval_step = CompiledByShape(jax.jit(make_eval_step(task.loss_fn)), state.trainable, frozen)
+    rows = config.train.batch_size
+    eval_rows = math.ceil((config.train.eval_batch_size or rows) / mesh.size) * mesh.size
     with jax.set_mesh(mesh):  # named for kernels that the compiler cannot divide among devices
-        train_step = CompiledByShape(jitted, state, frozen)
-        evaluate = Evaluator(task.loss_fn, mesh, state.trainable, frozen, rows, stop)
-        compiling = (
-            train_step.begin(_with_batch_sharding(mesh, task.batch_shapes(config.train.batch_size))),
-            evaluate.begin(_with_batch_sharding(mesh, task.batch_shapes(evaluate.rows))),
-        )
+        batches = [task.batch_shapes(rows), task.batch_shapes(eval_rows)]
+        widest, widest_eval = (_with_shardings(b, dict.fromkeys(b, batch_sharding(mesh))) for b in batches)
+        compiling = (train_step.begin(widest), eval_step.begin(widest_eval))
         new_state = None
         if task.params.init is not None and needs_init:
             init = jax.jit(task.params.init)
             jitted_init = jax.jit(lambda key: _state(config, init(key)), out_shardings=shardings)
             new_state = compile_in_background(jitted_init.lower(purpose_key(config.seed, "params")))
-    return Program(state, frozen, train_step, evaluate, new_state, compiling)
+    return Program(mesh, state, frozen, train_step, eval_step, eval_rows, new_state, compiling, stop)
 
 
-def first_state(config: BaseRunConfig, params: Parameters, program: Program, mesh: Mesh) -> TrainState:
+def first_state(config: BaseRunConfig, params: Parameters, program: Program) -> TrainState:
     """Return the state before the first step: a new model's, or that of given parameters."""
     if program.init is not None:
         return program.init.result()(purpose_key(config.seed, "params"))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, program.state)
     make = jax.jit(lambda trainable: _state(config, trainable), out_shardings=shardings, donate_argnums=0)
-    state = make(put_params(mesh, params.trainable))
-    return state if params.opt_state is None else state.replace(opt_state=put_params(mesh, params.opt_state))
+    state = make(put_params(program.mesh, params.trainable))
+    return state if params.opt_state is None else state.replace(opt_state=put_params(program.mesh, params.opt_state))
 
 
 def _state(config: BaseRunConfig, trainable: Params) -> TrainState:
@@ -147,53 +170,8 @@ def _state(config: BaseRunConfig, trainable: Params) -> TrainState:
     return TrainState(jnp.int32(0), trainable, opt_state, purpose_key(config.seed, "dropout"))
 
 
-def _with_shardings(mesh: Mesh, tree: Any) -> Any:
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        tree,
-        state_shardings(mesh, tree),
-    )
-
-
-def _with_batch_sharding(mesh: Mesh, batch: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.ShapeDtypeStruct]:
-    sharding = batch_sharding(mesh)
-    return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for name, leaf in batch.items()}
-
-
-class Evaluator:
-    """Evaluates batches on all devices, without dropout; compiled once for each width of a batch.
-
-    Batches have so many rows, rounded up to a multiple of the devices; the rows added have weight 0. ``stop`` is called
-    for each batch, and may raise to stop early.
-    """
-
-    def __init__(
-        self, loss_fn: LossFn, mesh: Mesh, trainable: Params, frozen: Params, rows: int, stop: Callable[[], None]
-    ):
-        self.rows = math.ceil(rows / mesh.size) * mesh.size
-        self._mesh, self._stop = mesh, stop
-        self._step = CompiledByShape(jax.jit(make_eval_step(loss_fn)), trainable, frozen)
-
-    def begin(self, batch: Batch) -> Future[Any]:
-        """Start compiling the step for a batch's shapes."""
-        return self._step.begin(batch)
-
-    def __call__(self, trainable: Params, frozen: Params, batches: Iterable[Batch]) -> EvaluationSums:
-        """Evaluate every batch and return the sums."""
-        sums = []
-        rows = host_rows(self.rows)
-        for batch in batches:
-            self._stop()
-            host_batch = {key: fill_rows(value, self.rows)[rows] for key, value in batch.items()}
-            sums.append(self._step(trainable, frozen, put_batch(self._mesh, host_batch)))
-        each = jax.tree.map(lambda value: np.asarray(value, np.float64), jax.device_get(sums))
-        loss_sum, weight_sum, metrics = jax.tree.map(lambda *values: np.sum(values, axis=0), *each)
-        return EvaluationSums(float(loss_sum), float(weight_sum), metrics)
-
-
-def fill_rows(values: np.ndarray, rows: int) -> np.ndarray:
-    """Pad an array of a batch with zeros to so many rows."""
-    return np.concatenate([values, np.zeros((rows - len(values), *values.shape[1:]), values.dtype)])
+def _with_shardings(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, shardings)
 
 
 def compile_in_background(lowered: Any) -> Future[Any]:
@@ -239,16 +217,6 @@ def out_of_memory_as_input_error(remedy: str = SAVE_MEMORY) -> Iterator[None]:
             raise
         where = "" if isinstance(error, MemoryError) else "the device is "
         raise InputError(f"{where}out of memory; {remedy}") from None
-
-
-def check_fits(needed: int) -> None:
-    """Refuse a step whose bytes do not fit on a device, if its memory is known."""
-    there = device_memory()
-    if there is not None and needed > there:
-        raise InputError(
-            f"a training step needs {format_bytes(needed)} on each device, which has {format_bytes(there)}; "
-            f"{SAVE_MEMORY}"
-        )
 
 
 def device_bytes(compiled: Any) -> int:

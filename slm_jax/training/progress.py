@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TaskProgressColumn, TextColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 PLAIN_INTERVAL = 5.0  # seconds between two plain lines of training
 WIDE = 120  # columns from which a bar fits beside the figures
@@ -49,9 +49,10 @@ class ProgressLine:
     def validation(self, row: dict[str, Any]) -> None:
         """Show an evaluation."""
         self._validation_loss = row["loss"]
-        figures = [f"{name} {row[name]:,.2f}" for name in ("perplexity",) if name in row]
-        figures += [f"{name} {row[name]:.2%}" for name in ("accuracy",) if name in row]
-        self.note(f"step {row['step']:,}: " + ", ".join([f"validation loss {row['loss']:.4f}", *figures]))
+        text = f"step {row['step']:,}: validation loss {row['loss']:.4f}"
+        text += f", perplexity {row['perplexity']:,.2f}" if "perplexity" in row else ""
+        text += f", accuracy {row['accuracy']:.2%}" if "accuracy" in row else ""
+        self.note(text)
 
     def note(self, text: str) -> None:
         """Print a line of its own."""
@@ -84,21 +85,13 @@ def format_bytes(n_bytes: float) -> str:
 
 
 def parameter_table(params: Any) -> Table:
-    """Return a table with the shape and count of each leaf.
-
-    ``params`` is a nested dict of arrays or shapes.
-    """
-    table = Table(title="parameters", title_justify="left", pad_edge=False)
-    table.add_column("name")
-    table.add_column("shape")
-    table.add_column("count", justify="right")
-    total = 0
+    """Return a table with the shape and count of each leaf of nested dicts of arrays or shapes."""
+    table = Table("name", "shape", Column("count", justify="right"), title="parameters", title_justify="left")
+    table.pad_edge = False
     for name, leaf in _leaves(params):
-        count = math.prod(leaf.shape)
-        total += count
-        table.add_row(name, " × ".join(map(str, leaf.shape)), f"{count:,}")
+        table.add_row(name, " × ".join(map(str, leaf.shape)), f"{math.prod(leaf.shape):,}")
     table.add_section()
-    table.add_row("all", "", f"{total:,}")
+    table.add_row("all", "", f"{count_leaves(params):,}")
     return table
 
 

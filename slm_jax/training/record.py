@@ -1,23 +1,47 @@
-"""The record of a run: its log, samples and loss curve, what the user sees of them, and other loggers."""
+"""The record of a run: log, samples, loss curve, profile and summary, what the user sees of them, and other loggers."""
 
 import math
+import shlex
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
+from slm_jax.files import write_png
 from slm_jax.training import hardware
+from slm_jax.training.config import parse_profile
 from slm_jax.training.loggers import Logger
-from slm_jax.training.plots import draw_loss
-from slm_jax.training.progress import ProgressLine
-from slm_jax.training.run_folder import RunFolder
+from slm_jax.training.progress import ProgressLine, format_duration
+from slm_jax.training.run_folder import FROZEN, RunFolder
 from slm_jax.training.step import StepMetrics
 from slm_jax.training.task import EvaluationSums, Task
 
+if TYPE_CHECKING:  # imported only when loss curves are drawn
+    from matplotlib.axes import Axes
+
 PLOT_INTERVAL = 30.0  # seconds between two drawings of loss.png
 MAX_SKIPPED = 3  # consecutive steps without finite gradients after which training stops
+TRAINING, VALIDATION, ACCURACY = "#9ab8d9", "#c2410c", "#4d7c0f"
+RUN_FILES = {
+    "config.yaml": "the run's configuration, every key",
+    "metrics.jsonl": "losses, learning rate, gradient norm and speed, one JSON object a line",
+    "loss.png": "the loss curves",
+    "samples.md": "text sampled during training",
+    "confusion.png": "confusion matrices",
+    "responses-before.json": "the responses to the test instructions before training",
+    "responses.json": "the responses to the test instructions after training",
+    "tensorboard": "the log for TensorBoard",
+    "wandb": "the log for Weights & Biases",
+    "profile": "the profile of a few steps",
+    "summary.json": "the figures of the whole run",
+    "tokenizer": "the tokenizer",
+    "template.json": "the template of the instructions",
+    FROZEN: "the parameters that were not trained",
+    "checkpoints": "the latest checkpoints and the best",
+}
 
 
 class TrainingDiverged(RuntimeError):
@@ -158,6 +182,41 @@ class RunRecord:
             title, unit = f"{self._task.config.name}: loss by step", f"nats a {self._task.unit}"
             draw_loss(self.folder.metrics(), self.folder.path / "loss.png", title, unit)
 
+    def summary(self) -> dict[str, Any]:
+        """Return the figures of a finished run, JSON-able; losses in nats."""
+        train = self.folder.metrics("train")
+        last = train[-1] if train else {"step": 0, "loss": None, "tokens": 0}
+        best = min(self.validation, key=lambda step: self.validation[step])
+        return {
+            "run": self._task.config.name,
+            "task": self._task.config.task,
+            "step": last["step"],
+            "tokens": last["tokens"],
+            "training_loss": last["loss"],
+            "validation_loss": self.validation[max(self.validation)],
+            "best_step": best,
+            "best_validation_loss": self.validation[best],
+            "seconds": round(self.seconds(), 1),
+            "tokens_per_second": float(np.median([row["tokens_per_second"] for row in train])) if train else None,
+        }
+
+    def print_end(self, summary: dict[str, Any]) -> None:
+        """Print the end of a run: its figures, its files, and what to try next."""
+        path = self.folder.path
+        report = self._task.report(summary["before"], summary["after"]) if "after" in summary else []
+        files = [f"  {name:<22}{what}" for name, what in RUN_FILES.items() if (path / name).exists()]
+        commands = (*self._task.next_commands(), f"slm-jax report --run {shlex.quote(str(path))}")
+        for line in (
+            *report,
+            f"done: {summary['step']:,} steps, {summary['tokens']:,} tokens in {format_duration(summary['seconds'])}; "
+            f"lowest validation loss {summary['best_validation_loss']:.4f} at step {summary['best_step']:,}",
+            f"written to {path}:",
+            *files,
+            "try next:",
+            *(f"  {command}" for command in commands),
+        ):
+            self.progress.note(line)
+
     def _add(self, row: dict[str, Any]) -> None:
         self.folder.add_metrics(row)
         for logger in self._loggers:
@@ -187,3 +246,88 @@ class RunRecord:
 def _or_infinite(loss: float | None) -> float:
     """Return a loss that compares: one that was not a number (null in the log) is worse than any other."""
     return loss if loss is not None and math.isfinite(loss) else math.inf
+
+
+class StepProfile:
+    """Profiles the steps FROM:TO (None: none), once, into ``profile`` of a run's folder; a context manager."""
+
+    def __init__(self, steps: str | None, folder: Path, note: Callable[[str], None]):
+        self._steps = None if steps is None else parse_profile(steps)
+        self._folder, self._note = folder / "profile", note
+        self._running = self._begun = False
+
+    def __enter__(self) -> "StepProfile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def at(self, step: int, wait: Callable[[], None]) -> None:
+        """Start or stop at this step; ``wait`` returns once the devices have done all steps up to it."""
+        if self._steps is None:
+            return
+        begin, end = self._steps
+        if begin <= step < end and not self._begun:  # a resumed run may start in the middle
+            wait()  # so that no earlier step is in the profile
+            jax.profiler.start_trace(str(self._folder), create_perfetto_trace=True)
+            self._running = self._begun = True
+        elif step == end and self._running:
+            wait()
+            self.end()
+
+    def end(self) -> None:
+        """Write the profile, at its last step or where the run ends before; note if there is none."""
+        if self._running:
+            self._running = False
+            jax.profiler.stop_trace()
+            self._note(f"profile written to {self._folder}: open its perfetto_trace.json.gz at ui.perfetto.dev")
+        elif self._steps and not self._begun:
+            self._note(f"no profile: this start did not reach step {self._steps[0]:,} of train.profile")
+
+
+def draw_loss(rows: list[dict[str, Any]], path: Path, title: str, unit: str = "nats a token") -> None:
+    """Draw training and validation loss by step into a PNG file; without a finite loss write none.
+
+    The rows are lines of ``metrics.jsonl``. The validation accuracy, if there is one, has its own axis on the right.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    _draw(axes, rows, "train", "loss", color=TRAINING, linewidth=0.8, label="training (one batch)")
+    validation = _draw(axes, rows, "val", "loss", color=VALIDATION, marker="o", markersize=3, label="validation (all)")
+    if not axes.get_lines():
+        return
+    if validation:
+        best_step, best_loss = min(validation, key=lambda point: point[1])
+        axes.annotate(
+            f"{best_loss:.3f} at step {best_step:,}",
+            (best_step, best_loss),
+            textcoords="offset points",
+            xytext=(-6, 10),
+            ha="right",
+            fontsize=8,
+            color=VALIDATION,
+        )
+    axes.set_xlabel("step")
+    axes.set_ylabel(f"loss ({unit})")
+    axes.set_title(title, fontsize=10, parse_math=False)
+    axes.grid(alpha=0.25)
+    lines = [*axes.get_lines()]
+    if any(row["split"] == "val" and row.get("accuracy") is not None for row in rows):
+        right = axes.twinx()
+        right.set_ylabel("accuracy")
+        right.set_ylim(0, 1.02)
+        style = {"color": ACCURACY, "linestyle": "--", "marker": "s", "markersize": 3}
+        _draw(right, rows, "val", "accuracy", label="validation accuracy", **style)
+        lines += right.get_lines()
+    figure.legend(handles=lines, frameon=False, loc="outside lower center", ncols=len(lines), fontsize=9)
+    write_png(figure, path)
+
+
+def _draw(axes: "Axes", rows: list[dict[str, Any]], split: str, key: str, **style: Any) -> list[tuple[int, float]]:
+    """Draw a figure of one split by step, if it was logged; return the points."""
+    points = [(row["step"], row[key]) for row in rows if row["split"] == split and row.get(key) is not None]
+    if points:
+        axes.plot(*zip(*points, strict=True), **style)
+    return points

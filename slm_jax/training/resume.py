@@ -1,7 +1,6 @@
 """Resuming a run: which checkpoint it starts from, whether it is the same run, and the mirror of its checkpoints."""
 
 import dataclasses
-import filecmp
 import math
 import shutil
 import tempfile
@@ -9,63 +8,20 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from slm_jax.config import execution_keys, flatten, to_dict
 from slm_jax.errors import InputError, MissingInputError
-from slm_jax.files import user_path
-from slm_jax.training.checkpoint import CHECKSUMS, METADATA, best_step, find_damage, read_metadata, saved_steps
+from slm_jax.files import sha256, user_path
+from slm_jax.training.checkpoint import CHECKSUMS, best_step, find_damage, read_metadata, saved_steps
 from slm_jax.training.config import BaseRunConfig
+from slm_jax.training.hardware import environment, rounding_changes
 from slm_jax.training.run_folder import FROZEN, RunFolder
-from slm_jax.training.summary import environment, rounding_changes
-from slm_jax.training.task import Task
-from slm_jax.weights.trees import read_tree
 
 WARN_INTERVAL = 60.0  # seconds between two warnings about the mirror
-
-
-# Identity
-
-
-def config_identity(config: BaseRunConfig) -> dict[str, Any]:
-    """Return the keys that say what is trained on what: all but those marked as execution, and unused ones."""
-    base = None if config.base is None else str(Path(config.base))  # "./runs/x" is "runs/x"
-    used = {
-        "lora.": config.trainable == "lora",
-        "trainable_blocks": config.trainable == "last_n_blocks",
-        "optimizer.muon_": config.optimizer.kind == "muon",
-    }
-    # The section of a task has its name.
-    shared = {field.name for field in dataclasses.fields(BaseRunConfig)}
-    used |= {f"{f.name}.": f.name == config.task for f in dataclasses.fields(config) if f.name not in shared}
-    unused, execution = tuple(prefix for prefix in used if not used[prefix]), execution_keys(config)
-    return {
-        key: list(value) if isinstance(value, tuple) else value  # as in JSON
-        for key, value in flatten({**to_dict(config), "base": base}).items()
-        if key not in execution and not key.startswith(unused)
-    }
-
-
-def run_identity(task: Task) -> dict[str, Any]:
-    """Return what identifies a run: the keys that its task uses, the resolved shape of its model, and its data."""
-    keys = config_identity(task.config)
-    shape = {key: getattr(task.model_config, key.removeprefix("model.")) for key in keys if key.startswith("model.")}
-    used = {key: value for key, value in {**keys, **shape}.items() if not key.startswith(task.unused_keys)}
-    return {**used, "data.sha256": task.fingerprint}
-
-
-def first_difference(saved: dict[str, Any], wanted: dict[str, Any]) -> str | None:
-    """Describe the first key in which two identities differ; None if they agree."""
-    for key in [*wanted, *(key for key in saved if key not in wanted)]:
-        if saved.get(key) != wanted.get(key):
-            if key == "data.sha256":
-                return "the text of data.source has changed (a file, or for builtin: the Python version)"
-            return f"{key} is {wanted.get(key)!r} now and was {saved.get(key)!r}"
-    return None
 
 
 # Where a run starts
@@ -119,30 +75,28 @@ def find_start(config: BaseRunConfig) -> Start:
     run, mirror, several_hosts = RunFolder(config.folder), mirror_folder(config), jax.process_count() > 1
     for place in [run, mirror] if mirror else [run]:
         _check_place(place, config.resume)
-    notes = []
-    if mirror is not None and run.writes:
-        notes = _fetch(config, run, mirror)
+    notes = _fetch(config, run, mirror) if mirror is not None and run.writes else []
     if several_hosts:
         multihost_utils.sync_global_devices("checkpoints are in place")
     step, metadata, damage = _latest(run)
-    if config.resume == "must" and step is None and not damage:
+    if config.resume == "must" and step < 0 and not damage:
         raise MissingInputError(f"{run.checkpoints}: no checkpoint to resume from, and resume is must; use auto")
-    if step is None and damage:
+    if step < 0 and damage:
         raise InputError(f"{run.checkpoints}: every checkpoint is damaged ({damage[-1]}); use another --run NAME")
     notes += [f"warning: {problem}; resuming from an earlier checkpoint" for problem in damage]
-    if step is not None:
+    if step >= 0:
         _check_config(config, run, metadata)
         notes += _move_warnings(metadata) + _decay_warnings(config, metadata, step, run)
     elif run.metrics("train"):
         notes.append(f"warning: {run.path} has a log but no checkpoint; the run starts from the beginning")
     if several_hosts:
-        found = np.asarray(multihost_utils.process_allgather(np.array(-1 if step is None else step))).ravel()
+        found = np.asarray(multihost_utils.process_allgather(np.array(step))).ravel()
         if len(set(found.tolist())) > 1:
             raise InputError(
                 f"{run.path}: the hosts see different checkpoints ({', '.join(map(str, found))}; -1: none); expected "
                 "runs_dir on a disk that all hosts share"
             )
-    return Start(run, step, metadata, tuple(notes), tuple(saved_steps(run.checkpoints)))
+    return Start(run, None if step < 0 else step, metadata, tuple(notes), tuple(saved_steps(run.checkpoints)))
 
 
 def _check_place(place: RunFolder, resume: str) -> None:
@@ -158,33 +112,40 @@ def _check_place(place: RunFolder, resume: str) -> None:
         raise InputError(f"{path} is not empty and holds no run; use another --run NAME")
 
 
-def _latest(place: RunFolder, above: int = -1) -> tuple[int | None, dict[str, Any], list[str]]:
-    """Return step and metadata of the latest whole checkpoint above a step, and what is damaged of later ones."""
-    damaged: list[str] = []
+class _Latest(NamedTuple):
+    """The latest whole checkpoint (step -1: none), and what is damaged of later ones."""
+
+    step: int
+    metadata: dict[str, Any]
+    damage: list[str]
+
+
+def _latest(place: RunFolder) -> _Latest:
+    damage: list[str] = []
     for step in reversed(saved_steps(place.checkpoints)):
-        if step <= above:
-            break
-        problem = find_damage(place.step_path(step))
-        if problem is None:
-            try:
-                return step, read_metadata(place.checkpoints, step), damaged
-            except InputError as error:
-                problem = str(error)
-        damaged.append(problem)
-    return None, {}, damaged
+        try:
+            if problem := find_damage(place.step_path(step)):
+                raise InputError(problem)
+            return _Latest(step, read_metadata(place.checkpoints, step), damage)
+        except InputError as error:
+            damage.append(str(error))
+    return _Latest(-1, {}, damage)
+
+
+def check_identity(place: RunFolder, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Refuse a checkpoint of another identity than this run's, naming the first key that differs."""
+    for key in [*wanted, *(key for key in saved if key not in wanted)]:
+        if saved.get(key) != wanted.get(key):
+            difference = f"{key} is {wanted.get(key)!r} now and was {saved.get(key)!r}"
+            if key == "data.sha256":
+                difference = "the text of data.source has changed (a file, or for builtin: the Python version)"
+            raise InputError(f"{place.path} holds another run: {difference}; change it back, or use another --run NAME")
 
 
 def _check_config(config: BaseRunConfig, place: RunFolder, metadata: dict[str, Any]) -> None:
     """Refuse a checkpoint of other keys before any data is read; the model and the data are compared later."""
     saved = {key: value for key, value in metadata["identity"].items() if not key.startswith("model.")}
-    wanted = config_identity(config)
-    check_identity(place, saved, {key: wanted.get(key, saved[key]) for key in saved})
-
-
-def check_identity(place: RunFolder, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Refuse a checkpoint of another identity than this run's, naming the first key that differs."""
-    if difference := first_difference(saved, wanted):
-        raise InputError(f"{place.path} holds another run: {difference}; change it back, or use another --run NAME")
+    check_identity(place, saved, {key: config.identity.get(key, saved[key]) for key in saved})
 
 
 def _move_warnings(metadata: dict[str, Any]) -> list[str]:
@@ -206,9 +167,8 @@ def _decay_warnings(config: BaseRunConfig, metadata: dict[str, Any], step: int, 
     stable = total - (max(1, total // 10) if optimizer.decay_steps is None else optimizer.decay_steps)
     if more <= total or step <= stable:
         return []
-    before = [saved for saved in saved_steps(run.checkpoints) if saved <= stable]
     remedy = "raise --checkpoint.keep in a new run to keep a checkpoint from before the decay"
-    if before:
+    if before := [saved for saved in saved_steps(run.checkpoints) if saved <= stable]:
         base = f"--config {run.path / 'config.yaml'} --base {run.path}@{before[-1]} --base_optimizer true"
         remedy = f"for a smooth curve use slm-jax train {base} --optimizer.warmup_steps 0 --run NAME"
     return [
@@ -242,38 +202,28 @@ def mirror_folder(config: BaseRunConfig) -> RunFolder | None:
 
 def _fetch(config: BaseRunConfig, run: RunFolder, mirror: RunFolder) -> list[str]:
     """Copy the run from the mirror if the mirror has a later whole checkpoint; return notes."""
-    here, here_metadata, _ = _latest(run)
-    step, metadata, damage = _latest(mirror, above=-1 if here is None else here)
-    notes = [f"warning: {problem}; not used" for problem in damage]
-    there = metadata or _latest(mirror)[1]
-    if here is not None and there and (difference := first_difference(there["identity"], here_metadata["identity"])):
-        raise InputError(f"{mirror.path} holds another run than {run.path}: {difference} in the latter; use another "
-                         "--run NAME or checkpoint.mirror")  # fmt: skip
-    if step is None:
-        if here is None and damage:
-            raise InputError(
-                f"{mirror.checkpoints}: every checkpoint is damaged ({damage[-1]}); use another --run NAME"
-            )
+    here, there = _latest(run), _latest(mirror)
+    if here.metadata and there.metadata:
+        check_identity(mirror, there.metadata["identity"], here.metadata["identity"])
+    if there.damage and max(here.step, there.step) < 0:
+        raise InputError(f"{mirror.checkpoints}: every checkpoint is damaged ({there.damage[-1]}); use another --run")
+    notes = [f"warning: {problem}; not used" for problem in there.damage]
+    if there.step <= here.step:
         return notes
-    _check_config(config, mirror, metadata)
-    best = None
-    with suppress(InputError):  # the metadata of one cannot be read
-        best = best_step(mirror.checkpoints)
+    _check_config(config, mirror, there.metadata)
     run.create()
     with run.lock():
         try:
-            if (mirror.path / FROZEN).is_file():
-                read_tree(mirror.path / FROZEN)  # refuses a damaged file before anything is written
-            run.set_aside_after(step - 1)
-            for file in small_files(mirror):
-                copy_file(mirror.path / file, run.path / file)
+            run.set_aside_after(there.step - 1)
+            _copy_small_files(mirror, run)
             run.checkpoints.mkdir(exist_ok=True)
-            if best is not None and best < step and not find_damage(mirror.step_path(best)):
-                copy_checkpoint(mirror.step_path(best), run.step_path(best))
-            copy_checkpoint(mirror.step_path(step), run.step_path(step))  # last: it makes the copy count
+            with suppress(InputError):  # a damaged one
+                if (best := best_step(mirror.checkpoints)) is not None and best < there.step:
+                    _copy_checkpoint(mirror.step_path(best), run.step_path(best))
+            _copy_checkpoint(mirror.step_path(there.step), run.step_path(there.step))  # last: it makes the copy count
         except OSError as error:
             raise InputError(f"{mirror.path}: cannot be copied to {run.path} ({error.strerror}); try again") from None
-    return [*notes, f"step {step:,} was copied from {mirror.path} to {run.path}"]
+    return [*notes, f"step {there.step:,} was copied from {mirror.path} to {run.path}"]
 
 
 class Mirror:
@@ -288,7 +238,7 @@ class Mirror:
         self._last_warning = -math.inf
 
     def update(self, *, last: bool = False) -> None:
-        """Copy the small files and the checkpoints that are missing there, the latest first, and remove old ones.
+        """Copy what is missing or older there, the latest checkpoint first, and remove old checkpoints.
 
         A failure is reported at most once a minute, and always if this is the last update.
         """
@@ -304,54 +254,40 @@ class Mirror:
 
     def _copy(self, there: RunFolder) -> None:
         there.path.mkdir(exist_ok=True)
-        for name in small_files(self._run):
-            source, target = self._run.path / name, there.path / name
-            if not _is_current(source, target):
-                copy_file(source, target)
+        _copy_small_files(self._run, there)
         there.checkpoints.mkdir(exist_ok=True)
-        steps = [
-            step for step in saved_steps(self._run.checkpoints) if (self._run.step_path(step) / CHECKSUMS).is_file()
-        ]
+        steps = saved_steps(self._run.checkpoints)
         for step in reversed(steps):
             source, target = self._run.step_path(step), there.step_path(step)
-            if not _same_content(source / CHECKSUMS, target / CHECKSUMS):
-                try:
-                    copy_checkpoint(source, target)
-                except FileNotFoundError:
-                    if (source / METADATA).is_file():  # else it was just removed from the run
-                        raise
-            self._remove_old(there, steps)
-
-    def _remove_old(self, there: RunFolder, steps: list[int]) -> None:
+            sums = [path / CHECKSUMS for path in (source, target)]
+            if sums[0].is_file() and not (sums[1].is_file() and sums[0].read_bytes() == sums[1].read_bytes()):
+                _copy_checkpoint(source, target)
         kept = {*steps, *saved_steps(there.checkpoints)[-self._keep :], best_step(there.checkpoints)}
         for path in list(there.checkpoints.iterdir()):
             if path.name.endswith(".partial") or (path.name.isdecimal() and int(path.name) not in kept):
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def small_files(run: RunFolder) -> list[str]:
-    """Return the files of a run apart from checkpoints and other programs' logs, the configuration first."""
+def _copy_small_files(run: RunFolder, target: RunFolder) -> None:
+    """Copy the changed files of a run apart from checkpoints and other programs' logs, the configuration first."""
     files = [path for path in [*run.path.iterdir(), *(run.path / "tokenizer").rglob("*")] if path.is_file()]
-    names = [str(p.relative_to(run.path)) for p in files if not p.name.startswith(".") and p.suffix != ".partial"]
-    return sorted(names, key=lambda name: (name != "config.yaml", name))  # which makes a folder count as a run
+    files = [path for path in files if not path.name.startswith(".") and path.suffix != ".partial"]
+    for source in sorted(files, key=lambda path: (path.name != "config.yaml", path)):  # which makes it count as a run
+        copy = target.path / source.relative_to(run.path)
+        was, now = copy.stat() if copy.is_file() else None, source.stat()
+        if was is None or was.st_size != now.st_size or was.st_mtime < now.st_mtime:
+            copy.parent.mkdir(exist_ok=True)
+            partial = copy.with_name(f"{copy.name}.partial")
+            shutil.copyfile(source, partial)
+            if source.name == FROZEN and sha256(source) != sha256(partial):
+                raise OSError(0, "the copy differs", str(partial))
+            partial.replace(copy)
 
 
-def copy_file(source: Path, target: Path) -> None:
-    """Copy a file in one step; an OSError if the copy differs."""
-    target.parent.mkdir(exist_ok=True)
-    partial = target.with_name(f"{target.name}.partial")
-    changed = source.stat().st_mtime_ns
-    shutil.copyfile(source, partial)
-    if not _same_content(source, partial) and source.stat().st_mtime_ns == changed:  # else it is being written to
-        raise OSError(0, "the copy differs", str(partial))
-    partial.replace(target)
-
-
-def copy_checkpoint(source: Path, target: Path) -> None:
+def _copy_checkpoint(source: Path, target: Path) -> None:
     """Copy a checkpoint, which gets its name only once the copy has been verified; replace an existing one."""
-    partial, replaced = (target.with_name(f"{target.name}{suffix}") for suffix in (".partial", ".replaced.partial"))
-    for path in (partial, replaced):
-        shutil.rmtree(path, ignore_errors=True)
+    partial = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir()
         for file in sorted(source.rglob("*")):  # without permissions and times, which not every drive can store
@@ -359,21 +295,7 @@ def copy_checkpoint(source: Path, target: Path) -> None:
             copy.mkdir() if file.is_dir() else shutil.copyfile(file, copy)
         if damage := find_damage(partial):
             raise InputError(damage)
-        if target.exists():
-            target.rename(replaced)
+        shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _is_current(source: Path, target: Path) -> bool:
-    if not target.is_file():
-        return False
-    was, now = target.stat(), source.stat()
-    return was.st_size == now.st_size and was.st_mtime >= now.st_mtime
-
-
-def _same_content(one: Path, other: Path) -> bool:
-    filecmp.clear_cache()  # a changed file may have the same size and time
-    return other.is_file() and filecmp.cmp(one, other, shallow=False)

@@ -50,11 +50,10 @@ class RunFolder:
 
     def create(self) -> None:
         """Create the folder; refuse one that cannot be written to."""
-        if not self.writes:
-            return
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=self.path).close()
+            if self.writes:
+                self.path.mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=self.path).close()
         except OSError as error:
             raise InputError(f"{self.path}: cannot write there ({error.strerror}); use another --runs_dir") from None
 
@@ -124,22 +123,19 @@ class RunFolder:
     def metrics(self, split: str | None = None) -> list[dict[str, Any]]:
         """Return the lines of one split, or of all, up to the first damaged one."""
         rows = []
-        for line in _read(self.metrics_file).splitlines():
-            try:
+        with contextlib.suppress(ValueError, RecursionError, TypeError, KeyError):
+            for line in _read(self.metrics_file).splitlines():
                 row = json.loads(line)
-            except (ValueError, RecursionError):
-                break
-            if not isinstance(row, dict) or not {"step", "split"} <= row.keys():
-                break
-            rows.append(row)
-        return [row for row in rows if split in (None, row["split"])]
+                if row["step"] >= 0 and split in (None, row["split"]):
+                    rows.append(row)
+        return rows
 
     def samples(self) -> list[tuple[int, str]]:
         """Return the samples, each with its step."""
-        # A heading is at the start of a line; a sample's own lines are indented.
-        parts = re.split(r"^## Step (\d{1,15})$", _read(self.samples_file), flags=re.MULTILINE)[1:]
-        texts = ("\n".join(line.removeprefix("    ") for line in part.strip("\n").split("\n")) for part in parts[1::2])
-        return [(int(step), text) for step, text in zip(parts[::2], texts, strict=True)]
+        return [
+            (step, "\n".join(line.removeprefix("    ") for line in section.strip("\n").split("\n")[2:]))
+            for step, section in self._sections()
+        ]
 
     def cut_back(self, step: int) -> None:
         """Drop what was logged after a step, so that a resumed run's log reads as one unbroken run."""
@@ -148,9 +144,12 @@ class RunFolder:
         kept = [row for row in self.metrics() if row["step"] <= step]
         self.write_text("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
         if self.samples_file.is_file():
-            sections = re.split(r"^(?=## Step \d+$)", _read(self.samples_file), flags=re.M)
-            texts = [s for s in sections if (m := re.match(r"## Step (\d+)\n", s)) and int(m[1]) <= step]
-            self.write_text("samples.md", "".join(texts))
+            self.write_text("samples.md", "".join(section for at, section in self._sections() if at <= step))
+
+    def _sections(self) -> list[tuple[int, str]]:
+        """Return the sections of samples.md by step: a heading starts a line; a sample's own lines are indented."""
+        parts = re.split(r"^(?=## Step \d{1,15}$)", _read(self.samples_file), flags=re.MULTILINE)
+        return [(int(match[1]), part) for part in parts if (match := re.match(r"## Step (\d+)\n", part))]
 
 
 def _read(file: Path) -> str:

@@ -43,10 +43,10 @@ def initialize_distributed(environ: Mapping[str, str] = os.environ) -> bool:
     # Inside srun only: in the shell of a batch job there is one process, whatever the job may still start.
     slurm = environ.get("SLURM_NTASKS", "1") if "SLURM_STEP_NODELIST" in environ else "1"
     several_tasks = any(size.isdecimal() and int(size) > 1 for size in (slurm, environ.get("OMPI_COMM_WORLD_SIZE", "")))
-    if address or several_tasks or "," in environ.get("TPU_WORKER_HOSTNAMES", ""):
+    described = bool(address or several_tasks or "," in environ.get("TPU_WORKER_HOSTNAMES", ""))
+    if described:
         _join()
-        return True
-    return False
+    return described
 
 
 def _join(*coordinates: Any) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from slm_jax.model import GPTConfig, Params
@@ -26,13 +25,7 @@ REFERENCES = "references"
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationSums:
-    """Result of an evaluation, summed over batches.
-
-    Attributes:
-        loss_sum: weighted loss in nats.
-        weight_sum: sum of the weights.
-        metrics: the task's own sums.
-    """
+    """Sums over the batches of an evaluation: weighted loss in nats, weights, and the task's own metrics."""
 
     loss_sum: float
     weight_sum: float
@@ -93,9 +86,9 @@ class ModelShapes(NamedTuple):
 
 def token_row(seq: int, packed: bool = False) -> dict[str, jax.ShapeDtypeStruct]:
     """Return the shapes of a row of ``seq`` tokens that a language model is trained on."""
-    names = ("inputs", "targets", *(("segment_ids", "positions") if packed else ()))
-    row = {name: jax.ShapeDtypeStruct((seq,), jnp.int32) for name in names}
-    return {**row, "weights": jax.ShapeDtypeStruct((seq,), jnp.float32)}
+    dtypes = {"inputs": "int32", "targets": "int32", "weights": "float32"}
+    dtypes |= {"segment_ids": "int32", "positions": "int32"} if packed else {}
+    return {name: jax.ShapeDtypeStruct((seq,), dtype) for name, dtype in dtypes.items()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -146,12 +139,7 @@ class Task(abc.ABC):
     @classmethod
     @abc.abstractmethod
     def build(cls, config: Any, start: "Start", stop: Callable[[], None] = lambda: None) -> "Task":
-        """Load data, tokenizer and model.
-
-        Args:
-            config: configuration of the run.
-            start: where the run starts.
-            stop: called between the phases; may raise to stop early.
+        """Load data, tokenizer and model; ``stop`` is called between the phases, and may raise to stop early.
 
         Raises:
             InputError: data, tokenizer, base and model that cannot be used together.
@@ -164,12 +152,16 @@ class Task(abc.ABC):
 
     @classmethod
     def check_data(cls, config: Any) -> None:
-        """Find mistakes in the data before a base is trained for it.
-
-        Raises:
-            InputError: data that cannot be used.
-        """
+        """Raise an InputError for data that cannot be used, before a base is trained for them."""
         return
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What identifies a run: the keys that its task uses, the resolved shape of its model, and its data."""
+        keys, model = self.config.identity, self.model_config
+        shape = {key: getattr(model, key.removeprefix("model.")) for key in keys if key.startswith("model.")}
+        used = {key: value for key, value in {**keys, **shape}.items() if not key.startswith(self.unused_keys)}
+        return {**used, "data.sha256": self.fingerprint}
 
     @property
     @abc.abstractmethod
@@ -203,16 +195,10 @@ class Task(abc.ABC):
         return None
 
     def measure(self, params: Params, evaluate: Evaluate, moment: Moment, folder: Path | None) -> dict[str, Any]:
-        """Measure the model before the first step, and the best checkpoint after the last.
+        """Measure the model before the first step, or the best checkpoint after the last.
 
-        Args:
-            params: all parameters of the model.
-            evaluate: evaluates batches.
-            moment: before or after training.
-            folder: the run's folder, for further files; None on hosts that do not write.
-
-        Returns:
-            Figures by split for ``summary.json``, those of ``test`` among them.
+        Returns figures by split for ``summary.json``, those of ``test`` among them. ``params`` are all of the model;
+        further files go to the run's ``folder``, which is None on hosts that do not write.
         """
         raise NotImplementedError
 

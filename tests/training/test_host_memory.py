@@ -9,7 +9,7 @@ PROGRAM = """
 import resource, sys
 import jax, jax.numpy as jnp
 from slm_jax.commands import set_up
-from slm_jax.training.host_memory import keep_freed_memory
+from slm_jax.training.process import keep_freed_memory
 
 {"default": lambda: None, "keep": keep_freed_memory, "command": set_up}[sys.argv[1]]()
 matrix = jnp.ones((3072, 3072))  # 38 MB, and as much of temporary memory for each of the sines

@@ -11,7 +11,7 @@ import jax
 import pytest
 from jax.experimental import multihost_utils
 
-from slm_jax.training.interrupt import Interrupted, StopRequest
+from slm_jax.training.process import Interrupted, StopRequest
 
 ROOT = Path(__file__).parents[2]
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
@@ -45,7 +45,7 @@ def test_without_a_signal_the_handlers_are_put_back_too():
 
 PROGRAM = """
 import time
-from slm_jax.training.interrupt import StopRequest
+from slm_jax.training.process import StopRequest
 with StopRequest() as stop:
     print("ready", flush=True)
     while stop.signum is None:
@@ -79,8 +79,8 @@ def test_the_second_signal_ends_the_process(first, second):
 
 COMPUTING = """
 import jax, jax.numpy as jnp
-from slm_jax.training.host_memory import keep_freed_memory
-from slm_jax.training.interrupt import StopRequest
+from slm_jax.training.process import keep_freed_memory
+from slm_jax.training.process import StopRequest
 keep_freed_memory()
 program = jax.jit(lambda x: jax.lax.fori_loop(0, 10**9, lambda _, x: jnp.sin(x), x)).lower(jnp.ones(8)).compile()
 with StopRequest() as stop:

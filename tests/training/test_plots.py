@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from slm_jax.training.plots import draw_loss
 
 from slm_jax.training import plots
-from slm_jax.training.plots import draw_loss
 
 ROOT = Path(__file__).parents[2]
 TRAIN = [{"step": step, "split": "train", "loss": 3.0 / step} for step in range(1, 20)]
@@ -45,7 +45,7 @@ def test_the_picture_follows_the_log(tmp_path):
 
 def test_the_labels_say_what_is_drawn(tmp_path, monkeypatch):
     figures = []
-    monkeypatch.setattr(plots, "write_png", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(record, "write_png", lambda figure, path: figures.append(figure))
     gaps = [{**row, "accuracy": None} for row in VALIDATION]
     batches = [{**row, "accuracy": 0.5} for row in TRAIN]
     draw_loss(batches + gaps, tmp_path / "loss.png", "a")

@@ -6,11 +6,11 @@ import json
 import jax
 import pytest
 from pretraining import metrics, options
+from slm_jax.training.record import StepProfile
 
 from slm_jax import cli
 from slm_jax.errors import InputError
 from slm_jax.training.config import parse_profile
-from slm_jax.training.profile import StepProfile
 
 
 @pytest.mark.parametrize("text", ["", "5", "5:", ":5", "5:5", "6:5", "a:b", "-1:4", "1:2:3"])

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -20,9 +21,9 @@ from slm_jax.tasks.config import RunConfig, get_task, parse_args
 from slm_jax.training import resume
 from slm_jax.training.checkpoint import METADATA, Checkpoints, best_step, find_damage, saved_steps, write_checksums
 from slm_jax.training.config import CheckpointConfig, ModelConfig, OptimizerConfig, SampleConfig, TrainConfig
-from slm_jax.training.interrupt import StopRequest
 from slm_jax.training.loop import train
-from slm_jax.training.resume import Mirror, config_identity, find_start, first_difference
+from slm_jax.training.process import StopRequest
+from slm_jax.training.resume import Mirror, check_identity, find_start
 from slm_jax.training.run_folder import RunFolder
 from slm_jax.training.step import TrainState
 
@@ -30,13 +31,13 @@ from slm_jax.training.step import TrainState
 
 
 def test_what_a_run_is_changes_its_identity_and_how_it_is_executed_does_not():
-    own = config_identity(RunConfig())
+    own, place = RunConfig().identity, RunFolder(Path("a"))
     execution = (
         "--train.steps 5 --train.epochs 3 --train.accumulate 2 --train.log_every 1 --train.profile 1:2 --run b "
         "--runs_dir /x --resume must --model.dtype bfloat16 --model.remat full --checkpoint.every 3 "
         "--logging.tensorboard true --mesh.fsdp 2 --sample.prompt x --train.eval_batch_size 3"
     )
-    assert first_difference(own, config_identity(parse_args(execution.split()))) is None
+    check_identity(place, own, parse_args(execution.split()).identity)
     for option, difference in {
         "--seed 1": "seed is 1 now and was 0",
         "--train.batch_size 7": f"train.batch_size is 7 now and was {RunConfig().train.batch_size}",
@@ -45,8 +46,11 @@ def test_what_a_run_is_changes_its_identity_and_how_it_is_executed_does_not():
         "--tokenizer.kind char": "tokenizer.kind is 'char' now and was 'bpe'",
         "--base runs/x": "base is 'runs/x' now and was None",
     }.items():
-        assert first_difference(own, config_identity(parse_args(option.split()))) == difference
-    assert first_difference({"a": 1}, {"a": 1, "b": 2}) == "b is 2 now and was None"
+        with pytest.raises(InputError, match=f"a holds another run: {re.escape(difference)}; "):
+            check_identity(place, own, parse_args(option.split()).identity)
+    for one, other in (({"a": 1}, {"a": 1, "b": 2}), ({"a": 1, "b": 2}, {"a": 1})):
+        with pytest.raises(InputError, match="b is"):
+            check_identity(place, one, other)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +64,7 @@ def test_what_a_run_is_changes_its_identity_and_how_it_is_executed_does_not():
     ],
 )
 def test_a_run_is_identified_by_what_it_reads(args, read, unread):
-    identity = config_identity(parse_args(args.split()))
+    identity = parse_args(args.split()).identity
     assert read in identity
     assert unread not in identity
     assert "instruction.responses" not in identity
@@ -192,7 +196,7 @@ def test_two_unrelated_runs_here_and_there_are_not_taken_for_one(place, configur
     assert run(configured(4, seed=1, checkpoint=CheckpointConfig(every=2))) == 0
     before = contents(place)
     for seed in (0, 1):
-        with pytest.raises(InputError, match=r"drive/run holds another run than .*seed is"):
+        with pytest.raises(InputError, match=r"drive/run holds another run: seed is"):
             find_start(configured(12, seed=seed))
     assert contents(place) == before
 
@@ -252,7 +256,7 @@ def test_more_steps_after_the_decay_are_reported_with_a_better_way(tmp_path, ste
     """Of 8 steps the last 4 are the decay; 20 are requested now."""
     optimizer = OptimizerConfig(warmup_steps=0, schedule="wsd", decay_steps=4)
     cfg = dataclasses.replace(config(tmp_path, 20, ".", checkpoint=CheckpointConfig()), optimizer=optimizer)
-    saved = {"config": to_dict(dataclasses.replace(cfg, train=TrainConfig(steps=8))), "identity": config_identity(cfg)}
+    saved = {"config": to_dict(dataclasses.replace(cfg, train=TrainConfig(steps=8))), "identity": cfg.identity}
     with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
         for at in kept:
             checkpoints.save(TrainState(jnp.int32(at), {"kernel": jnp.ones(3)}, (), jax.random.key(0)), saved)

@@ -21,7 +21,7 @@ from slm_jax.tasks import pretraining
 from slm_jax.tasks.config import RunConfig
 from slm_jax.training.checkpoint import Checkpoints
 from slm_jax.training.config import MeshConfig
-from slm_jax.training.interrupt import StopRequest
+from slm_jax.training.process import StopRequest
 from slm_jax.training.sharding import (
     check_batch_size,
     compiler_options,

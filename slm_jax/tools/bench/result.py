@@ -15,8 +15,8 @@ from rich.table import Table
 
 from slm_jax.files import unwritable, write_png
 from slm_jax.tools.bench.instruments import Timing, format_flops
+from slm_jax.training.hardware import environment
 from slm_jax.training.progress import format_bytes
-from slm_jax.training.summary import environment
 
 MEASURED, BOUND = "#c2410c", "#9ab8d9"
 

@@ -11,8 +11,8 @@ from slm_jax.runs import RunFolder, best_step, find_damage, read_frozen, read_me
 from slm_jax.tasks.config import TASKS, RunConfig, parse_args
 from slm_jax.tools.doctor.machine_checks import Finding, Found, folder_size, perform, start_error
 from slm_jax.training.checkpoint import has_checksums
+from slm_jax.training.hardware import environment, rounding_changes
 from slm_jax.training.progress import format_bytes, format_duration
-from slm_jax.training.summary import environment, rounding_changes
 
 
 def examine_run(run: RunFolder) -> Iterator[Finding]:

@@ -1,0 +1,144 @@
+"""What a process that computes does around it: keep compiled programs and freed memory, and stop at a signal.
+
+The first SIGINT or SIGTERM is a request: the loop saves and ends after the step. A second one ends at once.
+"""
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+from types import FrameType
+
+from slm_jax.files import cache_folder
+
+MOST_CACHED = 2 * 2**30  # bytes of compiled programs; beyond them the least recently used are removed
+_STOPPING = (signal.SIGINT, signal.SIGTERM)
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # the names of glibc's malloc.h
+
+
+def set_up() -> None:
+    """Prepare a process that computes: keep compiled programs and freed memory."""
+    keep_freed_memory()
+    use_compile_cache()
+
+
+def use_compile_cache() -> None:
+    """Keep compiled programs, small ones too, in the user's cache folder, unless JAX has another one."""
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    with contextlib.suppress(OSError):  # without a cache the next start is only slower
+        cache = cache_folder() / "xla"
+        cache.mkdir(parents=True, exist_ok=True)
+        if not os.access(cache, os.W_OK):
+            return
+        # Programs whose process died while it wrote them: JAX would never replace them.
+        for program in cache.glob("*-cache"):
+            time_of_use = program.with_name(f"{program.name.removesuffix('-cache')}-atime")  # is written last
+            with contextlib.suppress(FileNotFoundError):  # another process has just removed it
+                status = program.stat()
+                finished = time_of_use.exists() and status.st_size
+                if not finished and time.time() - status.st_mtime > 60:
+                    program.unlink()
+        # With a limit, JAX locks the cache too, so that two processes can write to it.
+        jax.config.update("jax_compilation_cache_max_size", MOST_CACHED)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+
+
+def keep_freed_memory() -> None:
+    """Keep freed memory for the next allocation, for as long as the process lives; call it before JAX computes.
+
+    XLA allocates a program's temporary memory for each run of it. The C library returns large blocks to the operating
+    system, which clears each page before it hands it out again: half a million pages a step with GPT-2 small, a third
+    of the step's time on a CPU. Only the main thread's large blocks can be kept, so programs for the CPU run there,
+    too. Nothing changes where there is no glibc (macOS, Windows, musl).
+    """
+    import jax
+
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_TRIM_THRESHOLD, -1)  # never
+        mallopt(_M_MMAP_MAX, 0)  # nothing in pages of its own
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
+class Interrupted(Exception):
+    """A stop was requested by the signal ``signum``; the process exits with 128 + signum."""
+
+    def __init__(self, signum: int):
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+class StopRequest:
+    """Records the first SIGINT or SIGTERM; :meth:`check` raises it where stopping is safe. A context manager.
+
+    A thread watches for them, too: Python runs a handler only between steps, and a step may take long.
+    """
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+        self._undo = contextlib.ExitStack()
+
+    def __enter__(self) -> "StopRequest":
+        read_end, write_end = os.pipe()
+        os.set_blocking(write_end, False)
+        watcher = threading.Thread(target=self._watch, args=(read_end,), daemon=True)
+        watcher.start()
+        self._undo.callback(watcher.join)
+        self._undo.callback(os.close, write_end)
+        self._undo.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(write_end))  # each signal writes its number
+        for signum in _STOPPING:
+            self._undo.callback(signal.signal, signum, signal.signal(signum, self._note))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._undo.close()
+
+    def _note(self, signum: int, _frame: FrameType | None = None) -> None:
+        self.signum = self.signum or signum
+
+    def _watch(self, read_end: int) -> None:
+        """Record the first signal, and end the process at the second."""
+        came = 0
+        with os.fdopen(read_end, "rb", buffering=0) as signals:
+            while number := signals.read(1):  # nothing once the other end is closed
+                if number[0] not in _STOPPING:
+                    continue
+                came += 1
+                if came > 1:
+                    _end_now(number[0])
+                self._note(number[0])
+                if number[0] == signal.SIGINT:
+                    print("\nsaving, then stopping; Ctrl-C again ends at once", file=sys.stderr, flush=True)
+
+    def check(self) -> None:
+        """Raise :class:`Interrupted` after a signal; several processes only stop together (:meth:`agreed`)."""
+        import jax
+
+        if self.signum is not None and jax.process_count() == 1:
+            raise Interrupted(self.signum)
+
+    def agreed(self, step: int) -> bool:
+        """Return whether to stop after this step; several processes agree on it at every tenth step."""
+        import jax
+
+        if jax.process_count() == 1:
+            return self.signum is not None
+        if step % 10:
+            return False
+        from jax.experimental import multihost_utils
+
+        return bool(multihost_utils.process_allgather(self.signum is not None).any())
+
+
+def _end_now(signum: int) -> None:
+    """End without unwinding: an exception inside the compiler can crash, and checkpoints are committed by a rename."""
+    if sys.stderr.isatty():
+        sys.stderr.write("\x1b[?25h")  # show the cursor that the live line hides
+    os._exit(128 + signum)
