@@ -277,9 +277,9 @@ class BaseRunConfig:
         if self.train.steps is None and self.train.epochs is None:
             raise InputError("train.steps and train.epochs are both null; expected at least one of them")
         if self.train.batch_size % self.train.accumulate:
+            size = self.train.batch_size
             raise InputError(
-                f"train.accumulate is {self.train.accumulate}; expected a divisor of train.batch_size "
-                f"{self.train.batch_size}"
+                f"train.accumulate is {self.train.accumulate}; expected a divisor of train.batch_size {size}"
             )
         if self.trainable != "all" and self.base is None:
             raise InputError(f"trainable is {self.trainable} and base is null; expected a base or --trainable all")
@@ -330,17 +330,14 @@ class BaseRunConfig:
     def gpt_config(self, vocab_size: int, dtype: DType = "float32") -> GPTConfig:
         """Return the model's configuration for a tokenizer of ``vocab_size`` ids, computing in ``dtype``.
 
-        Raises:
-            InputError: a ``model.vocab_size`` below that; a shape that no model can have.
+        Raises an InputError for a ``model.vocab_size`` below that, and for a shape that no model can have.
         """
         section = dataclasses.asdict(self.model)
-        overrides = {
-            key: value for key, value in section.items() if value is not None and key not in ("preset", "dtype")
-        }
+        overrides = {k: v for k, v in section.items() if v is not None and k not in ("preset", "dtype")}
         if overrides.setdefault("vocab_size", vocab_size) < vocab_size:
+            given = overrides["vocab_size"]
             raise InputError(
-                f"model.vocab_size is {overrides['vocab_size']}, but the tokenizer has {vocab_size} token ids; "
-                "expected at least as many, or null"
+                f"model.vocab_size is {given}, but the tokenizer has {vocab_size} token ids; expected as many"
             )
         if overrides["vocab_size"] > vocab_size:
             overrides["unpadded_vocab_size"] = vocab_size
@@ -348,11 +345,7 @@ class BaseRunConfig:
 
 
 def parse_profile(steps: str) -> tuple[int, int]:
-    """Read ``100:105``: the five steps from step 100 to step 105.
-
-    Raises:
-        InputError: anything else.
-    """
+    """Read ``100:105``: the five steps from step 100 to step 105; an InputError for anything else."""
     match = re.fullmatch(r"(\d{1,18}):(\d{1,18})", steps)
     if match is None or int(match[1]) >= int(match[2]):
         raise InputError(f"train.profile is {steps!r}; expected FROM:TO, such as 100:105")
@@ -360,10 +353,6 @@ def parse_profile(steps: str) -> tuple[int, int]:
 
 
 def check_run_name(name: str) -> None:
-    """Check a run's name.
-
-    Raises:
-        InputError: a name that is not a folder inside the folder of runs.
-    """
+    """Raise an InputError for a run's name that is not a folder inside the folder of runs."""
     if not name.strip() or Path(name).is_absolute() or ".." in Path(name).parts:
         raise InputError(f"run is {name!r}; expected a folder name inside runs_dir, such as my-run")

@@ -19,35 +19,20 @@ from slm_jax.nn.target import target, target_of
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """A kind of accelerator, by its maker's data sheet.
+    """A kind of accelerator, by its maker's data sheet; FLOP/s are dense."""
 
-    Attributes:
-        name: name on the command line, such as ``a100-40g``.
-        kind: a part of JAX's ``device_kind`` that no digit follows.
-        platform: JAX's name: ``gpu`` or ``tpu``.
-        capability: NVIDIA's compute capability; None on a TPU.
-        peak_16bit: dense FLOP/s in bfloat16, or in float16 where bfloat16 is only emulated.
-        peak_float32: dense FLOP/s of float32 arrays multiplied as JAX does by default: in TF32 where there is that, on
-            a TPU in bfloat16.
-        memory: bytes.
-        bandwidth: of the memory, bytes a second.
-    """
-
-    name: str
-    kind: str
+    name: str  # on the command line
+    kind: str  # a part of JAX's device_kind that no digit follows
     platform: Literal["gpu", "tpu"]
-    capability: float | None
-    peak_16bit: float
-    peak_float32: float
-    memory: float
-    bandwidth: float
+    capability: float | None  # NVIDIA's compute capability
+    peak_16bit: float  # in bfloat16, or in float16 where bfloat16 is only emulated
+    peak_float32: float  # of float32 arrays as JAX multiplies them: in TF32 where there is that, on a TPU in bfloat16
+    memory: float  # bytes
+    bandwidth: float  # bytes a second
 
     @property
     def usable(self) -> float:
-        """The share of the memory that JAX gives to a program: by default 75% on a GPU.
-
-        The TPU's share is what its compiler allows a v5e: 15.75 of 16 GiB.
-        """
+        """The share of the memory that JAX gives to a program: 75% of a GPU's; 15.75 of a v5e's 16 GiB."""
         return 0.75 if self.platform == "gpu" else 15.75 / 16
 
     def peak(self, dtype: DType) -> float:
@@ -86,9 +71,9 @@ def find_device(name: str) -> Device:
 
 
 def best_dtype(device: jax.Device | None = None) -> DType:
-    """Return what to compute in on a device: bfloat16 on a TPU or an NVIDIA GPU that has it, else float32.
+    """Return what to compute in on a device: bfloat16 where the hardware has it, else float32.
 
-    A GPU older than compute capability 8.0, such as Colab's T4, only emulates bfloat16. The default is what is
+    A GPU older than compute capability 8.0, such as Colab's T4, only emulates it. The default device is what is
     compiled for (:func:`slm_jax.nn.target.target`).
     """
     platform, capability = target() if device is None else target_of(device)
@@ -132,8 +117,7 @@ def device_memory(device: jax.Device | None = None) -> int | None:
     if device.platform == "cpu":
         memory = machine_memory()
         return memory and memory // jax.local_device_count()
-    stats = device.memory_stats() or {}
-    return stats.get("bytes_limit")
+    return (device.memory_stats() or {}).get("bytes_limit")
 
 
 def machine_memory() -> int | None:

@@ -24,23 +24,17 @@ def make_schedule(cfg: OptimizerConfig, total_steps: int) -> optax.Schedule:
         end = total_steps if cfg.decay_steps is None else cfg.decay_steps
         if end <= warmup:
             if cfg.decay_steps is not None:
-                raise InputError(
-                    f"optimizer.decay_steps is {end}, not above optimizer.warmup_steps {warmup}; "
-                    "expected the step at which the cosine ends"
-                )
+                raise InputError(f"optimizer.decay_steps is {end}; expected more than optimizer.warmup_steps {warmup}")
             warmup = max(0, end - 1)  # a trial of a few steps under a recipe's longer warmup
         course = optax.cosine_decay_schedule(peak, end - warmup, alpha=final / peak)
     elif cfg.schedule == "wsd":
         decay = max(1, total_steps // 10) if cfg.decay_steps is None else cfg.decay_steps
         if warmup + decay > total_steps:
             raise InputError(
-                f"optimizer.warmup_steps {warmup} and the decay of {decay} steps are more than the {total_steps} "
-                "steps of the run; shorten one of them"
+                f"optimizer.warmup_steps {warmup} and the decay of {decay} steps are more than the run's {total_steps}"
             )
-        stable = total_steps - warmup - decay
-        course = optax.join_schedules(
-            [optax.constant_schedule(peak), optax.linear_schedule(peak, final, decay)], [stable]
-        )
+        fall = optax.linear_schedule(peak, final, decay)
+        course = optax.join_schedules([optax.constant_schedule(peak), fall], [total_steps - warmup - decay])
     else:
         course = optax.constant_schedule(peak)
     # The first update is made with peak/warmup, not 0: a step with rate 0 would be lost.
@@ -79,10 +73,7 @@ def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def _scale_by_muon(cfg: OptimizerConfig) -> optax.GradientTransformation:
-    """Return Muon for stacks of matrices: each layer's momentum, with its singular values brought near 1.
-
-    Then scaled as Jordan et al. 2024 do, and for a training step that multiplies by AdamW's rate.
-    """
+    """Return Muon for stacks of matrices, scaled for a training step that multiplies by AdamW's rate."""
     rate = cfg.muon_learning_rate / cfg.learning_rate
 
     def numbers(axes: Axes | None, _: object) -> contrib.MuonDimensionNumbers:

@@ -60,29 +60,17 @@ class Compilable(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """The compiled steps of a run.
-
-    Attributes:
-        mesh: the devices.
-        state: shapes of the training state, with shardings.
-        frozen: shapes of the parameters that are not trained, with shardings; references included.
-        train_step: ``(state, frozen, batch) -> (state, metrics)``; donates the state.
-        eval_step: ``(trainable, frozen, batch) -> sums``, without dropout.
-        eval_rows: rows of an evaluated batch, a multiple of the devices.
-        init: ``key -> state`` of a new model, being compiled; None: the parameters come from elsewhere.
-        compiling: the training and the evaluation step for the widest batches, being compiled.
-        stop: called for each evaluated batch; may raise to stop early.
-    """
+    """The compiled steps of a run."""
 
     mesh: Mesh
-    state: TrainState
-    frozen: Params
-    train_step: "CompiledByShape"
-    eval_step: "CompiledByShape"
-    eval_rows: int
-    init: Future[Any] | None
-    compiling: tuple[Future[Any], Future[Any]]
-    stop: Callable[[], None]
+    state: TrainState  # shapes of the training state, with shardings
+    frozen: Params  # likewise of the parameters that are not trained, references included
+    train_step: "CompiledByShape"  # (state, frozen, batch) -> (state, metrics); donates the state
+    eval_step: "CompiledByShape"  # (trainable, frozen, batch) -> sums, without dropout
+    eval_rows: int  # rows of an evaluated batch, a multiple of the devices
+    init: Future[Any] | None  # key -> state of a new model; None: the parameters come from elsewhere
+    compiling: tuple[Future[Any], Future[Any]]  # both steps for the widest batches
+    stop: Callable[[], None]  # called for each evaluated batch; may raise to stop early
 
     def wait(self) -> int:
         """Wait for both steps; return the bytes of a device that the larger one takes (0: unknown); refuse too many."""

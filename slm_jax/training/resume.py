@@ -29,21 +29,13 @@ WARN_INTERVAL = 60.0  # seconds between two warnings about the mirror
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """Where a run starts.
-
-    Attributes:
-        folder: folder of the run.
-        step: step of the checkpoint to resume from; None: a new run.
-        metadata: metadata of that checkpoint; empty without one.
-        notes: notes for the user, a line each.
-        saved: steps with a checkpoint in the folder, damaged or not.
-    """
+    """Where a run starts."""
 
     folder: RunFolder
-    step: int | None = None
-    metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    saved: tuple[int, ...] = ()
+    step: int | None = None  # of the checkpoint to resume from; None: a new run
+    metadata: dict[str, Any] = dataclasses.field(default_factory=dict)  # of that checkpoint
+    notes: tuple[str, ...] = ()  # for the user, a line each
+    saved: tuple[int, ...] = ()  # steps with a checkpoint in the folder, damaged or not
 
     @property
     def first_step(self) -> int:

@@ -32,13 +32,10 @@ def initialize_distributed(environ: Mapping[str, str] = os.environ) -> bool:
     address = environ.get("JAX_COORDINATOR_ADDRESS")
     if address and "JAX_NUM_PROCESSES" in environ:
         try:
-            n_processes, process_id = int(environ["JAX_NUM_PROCESSES"]), int(environ["JAX_PROCESS_ID"])
+            coordinates = address, int(environ["JAX_NUM_PROCESSES"]), int(environ["JAX_PROCESS_ID"])
         except (KeyError, ValueError):
-            raise InputError(
-                "JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES are set; expected whole numbers in JAX_NUM_PROCESSES "
-                "and JAX_PROCESS_ID too"
-            ) from None
-        _join(address, n_processes, process_id)
+            raise InputError("JAX_NUM_PROCESSES and JAX_PROCESS_ID: expected whole numbers in both") from None
+        _join(*coordinates)
         return True
     # Inside srun only: in the shell of a batch job there is one process, whatever the job may still start.
     slurm = environ.get("SLURM_NTASKS", "1") if "SLURM_STEP_NODELIST" in environ else "1"
@@ -68,8 +65,8 @@ def mesh_sizes(cfg: MeshConfig, n_devices: int) -> tuple[int, int]:
     data = n_devices // cfg.fsdp if cfg.data == -1 else cfg.data
     if data * cfg.fsdp != n_devices:
         raise InputError(
-            f"mesh.data {cfg.data} times mesh.fsdp {cfg.fsdp} does not make {n_devices} devices; "
-            f"expected a product of {n_devices} (mesh.data -1 takes what mesh.fsdp leaves, if that divides them)"
+            f"mesh.data {cfg.data} times mesh.fsdp {cfg.fsdp} does not make {n_devices} devices; expected a product "
+            f"of {n_devices} (mesh.data -1: what mesh.fsdp leaves)"
         )
     return data, cfg.fsdp
 

@@ -23,13 +23,9 @@ LossFn = Callable[[Params, Params, Batch, jax.Array | None], Sums]
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """What a step changes.
+    """What a step changes: the number of steps done (skipped ones too), parameters, Optax's state, and dropout's key.
 
-    Attributes:
-        step: number of steps done, skipped ones included.
-        trainable: parameters that are optimized.
-        opt_state: Optax's state for them.
-        key: dropout key; each step uses ``fold_in(key, step)``.
+    Each step uses ``fold_in(key, step)``.
     """
 
     # Not checked for shapes: JAX puts avals, shardings and shape structs into the same class.
@@ -40,23 +36,14 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 class StepMetrics(NamedTuple):
-    """What a step reports, as float32 scalars on the device.
+    """What a step reports, as float32 scalars on the device; means are over the weighted targets of the batch."""
 
-    Attributes:
-        loss: mean over the weighted targets of the batch, before the update.
-        weight_sum: sum of the targets' weights.
-        grad_norm: global norm of the gradients, before clipping.
-        learning_rate: learning rate of this update.
-        skipped: whether loss or gradients were not finite, so that nothing was updated.
-        metrics: scalar metrics of the task, as means over the weighted targets.
-    """
-
-    loss: Float[Array, ""]
-    weight_sum: Float[Array, ""]
-    grad_norm: Float[Array, ""]
-    learning_rate: Float[Array, ""]
-    skipped: Array
-    metrics: dict[str, Array]
+    loss: Float[Array, ""]  # mean, before the update
+    weight_sum: Float[Array, ""]  # sum of the weights
+    grad_norm: Float[Array, ""]  # global norm, before clipping
+    learning_rate: Float[Array, ""]  # of this update
+    skipped: Array  # whether loss or gradients were not finite, so that nothing was updated
+    metrics: dict[str, Array]  # means of the task's scalar metrics
 
 
 def make_train_step(

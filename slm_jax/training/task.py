@@ -42,20 +42,13 @@ Evaluate = Callable[[Iterable[Batch]], EvaluationSums]
 
 @dataclasses.dataclass(frozen=True)
 class Parameters:
-    """The parameters of a run.
+    """The parameters of a run."""
 
-    Attributes:
-        trainable: parameters to train, unless ``init`` makes them: arrays, or shapes when a run resumes.
-        frozen: parameters of the same model that are not trained.
-        init: makes the parameters of a new model from a key; None: ``trainable`` has them.
-        opt_state: first optimizer state for ``trainable``, as arrays on the host; None: a new one.
-        references: further models by name, such as the policy that preference tuning starts from; never trained.
-    """
-
-    trainable: Params
-    frozen: Params
-    init: Callable[[jax.Array], Params] | None = None
-    opt_state: Any = None
+    trainable: Params  # unless init makes them: arrays, or shapes when a run resumes
+    frozen: Params  # of the same model
+    init: Callable[[jax.Array], Params] | None = None  # makes those of a new model from a key
+    opt_state: Any = None  # first one for trainable, as arrays on the host; None: a new one
+    # Further models by name, such as the policy that preference tuning starts from; never trained.
     references: Mapping[str, Params] = dataclasses.field(default_factory=dict)
 
     @property
@@ -65,23 +58,14 @@ class Parameters:
 
 
 class ModelShapes(NamedTuple):
-    """What ``slm-jax plan`` and ``bench`` need of a task before there is data.
+    """What ``slm-jax plan`` and ``bench`` need of a task before there is data."""
 
-    Attributes:
-        params: the whole params tree, as shapes.
-        init: makes it from a key.
-        loss_fn: the loss.
-        row: shapes of one row of a batch; ``inputs`` are its tokens.
-        n_outputs: columns of the logits.
-        notes: assumptions, a line each.
-    """
-
-    params: Params
-    init: Callable[[jax.Array], Params]
+    params: Params  # the whole tree
+    init: Callable[[jax.Array], Params]  # makes it from a key
     loss_fn: LossFn
-    row: Mapping[str, jax.ShapeDtypeStruct]
-    n_outputs: int
-    notes: tuple[str, ...] = ()
+    row: Mapping[str, jax.ShapeDtypeStruct]  # of a batch; inputs are its tokens
+    n_outputs: int  # columns of the logits
+    notes: tuple[str, ...] = ()  # assumptions, a line each
 
 
 def token_row(seq: int, packed: bool = False) -> dict[str, jax.ShapeDtypeStruct]:
@@ -93,48 +77,28 @@ def token_row(seq: int, packed: bool = False) -> dict[str, jax.ShapeDtypeStruct]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task(abc.ABC):
-    """One kind of training, with its data and model loaded; a subclass is registered in :mod:`slm_jax.tasks`.
+    """One kind of training, with its data and model loaded; a subclass is registered in :mod:`slm_jax.tasks`."""
 
-    Attributes:
-        unit: what the loss is a mean over: tokens or texts.
-        unused_keys: prefixes of configuration keys that this task does not read, other tasks' sections apart.
-        samples_at_evaluation: whether samples are written at each evaluation and not at ``sample.every``.
-        measures: whether :meth:`measure` measures anything.
-        config: configuration of the run.
-        model_config: configuration of the model.
-        params: parameters of the model.
-        tokenizer: tokenizer of the model; saved with the run.
-        train_batches: element ``i`` is the global batch of step ``i`` (see :meth:`make_batch`).
-        evaluation_batches: for each split that is evaluated, what returns its global batches once.
-        total_steps: number of steps of the whole run.
-        tokens_per_step: average number of tokens in a training batch.
-        fingerprint: SHA-256 of the data; a run resumes only with the same data.
-        longest: width of the widest batch of all splits; None: all batches are as wide as the first.
-        metadata: further JSON data saved with each checkpoint.
-        files: further text files of the run's folder, by name.
-        bytes_per_token: UTF-8 bytes per validation token, if known.
-        notes: notes about the data for the user, a line each.
-    """
-
-    unit: ClassVar[Literal["token", "text"]] = "token"
-    unused_keys: ClassVar[tuple[str, ...]] = ()
-    samples_at_evaluation: ClassVar[bool] = False
-    measures: ClassVar[bool] = False
+    unit: ClassVar[Literal["token", "text"]] = "token"  # what the loss is a mean over
+    unused_keys: ClassVar[tuple[str, ...]] = ()  # prefixes of keys not read, other tasks' sections apart
+    samples_at_evaluation: ClassVar[bool] = False  # and not at sample.every
+    measures: ClassVar[bool] = False  # whether measure() measures anything
 
     config: BaseRunConfig
     model_config: GPTConfig
     params: Parameters
-    tokenizer: Tokenizer
-    train_batches: "grain.MapDataset"
+    tokenizer: Tokenizer  # of the model; saved with the run
+    train_batches: "grain.MapDataset"  # element i is the global batch of step i (see make_batch)
     total_steps: int
-    tokens_per_step: int
-    fingerprint: str
+    tokens_per_step: int  # on average
+    fingerprint: str  # SHA-256 of the data; a run resumes only with the same data
+    # For each split that is evaluated, what returns its global batches once.
     evaluation_batches: Mapping[str, Callable[[], Iterable[Batch]]] = dataclasses.field(default_factory=dict)
-    longest: int | None = None
-    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    files: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    bytes_per_token: float | None = None
-    notes: tuple[str, ...] = ()
+    longest: int | None = None  # width of the widest batch of all splits; None: all are as wide as the first
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # JSON, saved with each checkpoint
+    files: Mapping[str, str] = dataclasses.field(default_factory=dict)  # further text files of the run's folder
+    bytes_per_token: float | None = None  # of the validation text in UTF-8, if known
+    notes: tuple[str, ...] = ()  # about the data, for the user, a line each
 
     @classmethod
     @abc.abstractmethod

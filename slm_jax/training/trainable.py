@@ -16,7 +16,7 @@ from slm_jax.nn.blocks import join_blocks, merge_params, segment_lengths, split_
 from slm_jax.nn.lora import init_adapters, merge_adapters
 
 if TYPE_CHECKING:  # who loads weights needs no command line
-    from slm_jax.training.config import BaseRunConfig, LoRAConfig
+    from slm_jax.training.config import BaseRunConfig
 
 
 def split_params(params: Params, config: "BaseRunConfig", key: jax.Array) -> tuple[Params, Params]:
@@ -26,15 +26,23 @@ def split_params(params: Params, config: "BaseRunConfig", key: jax.Array) -> tup
     """
     if config.trainable == "all":
         return params, {}
-    if config.trainable == "lora":
-        return _split_lora(params, config.lora, key)
+    if config.trainable == "lora":  # frozen is all but the adapters, and but a new classification head without any
+        lora = config.lora
+        adapters = init_adapters(key, params, lora.targets, rank=lora.rank, alpha=lora.alpha, drop_rate=lora.drop_rate)
+        bare = {path for path in params if path + ADAPTER not in adapters}
+
+        def is_trained(path: str) -> bool:
+            return _axes(path).is_adapter or ("classes" in _axes(path).names and path.partition("/")[0] in bare)
+
+        return _split(merge_params(params, adapters), is_trained)
     if config.trainable == "head":
-        if not _heads(params):
+        heads = {path.partition("/")[0] for path in flatten_dict(params, sep="/") if _axes(path).is_head}
+        if not heads:
             raise InputError(
                 "trainable is head, but the model's output head is its token embedding (tie_weights); "
                 "expected last_block, last_n_blocks, all or lora"
             )
-        return _split(params, lambda path: path.partition("/")[0] in _heads(params))
+        return _split(params, lambda path: path.partition("/")[0] in heads)
     n_layers = segment_lengths(params)[STACK]
     n_blocks = 1 if config.trainable == "last_block" else config.trainable_blocks
     if n_blocks > n_layers:
@@ -51,31 +59,11 @@ def _axes(path: str) -> Axes:
     return axes
 
 
-def _heads(params: Params) -> set[str]:
-    """Return the names of the output heads."""
-    return {path.partition("/")[0] for path in flatten_dict(params, sep="/") if _axes(path).is_head}
-
-
 def _split(params: Params, is_trained: Callable[[str], bool]) -> tuple[Params, Params]:
     flat = flatten_dict(params, sep="/")
     trained = {path: leaf for path, leaf in flat.items() if is_trained(path)}
     frozen = {path: leaf for path, leaf in flat.items() if path not in trained}
     return unflatten_dict(trained, sep="/"), unflatten_dict(frozen, sep="/")
-
-
-def _split_lora(params: Params, config: "LoRAConfig", key: jax.Array) -> tuple[Params, Params]:
-    """Freeze everything but the adapters, and but a new classification head that has none."""
-    adapters = init_adapters(
-        key, params, config.targets, rank=config.rank, alpha=config.alpha, drop_rate=config.drop_rate
-    )
-    params = merge_params(params, adapters)
-    return _split(
-        params,
-        lambda path: (
-            _axes(path).is_adapter
-            or ("classes" in _axes(path).names and path.partition("/")[0] + ADAPTER not in adapters)
-        ),
-    )
 
 
 def whole_params(trainable: Params, frozen: Params) -> Params:

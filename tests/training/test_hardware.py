@@ -54,10 +54,8 @@ def test_bfloat16_where_the_hardware_has_it(fake, dtype):
         ("NVIDIA H100 PCIe", 756e12),
         ("NVIDIA A100-SXM4-40GB", 312e12),
         ("NVIDIA A100 80GB PCIe", 312e12),
-        ("NVIDIA L4", 121e12),
         ("NVIDIA L40S", 362e12),
         ("Tesla T4", 65e12),
-        ("Tesla V100-SXM2-16GB", 125e12),
         ("TPU v5 lite", 197e12),
         ("TPU v5", 459e12),
         ("TPU v5p", 459e12),
@@ -94,14 +92,8 @@ def test_every_entry_of_the_table_can_be_reached(known):
     assert find_device(known.name).peak_16bit == known.peak_16bit
 
 
-def test_memory_and_bandwidth_of_the_two_a100s():
-    small, large = find_device("a100-40g"), find_device("A100-80G")
-    assert (small.memory, large.memory) == (40e9, 80e9)
-    assert small.bandwidth < large.bandwidth
-
-
 def test_an_unknown_device_is_refused_with_those_there_are():
-    with pytest.raises(InputError, match="'a100-40gb'.*a100-40g, .*cpu"):
+    with pytest.raises(InputError, match=r"'a100-40gb'.*a100-40g, .*cpu"):
         find_device("a100-40gb")
 
 
@@ -113,12 +105,6 @@ def test_flops_per_token_by_hand():
     cfg = {"vocab_size": 10, "context_length": 4, "emb_dim": 6, "n_heads": 2, "n_layers": 2}
     assert flops_per_token(GPTConfig(**cfg)) == 6 * n_params + attention
     assert flops_per_token(GPTConfig(**cfg, tie_weights=False)) == 6 * n_params + attention
-
-
-def test_flops_per_token_of_gpt2_small():
-    """124,439,808 parameters less 1,024 × 768 positions, and 12 layers · 768 · 1,024 of attention."""
-    cfg = GPTConfig()
-    assert flops_per_token(cfg) == 6 * (124_439_808 - 786_432) + 12 * 12 * 768 * 1024
 
 
 def test_memory_is_what_the_device_or_the_machine_offers():

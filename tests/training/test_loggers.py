@@ -11,9 +11,8 @@ from pretraining import options
 from slm_jax import cli
 from slm_jax.errors import InputError
 from slm_jax.tasks.config import RunConfig
-from slm_jax.training import loggers
 from slm_jax.training.config import LoggingConfig
-from slm_jax.training.loggers import WANDB_ID, TensorBoardLogger, WandbLogger, check_loggers, figures
+from slm_jax.training.loggers import WANDB_ID, check_loggers, figures, open_loggers
 
 
 def events(folder):
@@ -47,17 +46,6 @@ def test_figures_are_the_finite_numbers_of_a_row():
     assert figures(row) == {"train/loss": 2.5, "train/tokens": 7.0, "train/skipped": 1.0}
 
 
-def test_tensorboard_has_what_the_log_has(tmp_path):
-    pytest.importorskip("tensorboardX")
-    logger = TensorBoardLogger(tmp_path, -1)
-    logger.metrics({"step": 0, "split": "val", "loss": 3.25, "tokens": 99})
-    logger.text("sample", "one\n# two", 0)
-    logger.close()
-    scalars, texts = events(tmp_path)
-    assert scalars == {(0, "val/loss"): 3.25, (0, "val/tokens"): 99.0}
-    assert [text for _, text in sorted(texts.items())] == ["    one\n    # two"]  # no heading
-
-
 def test_a_run_that_goes_on_has_each_step_once_in_tensorboard(text_file, tmp_path, capsys):
     pytest.importorskip("tensorboardX")
     more = {"checkpoint.every": 2, "sample.every": 2, "sample.max_new_tokens": 1, "train.accumulate": 1}
@@ -74,6 +62,7 @@ def test_a_run_that_goes_on_has_each_step_once_in_tensorboard(text_file, tmp_pat
     assert {step for step, _ in scalars} == set(range(5))
     assert all(scalars[key] == pytest.approx(value, rel=1e-6) for key, value in expected.items())
     assert texts
+    assert all(line.startswith("    ") for text in texts.values() for line in text.splitlines())  # as code
 
 
 def test_wandb_offline_has_what_the_log_has_and_a_run_that_goes_on_is_the_same(tmp_path):
@@ -81,7 +70,7 @@ def test_wandb_offline_has_what_the_log_has_and_a_run_that_goes_on_is_the_same(t
     config = RunConfig(run="named", logging=LoggingConfig(wandb="offline", wandb_project="project-of-tests"))
     losses = (b"3.2517", b"2.7319")
     for step, loss in enumerate(map(float, losses)):
-        logger = WandbLogger(config, tmp_path)
+        logger = open_loggers(config, tmp_path, -1)[0]
         logger.metrics({"step": step, "split": "val", "loss": loss})
         logger.text("sample", "<b>bold</b>", step)
         logger.close()
@@ -123,4 +112,4 @@ def test_wandb_without_a_login_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(wandb, "init", refuse)
     config = RunConfig(logging=LoggingConfig(wandb="online"))
     with pytest.raises(InputError, match=r"api_key not configured \(no-tty\); run wandb login"):
-        loggers.open_loggers(config, tmp_path, -1)
+        open_loggers(config, tmp_path, -1)

@@ -1,16 +1,10 @@
 """What must hold of the optimizers: AdamW and Muon as published, what decays, rates as configured."""
 
 import dataclasses
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax.traverse_util import flatten_dict
 
@@ -23,7 +17,6 @@ from slm_jax.training.optimizer import decay_mask, make_optimizer, make_schedule
 from slm_jax.training.step import TrainState, make_train_step
 from slm_jax.training.trainable import split_params
 
-ROOT = Path(__file__).parents[2]
 CFG = GPTConfig(vocab_size=11, context_length=4, emb_dim=6, n_heads=2, n_layers=2, tie_weights=False)
 OPTIMIZER = OptimizerConfig(
     learning_rate=1e-2, schedule="cosine", warmup_steps=3, weight_decay=0.3, beta1=0.8, beta2=0.95, clip_norm=5.0
@@ -80,26 +73,6 @@ def largest_difference(a, b):
     return max(np.abs(np.float64(x) - np.float64(y)).max() for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True))
 
 
-def test_the_steps_are_those_of_optax_adamw(params, gradients):
-    """The same transformation as Optax puts together, with its own count as the step."""
-    schedule = make_schedule(OPTIMIZER, STEPS)
-    reference = optax.chain(
-        optax.clip_by_global_norm(OPTIMIZER.clip_norm),
-        optax.adamw(schedule, b1=0.8, b2=0.95, eps=OPTIMIZER.eps, weight_decay=0.3, mask=decay_mask),
-    )
-
-    @jax.jit
-    def update(gradient, opt_state, reference_params):
-        updates, opt_state = reference.update(gradient, opt_state, reference_params)
-        return optax.apply_updates(reference_params, updates), opt_state
-
-    expected, opt_state = params, reference.init(params)
-    for gradient in gradients:
-        expected, opt_state = update(gradient, opt_state, expected)
-    actual = train(OPTIMIZER, params, gradients, STEPS)
-    assert largest_difference(actual, expected) <= 1e-6 * largest_difference(params, expected)
-
-
 @pytest.mark.parametrize("clip_norm", [5.0, None])
 def test_the_steps_are_those_of_adamw_written_in_numpy(params, gradients, clip_norm):
     """Loshchilov & Hutter 2019, algorithm 2, in float64."""
@@ -134,29 +107,6 @@ def test_matrices_and_embeddings_decay_and_nothing_else(tied):
     mask = flatten_dict(decay_mask(shapes), sep="/")
     assert {name for name, decays in mask.items() if decays} == DECAYED - ({"out_head/kernel"} if tied else set())
     assert {"blocks/norm1/scale", "blocks/norm2/bias", "blocks/attn/q/bias", "final_norm/scale"} <= mask.keys()
-
-
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_without_gradients_only_the_decayed_leaves_shrink(params, kind):
-    cfg = OptimizerConfig(kind=kind, learning_rate=0.1, schedule="constant", warmup_steps=0, weight_decay=0.5)
-    after = flatten_dict(train(cfg, params, [jax.tree.map(jnp.zeros_like, params)], 1), sep="/")
-    for name, before in flatten_dict(params, sep="/").items():
-        factor = 1 - 0.1 * 0.5 if name in DECAYED else 1.0
-        np.testing.assert_allclose(after[name], before * factor, rtol=1e-6, err_msg=name)
-
-
-@pytest.mark.parametrize(("scale", "clipped"), [(100.0, True), (1e-3, False)])
-def test_clipping_is_by_the_norm_of_the_whole_tree(params, scale, clipped):
-    """What reaches Adam has the clipping norm, or is untouched: read from its first moment after one step."""
-    optimizer = make_optimizer(OPTIMIZER)
-    gradient = jax.tree.map(lambda p: jnp.full_like(p, scale), params)
-    _, opt_state = jax.jit(optimizer.update)(gradient, optimizer.init(params), params)
-    moment = next(part.mu for part in opt_state if isinstance(part, optax.ScaleByAdamState))
-    norm = global_norm(moment) / (1 - OPTIMIZER.beta1)
-    assert norm == pytest.approx(OPTIMIZER.clip_norm if clipped else global_norm(gradient), rel=1e-5)
-    directions = [leaf / jnp.float32(norm) for leaf in jax.tree.leaves(moment)]
-    spread = np.ptp(np.concatenate([np.ravel(leaf) for leaf in directions]))
-    assert spread <= 1e-6  # every leaf by the same factor
 
 
 # Muon
@@ -213,32 +163,6 @@ def test_what_is_no_matrix_of_a_block_moves_as_under_adamw(params, gradients):
     assert same == muon.keys() - MATRICES
 
 
-def test_each_layer_of_a_stack_moves_as_if_it_were_alone(params, gradients):
-    cfg = dataclasses.replace(MUON, clip_norm=None)  # the norm is of all layers
-    whole, _ = direction(cfg, params, gradients)
-    for layer in range(CFG.n_layers):
-        alone, *gradients_alone = (
-            {**tree, "blocks": jax.tree.map(lambda leaf: leaf[layer : layer + 1], tree["blocks"])}  # noqa: B023
-            for tree in (params, *gradients)
-        )
-        updates, _ = direction(cfg, alone, gradients_alone)
-        for name in MATRICES:
-            np.testing.assert_allclose(updates[name][0], whole[name][layer], rtol=1e-4, atol=1e-5, err_msg=name)
-    assert np.abs(whole["blocks/ff/fc/kernel"][0] - whole["blocks/ff/fc/kernel"][1]).max() > 0.1
-
-
-def test_muons_singular_values_are_near_its_rate_and_larger_where_a_matrix_widens(params, gradients):
-    cfg = dataclasses.replace(MUON, weight_decay=0.0)
-    updates, _ = direction(cfg, params, gradients)
-    for name in MATRICES:
-        values = np.linalg.svd(cfg.learning_rate * as_matrices(name, updates[name]), compute_uv=False)
-        assert values.shape == (CFG.n_layers, CFG.emb_dim)
-        # Five iterations bring what is above 1e-3 of the norm to within 0.3 of 1, by their design.
-        values /= cfg.muon_learning_rate * np.sqrt(4 if name == "blocks/ff/fc/kernel" else 1)
-        assert values.min() > 0.65
-        assert values.max() < 1.25
-
-
 def test_muon_keeps_one_moment_of_a_matrix_and_two_of_the_rest(params):
     count = {name: leaf.size for name, leaf in flatten_dict(params, sep="/").items()}
     matrices = sum(count[name] for name in MATRICES)
@@ -269,19 +193,6 @@ def test_of_a_part_of_the_model_muon_takes_the_matrices_that_are_in_it(params, t
     assert all(np.isfinite(update).all() and np.abs(update).max() > 0 for update in updates.values())
 
 
-def test_a_skipped_step_changes_nothing_of_muon(params, gradients):
-    optimizer = make_optimizer(MUON)
-    step = jax.jit(make_train_step(linear_loss, optimizer, make_schedule(MUON, STEPS)))
-    before, _ = step(TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key(0)), {}, gradients[0])
-    bad = {**gradients[1], "final_norm": jax.tree.map(lambda g: g * jnp.nan, gradients[1]["final_norm"])}
-    after, metrics = step(before, {}, bad)
-    assert metrics.skipped
-    assert int(after.step) == 2
-    jax.tree.map(
-        np.testing.assert_array_equal, (after.trainable, after.opt_state), (before.trainable, before.opt_state)
-    )
-
-
 def test_muon_goes_on_from_a_checkpoint_to_the_same_bits(params, gradients, tmp_path):
     optimizer = make_optimizer(MUON)
     step = jax.jit(make_train_step(linear_loss, optimizer, make_schedule(MUON, STEPS)))
@@ -300,22 +211,6 @@ def test_muon_goes_on_from_a_checkpoint_to_the_same_bits(params, gradients, tmp_
     jax.tree.map(np.testing.assert_array_equal, broken.opt_state, whole.opt_state)
     jax.tree.map(np.testing.assert_array_equal, broken.trainable, whole.trainable)
     assert int(whole.step) == STEPS
-
-
-@pytest.mark.slow
-def test_muon_on_split_matrices_moves_as_on_whole_ones():
-    """NPROC: without more threads than devices the collectives can deadlock."""
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
-    env = {**os.environ, "XLA_FLAGS": flags, "NPROC": "16", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    worker = ROOT / "tests" / "training" / "muon_devices.py"
-    done = subprocess.run([sys.executable, worker], env=env, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-4000:]
-    (whole, whole_shapes), (split, split_shapes) = json.loads(done.stdout.splitlines()[-1])
-    assert len(set(whole)) == len(whole) == 4
-    np.testing.assert_allclose(split, whole, rtol=1e-5)
-    assert len(split_shapes) == len(MATRICES)
-    for name, shape in split_shapes.items():
-        assert 2 * np.prod(shape) == np.prod(whole_shapes[name]), name
 
 
 # Learning rates
@@ -347,6 +242,7 @@ def test_cosine_falls_from_the_peak_to_the_final_rate_and_stays():
     values = rates(40, schedule="cosine", warmup_steps=10, decay_steps=20, final_learning_rate=0.5)
     assert values[15] == pytest.approx(1.25, rel=1e-5)
     np.testing.assert_allclose(values[20:], 0.5, rtol=1e-5)
+    assert rates(20, schedule="cosine", warmup_steps=2)[20] == pytest.approx(0.2, rel=1e-5)  # a tenth by default
     np.testing.assert_array_equal(rates(40, schedule="constant", warmup_steps=10)[10:], 2.0)
 
 
@@ -355,20 +251,9 @@ def test_wsd_is_stable_and_then_falls_in_a_line():
     np.testing.assert_array_equal(values[10:21], 2.0)
     np.testing.assert_allclose(values[20:41], 2.0 * np.arange(20, -1, -1) / 20, atol=1e-6)
     np.testing.assert_array_equal(values[40:], 0.0)
-
-
-def test_wsd_decays_over_the_last_tenth_by_default():
-    values = rates(40, schedule="wsd", warmup_steps=10)
+    values = rates(40, schedule="wsd", warmup_steps=10)  # by default over the last tenth, to a tenth
     np.testing.assert_array_equal(values[10:37], 2.0)
-    assert values[38] == pytest.approx(1.1, rel=1e-5)
-    np.testing.assert_allclose(values[40:], 0.2, rtol=1e-5)
-
-
-@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
-@pytest.mark.parametrize(("final", "expected"), [(None, 0.2), (0.0, 0.0), (0.3, 0.3)])
-def test_the_final_rate_is_a_tenth_of_the_peak_by_default(schedule, final, expected):
-    values = rates(20, schedule=schedule, warmup_steps=2, final_learning_rate=final)
-    assert values[20] == pytest.approx(expected, abs=1e-6)
+    np.testing.assert_allclose(values[[38, 40, 41]], [1.1, 0.2, 0.2], rtol=1e-5)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "constant"])

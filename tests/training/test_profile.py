@@ -6,21 +6,11 @@ import json
 import jax
 import pytest
 from pretraining import metrics, options
-from slm_jax.training.record import StepProfile
 
 from slm_jax import cli
 from slm_jax.errors import InputError
 from slm_jax.training.config import parse_profile
-
-
-@pytest.mark.parametrize("text", ["", "5", "5:", ":5", "5:5", "6:5", "a:b", "-1:4", "1:2:3"])
-def test_what_is_no_range_of_steps_is_refused(text):
-    with pytest.raises(InputError, match="expected FROM:TO, such as 100:105"):
-        parse_profile(text)
-
-
-def test_a_range_of_steps():
-    assert parse_profile("100:105") == (100, 105)
+from slm_jax.training.record import StepProfile
 
 
 @pytest.fixture
@@ -32,48 +22,29 @@ def traced(monkeypatch):
     return calls
 
 
-def follow(profile, steps, calls):
+@pytest.mark.parametrize(
+    ("wanted", "steps", "expected"),
+    [
+        ("2:4", range(9), ["wait for 2", "start", "wait for 4", "stop"]),
+        ("2:9", range(4), ["wait for 2", "start", "stop"]),  # the run ends before
+        ("2:4", range(4, 9), ["no profile: this start did not reach step 2 of train.profile"]),
+        ("2:5", range(3, 9), ["wait for 3", "start", "wait for 5", "stop"]),  # resumed in the middle
+        ("20:40", range(9), ["no profile: this start did not reach step 20 of train.profile"]),
+        (None, range(9), []),
+    ],
+)
+def test_the_steps_are_profiled_once_the_devices_have_done_those_before(traced, tmp_path, wanted, steps, expected):
+    profile = StepProfile(wanted, tmp_path, lambda text: traced.append(text) if "no profile" in text else None)
     for step in steps:
-        profile.at(step, lambda step=step: calls.append(f"wait for {step}"))
-
-
-def test_it_begins_and_ends_when_the_devices_have_done_the_steps(traced, tmp_path):
-    profile = StepProfile("2:4", tmp_path, lambda text: None)
-    follow(profile, range(9), traced)
+        profile.at(step, lambda step=step: traced.append(f"wait for {step}"))
     profile.end()
-    assert traced == ["wait for 2", "start", "wait for 4", "stop"]
+    assert traced == expected
 
 
-def test_a_run_that_ends_before_writes_what_there_is(traced, tmp_path):
-    profile = StepProfile("2:9", tmp_path, lambda text: None)
-    follow(profile, range(4), traced)
-    profile.end()
-    profile.end()
-    assert traced == ["wait for 2", "start", "stop"]
-
-
-def test_that_there_is_none_is_said(traced, tmp_path):
-    notes = []
-    profile = StepProfile("20:40", tmp_path, notes.append)
-    follow(profile, range(9), traced)
-    profile.end()
-    assert traced == []
-    assert notes == ["no profile: this start did not reach step 20 of train.profile"]
-    StepProfile(None, tmp_path, notes.append).end()
-    assert len(notes) == 1
-
-
-def test_a_run_that_goes_on_behind_it_has_none(traced, tmp_path):
-    profile = StepProfile("2:4", tmp_path, lambda text: None)
-    follow(profile, range(4, 9), traced)
-    profile.end()
-    assert traced == []
-
-
-def test_a_run_that_goes_on_in_the_middle_has_the_rest(traced, tmp_path):
-    profile = StepProfile("2:5", tmp_path, lambda text: None)
-    follow(profile, range(3, 9), traced)
-    assert traced == ["wait for 3", "start", "wait for 5", "stop"]
+@pytest.mark.parametrize("text", ["", "5", "5:", ":5", "5:5", "6:5", "a:b", "-1:4", "1:2:3"])
+def test_what_is_no_range_of_steps_is_refused(text):
+    with pytest.raises(InputError, match="expected FROM:TO, such as 100:105"):
+        parse_profile(text)
 
 
 @pytest.mark.slow

@@ -53,14 +53,6 @@ def test_a_last_line_that_was_cut_off_is_left_out_and_cleared_away(run, torn):
     assert run.metrics() == [*rows, row(3)]
 
 
-def test_a_last_line_without_its_line_end_counts(run):
-    run.add_metrics(row(1))
-    run.metrics_file.write_text(run.metrics_file.read_text().rstrip("\n"))
-    run.cut_back(1)
-    run.add_metrics(row(2))
-    assert run.metrics() == [row(1), row(2)]
-
-
 def test_cutting_back_drops_what_came_after_the_step(run):
     rows = [row(0, "val"), row(1), row(2), row(2, "val"), row(3), row(4, "val")]
     for r in rows:
@@ -73,15 +65,6 @@ def test_cutting_back_drops_what_came_after_the_step(run):
     run.cut_back(-1)
     assert run.metrics() == []
     assert not any(step in {step for step, _ in run.samples()} for step in (1, 2, 4))
-
-
-def test_cutting_back_to_the_end_changes_nothing(run):
-    for r in (row(0, "val"), row(1), row(2, grad_norm=math.inf)):
-        run.add_metrics(r)
-    run.add_sample(2, "a\n\n  b ☃")
-    before = run.metrics_file.read_bytes(), run.samples_file.read_bytes()
-    run.cut_back(2)
-    assert (run.metrics_file.read_bytes(), run.samples_file.read_bytes()) == before
 
 
 def test_a_sample_may_say_what_it_likes_even_headings(run):

@@ -18,7 +18,6 @@ from slm_jax.cli import main
 from slm_jax.errors import InputError
 from slm_jax.nn.loss import cross_entropy
 from slm_jax.tasks import pretraining
-from slm_jax.tasks.config import RunConfig
 from slm_jax.training.checkpoint import Checkpoints
 from slm_jax.training.config import MeshConfig
 from slm_jax.training.process import StopRequest
@@ -28,6 +27,7 @@ from slm_jax.training.sharding import (
     host_rows,
     initialize_distributed,
     make_mesh,
+    mesh_sizes,
     state_shardings,
 )
 
@@ -81,10 +81,14 @@ def test_eight_devices_give_the_losses_of_one(eight, mesh, accumulate):
 
 
 @pytest.mark.slow
-def test_a_pmap_step_gives_the_losses_of_the_jitted_one(eight):
-    jitted = eight["mesh"]["data=8 accumulate=1"][: eight_devices.STEPS]  # the last one is of an evaluation
-    assert len(eight["pmap"]) == eight_devices.STEPS
-    np.testing.assert_allclose(eight["pmap"], jitted, rtol=1e-5)
+def test_muon_on_split_matrices_moves_as_on_whole_ones(eight):
+    whole, split = eight["muon whole"], eight["muon split"]
+    assert len(set(whole["losses"])) == len(whole["losses"]) == eight_devices.STEPS + 1
+    np.testing.assert_allclose(split["losses"], whole["losses"], rtol=1e-5)
+    moments = {name for name, (shape, _) in whole["shards"].items() if "muon" in name and len(shape) >= 3}
+    assert len(moments) == 6  # the matrices of a block
+    for name in moments:
+        assert 2 * np.prod(split["shards"][name][1][0]) == np.prod(whole["shards"][name][1][0]), name
 
 
 @pytest.mark.slow
@@ -145,33 +149,26 @@ def test_a_batch_is_split_over_both_axes_in_order(eight):
     assert eight["batch"]["as asked"]
 
 
-@pytest.mark.slow
-def test_meshes_and_batches_that_do_not_fit_eight_devices_are_refused(eight):
-    refusals = eight["refusals"]
-    assert "mesh.data 3 times mesh.fsdp 2" in refusals["product"]
-    assert "8 devices" in refusals["product"]
-    assert "mesh.fsdp 3" in refusals["fsdp"]
-    assert "train.batch_size is 12" in refusals["batch"]
-    assert "multiple of 8" in refusals["batch"]
-    assert "multiple of 16" in refusals["accumulate"]
+@pytest.mark.parametrize(
+    ("sizes", "n_devices", "words"),
+    [
+        ({"data": 3, "fsdp": 2}, 8, r"mesh\.data 3 times mesh\.fsdp 2.*8 devices"),
+        ({"fsdp": 3}, 8, r"mesh\.fsdp 3"),
+        ({"data": 2}, 1, r"mesh\.data 2 times mesh\.fsdp 1.*1 devices"),
+    ],
+)
+def test_a_mesh_of_another_size_than_the_devices_is_refused(sizes, n_devices, words):
+    with pytest.raises(InputError, match=words):
+        mesh_sizes(MeshConfig(**sizes), n_devices)
 
 
-def test_a_mesh_of_another_size_than_the_devices_is_refused():
-    with pytest.raises(InputError, match=r"mesh\.data 2 times mesh\.fsdp 1.*1 devices"):
-        make_mesh(MeshConfig(data=2))
-    with pytest.raises(InputError, match=r"mesh\.fsdp 2"):
-        make_mesh(MeshConfig(fsdp=2))
-
-
-def test_tensor_parallelism_is_refused_for_now():
-    with pytest.raises(InputError, match=r"mesh\.tensor is 2"):
-        RunConfig(mesh=MeshConfig(tensor=2))
-
-
-def test_a_batch_that_micro_batches_cannot_share_is_refused():
-    check_batch_size(1, 6, 3)
-    with pytest.raises(InputError, match=r"train\.batch_size is 6.*multiple of 4"):
-        check_batch_size(1, 6, 4)
+@pytest.mark.parametrize(
+    ("n_devices", "batch_size", "accumulate", "multiple"), [(8, 12, 1, 8), (8, 24, 2, 16), (1, 6, 4, 4)]
+)
+def test_a_batch_that_devices_or_micro_batches_cannot_share_is_refused(n_devices, batch_size, accumulate, multiple):
+    check_batch_size(n_devices, multiple, accumulate)
+    with pytest.raises(InputError, match=rf"train\.batch_size is {batch_size}.*multiple of {multiple} "):
+        check_batch_size(n_devices, batch_size, accumulate)
 
 
 def test_on_one_device_everything_is_whole():
@@ -218,36 +215,26 @@ def test_one_process_stays_alone(joined, environ):
     assert joined == []
 
 
-@pytest.mark.parametrize(
-    "environ",
-    [
-        {"SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "node[1-2]"},
-        {"OMPI_COMM_WORLD_SIZE": "4"},
-        {"TPU_WORKER_HOSTNAMES": "10.0.0.1,10.0.0.2"},
-        {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234"},
-    ],
-    ids=str,
-)
-def test_a_job_that_jax_can_detect_is_joined(joined, environ):
-    assert initialize_distributed(environ) is True
-    assert joined == [((), {})]
-
-
-def test_a_job_that_is_spelt_out_is_joined_as_told(joined):
-    environ = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234", "JAX_NUM_PROCESSES": "3", "JAX_PROCESS_ID": "2"}
-    assert initialize_distributed(environ) is True
-    assert joined == [(("10.0.0.1:1234", 3, 2), {})]
+ADDRESS = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234"}
 
 
 @pytest.mark.parametrize(
-    "environ",
+    ("environ", "arguments"),
     [
-        {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"},
-        {"OMPI_COMM_WORLD_SIZE": "2"},
+        ({"SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "node[1-2]"}, ()),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, ()),
+        ({"TPU_WORKER_HOSTNAMES": "10.0.0.1,10.0.0.2"}, ()),
+        (ADDRESS, ()),
+        ({**ADDRESS, "JAX_NUM_PROCESSES": "3", "JAX_PROCESS_ID": "2"}, ("10.0.0.1:1234", 3, 2)),
     ],
     ids=str,
 )
-def test_joining_does_not_take_sigterm_away(monkeypatch, environ):
+def test_a_job_that_jax_can_detect_or_that_is_described_is_joined(joined, environ, arguments):
+    assert initialize_distributed(environ) is True
+    assert joined == [(arguments, {})]
+
+
+def test_joining_does_not_take_sigterm_away(monkeypatch):
     """JAX's preemption service does; a job that the scheduler ends would then stop without saving."""
 
     def initialize(*args):
@@ -256,7 +243,7 @@ def test_joining_does_not_take_sigterm_away(monkeypatch, environ):
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
     before = signal.getsignal(signal.SIGTERM)
     with StopRequest() as stop:
-        initialize_distributed(environ)
+        initialize_distributed({"OMPI_COMM_WORLD_SIZE": "2"})
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.signum == signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) == before
@@ -280,38 +267,15 @@ def test_a_run_names_its_mesh_where_it_traces(text_file, tmp_path, monkeypatch):
 @pytest.mark.parametrize("process_id", [{}, {"JAX_PROCESS_ID": "first"}])
 def test_an_incomplete_description_of_the_job_is_refused(joined, process_id):
     with pytest.raises(InputError, match="JAX_PROCESS_ID"):
-        initialize_distributed({"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234", "JAX_NUM_PROCESSES": "3", **process_id})
+        initialize_distributed({**ADDRESS, "JAX_NUM_PROCESSES": "3", **process_id})
     assert joined == []
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def start_training(text, folder, log, steps, **env):
     """Start ``python -m slm_jax train`` of a very small model; its output goes to a file, so that no pipe fills."""
-    options = {
-        "data.source": f"text:{text}",
-        "tokenizer.kind": "char",
-        "model.n_layers": 1,
-        "model.n_heads": 2,
-        "model.emb_dim": 16,
-        "model.context_length": 16,
-        "optimizer.warmup_steps": 2,
-        "train.steps": steps,
-        "train.batch_size": 4,
-        "train.eval_every": 3,
-        "train.log_every": 1,
-        "checkpoint.every": 3,
-        "sample.every": 3,
-        "sample.max_new_tokens": 8,
-        "optimizer.decay_steps": 6,
-        "runs_dir": folder,
-        "run": "small",
-    }
-    args = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    every = dict.fromkeys(("train.eval_every", "checkpoint.every", "sample.every"), 3)
+    more = {"train.batch_size": 4, "train.accumulate": 1, "model.drop_rate": 0, "optimizer.decay_steps": 6}
+    args = options(text, folder, **{"train.steps": steps, **every, **more})
     with log.open("w") as out:
         return subprocess.Popen(
             [sys.executable, "-m", "slm_jax", "train", *args],
@@ -323,15 +287,12 @@ def start_training(text, folder, log, steps, **env):
 
 
 def train_in_two_processes(text, folder, steps):
-    address = f"127.0.0.1:{free_port()}"
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
     logs = [folder / f"process{index}.log" for index in range(2)]
-    processes = [
-        start_training(
-            text, folder, logs[index], steps,
-            JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(index),
-        )
-        for index in range(2)
-    ]  # fmt: skip
+    env = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    processes = [start_training(text, folder, log, steps, JAX_PROCESS_ID=str(i), **env) for i, log in enumerate(logs)]
     try:
         status = [process.wait(timeout=120) for process in processes]
     finally:

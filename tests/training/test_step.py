@@ -75,33 +75,6 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(params, batch, accum
     assert distance(grads, whole_grads) <= 1e-6 * global_norm(whole_grads)
 
 
-def test_the_mean_of_the_micro_batches_means_would_be_another_loss(params, batch):
-    """Shows that the weights above are uneven enough for the tests of accumulation to see the difference."""
-    _, (loss, weight, _) = gradients(1)(params, batch)
-    means = []
-    for row in range(BATCH):
-        rows = {name: value[[row] * BATCH] for name, value in batch.items()}
-        _, (row_loss, row_weight, _) = gradients(1)(params, rows)
-        means.append(float(row_loss / row_weight))
-    assert abs(np.mean(means) - float(loss / weight)) > 1e-3
-
-
-def test_parameters_after_ten_steps_do_not_depend_on_accumulation(params, batch):
-    """Under plain gradient descent, which does not amplify rounding."""
-    ends = {}
-    for accumulate in (1, 2, 4, 8):
-        optimizer = optax.identity()
-        step = make_train_step(make_loss_fn(gpt()), optimizer, lambda step: 0.1, accumulate)
-        state = TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key(0))
-        step = jax.jit(step)
-        for _ in range(10):
-            state, _ = step(state, {}, batch)
-        ends[accumulate] = state.trainable
-    assert distance(ends[1], params) > 1e-2 * global_norm(params)
-    for accumulate in (2, 4, 8):
-        assert distance(ends[accumulate], ends[1]) <= 1e-6 * global_norm(ends[1])
-
-
 # Mechanics, on a model of one matrix
 
 
@@ -159,16 +132,12 @@ def test_a_bad_batch_leaves_parameters_and_optimizer_untouched(bad, accumulate):
     assert not metrics.skipped
     after, metrics = step(state, {}, BAD_BATCHES[bad])
     assert metrics.skipped
+    if "finite loss" in bad:  # which proves nothing of the gradients
+        assert np.isfinite(metrics.loss)
+        assert not np.isfinite(metrics.grad_norm)
     assert same_bits((after.trainable, after.opt_state), (state.trainable, state.opt_state))
     assert same_bits(jax.random.key_data(after.key), jax.random.key_data(state.key))
     assert (int(state.step), int(after.step)) == (1, 2)
-
-
-def test_a_finite_loss_is_no_proof_of_finite_gradients():
-    _, metrics = toy_step()(toy_state(), {}, BAD_BATCHES["a finite loss with a gradient that is not"])
-    assert np.isfinite(metrics.loss)
-    assert not np.isfinite(metrics.grad_norm)
-    assert metrics.skipped
 
 
 def test_nan_parameters_are_not_updated():
@@ -261,24 +230,6 @@ def test_each_step_and_each_micro_batch_has_a_key_of_its_own():
     assert loss(3, 1) == loss(3, 1)
     assert loss(3, 1) != loss(3, 1, seed=1)
     assert loss(3, 4, square=True) - loss(3, 4) ** 2 > 1e-4  # the variance of equal draws is 0
-
-
-def test_dropout_differs_by_step_and_is_reproducible(params, batch):
-    optimizer = optax.identity()
-    step = jax.jit(make_train_step(make_loss_fn(gpt(drop_rate=0.3)), optimizer, lambda step: 0.0))
-
-    def losses(seed):
-        state = TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key(seed))
-        found = []
-        for _ in range(4):
-            state, metrics = step(state, {}, batch)
-            found.append(float(metrics.loss))
-        return found
-
-    first = losses(0)
-    assert len(set(first)) == 4
-    assert losses(0) == first
-    assert not set(losses(1)) & set(first)
 
 
 def test_evaluation_has_no_dropout(params, batch):
@@ -380,15 +331,3 @@ def test_what_goes_wrong_in_the_background_is_raised_where_it_is_waited_for():
 
 
 # Other hardware
-
-
-@pytest.mark.parametrize("platform", ["tpu", "cuda"])
-@pytest.mark.parametrize("settings", [{"dtype": "float32"}, {"dtype": "bfloat16", "remat": "dots"}], ids=str)
-def test_the_steps_lower_for_other_hardware(params, batch, platform, settings):
-    loss_fn = make_loss_fn(gpt(drop_rate=0.1, **settings))
-    optimizer = make_optimizer(OptimizerConfig())
-    state = TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key(0))
-    step = jax.jit(make_train_step(loss_fn, optimizer, SCHEDULE, accumulate=2), donate_argnums=0)
-    for function, args in ((step, (state, {}, batch)), (jax.jit(make_eval_step(loss_fn)), (params, {}, batch))):
-        text = function.trace(*args).lower(lowering_platforms=(platform,)).as_text()
-        assert "dot_general" in text
