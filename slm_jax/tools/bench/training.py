@@ -47,8 +47,8 @@ from slm_jax.tools.bench.instruments import (
 from slm_jax.tools.bench.result import Result
 from slm_jax.tools.plan.estimate import Plan, make_plan
 from slm_jax.tools.plan.shapes import Shapes, find_shapes
-from slm_jax.training.process import set_up
 from slm_jax.training.hardware import device_here, flops_per_token
+from slm_jax.training.process import set_up
 from slm_jax.training.program import compile_program, device_bytes, out_of_memory_as_input_error
 from slm_jax.training.resume import Start
 from slm_jax.training.sharding import check_batch_size, host_rows, make_mesh, put_batch, state_shardings
