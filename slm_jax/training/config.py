@@ -267,24 +267,24 @@ class BaseRunConfig:
     def __post_init__(self) -> None:
         check(self)
         check_run_name(self.name)
-        if not self.mesh.data:
-            raise InputError("mesh.data is 0; expected -1 (all devices) or at least 1")
         if self.train.profile is not None:
             parse_profile(self.train.profile)
-        for key, folder in (("runs_dir", self.runs_dir), ("checkpoint.mirror", self.checkpoint.mirror)):
-            if folder is not None and not folder.strip():
-                raise InputError(f"{key} is {folder!r}; expected a folder")
-        if self.train.steps is None and self.train.epochs is None:
-            raise InputError("train.steps and train.epochs are both null; expected at least one of them")
-        if self.train.batch_size % self.train.accumulate:
-            size = self.train.batch_size
-            raise InputError(
-                f"train.accumulate is {self.train.accumulate}; expected a divisor of train.batch_size {size}"
-            )
-        if self.trainable != "all" and self.base is None:
-            raise InputError(f"trainable is {self.trainable} and base is null; expected a base or --trainable all")
-        if self.trainable == "lora" and not self.lora.targets:
-            raise InputError("lora.targets is empty; expected at least one pattern, such as attn/*")
+        train, mirror = self.train, self.checkpoint.mirror
+        accumulate = (
+            f"train.accumulate is {train.accumulate}; expected a divisor of train.batch_size {train.batch_size}"
+        )
+        base = f"trainable is {self.trainable} and base is null; expected a base or --trainable all"
+        for wrong, message in (
+            (not self.mesh.data, "mesh.data is 0; expected -1 (all devices) or at least 1"),
+            (not self.runs_dir.strip(), f"runs_dir is {self.runs_dir!r}; expected a folder"),
+            (mirror is not None and not mirror.strip(), f"checkpoint.mirror is {mirror!r}; expected a folder"),
+            (train.steps is None and train.epochs is None, "train.steps and train.epochs are both null; expected one"),
+            (train.batch_size % train.accumulate, accumulate),
+            (self.trainable != "all" and self.base is None, base),
+            (self.trainable == "lora" and not self.lora.targets, "lora.targets is empty; expected a pattern: attn/*"),
+        ):
+            if wrong:
+                raise InputError(message)
         self.gpt_config(vocab_size=1)  # refuses an impossible shape before any text is read
 
     @property

@@ -181,12 +181,11 @@ class Session:
     def measure(self, trainable: Params, moment: Moment) -> dict[str, Any]:
         """Measure what the task measures before and after training."""
         evaluate = functools.partial(self.program.evaluate, trainable, self.frozen)
-        folder = self.record.folder
-        return self.task.measure(self._params(trainable), evaluate, moment, folder.path if folder.writes else None)
+        path = self.record.folder.path if self.record.folder.writes else None
+        return self.task.measure(self._params(trainable), evaluate, moment, path)
 
     def _params(self, trainable: Params) -> Params:
-        own = {name: tree for name, tree in self.frozen.items() if name != REFERENCES}
-        return merge_params(own, trainable)
+        return merge_params({name: tree for name, tree in self.frozen.items() if name != REFERENCES}, trainable)
 
     def _save(self, state: TrainState, step: int) -> None:
         data = self.batches.get_state()

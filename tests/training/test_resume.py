@@ -277,13 +277,9 @@ def mirror_of(place, notes, keep=2):
     return Mirror(RunFolder(place / "runs" / "run"), RunFolder(place / "drive" / "run"), keep, notes.append)
 
 
-def test_in_the_end_the_mirror_is_a_copy_of_the_run(trained):
-    assert contents(trained / "drive" / "run") == {
-        name: content for name, content in contents(trained / "runs" / "run").items() if not name.startswith(".lock")
-    }
-
-
 def test_a_fresh_machine_resumes_from_the_mirror_as_if_nothing_had_happened(place, trained, configured, capsys):
+    here, drive = (contents(trained / name / "run") for name in ("runs", "drive"))
+    assert drive == {name: content for name, content in here.items() if not name.startswith(".lock")}
     leave_at(place / "drive", 6)
     assert run(configured(8, "fresh")) == 0
     assert f"step 6 was copied from {place}/drive/run" in capsys.readouterr().out.replace("\n", " ")

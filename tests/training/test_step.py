@@ -13,7 +13,7 @@ from slm_jax.model import GPTConfig, GPTModel, init_params
 from slm_jax.tasks.pretraining import make_loss_fn
 from slm_jax.training.config import OptimizerConfig
 from slm_jax.training.optimizer import make_optimizer, make_schedule
-from slm_jax.training.program import CompiledByShape, compile_in_background
+from slm_jax.training.program import CompiledByShape
 from slm_jax.training.step import (
     TrainState,
     accumulated_gradients,
@@ -140,14 +140,6 @@ def test_a_bad_batch_leaves_parameters_and_optimizer_untouched(bad, accumulate):
     assert (int(state.step), int(after.step)) == (1, 2)
 
 
-def test_nan_parameters_are_not_updated():
-    state = toy_state()
-    state = state.replace(trainable={**state.trainable, "bias": jnp.float32([np.nan, 0.0])})
-    after, metrics = toy_step()(state, {}, toy_batch())
-    assert metrics.skipped
-    assert same_bits((after.trainable, after.opt_state), (state.trainable, state.opt_state))
-
-
 def test_the_step_after_a_skipped_one_reads_the_schedule_at_its_own_number():
     """The optimizer's own count stands still meanwhile, as for Adam's bias correction it must."""
     state, first = toy_step()(toy_state(), {}, toy_batch())
@@ -168,17 +160,6 @@ def test_the_update_is_made_with_the_rate_of_the_step():
         states.append(step(states[-1], {}, toy_batch())[0])
     moved = [distance(a.trainable, b.trainable) > 0 for a, b in itertools.pairwise(states)]
     assert moved == [True, False, True]
-
-
-def test_the_state_is_donated_and_the_result_the_same():
-    plain, _ = toy_step()(toy_state(), {}, toy_batch())
-    state = toy_state()
-    donated = jax.jit(make_train_step(toy_loss, make_optimizer(TOY), SCHEDULE), donate_argnums=0)
-    after, _ = donated(state, {}, toy_batch())
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.trainable))
-    assert same_bits((after.trainable, after.opt_state), (plain.trainable, plain.opt_state))
-    again, _ = donated(after, {}, toy_batch())
-    assert int(again.step) == 2
 
 
 def test_only_the_trainable_tree_is_updated_and_the_frozen_one_is_read():
@@ -318,16 +299,6 @@ def test_a_step_is_compiled_while_python_goes_on_and_once_for_a_shape(params, ba
     for rows in (batch, half, batch):
         assert compiled(params, rows) == rows["inputs"].sum()
     assert traced == [batch["inputs"].shape, half["inputs"].shape]
-
-
-def test_what_goes_wrong_in_the_background_is_raised_where_it_is_waited_for():
-    class Lowered:
-        def compile(self):
-            raise RuntimeError("RESOURCE_EXHAUSTED")
-
-    compiling = compile_in_background(Lowered())
-    with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
-        compiling.result()
 
 
 # Other hardware

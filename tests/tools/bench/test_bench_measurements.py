@@ -122,7 +122,7 @@ def test_all_figures_of_a_step_are_there(monkeypatch):
     assert figures["compile_seconds"] > 0
     assert 0 < figures["mfu"] < 1
     assert figures["tokens_per_second"] == 128 / figures["queued_step_seconds"].median
-    with pytest.raises(InputError, match="did you mean h200"):
+    with pytest.raises(InputError, match="expected one of h200"):
         measure_step(config_of(), warmup=1, repeats=3, device="h20")
 
 
