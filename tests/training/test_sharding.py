@@ -171,13 +171,6 @@ def test_a_batch_that_devices_or_micro_batches_cannot_share_is_refused(n_devices
         check_batch_size(n_devices, batch_size, accumulate)
 
 
-def test_on_one_device_everything_is_whole():
-    mesh = make_mesh(MeshConfig())
-    assert dict(mesh.shape) == {"data": 1, "fsdp": 1}
-    shapes = {"large": jax.ShapeDtypeStruct((64, 128), "float32"), "step": jax.ShapeDtypeStruct((), "int32")}
-    assert all(sharding.is_fully_replicated for sharding in jax.tree.leaves(state_shardings(mesh, shapes)))
-
-
 def test_the_processes_rows_are_the_batch_cut_in_order(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 4)
     rows = []
