@@ -3,15 +3,12 @@
 import dataclasses
 import json
 import sys
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from slm_jax.commands import set_up
 from slm_jax.config import Positive, Words
 from slm_jax.errors import InputError
 from slm_jax.files import user_path
-
-if TYPE_CHECKING:
-    from slm_jax.evaluation.classes import Prediction
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,14 +53,11 @@ def run(options: Options) -> int:
             file=sys.stderr,
         )
     for text, prediction in zip(texts, predictions, strict=True):
-        print(_shown(text, prediction, options.format))
+        if options.format == "json":
+            print(json.dumps({"text": text, **dataclasses.asdict(prediction)}))
+        else:
+            print(f"{prediction.label}\t{prediction.probability:.4f}\t{' '.join(text.split())}")
     return 0
-
-
-def _shown(text: str, prediction: "Prediction", format: str) -> str:
-    if format == "json":
-        return json.dumps({"text": text, **dataclasses.asdict(prediction)})
-    return f"{prediction.label}\t{prediction.probability:.4f}\t{' '.join(text.split())}"
 
 
 def _lines(file: str | None) -> list[str]:

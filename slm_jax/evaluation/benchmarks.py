@@ -25,10 +25,8 @@ def lambada(scorer: Scorer, source: str, limit: int | None = None) -> dict[str, 
     ``lambada_openai``; trailing white space is removed. TensorFlow Datasets has the original texts, lower case and
     with spaces around punctuation (``lambada_standard``), on which scores are lower.
 
-    Args:
-        scorer: the model and its tokenizer.
-        source: ``jsonl:FILE`` with ``text`` in each line, or ``tfds:lambada[:SPLIT]`` (default: test).
-        limit: score only the first ``limit`` passages.
+    ``source`` is ``jsonl:FILE`` with ``text`` in each line, or ``tfds:lambada[:SPLIT]`` (default: test); only its first
+    ``limit`` passages are scored.
 
     Returns:
         The figures: ``acc``, the share of passages whose last word has the most likely tokens, its standard error,

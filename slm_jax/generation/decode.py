@@ -124,8 +124,6 @@ def stream_text(
     back until they are complete. Other arguments and errors as for :func:`generate`.
     """
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
-    if "" in stop:
-        raise InputError("a stop string is empty; expected text, such as a line break")
     prompt_ids = tokenizer.encode(prompt)
     n_ids = tokenizer.vocab_size
     if n_ids < (model.cfg.unpadded_vocab_size or model.cfg.vocab_size):  # the other ids have no text

@@ -6,15 +6,7 @@ from flax.traverse_util import flatten_dict
 
 from slm_jax.errors import InputError
 from slm_jax.nn.axes import ADAPTER
-from slm_jax.nn.lora import (
-    TARGETS,
-    TRAINED,
-    add_adapters,
-    find_targets,
-    init_adapters,
-    merge_adapters,
-    split_adapters,
-)
+from slm_jax.nn.lora import TARGETS, TRAINED, add_adapters, find_targets, init_adapters, merge_adapters, split_adapters
 from slm_jax.weights.trees import Params, read_tree, write_tree
 
 __all__ = [

@@ -23,7 +23,6 @@ _FIELDS = {
     "n_layer": "n_layers",
     "n_head": "n_heads",
 }
-_ALIASES = {"num_attention_heads": "n_heads"}
 # Keys that change the function that the model computes, and the values that GPTModel supports.
 _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu"),
@@ -33,7 +32,6 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "scale_attn_by_inverse_layer_idx": (False,),
     "tie_word_embeddings": (True, False),
 }
-_GPT2_VOCABULARY = 50_257
 
 
 class HuggingFace(Format):
@@ -57,7 +55,7 @@ class HuggingFace(Format):
                 expected = " or ".join(map(repr, allowed))
                 raise InputError(f"{file}: {key} is {content[key]!r}; expected {expected}")
         fields: dict[str, Any] = {}
-        for key, field in (_FIELDS | _ALIASES).items():
+        for key, field in {**_FIELDS, "num_attention_heads": "n_heads"}.items():
             value = content.get(key)
             if value is not None and fields.setdefault(field, value) != value:
                 raise InputError(f"{file}: n_head is {fields[field]!r} and {key} {value!r}; expected one or the other")
@@ -71,7 +69,7 @@ class HuggingFace(Format):
     ) -> dict[str, bytes]:
         """Return configuration, model card, and GPT-2's tokenizer as ``transformers`` reads it."""
         n_ids = tokenizer.vocab_size if tokenizer else cfg.unpadded_vocab_size or cfg.vocab_size
-        end = tokenizer.eot_id if tokenizer else n_ids - 1 if n_ids == _GPT2_VOCABULARY else None
+        end = tokenizer.eot_id if tokenizer else n_ids - 1 if n_ids == 50_257 else None
         ends = {"bos_token_id": end, "eos_token_id": end}
         padding = {"suppress_tokens": list(range(n_ids, cfg.vocab_size))} if n_ids < cfg.vocab_size else {}
         config = {

@@ -18,7 +18,7 @@ from slm_jax.model import PRESETS, GPTConfig, Params
 from slm_jax.nn.axes import HEAD
 from slm_jax.weights.files import AGAIN, FLOATS, OURS, OURS_FIELDS, Tensor, TensorFiles, find_file, open_tensors
 from slm_jax.weights.names import TOKENS, Format, Slot, leaf_shapes
-from slm_jax.weights.registry import all_formats, describe
+from slm_jax.weights.registry import describe, formats
 from slm_jax.weights.trees import DIGESTS
 
 
@@ -43,7 +43,7 @@ def _recognise(files: TensorFiles) -> tuple[Format, TensorFiles]:
     """Return the format, and the tensors with clean names."""
     config = files.file.parent / "config.json"
     model_type = read_json(config).get("model_type") if config.is_file() else None
-    for form in all_formats() if model_type in (None, "gpt2") else ():
+    for form in formats().values() if model_type in (None, "gpt2") else ():
         names = {name: new for name in files.tensors if (new := form.clean(name)) is not None}
         cleaned = dataclasses.replace(files, tensors={new: files.tensors[name] for name, new in names.items()})
         if form.recognise(cleaned):
@@ -51,7 +51,7 @@ def _recognise(files: TensorFiles) -> tuple[Format, TensorFiles]:
                 if cleaned.tensors[new].name != name:
                     raise InputError(f"{files.file}: tensor {new} is there twice, also as {name}; expected it once")
             return form, cleaned
-    titles = ", ".join(form.title for form in all_formats())
+    titles = ", ".join(form.title for form in formats().values())
     raise InputError(f"{files.file}: not GPT-2 but {describe(files.tensors, model_type)}; expected one of {titles}")
 
 

@@ -27,14 +27,9 @@ _OTHER_FAMILIES = (
 )
 
 
-def get_format(name: str) -> "Format":
-    """Return a format by its name."""
-    return importlib.import_module(f"slm_jax.weights.{name}").FORMAT
-
-
-def all_formats() -> list["Format"]:
-    """Return all formats, in the order in which they are tried."""
-    return [get_format(name) for name in get_args(FormatName)]
+def formats() -> dict[str, "Format"]:
+    """Return all formats by name, in the order in which they are tried."""
+    return {name: importlib.import_module(f"slm_jax.weights.{name}").FORMAT for name in get_args(FormatName)}
 
 
 def describe(names: Iterable[str], model_type: object = None) -> str:

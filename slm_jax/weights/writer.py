@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,7 +19,7 @@ from slm_jax.nn.lora import merge_adapters
 from slm_jax.tokenizer import GPT2Tokenizer, Tokenizer
 from slm_jax.weights.files import FLOATS, OURS, OURS_FIELDS
 from slm_jax.weights.names import TOKENS, leaf_shapes
-from slm_jax.weights.registry import FormatName, get_format
+from slm_jax.weights.registry import FormatName, formats
 from slm_jax.weights.trees import write_tensors
 
 
@@ -56,11 +56,11 @@ def save_gpt2(
         InputError: a folder in use or not writable, parameters that do not fit the configuration or are not finite, a
             model that the format cannot hold.
     """
-    if format not in get_args(FormatName):
-        raise InputError(f"format is {format!r}; expected one of {', '.join(get_args(FormatName))}")
+    form = formats().get(format)
+    if form is None:
+        raise InputError(f"format is {format!r}; expected one of {', '.join(formats())}")
     if tokenizer is not None and tokenizer.vocab_size > cfg.vocab_size:
         raise InputError(f"the tokenizer has {tokenizer.vocab_size} ids; the model's vocab_size is {cfg.vocab_size}")
-    form = get_format(format)
     target, leaves = check_new_folder(folder), _leaves(cfg, params)
     cfg = dataclasses.replace(cfg, **{"qkv_bias": cfg.qkv_bias and cfg.bias, **form.fixed})
     embedding = leaves[TOKENS]
