@@ -132,19 +132,17 @@ def test_what_cannot_be_measured_is_refused(transformer, tokens, options, messag
 @pytest.mark.parametrize(
     ("source", "options", "message"),
     [
-        ("text", {"stride": 0}, "stride is 0"),
         ("empty", {}, "empty text"),
         ("foreign", {}, "foreign.txt: character 'z' at offset 1"),
         ("short", {"split": "validation"}, "split validation.*empty text: 1 tokens"),
         ("absent", {}, "no such file"),
     ],
 )
-def test_mistakes_with_a_source_are_named(scorer, text_source, tmp_path, source, options, message):
+def test_mistakes_with_a_source_are_named(scorer, tmp_path, source, options, message):
     for name, text in (("empty", " \n"), ("foreign", "azb"), ("short", "abcdefg")):
         (tmp_path / f"{name}.txt").write_text(text)
-    where = text_source if source == "text" else f"text:{tmp_path / source}.txt"
     with refused(message):
-        evaluate_source(scorer, where, **options)
+        evaluate_source(scorer, f"text:{tmp_path / source}.txt", **options)
 
 
 def test_a_tokenizer_of_another_model_is_refused(scorer, text_source):

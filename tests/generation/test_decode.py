@@ -138,13 +138,6 @@ def test_draws_follow_softmax_of_the_logits_over_the_temperature(params, tempera
         assert chi_square(counts, wrong / wrong.sum()) > 3.5  # it would have been noticed
 
 
-@pytest.mark.parametrize("options", [{"temperature": 2.0, "top_k": 1}, {"temperature": 1e-4}])
-def test_one_candidate_or_a_low_temperature_is_greedy(params, options):
-    sampled = generate(MODEL, params, PROMPTS, max_new_tokens=8, key=KEY, **options)
-    for one, other in zip(sampled, greedy(params, PROMPTS, 8), strict=True):
-        assert one.tolist() == other.tolist()
-
-
 def test_the_same_key_gives_the_same_text(params):
     prompts = jnp.array([PROMPTS[1], PROMPTS[1]])
 

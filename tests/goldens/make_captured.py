@@ -36,7 +36,6 @@ def without_head(module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, .
 
 
 def main() -> None:
-    """Write the file beside this script."""
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
     model = build(SHAPE)

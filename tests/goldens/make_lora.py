@@ -24,7 +24,6 @@ SHAPE = {"n_embd": 12, "n_head": 3, "n_layer": 2, "vocab_size": 61, "n_positions
 
 
 def main() -> None:
-    """Write the file beside this script."""
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
     base = build(SHAPE)

@@ -129,10 +129,9 @@ def test_a_tensor_that_is_not_dense_numbers_is_named(change, tmp_path, capfd):
     assert capfd.readouterr().err == ""
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_view_that_negates_is_read_as_what_it_shows(dtype, tmp_path):
+def test_a_view_that_negates_is_read_as_what_it_shows(tmp_path):
     tensors = as_torch(nanogpt())
-    shown = tensors["transformer.wpe.weight"].to(getattr(torch, dtype))
+    shown = tensors["transformer.wpe.weight"].bfloat16()
     negated = torch._neg_view(shown)
     assert negated.is_neg()
     torch.save(tensors | {"transformer.wpe.weight": negated}, tmp_path / "ckpt.pt")
