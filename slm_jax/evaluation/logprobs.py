@@ -99,10 +99,8 @@ class Scorer:
                 rows.append((i, piece, min(context_length, len(ids) - start)))
         logprobs, is_greedy = self.score_rows(rows, len(pairs))
         if not np.isfinite(logprobs).all():  # the argmax of NaNs would be the first
-            raise InputError(
-                f"the log-probability of pair {np.argmin(np.isfinite(logprobs))} is not finite: the weights are "
-                f"damaged or overflow {self.model.cfg.dtype}; use float32 or an earlier checkpoint"
-            )
+            where = f"the log-probability of pair {np.argmin(np.isfinite(logprobs))}"
+            raise InputError(f"{where} is not finite: the weights are damaged, or overflow {self.model.cfg.dtype}")
         return logprobs, is_greedy
 
     def score_rows(
