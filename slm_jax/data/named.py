@@ -1,4 +1,7 @@
-"""``named:`` sources: well-known small files, from $SLM_JAX_DATA or downloaded once, always checked by SHA-256."""
+"""``named:`` sources: well-known small files, from $SLM_JAX_DATA or downloaded once, always checked by SHA-256.
+
+Downloads are kept in `slm_jax/data` under $XDG_CACHE_HOME, or under `~/.cache` where that is not set.
+"""
 
 import hashlib
 import os
