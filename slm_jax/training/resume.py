@@ -207,7 +207,7 @@ def _fetch(config: BaseRunConfig, run: RunFolder, mirror: RunFolder) -> list[str
     with run.lock():
         try:
             run.set_aside_after(there.step - 1)
-            _copy_small_files(mirror, run)
+            _copy_small_files(mirror, run, every=True)
             run.checkpoints.mkdir(exist_ok=True)
             with suppress(InputError):  # a damaged one
                 if (best := best_step(mirror.checkpoints)) is not None and best < there.step:
@@ -260,14 +260,14 @@ class Mirror:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def _copy_small_files(run: RunFolder, target: RunFolder) -> None:
-    """Copy the changed files of a run apart from checkpoints and other programs' logs, the configuration first."""
+def _copy_small_files(run: RunFolder, target: RunFolder, *, every: bool = False) -> None:
+    """Copy the changed (or all) files of a run apart from checkpoints and folders of logs, the configuration first."""
     files = [path for path in [*run.path.iterdir(), *(run.path / "tokenizer").rglob("*")] if path.is_file()]
     files = [path for path in files if not path.name.startswith(".") and path.suffix != ".partial"]
     for source in sorted(files, key=lambda path: (path.name != "config.yaml", path)):  # which makes it count as a run
         copy = target.path / source.relative_to(run.path)
         was, now = copy.stat() if copy.is_file() else None, source.stat()
-        if was is None or was.st_size != now.st_size or was.st_mtime < now.st_mtime:
+        if every or was is None or was.st_size != now.st_size or was.st_mtime < now.st_mtime:
             copy.parent.mkdir(exist_ok=True)
             partial = copy.with_name(f"{copy.name}.partial")
             shutil.copyfile(source, partial)
