@@ -45,8 +45,7 @@ from slm_jax.tools.bench.instruments import (
     time_calls,
 )
 from slm_jax.tools.bench.result import Result
-from slm_jax.tools.plan.estimate import Plan, make_plan
-from slm_jax.tools.plan.shapes import Shapes, find_shapes
+from slm_jax.tools.plan.estimate import Plan, Shapes, find_shapes, make_plan
 from slm_jax.training.hardware import device_here, flops_per_token
 from slm_jax.training.process import set_up
 from slm_jax.training.program import compile_program, device_bytes, out_of_memory_as_input_error

@@ -61,29 +61,13 @@ CURVES = (
 )
 
 
-class Line(NamedTuple):
-    """A line of a figure; NaN in its values is a gap; one of validation has each point marked."""
-
-    steps: np.ndarray
-    values: np.ndarray
-    color: str
-    dash: str
-    faint: bool
-    validation: bool
-
-
-def draw_curves(records: Sequence[Record], bits: bool) -> list[dict[str, Any]]:
+def draw_curves(records: Sequence[Record], bits: bool) -> list[dict[str, str]]:
     """Return the picture of each figure of runs of one task as ``{title, src, alt}``.
 
     ``bits`` adds bits per byte, which compare models of different tokenizers.
     """
-    drawn = []
-    for curve in CURVES:
-        lines = [line for line in _lines(records, curve) if np.isfinite(line.values).any()]
-        if lines and (bits or curve.key != "bits_per_byte"):
-            alt = _describe(curve.title.lower(), len(records), lines)
-            drawn.append({"title": curve.title, "src": _draw(records, curve, lines), "alt": alt})
-    return drawn
+    pictures = (_draw(records, curve) for curve in CURVES if bits or curve.key != "bits_per_byte")
+    return [picture for picture in pictures if picture is not None]
 
 
 def look(index: int) -> tuple[str, str]:
@@ -91,61 +75,57 @@ def look(index: int) -> tuple[str, str]:
     return COLORS[index % len(COLORS)], ("-", "--", ":", "-.")[index // len(COLORS) % 4]
 
 
-def _lines(records: Sequence[Record], curve: Curve) -> list[Line]:
-    lines = []
-    for index, record in enumerate(records):
-        color, dash = look(index)
-        validation = curve.split == "val"
-        if curve.key == "loss":
-            lines.append(Line(*record.points("train", "loss"), color, "-", True, False))
-        if validation and len(records) == 1:
-            color = COLORS[1]
-        lines.append(Line(*record.points(curve.split, curve.key), color, dash, False, validation))
-    return sorted(lines, key=lambda line: not line.faint)
-
-
-def _describe(title: str, n_runs: int, lines: Sequence[Line]) -> str:
-    steps = max(line.steps[-1] for line in lines)
-    low, high = min(np.nanmin(line.values) for line in lines), max(np.nanmax(line.values) for line in lines)
-    of = "" if n_runs == 1 else f" of {n_runs} runs"
-    return f"{title}{of} over {steps:,.0f} steps, between {low:.4g} and {high:.4g}"
-
-
-def _draw(records: Sequence[Record], curve: Curve, lines: Sequence[Line]) -> str:
-    """Return a figure as the data URL of an SVG; equal figures have equal bytes."""
+def _draw(records: Sequence[Record], curve: Curve) -> dict[str, str] | None:
+    """Return a figure as an SVG, equal figures with equal bytes; None if no value is finite."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    file = io.StringIO()
+    is_loss, is_validation = curve.key == "loss", curve.split == "val"
+    file, seen = io.StringIO(), []
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(400 / 72, 250 / 72), dpi=72, layout="constrained")
         axes = figure.add_subplot()
-        for line in lines:
-            _plot(axes, line, ring=curve.key == "loss" and not line.faint)
+        for index, record in enumerate(records):
+            color, dash = look(index)
+            if is_loss:
+                seen.append(_plot(axes, *record.points("train", "loss"), color=color, linewidth=0.8, alpha=0.65))
+            if is_validation and len(records) == 1:
+                color = COLORS[1]
+            line: dict[str, Any] = {"color": color, "linestyle": dash, "linewidth": 1.5, "zorder": 3}
+            seen.append(_plot(axes, *record.points(curve.split, curve.key), is_validation, is_loss, **line))
+        values = np.concatenate(seen)
+        if not values.size:
+            return None
         last = max(1, *(record.last_step for record in records))
         axes.set(xlim=(-0.02 * last, 1.02 * last), ylim=(curve.low, curve.high), xlabel="step")
-        axes.set_ylabel(f"nats a {records[0].unit}" if curve.key == "loss" else curve.unit)
+        axes.set_ylabel(f"nats a {records[0].unit}" if is_loss else curve.unit)
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_locator(MaxNLocator(6, integer=axis is axes.xaxis, steps=[1, 2, 2.5, 5, 10]))
             axis.set_major_formatter(FuncFormatter(format_tick))
         figure.patch.set_visible(False)
         axes.patch.set_visible(False)
         FigureCanvasSVG(figure).print_svg(file, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    return "data:image/svg+xml;base64," + base64.b64encode(file.getvalue().encode()).decode()
+    of = "" if len(records) == 1 else f" of {len(records)} runs"
+    extent = f"over {last:,} steps, between {values.min():.4g} and {values.max():.4g}"
+    src = "data:image/svg+xml;base64," + base64.b64encode(file.getvalue().encode()).decode()
+    return {"title": curve.title, "src": src, "alt": f"{curve.title.lower()}{of} {extent}"}
 
 
-def _plot(axes: Any, line: Line, ring: bool) -> None:
-    steps, values = line.steps, line.values
-    finite = np.concatenate([[False], np.isfinite(values), [False]])
-    alone = finite[1:-1] & ~finite[:-2] & ~finite[2:]  # no line leads to these points
-    width, alpha = (0.8, 0.65) if line.faint else (1.5, 1)
-    marks: dict[str, Any] = {"marker": "o", "markersize": 3, "markevery": None if line.validation else alone}
-    axes.plot(steps, values, line.dash, color=line.color, linewidth=width, alpha=alpha, **marks)
-    if ring:
-        lowest = np.nanargmin(values)
-        axes.plot(steps[lowest], values[lowest], "o", color=line.color, markersize=8, fillstyle="none")
+def _plot(
+    axes: Any, steps: np.ndarray, values: np.ndarray, marked: bool = False, ring: bool = False, **line: Any
+) -> np.ndarray:
+    """Plot a line with gaps for NaN, each point marked or only those that no line leads to; return finite values."""
+    finite = np.isfinite(values)
+    if finite.any():
+        padded = np.pad(finite, 1)
+        alone = finite & ~padded[:-2] & ~padded[2:]
+        axes.plot(steps, values, marker="o", markersize=3, markevery=None if marked else alone, **line)
+        if ring:
+            lowest = np.nanargmin(values)
+            axes.plot(steps[lowest], values[lowest], "o", color=line["color"], markersize=8, fillstyle="none")
+    return values[finite]
 
 
 def format_tick(value: float, _position: int | None = None) -> str:
