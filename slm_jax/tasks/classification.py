@@ -12,15 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from slm_jax.data import labelled
 from slm_jax.data.corpus import make_tokenizer
-from slm_jax.data.labelled import (
-    LabelledSplits,
-    class_weights,
-    classification_batches,
-    classification_eval_batches,
-    encode_texts,
-    load_labelled,
-)
 from slm_jax.data.windows import bucket_width
 from slm_jax.evaluation.classes import ClassFigures, Classifier, class_figures, class_table, draw_confusion
 from slm_jax.model import GPTClassifier, GPTConfig, Params, init_classifier
@@ -28,7 +21,7 @@ from slm_jax.nn.blocks import merge_params
 from slm_jax.runs import get_checkpoint, read_checkpoint
 from slm_jax.tasks.base import count_steps, find_base, new_base, prepare_params, row_length
 from slm_jax.tasks.config import RunConfig
-from slm_jax.tokenizer import Tokenizer, tokenizer_from_dict
+from slm_jax.tokenizer import tokenizer_from_dict
 from slm_jax.training.resume import Start
 from slm_jax.training.step import Batch, LossFn, Sums
 from slm_jax.training.task import Evaluate, EvaluationSums, ModelShapes, Moment, Task
@@ -50,44 +43,51 @@ class Classification(Task):
     @classmethod
     def build(cls, config: RunConfig, start: Start, stop: Callable[[], None] = lambda: None) -> "Classification":
         section, train = config.classification, config.train
-        splits = load_labelled(config.data, section, config.seed)
+        splits = labelled.load_labelled(config.data, section, config.seed)
         stop()
-        base = find_base(config, start)
-        if base is None:
-            texts = (list(splits.train.texts), list(splits.validation.texts))
-            base = new_base(config, make_tokenizer(config.tokenizer, *texts))
+        texts: dict[str, list[str]] = {name: list(getattr(splits, name).texts) for name in SPLITS}
+        base = find_base(config, start) or new_base(
+            config, make_tokenizer(config.tokenizer, texts["train"], texts["validation"])
+        )
         stop()
         cfg, labels = base.model_config, {name: getattr(splits, name).labels for name in SPLITS}
-        encoded, longest, notes = _encode(splits, base.tokenizer, config, cfg)
+        longest, notes = row_length(section.max_length, "classification.max_length", cfg), list(splits.notes)
+        encoded = {}
+        for name in SPLITS:  # training first: its longest text may limit the other splits
+            encoded[name], n_truncated = labelled.encode_texts(texts[name], base.tokenizer, longest)
+            if n_truncated:
+                notes.append(f"{name}: {n_truncated:,} of {len(texts[name]):,} texts truncated to {longest} tokens")
+            if name == "train" and section.pad_to == "longest":
+                longest = max(map(len, encoded[name]))
         stop()
         model = GPTClassifier(cfg, n_classes=len(splits.classes), pooling=section.pooling)
         shape: dict[str, Any] = {"limit": longest, "bucketed": section.pad_to == "batch"}
         rows = train.eval_batch_size or train.batch_size
         weights = np.ones(len(labels["train"]), np.float32)
         if section.balance == "class_weights":
-            weights = class_weights(labels["train"], len(splits.classes))[labels["train"]]
+            weights = labelled.class_weights(labels["train"], len(splits.classes))[labels["train"]]
         return cls(
             config=config,
             model=model,
             classes=tuple(splits.classes),
             model_config=cfg,
             params=prepare_params(config, start, base, functools.partial(init_classifier, model)),
-            train_batches=classification_batches(
+            train_batches=labelled.classification_batches(
                 encoded["train"], labels["train"], weights, batch_size=train.batch_size, seed=config.seed, **shape
             ),
             evaluation_batches={
                 name: functools.partial(
-                    classification_eval_batches, encoded[name], labels[name], batch_size=rows, **shape
+                    labelled.classification_eval_batches, encoded[name], labels[name], batch_size=rows, **shape
                 )
                 for name in SPLITS
             },
-            longest=bucket_width(max(len(ids) for texts in encoded.values() for ids in texts), longest),
+            longest=bucket_width(max(len(ids) for split in encoded.values() for ids in split), longest),
             total_steps=count_steps(config, len(encoded["train"])),
             tokens_per_step=round(train.batch_size * np.mean([len(ids) for ids in encoded["train"]])),
             tokenizer=base.tokenizer,
             metadata={"classes": list(splits.classes), "pooling": section.pooling, "max_length": longest},
             fingerprint=splits.fingerprint(),
-            notes=(*splits.notes, *notes),
+            notes=tuple(notes),
         )
 
     @classmethod
@@ -103,7 +103,7 @@ class Classification(Task):
 
     @classmethod
     def check_data(cls, config: RunConfig) -> None:
-        load_labelled(config.data, config.classification, config.seed)
+        labelled.load_labelled(config.data, config.classification, config.seed)
 
     @property
     def loss_fn(self) -> LossFn:
@@ -156,22 +156,6 @@ def make_loss_fn(model: GPTClassifier) -> LossFn:
         return jnp.sum(losses * batch["weights"]), jnp.sum(batch["weights"]), {"confusion": true.T @ predicted}
 
     return loss_fn
-
-
-def _encode(
-    splits: LabelledSplits, tokenizer: Tokenizer, config: RunConfig, cfg: GPTConfig
-) -> tuple[dict[str, list[np.ndarray]], int, list[str]]:
-    """Return the token ids of each split's texts, the most tokens of a text, and notes on truncation."""
-    longest = row_length(config.classification.max_length, "classification.max_length", cfg)
-    encoded, notes = {}, []
-    for name in SPLITS:  # training first: its longest text may limit the other splits
-        texts = getattr(splits, name).texts
-        encoded[name], n_truncated = encode_texts(texts, tokenizer, longest)
-        if n_truncated:
-            notes.append(f"{name}: {n_truncated:,} of {len(texts):,} texts truncated to {longest} tokens")
-        if name == "train" and config.classification.pad_to == "longest":
-            longest = max(map(len, encoded[name]))
-    return encoded, longest, notes
 
 
 def load_classifier(source: str | Path, step: int | str = "best") -> Classifier:

@@ -60,13 +60,11 @@ class Instruction(Task):
         template = _template(section.template, start)
         splits = load_instructions(config.data, section, config.seed)
         stop()
-        base = find_base(config, start)
-        if base is None:
-            texts = [
-                ["".join(text for text, _ in template.pieces(example.messages)) for example in examples]
-                for examples in (splits.train, splits.validation)
-            ]
-            base = new_base(config, make_tokenizer(config.tokenizer, *texts))
+        texts = [
+            ["".join(text for text, _ in template.pieces(example.messages)) for example in examples]
+            for examples in (splits.train, splits.validation)
+        ]
+        base = find_base(config, start) or new_base(config, make_tokenizer(config.tokenizer, *texts))
         stop()
         cfg, tokenizer = base.model_config, base.tokenizer
         longest, notes = row_length(section.max_length, "instruction.max_length", cfg), list(splits.notes)
@@ -159,10 +157,10 @@ class Instruction(Task):
         return {"test": figures}
 
     def report(self, before: dict[str, Any] | None, after: dict[str, Any]) -> list[str]:
-        lines = []
+        lines, then = [], before["test"] if before else {}
         for name, form in (("loss", ".4f"), ("perplexity", ",.2f"), ("exact_match", ".2%"), ("rouge_l", ".4f")):
             if name in after["test"]:
-                was = f" (before training {before['test'][name]:{form}})" if before and name in before["test"] else ""
+                was = f" (before training {then[name]:{form}})" if name in then else ""
                 lines.append(f"test: {name.replace('_', ' ')} {after['test'][name]:{form}}{was}")
         return lines
 
@@ -187,8 +185,10 @@ def _template(name: str, start: Start) -> Template:
     except MissingInputError:
         return saved
     if wanted != saved:
-        raise InputError(f"{start.folder.path} holds another run: instruction.template {name} has changed; change it "
-                         "back, or use another --run NAME")  # fmt: skip
+        raise InputError(
+            f"{start.folder.path} holds another run: instruction.template {name} has changed; change it back, or use "
+            "another --run NAME"
+        )
     return saved
 
 
@@ -214,10 +214,8 @@ def _fingerprint(encoded: dict[str, list[Tokens]]) -> str:
     digest = hashlib.sha256()
     for name, examples in encoded.items():
         digest.update(f"{name} {len(examples)}".encode())
-        for tokens in examples:
-            digest.update(
-                f" {len(tokens.ids)} ".encode() + tokens.ids.astype("<u4").tobytes() + tokens.counts.tobytes()
-            )
+        for ids, counts in ((tokens.ids, tokens.counts) for tokens in examples):
+            digest.update(f" {len(ids)} ".encode() + ids.astype("<u4").tobytes() + counts.tobytes())
     return digest.hexdigest()
 
 

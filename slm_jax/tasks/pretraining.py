@@ -10,15 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from slm_jax.data import windows
 from slm_jax.data.corpus import Corpus, load_corpus
-from slm_jax.data.windows import (
-    PackedRows,
-    check_window,
-    endless_batches,
-    steps_per_epoch,
-    train_batches,
-    validation_batches,
-)
 from slm_jax.errors import InputError
 from slm_jax.generation.decode import generate
 from slm_jax.model import GPTConfig, GPTModel, Params, init_params, param_shapes
@@ -118,15 +111,15 @@ def _windows(config: RunConfig, corpus: Corpus, context: int) -> dict[str, Any]:
     """Return the fields of the task that tell how both splits are cut into windows."""
     data, batch_size = config.data, config.train.batch_size
     cut: dict[str, Any] = {"context_length": context, "sampling": data.sampling, "stride": data.stride}
-    batches = train_batches(corpus.train, batch_size=batch_size, shuffle=data.shuffle, seed=config.seed, **cut)
-    check_window(corpus.validation.size, context, "validation")
+    batches = windows.train_batches(corpus.train, batch_size=batch_size, shuffle=data.shuffle, seed=config.seed, **cut)
+    windows.check_window(corpus.validation.size, context, "validation")
     validation = functools.partial(
-        validation_batches,
+        windows.validation_batches,
         corpus.validation,
         context_length=context,
         batch_size=config.train.eval_batch_size or batch_size,
     )
-    rows_per_epoch = batch_size * steps_per_epoch(corpus.train.size, batch_size=batch_size, **cut)
+    rows_per_epoch = batch_size * windows.steps_per_epoch(corpus.train.size, batch_size=batch_size, **cut)
     return {
         "train_batches": batches,
         "evaluation_batches": {"validation": validation},
@@ -140,12 +133,12 @@ def _packed_rows(config: RunConfig, corpus: Corpus, context: int) -> dict[str, A
     """Return the fields of the task that tell how both splits are packed into rows."""
     batch_size, eot_id = config.train.batch_size, corpus.tokenizer.eot_id
     for split, tokens in (("training", corpus.train), ("validation", corpus.validation)):
-        check_window(tokens.size, 1, split)
-    train, validation = (PackedRows(tokens, eot_id, context) for tokens in (corpus.train, corpus.validation))
+        windows.check_window(tokens.size, 1, split)
+    train, validation = (windows.PackedRows(tokens, eot_id, context) for tokens in (corpus.train, corpus.validation))
     alone = "; there is only one, so that data.packing separates nothing" if train.n_documents == 1 else ""
     eval_rows = config.train.eval_batch_size or batch_size
     return {
-        "train_batches": endless_batches(
+        "train_batches": windows.endless_batches(
             len(train), train.batch, batch_size=batch_size, seed=config.seed, shuffle=config.data.shuffle
         ),
         "evaluation_batches": {"validation": functools.partial(validation.eval_batches, eval_rows)},
