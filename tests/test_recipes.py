@@ -59,8 +59,7 @@ def test_a_recipe_parses_and_names_its_run(path):
     assert f"--config configs/{path.name}" in path.read_text() or path.stem == "tiny"
 
 
-QUICK = ("tiny", "classify_builtin", "sft_builtin")
-STEPS = [pytest.param(path, id=path.stem, marks=[] if path.stem in QUICK else pytest.mark.slow) for path in RECIPES]
+STEPS = [pytest.param(path, id=path.stem, marks=[] if path.stem == "tiny" else pytest.mark.slow) for path in RECIPES]
 
 
 @pytest.mark.parametrize("path", STEPS)
