@@ -5,7 +5,6 @@ import json
 import jax
 import numpy as np
 
-from slm_jax import cli
 from slm_jax.model import GPTConfig, init_params
 from slm_jax.runs import Run, save_run
 
@@ -59,12 +58,3 @@ def save_new(folder, tokenizer, **fields):
     cfg = GPTConfig(vocab_size=tokenizer.vocab_size, **shape)
     params = jax.jit(init_params, static_argnums=0)(cfg, jax.random.key(1))
     save_run(folder, Run(folder, None, cfg, params, tokenizer))
-
-
-def fails(arguments, capsys, *said):
-    """The command ends with 2 and one line on stderr that says all of ``said``."""
-    capsys.readouterr()
-    assert cli.main(arguments) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    for text in said:
-        assert text in line

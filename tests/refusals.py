@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from slm_jax import cli
 from slm_jax.errors import InputError
 
 
@@ -15,3 +16,12 @@ def refused(pattern: str, error: type[InputError] = InputError) -> Iterator[pyte
         yield caught
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 900
+
+
+def fails(args: list[object], capsys: pytest.CaptureFixture[str], *parts: str) -> None:
+    """The command ends with 2 and one line on stderr that has all of ``parts``."""
+    capsys.readouterr()
+    assert cli.main([str(arg) for arg in args]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    for part in parts:
+        assert part in line

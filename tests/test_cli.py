@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from pretraining import metrics, options
+from refusals import fails
 from sharing import make_once
 
 import slm_jax
@@ -48,17 +49,8 @@ def train(**more: object) -> int:
     return cli.main(["train", *options(TEXT, RUNS, **more)])
 
 
-def fails(capsys, args: list[object], *parts: str) -> None:
-    """The command ends with 2 and one line on stderr that has all of ``parts``."""
-    capsys.readouterr()
-    assert cli.main([str(arg) for arg in args]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    for part in parts:
-        assert part in line
-
-
 def training_fails(capsys, *parts: str, **more: object) -> None:
-    fails(capsys, ["train", *options(TEXT, RUNS, **more)], *parts)
+    fails(["train", *options(TEXT, RUNS, **more)], capsys, *parts)
 
 
 # A run
@@ -202,9 +194,9 @@ def test_generate_is_decided_by_its_seed_and_checkpoint(trained, capsys):
         texts.append(shown.out)
     assert texts[0] == texts[1] != texts[2]
     assert texts[3] == texts[4]
-    fails(capsys, ["generate", "--run", f"{trained}@7"], "no checkpoint of step 7", "20, 30")
-    fails(capsys, ["generate", "--run", trained, "--prompt", "a" * 17], "17 tokens", "16")
-    fails(capsys, ["generate", "--run", trained, "--prompt", "Ω"], "Ω")
+    fails(["generate", "--run", f"{trained}@7"], capsys, "no checkpoint of step 7", "20, 30")
+    fails(["generate", "--run", trained, "--prompt", "a" * 17], capsys, "17 tokens", "16")
+    fails(["generate", "--run", trained, "--prompt", "Ω"], capsys, "Ω")
 
 
 def test_generate_writes_several_samples_from_a_prompt_file_up_to_a_stop(trained, capsys):
@@ -229,7 +221,7 @@ def test_generate_writes_several_samples_from_a_prompt_file_up_to_a_stop(trained
 def test_damaged_checkpoints_are_noticed(trained, capsys):
     unbroken = metrics(trained)
     damage(trained / "checkpoints" / "30")
-    fails(capsys, ["generate", "--run", f"{trained}@30"], "damaged", "SHA-256", "20")
+    fails(["generate", "--run", f"{trained}@30"], capsys, "damaged", "SHA-256", "20")
     assert train() == 0
     assert "earlier checkpoint" in re.sub(r"\s+", " ", capsys.readouterr().out)
     assert metrics(trained) == unbroken
@@ -304,6 +296,6 @@ def test_every_command_has_help_at_once(capsys):
     out = re.sub(r"\s+", " ", capsys.readouterr().out)
     for key in ("--model.emb_dim", "--optimizer.learning_rate", "--train.epochs", "--resume", "default: 0.004"):
         assert key in out
-    fails(capsys, ["trian"], "unknown command 'trian'", "train, finetune")
+    fails(["trian"], capsys, "unknown command 'trian'", "train, finetune")
     assert cli.main(["--version"]) == 0
     assert slm_jax.__version__ in capsys.readouterr().out

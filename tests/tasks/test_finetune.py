@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from finetuning import STEPS, TASKS, TEMPLATE, fails, instructions, options, save_new
+from finetuning import STEPS, TASKS, TEMPLATE, instructions, options, save_new
 from flax.traverse_util import flatten_dict
 from orbax.checkpoint import v1 as ocp
 from pretraining import metrics
+from refusals import fails
 
 from slm_jax import cli, load_classifier
 from slm_jax.commands import finetune

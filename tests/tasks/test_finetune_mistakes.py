@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from finetuning import ALPHABET, fails, instructions, jsonl, labelled, options, save_new, words
+from finetuning import ALPHABET, instructions, jsonl, labelled, options, save_new, words
+from refusals import fails
 
 from slm_jax.tokenizer import BPETokenizer, CharTokenizer
 
