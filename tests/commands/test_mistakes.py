@@ -8,7 +8,7 @@ MISTAKES = {
     "bench": [
         ("", "nothing to measure; expected one of train, generate, data, startup, memory"),
         ("train --peak many", "peak is 'many'"),
-        ("train --device h20", "device is 'h20'; did you mean h200"),
+        ("train --device h20", "device is 'h20'; expected one of h200"),
         ("train --task instruction", "task is instruction; expected pretraining"),
         ("train --plot a.jpg", "plot is 'a.jpg'; expected a file whose name ends in .png"),
         ("train --train.stepz 3", "unknown key train.stepz; did you mean train.steps?"),
@@ -75,7 +75,7 @@ MISTAKES = {
         ("--source x --run ../y", "run is '../y'; expected a folder name"),
     ],
     "plan": [
-        ("--device a100", "device is 'a100'; did you mean a100-80g or a100-40g?"),
+        ("--device a100", "device is 'a100'; expected one of h200"),
         ("--device h100 --tokens many", "tokens is 'many'"),
         ("--device h100 --task classification --base runs/no", "base runs/no is no existing run"),
     ],
