@@ -101,18 +101,6 @@ def test_a_contestant_that_dies_or_that_has_no_gpu_is_a_line(nanodo, monkeypatch
     assert "Error" not in done.stdout + done.stderr
 
 
-def test_only_what_shared_the_machine_is_said_to_slow_others(capsys, monkeypatch):
-    monkeypatch.syspath_prepend(FOLDER)
-    import peers as module
-
-    figures = {"median": 1.0, "seconds": [1.0], "tokens_per_second": 1, "peak_bytes": 1, "first_step_seconds": 1,
-               "idle_cpu_share": 0.6}  # fmt: skip
-    module.report({"contestants": {"slm_jax": figures}})
-    assert "slowed down" not in capsys.readouterr().out
-    module.report({"contestants": {"slm_jax": figures, "nanodo": {**figures, "idle_cpu_share": 0.0}}})
-    assert "slm_jax       took 60% of a CPU" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -103,15 +103,3 @@ def test_a_token_file_of_ten_gigabytes_takes_32_megabytes_of_disk(scaling, tmp_p
     ids = np.fromfile(path, np.uint16, 100_000)
     assert ids.max() == 50_256  # the end of a text
     assert 100 < np.sum(ids == 50_256) < 300
-
-
-@pytest.mark.slow
-def test_the_ladders_reach_from_a_million_to_gpt2_xl_and_from_256_to_8192_tokens(scaling):
-    by_ladder = {
-        ladder: [point for point in scaling.POINTS if point.ladder == ladder] for ladder in ("parameters", "context")
-    }
-    ends = [by_ladder["parameters"][0], by_ladder["parameters"][-1], by_ladder["context"][0], by_ladder["context"][-1]]
-    smallest, largest, short, long = (scaling.make_plan(scaling.parse_args(point.flags), "cpu") for point in ends)
-    assert smallest.n_params < 1.5e6 < 1.5e9 < largest.n_params
-    assert (short.seq, long.seq) == (256, 8192)
-    assert short.rows * short.seq == long.rows * long.seq

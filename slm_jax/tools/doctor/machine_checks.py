@@ -82,7 +82,7 @@ def examine_machine() -> Iterator[Finding]:
     """Yield what each check of this machine finds, in less than ten seconds; writes only to caches."""
     return perform(
         [
-            *(check_packages, check_devices, check_computation, check_dtype, check_threads),
+            *(check_packages, check_devices, check_computation, check_threads),
             *(check_memory, check_disk, check_cache, check_settings, check_network),
         ]
     )
@@ -124,7 +124,7 @@ def _version(package: str) -> str | None:
 
 
 def check_devices() -> Found:
-    """Describe JAX's devices, and report accelerators of the machine that JAX does not see."""
+    """Describe JAX's devices and their best dtype, and report accelerators that JAX does not see."""
     if error := start_error():
         asked = os.environ.get("JAX_PLATFORMS")
         remedy = f"JAX_PLATFORMS is {asked}: unset it, or install what it needs" if asked else "try JAX_PLATFORMS=cpu"
@@ -134,6 +134,12 @@ def check_devices() -> Found:
         text = ", ".join(f"{kinds.count(kind)} × {kind}" for kind in dict.fromkeys(kinds))
         memory = hardware.device_memory() if jax.default_backend() != "cpu" else None
         yield "ok", text + (f" with {format_bytes(memory)} each" if memory else "")
+        capability, dtype = target_of(jax.devices()[0]).capability, hardware.best_dtype(jax.devices()[0])
+        why = "this device has it in hardware"
+        if dtype != "bfloat16":
+            emulated = f"compute capability {capability} only emulates bfloat16"
+            why = "bfloat16 would not be faster here" if capability is None else emulated
+        yield "ok", f"model.dtype auto is {dtype}: {why}"
     if error or jax.default_backend() == "cpu":
         yield from unseen_accelerators()
 
@@ -207,18 +213,6 @@ def check_computation() -> Found:
             return
     seconds = time.perf_counter() - began
     yield "ok", f"matrix products are exact on {jax.local_device_count()} device(s) ({seconds:.2f} s)"
-
-
-def check_dtype() -> Found:
-    """Report the dtype that ``model.dtype auto`` chooses."""
-    if start_error():
-        return
-    capability, dtype = target_of(jax.devices()[0]).capability, hardware.best_dtype(jax.devices()[0])
-    why = "this device has it in hardware"
-    if dtype != "bfloat16":
-        emulated = f"compute capability {capability} only emulates bfloat16"
-        why = "bfloat16 would not be faster here" if capability is None else emulated
-    yield "ok", f"model.dtype auto is {dtype}: {why}"
 
 
 # --- The machine ---

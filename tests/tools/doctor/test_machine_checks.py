@@ -23,7 +23,7 @@ def test_every_check_yields_lines_and_leaves_nothing(tmp_path, monkeypatch):
     found = list(machine_checks.examine_machine())
     assert not any(tmp_path.iterdir())
     names = {finding.name for finding in found}
-    assert names >= {"packages", "devices", "computation", "dtype", "threads", "memory", "disk", "cache"}
+    assert names >= {"packages", "devices", "computation", "threads", "memory", "disk", "cache"}
     assert all(finding.text and "\n" not in finding.text for finding in found)
     assert not [finding for finding in found if finding.level == "problem"]
 
