@@ -114,7 +114,9 @@ def print_result(result: Result, console: Console) -> None:
     for name, _, text in result.shown():
         table.add_row(name, text)
     console.print(table)
-    for note in ("Times are medians; in brackets the quartiles; the range.", *result.notes):
+    is_timed = any(isinstance(value, Timing) for _, value, _ in result.shown())
+    legend = ["Times are medians; in brackets the quartiles; the range."] if is_timed else []
+    for note in (*legend, *result.notes):
         console.print(note, markup=False, highlight=False, soft_wrap=True)
 
 
