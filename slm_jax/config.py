@@ -84,8 +84,9 @@ class Key:
             bounds = [(*_BOUNDS[type(mark)], mark) for mark in self.markers if type(mark) in _BOUNDS]
             limits = [(getattr(operator, name), word, getattr(mark, name)) for name, word, mark in bounds]
             if not (abs(value) < float("inf") and all(holds(value, limit) for holds, _, limit in limits)):
-                expected = " and ".join(["finite", *(f"{word} {limit}" for _, word, limit in limits)])
-                raise InputError(f"{self.name} is {value}; expected {expected.removeprefix('finite and ')}")
+                finite = [] if limits and abs(value) < float("inf") else ["finite"]
+                expected = " and ".join([*finite, *(f"{word} {limit}" for _, word, limit in limits)])
+                raise InputError(f"{self.name} is {value}; expected {expected}")
         return value
 
 
@@ -128,13 +129,17 @@ def execution_keys(config: Any) -> set[str]:
 @functools.cache
 def describe(cls: type) -> dict[str, str]:
     """Return the description of each field in the docstrings of a dataclass and of those that it inherits from."""
-    import docstring_parser
-
     return {
         param.arg_name: " ".join((param.description or "").split())
         for owner in reversed(cls.__mro__)
-        for param in docstring_parser.parse(owner.__doc__ or "", docstring_parser.DocstringStyle.GOOGLE).params
+        for param in _parse_docstring(owner).params
     }
+
+
+def _parse_docstring(cls: type) -> Any:
+    import docstring_parser
+
+    return docstring_parser.parse(cls.__doc__ or "", docstring_parser.DocstringStyle.GOOGLE)
 
 
 def check(config: Any) -> None:
@@ -224,7 +229,13 @@ def shown(value: Any) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1, but ``1e-3`` is a number, as in YAML 1.2."""
+    """YAML 1.1, but ``1e-3`` is a number, as in YAML 1.2, and a key that occurs twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]} occurs twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 _EXPONENT = re.compile(r"[-+]?(\d[\d_]*\.?|\.\d)[\d_]*[eE][-+]?\d+$")
@@ -298,7 +309,7 @@ def _help(cls: Any, prog: str) -> str:
     """Return the text of ``--help``."""
     import argparse
 
-    about = re.split(r"\n\s*(?:Attributes|Raises):", cls.__doc__ or "")[0]
+    about = _parse_docstring(cls).description or ""
     parser = argparse.ArgumentParser(prog, "%(prog)s [OPTIONS]", " ".join(about.split()), add_help=False)
     parser.add_argument("--config", metavar="RECIPE", help="YAML file, or a recipe of slm_jax by name, with these keys")
     groups: dict[str, Any] = {"": parser}

@@ -107,6 +107,7 @@ class GPTConfig:
                 raise InputError(f"model.{name} is {getattr(self, name)!r}; expected one of {expected}")
 
 
+Preset = Literal["tiny", "mini", "gpt2-small", "gpt2-medium", "gpt2-large", "gpt2-xl"]
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {"vocab_size": 4_096, "context_length": 128, "emb_dim": 128, "n_heads": 4, "n_layers": 4},
     "mini": {"vocab_size": 4_096, "context_length": 256, "emb_dim": 256, "n_heads": 8, "n_layers": 6},

@@ -287,9 +287,9 @@ def read_checkpoint(
         raise InputError(f"{problem}; choose another step") from None
     if n_heads not in (None, cfg.n_heads):
         raise InputError(f"{folder}: n_heads is given as {n_heads}, and the run has {cfg.n_heads}; leave it out")
-    if classifier and "classes" not in metadata:
+    if classifier and not is_classifier(metadata):
         raise InputError(f"{folder}: is no classifier; expected a run of slm-jax finetune with task: classification")
-    if "classes" in metadata and not classifier:
+    if is_classifier(metadata) and not classifier:
         raise InputError(f"{folder}: is a classifier; expected a language model (slm-jax classify uses a classifier)")
     if metadata.get("trainable", "all") == "all":
         if param_dtype is not None:
@@ -298,6 +298,11 @@ def read_checkpoint(
     params = _with_frozen(folder, load_params(checkpoint.parent, step, shapes), cfg, metadata)
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, param_dtype), params)
     return cfg, params if sharding is None else jax.device_put(params, sharding), metadata
+
+
+def is_classifier(metadata: dict[str, Any]) -> bool:
+    """Return whether a checkpoint's model has a classification head instead of a language model's."""
+    return "classes" in metadata
 
 
 def read_adapters(folder: Path, step: int) -> Params:
@@ -328,7 +333,7 @@ def _with_frozen(folder: Path, trained: Params, cfg: GPTConfig, metadata: dict[s
     except (KeyError, TypeError, ValueError):
         raise InputError(f"{file}: does not belong to the run's checkpoints; restore it") from None
     for path, leaf in flatten_dict(param_shapes(cfg), sep="/").items():
-        if found.get(path) != leaf.shape and not (path == HEAD and "classes" in metadata):
+        if found.get(path) != leaf.shape and not (path == HEAD and is_classifier(metadata)):
             raise InputError(
                 f"{file}: with it {path} has the shape {found.get(path)}, expected {leaf.shape}; restore it"
             )

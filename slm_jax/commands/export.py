@@ -51,7 +51,7 @@ def run(options: Options) -> int:
 
 def _export_adapters(source: str, out: str) -> int:
     from slm_jax.files import new_folder
-    from slm_jax.runs import get_checkpoint, read_adapters
+    from slm_jax.runs import get_checkpoint, is_classifier, read_adapters
     from slm_jax.training.checkpoint import read_metadata
     from slm_jax.weights.adapters import save_adapters
 
@@ -60,7 +60,7 @@ def _export_adapters(source: str, out: str) -> int:
     with new_folder(out) as partial:
         save_adapters(partial / "adapter.safetensors", adapters)
     print(f"{out} written: adapter.safetensors")
-    if "classes" in read_metadata(checkpoint[0] / "checkpoints", checkpoint[1]):
+    if is_classifier(read_metadata(checkpoint[0] / "checkpoints", checkpoint[1])):
         print("the classifier's head is not part of the adapters; it stays in the run", file=sys.stderr)
     return 0
 

@@ -30,8 +30,8 @@ def run(options: RunConfig) -> int:
     command = f"slm-jax {TASKS[options.task].command}"
     with StopRequest() as stop, out_of_memory_as_input_error():
         try:
-            set_up()
             initialize_distributed()
+            set_up()
             start = find_start(options)
             task = get_task(options.task).build(options, start, stop.check)
             train(options, task, start, stop, Console(quiet=not start.folder.writes))

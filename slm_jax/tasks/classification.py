@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -36,6 +36,8 @@ class Classification(Task):
     unit: ClassVar[Literal["token", "text"]] = "text"
     unused_keys: ClassVar[tuple[str, ...]] = ("data.packing", "data.text_column")
     measures: ClassVar[bool] = True
+    score: ClassVar[str | None] = "accuracy"
+    written: ClassVar[Mapping[str, str]] = {"confusion.png": "confusion matrices"}
 
     model: GPTClassifier
     classes: tuple[str, ...]

@@ -48,7 +48,7 @@ def get_task(name: str) -> "type[Task]":
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig(BaseRunConfig):
-    """A whole run.
+    """Train a model; the defaults are those of the recipe ``tiny``.
 
     Attributes:
         classification: fine-tuning on labelled texts.
@@ -67,7 +67,7 @@ class RunConfig(BaseRunConfig):
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneConfig(RunConfig):
-    """A run of fine-tuning: the same keys, with the defaults of the recipe ``classify_builtin``."""
+    """Fine-tune a model; the defaults are those of the recipe ``classify_builtin``."""
 
     task: TaskName = "classification"
     base: str | None = "runs/tiny"

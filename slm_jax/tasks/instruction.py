@@ -5,7 +5,7 @@ import functools
 import hashlib
 import json
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -47,6 +47,11 @@ class Instruction(Task):
     unused_keys: ClassVar[tuple[str, ...]] = ("data.packing", "data.text_column")
     samples_at_evaluation: ClassVar[bool] = True
     measures: ClassVar[bool] = True
+    written: ClassVar[Mapping[str, str]] = {
+        "responses-before.json": "the responses to the test instructions before training",
+        "responses.json": "the responses to the test instructions after training",
+        "template.json": "the template of the instructions",
+    }
 
     model: GPTModel
     template: Template

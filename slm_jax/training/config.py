@@ -25,7 +25,7 @@ from slm_jax.config import (
 from slm_jax.data.config import DataConfig, TokenizerConfig
 from slm_jax.errors import InputError
 from slm_jax.files import user_path
-from slm_jax.model import AttentionKind, DType, GPTConfig, Remat, get_gpt_config
+from slm_jax.model import AttentionKind, DType, GPTConfig, Preset, Remat, get_gpt_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +196,7 @@ class ModelConfig:
         dtype: dtype of activations; auto: bfloat16 where the hardware has it, else float32.
     """
 
-    preset: Execution[Literal["tiny", "mini", "gpt2-small", "gpt2-medium", "gpt2-large", "gpt2-xl"]] = "tiny"
+    preset: Execution[Preset] = "tiny"
     vocab_size: Positive | None = None
     context_length: Positive | None = None
     emb_dim: Positive | None = None

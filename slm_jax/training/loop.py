@@ -87,7 +87,7 @@ def train(config: BaseRunConfig, task: Task, start: Start, stop: StopRequest, co
                     folder.write_text(BEFORE, json.dumps(run.measure(state.trainable, "before")) + "\n")
                 run.hooks(state, start.first_step)
                 for step in range(start.first_step + 1, total + 1):
-                    batch = task.make_batch(next(run.batches), state.trainable)
+                    batch = task.make_batch(next(run.batches), run.params(state.trainable), step)
                     state, metrics = program.train_step(state, frozen, put_batch(mesh, batch))
                     record.step(step, metrics)  # reads the step before, while the device computes this one
                     if stop.agreed(step):
@@ -141,8 +141,8 @@ class Session:
     def sample(self, state: TrainState, step: int) -> None:
         """Sample a text; before the first step only from a model that has a base."""
         if step not in self.record.sampled and (step or self.task.config.base):
-            key = jax.random.fold_in(purpose_key(self.task.config.seed, "sampling"), step)
-            if (text := self.task.sample(self._params(state.trainable), key)) is not None:
+            key = purpose_key(self.task.config.seed, "sampling", step)
+            if (text := self.task.sample(self.params(state.trainable), key)) is not None:
                 self.record.sample(step, text)
 
     def save(self, state: TrainState, step: int) -> None:
@@ -182,9 +182,10 @@ class Session:
         """Measure what the task measures before and after training."""
         evaluate = functools.partial(self.program.evaluate, trainable, self.frozen)
         path = self.record.folder.path if self.record.folder.writes else None
-        return self.task.measure(self._params(trainable), evaluate, moment, path)
+        return self.task.measure(self.params(trainable), evaluate, moment, path)
 
-    def _params(self, trainable: Params) -> Params:
+    def params(self, trainable: Params) -> Params:
+        """Return all parameters of the model."""
         return merge_params({name: tree for name, tree in self.frozen.items() if name != REFERENCES}, trainable)
 
     def _save(self, state: TrainState, step: int) -> None:

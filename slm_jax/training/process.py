@@ -12,6 +12,7 @@ import threading
 import time
 from types import FrameType
 
+from slm_jax.errors import InputError
 from slm_jax.files import cache_folder
 
 MOST_CACHED = 2 * 2**30  # bytes of compiled programs; beyond them the least recently used are removed
@@ -20,9 +21,20 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # the names of glibc's malloc.h
 
 
 def set_up() -> None:
-    """Prepare a process that computes: keep compiled programs and freed memory."""
+    """Prepare a process that computes: keep compiled programs and freed memory, and start JAX.
+
+    Raises:
+        InputError: JAX cannot compute on the platform that JAX_PLATFORMS names.
+    """
+    import jax
+
     keep_freed_memory()
     use_compile_cache()
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        reason = f"{error}".partition(" (set JAX_PLATFORMS")[0] or "no such device"
+        raise InputError(f"JAX_PLATFORMS is {jax.config.jax_platforms}: {reason}; expected cpu, cuda or tpu") from None
 
 
 def use_compile_cache() -> None:

@@ -46,12 +46,12 @@ class ProgressLine:
             self._last_plain = time.monotonic()
             self.note(f"step {text}")
 
-    def validation(self, row: dict[str, Any]) -> None:
-        """Show an evaluation."""
+    def validation(self, row: dict[str, Any], score: str | None = None) -> None:
+        """Show an evaluation, with its score, a share."""
         self._validation_loss = row["loss"]
         text = f"step {row['step']:,}: validation loss {row['loss']:.4f}"
         text += f", perplexity {row['perplexity']:,.2f}" if "perplexity" in row else ""
-        text += f", accuracy {row['accuracy']:.2%}" if "accuracy" in row else ""
+        text += f", {score} {row[score]:.2%}" if score in row else ""
         self.note(text)
 
     def note(self, text: str) -> None:

@@ -24,21 +24,17 @@ if TYPE_CHECKING:  # imported only when loss curves are drawn
 
 PLOT_INTERVAL = 30.0  # seconds between two drawings of loss.png
 MAX_SKIPPED = 3  # consecutive steps without finite gradients after which training stops
-TRAINING, VALIDATION, ACCURACY = "#9ab8d9", "#c2410c", "#4d7c0f"
+TRAINING, VALIDATION, SCORE = "#9ab8d9", "#c2410c", "#4d7c0f"
 RUN_FILES = {
     "config.yaml": "the run's configuration, every key",
     "metrics.jsonl": "losses, learning rate, gradient norm and speed, one JSON object a line",
     "loss.png": "the loss curves",
     "samples.md": "text sampled during training",
-    "confusion.png": "confusion matrices",
-    "responses-before.json": "the responses to the test instructions before training",
-    "responses.json": "the responses to the test instructions after training",
     "tensorboard": "the log for TensorBoard",
     "wandb": "the log for Weights & Biases",
     "profile": "the profile of a few steps",
     "summary.json": "the figures of the whole run",
     "tokenizer": "the tokenizer",
-    "template.json": "the template of the instructions",
     FROZEN: "the parameters that were not trained",
     "checkpoints": "the latest checkpoints and the best",
 }
@@ -154,7 +150,7 @@ class RunRecord:
         if self._task.bytes_per_token:  # comparable between tokenizers, unlike the loss per token
             row["bits_per_byte"] = loss / math.log(2) / self._task.bytes_per_token
         self._add(row)
-        self.progress.validation(row)
+        self.progress.validation(row, self._task.score)
         best = loss < min(self.validation.values(), default=math.inf)
         self.validation[step] = _or_infinite(loss)
         self._warn_of_overfitting()
@@ -180,7 +176,7 @@ class RunRecord:
         self._last_drawn = time.monotonic()
         if self.folder.writes:
             title, unit = f"{self._task.config.name}: loss by step", f"nats a {self._task.unit}"
-            draw_loss(self.folder.metrics(), self.folder.path / "loss.png", title, unit)
+            draw_loss(self.folder.metrics(), self.folder.path / "loss.png", title, unit, self._task.score)
 
     def summary(self) -> dict[str, Any]:
         """Return the figures of a finished run, JSON-able; losses in nats."""
@@ -204,7 +200,8 @@ class RunRecord:
         """Print the end of a run: its figures, its files, and what to try next."""
         path = self.folder.path
         report = self._task.report(summary["before"], summary["after"]) if "after" in summary else []
-        files = [f"  {name:<22}{what}" for name, what in RUN_FILES.items() if (path / name).exists()]
+        known = {**RUN_FILES, **self._task.written}
+        files = [f"  {name:<22}{what}" for name, what in known.items() if (path / name).exists()]
         commands = (*self._task.next_commands(), f"slm-jax report --run {shlex.quote(str(path))}")
         for line in (
             *report,
@@ -285,10 +282,12 @@ class StepProfile:
             self._note(f"no profile: this start did not reach step {self._steps[0]:,} of train.profile")
 
 
-def draw_loss(rows: list[dict[str, Any]], path: Path, title: str, unit: str = "nats a token") -> None:
+def draw_loss(
+    rows: list[dict[str, Any]], path: Path, title: str, unit: str = "nats a token", score: str | None = None
+) -> None:
     """Draw training and validation loss by step into a PNG file; without a finite loss write none.
 
-    The rows are lines of ``metrics.jsonl``. The validation accuracy, if there is one, has its own axis on the right.
+    The rows are lines of ``metrics.jsonl``. The ``score``, a share, has its own axis on the right.
     """
     from matplotlib.figure import Figure
 
@@ -314,12 +313,12 @@ def draw_loss(rows: list[dict[str, Any]], path: Path, title: str, unit: str = "n
     axes.set_title(title, fontsize=10, parse_math=False)
     axes.grid(alpha=0.25)
     lines = [*axes.get_lines()]
-    if any(row["split"] == "val" and row.get("accuracy") is not None for row in rows):
+    if score is not None and any(row["split"] == "val" and row.get(score) is not None for row in rows):
         right = axes.twinx()
-        right.set_ylabel("accuracy")
+        right.set_ylabel(score)
         right.set_ylim(0, 1.02)
-        style = {"color": ACCURACY, "linestyle": "--", "marker": "s", "markersize": 3}
-        _draw(right, rows, "val", "accuracy", label="validation accuracy", **style)
+        style = {"color": SCORE, "linestyle": "--", "marker": "s", "markersize": 3}
+        _draw(right, rows, "val", score, label=f"validation {score}", **style)
         lines += right.get_lines()
     figure.legend(handles=lines, frameon=False, loc="outside lower center", ncols=len(lines), fontsize=9)
     write_png(figure, path)

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from slm_jax.config import shown
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.files import sha256, user_path
 from slm_jax.training.checkpoint import CHECKSUMS, best_step, find_damage, read_metadata, saved_steps
@@ -128,7 +129,7 @@ def check_identity(place: RunFolder, saved: dict[str, Any], wanted: dict[str, An
     """Refuse a checkpoint of another identity than this run's, naming the first key that differs."""
     for key in [*wanted, *(key for key in saved if key not in wanted)]:
         if saved.get(key) != wanted.get(key):
-            difference = f"{key} is {wanted.get(key)!r} now and was {saved.get(key)!r}"
+            difference = f"{key} is {shown(wanted.get(key))} now and was {shown(saved.get(key))}"
             if key == "data.sha256":
                 difference = "the text of data.source has changed (a file, or for builtin: the Python version)"
             raise InputError(f"{place.path} holds another run: {difference}; change it back, or use another --run NAME")

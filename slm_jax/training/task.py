@@ -4,7 +4,7 @@ import abc
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_args
 
 import jax
 import numpy as np
@@ -82,6 +82,8 @@ class Task(abc.ABC):
     unit: ClassVar[Literal["token", "text"]] = "token"  # what the loss is a mean over
     unused_keys: ClassVar[tuple[str, ...]] = ()  # prefixes of keys not read, other tasks' sections apart
     samples_at_evaluation: ClassVar[bool] = False  # and not at sample.every
+    score: ClassVar[str | None] = None  # the figure, a share, that is shown and drawn beside the validation loss
+    written: ClassVar[Mapping[str, str]] = {}  # files that it writes into the run's folder, and what they are
     measures: ClassVar[bool] = False  # whether measure() measures anything
 
     config: BaseRunConfig
@@ -136,10 +138,11 @@ class Task(abc.ABC):
         """Return the whole validation split once, in global batches."""
         return self.evaluation_batches["validation"]()
 
-    def make_batch(self, drawn: Batch, params: Params) -> Batch:
-        """Return the batch to train on, from an element of ``train_batches`` and the current parameters.
+    def make_batch(self, drawn: Batch, params: Params, step: int) -> Batch:
+        """Return the batch of a step, from an element of ``train_batches`` and the model's current parameters.
 
-        Most tasks train on what was drawn; one that learns from its own samples generates them here.
+        Most tasks train on what was drawn; one that learns from its own samples generates them here, with the key of
+        the purpose ``batches`` and the step.
         """
         return drawn
 
@@ -175,6 +178,10 @@ class Task(abc.ABC):
         return ()
 
 
-def purpose_key(seed: int, purpose: Literal["params", "dropout", "sampling"]) -> jax.Array:
-    """Return the key of one purpose (the order of the data has its own generator)."""
-    return jax.random.fold_in(jax.random.key(seed), ("params", "dropout", "sampling").index(purpose))
+Purpose = Literal["params", "dropout", "sampling", "batches"]
+
+
+def purpose_key(seed: int, purpose: Purpose, step: int | None = None) -> jax.Array:
+    """Return the key of one purpose, and of one step (the order of the data has its own generator)."""
+    key = jax.random.fold_in(jax.random.key(seed), get_args(Purpose).index(purpose))
+    return key if step is None else jax.random.fold_in(key, step)

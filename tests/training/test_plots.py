@@ -41,7 +41,7 @@ def test_the_labels_say_what_is_drawn(tmp_path, monkeypatch):
     gaps = [{**row, "accuracy": None} for row in VALIDATION]
     batches = [{**row, "accuracy": 0.5} for row in TRAIN]
     draw_loss(batches + gaps, tmp_path / "loss.png", "a")
-    draw_loss(TRAIN + ACCURACY, tmp_path / "loss.png", "a", "nats a text")
+    draw_loss(TRAIN + ACCURACY, tmp_path / "loss.png", "a", "nats a text", "accuracy")
     for nothing in ([], NOT_FINITE):
         draw_loss(nothing, tmp_path / "loss.png", "a")
     labels = [[axes.get_ylabel() for axes in figure.axes] for figure in figures]

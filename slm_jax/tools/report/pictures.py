@@ -16,7 +16,7 @@ from slm_jax.errors import InputError, MissingInputError
 from slm_jax.evaluation.capture import capture
 from slm_jax.model import GPTClassifier, GPTModel, Params
 from slm_jax.nn.axes import STACK
-from slm_jax.runs import read_checkpoint
+from slm_jax.runs import is_classifier, read_checkpoint
 from slm_jax.tokenizer import Tokenizer, tokenizer_from_dict
 from slm_jax.tools.report.record import Record, steps_to_try
 
@@ -205,10 +205,10 @@ def read_maps(record: Record, text: str | None) -> Maps | str:
 
 def _load(record: Record, step: int) -> tuple[GPTModel, Params, Tokenizer]:
     """Return a checkpoint's model, which may be a classifier."""
-    is_classifier = "classes" in record.metadata
-    cfg, params, metadata = read_checkpoint(record.folder.path, step, "float32", classifier=is_classifier)
+    folder, classifier = record.folder.path, is_classifier(record.metadata)
+    cfg, params, metadata = read_checkpoint(folder, step, "float32", classifier=classifier)
     model = GPTModel(cfg)
-    if is_classifier:
+    if classifier:
         model = GPTClassifier(cfg, n_classes=len(metadata["classes"]), pooling=metadata["pooling"])
     return model, params, tokenizer_from_dict(metadata["tokenizer"])
 
