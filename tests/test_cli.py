@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
 from pretraining import metrics, options
 from refusals import fails
@@ -279,6 +280,14 @@ def test_a_run_that_does_not_fit_is_refused_with_what_to_change(workplace, capsy
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     training_fails(capsys, "free", "--checkpoint.keep", "--runs_dir")
+
+
+def test_a_platform_that_jax_lacks_is_refused(workplace, capsys, monkeypatch):
+    def devices():
+        raise RuntimeError("Unable to initialize backend 'cuda' (set JAX_PLATFORMS='' to choose another)")
+
+    monkeypatch.setattr(jax, "devices", devices)
+    training_fails(capsys, "JAX_PLATFORMS", "initialize backend 'cuda'")
 
 
 # Help

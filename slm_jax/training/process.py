@@ -33,8 +33,8 @@ def set_up() -> None:
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:
-        reason = f"{error}".partition(" (set JAX_PLATFORMS")[0] or "no such device"
-        raise InputError(f"JAX_PLATFORMS is {jax.config.jax_platforms}: {reason}; expected cpu, cuda or tpu") from None
+        reason = f"{error}".partition(" (set JAX_PLATFORMS")[0].rstrip(".") or "no such device"
+        raise InputError(f"JAX_PLATFORMS is {os.environ.get('JAX_PLATFORMS')}: {reason}") from None
 
 
 def use_compile_cache() -> None:
