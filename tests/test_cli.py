@@ -245,7 +245,7 @@ def test_another_identity_is_refused_and_nothing_lost(trained, capsys):
         ({"model__emb_dim": 64}, "model.emb_dim is 64 now and was 32"),
         ({"train__batch_size": 4}, "train.batch_size is 4 now and was 8"),
         ({"tokenizer__kind": "bpe"}, "tokenizer.kind is 'bpe' now and was 'char'"),
-        ({"data__packing": "true"}, "data.packing is True now and was False"),
+        ({"data__packing": "true"}, "data.packing is true now and was false"),
         ({"resume": "never"}, "already holds a run"),
     ):
         training_fails(capsys, line, "--run", **more)
