@@ -195,9 +195,10 @@ def test_a_limit_leaves_the_rest_unread(tmp_path):
         read_examples(f"jsonl:{path}", "lambada", None)
 
 
-def test_sources_without_rows_are_refused():
+def test_sources_without_rows_are_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("A text.")
     with pytest.raises(InputError, match=r"expected .*jsonl:"):
-        read_examples("builtin:python-docs", "lambada", None)
+        read_examples(f"text:{tmp_path / 'a.txt'}", "lambada", None)
 
 
 @pytest.fixture

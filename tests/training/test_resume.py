@@ -42,10 +42,10 @@ def test_what_a_run_is_changes_its_identity_and_how_it_is_executed_does_not():
     for option, difference in {
         "--seed 1": "seed is 1 now and was 0",
         "--train.batch_size 7": f"train.batch_size is 7 now and was {RunConfig().train.batch_size}",
-        "--optimizer.clip_norm null": "optimizer.clip_norm is None now and was 1.0",
+        "--optimizer.clip_norm null": "optimizer.clip_norm is null now and was 1.0",
         "--data.source text:a.txt": "data.source is 'text:a.txt' now and was 'builtin:python-docs'",
         "--tokenizer.kind char": "tokenizer.kind is 'char' now and was 'bpe'",
-        "--base runs/x": "base is 'runs/x' now and was None",
+        "--base runs/x": "base is 'runs/x' now and was null",
     }.items():
         with pytest.raises(InputError, match=f"a holds another run: {re.escape(difference)}; "):
             check_identity(place, own, parse_args(option.split()).identity)
