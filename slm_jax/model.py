@@ -81,30 +81,25 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if type(value := getattr(self, name)) is not int or value < 1:
                 raise InputError(f"model.{name} is {value!r}; expected a whole number of at least 1")
         if self.emb_dim % self.n_heads:
-            raise InputError(
-                f"model.emb_dim is {self.emb_dim}, which model.n_heads {self.n_heads} does not divide; "
-                f"expected a multiple, such as {math.ceil(self.emb_dim / self.n_heads) * self.n_heads}"
-            )
+            expected = f"a multiple of model.n_heads {self.n_heads}"
+            near = math.ceil(self.emb_dim / self.n_heads) * self.n_heads
+            raise InputError(f"model.emb_dim is {self.emb_dim}; expected {expected}, such as {near}")
         rate = self.drop_rate
         if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < 1:
             raise InputError(f"model.drop_rate is {rate!r}; expected a number of at least 0 and below 1")
         for name in ("qkv_bias", "tie_weights", "bias", "exact_gelu", "unroll"):
-            value = getattr(self, name)
-            if not isinstance(value, bool) and not (name == "unroll" and value is None):
+            if type(value := getattr(self, name)) is not bool and not (name == "unroll" and value is None):
                 raise InputError(f"model.{name} is {value!r}; expected true or false")
         unpadded = self.unpadded_vocab_size
         if unpadded is not None and (type(unpadded) is not int or not 1 <= unpadded <= self.vocab_size):
-            raise InputError(
-                f"model.unpadded_vocab_size is {unpadded!r}; expected 1 to model.vocab_size {self.vocab_size}, or null"
-            )
+            expected = f"1 to model.vocab_size {self.vocab_size}, or null"
+            raise InputError(f"model.unpadded_vocab_size is {unpadded!r}; expected {expected}")
         for name, options in {"dtype": DType, "param_dtype": DType, "remat": Remat, "attention": AttentionKind}.items():
-            if getattr(self, name) not in get_args(options):
-                expected = ", ".join(get_args(options))
-                raise InputError(f"model.{name} is {getattr(self, name)!r}; expected one of {expected}")
+            if (value := getattr(self, name)) not in get_args(options):
+                raise InputError(f"model.{name} is {value!r}; expected one of {', '.join(get_args(options))}")
 
 
 Preset = Literal["tiny", "mini", "gpt2-small", "gpt2-medium", "gpt2-large", "gpt2-xl"]
@@ -200,13 +195,9 @@ class TransformerBlock(nn.Module):
 
 
 def init_cache(cfg: GPTConfig, params: Params, batch_size: int, capacity: int) -> KVCache:
-    """Make an empty cache of keys and values for ``capacity`` tokens a row.
+    """Make an empty cache of keys and values for ``batch_size`` rows of up to ``capacity`` tokens.
 
-    Args:
-        cfg: the model's configuration.
-        params: its parameters (arrays or shapes); the cache has the same segments of blocks.
-        batch_size: rows of tokens.
-        capacity: maximum number of tokens in a row.
+    It has the same segments of blocks as ``params`` (arrays or shapes).
 
     Returns:
         Zeros in ``cfg.dtype``: ``keys`` and ``values`` (blocks, batch_size·n_heads, capacity, emb_dim / n_heads) for
@@ -356,10 +347,8 @@ def _check_tokens_fit(
         raise InputError(f"{seq} tokens; expected at most the cache's capacity of {capacity}")
     shapes = {name: layer.keys.shape for name, layer in cache.blocks.items()}
     if shapes != _cache_shapes(cfg, segments, rows, capacity):
-        raise InputError(
-            f"the cache has the segments {', '.join(shapes)} and the params {', '.join(segments)}, or it is for "
-            "another shape of model; expected one made by init_cache(cfg, params, ...)"
-        )
+        found = f"the cache has the segments {', '.join(shapes)} and the params {', '.join(segments)}"
+        raise InputError(f"{found}, or it is for another shape of model; expected init_cache(cfg, params, ...)")
 
 
 def is_unrolled(cfg: GPTConfig, platform: str) -> bool:

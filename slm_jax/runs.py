@@ -10,13 +10,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict
 
 from slm_jax.data.templates import Template
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.files import new_folder, read_json, user_path
 from slm_jax.model import DType, GPTConfig, Params, param_shapes
-from slm_jax.nn.axes import HEAD
 from slm_jax.nn.blocks import merge_params
 from slm_jax.nn.lora import split_adapters
 from slm_jax.tokenizer import FILE_NAME, GPT2Tokenizer, Tokenizer, load_tokenizer, tokenizer_from_dict
@@ -161,10 +159,8 @@ def _from_checkpoint(folder: Path, step: int, tokenizer: Tokenizer | None = None
 
 def _with_vocabulary(cfg: GPTConfig, tokenizer: Tokenizer, path: Path) -> GPTConfig:
     if tokenizer.vocab_size > cfg.vocab_size:
-        raise InputError(
-            f"{path}: the model has a vocabulary of {cfg.vocab_size} and the tokenizer of {tokenizer.vocab_size}; "
-            "pass the tokenizer that the model was trained with"
-        )
+        problem = f"the model has a vocabulary of {cfg.vocab_size} and the tokenizer of {tokenizer.vocab_size}"
+        raise InputError(f"{path}: {problem}; pass the tokenizer that the model was trained with")
     padded = tokenizer.vocab_size < cfg.vocab_size
     return dataclasses.replace(cfg, unpadded_vocab_size=tokenizer.vocab_size if padded else None)
 
@@ -180,10 +176,8 @@ def _tokenizer_beside(path: Path, cfg: GPTConfig) -> Tokenizer:
         return load_tokenizer(saved)
     vocab_size = cfg.unpadded_vocab_size or cfg.vocab_size
     if vocab_size != GPT2Tokenizer().vocab_size:
-        raise InputError(
-            f"{path}: no tokenizer with these weights, and a vocabulary of {vocab_size} is not GPT-2's; "
-            f"pass the tokenizer, or save it as {saved}"
-        )
+        problem = f"no tokenizer with these weights, and a vocabulary of {vocab_size} is not GPT-2's"
+        raise InputError(f"{path}: {problem}; pass the tokenizer, or save it as {saved}")
     vocabulary: Any = None  # in the files of Hugging Face's tokenizer
     if (folder / "vocab.json").is_file():
         vocabulary = read_json(folder / "vocab.json")
@@ -295,7 +289,7 @@ def read_checkpoint(
         if param_dtype is not None:
             shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, param_dtype), shapes)
         return cfg, load_params(checkpoint.parent, step, shapes, sharding), metadata
-    params = _with_frozen(folder, load_params(checkpoint.parent, step, shapes), cfg, metadata)
+    params = whole_params(load_params(checkpoint.parent, step, shapes), read_frozen(folder, metadata))
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, param_dtype), params)
     return cfg, params if sharding is None else jax.device_put(params, sharding), metadata
 
@@ -319,22 +313,6 @@ def read_frozen(folder: Path, metadata: dict[str, Any]) -> Params:
     """Read the parameters that a run does not train, as NumPy arrays; ``metadata`` are those of its checkpoint."""
     file = folder / FROZEN
     params = read_tree(file)
-    if metadata.get("frozen_sha256") not in (None, tree_fingerprint(file)):
+    if metadata.get("frozen_sha256") != tree_fingerprint(file):
         raise InputError(f"{file}: is not what this run was trained with; restore it")
-    return params
-
-
-def _with_frozen(folder: Path, trained: Params, cfg: GPTConfig, metadata: dict[str, Any]) -> Params:
-    """Return the whole model: the trained parameters merged with the frozen ones."""
-    file, frozen = folder / FROZEN, read_frozen(folder, metadata)
-    try:
-        params = whole_params(trained, frozen)
-        found = {path: leaf.shape for path, leaf in flatten_dict(params, sep="/").items()}
-    except (KeyError, TypeError, ValueError):
-        raise InputError(f"{file}: does not belong to the run's checkpoints; restore it") from None
-    for path, leaf in flatten_dict(param_shapes(cfg), sep="/").items():
-        if found.get(path) != leaf.shape and not (path == HEAD and is_classifier(metadata)):
-            raise InputError(
-                f"{file}: with it {path} has the shape {found.get(path)}, expected {leaf.shape}; restore it"
-            )
     return params

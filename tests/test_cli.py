@@ -75,7 +75,7 @@ def test_a_run_leaves_what_the_manual_promises(trained):
 
 def test_it_prints_what_was_written_and_what_to_try_next(trained):
     out = Path("printed.txt").read_text()
-    for text in ("tok_emb/embedding", "a step takes", "validation loss", "metrics.jsonl"):
+    for text in ("tok_emb/embedding", "a step needs", "validation loss", "metrics.jsonl"):
         assert text in out
     commands = re.findall(r"^  (slm-jax .*)$", out, re.M)
     assert len(commands) == 3

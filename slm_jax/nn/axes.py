@@ -19,17 +19,11 @@ ADAPTER = "_adapter"  # what a LoRA adapter's subtree adds to the name of the ma
 
 
 class Axes(NamedTuple):
-    """The named axes of one parameter, in the order of its shape: ``stack``, then ``inputs``, then ``outputs``.
+    """The named axes of one parameter, in the order of its shape."""
 
-    Attributes:
-        stack: ``("layers",)`` inside the stack of blocks, else empty.
-        inputs: axes that the parameter is multiplied along, or looked up in; empty for a bias or a scale.
-        outputs: axes of the result.
-    """
-
-    stack: tuple[str, ...]
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
+    stack: tuple[str, ...]  # ("layers",) inside the stack of blocks, else empty
+    inputs: tuple[str, ...]  # it is multiplied along these, or looked up in them; empty for a bias or a scale
+    outputs: tuple[str, ...]  # axes of the result
 
     @property
     def names(self) -> tuple[str, ...]:

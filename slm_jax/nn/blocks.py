@@ -42,11 +42,7 @@ def split_blocks(params: Params, *cuts: int) -> Params:
 def unstack_blocks(params: Params) -> Params:
     """Give each block arrays of its own: the fastest form for generation, which would slice the stack for every token.
 
-    Args:
-        params: a params tree, its blocks stacked, in segments or already apart.
-
-    Returns:
-        The same values with ``blocks_0``, ``blocks_1`` … for ``blocks``; each leaf in them keeps a first axis, of 1.
+    The result has ``blocks_0``, ``blocks_1`` … for ``blocks``; each leaf in them keeps a first axis, of 1.
     """
     if STACK not in params and set(segment_lengths(params).values()) == {1}:
         return params

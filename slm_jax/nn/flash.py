@@ -16,12 +16,7 @@ _LARGEST_BLOCK = 512
 
 
 def flash_obstacle(dtype: Any, platform: str) -> str | None:
-    """Return why :func:`flash_attention` cannot be used; None if it can.
-
-    Args:
-        dtype: of queries, keys and values.
-        platform: JAX's name of the platform that is compiled for, such as ``tpu``.
-    """
+    """Return why :func:`flash_attention` cannot be used for a dtype on one of JAX's platforms; None if it can."""
     if platform != "tpu":
         return f"it needs a TPU, and this is {platform}"
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
@@ -61,12 +56,7 @@ def flash_attention(
     )
 
 
-def _on_one_device(
-    q: Float[Array, "batch seq heads head_dim"],
-    k: Float[Array, "batch seq heads head_dim"],
-    v: Float[Array, "batch seq heads head_dim"],
-    segment_ids: Int[Array, "batch seq"] | None,
-) -> Float[Array, "batch seq heads head_dim"]:
+def _on_one_device(q: Array, k: Array, v: Array, segment_ids: Array | None) -> Array:
     from jax.experimental.pallas.ops.tpu import splash_attention as splash  # takes half a second to import
 
     seq, heads, head_dim = q.shape[1:]

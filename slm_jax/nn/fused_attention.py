@@ -1,6 +1,6 @@
 """Multi-head attention as GPTModel uses it: step 5 of :mod:`slm_jax.attention` on the machine's fastest kernel."""
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -36,14 +36,9 @@ class FusedMultiHeadAttention(nn.Module):
 
     Attributes:
         emb_dim: width of input and output; divisible by n_heads.
-        n_heads: number of heads.
         drop_rate: dropout on the attention weights, from the 'dropout' rng with `deterministic=False`.
-        qkv_bias: whether the query, key and value projections have a bias.
-        out_bias: whether the output projection has a bias.
         dtype: dtype of the computation; None: that of inputs and params.
-        param_dtype: dtype of the params.
         kernel_init: initialiser of the query, key and value kernels, each seen as (emb_dim, n_heads · head_dim).
-        out_kernel_init: initialiser of the output projection.
         implementation: see `choose_implementation`.
     """
 
@@ -189,7 +184,7 @@ def choose_implementation(
     "explicit" forms the weights, so "auto" and "xla" fall back to it if there is dropout or the weights are returned.
 
     Args:
-        requested: "auto", "xla", "cudnn", "flash" or "explicit".
+        requested: an :data:`Implementation`.
         dtype: dtype of queries, keys and values.
         head_dim: width of one head.
         needs_weights: whether the weights must exist: dropout is active, or they are returned.
@@ -221,9 +216,8 @@ def choose_implementation(
     if requested == "auto":
         return "explicit" if platform == "cpu" else "xla"
     if requested != "xla":
-        raise InputError(
-            f"attention implementation is {requested!r}; expected 'auto', 'xla', 'cudnn', 'flash' or 'explicit'"
-        )
+        names = ", ".join(map(repr, get_args(Implementation)))
+        raise InputError(f"attention implementation is {requested!r}; expected one of {names}")
     if platform == "cpu" and dtype == jnp.float16:
         raise InputError("attention implementation 'xla' has no float16 on a CPU; expected 'auto' or another dtype")
     return "xla"

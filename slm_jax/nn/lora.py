@@ -65,15 +65,13 @@ def find_targets(params: Params, patterns: tuple[str, ...]) -> list[str]:
 def init_adapters(
     key: jax.Array, params: Params, targets: tuple[str, ...], *, rank: int, alpha: float, drop_rate: float = 0.0
 ) -> Params:
-    """Make new adapters: A uniform within ±1/√in, B zero, in the matrices' dtype; and their constants.
+    """Make new adapters: A uniform within ±1/√in, from the key, B zero, in the matrices' dtype; and their constants.
 
     Args:
-        key: random key for A.
         params: the model's parameters, arrays or shapes, the blocks in one stack.
         targets: patterns of the matrices that get an adapter (:func:`find_targets`).
-        rank: rank of the change.
         alpha: the change is multiplied by alpha / rank.
-        drop_rate: dropout on an adapter's input; 0 switches it off.
+        drop_rate: dropout on an adapter's input.
 
     Returns:
         The adapters alone; :func:`add_adapters` adds them to a params tree.
@@ -145,8 +143,6 @@ def add_adapters(params: Params, adapters: Params) -> Params:
         expected = _matrix_shape(target, flat[f"{place}/kernel"].shape)
         if found != expected or a[:-2] != b[:-2] or a[-1] != b[-2]:
             found, expected = ((*stack, n_in, n_out) for stack, n_in, n_out in (found, expected))
-            raise InputError(
-                f"the adapter of {target} is for a matrix {found}, and the model's is {expected}; "
-                "expected the model that it was trained on"
-            )
+            problem = f"the adapter of {target} is for a matrix {found}, and the model's is {expected}"
+            raise InputError(f"{problem}; expected the model that it was trained on")
     return unflatten_dict({**flat, **parts}, sep="/")

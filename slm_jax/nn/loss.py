@@ -120,13 +120,7 @@ def _piece(
 
 
 def n_pieces(rows: int, seq: int, vocab_size: int) -> int:
-    """Return how many pieces sequences are cut into for the loss: one, or a power of two, or single tokens.
-
-    Args:
-        rows: sequences on one device.
-        seq: tokens of a row.
-        vocab_size: columns of the logits.
-    """
+    """Return how many pieces ``rows`` sequences of a device are cut into: one, or a power of two, or single tokens."""
     pieces = 4 * rows * seq * vocab_size / PIECE_BYTES
     return 1 if pieces <= 1 else min(seq, 2 ** math.ceil(math.log2(pieces)))
 

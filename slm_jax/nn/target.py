@@ -7,15 +7,10 @@ import jax
 
 
 class Target(NamedTuple):
-    """A kind of device.
+    """A kind of device."""
 
-    Attributes:
-        platform: JAX's name: ``cpu``, ``gpu`` (also ``cuda``) or ``tpu``.
-        capability: NVIDIA's compute capability, such as 7.5 (T4) or 9.0 (H100); None on anything else.
-    """
-
-    platform: str
-    capability: float | None = None
+    platform: str  # JAX's name: cpu, gpu (also cuda) or tpu
+    capability: float | None = None  # NVIDIA's compute capability, such as 7.5 (T4) or 9.0 (H100)
 
 
 # JAX's own kind of context: its value is a part of every cache of traced functions, so that nothing which was traced
@@ -34,10 +29,8 @@ def target() -> Target:
 def compiling_for(platform: str, capability: float | None = None) -> AbstractContextManager[None]:
     """Within the context, trace programs for another kind of device; this machine needs none of that kind.
 
-    Such a program is for ``jax.jit(f).trace(...).lower(lowering_platforms=(platform,))``, not to be run here.
-
-    Args:
-        platform, capability: see :class:`Target`; a GPU without a capability counts as one that is not NVIDIA's.
+    Such a program is for ``jax.jit(f).trace(...).lower(lowering_platforms=(platform,))``, not to be run here. A GPU
+    without a capability counts as one that is not NVIDIA's.
     """
     return _named(Target(platform, capability))
 

@@ -23,11 +23,11 @@ _EXECUTION = ("drop_rate", "remat", "attention", "unroll")  # what a run may cha
 
 
 class Base(NamedTuple):
-    """What a run starts from; ``params`` is None for a new model, or a run that resumes from its checkpoint."""
+    """What a run starts from."""
 
     model_config: GPTConfig
     tokenizer: Tokenizer
-    params: Params | None
+    params: Params | None = None  # None: of a new model, or of a run that resumes from its checkpoint
 
 
 def find_base(config: BaseRunConfig, start: Start) -> Base | None:
@@ -38,7 +38,7 @@ def find_base(config: BaseRunConfig, start: Start) -> Base | None:
         tokenizer = tokenizer_from_dict(start.metadata["tokenizer"])
         if config.base is None:  # the configuration has the whole shape, and is compared with the run's
             return new_base(config, tokenizer)
-        return Base(as_configured(GPTConfig(**start.metadata["model"]), config), tokenizer, None)
+        return Base(as_configured(GPTConfig(**start.metadata["model"]), config), tokenizer)
     if config.base is None:
         return None
     kind, path = config.tokenizer.kind, config.tokenizer.path
@@ -53,16 +53,13 @@ def find_base(config: BaseRunConfig, start: Start) -> Base | None:
     own = loaded.tokenizer
     # The default kind, bpe, requests nothing.
     if kind not in ("bpe", own.to_dict()["kind"]) if wanted is None else fingerprint(own) != fingerprint(wanted):
-        raise InputError(
-            f"base {config.base} was trained with another tokenizer than the one requested; leave tokenizer.kind and "
-            "tokenizer.path out, or use another base"
-        )
+        raise InputError(f"base {config.base} has another tokenizer; leave tokenizer.kind and tokenizer.path out")
     return Base(as_configured(loaded.model_config, config), own, loaded.params)
 
 
 def new_base(config: BaseRunConfig, tokenizer: Tokenizer) -> Base:
     """Return the base of a new model."""
-    return Base(config.gpt_config(tokenizer.vocab_size, run_dtype(config)), tokenizer, None)
+    return Base(config.gpt_config(tokenizer.vocab_size, run_dtype(config)), tokenizer)
 
 
 def prepare_params(config: BaseRunConfig, start: Start, base: Base, init: Callable[[jax.Array], Params]) -> Parameters:
@@ -89,7 +86,6 @@ def prepare_params(config: BaseRunConfig, start: Start, base: Base, init: Callab
 
 
 def _base_opt_state(config: BaseRunConfig, trainable: Params) -> Any:
-    """Return the optimizer state of the base, if ``base_optimizer`` requests it."""
     if not config.base_optimizer:
         return None
     checkpoint = find_checkpoint(config.base or "")
@@ -97,19 +93,16 @@ def _base_opt_state(config: BaseRunConfig, trainable: Params) -> Any:
         raise InputError(f"base_optimizer is true and base {config.base} is no run; leave base_optimizer out")
     checkpoints, step = checkpoint[0] / "checkpoints", checkpoint[1]
     if config.trainable == "lora" or read_metadata(checkpoints, step).get("leaves") != leaf_table(trainable):
-        raise InputError(
-            f"base_optimizer is true and {config.base} trained other parameters than trainable: {config.trainable} "
-            "does here; leave base_optimizer out"
-        )
+        trained = f"{config.base} trained other parameters"
+        raise InputError(f"base_optimizer is true, but {trained}; expected the same trainable")
     return load_opt_state(checkpoints, step, jax.eval_shape(make_optimizer(config.optimizer).init, trainable))
 
 
 def count_steps(config: BaseRunConfig, n_rows: float) -> int:
     """Return the number of steps: ``train.steps`` or ``train.epochs`` over ``n_rows`` rows, whichever is less."""
-    limits = [config.train.steps] if config.train.steps is not None else []
-    if config.train.epochs is not None:
-        limits.append(math.ceil(config.train.epochs * n_rows / config.train.batch_size))
-    return min(limits)
+    train = config.train
+    epochs = None if train.epochs is None else math.ceil(train.epochs * n_rows / train.batch_size)
+    return min(limit for limit in (train.steps, epochs) if limit is not None)
 
 
 def run_dtype(config: BaseRunConfig) -> DType:

@@ -11,16 +11,9 @@ from typing import Any, ClassVar
 
 import jax
 
+from slm_jax.data import instructions
 from slm_jax.data.corpus import make_tokenizer
-from slm_jax.data.instructions import (
-    Example,
-    Tokens,
-    encode_examples,
-    instruction_batches,
-    instruction_eval_batches,
-    load_instructions,
-    pack,
-)
+from slm_jax.data.instructions import Example, Tokens
 from slm_jax.data.templates import Message, Template, format_prompt, load_template
 from slm_jax.data.windows import bucket_width
 from slm_jax.errors import InputError, MissingInputError
@@ -63,7 +56,7 @@ class Instruction(Task):
     def build(cls, config: RunConfig, start: Start, stop: Callable[[], None] = lambda: None) -> "Instruction":
         section, train = config.instruction, config.train
         template = _template(section.template, start)
-        splits = load_instructions(config.data, section, config.seed)
+        splits = instructions.load_instructions(config.data, section, config.seed)
         stop()
         texts = [
             ["".join(text for text, _ in template.pieces(example.messages)) for example in examples]
@@ -75,7 +68,7 @@ class Instruction(Task):
         longest, notes = row_length(section.max_length, "instruction.max_length", cfg), list(splits.notes)
         encoded: dict[str, list[Tokens]] = {}
         for name in ("train", "validation", "test"):
-            encoded[name], own_notes = encode_examples(
+            encoded[name], own_notes = instructions.encode_examples(
                 getattr(splits, name),
                 tokenizer,
                 template,
@@ -88,7 +81,8 @@ class Instruction(Task):
         rows = {name: [[example] for example in tokens] for name, tokens in encoded.items()}
         width = bucket_width(max(t.n_inputs for tokens in encoded.values() for t in tokens), longest)
         if section.packing:
-            rows, width = {name: pack(tokens, longest, config.seed) for name, tokens in encoded.items()}, longest
+            width = longest
+            rows = {name: instructions.pack(tokens, longest, config.seed) for name, tokens in encoded.items()}
             notes.append(f"packed {len(encoded['train']):,} training examples into {len(rows['train']):,} rows")
         shape: dict[str, Any] = {"limit": longest, "bucketed": not section.packing, "packed": section.packing}
         eval_rows = train.eval_batch_size or train.batch_size
@@ -108,9 +102,13 @@ class Instruction(Task):
             stop=stop,
             model_config=cfg,
             params=prepare_params(config, start, base, functools.partial(init_params, cfg)),
-            train_batches=instruction_batches(rows["train"], batch_size=train.batch_size, seed=config.seed, **shape),
+            train_batches=instructions.instruction_batches(
+                rows["train"], batch_size=train.batch_size, seed=config.seed, **shape
+            ),
             evaluation_batches={
-                name: functools.partial(instruction_eval_batches, rows[name], batch_size=eval_rows, **shape)
+                name: functools.partial(
+                    instructions.instruction_eval_batches, rows[name], batch_size=eval_rows, **shape
+                )
                 for name in ("validation", "test")
             },
             longest=width,
@@ -132,7 +130,7 @@ class Instruction(Task):
     @classmethod
     def check_data(cls, config: RunConfig) -> None:
         load_template(config.instruction.template)
-        load_instructions(config.data, config.instruction, config.seed)
+        instructions.load_instructions(config.data, config.instruction, config.seed)
 
     @property
     def loss_fn(self) -> LossFn:
@@ -190,10 +188,8 @@ def _template(name: str, start: Start) -> Template:
     except MissingInputError:
         return saved
     if wanted != saved:
-        raise InputError(
-            f"{start.folder.path} holds another run: instruction.template {name} has changed; change it back, or use "
-            "another --run NAME"
-        )
+        problem = f"{start.folder.path} holds another run: instruction.template {name} has changed"
+        raise InputError(f"{problem}; change it back, or use another --run NAME")
     return saved
 
 
@@ -219,8 +215,8 @@ def _fingerprint(encoded: dict[str, list[Tokens]]) -> str:
     digest = hashlib.sha256()
     for name, examples in encoded.items():
         digest.update(f"{name} {len(examples)}".encode())
-        for ids, counts in ((tokens.ids, tokens.counts) for tokens in examples):
-            digest.update(f" {len(ids)} ".encode() + ids.astype("<u4").tobytes() + counts.tobytes())
+        for one in examples:
+            digest.update(f" {len(one.ids)} ".encode() + one.ids.astype("<u4").tobytes() + one.counts.tobytes())
     return digest.hexdigest()
 
 

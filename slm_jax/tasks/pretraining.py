@@ -69,16 +69,9 @@ class Pretraining(Task):
 
     def sample(self, params: Params, key: jax.Array) -> str:
         section, eot_id, prompt = self.config.sample, self.tokenizer.eot_id, self._prompt_ids()
-        ids = generate(
-            self.model,
-            params,
-            jnp.array([prompt]),
-            max_new_tokens=section.max_new_tokens,
-            temperature=section.temperature,
-            top_k=section.top_k,
-            eos_id=eot_id,
-            key=key,
-        )[0].tolist()
+        sampling: dict[str, Any] = {"temperature": section.temperature, "top_k": section.top_k, "key": key}
+        sampling |= {"max_new_tokens": section.max_new_tokens, "eos_id": eot_id}
+        ids = generate(self.model, params, jnp.array([prompt]), **sampling)[0].tolist()
         if eot_id in ids[len(prompt) :]:
             ids = ids[: ids.index(eot_id, len(prompt))]
         return self.tokenizer.decode(ids)
@@ -99,11 +92,8 @@ class Pretraining(Task):
             ids = self.tokenizer.encode(self.prompt) or [self.tokenizer.eot_id]
         except InputError as error:
             raise InputError(f"sample.prompt: {error}") from None
-        if len(ids) > self.model_config.context_length:
-            raise InputError(
-                f"sample.prompt has {len(ids)} tokens; expected at most the context of "
-                f"{self.model_config.context_length}"
-            )
+        if len(ids) > (context := self.model_config.context_length):
+            raise InputError(f"sample.prompt has {len(ids)} tokens; expected at most the context of {context}")
         return ids
 
 
@@ -113,11 +103,9 @@ def _windows(config: RunConfig, corpus: Corpus, context: int) -> dict[str, Any]:
     cut: dict[str, Any] = {"context_length": context, "sampling": data.sampling, "stride": data.stride}
     batches = windows.train_batches(corpus.train, batch_size=batch_size, shuffle=data.shuffle, seed=config.seed, **cut)
     windows.check_window(corpus.validation.size, context, "validation")
+    eval_rows = config.train.eval_batch_size or batch_size
     validation = functools.partial(
-        windows.validation_batches,
-        corpus.validation,
-        context_length=context,
-        batch_size=config.train.eval_batch_size or batch_size,
+        windows.validation_batches, corpus.validation, context_length=context, batch_size=eval_rows
     )
     rows_per_epoch = batch_size * windows.steps_per_epoch(corpus.train.size, batch_size=batch_size, **cut)
     return {

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from slm_jax.errors import InputError, MissingInputError
+from slm_jax.errors import InputError
 from slm_jax.files import replace_text, sha256
 from slm_jax.model import Params
 from slm_jax.training.progress import format_bytes
@@ -34,12 +34,11 @@ FORMAT = 2  # of the params tree and the metadata; 1 had query, key and value in
 class Checkpoints:
     """The checkpoints of one run: the latest ``keep``, and the one with the lowest validation loss.
 
-    Use as a context manager; leaving it waits for the pending save. One save at a time runs in the background; an
-    error in it is raised by the next call. ``on_saved`` is called there with the step of each finished checkpoint, on
-    the first host only.
+    A context manager, which waits for the pending save. One save at a time runs in the background; an error in it is
+    raised by the next call. On the first host ``on_saved`` is called there after each finished checkpoint.
     """
 
-    def __init__(self, folder: Path, keep: int = 2, on_saved: Callable[[int], None] = lambda step: None):
+    def __init__(self, folder: Path, keep: int = 2, on_saved: Callable[[], None] = lambda: None):
         policies = ocp.training.preservation_policies
         loss = operator.itemgetter("validation_loss")
         best = policies.BestN(get_metric_fn=loss, reverse=True, n=1, keep_checkpoints_without_metrics=False)
@@ -90,7 +89,7 @@ class Checkpoints:
         response.result()
         if jax.process_index() == 0:
             write_checksums(self.folder / str(step))
-            self._on_saved(step)
+            self._on_saved()
 
     def wait(self) -> None:
         """Wait for the save under way; raise the error that it met, if any."""
@@ -135,9 +134,8 @@ def read_metadata(folder: Path, step: int) -> dict[str, Any]:
     path = folder / str(step) / METADATA
     try:
         metadata = json.loads(path.read_text())["custom_metadata"]
-        loss = metadata["validation_loss"]
-        if isinstance(loss, bool) or not isinstance(loss, float | int | None):
-            raise TypeError(f"validation_loss is {loss!r}")
+        if type(loss := metadata["validation_loss"]) not in (float, int, type(None)):
+            raise TypeError(f"validation_loss is {loss!r:.40}")
         for key in ("config", "model", "tokenizer"):
             if not isinstance(metadata.get(key, {}), dict):
                 raise TypeError(f"{key} is {metadata[key]!r:.40}")
@@ -161,11 +159,7 @@ def load_params(folder: Path, step: int, like: Params, sharding: Any = None) -> 
 
     ``sharding`` is that of every leaf, or a tree of them; None: the first device.
     """
-    steps = saved_steps(folder)
-    if step not in steps:
-        there = ", ".join(map(str, steps)) or "none"
-        raise MissingInputError(f"{folder}: no checkpoint of step {step}; there are: {there}")
-    others = ", ".join(str(saved) for saved in steps if saved != step)
+    others = ", ".join(str(saved) for saved in saved_steps(folder) if saved != step)
     another = f"choose another step of {others}" if others else "no other step was saved"
     if damage := find_damage(folder / str(step)):
         raise InputError(f"{damage}; {another}")
@@ -199,18 +193,13 @@ def write_checksums(folder: Path) -> None:
     replace_text(folder / CHECKSUMS, json.dumps(sums, indent=1))
 
 
-def has_checksums(folder: Path) -> bool:
-    """Return whether a checkpoint has its checksums; not if the process was killed right after the commit."""
-    return (folder / CHECKSUMS).is_file()
-
-
 def find_damage(folder: Path) -> str | None:
     """Describe the first file of a checkpoint that is missing or changed; None if there is none.
 
-    A checkpoint without checksums is only checked for its main files.
+    Without checksums, as after a kill right after the commit, a checkpoint is only checked for its main files.
     """
     sums_file = folder / CHECKSUMS
-    if not has_checksums(folder):
+    if not sums_file.is_file():
         needed = [folder / item / name for item in ("params", "state") for name in ("_METADATA", "manifest.ocdbt")]
         return next((f"{path} is missing from the checkpoint" for path in needed if not path.is_file()), None)
     try:
@@ -239,8 +228,7 @@ def check_disk(run: RunFolder, state: TrainState, frozen: Params, keep: int) -> 
     missing = max(1, keep + 2 - len(saved_steps(run.checkpoints)))
     each = checkpoint_bytes(state)
     needed = each * missing + sum(leaf.nbytes for leaf in jax.tree.leaves(frozen))
-    free = shutil.disk_usage(run.path).free if run.writes else needed
-    if free < needed:
+    if run.writes and (free := shutil.disk_usage(run.path).free) < needed:
         raise InputError(
             f"{run.path}: {format_bytes(free)} free; checkpoints of {format_bytes(each)} need {format_bytes(needed)} "
             "more: free some, lower --checkpoint.keep or use another --runs_dir"

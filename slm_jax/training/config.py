@@ -87,6 +87,16 @@ class TrainConfig:
     log_every: Execution[Positive] = 10
     profile: Execution[str | None] = None
 
+    @property
+    def profile_steps(self) -> tuple[int, int] | None:
+        """The steps of ``profile``: 100:105 are the five from step 100 to step 105; an InputError for another form."""
+        if self.profile is None:
+            return None
+        match = re.fullmatch(r"(\d{1,18}):(\d{1,18})", self.profile)
+        if match is None or int(match[1]) >= int(match[2]):
+            raise InputError(f"train.profile is {self.profile!r}; expected FROM:TO, such as 100:105")
+        return int(match[1]), int(match[2])
+
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
@@ -267,12 +277,9 @@ class BaseRunConfig:
     def __post_init__(self) -> None:
         check(self)
         check_run_name(self.name)
-        if self.train.profile is not None:
-            parse_profile(self.train.profile)
-        train, mirror = self.train, self.checkpoint.mirror
-        accumulate = (
-            f"train.accumulate is {train.accumulate}; expected a divisor of train.batch_size {train.batch_size}"
-        )
+        train, mirror, rows = self.train, self.checkpoint.mirror, self.train.batch_size
+        _ = train.profile_steps  # refuses another form
+        accumulate = f"train.accumulate is {train.accumulate}; expected a divisor of train.batch_size {rows}"
         base = f"trainable is {self.trainable} and base is null; expected a base or --trainable all"
         for wrong, message in (
             (not self.mesh.data, "mesh.data is 0; expected -1 (all devices) or at least 1"),
@@ -311,14 +318,14 @@ class BaseRunConfig:
     @property
     def identity(self) -> dict[str, Any]:
         """What is trained on what, JSON-able: all keys but those marked as execution and those that are not read."""
+        # The section of a task has its name.
+        sections = {f.name for f in dataclasses.fields(self)} - {f.name for f in dataclasses.fields(BaseRunConfig)}
         used = {
             "lora.": self.trainable == "lora",
             "trainable_blocks": self.trainable == "last_n_blocks",
             "optimizer.muon_": self.optimizer.kind == "muon",
+            **{f"{section}.": section == self.task for section in sections},
         }
-        # The section of a task has its name.
-        shared = {field.name for field in dataclasses.fields(BaseRunConfig)}
-        used |= {f"{f.name}.": f.name == self.task for f in dataclasses.fields(self) if f.name not in shared}
         unused, execution = tuple(prefix for prefix in used if not used[prefix]), execution_keys(self)
         base = None if self.base is None else str(Path(self.base))  # "./runs/x" is "runs/x"
         return {
@@ -336,20 +343,10 @@ class BaseRunConfig:
         overrides = {k: v for k, v in section.items() if v is not None and k not in ("preset", "dtype")}
         if overrides.setdefault("vocab_size", vocab_size) < vocab_size:
             given = overrides["vocab_size"]
-            raise InputError(
-                f"model.vocab_size is {given}, but the tokenizer has {vocab_size} token ids; expected as many"
-            )
+            raise InputError(f"model.vocab_size is {given}; expected at least the tokenizer's {vocab_size} token ids")
         if overrides["vocab_size"] > vocab_size:
             overrides["unpadded_vocab_size"] = vocab_size
         return get_gpt_config(self.model.preset, dtype=dtype, **overrides)
-
-
-def parse_profile(steps: str) -> tuple[int, int]:
-    """Read ``100:105``: the five steps from step 100 to step 105; an InputError for anything else."""
-    match = re.fullmatch(r"(\d{1,18}):(\d{1,18})", steps)
-    if match is None or int(match[1]) >= int(match[2]):
-        raise InputError(f"train.profile is {steps!r}; expected FROM:TO, such as 100:105")
-    return int(match[1]), int(match[2])
 
 
 def check_run_name(name: str) -> None:

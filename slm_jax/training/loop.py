@@ -4,11 +4,11 @@ Everything it does is a function of (configuration, seed, step), so that a run t
 for bit. The loop dispatches the next step to the device before it reads the numbers of the last one.
 """
 
-import contextlib
 import dataclasses
 import functools
 import json
 import time
+from contextlib import ExitStack, closing
 from typing import Any
 
 import grain
@@ -27,7 +27,7 @@ from slm_jax.training.loggers import check_loggers, open_loggers
 from slm_jax.training.process import Interrupted, StopRequest
 from slm_jax.training.program import Program, abstract_state, compile_program, first_state
 from slm_jax.training.progress import ProgressLine, count_leaves, format_bytes, format_duration, parameter_table
-from slm_jax.training.record import PLOT_INTERVAL, RunRecord, StepProfile
+from slm_jax.training.record import PLOT_INTERVAL, RunLog, StepProfile
 from slm_jax.training.resume import Mirror, Start, check_identity, mirror_folder
 from slm_jax.training.run_folder import BEFORE, FROZEN
 from slm_jax.training.sharding import check_batch_size, host_rows, make_mesh, put_batch, put_params
@@ -45,11 +45,11 @@ def train(config: BaseRunConfig, task: Task, start: Start, stop: StopRequest, co
         Interrupted: a signal came; the state of that moment was saved.
         TrainingDiverged: several steps in a row without finite gradients.
     """
-    folder, total = start.folder, task.total_steps
+    folder, total, keep = start.folder, task.total_steps, config.checkpoint.keep
     progress = ProgressLine(console, total, start.first_step)
     if start.step is not None:
         check_identity(folder, start.metadata["identity"], task.identity)
-    mirror = Mirror(folder, mirror_folder(config) if folder.writes else None, config.checkpoint.keep, progress.note)
+    mirror = Mirror(folder, mirror_folder(config) if folder.writes else None, keep, progress.note)
     if (summary := start.finished(total)) is not None:
         more = "raise --train.steps or --train.epochs to train longer, or use another --run NAME"
         progress.note(f"{folder.path} has done its {start.step:,} steps: {more}")
@@ -61,22 +61,21 @@ def train(config: BaseRunConfig, task: Task, start: Start, stop: StopRequest, co
     check_loggers(config.logging)
     state_shapes = abstract_state(config, task, mesh)
     folder.create()
-    check_disk(folder, state_shapes, task.params.frozen if start.step is None else {}, config.checkpoint.keep)
-    with contextlib.ExitStack() as stack:
+    check_disk(folder, state_shapes, task.params.frozen if start.step is None else {}, keep)
+    with ExitStack() as stack:
         stack.enter_context(start.lock())
         stack.enter_context(jax.set_mesh(mesh))  # named for kernels that the compiler cannot divide among devices
         stack.callback(functools.partial(mirror.update, last=True))
         loggers = open_loggers(config, folder.path, start.last_kept) if folder.writes else []
-        record = stack.enter_context(RunRecord(task, folder, progress, mesh.size, start.last_kept, loggers))
+        for logger in loggers:
+            stack.callback(logger.close)
+        log = RunLog(task, folder, progress, mesh.size, start.last_kept, loggers)
         metadata = _describe(task, start, progress, state_shapes)
         program = _compile(task, start, stop, progress, mesh)
         frozen = put_params(mesh, task.params.passed)
-        with (
-            Checkpoints(folder.checkpoints, config.checkpoint.keep, lambda _: mirror.update()) as checkpoints,
-            StepProfile(config.train.profile if folder.writes else None, folder.path, progress.note) as profile,
-            progress,
-        ):
-            run = Session(task, program, frozen, record, checkpoints, _batches(task, start), profile, stop, metadata)
+        profile = StepProfile(config.train.profile_steps if folder.writes else None, folder.path, progress.note)
+        with Checkpoints(folder.checkpoints, keep, mirror.update) as checkpoints, closing(profile), progress:
+            run = Session(task, program, frozen, log, checkpoints, _batches(task, start), profile, metadata)
             if start.step is None:
                 state = first_state(config, task.params, program)
             else:
@@ -89,7 +88,7 @@ def train(config: BaseRunConfig, task: Task, start: Start, stop: StopRequest, co
                 for step in range(start.first_step + 1, total + 1):
                     batch = task.make_batch(next(run.batches), run.params(state.trainable), step)
                     state, metrics = program.train_step(state, frozen, put_batch(mesh, batch))
-                    record.step(step, metrics)  # reads the step before, while the device computes this one
+                    log.step(step, metrics)  # reads the step before, while the device computes this one
                     if stop.agreed(step):
                         raise Interrupted(stop.signum or 15)
                     run.hooks(state, step)
@@ -106,11 +105,10 @@ class Session:
     task: Task
     program: Program
     frozen: Params
-    record: RunRecord
+    log: RunLog
     checkpoints: Checkpoints
     batches: grain.DatasetIterator
     profile: StepProfile
-    stop: StopRequest
     metadata: dict[str, Any]
 
     def hooks(self, state: TrainState, step: int) -> None:
@@ -125,63 +123,62 @@ class Session:
         self.profile.at(step, functools.partial(jax.block_until_ready, state))
         due = [hook for every, hook in cadence if every and (step % every == 0 or step == self.task.total_steps)]
         if due:
-            self.record.flush()
+            self.log.flush()
             for hook in due:
+                self.program.stop()
                 hook(state, step)
-            self.record.draw(at_least_every=PLOT_INTERVAL)
-            self.record.start_lap(step)
+            self.log.draw(at_least_every=PLOT_INTERVAL)
+            self.log.start_lap(step)
 
     def evaluate(self, state: TrainState, step: int) -> None:
         """Evaluate the validation split; save the best state so far."""
-        if step not in self.record.validation:
+        if step not in self.log.validation:
             sums = self.program.evaluate(state.trainable, self.frozen, self.task.validation_batches())
-            if self.record.evaluation(step, sums):
+            if self.log.evaluation(step, sums):
                 self._save(state, step)
 
     def sample(self, state: TrainState, step: int) -> None:
         """Sample a text; before the first step only from a model that has a base."""
-        if step not in self.record.sampled and (step or self.task.config.base):
+        if step not in self.log.sampled and (step or self.task.config.base):
             key = purpose_key(self.task.config.seed, "sampling", step)
             if (text := self.task.sample(self.params(state.trainable), key)) is not None:
-                self.record.sample(step, text)
+                self.log.sample(step, text)
 
     def save(self, state: TrainState, step: int) -> None:
         """Save a checkpoint in the background."""
-        self.stop.check()
         if step not in self.checkpoints.saved_steps():
             self._save(state, step)
 
     def save_and_stop(self, state: TrainState) -> None:
         """Save the state at which a signal stopped the run."""
-        self.record.flush()
-        if (step := int(state.step)) not in self.checkpoints.saved_steps():
-            self._save(state, step)
+        self.log.flush()
+        self.save(state, step := int(state.step))
         self.checkpoints.wait()
-        self.record.draw()
-        self.record.progress.note(f"stopped at step {step:,}; the same command resumes there")
+        self.log.draw()
+        self.log.progress.note(f"stopped at step {step:,}; the same command resumes there")
 
     def finish(self) -> dict[str, Any]:
         """Measure the best checkpoint, which is what loading the run gives; write ``summary.json``, print the end."""
-        self.record.draw()
-        folder, shapes = self.record.folder, self.program.state.trainable
+        self.log.draw()
+        folder, shapes = self.log.folder, self.program.state.trainable
         trained, whole = _count(self.task, shapes)
         counts = {"parameters": whole, "trained_parameters": trained}
-        summary = {**self.record.summary(), "environment": self.metadata["environment"], **counts}
+        summary = {**self.log.summary(), "environment": self.metadata["environment"], **counts}
         step = best_step(folder.checkpoints)
         if self.task.measures and step is not None:
             best = load_params(folder.checkpoints, step, shapes, jax.tree.map(lambda leaf: leaf.sharding, shapes))
             after = self.measure(best, "after")
-            self.record.test(step, {name: n for name, n in after["test"].items() if isinstance(n, int | float)})
+            self.log.test(step, {name: n for name, n in after["test"].items() if isinstance(n, int | float)})
             summary |= {"before": folder.read_json(BEFORE), "after": after}
         if folder.writes:
             folder.write_text("summary.json", json.dumps(summary, indent=1) + "\n")
-            self.record.print_end(summary)
+            self.log.print_end(summary)
         return summary
 
     def measure(self, trainable: Params, moment: Moment) -> dict[str, Any]:
         """Measure what the task measures before and after training."""
         evaluate = functools.partial(self.program.evaluate, trainable, self.frozen)
-        path = self.record.folder.path if self.record.folder.writes else None
+        path = self.log.folder.path if self.log.folder.writes else None
         return self.task.measure(self.params(trainable), evaluate, moment, path)
 
     def params(self, trainable: Params) -> Params:
@@ -190,7 +187,7 @@ class Session:
 
     def _save(self, state: TrainState, step: int) -> None:
         data = self.batches.get_state()
-        self.checkpoints.save(state, {**self.metadata, "data": data}, self.record.validation.get(step))
+        self.checkpoints.save(state, {**self.metadata, "data": data}, self.log.validation.get(step))
 
 
 def _describe(task: Task, start: Start, progress: ProgressLine, state: TrainState) -> dict[str, Any]:
@@ -238,7 +235,7 @@ def _compile(task: Task, start: Start, stop: StopRequest, progress: ProgressLine
     needed, there = program.wait(), device_memory()
     progress.note(
         f"compiled for {mesh.size} × {jax.devices()[0].device_kind} in {format_duration(time.monotonic() - began)}: "
-        f"a step takes {format_bytes(needed)} a device" + (f" of {format_bytes(there)}" if there else "")
+        f"a step needs {format_bytes(needed)} per device" + (f" ({format_bytes(there)} available)" if there else "")
     )
     stop.check()
     return program

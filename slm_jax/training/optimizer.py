@@ -30,9 +30,8 @@ def make_schedule(cfg: OptimizerConfig, total_steps: int) -> optax.Schedule:
     elif cfg.schedule == "wsd":
         decay = max(1, total_steps // 10) if cfg.decay_steps is None else cfg.decay_steps
         if warmup + decay > total_steps:
-            raise InputError(
-                f"optimizer.warmup_steps {warmup} and the decay of {decay} steps are more than the run's {total_steps}"
-            )
+            steps = f"optimizer.warmup_steps {warmup} and the decay of {decay} steps"
+            raise InputError(f"{steps} are more than the run's {total_steps}; expected at most that")
         fall = optax.linear_schedule(peak, final, decay)
         course = optax.join_schedules([optax.constant_schedule(peak), fall], [total_steps - warmup - decay])
     else:

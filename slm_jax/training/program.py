@@ -76,10 +76,8 @@ class Program:
         """Wait for both steps; return the bytes of a device that the larger one takes (0: unknown); refuse too many."""
         needed, there = max(device_bytes(step.result()) for step in self.compiling), device_memory()
         if there is not None and needed > there:
-            raise InputError(
-                f"a training step needs {format_bytes(needed)} on each device, which has {format_bytes(there)}; "
-                f"{SAVE_MEMORY}"
-            )
+            problem = f"a training step needs {format_bytes(needed)} on each device, which has {format_bytes(there)}"
+            raise InputError(f"{problem}; {SAVE_MEMORY}")
         return needed
 
     def evaluate(self, trainable: Params, frozen: Params, batches: Iterable[Batch]) -> EvaluationSums:

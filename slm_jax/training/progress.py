@@ -86,9 +86,11 @@ def format_bytes(n_bytes: float) -> str:
 
 def parameter_table(params: Any) -> Table:
     """Return a table with the shape and count of each leaf of nested dicts of arrays or shapes."""
+    from flax.traverse_util import flatten_dict  # here, as data are prepared without Flax
+
     table = Table("name", "shape", Column("count", justify="right"), title="parameters", title_justify="left")
     table.pad_edge = False
-    for name, leaf in _leaves(params):
+    for name, leaf in flatten_dict(params, sep="/").items():
         table.add_row(name, " × ".join(map(str, leaf.shape)), f"{math.prod(leaf.shape):,}")
     table.add_section()
     table.add_row("all", "", f"{count_leaves(params):,}")
@@ -98,9 +100,3 @@ def parameter_table(params: Any) -> Table:
 def count_leaves(params: Any) -> int:
     """Return the number of parameters in a tree of arrays or shapes."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
-
-
-def _leaves(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    if not isinstance(tree, dict):
-        return [(prefix.rstrip("/"), tree)]
-    return [leaf for name, value in tree.items() for leaf in _leaves(value, f"{prefix}{name}/")]

@@ -12,7 +12,6 @@ import numpy as np
 
 from slm_jax.files import write_png
 from slm_jax.training import hardware
-from slm_jax.training.config import parse_profile
 from slm_jax.training.loggers import Logger
 from slm_jax.training.progress import ProgressLine, format_duration
 from slm_jax.training.run_folder import FROZEN, RunFolder
@@ -44,14 +43,10 @@ class TrainingDiverged(RuntimeError):
     """Loss or gradients were not finite for several steps in a row."""
 
 
-class RunRecord:
-    """Records a run; a resumed run's log is first cut back to ``last_kept``, the step that it resumes from (-1: new).
+class RunLog:
+    """Logs a run; a resumed run's log is first cut back to ``last_kept``, the step that it resumes from (-1: new).
 
-    Use as a context manager, which closes the loggers.
-
-    Attributes:
-        validation: validation loss by step; infinite where it was not a number.
-        sampled: steps that have a sample.
+    ``validation`` is the validation loss by step, infinite where it was not a number; ``sampled`` steps have a sample.
     """
 
     def __init__(
@@ -63,8 +58,7 @@ class RunRecord:
         last_kept: int = -1,
         loggers: Sequence[Logger] = (),
     ):
-        self.folder, self.progress = folder, progress
-        self._task, self._loggers = task, loggers
+        self.folder, self.progress, self._task, self._loggers = folder, progress, task, loggers
         # The formula of the FLOPs holds for a whole language model's step.
         whole = task.unit == "token" and not task.params.frozen
         peak = hardware.peak_flops(task.model_config.dtype) if whole else None
@@ -81,13 +75,6 @@ class RunRecord:
         self._seconds_before = max((row.get("seconds", 0.0) for row in past), default=0.0)
         self.validation = {row["step"]: _or_infinite(row["loss"]) for row in past if row["split"] == "val"}
         self.sampled = {step for step, _ in folder.samples() if step <= last_kept}
-
-    def __enter__(self) -> "RunRecord":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for logger in self._loggers:
-            logger.close()
 
     def start_lap(self, step: int) -> None:
         """Restart the clock of the speed, after a pause for evaluation or saving."""
@@ -246,18 +233,11 @@ def _or_infinite(loss: float | None) -> float:
 
 
 class StepProfile:
-    """Profiles the steps FROM:TO (None: none), once, into ``profile`` of a run's folder; a context manager."""
+    """Profiles steps from one to another (None: none), once, into ``profile`` of a run's folder."""
 
-    def __init__(self, steps: str | None, folder: Path, note: Callable[[str], None]):
-        self._steps = None if steps is None else parse_profile(steps)
-        self._folder, self._note = folder / "profile", note
+    def __init__(self, steps: tuple[int, int] | None, folder: Path, note: Callable[[str], None]):
+        self._steps, self._folder, self._note = steps, folder / "profile", note
         self._running = self._begun = False
-
-    def __enter__(self) -> "StepProfile":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.end()
 
     def at(self, step: int, wait: Callable[[], None]) -> None:
         """Start or stop at this step; ``wait`` returns once the devices have done all steps up to it."""
@@ -270,9 +250,9 @@ class StepProfile:
             self._running = self._begun = True
         elif step == end and self._running:
             wait()
-            self.end()
+            self.close()
 
-    def end(self) -> None:
+    def close(self) -> None:
         """Write the profile, at its last step or where the run ends before; note if there is none."""
         if self._running:
             self._running = False
@@ -299,15 +279,8 @@ def draw_loss(
         return
     if validation:
         best_step, best_loss = min(validation, key=lambda point: point[1])
-        axes.annotate(
-            f"{best_loss:.3f} at step {best_step:,}",
-            (best_step, best_loss),
-            textcoords="offset points",
-            xytext=(-6, 10),
-            ha="right",
-            fontsize=8,
-            color=VALIDATION,
-        )
+        label: dict[str, Any] = {"ha": "right", "fontsize": 8, "color": VALIDATION, "textcoords": "offset points"}
+        axes.annotate(f"{best_loss:.3f} at step {best_step:,}", (best_step, best_loss), xytext=(-6, 10), **label)
     axes.set_xlabel("step")
     axes.set_ylabel(f"loss ({unit})")
     axes.set_title(title, fontsize=10, parse_math=False)

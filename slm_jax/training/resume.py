@@ -7,8 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,9 +22,6 @@ from slm_jax.training.hardware import environment, rounding_changes
 from slm_jax.training.run_folder import FROZEN, RunFolder
 
 WARN_INTERVAL = 60.0  # seconds between two warnings about the mirror
-
-
-# Where a run starts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,24 +101,17 @@ def _check_place(place: RunFolder, resume: str) -> None:
         raise InputError(f"{path} is not empty and holds no run; use another --run NAME")
 
 
-class _Latest(NamedTuple):
-    """The latest whole checkpoint (step -1: none), and what is damaged of later ones."""
-
-    step: int
-    metadata: dict[str, Any]
-    damage: list[str]
-
-
-def _latest(place: RunFolder) -> _Latest:
+def _latest(place: RunFolder) -> tuple[int, dict[str, Any], list[str]]:
+    """Return step (-1: none) and metadata of the latest whole checkpoint, and what is damaged of later ones."""
     damage: list[str] = []
     for step in reversed(saved_steps(place.checkpoints)):
         try:
             if problem := find_damage(place.step_path(step)):
                 raise InputError(problem)
-            return _Latest(step, read_metadata(place.checkpoints, step), damage)
+            return step, read_metadata(place.checkpoints, step), damage
         except InputError as error:
             damage.append(str(error))
-    return _Latest(-1, {}, damage)
+    return -1, {}, damage
 
 
 def check_identity(place: RunFolder, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -181,49 +170,46 @@ def mirror_folder(config: BaseRunConfig) -> RunFolder | None:
     there, here = mirror.path.resolve(), config.folder.resolve()
     if there.is_relative_to(here) or here.is_relative_to(there):
         raise InputError(f"checkpoint.mirror is {root}; expected a folder apart from the run's own, {config.folder}")
-    if mirror.writes:
-        try:
+    try:
+        if mirror.writes:
             root.mkdir(exist_ok=True)  # not its parents: they are missing where a drive is not mounted
             mirror.path.parent.mkdir(parents=True, exist_ok=True)  # of a run called a/b
             tempfile.TemporaryFile(dir=root).close()
-        except OSError as error:
-            raise InputError(
-                f"checkpoint.mirror is {root}: cannot write there ({error.strerror}); mount it, or use another folder"
-            ) from None
+    except OSError as error:
+        raise InputError(f"checkpoint.mirror is {root}: cannot write there ({error.strerror}); mount it") from None
     return mirror
 
 
 def _fetch(config: BaseRunConfig, run: RunFolder, mirror: RunFolder) -> list[str]:
     """Copy the run from the mirror if the mirror has a later whole checkpoint; return notes."""
-    here, there = _latest(run), _latest(mirror)
-    if here.metadata and there.metadata:
-        check_identity(mirror, there.metadata["identity"], here.metadata["identity"])
-    if there.damage and max(here.step, there.step) < 0:
-        raise InputError(f"{mirror.checkpoints}: every checkpoint is damaged ({there.damage[-1]}); use another --run")
-    notes = [f"warning: {problem}; not used" for problem in there.damage]
-    if there.step <= here.step:
+    (here, ours, _), (there, theirs, damage) = _latest(run), _latest(mirror)
+    if ours and theirs:
+        check_identity(mirror, theirs["identity"], ours["identity"])
+    if damage and here < 0 and there < 0:
+        raise InputError(f"{mirror.checkpoints}: every checkpoint is damaged ({damage[-1]}); use another --run NAME")
+    notes = [f"warning: {problem}; not used" for problem in damage]
+    if there <= here:
         return notes
-    _check_config(config, mirror, there.metadata)
+    _check_config(config, mirror, theirs)
     run.create()
     with run.lock():
         try:
-            run.set_aside_after(there.step - 1)
-            _copy_small_files(mirror, run, every=True)
-            run.checkpoints.mkdir(exist_ok=True)
+            run.set_aside_after(there - 1)
+            _copy_files(mirror, run, every=True)
             with suppress(InputError):  # a damaged one
-                if (best := best_step(mirror.checkpoints)) is not None and best < there.step:
-                    _copy_checkpoint(mirror.step_path(best), run.step_path(best))
-            _copy_checkpoint(mirror.step_path(there.step), run.step_path(there.step))  # last: it makes the copy count
+                if (best := best_step(mirror.checkpoints)) is not None and best < there:
+                    _copy_checkpoint(mirror, run, best)
+            _copy_checkpoint(mirror, run, there)  # last: it makes the copy count
         except OSError as error:
             raise InputError(f"{mirror.path}: cannot be copied to {run.path} ({error.strerror}); try again") from None
-    return [*notes, f"step {there.step:,} was copied from {mirror.path} to {run.path}"]
+    return [*notes, f"step {there:,} was copied from {mirror.path} to {run.path}"]
 
 
 class Mirror:
-    """Copies a run to a second folder; errors are warnings, and the next update copies what is missing.
+    """Copies a run to the folder ``target``, whose parent must exist; None: nothing is copied.
 
-    ``target`` is the folder of the mirror, whose parent must exist; None: nothing is copied. There the latest
-    ``keep`` checkpoints stay, beside the best and those of the run.
+    There the latest ``keep`` checkpoints stay, beside the best and those of the run. Errors are warnings, at most one
+    a minute, and the next update copies what is missing.
     """
 
     def __init__(self, run: RunFolder, target: RunFolder | None, keep: int, note: Callable[[str], None]):
@@ -231,10 +217,7 @@ class Mirror:
         self._last_warning = -math.inf
 
     def update(self, *, last: bool = False) -> None:
-        """Copy what is missing or older there, the latest checkpoint first, and remove old checkpoints.
-
-        A failure is reported at most once a minute, and always if this is the last update.
-        """
+        """Copy what is missing or older there, the latest checkpoint first; the last update reports any failure."""
         if self._target is None:
             return
         try:
@@ -245,23 +228,21 @@ class Mirror:
                 reason = error.strerror if isinstance(error, OSError) else error
                 self._note(f"warning: {self._target.path}: the run cannot be copied there now ({reason})")
 
-    def _copy(self, there: RunFolder) -> None:
-        there.path.mkdir(exist_ok=True)
-        _copy_small_files(self._run, there)
-        there.checkpoints.mkdir(exist_ok=True)
+    def _copy(self, target: RunFolder) -> None:
+        target.path.mkdir(exist_ok=True)
+        _copy_files(self._run, target)
         steps = saved_steps(self._run.checkpoints)
         for step in reversed(steps):
-            source, target = self._run.step_path(step), there.step_path(step)
-            sums = [path / CHECKSUMS for path in (source, target)]
-            if sums[0].is_file() and not (sums[1].is_file() and sums[0].read_bytes() == sums[1].read_bytes()):
-                _copy_checkpoint(source, target)
-        kept = {*steps, *saved_steps(there.checkpoints)[-self._keep :], best_step(there.checkpoints)}
-        for path in list(there.checkpoints.iterdir()):
-            if path.name.endswith(".partial") or (path.name.isdecimal() and int(path.name) not in kept):
+            ours, theirs = (place.step_path(step) / CHECKSUMS for place in (self._run, target))
+            if ours.is_file() and not (theirs.is_file() and ours.read_bytes() == theirs.read_bytes()):
+                _copy_checkpoint(self._run, target, step)
+        kept = {*steps, *saved_steps(target.checkpoints)[-self._keep :], best_step(target.checkpoints)}
+        for path in list(target.checkpoints.glob("*")):
+            if path.suffix == ".partial" or (path.name.isdecimal() and int(path.name) not in kept):
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def _copy_small_files(run: RunFolder, target: RunFolder, *, every: bool = False) -> None:
+def _copy_files(run: RunFolder, target: RunFolder, *, every: bool = False) -> None:
     """Copy the changed (or all) files of a run apart from checkpoints and folders of logs, the configuration first."""
     files = [path for path in [*run.path.iterdir(), *(run.path / "tokenizer").rglob("*")] if path.is_file()]
     files = [path for path in files if not path.name.startswith(".") and path.suffix != ".partial"]
@@ -277,18 +258,20 @@ def _copy_small_files(run: RunFolder, target: RunFolder, *, every: bool = False)
             partial.replace(copy)
 
 
-def _copy_checkpoint(source: Path, target: Path) -> None:
+def _copy_checkpoint(run: RunFolder, target: RunFolder, step: int) -> None:
     """Copy a checkpoint, which gets its name only once the copy has been verified; replace an existing one."""
-    partial = target.with_name(f"{target.name}.partial")
+    source, goal = run.step_path(step), target.step_path(step)
+    partial = goal.with_name(f"{step}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
+        target.checkpoints.mkdir(exist_ok=True)
         partial.mkdir()
         for file in sorted(source.rglob("*")):  # without permissions and times, which not every drive can store
             copy = partial / file.relative_to(source)
             copy.mkdir() if file.is_dir() else shutil.copyfile(file, copy)
         if damage := find_damage(partial):
             raise InputError(damage)
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
+        shutil.rmtree(goal, ignore_errors=True)
+        partial.rename(goal)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

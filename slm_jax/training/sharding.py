@@ -40,10 +40,10 @@ def initialize_distributed(environ: Mapping[str, str] = os.environ) -> bool:
     # Inside srun only: in the shell of a batch job there is one process, whatever the job may still start.
     slurm = environ.get("SLURM_NTASKS", "1") if "SLURM_STEP_NODELIST" in environ else "1"
     several_tasks = any(size.isdecimal() and int(size) > 1 for size in (slurm, environ.get("OMPI_COMM_WORLD_SIZE", "")))
-    described = bool(address or several_tasks or "," in environ.get("TPU_WORKER_HOSTNAMES", ""))
-    if described:
+    if address or several_tasks or "," in environ.get("TPU_WORKER_HOSTNAMES", ""):
         _join()
-    return described
+        return True
+    return False
 
 
 def _join(*coordinates: Any) -> None:
@@ -64,10 +64,10 @@ def mesh_sizes(cfg: MeshConfig, n_devices: int) -> tuple[int, int]:
     """Return the sizes of the axes ``data`` and ``fsdp`` over so many devices, which must be their product."""
     data = n_devices // cfg.fsdp if cfg.data == -1 else cfg.data
     if data * cfg.fsdp != n_devices:
-        raise InputError(
-            f"mesh.data {cfg.data} times mesh.fsdp {cfg.fsdp} does not make {n_devices} devices; expected a product "
-            f"of {n_devices} (mesh.data -1: what mesh.fsdp leaves)"
-        )
+        if cfg.data == -1:
+            raise InputError(f"mesh.fsdp is {cfg.fsdp}; expected a divisor of the {n_devices} device(s)")
+        given = f"mesh.data is {cfg.data} and mesh.fsdp is {cfg.fsdp}"
+        raise InputError(f"{given}; expected numbers whose product is the {n_devices} device(s)")
     return data, cfg.fsdp
 
 
@@ -142,8 +142,6 @@ def put_params(mesh: Mesh, params: Any) -> Any:
 
 def check_batch_size(n_devices: int, batch_size: int, accumulate: int = 1) -> None:
     """Refuse a batch that the devices cannot share evenly, each of its ``accumulate`` micro-batches."""
-    if batch_size % (n_devices * accumulate):
-        raise InputError(
-            f"train.batch_size is {batch_size}; expected a multiple of {n_devices * accumulate} "
-            f"({n_devices} devices × train.accumulate {accumulate})"
-        )
+    if batch_size % (least := n_devices * accumulate):
+        reason = f"{n_devices} devices × train.accumulate {accumulate}"
+        raise InputError(f"train.batch_size is {batch_size}; expected a multiple of {least} ({reason})")

@@ -89,13 +89,9 @@ def accumulated_gradients(
     Sums, not means: a micro-batch with fewer weighted targets then counts less, as it does in the whole batch.
     """
 
-    def sums(trainable: Params, batch: Batch, key: jax.Array) -> Sums:
-        loss_sum, weight_sum, metrics = loss_fn(trainable, frozen, batch, key)
-        return loss_sum, weight_sum, {name: value for name, value in metrics.items() if value.ndim == 0}
-
     def loss_and_sums(trainable: Params, batch: Batch, key: jax.Array) -> tuple[Array, Sums]:
-        totals = sums(trainable, batch, key)
-        return totals[0], totals
+        loss_sum, weight_sum, metrics = loss_fn(trainable, frozen, batch, key)
+        return loss_sum, (loss_sum, weight_sum, {name: value for name, value in metrics.items() if value.ndim == 0})
 
     grad_fn = jax.grad(loss_and_sums, has_aux=True)
     if accumulate == 1:
@@ -109,7 +105,7 @@ def accumulated_gradients(
         lambda x: x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]).swapaxes(0, 1), batch
     )
     keys = jax.random.split(key, accumulate)
-    shapes = jax.eval_shape(sums, trainable, jax.tree.map(lambda x: x[0], micro_batches), keys[0])
+    _, shapes = jax.eval_shape(loss_and_sums, trainable, jax.tree.map(lambda x: x[0], micro_batches), keys[0])
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (trainable, shapes))
     total, _ = jax.lax.scan(add_micro_batch, zeros, (micro_batches, keys))
     return total

@@ -38,10 +38,8 @@ def split_params(params: Params, config: "BaseRunConfig", key: jax.Array) -> tup
     if config.trainable == "head":
         heads = {path.partition("/")[0] for path in flatten_dict(params, sep="/") if _axes(path).is_head}
         if not heads:
-            raise InputError(
-                "trainable is head, but the model's output head is its token embedding (tie_weights); "
-                "expected last_block, last_n_blocks, all or lora"
-            )
+            reason = "the model's output head is its token embedding (tie_weights)"
+            raise InputError(f"trainable is head, but {reason}; expected last_block, last_n_blocks, all or lora")
         return _split(params, lambda path: path.partition("/")[0] in heads)
     n_layers = segment_lengths(params)[STACK]
     n_blocks = 1 if config.trainable == "last_block" else config.trainable_blocks

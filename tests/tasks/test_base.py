@@ -112,7 +112,7 @@ def test_another_tokenizer_than_the_bases_is_refused(place, base):
             find(config(place, base))
         return
     for other in (TokenizerConfig(path=str(folder / "other")), TokenizerConfig(kind="gpt2")):
-        with pytest.raises(InputError, match=f"base {folder / base} was trained with another tokenizer"):
+        with pytest.raises(InputError, match=f"base {folder / base} has another tokenizer"):
             find(config(place, base, tokenizer=other))
 
 
@@ -191,8 +191,8 @@ def test_the_moments_are_those_of_the_base_bit_for_bit_if_asked_for(place, train
         (None, "all", "base is null"),
         ("weights", "all", "is no run"),
         ("run", "all", "no state of this optimizer|other parameters"),
-        ("trained", "all", "trained other parameters than trainable: all"),
-        ("trained", "lora", "trained other parameters than trainable: lora"),
+        ("trained", "all", "trained other parameters; expected the same trainable"),
+        ("trained", "lora", "trained other parameters; expected the same trainable"),
     ],
 )
 def test_a_base_without_that_optimizers_state_is_refused(place, trained, base, trainable, said):

@@ -200,16 +200,16 @@ def test_adapters_of_every_matrix_resume_load_and_export(place, tmp_path, task):
 KILL = """
 import os, signal, sys
 from slm_jax import cli
-from slm_jax.training.record import RunRecord
+from slm_jax.training.record import RunLog
 
-log = RunRecord.train
+log = RunLog.train
 
 def log_and_die(self, step, metrics):
     log(self, step, metrics)
     if step == {step}:
         os.kill(os.getpid(), signal.SIGKILL)
 
-RunRecord.train = log_and_die
+RunLog.train = log_and_die
 cli.main(sys.argv[1:])
 """
 

@@ -116,5 +116,5 @@ def test_ids_beyond_the_tokenizer_are_only_padding():
     assert config.gpt_config(128).unpadded_vocab_size is None
     assert RunConfig().gpt_config(100).unpadded_vocab_size is None
     assert flatten(to_dict(RunConfig())).keys() == keys(RunConfig).keys()
-    with pytest.raises(InputError, match=r"model\.vocab_size is 128, but the tokenizer has 129"):
+    with pytest.raises(InputError, match=r"model\.vocab_size is 128; expected at least the tokenizer's 129"):
         config.gpt_config(129)

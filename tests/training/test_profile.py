@@ -9,7 +9,8 @@ from pretraining import metrics, options
 
 from slm_jax import cli
 from slm_jax.errors import InputError
-from slm_jax.training.config import parse_profile
+from slm_jax.tasks.config import RunConfig
+from slm_jax.training.config import TrainConfig
 from slm_jax.training.record import StepProfile
 
 
@@ -34,17 +35,18 @@ def traced(monkeypatch):
     ],
 )
 def test_the_steps_are_profiled_once_the_devices_have_done_those_before(traced, tmp_path, wanted, steps, expected):
-    profile = StepProfile(wanted, tmp_path, lambda text: traced.append(text) if "no profile" in text else None)
+    steps_wanted = TrainConfig(profile=wanted).profile_steps
+    profile = StepProfile(steps_wanted, tmp_path, lambda text: traced.append(text) if "no profile" in text else None)
     for step in steps:
         profile.at(step, lambda step=step: traced.append(f"wait for {step}"))
-    profile.end()
+    profile.close()
     assert traced == expected
 
 
 @pytest.mark.parametrize("text", ["", "5", "5:", ":5", "5:5", "6:5", "a:b", "-1:4", "1:2:3"])
 def test_what_is_no_range_of_steps_is_refused(text):
     with pytest.raises(InputError, match="expected FROM:TO, such as 100:105"):
-        parse_profile(text)
+        RunConfig(train=TrainConfig(profile=text))
 
 
 @pytest.mark.slow

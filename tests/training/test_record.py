@@ -16,7 +16,7 @@ from slm_jax.training import hardware, record
 from slm_jax.training.config import TrainConfig
 from slm_jax.training.loggers import Logger
 from slm_jax.training.progress import ProgressLine
-from slm_jax.training.record import RunRecord, TrainingDiverged
+from slm_jax.training.record import RunLog, TrainingDiverged
 from slm_jax.training.run_folder import RunFolder
 from slm_jax.training.step import StepMetrics
 from slm_jax.training.task import EvaluationSums, Parameters, Task
@@ -64,7 +64,7 @@ def make(tmp_path, clock, monkeypatch):
             fingerprint="",
             **fields,
         )
-        run = RunRecord(task, RunFolder(tmp_path), progress, 2, last_kept, loggers)
+        run = RunLog(task, RunFolder(tmp_path), progress, 2, last_kept, loggers)
         run.output = output
         return run
 

@@ -152,9 +152,9 @@ def test_a_batch_is_split_over_both_axes_in_order(eight):
 @pytest.mark.parametrize(
     ("sizes", "n_devices", "words"),
     [
-        ({"data": 3, "fsdp": 2}, 8, r"mesh\.data 3 times mesh\.fsdp 2.*8 devices"),
-        ({"fsdp": 3}, 8, r"mesh\.fsdp 3"),
-        ({"data": 2}, 1, r"mesh\.data 2 times mesh\.fsdp 1.*1 devices"),
+        ({"data": 3, "fsdp": 2}, 8, r"mesh\.data is 3 and mesh\.fsdp is 2.*8 device"),
+        ({"fsdp": 3}, 8, r"mesh\.fsdp is 3; expected a divisor of the 8 device"),
+        ({"data": 2}, 1, r"mesh\.data is 2 and mesh\.fsdp is 1.*1 device"),
     ],
 )
 def test_a_mesh_of_another_size_than_the_devices_is_refused(sizes, n_devices, words):

@@ -10,7 +10,7 @@ from slm_jax.errors import InputError
 from slm_jax.runs import RunFolder, best_step, find_damage, read_frozen, read_metadata, saved_steps, try_metadata
 from slm_jax.tasks.config import TASKS, RunConfig, parse_args
 from slm_jax.tools.doctor.machine_checks import Finding, Found, folder_size, perform, start_error
-from slm_jax.training.checkpoint import has_checksums
+from slm_jax.training.checkpoint import CHECKSUMS
 from slm_jax.training.hardware import environment, rounding_changes
 from slm_jax.training.progress import format_bytes, format_duration
 
@@ -57,7 +57,7 @@ def check_checkpoints(run: RunFolder) -> Found:
         loss = read_metadata(run.checkpoints, step)["validation_loss"]
         text = f"step {step:,}" + ("" if loss is None else f", validation loss {loss:.4f}")
         text += ", the latest" * (step == steps[-1]) + ", the best" * (step == best)
-        if has_checksums(folder):
+        if (folder / CHECKSUMS).is_file():
             yield "ok", f"{text}: intact (SHA-256)"
         else:
             yield "note", f"{text}: complete, but without checksums: the process ended while saving them"
