@@ -515,7 +515,7 @@ def test_more_tokens_than_the_context_are_refused():
     ("field", "value", "expected"),
     [
         *((name, value, "at least 1") for name in ("vocab_size", "n_layers") for value in (0, 2.0, "8", True, None)),
-        ("emb_dim", 25, "multiple, such as 27"),
+        ("emb_dim", 25, "multiple of model.n_heads 3, such as 27"),
         *(("drop_rate", value, "at least 0 and below 1") for value in (-0.1, 1.0, float("nan"), "0.1", True)),
         *(("bias", value, "true or false") for value in ("no", 1, None)),
         ("unroll", "yes", "true or false"),
