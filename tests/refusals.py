@@ -1,5 +1,6 @@
 """What must hold of every refusal: one line, not too long, that says what is wrong."""
 
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,10 +19,26 @@ def refused(pattern: str, error: type[InputError] = InputError) -> Iterator[pyte
     assert len(str(caught.value)) < 900
 
 
-def fails(args: list[object], capsys: pytest.CaptureFixture[str], *parts: str) -> None:
-    """The command ends with 2 and one line on stderr that has all of ``parts``."""
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """No file can be longer than 100,000 bytes."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def fails(args: list[object], capsys: pytest.CaptureFixture[str], *parts: str) -> str:
+    """The command ends with 2 and one line on stderr that has all of ``parts``; return what is on stdout."""
     capsys.readouterr()
     assert cli.main([str(arg) for arg in args]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    shown = capsys.readouterr()
+    (line,) = shown.err.splitlines()
     for part in parts:
         assert part in line
+    return shown.out

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -9,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from refusals import refused
 from safetensors.numpy import load_file, save_file
 
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.model import GPTConfig, param_shapes
 from slm_jax.runs import find_run, load_gpt2, load_model, load_run, split_step
 from slm_jax.tokenizer import CharTokenizer, GPT2Tokenizer
-from slm_jax.training.checkpoint import Checkpoints
+from slm_jax.training.checkpoint import CHECKSUMS, METADATA, Checkpoints
 from slm_jax.training.step import TrainState
 from slm_jax.weights.writer import save_gpt2
 
@@ -84,6 +86,28 @@ def test_what_is_no_run_or_no_step_of_it_is_named(name, expected, kind, runs):
     for load in (load_run, load_model, load_gpt2):
         with pytest.raises(kind, match=expected):
             load(runs / name)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda metadata: metadata.pop("model"),
+        lambda metadata: metadata["model"].update(vocab_size=10**30),
+        lambda metadata: metadata["model"].update(rotary=True),
+    ],
+    ids=["none", "huge", "unknown"],
+)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's other reads, given up
+def test_metadata_that_were_edited_are_refused_by_their_checksum_and_by_what_they_say(edit, runs, tmp_path):
+    step = shutil.copytree(runs / "x", tmp_path / "x") / "checkpoints" / "20"
+    content = json.loads((step / METADATA).read_text())
+    edit(content["custom_metadata"])
+    (step / METADATA).write_text(json.dumps(content))
+    with refused(f"{step / METADATA} is damaged.*other step"):
+        load_gpt2(step)
+    (step / CHECKSUMS).unlink()
+    with refused(f"{step}.*other step"):
+        load_gpt2(step)
 
 
 def test_weights_come_with_the_tokenizer_beside_them(tmp_path):

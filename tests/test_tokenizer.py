@@ -275,6 +275,7 @@ def test_segmentation_is_hugging_faces_on_overlapping_runs(train, held_out):
     assert ours.vocab_size == reference.get_vocab_size() + 1
     same_pieces(ours, reference, held_out)
     assert ours.decode(ours.encode(held_out)) == held_out
+    assert "\ufffd" in ours.decode(ours.encode("🙂")[:1])  # a character that is cut
 
 
 def test_training_gives_the_same_merges_in_every_process():
@@ -290,7 +291,7 @@ def test_training_gives_the_same_merges_in_every_process():
     assert prints[0].stdout == prints[1].stdout != ""
 
 
-def test_vocabulary_size_tells_the_truth():
+def test_vocabulary_size_tells_the_truth_and_what_cannot_be_trained_is_refused():
     assert BPETokenizer.train(TEXT, vocab_size=300).vocab_size == 300
     assert BPETokenizer.train(TEXT, vocab_size=257).to_dict() == {"kind": "bpe", "merges": []}
     small = BPETokenizer.train("ab ab", vocab_size=1024)
@@ -300,18 +301,10 @@ def test_vocabulary_size_tells_the_truth():
     for size in (256, 0, -1):
         with pytest.raises(InputError, match=rf"{size}.* 257"):
             BPETokenizer.train(TEXT, vocab_size=size)
-
-
-def test_training_refuses_what_is_not_text():
     with pytest.raises(InputError, match="surrogate"):
         BPETokenizer.train(["fine", "not \udc80"], vocab_size=300)
     with pytest.raises(TypeError):
         BPETokenizer.train(iter(["fine", b"not"]), vocab_size=300)
-
-
-def test_a_cut_character_decodes_to_the_replacement_character():
-    ids = _BPE.encode("🙂")
-    assert "\ufffd" in _BPE.decode(ids[:1])
 
 
 @pytest.mark.parametrize("kind", ["bpe", pytest.param("gpt2", marks=needs_gpt2)])
@@ -381,30 +374,22 @@ def test_an_unknown_tokenizer_lists_what_is_accepted():
     [
         ('{"kind": "char", "chars": ["a"', "JSON"),
         ("[]", "JSON object"),
-        ("{}", "kind is None, expected simple, char, bpe, gpt2"),
-        ('{"kind": ["char"]}', "kind"),
+        ('{"kind": ["char"]}', "kind is .*, expected simple, char, bpe, gpt2"),
         ('{"kind": "char"}', "chars"),
         ('{"kind": "char", "chars": ["a"], "more": 1}', "'more'"),
         ('{"kind": "char", "chars": "abc"}', "list"),
-        ('{"kind": "char", "chars": []}', "no chars"),
         ('{"kind": "char", "chars": ["a", "b", "a"]}', "'a' occurs twice"),
         ('{"kind": "char", "chars": ["a", "bc"]}', "'bc'"),
-        ('{"kind": "char", "chars": ["a", 1]}', "entry 1 .* 1:"),
-        ('{"kind": "simple", "words": ["a", ""]}', "entry 1"),
         ('{"kind": "simple", "words": ["a", "<|unk|>"]}', "twice"),
         ('{"kind": "bpe", "merges": [[97, 98], [97, 258]]}', "merge 1 .* below 257"),
-        ('{"kind": "bpe", "merges": [[-1, 98]]}', "merge 0"),
-        ('{"kind": "bpe", "merges": [[97, 98, 99]]}', "merge 0"),
         ('{"kind": "bpe", "merges": [[true, 98]]}', "merge 0"),
-        ('{"kind": "bpe", "merges": ["ab"]}', "merge 0"),
-        ('{"kind": "bpe", "merges": [[97, 98], [97, 98]]}', "merge 1 .* id 256"),
         ('{"kind": "bpe", "merges": [[97, 98], [98, 99], [256, 99], [97, 257]]}', "merge 3 .* id 258"),
         ('{"kind": "gpt2", "vocab_size": 5}', "'vocab_size'"),
     ],
 )
 def test_a_wrong_file_is_named_with_what_is_wrong(content, message, tmp_path):
     file = tmp_path / "tokenizer.json"
-    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    file.write_text(content)
     with refused(rf"{file}.*{message}"):
         load_tokenizer(tmp_path)
 

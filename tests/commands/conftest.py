@@ -1,7 +1,6 @@
 """A small model with its tokenizer, and runs fine-tuned from it, as folders that any command takes."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -69,19 +68,3 @@ def classifier(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         _finetune(folder, "animals", 60, task="classification", base=weights, **more)
 
     return make_once(tmp_path_factory, "animals", make) / "animals"
-
-
-@pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Call a command that must end with 2 and print one line, on stderr; return the line without the command."""
-
-    def call(command: str, *words: object) -> str:
-        capsys.readouterr()
-        assert cli.main([command, *map(str, words)]) == 2
-        shown = capsys.readouterr()
-        (line,) = shown.err.splitlines()
-        assert shown.out == ""
-        assert line.startswith(f"slm-jax {command}: ")
-        return line.removeprefix(f"slm-jax {command}: ")
-
-    return call

@@ -52,7 +52,7 @@ def test_train_prints_writes_and_draws(tmp_path, compile_cache, capsys):
     assert (tmp_path / "there.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_generate_prints_json(compile_cache, monkeypatch, capsys):
+def test_generate_prints_json_and_measures_a_run(weights, compile_cache, monkeypatch, capsys):
     monkeypatch.setattr("slm_jax.tools.bench.instruments._SECONDS", 0.01)
     words = [*SMALL, "--prompt-tokens", "4", "--new_tokens", "5", "--batch_sizes", "2", "--repeats", "1"]
     assert cli.main(["bench", "generate", *words, "--format", "json"]) == 0
@@ -63,13 +63,12 @@ def test_generate_prints_json(compile_cache, monkeypatch, capsys):
     assert content["config"]["emb_dim"] == 32
     assert content["figures"]["ceilings"]["bandwidth"] > 0
     assert compile_cache.exists()
-
-
-def test_generate_measures_a_run(weights, monkeypatch, capsys):
-    monkeypatch.setattr("slm_jax.tools.bench.instruments._SECONDS", 0.01)
     words = ["--run", str(weights), "--prompt_tokens", "3", "--new_tokens", "2", "--batch_sizes", "1", "--repeats", "1"]
     assert cli.main(["bench", "generate", *words]) == 0
     assert "batch 1: each token after" in capsys.readouterr().out
+    assert cli.main(["bench", "--help"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"  {kind} " in printed for kind in ("train", "generate", "data", "startup", "memory"))
 
 
 def test_a_generation_that_does_not_fit_says_what_to_lower(monkeypatch, capsys):
@@ -85,9 +84,3 @@ def test_a_generation_that_does_not_fit_says_what_to_lower(monkeypatch, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2
     assert all("out of memory; lower --batch_sizes, --prompt_tokens" in line for line in lines)
-
-
-def test_help_lists_the_kinds(capsys):
-    assert cli.main(["bench", "--help"]) == 0
-    printed = capsys.readouterr().out
-    assert all(f"  {kind} " in printed for kind in ("train", "generate", "data", "startup", "memory"))

@@ -8,7 +8,6 @@ import pytest
 from slm_jax import cli
 from slm_jax.commands.chat import Options
 from slm_jax.data.templates import TEMPLATES, Template
-from slm_jax.errors import InputError
 
 TAUGHT = Template(user_start="<", assistant_start=">")
 
@@ -49,5 +48,3 @@ def test_the_template_is_the_runs_or_the_one_that_is_named(tmp_path):
     file = tmp_path / "mine.json"
     file.write_text('{"user_start": "User ", "assistant_start": " A ", "assistant_end": "."}')
     assert Options(run="x", template=str(file)).choose_template(None).assistant_start == " A "
-    with pytest.raises(InputError, match="--template none"):
-        Options(run="x", you="Me").choose_template(TAUGHT)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from refusals import fails
 
 import slm_jax
 from slm_jax import cli
@@ -67,27 +68,24 @@ def test_lines_of_a_file_or_of_the_standard_input(classifier, tmp_path, capsys, 
     assert classify(capsys, *run) == (expected, ["standard input: skipped 1 blank of 3 lines"])
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def test_without_a_text_it_says_how_to_give_one(monkeypatch, refused):
-    monkeypatch.setattr("sys.stdin", Terminal(""))
-    assert refused("classify", "--run", "x").startswith("no text; expected texts, such as")
+def test_without_a_text_it_says_how_to_give_one(monkeypatch, capsys):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr("sys.stdin", terminal)
+    fails(["classify", "--run", "x"], capsys, "slm-jax classify: no text; expected texts, such as")
     monkeypatch.setattr("sys.stdin", io.StringIO(" \n"))
-    assert refused("classify", "--run", "x").startswith("standard input: no text")
+    fails(["classify", "--run", "x"], capsys, "slm-jax classify: standard input: no text")
 
 
-def test_a_text_that_cannot_be_read_is_named(classifier, monkeypatch, refused):
+def test_a_text_that_cannot_be_read_is_named(classifier, monkeypatch, capsys):
     run = ["classify", "--run", str(classifier)]
-    assert refused(*run, "the cat", "the Cat").startswith("text 'the Cat': character 'C' at offset 4")
+    fails([*run, "the cat", "the Cat"], capsys, "text 'the Cat': character 'C' at offset 4")
     stdin = io.TextIOWrapper(io.BytesIO(b"the cat\nhi \xff\n"), encoding="utf-8", errors="strict")
     monkeypatch.setattr("sys.stdin", stdin)
-    assert "lone surrogate" in refused(*run)
+    fails(run, capsys, "lone surrogate")
 
 
-def test_a_classifier_writes_no_text_and_a_model_of_text_tells_no_class(classifier, instructed, tmp_path, refused):
+def test_a_classifier_writes_no_text_and_a_model_of_text_tells_no_class(classifier, instructed, tmp_path, capsys):
     run, out = str(classifier), tmp_path / "out"
     for args in (
         ["generate", "--run", run],
@@ -95,9 +93,9 @@ def test_a_classifier_writes_no_text_and_a_model_of_text_tells_no_class(classifi
         ["export", "--run", run, "--out", str(out)],
         ["evaluate", "--run", run, "--source", "builtin:python-docs"],
     ):
-        assert "is a classifier; expected a language model" in refused(*args)
+        fails(args, capsys, "is a classifier; expected a language model")
     assert not out.exists()
-    assert "is no classifier; expected a run of slm-jax finetune" in refused("classify", "--run", str(instructed), "a")
+    fails(["classify", "--run", instructed, "a"], capsys, "is no classifier; expected a run of slm-jax finetune")
 
 
 def test_a_loaded_classifier_is_the_checkpoints_model(classifier, tmp_path):

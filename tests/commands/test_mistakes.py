@@ -3,6 +3,7 @@
 import shlex
 
 import pytest
+from refusals import fails
 
 MISTAKES = {
     "bench": [
@@ -11,7 +12,6 @@ MISTAKES = {
         ("train --device h20", "device is 'h20'; expected one of h200"),
         ("train --task instruction", "task is instruction; expected pretraining"),
         ("train --plot a.jpg", "plot is 'a.jpg'; expected a file whose name ends in .png"),
-        ("train --train.stepz 3", "unknown key train.stepz; did you mean train.steps?"),
         ("train --out /dev/null/figures.json", "is not a writable folder"),
         ("generate --batch_sizes 1,no", "batch_sizes is '1,no'; expected whole numbers"),
         ("generate --run x --model.preset mini", "run is x and there are keys of model"),
@@ -28,19 +28,16 @@ MISTAKES = {
         ("--run", "--run has no value"),
         ("--run x cat", "x: no run with checkpoints there"),
         ("--run x --file y cat", "text and file are given; expected only one"),
-        ("--run x --files y cat", "unknown key files; did you mean file?"),
         ("--run x --file none.txt", "none.txt: no such file"),
         ("--run x --file latin1.txt", "latin1.txt: not UTF-8: byte 3 (line 1) is 0xe9"),
     ],
     "doctor": [
         ("--run runs/none", "runs/none: no run there; expected a run's folder"),
         ("--run ~nouser/x", "cannot be used as a path"),
-        ("--fix", "unknown key fix"),
     ],
     "evaluate": [
         ("--run WEIGHTS", "nothing to measure; expected --source, --lambada, --hellaswag or --responses"),
         ("--source text:x --responses x.json", "no model to measure; expected --run"),
-        ("--lambada jsonl:x", "no model to measure; expected --run"),
         ("--responses none.json", "none.json: no such file"),
         ("--responses a.txt", "a.txt: not JSON"),
         ("--run WEIGHTS --source text:x --stride 0", "stride is 0"),
@@ -48,7 +45,6 @@ MISTAKES = {
         ("--run WEIGHTS --source named:the-verdict --lambada jsonl:none.jsonl", "none.jsonl: no such file"),
         ("--run WEIGHTS --source text:x --out ''", "out is ''; expected a file"),
         ("--run WEIGHTS --source text:x --out a.txt/x.json", "is not a writable folder"),
-        ("--run WEIGHTS --source text:none.txt", "none.txt: no such file"),
         ("--run WEIGHTS --source text:x --text-column body", "text_column is 'body', but text:x has no columns"),
         ("--run WEIGHTS --lambada jsonl:x --text-column body", "text_column is 'body', but there is no --source"),
     ],
@@ -63,7 +59,6 @@ MISTAKES = {
         ("--run none --stop ''", "stop is empty"),
         ("--run none --prompt a --prompt-file b", "prompt and prompt_file are given; expected only one"),
         ("--run none --prompt-file latin1.txt", "latin1.txt: not UTF-8"),
-        ("--run none --prompt-file .", "cannot be read"),
         ("--run none --instruction a --prompt b", "prompt and instruction are given"),
         ("--run none --instruction ' '", "instruction is empty"),
         ("--run none --input a", "input is 'a' without an instruction"),
@@ -85,7 +80,6 @@ MISTAKES = {
         ("--source text:a.txt --out a.npy", "out is 'a.npy'; expected a file FILE.bin"),
         ("--source text:gone.txt --out a.bin", "gone.txt: no such file"),
         ("--source tokens:a.bin --out b.bin", "holds token ids, expected text"),
-        ("--source a.txt --out a.bin", "did you mean text:a.txt?"),
         ("--source text:a.txt --out a.bin --text-column body", "text:a.txt has no columns"),
         ("--source text:a.txt --out a.bin --vocab-size 300", "gpt2 has its own; add --tokenizer bpe"),
         ("--source text:a.txt --out a.bin --tokenizer bpe --vocab-size 1000001", "vocab_size is 1000001"),
@@ -100,10 +94,10 @@ MISTAKES = {
     ("command", "words", "expected"),
     [(command, *row) for command, rows in MISTAKES.items() for row in rows],
 )
-def test_a_mistake_is_answered_in_one_line(command, words, expected, weights, tmp_path, monkeypatch, refused):
+def test_a_mistake_is_answered_in_one_line(command, words, expected, weights, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text("some text")
     (tmp_path / "latin1.txt").write_bytes(b"caf\xe9\n")
     given = (weights if word == "WEIGHTS" else word for word in shlex.split(words))
-    assert expected in refused(command, *given)
+    assert fails([command, *given], capsys, f"slm-jax {command}: ", expected) == ""
     assert {path.name for path in tmp_path.iterdir()} == {"a.txt", "latin1.txt"}

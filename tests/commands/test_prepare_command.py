@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from refusals import fails
 
 from slm_jax import cli
 from slm_jax.data.token_file import open_token_file
@@ -70,14 +71,12 @@ def test_what_is_there_is_replaced_only_on_request(source, tokenizer, tmp_path, 
     out = tmp_path / "a.bin"
     out.write_bytes(b"precious")
     given = ["--source", source, "--out", out, "--tokenizer", tokenizer]
-    assert prepare(*given) == 2
-    assert "a.bin: exists; choose another --out, or add --overwrite true" in capsys.readouterr().err
+    fails(["prepare", *given], capsys, "a.bin: exists; choose another --out, or add --overwrite true")
     assert out.read_bytes() == b"precious"
     assert prepare(*given, "--overwrite", "true") == 0
     assert open_token_file(out).tokens.size > 10
     out.unlink()
-    assert prepare(*given) == 2
-    assert "a.bin.json: exists" in capsys.readouterr().err
+    fails(["prepare", *given], capsys, "a.bin.json: exists")
 
 
 @pytest.mark.parametrize("out", ["a.bin", "link.bin", "hard.bin", "b.bin"])
@@ -87,8 +86,8 @@ def test_a_source_is_never_replaced(tmp_path, tokenizer, capsys, out):
     (tmp_path / "hard.bin").hardlink_to(tmp_path / "a.bin")
     (tmp_path / "b.bin.json").write_text('{"text": "one small step"}')
     sources = [f"--source=text:{tmp_path}/[a].bin", f"--source=jsonl:{tmp_path}/b.bin.json"]
-    assert prepare(*sources, "--out", tmp_path / out, "--tokenizer", tokenizer, "--overwrite", "true") == 2
-    assert "would be replaced; choose another --out" in capsys.readouterr().err
+    words = ["prepare", *sources, "--out", tmp_path / out, "--tokenizer", tokenizer, "--overwrite", "true"]
+    fails(words, capsys, "would be replaced; choose another --out")
     assert (tmp_path / "a.bin").read_text() == "one small step"
     assert (tmp_path / "b.bin.json").read_text() == '{"text": "one small step"}'
 
@@ -102,14 +101,16 @@ def test_progress_is_a_line_now_and_then(source, tokenizer, tmp_path, monkeypatc
     assert capsys.readouterr().err.startswith("100%, 5 documents, ")
 
 
+def start(*args: str) -> "subprocess.Popen[bytes]":
+    command, env = [sys.executable, "-m", "slm_jax", "prepare", *args], {**os.environ, "JAX_PLATFORMS": "cpu"}
+    return subprocess.Popen(command, stderr=subprocess.PIPE, env=env)
+
+
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stop_leaves_nothing_half_made(tmp_path, tokenizer, signum, status):
     (tmp_path / "a.txt").write_text("one small step " * 4_000_000)
     out = tmp_path / "o" / "a.bin"
-    args = ["prepare", "--source", f"text:{tmp_path}/a.txt", "--out", str(out), "--tokenizer", tokenizer]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "slm_jax", *args], stderr=subprocess.PIPE, env={**os.environ, "JAX_PLATFORMS": "cpu"}
-    )
+    process = start("--source", f"text:{tmp_path}/a.txt", "--out", str(out), "--tokenizer", tokenizer)
     deadline = time.monotonic() + 60
     while not list(out.parent.glob("a.bin.*.partial")):
         assert process.poll() is None
@@ -125,11 +126,8 @@ def test_a_stop_leaves_nothing_half_made(tmp_path, tokenizer, signum, status):
 def test_a_stop_ends_the_training_of_a_tokenizer(tmp_path):
     words = "".join(f"{i * 7919 % 1_000_003:x}{i:x} " for i in range(600_000))
     (tmp_path / "a.txt").write_text(words * 4)
-    args = ["prepare", "--source", f"text:{tmp_path}/a.txt", "--out", str(tmp_path / "o" / "a.bin")]
-    args += ["--tokenizer", "bpe", "--vocab-size", "1000000"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "slm_jax", *args], stderr=subprocess.PIPE, env={**os.environ, "JAX_PLATFORMS": "cpu"}
-    )
+    bpe = ["--tokenizer", "bpe", "--vocab-size", "1000000"]
+    process = start("--source", f"text:{tmp_path}/a.txt", "--out", str(tmp_path / "o" / "a.bin"), *bpe)
     assert b"training a tokenizer" in process.stderr.readline()
     time.sleep(3)
     assert process.poll() is None

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from refusals import fails
 from safetensors.numpy import load_file
 
 from slm_jax import cli
@@ -38,24 +39,19 @@ def test_nothing_is_overwritten_or_left_half_written(weights, tmp_path, capsys):
     args = ["import", "--source", str(weights), "--run", "mine", "--runs-dir", str(tmp_path)]
     assert cli.main(args) == 0
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    capsys.readouterr()
-    assert cli.main(args) == 2
-    assert "exists" in capsys.readouterr().err
-    assert cli.main(["export", "--run", str(weights), "--out", str(tmp_path / "mine")]) == 2
-    assert "new or empty folder" in capsys.readouterr().err
-    assert cli.main(["import", "--source", str(tmp_path / "none"), "--run", "x", "--runs-dir", str(tmp_path)]) == 2
+    fails(args, capsys, "exists")
+    fails(["export", "--run", weights, "--out", tmp_path / "mine"], capsys, "new or empty folder")
+    fails(["import", "--source", tmp_path / "none", "--run", "x", "--runs-dir", tmp_path], capsys)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_training_does_not_resume_from_imported_weights(weights, tmp_path, capsys):
     """They have no optimizer state and no data; and nothing of them is lost."""
     assert cli.main(["import", "--source", str(weights), "--run", "mine", "--runs-dir", str(tmp_path)]) == 0
-    capsys.readouterr()
     text = tmp_path / "cats.txt"
     text.write_text("the cat sat on the mat, " * 200)
     source = ["--data.source", f"text:{text}", "--model.context_length", "16"]
-    assert cli.main(["train", "--run", "mine", "--runs_dir", str(tmp_path), *source]) == 2
-    assert "holds another run" in capsys.readouterr().err
+    fails(["train", "--run", "mine", "--runs_dir", tmp_path, *source], capsys, "holds another run")
     assert load_run(tmp_path / "mine").step == 0
 
 
@@ -68,8 +64,7 @@ def test_weights_without_a_tokenizer_can_be_converted(weights, tmp_path, capsys)
     (line,) = capsys.readouterr().err.splitlines()
     assert "the weights only" in line
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.safetensors"]
-    assert cli.main(["import", "--source", str(bare), "--run", "x", "--runs-dir", str(tmp_path)]) == 2
-    assert "pass the tokenizer" in capsys.readouterr().err
+    fails(["import", "--source", bare, "--run", "x", "--runs-dir", tmp_path], capsys, "pass the tokenizer")
 
 
 def test_adapters_leave_alone_and_come_back_to_their_base(weights, instructed, tmp_path, capsys):
@@ -85,11 +80,11 @@ def test_adapters_leave_alone_and_come_back_to_their_base(weights, instructed, t
     jax.tree.map(np.testing.assert_array_equal, load_gpt2(tmp_path / "hf")[1], load_run(instructed).params)
 
 
-def test_what_has_no_adapters_exports_none(weights, classifier, tmp_path, refused):
+def test_what_has_no_adapters_exports_none(weights, classifier, tmp_path, capsys):
     for source, said in (
         (classifier, "has no adapters, as trainable was last_block; expected a run with trainable: lora"),
         (weights, "no run with checkpoints there; expected a folder such as runs/tiny"),
     ):
-        line = refused("export", "--run", source, "--format", "adapter", "--out", tmp_path / "out")
-        assert line == f"{source}: {said}"
+        words = ["export", "--run", source, "--format", "adapter", "--out", tmp_path / "out"]
+        fails(words, capsys, f"slm-jax export: {source}: {said}")
     assert not (tmp_path / "out").exists()

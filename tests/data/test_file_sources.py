@@ -92,7 +92,6 @@ def words(n: int) -> bytes:
     "damage",
     [
         lambda data: data[: len(data) // 2],
-        lambda data: data[:-1],
         lambda data: data[:5],
         lambda data: b"",
         lambda data: data[:10] + b"\xff" * 20 + data[30:],
@@ -198,14 +197,12 @@ def test_a_json_file_is_a_list_of_objects(path):
     [
         ("jsonl", b'{"text": ""}\n\n{"a": }', r"line 3: not JSON \(Expecting value.*\): '{\"a\": }'"),
         ("jsonl", b"[1, 2]", r"line 1: \[1, 2\] is not a JSON object"),
-        ("jsonl", b'{"a": ' + b"9" * 5000 + b"}", "line 1: not JSON"),
         ("jsonl", b"[" * 200_000, "line 1: not JSON"),
         ("jsonl", b'\n{"t": "a", "id": 1}', r"line 2: no field 'text', only t, id; set text_column"),
         ("jsonl", b'{"text": 5}', "line 1: text is 5; expected text"),
         ("json", b'{"data": []}', r"{'data': \[\]} is not a list; expected one list of JSON objects"),
         ("json", b'[{"text": ""}, 3]', "entry 2: 3 is not a JSON object"),
         ("json", b'[{},\n{"a" 1}]', r"not JSON \(Expecting ':' delimiter: line 2 column 6"),
-        ("json", b"", "not JSON"),
         ("json", b'[{"a": "caf\xe9"}]', r"not UTF-8: byte 11"),
     ],
 )  # fmt: skip
@@ -241,17 +238,14 @@ def test_between_tabs_quotes_are_characters(path):
     assert texts(f"tsv:{path}") == ['"so he said', '""', "a, b"]
 
 
-def test_columns_are_named_for_a_table_without_a_header_line(path):
+def test_columns_may_lack_names_or_a_header_line(path):
+    """Some programs write empty columns behind the last, or an index without a name."""
+    path.write_text(",text,,\n0,a,,\n")
+    assert texts(f"csv:{path}") == ["a"]
     path.write_text("ham\ta\n")
     assert fields(rows(f"tsv:{path}", header=("label", "text"))) == [{"label": "ham", "text": "a"}]
     with refused("columns: column 'text' occurs twice"):
         rows(f"tsv:{path}", header=("text", "text"))
-
-
-def test_columns_may_lack_names(path):
-    """Some programs write empty columns behind the last, or an index without a name."""
-    path.write_text(",text,,\n0,a,,\n")
-    assert texts(f"csv:{path}") == ["a"]
 
 
 @pytest.mark.parametrize(
@@ -290,23 +284,18 @@ def test_rows_of_parquet_are_read_whatever_type_text_has(tmp_path):
     assert found[99].where.endswith("0.parquet row 100")
 
 
-def test_only_the_columns_that_are_needed_are_read(tmp_path):
-    """The other column is damaged, which goes unnoticed."""
+def test_only_the_column_of_the_name_is_read(tmp_path):
     path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"a": [{"b": "of the struct"}], "a.b": ["of the column"]}), path)
+    assert texts(f"parquet:{path}", "a.b") == ["of the column"]
     table = pa.table({"text": ["one", "two"] * 50, "other": [f"SECRET{i}" for i in range(100)]})
     pq.write_table(table, path, compression="none", use_dictionary=False)
     data = path.read_bytes()
     at = data.index(b"SECRET0") - 4  # its length
-    path.write_bytes(data[:at] + b"\xff" * 4 + data[at + 4 :])
+    path.write_bytes(data[:at] + b"\xff" * 4 + data[at + 4 :])  # the other column is damaged
     assert texts(f"parquet:{path}") == ["one", "two"] * 50
     with refused(r"a\.parquet: cannot be read as Parquet"):
         texts(f"parquet:{path}", "other")
-
-
-def test_a_column_is_found_by_its_name_not_by_the_path_of_a_field(tmp_path):
-    path = tmp_path / "a.parquet"
-    pq.write_table(pa.table({"a": [{"b": "of the struct"}], "a.b": ["of the column"]}), path)
-    assert texts(f"parquet:{path}", "a.b") == ["of the column"]
 
 
 @pytest.mark.parametrize(

@@ -72,11 +72,7 @@ def test_alpaca_dolly_and_chat_entries_are_read_from_json_and_jsonl(write, tmp_p
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (
-            [entry(1), {"instruction": "a", "input": "b"}],
-            r"data.json entry 2: no field 'output'.*, only instruction",
-        ),
-        ([{"output": "a"}], r"data.json entry 1: no field 'instruction', only output"),
+        ([entry(1), {"instruction": "a"}], r"data.json entry 2: no field 'output'.*, only instruction"),
         ([{"instruction": "a", "output": "  "}], r"entry 1: output is empty"),
         ([{"messages": [{"role": "user", "content": "a"}]}], r"entry 1: the last message has role user"),
     ],
@@ -189,7 +185,7 @@ def rows_of(examples):
 # What is learned
 
 
-def test_only_the_response_and_the_end_of_the_text_are_learned():
+def test_only_the_responses_and_the_end_of_the_text_are_learned():
     (tokens,), notes = encode(example("abc", "xy"))
     assert CHARS.decode(tokens.ids) == "Q:abc\nA:xy.<|endoftext|>"
     assert tokens.counts.tolist() == [False] * 8 + [True] * 4
@@ -197,13 +193,11 @@ def test_only_the_response_and_the_end_of_the_text_are_learned():
     assert notes == ()
     (unmasked,), _ = encode(example("abc", "xy"), mask_prompt=False)
     assert unmasked.counts.tolist() == [False] + [True] * 11
-
-
-def test_each_response_of_a_conversation_is_learned():
-    (tokens,), _ = encode(example("ab", "x", "c", "yz"))
-    assert CHARS.decode(tokens.ids) == "Q:ab\nA:x.Q:c\nA:yz.<|endoftext|>"
-    assert np.flatnonzero(tokens.counts).tolist() == [7, 8, 15, 16, 17, 18]
-    assert learned(tokens) == "x.yz.<|endoftext|>"
+    (talk,), _ = encode(example("ab", "x", "c", "yz"))
+    assert CHARS.decode(talk.ids) == "Q:ab\nA:x.Q:c\nA:yz.<|endoftext|>"
+    assert np.flatnonzero(talk.counts).tolist() == [7, 8, 15, 16, 17, 18]
+    with refused(r"^data.json entry 7: character 'Z' .*vocabulary"):
+        encode(example("Z", "x", where="data.json entry 7"))
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -216,20 +210,11 @@ def test_what_counts_decodes_to_the_response_and_what_goes_in_first_is_the_promp
     n_prompt = int(np.argmax(tokens.counts))
     assert tokens.counts[n_prompt:].all()
     assert tokens.ids[:n_prompt].tolist() == bpe.encode(template.prompt(asked.messages))
-
-
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_a_later_prompt_is_encoded_as_it_was_learned(bpe, name):
-    """Chat encodes the conversation so far as one text, training piece by piece."""
-    template, talk = TEMPLATES[name], example("Hello there", "Good day.", "And now?", "We go on.")
+    # Chat encodes the conversation so far as one text, training piece by piece.
+    talk = example("Hello there", answer, "And now?", "We go on.")
     (tokens,), _ = encode(talk, tokenizer=bpe, template=template, max_length=500)
     prompt = bpe.encode(template.prompt(talk.messages))
     assert tokens.ids[: len(prompt)].tolist() == prompt
-
-
-def test_a_text_that_cannot_be_encoded_is_named():
-    with refused(r"^data.json entry 7: character 'Z' .*vocabulary"):
-        encode(example("Z", "x", where="data.json entry 7"))
 
 
 # Too long
@@ -255,6 +240,9 @@ def test_truncating_cuts_the_prompt_only_and_is_counted():
     assert [learned(tokens) for tokens in encoded] == ["xy.<|endoftext|>"] * 2 + ["x.<|endoftext|>"]
     assert max(len(tokens.ids) for tokens in encoded) == 10
     assert notes == ("truncated 2 of 3 examples to 9 tokens: cut 7 off the front",)
+    (tokens,), _ = encode(example("ab", "x", "c", "yz"), max_length=10, too_long="truncate")
+    assert CHARS.decode(tokens.ids) == ".Q:c\nA:yz.<|endoftext|>"  # a conversation loses its oldest turns
+    assert learned(tokens) == "yz.<|endoftext|>"
 
 
 @pytest.mark.parametrize("mask_prompt", [True, False])
@@ -269,12 +257,6 @@ def test_no_token_of_a_response_is_ever_cut_off(mask_prompt):
     assert notes[0] == "left out 1 of 2 examples: the response alone is longer than 7 tokens"
     with refused(r"nothing to learn from: 1 example, and the response alone is longer than 7"):
         encode(example("abc", response), max_length=7, **options)
-
-
-def test_a_long_conversation_loses_its_oldest_turns():
-    (tokens,), _ = encode(example("ab", "x", "c", "yz"), max_length=10, too_long="truncate")
-    assert CHARS.decode(tokens.ids) == ".Q:c\nA:yz.<|endoftext|>"
-    assert learned(tokens) == "yz.<|endoftext|>"
 
 
 # Batches

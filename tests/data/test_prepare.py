@@ -119,17 +119,27 @@ def test_the_order_is_that_of_the_source_with_many_threads(tmp_path, monkeypatch
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     texts = [f"document {i} " + "word " * (i * 37 % 50) for i in range(500)]
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
-    tokenizer = CharTokenizer().build_vocab("".join(texts))
-    reports = []
-    prepare.prepare(
-        [parse_source(f"jsonl:{tmp_path}/a.jsonl")],
-        tmp_path / "ids.bin",
-        tokenizer,
-        report=lambda p: reports.append(p.tokens),
-    )
+    tokenizer, reports = CharTokenizer().build_vocab("".join(texts)), []
+    source, report = parse_source(f"jsonl:{tmp_path}/a.jsonl"), lambda file: reports.append(file.tokens)
+    prepare.prepare([source], tmp_path / "ids.bin", tokenizer, report=report)
     assert tokenizer.decode(open_token_file(tmp_path / "ids.bin").tokens).split("<|endoftext|>") == texts
     assert reports == sorted(reports)
     assert reports[-1] == open_token_file(tmp_path / "ids.bin").tokens.size
+
+
+def test_progress_is_of_what_was_encoded_not_of_what_was_read_ahead(tokenizers, tmp_path, monkeypatch):
+    monkeypatch.setattr(file_sources, "PIECE", 100)
+    monkeypatch.setattr(prepare, "PIECE", 100)
+    (tmp_path / "a.txt").write_text("<|endoftext|>".join(f"low lower {i:090}" for i in range(20)))
+    source, reports = parse_source(f"text:{tmp_path}/a.txt"), []
+
+    def report(file):
+        reports.append((file.bytes_read, file.text_bytes + 13 * file.documents))
+
+    prepare.prepare([source], tmp_path / "ids.bin", tokenizers["bpe"], report=report)
+    assert len(reports) > 10
+    assert all(n_read - n_encoded <= 200 for n_read, n_encoded in reports)
+    assert reports[-1] == (20 * 113 - 13, 20 * 113)
 
 
 def test_sources_follow_each_other_as_if_they_were_one(tokenizers, tmp_path):
@@ -146,34 +156,14 @@ def test_sources_follow_each_other_as_if_they_were_one(tokenizers, tmp_path):
     assert not (tmp_path / "o").exists()
 
 
-def test_progress_is_of_what_was_encoded_not_of_what_was_read_ahead(tokenizers, tmp_path, monkeypatch):
-    monkeypatch.setattr(file_sources, "PIECE", 100)
-    monkeypatch.setattr(prepare, "PIECE", 100)
-    (tmp_path / "a.txt").write_text("<|endoftext|>".join(f"low lower {i:090}" for i in range(20)))
-    reports = []
-    prepare.prepare(
-        [parse_source(f"text:{tmp_path}/a.txt")],
-        tmp_path / "ids.bin",
-        tokenizers["bpe"],
-        report=lambda p: reports.append((p.bytes_read, p.text_bytes + 13 * p.documents)),
-    )
-    assert len(reports) > 10
-    assert all(n_read - n_encoded <= 200 for n_read, n_encoded in reports)
-    assert reports[-1] == (20 * 113 - 13, 20 * 113)
-
-
-def test_nothing_left_is_an_error_and_leaves_nothing(tokenizers, sources, tmp_path):
-    with refused(r"no document is left \(.* short.*\); loosen the filter"):
-        prepare.prepare(
-            [sources["text"]], tmp_path / "o" / "ids.bin", tokenizers["bpe"], rules=Rules(min_characters=10_000)
-        )
-    assert list((tmp_path / "o").iterdir()) == []
-
-
-def test_text_that_a_tokenizer_lacks_is_named_and_leaves_nothing(sources, tmp_path):
-    with refused(r"source 'text:.*': in '.*' …: character .* is not in the vocabulary"):
-        prepare.prepare([sources["text"]], tmp_path / "o" / "ids.bin", CharTokenizer().build_vocab("abc"))
-    assert list((tmp_path / "o").iterdir()) == []
+def test_an_error_leaves_nothing(tokenizers, sources, tmp_path):
+    for tokenizer, rules, expected in (
+        (tokenizers["bpe"], Rules(min_characters=10_000), r"no document is left \(.* short.*\); loosen the filter"),
+        (CharTokenizer("abc"), Rules(), r"source 'text:.*': in '.*' …: character .* is not in the vocabulary"),
+    ):
+        with refused(expected):
+            prepare.prepare([sources["text"]], tmp_path / "o" / "ids.bin", tokenizer, rules=rules)
+        assert list((tmp_path / "o").iterdir()) == []
 
 
 def test_a_tokenizer_without_its_files_is_found_out_before_reading(tmp_path, monkeypatch):

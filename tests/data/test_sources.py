@@ -26,13 +26,10 @@ MARK = "<|endoftext|>"
     [
         ("mytext.txt", "did you mean text:mytext.txt"),
         ("data/train.bin", "did you mean tokens:data/train.bin"),
-        ("data.jsonl.gz", "did you mean jsonl:data.jsonl.gz"),
         ("tinyshakespeare", "did you mean named:tinyshakespeare"),
         ("C:\\books\\a.txt", r"did you mean text:C:\\"),
         ("Jsno:a.json", r"unknown scheme 'Jsno' \(did you mean json\?\); expected one of builtin:NAME, text:GLOB"),
-        ("https://example.com/a.txt", "unknown scheme 'https'"),
         ("text:", "no name; expected text:GLOB"),
-        ("", "no scheme; expected"),
         ("named:tiny-shakespeare", r"did you mean tinyshakespeare\?\); expected one of the-verdict, tinysh"),
         ("builtin:nothing", "no such data set; expected one of python-docs, prose-or-code"),
     ],

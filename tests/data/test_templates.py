@@ -10,6 +10,7 @@ from slm_jax.errors import MissingInputError
 
 ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 ENTRY = {"instruction": "Name a colour.", "input": "of the sky", "output": "Blue."}
+GOOD = {"user_start": "Q: ", "assistant_start": "A: "}
 CHAT = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "Hello?"},
@@ -27,11 +28,8 @@ def test_alpaca_with_an_input_is_the_books():
     expected = f"{ALPACA}\n\n### Instruction:\nName a colour.\n\n### Input:\nof the sky\n\n### Response:\n"
     assert format_prompt(ENTRY) == expected
     assert text("alpaca", entry_messages(ENTRY, "")) == expected + "Blue."
-
-
-@pytest.mark.parametrize("entry", [{"instruction": "Go."}, {"instruction": "Go.", "input": "", "output": "x"}])
-def test_alpaca_without_an_input_has_no_such_section(entry):
-    assert format_prompt(entry, "alpaca") == f"{ALPACA}\n\n### Instruction:\nGo.\n\n### Response:\n"
+    for entry in ({"instruction": "Go."}, {"instruction": "Go.", "input": "", "output": "x"}):
+        assert format_prompt(entry, "alpaca") == f"{ALPACA}\n\n### Instruction:\nGo.\n\n### Response:\n"
 
 
 def test_alpaca_repeats_its_sections_over_several_turns():
@@ -73,13 +71,15 @@ def test_chatml():
 
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("entry", [ENTRY, {"messages": CHAT}], ids=["alpaca", "chat"])
-def test_pieces_alternate_and_begin_with_the_prompt(name, entry):
+def test_pieces_alternate_and_begin_with_the_prompt_and_survive_json(name, entry, tmp_path):
     template, messages = TEMPLATES[name], entry_messages(entry, "")
     pieces = template.pieces(messages)
     assert [is_response for _, is_response in pieces] == [False, True] * (len(pieces) // 2)
     assert "".join(piece for piece, _ in pieces[:-1]) == template.prompt(messages) == format_prompt(entry, name)
     assert pieces[-1][0] == messages[-1].content + template.assistant_end
     assert template.prompt(messages).endswith(template.assistant_start)
+    (tmp_path / "mine.json").write_text(json.dumps(template.to_dict()), encoding="utf-8")
+    assert load_template(str(tmp_path / "mine.json")) == load_template(name) == template
 
 
 def test_stop_is_what_comes_after_an_answer():
@@ -93,17 +93,8 @@ def test_stop_is_what_comes_after_an_answer():
         assert after.startswith(template.stop[0])
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_a_template_survives_json(name, tmp_path):
-    file = tmp_path / "template.json"
-    file.write_text(json.dumps(TEMPLATES[name].to_dict()), encoding="utf-8")
-    assert load_template(str(file)) == load_template(name) == TEMPLATES[name]
-
-
 def test_a_template_of_ones_own():
-    template = Template.from_dict(
-        {"user_start": "Q: ", "user_end": "\n", "assistant_start": "A: ", "assistant_end": "\n"}
-    )
+    template = Template.from_dict({**GOOD, "user_end": "\n", "assistant_end": "\n"})
     question, answer = Message("user", "Why?"), Message("assistant", "So.")
     assert template.pieces([question, answer, question, answer]) == [("Q: Why?\nA: ", False), ("So.\n", True)] * 2
     assert template.stop == ("Q:",)
@@ -111,8 +102,6 @@ def test_a_template_of_ones_own():
 
 
 # What is refused
-
-GOOD = {"user_start": "Q: ", "assistant_start": "A: "}
 
 
 @pytest.mark.parametrize(
@@ -131,9 +120,6 @@ def test_a_file_that_is_no_template_is_refused_in_one_line(tmp_path, content, me
     file.write_text(json.dumps(content), encoding="utf-8")
     with refused(f"^{file}.*{message}"):
         load_template(str(file))
-
-
-def test_an_unknown_template_lists_those_there_are():
     with refused(r"template 'alpacca': no such file.*alpaca, phi3, chatml", MissingInputError):
         format_prompt(ENTRY, "alpacca")
 
@@ -142,10 +128,8 @@ def test_an_unknown_template_lists_those_there_are():
     ("entry", "message"),
     [
         ({"input": "x"}, r"^entry: no field 'instruction', only input$"),
-        ({"instruction": " \n"}, r"instruction is empty"),
         ({"instruction": "a", "input": None}, r"input is None; expected text"),
         ({"messages": "hello"}, r"messages is 'hello'; expected a list of objects with role and content"),
-        ({"messages": []}, r"no user message"),
         ({"messages": [CHAT[0], CHAT[2]]}, r"no user message"),
         ({"messages": [CHAT[1], CHAT[0]]}, r"message 2: role is 'system'.*only first"),
         (

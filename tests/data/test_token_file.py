@@ -1,18 +1,17 @@
 """What must hold of token files: whole and as they were written, or refused."""
 
 import json
-import resource
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from refusals import refused
+from refusals import full_disk, refused
 
 from slm_jax.data import token_file
 from slm_jax.data.token_file import check_ids, json_path, open_token_file, write_token_file
-from slm_jax.errors import InputError, MissingInputError
+from slm_jax.errors import MissingInputError
 from slm_jax.tokenizer import CharTokenizer, fingerprint
 
 TOKENIZER = CharTokenizer().build_vocab("abcdefghij")
@@ -63,13 +62,6 @@ def test_ids_are_as_wide_as_the_vocabulary_needs(tmp_path, vocab_size, bytes_eac
     assert open_token_file(tmp_path / "ids.bin").tokens.tolist() == [vocab_size - 1, 0]
 
 
-def test_a_block_that_fails_leaves_nothing_and_what_was_there(path):
-    with pytest.raises(ZeroDivisionError), write_token_file(path, TOKENIZER, "") as file:
-        file.write([1 // file.tokens])
-    assert open_token_file(path).tokens.tolist() == [0, 1, 2, 10, 9]
-    assert sorted(file.name for file in path.parent.iterdir()) == ["ids.bin", "ids.bin.json"]
-
-
 def test_a_process_that_is_killed_leaves_nothing_that_looks_finished(tmp_path):
     program = (
         "import os, signal; from pathlib import Path; from slm_jax.data.token_file import write_token_file\n"
@@ -83,21 +75,17 @@ def test_a_process_that_is_killed_leaves_nothing_that_looks_finished(tmp_path):
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
-    try:
-        with (
-            pytest.raises(InputError, match=r"ids\.bin: cannot be written: ") as error,
-            write_token_file(tmp_path / "ids.bin", TOKENIZER, "") as file,
-        ):
-            file.write([1] * 1_000_000)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    str(error.value)
+    name = r"ids\.bin: cannot be written: "
+    with refused(name), full_disk(), write_token_file(tmp_path / "ids.bin", TOKENIZER, "") as file:
+        file.write([1] * 1_000_000)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_of_two_writers_at_once_the_later_one_wins_whole(path):
+def test_a_block_that_fails_changes_nothing_and_of_two_writers_at_once_the_later_one_wins_whole(path):
+    with pytest.raises(ZeroDivisionError), write_token_file(path, TOKENIZER, "") as file:
+        file.write([1 // file.tokens])
+    assert open_token_file(path).tokens.tolist() == [0, 1, 2, 10, 9]
+    assert sorted(file.name for file in path.parent.iterdir()) == ["ids.bin", "ids.bin.json"]
     with write_token_file(path, TOKENIZER, "first") as first:
         first.write([1, 2, 3])
         with write_token_file(path, TOKENIZER, "second") as second:
@@ -129,10 +117,8 @@ def test_a_changed_file_is_refused(path):
         (lambda text: text.replace('"version": 1', '"version": 2'), "does not describe token ids"),
         (lambda text: text.replace('"tokens": 5', '"tokens": "5"'), "tokens is '5'; expected int"),
         (lambda text: text.replace('"uint16"', '"uint8"'), "dtype is 'uint8'; expected uint16 or uint32"),
-        (lambda text: text.replace('"sha256"', '"sha"'), "sha256 is None"),
         (lambda text: text.replace('"kind": "char"', '"kind": "word"'), "tokenizer: not a tokenizer of slm_jax"),
         (lambda text: text.replace('"a"', '"z"'), "tokenizer: not the one that tokenizer_sha256"),
-        (lambda text: text.replace('"vocab_size": 11', '"vocab_size": 12'), "tokenizer: not the one"),
     ],
 )
 def test_a_damaged_description_is_refused(path, change, expected):

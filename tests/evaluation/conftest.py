@@ -20,12 +20,6 @@ def log_softmax(logits):
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
-def make_random_params(cfg):
-    """Weights large enough that each token depends on all before it."""
-    rng = np.random.default_rng(0)
-    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.5, leaf.shape), leaf.dtype), param_shapes(cfg))
-
-
 class Scored:
     """A model and its parameters."""
 
@@ -63,7 +57,9 @@ class Transformer(Scored):
 
     def __init__(self):
         cfg = GPTConfig(vocab_size=VOCAB, context_length=CONTEXT, emb_dim=16, n_heads=2, n_layers=2)
-        self.model, self.params = GPTModel(cfg), make_random_params(cfg)
+        rng = np.random.default_rng(0)  # weights large enough that each token depends on all before it
+        random = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.5, leaf.shape), leaf.dtype), param_shapes(cfg))
+        self.model, self.params = GPTModel(cfg), random
         self._forward = jax.jit(self.model.apply)
 
     def next_logprobs(self, ids):
@@ -86,11 +82,6 @@ def bigrams():
 @pytest.fixture(scope="session")
 def transformer():
     return Transformer()
-
-
-@pytest.fixture(scope="session")
-def random_params():
-    return make_random_params
 
 
 @pytest.fixture

@@ -12,12 +12,7 @@ from slm_jax.evaluation.benchmarks import hellaswag, lambada, read_examples
 from slm_jax.evaluation.logprobs import Scorer
 from slm_jax.tokenizer import BPETokenizer, CharTokenizer
 
-CHARS = "abcdefghij "  # with the end of text 12 ids
-
-
-@pytest.fixture
-def tokenizer():
-    return CharTokenizer().build_vocab(CHARS)
+TOKENIZER = CharTokenizer().build_vocab("abcdefghij ")  # with the end of text 12 ids
 
 
 @pytest.fixture
@@ -45,25 +40,25 @@ def texts(monkeypatch):
     return seen
 
 
-def test_lambada_s_perplexity_is_the_table_s(bigrams, tokenizer, jsonl):
+def test_lambada_s_perplexity_is_the_table_s(bigrams, jsonl):
     rows = ["ab cd ef", "abc de g", "j", "a b c d e f g h i j a b c d e f"]
     scores = []
     for text in rows:
-        last = tokenizer.encode(" " + text.split(" ")[-1])
-        before = tokenizer.encode(text)[: -len(last)] or [tokenizer.eot_id]
+        last = TOKENIZER.encode(" " + text.split(" ")[-1])
+        before = TOKENIZER.encode(text)[: -len(last)] or [TOKENIZER.eot_id]
         scores.append(bigrams.score([*before, *last], len(last)))
-    result = lambada(bigrams.scorer(tokenizer), jsonl(*({"text": text} for text in rows)))
+    result = lambada(bigrams.scorer(TOKENIZER), jsonl(*({"text": text} for text in rows)))
     assert result["perplexity"] == pytest.approx(math.exp(-np.mean(scores)), rel=1e-5)
     assert (result["n_examples"], result["n_truncated"]) == (4, 1)
 
 
-def test_a_hit_is_a_last_word_of_likeliest_tokens_only(bigrams_of, tokenizer, jsonl):
-    logits = np.zeros((len(CHARS) + 1, len(CHARS) + 1))
+def test_a_hit_is_a_last_word_of_likeliest_tokens_only(bigrams_of, jsonl):
+    logits = np.zeros((12, 12))
     for before, after in ("b ", " c", "cd"):
-        logits[tokenizer.encode(before)[0], tokenizer.encode(after)[0]] = 1.0
+        logits[TOKENIZER.encode(before)[0], TOKENIZER.encode(after)[0]] = 1.0
     table = bigrams_of(logits)
     rows = ["ab c", "ab cd", "j b cd", "ab ce", "ab dd", "abc cd"]  # the last: no space is likely after c
-    result = lambada(table.scorer(tokenizer), jsonl(*({"text": text} for text in rows)))
+    result = lambada(table.scorer(TOKENIZER), jsonl(*({"text": text} for text in rows)))
     assert result["acc"] == 3 / 6
     assert result["acc_stderr"] == pytest.approx(math.sqrt(0.25 / 5))
 
@@ -135,17 +130,13 @@ def test_the_harness_s_length_has_no_leading_space(transformer, jsonl, monkeypat
         monkeypatch.setattr(Scorer, "score", lambda *_, scores=scores: scores)
         row = example(endings=["f", "gg"], label=0)
         assert hellaswag(transformer.scorer(BPETokenizer()), jsonl(row))["acc_norm"] == right
+    row = example(endings=["[step]", "ab"], label=1)  # an ending that is only brackets is never the choice
+    assert hellaswag(transformer.scorer(BPETokenizer()), jsonl(row))["acc_norm"] == 1
 
 
-def test_an_ending_that_is_only_brackets_is_never_the_choice(transformer, jsonl):
-    rows = example(endings=["[step]", "ab"], label=1)
-    result = hellaswag(transformer.scorer(CharTokenizer().build_vocab("abcdeE: ")), jsonl(rows))
-    assert result["acc_norm"] == 1
-
-
-def test_one_example_has_no_standard_error_and_is_truncated_on_the_left(bigrams, tokenizer, jsonl):
-    long = lambada(bigrams.scorer(tokenizer), jsonl({"text": "ab " * 50 + "cd"}))
-    short = lambada(bigrams.scorer(tokenizer), jsonl({"text": "ab cd"}))
+def test_one_example_has_no_standard_error_and_is_truncated_on_the_left(bigrams, jsonl):
+    long = lambada(bigrams.scorer(TOKENIZER), jsonl({"text": "ab " * 50 + "cd"}))
+    short = lambada(bigrams.scorer(TOKENIZER), jsonl({"text": "ab cd"}))
     assert (long["n_truncated"], short["n_truncated"]) == (1, 0)
     assert long["perplexity"] == pytest.approx(short["perplexity"], rel=1e-5)
     assert short["acc_stderr"] is None
@@ -156,13 +147,12 @@ def test_one_example_has_no_standard_error_and_is_truncated_on_the_left(bigrams,
     [
         ({"texts": "a"}, "line 2: no field 'text' .*only texts"),
         ({"text": 3}, "line 2: text is 3; expected text"),
-        ({"text": " \n"}, "line 2: text is empty"),
         ({"text": "a z"}, "line 2: character 'z' at offset 2"),
     ],
 )
-def test_mistakes_in_lambada_are_named_by_line(bigrams, tokenizer, jsonl, row, message):
+def test_mistakes_in_lambada_are_named_by_line(bigrams, jsonl, row, message):
     with pytest.raises(InputError, match=f"rows.jsonl {message}"):
-        lambada(bigrams.scorer(tokenizer), jsonl({"text": "a b"}, row))
+        lambada(bigrams.scorer(TOKENIZER), jsonl({"text": "a b"}, row))
 
 
 @pytest.mark.parametrize(
@@ -171,10 +161,8 @@ def test_mistakes_in_lambada_are_named_by_line(bigrams, tokenizer, jsonl, row, m
         ({"ctx_b": None}, "no field 'ctx_b'"),
         ({"ctx_a": ["x"]}, r"ctx_a is \['x'\]; expected text"),
         ({"endings": ["f"]}, "endings is .*; expected a list of at least two texts"),
-        ({"endings": ["f", " "]}, "endings is"),
         ({"label": -1}, "has no label"),
         ({"label": 2}, "label is 2; expected a number from 0 to 1"),
-        ({"label": True}, "label is True"),
         ({"ctx_a": "xyz"}, "character 'x'"),
     ],
 )
@@ -191,14 +179,13 @@ def test_a_limit_leaves_the_rest_unread(tmp_path):
     with pytest.raises(InputError, match="line 4: not JSON"):
         read_examples(f"jsonl:{path}", "lambada", None)
     path.write_text("\n")
-    with pytest.raises(InputError, match=r"rows\.jsonl is empty"):
-        read_examples(f"jsonl:{path}", "lambada", None)
-
-
-def test_sources_without_rows_are_refused(tmp_path):
     (tmp_path / "a.txt").write_text("A text.")
-    with pytest.raises(InputError, match=r"expected .*jsonl:"):
-        read_examples(f"text:{tmp_path / 'a.txt'}", "lambada", None)
+    for source, message in (
+        (f"jsonl:{path}", r"rows\.jsonl is empty"),
+        (f"text:{tmp_path}/a.txt", "expected .*jsonl:"),
+    ):
+        with pytest.raises(InputError, match=message):
+            read_examples(source, "lambada", None)
 
 
 @pytest.fixture

@@ -2,16 +2,13 @@
 
 import dataclasses
 import functools
-import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors import safe_open
-from safetensors.numpy import save_file
+from golden_files import read_golden
 
 import slm_jax
 from slm_jax import lora
@@ -46,9 +43,8 @@ def close(actual, expected, limit=1e-6):
 
 @pytest.fixture(scope="module")
 def everything():
-    return slm_jax.capture(
-        MODEL, PARAMS, TOKENS, ("embeddings", "blocks/*", "blocks/*/*", "blocks/*/*/*", "final_norm")
-    )
+    names = ("embeddings", "blocks/*", "blocks/*/*", "blocks/*/*/*", "final_norm")
+    return slm_jax.capture(MODEL, PARAMS, TOKENS, names)
 
 
 def test_names_come_in_the_order_of_the_model_with_their_shapes(everything):
@@ -60,10 +56,7 @@ def test_names_come_in_the_order_of_the_model_with_their_shapes(everything):
     for i in range(3):
         expected |= {f"blocks/{i}/{name}": shape for name, shape in block.items()} | {f"blocks/{i}": stream}
     assert [(name, array.shape) for name, array in seen.items()] == [*expected.items(), ("final_norm", stream)]
-
-
-def test_a_pattern_stands_for_one_part_of_a_name():
-    _, seen = slm_jax.capture(MODEL, PARAMS, TOKENS, ["logits", "blocks/*"])
+    _, seen = slm_jax.capture(MODEL, PARAMS, TOKENS, ["logits", "blocks/*"])  # `*` stands for one part of a name
     assert list(seen) == ["blocks/0", "blocks/1", "blocks/2", "logits"]
     assert slm_jax.capture(MODEL, PARAMS, TOKENS, "*")[1].keys() == {"embeddings", "final_norm", "logits"}
     assert slm_jax.capture(MODEL, PARAMS, TOKENS, ())[1] == {}
@@ -82,7 +75,7 @@ def test_the_branches_sum_to_the_residual_stream_which_gives_the_logits(everythi
         close(seen[f"blocks/{i}"], stream)
 
 
-def test_weights_are_causal_distributions_that_mix_values_into_heads(everything):
+def test_weights_are_causal_distributions_that_mix_values_into_heads_which_project_to_what_is_added(everything):
     _, seen = everything
     for i in range(3):
         q, k, v, weights, heads = (seen[f"blocks/{i}/attn/{name}"] for name in ("q", "k", "v", "weights", "heads"))
@@ -91,13 +84,8 @@ def test_weights_are_causal_distributions_that_mix_values_into_heads(everything)
         scores = np.where(np.tri(7, dtype=bool), np.einsum("bqhd,bkhd->bhqk", q, k) / 2, -np.inf)
         close(weights, jax.nn.softmax(scores, axis=-1))
         close(np.einsum("bhqk,bkhd->bqhd", weights, v), heads)
-
-
-def test_heads_and_neurons_project_to_what_their_branches_add(everything):
-    _, seen = everything
-    for i in range(3):
         attn, ff = (jax.tree.map(lambda leaf, i=i: leaf[i], PARAMS["blocks"][name]) for name in ("attn", "ff"))
-        mixed = np.einsum("bthd,hde->bte", seen[f"blocks/{i}/attn/heads"], attn["out_proj"]["kernel"])
+        mixed = np.einsum("bthd,hde->bte", heads, attn["out_proj"]["kernel"])
         close(mixed + attn["out_proj"]["bias"], seen[f"blocks/{i}/attn"])
         close(seen[f"blocks/{i}/ff/hidden"] @ ff["proj"]["kernel"] + ff["proj"]["bias"], seen[f"blocks/{i}/ff"])
 
@@ -105,34 +93,27 @@ def test_heads_and_neurons_project_to_what_their_branches_add(everything):
 @pytest.fixture(scope="module")
 def golden(tmp_path_factory):
     """Transformers' GPT-2 and what it has inside (``goldens/make_captured.py``), and our model with its weights."""
-    folder = tmp_path_factory.mktemp("gpt2")
-    with safe_open(Path(__file__).parents[1] / "goldens" / "captured.safetensors", "numpy") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        (folder / "config.json").write_text(json.dumps(json.loads(file.metadata()["golden"])["config"]))
-    tensors["tokens"] = jnp.asarray(tensors["tokens"])
-    state = {name.removeprefix("state/"): value for name, value in tensors.items() if name.startswith("state/")}
-    save_file(state, folder / "model.safetensors", {"format": "pt"})
-    cfg, params = slm_jax.load_gpt2(folder)
-    return tensors, GPTModel(cfg), params
+    cfg, params, trees, _ = read_golden("captured", tmp_path_factory.mktemp("gpt2"))
+    return trees, GPTModel(cfg), params
 
 
 def test_what_is_seen_is_what_transformers_has_inside(golden):
     theirs, model, params = golden
-    inside = [name for name in theirs if name.startswith("blocks/")]
+    inside = {f"blocks/{name}": value for name, value in theirs["blocks"].items()}
     assert len(inside) == 3 * 5
     names = ["embeddings", "blocks/*", "final_norm", *inside]
-    logits, seen = slm_jax.capture(model, params, theirs["tokens"], names)
-    close(logits, theirs["logits"], 1e-5)
+    logits, seen = slm_jax.capture(model, params, jnp.asarray(theirs["tokens"][""]), names)
+    close(logits, theirs["logits"][""], 1e-5)
     for i, name in enumerate(("embeddings", "blocks/0", "blocks/1", "final_norm")):
-        close(seen[name], theirs[f"hidden/{i}"], 1e-5)
-    for name in inside:
-        close(seen[name].reshape(theirs[name].shape), theirs[name], 1e-5)
+        close(seen[name], theirs["hidden"][f"{i}"], 1e-5)
+    for name, value in inside.items():
+        close(seen[name].reshape(value.shape), value, 1e-5)
 
 
 @pytest.mark.parametrize("name", ["blocks/1/attn/heads/1", "blocks/0/attn", "blocks/2/ff"])
 def test_what_is_taken_out_has_the_effect_that_it_has_in_transformers(golden, name):
     theirs, model, params = golden
-    close(slm_jax.ablate(model, params, theirs["tokens"], name), theirs[f"without/{name}"], 1e-5)
+    close(slm_jax.ablate(model, params, jnp.asarray(theirs["tokens"][""]), name), theirs["without"][name], 1e-5)
 
 
 VARIANTS = {
@@ -212,13 +193,10 @@ def test_taking_a_part_out_equals_zeroing_its_parameters(name):
     assert np.abs(logits - apply(CFG, PARAMS)).max() > 1e-3
 
 
-def test_skipping_blocks_equals_a_model_without_them():
+def test_skipping_blocks_equals_a_model_without_them_and_what_is_seen_is_seen_without_the_part():
     shorter = PARAMS | {"blocks": jax.tree.map(lambda leaf: leaf[1:2], PARAMS["blocks"])}
     expected = apply(dataclasses.replace(CFG, n_layers=1), shorter)
     close(slm_jax.ablate(MODEL, PARAMS, TOKENS, ["blocks/0", "blocks/2"]), expected)
-
-
-def test_what_is_seen_is_seen_without_the_part():
     removed = ("blocks/0/attn/heads/1", "blocks/1/ff", "blocks/2")
     names = ("blocks/*", "blocks/0/attn/heads", "blocks/1/ff")
     logits, seen = slm_jax.capture(MODEL, PARAMS, TOKENS, names, ablate=removed)

@@ -81,12 +81,9 @@ def test_truncated_is_what_loses_tokens(transformer):
     assert truncated == [False] * len(LENGTHS) + [True] * len(TOO_LONG)
 
 
-def test_ids_outside_the_vocabulary_are_refused(transformer):
+def test_ids_outside_the_vocabulary_and_a_model_of_nans_are_refused(transformer):
     with pytest.raises(InputError, match=r"id 12, outside the model's vocabulary of 12"):
         transformer.scorer().score([([1], [2]), ([1, 12], [1])])
-
-
-def test_a_model_of_nans_is_refused(transformer):
     params = jax.tree.map(lambda leaf: leaf * np.nan, transformer.params)
     with pytest.raises(InputError, match="pair 0 is not finite"):
         dataclasses.replace(transformer.scorer(), params=params).score([([1], [2])])
@@ -113,11 +110,8 @@ def test_white_space_moves_from_the_context_to_the_continuation(
     assert bpe.decode(continuation_ids) == continuation_text
     # As in the harness: the whole is encoded at once, and cut by the number of the context's own tokens.
     assert continuation_ids == bpe.encode(context + continuation)[len(context_ids) :]
-
-
-@pytest.mark.parametrize("context", ["", "  "])
-def test_without_a_context_the_end_of_text_stands_for_it(transformer, bpe, context):
-    assert transformer.scorer(bpe).encode(context, "the cat") == ([bpe.eot_id], bpe.encode(context + "the cat"))
+    for blank in ("", "  "):  # without a context the end of text stands for it
+        assert transformer.scorer(bpe).encode(blank, "the cat") == ([bpe.eot_id], bpe.encode(blank + "the cat"))
 
 
 def test_a_continuation_without_tokens_is_refused(transformer):

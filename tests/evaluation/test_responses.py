@@ -5,17 +5,11 @@ import math
 
 import numpy as np
 import pytest
+from refusals import refused
 
 from slm_jax.data.templates import TEMPLATES, Message, Template
 from slm_jax.errors import InputError
-from slm_jax.evaluation.responses import (
-    Response,
-    exact_match,
-    read_responses,
-    reference_loss,
-    rouge_l,
-    score_responses,
-)
+from slm_jax.evaluation.responses import Response, exact_match, read_responses, reference_loss, rouge_l, score_responses
 from slm_jax.tokenizer import BPETokenizer, CharTokenizer
 
 ALPACA = {"instruction": "Add.", "input": "1 + 1", "output": "It is 2.", "model_response": "2"}
@@ -45,19 +39,9 @@ def test_rouge_l_is_that_of_rouge_score(reference, answer, expected):
     assert math.isclose(rouge_l(reference, answer), expected, abs_tol=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("reference", "answer", "expected"),
-    [
-        ("It is  2.", "\nIt\tis 2. ", True),
-        ("It is 2.", "it is 2.", False),
-        ("It is 2.", "It is 2", False),
-    ],
-)
-def test_an_exact_match_looks_through_white_space_only(reference, answer, expected):
-    assert exact_match(reference, answer) is expected
-
-
 def test_scores_are_means_over_the_responses():
+    for answer, expected in (("\nIt\tis 2. ", True), ("it is 2.", False), ("It is 2", False)):
+        assert exact_match("It is  2.", answer) is expected  # it looks through white space only
     scores = score_responses([response("a b", "a b"), response("x y x y z", "y x z"), response("a", "b")])
     assert (scores["n"], scores["exact_match"]) == (3, 1 / 3)
     assert math.isclose(scores["rouge_l"], 1.75 / 3)
@@ -86,24 +70,17 @@ def without(name):
     [
         ([], "empty"),
         ({"a": 1}, "list"),
-        ([ALPACA, 3], "entry 2: "),
         ([ALPACA, without("model_response")], "entry 2: no field 'model_response'"),
         ([without("instruction")], "entry 1: no field 'instruction'"),
-        ([{**ALPACA, "output": " "}], "entry 1: output is empty"),
         ([{**ALPACA, "model_response": None}], "entry 1: model_response is None; expected text"),
         ([{**without("instruction"), "messages": []}], "entry 1: no user message"),
-        ([{**ALPACA, "messages": [{"role": "judge", "content": "?"}]}], "message 1: role is 'judge'; expected one of"),
     ],
 )
 def test_a_bad_file_is_one_line(tmp_path, content, expected):
     path = tmp_path / "responses.json"
     path.write_text(json.dumps(content))
-    with pytest.raises(InputError) as caught:
+    with refused(f"{path}.*{expected}"):
         read_responses(path)
-    message = str(caught.value)
-    assert str(path) in message
-    assert expected in message
-    assert "\n" not in message
 
 
 # The references' probability

@@ -12,7 +12,7 @@ from slm_jax.data.config import DataConfig, TokenizerConfig
 from slm_jax.data.corpus import load_corpus
 from slm_jax.errors import InputError
 from slm_jax.evaluation.logprobs import Scorer, evaluate_source, perplexity, text_loss
-from slm_jax.model import GPTConfig, GPTModel, param_shapes
+from slm_jax.model import GPTConfig, GPTModel, init_params, param_shapes
 from slm_jax.tokenizer import CharTokenizer
 
 CONTEXT, VOCAB = 20, 12
@@ -66,11 +66,11 @@ def test_a_model_that_knows_nothing_has_the_logarithm_of_its_whole_vocabulary():
 
 
 @pytest.fixture
-def scorer(random_params):
+def scorer():
     """A tokenizer of characters, and a model for it."""
     tokenizer = CharTokenizer().build_vocab("abcdefgé \n")
     cfg = GPTConfig(vocab_size=tokenizer.vocab_size, context_length=8, emb_dim=8, n_heads=1, n_layers=1)
-    return Scorer(GPTModel(cfg), random_params(cfg), tokenizer)
+    return Scorer(GPTModel(cfg), jax.jit(init_params, static_argnums=0)(cfg, jax.random.key(0)), tokenizer)
 
 
 @pytest.fixture
@@ -143,11 +143,6 @@ def test_mistakes_with_a_source_are_named(scorer, tmp_path, source, options, mes
         (tmp_path / f"{name}.txt").write_text(text)
     with refused(message):
         evaluate_source(scorer, f"text:{tmp_path / source}.txt", **options)
-
-
-def test_a_tokenizer_of_another_model_is_refused(scorer, text_source):
-    larger = CharTokenizer().build_vocab("abcdefgé \nABCDEF")
-    with pytest.raises(
-        InputError, match=r"\*\.txt \(split all\): token \d+ has id \d+, outside the model's vocabulary"
-    ):
-        evaluate_source(dataclasses.replace(scorer, tokenizer=larger), text_source)
+    other = dataclasses.replace(scorer, tokenizer=CharTokenizer().build_vocab("ABCDEFGHIJKabcdefg"))
+    with refused(r"\.txt \(split all\): token \d+ has id \d+, outside the model's vocabulary"):
+        evaluate_source(other, f"text:{tmp_path / 'short'}.txt")

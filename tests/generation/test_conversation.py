@@ -14,14 +14,7 @@ from slm_jax.tokenizer import CharTokenizer
 
 TOKENIZER = CharTokenizer().build_vocab("the cat sat on the mat, and the dog sat on the log. User: Assistant:\n")
 PLAIN = Template(user_start="\nUser: ", assistant_start="\nAssistant:")
-TAUGHT = Template(
-    user_start="\nUser:",
-    assistant_start=" the",
-    assistant_end=" and.",
-    system_start="sat",
-    system_end=",",
-    input_start="",
-)
+TAUGHT = Template("\nUser:", " the", assistant_end=" and.", system_start="sat", system_end=",", input_start="")
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 from refusals import refused
 
 from slm_jax.generation.config import Sampling
-from slm_jax.generation.decode import _pieces, generate, stream, stream_text
+from slm_jax.generation.decode import _Decoder, _pieces, generate, stream, stream_text
 from slm_jax.model import GPTConfig, GPTModel, param_shapes
 from slm_jax.nn.blocks import split_blocks, unstack_blocks
 from slm_jax.tokenizer import BPETokenizer, CharTokenizer
@@ -65,11 +65,14 @@ def test_greedy_is_the_naive_loop_even_past_the_context_whatever_the_form_of_the
 
 
 @pytest.mark.parametrize("prompts", [np.array([PROMPTS[1]]), jnp.array([PROMPTS[1]])], ids=["numpy", "jax"])
-def test_an_array_gives_an_array_with_its_prompts(params, prompts):
+def test_an_array_gives_an_array_with_its_prompts_also_of_a_tied_model_in_half_precision(params, prompts):
     ids = greedy(params, prompts, 9)
     assert isinstance(ids, jax.Array)
     assert ids.dtype == jnp.int32
     assert ids.tolist() == [naive_greedy(params, PROMPTS[1], 9)]
+    half = GPTModel(dataclasses.replace(CFG, tie_weights=True, dtype="bfloat16", unroll=None))
+    tied = {name: value for name, value in params.items() if name != "out_head"}
+    assert generate(half, tied, prompts, max_new_tokens=3, temperature=0.0).shape == (1, 7)
 
 
 def test_after_the_end_only_the_end_comes(params):
@@ -84,19 +87,12 @@ def test_after_the_end_only_the_end_comes(params):
         assert row.tolist() == [*prompt, *added[:end], *[eos] * (10 - end)]
     assert ends[1] <= 2
     assert len(set(ends)) > 1  # rows that ended beside rows that went on
-
-
-def test_when_all_rows_have_ended_the_rest_is_the_end(params):
-    prompt = PROMPTS[1]
-    eos = naive_greedy(params, prompt, 1)[-1]
-    ids = greedy(params, jnp.array([prompt, prompt]), 500, eos_id=eos)
-    assert ids.shape == (2, len(prompt) + 500)
-    assert (ids[:, len(prompt) :] == eos).all()
-    assert len(list(stream(MODEL, params, [prompt], GREEDY, max_new_tokens=500, eos_id=eos))) == 1
-
-
-def test_an_end_in_the_prompt_ends_nothing(params):
-    assert greedy(params, [[5, 5]], 1, eos_id=5)[0].tolist() == naive_greedy(params, [5, 5], 1)
+    assert greedy(params, [[5, 5]], 1, eos_id=5)[0].tolist() == naive_greedy(params, [5, 5], 1)  # none in the prompt
+    two, first = jnp.array([PROMPTS[1]] * 2), free[1][len(PROMPTS[1])]  # which ends both at once
+    ids = greedy(params, two, 500, eos_id=first)
+    assert ids.shape == (2, len(PROMPTS[1]) + 500)
+    assert (ids[:, len(PROMPTS[1]) :] == first).all()
+    assert len(list(stream(MODEL, params, two, GREEDY, max_new_tokens=500, eos_id=first))) == 1
 
 
 def test_a_stream_yields_a_token_a_row_as_they_come(params):
@@ -205,8 +201,6 @@ def test_few_programs_are_compiled_whatever_the_lengths(params):
     cfg = dataclasses.replace(CFG, context_length=128)
     model = GPTModel(cfg)
     longer = {**params, "pos_emb": {"embedding": jnp.zeros((128, CFG.emb_dim))}}
-    from slm_jax.generation.decode import _Decoder
-
     before = _Decoder.cached_steps._cache_size(), _Decoder.prefill._cache_size()
     for length, n, temperature in ((1, 3, 1.0), (9, 20, 0.5), (16, 5, 2.0)):
         generate(model, longer, [[1] * length], max_new_tokens=n, temperature=temperature, key=KEY)
@@ -255,8 +249,10 @@ def test_text_ends_at_the_end_of_text_and_begins_anywhere(chars):
     assert len("".join(written(chars, prompt=""))) > 0
 
 
-def test_a_stop_string_may_begin_in_one_character_and_end_in_the_next():
+def test_characters_of_several_tokens_come_whole_and_a_stop_string_may_begin_in_one_and_end_in_the_next():
     tokenizer = BPETokenizer()  # bytes
+    assert list(_pieces(tokenizer, tokenizer.encode("€"), iter("€b€".encode()[:-1]), ()))[-2:] == ["b", "\ufffd"]
+    assert [piece for piece in _pieces(tokenizer, [], iter("a€b".encode()), ()) if piece] == ["a", "€", "b"]
     for text, stop, expected in (
         ("hi\n€ world", ("\n€",), "hi"),
         ("€€!", ("€!", "zz"), "€"),
@@ -266,21 +262,13 @@ def test_a_stop_string_may_begin_in_one_character_and_end_in_the_next():
         assert "".join(_pieces(tokenizer, [], iter(text.encode()), stop)) == expected
 
 
-def test_a_character_of_several_tokens_comes_whole():
-    tokenizer = BPETokenizer()  # bytes
-    assert list(_pieces(tokenizer, tokenizer.encode("€"), iter("€b€".encode()[:-1]), ()))[-2:] == ["b", "\ufffd"]
-    assert [piece for piece in _pieces(tokenizer, [], iter("a€b".encode()), ()) if piece] == ["a", "€", "b"]
-
-
 @pytest.mark.parametrize(
     ("prompts", "more", "expected"),
     [
-        ([], {}, "the prompt is empty"),
         ([[1], []], {}, "the prompt is empty"),
         ([[1, 2], [3, VOCAB]], {}, f"prompt 1: token 1 has id {VOCAB}, outside"),
         (np.array([[2**32 + 1]]), {}, "id 4294967297"),  # would be 1 in 32 bits
         ([1, 2, 3], {}, "a prompt is 1; expected integer ids"),
-        ([[1, [2]]], {}, "a prompt is [1, [2]]"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens is 0"),
         ([[1]], {"temperature": -0.5}, "temperature is -0.5"),
         ([[1]], {"temperature": 1.0, "key": None}, "no key to sample with"),
@@ -296,10 +284,3 @@ def test_bad_input_is_one_clear_line(params, prompts, more, expected):
         generate(MODEL, params, prompts, **{"max_new_tokens": 2, "key": KEY, **more})
     with refused(r"no blocks.*params"):
         greedy({"params": params}, [[1]], 2)
-
-
-def test_tied_and_half_precision_models_generate(params):
-    cfg = dataclasses.replace(CFG, tie_weights=True, dtype="bfloat16", unroll=None)
-    tied = {name: value for name, value in params.items() if name != "out_head"}
-    ids = generate(GPTModel(cfg), tied, jnp.array([[1, 2]]), max_new_tokens=3, temperature=0.0)
-    assert ids.shape == (1, 5)

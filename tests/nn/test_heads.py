@@ -42,9 +42,6 @@ def test_logits_and_gradients_are_those_of_float32_copies(operands, dtype, platf
     for ours, theirs, roundings in zip(found, (hidden_grad, kernel_grad), (2, 1), strict=True):
         error = jnp.abs(ours.astype(jnp.float32) - theirs.astype(jnp.float32)).max() / jnp.abs(theirs).max()
         assert error <= roundings * EPS[dtype]
-
-
-def test_in_float32_forward_mode_goes_through_too(operands):
-    hidden, kernel, _ = operands
-    _, along = jax.jvp(lambda h: jax.grad(lambda h: jnp.sum(float32_logits(h, kernel) ** 2))(h), (hidden,), (hidden,))
-    np.testing.assert_allclose(along, 2 * hidden @ kernel @ kernel.T, rtol=1e-4, atol=1e-3)
+    if dtype == "float32":  # forward mode goes through, too
+        _, along = jax.jvp(jax.grad(lambda h: jnp.sum(float32_logits(h, kernel) ** 2)), (hidden,), (hidden,))
+        np.testing.assert_allclose(along, 2 * hidden @ kernel @ kernel.T, rtol=1e-4, atol=1e-3)

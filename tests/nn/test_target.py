@@ -9,14 +9,11 @@ from slm_jax.nn.target import Target, compiling_for, target, target_of
 from slm_jax.training.hardware import best_dtype
 
 
-def test_the_default_is_the_device_that_computes():
+def test_the_default_is_the_device_that_computes_and_only_nvidias_have_a_capability():
     device = jax.local_devices()[0]
     assert target() == target_of(device)
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         assert target() == Target("cpu", None)
-
-
-def test_an_nvidia_gpu_has_a_capability_and_others_none():
     for capability, expected in (("7.5", 7.5), ("gfx942", None)):
         gpu = Mock(spec=jax.Device, platform="gpu", compute_capability=capability)
         assert target_of(gpu) == Target("gpu", expected)

@@ -4,43 +4,29 @@ The golden file was computed by transformers and torch on a CPU (``goldens/make_
 needed here. If a limit breaks, ours moved: theirs is a file.
 """
 
-import json
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax.traverse_util import flatten_dict
-from safetensors import safe_open
-from safetensors.numpy import save_file
+from golden_files import read_golden
 
 from slm_jax.model import GPTClassifier, GPTModel
-from slm_jax.runs import load_gpt2
 from slm_jax.tasks import classification, pretraining
 from slm_jax.tasks.config import FinetuneConfig
 from slm_jax.training.step import TrainState, make_train_step
 from slm_jax.training.trainable import split_params, whole_params
 from slm_jax.weights.huggingface import FORMAT
 
-GOLDEN = Path(__file__).parents[1] / "goldens" / "finetuning.safetensors"
-
 
 @pytest.fixture(scope="module")
 def golden(tmp_path_factory):
     """Our configuration, our params with a class head, their tensors by kind, and their figures."""
-    with safe_open(GOLDEN, "numpy") as file:
-        figures = json.loads(file.metadata()["golden"])
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-    folder = tmp_path_factory.mktemp("theirs")
-    state = {name.removeprefix("state/"): value for name, value in tensors.items() if name.startswith("state/")}
-    head = state.pop("score.weight")
-    (folder / "config.json").write_text(json.dumps(figures["config"]))
-    save_file(state, folder / "model.safetensors", {"format": "pt"})
-    cfg, params = load_gpt2(folder)
+    cfg, params, trees, figures = read_golden("finetuning", tmp_path_factory.mktemp("theirs"), head="score.weight")
+    head = trees["state"]["score.weight"]
     params["class_head"] = {"kernel": jnp.asarray(head.T), "bias": jnp.zeros(len(head))}
-    return cfg, params, tensors, figures
+    return cfg, params, trees, figures
 
 
 def in_their_names(cfg, params):
@@ -52,8 +38,7 @@ def in_their_names(cfg, params):
 
 def of_kind(tensors, kind):
     """Their tensors of one kind, by the names that our map has."""
-    named = {name.removeprefix(f"{kind}/"): value for name, value in tensors.items() if name.startswith(f"{kind}/")}
-    return {FORMAT.clean(name) or name: value for name, value in named.items()}
+    return {FORMAT.clean(name) or name: value for name, value in tensors[kind].items()}
 
 
 def norm(tensors):
@@ -61,15 +46,15 @@ def norm(tensors):
 
 
 def batch(tensors, i):
-    rows = {"inputs": tensors["texts"][i], "lengths": tensors["lengths"][i], "labels": tensors["labels"][i]}
+    rows = {"inputs": tensors["texts"][""][i], "lengths": tensors["lengths"][""][i], "labels": tensors["labels"][""][i]}
     return {**rows, "weights": np.ones(len(rows["labels"]), np.float32)}
 
 
 def test_a_classifiers_logits(golden):
     cfg, params, tensors, _ = golden
     model = GPTClassifier(cfg, n_classes=3)
-    for i, expected in enumerate(tensors["logits"]):
-        logits = model.apply({"params": params}, *map(jnp.asarray, (tensors["texts"][i], tensors["lengths"][i])))
+    for i, expected in enumerate(tensors["logits"][""]):
+        logits = model.apply({"params": params}, *(jnp.asarray(tensors[name][""][i]) for name in ("texts", "lengths")))
         assert np.abs(logits - expected).max() <= 1e-4 * np.abs(expected).max()
 
 
@@ -109,7 +94,7 @@ def test_the_loss_of_responses(golden):
     """Loss and gradients where only some targets count."""
     cfg, params, tensors, figures = golden
     params = {name: tree for name, tree in params.items() if name != "class_head"}
-    tokens, counts = tensors["tokens"], tensors["supervised"].astype(np.float32)
+    tokens, counts = tensors["tokens"][""], tensors["supervised"][""].astype(np.float32)
     rows = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "weights": counts[:, 1:]}
     rows = jax.tree.map(jnp.asarray, rows)
 

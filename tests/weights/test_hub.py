@@ -11,6 +11,7 @@ import time
 
 import pytest
 from foreign_files import CONFIG, huggingface, write
+from refusals import refused
 
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.runs import load_gpt2
@@ -62,10 +63,9 @@ def test_offline_and_silent_servers_are_reported_within_five_seconds(silent, mon
         if silent:
             monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
         start = time.monotonic()
-        with pytest.raises(MissingInputError, match=r"gpt2-xl.*timed out" if silent else "gpt2-xl") as caught:
+        with refused(r"gpt2-xl.*timed out" if silent else "gpt2-xl", MissingInputError) as caught:
             load_gpt2("gpt2-xl")
         assert time.monotonic() - start < 5
-    assert "\n" not in str(caught.value)
     assert "$SLM_JAX_DATA/gpt2-xl" in str(caught.value)
 
 
@@ -124,10 +124,9 @@ def test_a_name_is_downloaded_once_at_its_pinned_revision(tmp_path, weights):
     place = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_CACHE": str(tmp_path / "cache")}
     # A process of its own: the library reads its environment when it is imported.
     environment = {**os.environ, **place, "HF_HUB_OFFLINE": "0", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", TWICE]
     try:
-        done = subprocess.run(
-            [sys.executable, "-c", TWICE], env=environment, capture_output=True, text=True, timeout=60
-        )
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     finally:
         server.shutdown()
         server.server_close()

@@ -3,9 +3,9 @@
 import warnings
 import zipfile
 
+import jax
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
 from foreign_files import CONFIG, HEADS, LAYERS, WIDTH, book, huggingface, nanogpt, write
 from refusals import refused
 
@@ -21,10 +21,7 @@ def as_torch(tensors):
 
 def assert_same_as(params, tensors, tmp_path):
     expected = load_gpt2(write(tmp_path / "expected", tensors), n_heads=HEADS)[1]
-    actual, expected = (flatten_dict(tree, sep="/") for tree in (params, expected))
-    assert actual.keys() == expected.keys()
-    for path, leaf in actual.items():
-        np.testing.assert_array_equal(leaf, expected[path], err_msg=path)
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
 
 
 @pytest.mark.parametrize("bias", [True, False])
