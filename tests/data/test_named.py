@@ -96,8 +96,10 @@ def test_the_data_folder_comes_first_and_must_hold_the_right_file(server, tmp_pa
     assert server.hits == 0
     path.unlink()
     (tmp_path / "cache").write_text("a file where a folder should be")
-    with refused("XDG_CACHE_HOME"):  # not there, so it would be downloaded
+    with refused("XDG_CACHE_HOME"):
         named_file("the-verdict")
+    (tmp_path / "cache").unlink()
+    assert named_file("the-verdict") != path  # not there: downloaded
 
 
 @pytest.mark.parametrize(
