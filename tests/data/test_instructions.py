@@ -211,7 +211,7 @@ def test_what_counts_decodes_to_the_response_and_what_goes_in_first_is_the_promp
     assert tokens.counts[n_prompt:].all()
     assert tokens.ids[:n_prompt].tolist() == bpe.encode(template.prompt(asked.messages))
     # Chat encodes the conversation so far as one text, training piece by piece.
-    talk = example("Hello there", answer, "And now?", "We go on.")
+    talk = example("Hello there", "Good day.", "And now?", "We go on.")
     (tokens,), _ = encode(talk, tokenizer=bpe, template=template, max_length=500)
     prompt = bpe.encode(template.prompt(talk.messages))
     assert tokens.ids[: len(prompt)].tolist() == prompt
