@@ -198,9 +198,7 @@ def test_each_reason_is_counted_once():
     assert selected(rules, documents) == (["a longer word"], expected)
     # what is left out for its quality is no earlier document
     assert selected(rules, [["word"], ["word"], ["another word"]])[1] == {"short": 2}
-
-
-def test_a_limit_is_what_is_still_kept():
+    # a limit is what is still kept
     assert selected(Rules(min_characters=4), [["word"], ["wor"]])[0] == ["word"]
     assert selected(Rules(max_symbol_ratio=0.25), [["abc!"], ["ab!!"]])[0] == ["abc!"]
     assert selected(Rules(max_repeated_lines=0.5), [["a\na"], ["a\na\na"]])[0] == ["a\na"]
