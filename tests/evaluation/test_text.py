@@ -38,7 +38,9 @@ def test_each_target_counts_once_after_what_its_first_window_shows(transformer, 
     assert found == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_batch_size_does_not_matter_and_one_shape_is_compiled(transformer, shapes):
+def test_the_batch_size_does_not_matter_one_shape_is_compiled_and_windows_do_not_overlap_by_default(
+    transformer, shapes
+):
     losses = []
     for batch_size in (1, 4, 64):
         shapes.clear()
