@@ -92,7 +92,7 @@ def test_after_the_end_only_the_end_comes(params):
     ids = greedy(params, two, 500, eos_id=first)
     assert ids.shape == (2, len(PROMPTS[1]) + 500)
     assert (ids[:, len(PROMPTS[1]) :] == first).all()
-    assert len(list(stream(MODEL, params, two, GREEDY, max_new_tokens=500, eos_id=first))) == 1
+    assert len(list(stream(MODEL, params, [PROMPTS[1]], GREEDY, max_new_tokens=500, eos_id=first))) == 1
 
 
 def test_a_stream_yields_a_token_a_row_as_they_come(params):
