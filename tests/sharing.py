@@ -9,13 +9,7 @@ from filelock import FileLock
 
 
 def make_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
-    """Return a folder that ``make`` has filled, made by the first worker that asks; tests must not change it.
-
-    Args:
-        factory: pytest's ``tmp_path_factory``.
-        name: name of the folder, unique among all tests.
-        make: fills the empty folder that it is given.
-    """
+    """Return a folder that ``make`` has filled, by the first worker that asks for it; tests must not change it."""
     root = factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         root = root.parent

@@ -54,9 +54,6 @@ def training_fails(capsys, *parts: str, **more: object) -> None:
     fails(["train", *options(TEXT, RUNS, **more)], capsys, *parts)
 
 
-# A run
-
-
 def test_a_run_leaves_what_the_manual_promises(trained):
     names = {path.name for path in trained.iterdir()}
     expected = {"config.yaml", "metrics.jsonl", "loss.png", "samples.md", "summary.json", "tokenizer", "checkpoints"}
@@ -168,9 +165,6 @@ def test_killed_equals_unbroken_bitwise():
     assert "2/2 bitwise equal" in done.stdout
 
 
-# What training reports
-
-
 def test_not_finite_steps_change_nothing_and_three_stop(workplace, capsys):
     assert train(optimizer__learning_rate=1e30, optimizer__warmup_steps=0) == 1
     (line,) = capsys.readouterr().err.splitlines()
@@ -178,9 +172,6 @@ def test_not_finite_steps_change_nothing_and_three_stop(workplace, capsys):
     skipped = [row for row in metrics(RUNS / "small") if row.get("skipped")]
     assert len(skipped) == 3
     assert all(row["loss"] is None or row["grad_norm"] is None for row in skipped)
-
-
-# Text from a run
 
 
 def test_generate_is_decided_by_its_seed_and_checkpoint(trained, capsys):
@@ -288,9 +279,6 @@ def test_a_platform_that_jax_lacks_is_refused(workplace, capsys, monkeypatch):
 
     monkeypatch.setattr(jax, "devices", devices)
     training_fails(capsys, "JAX_PLATFORMS", "initialize backend 'cuda'")
-
-
-# Help
 
 
 def test_every_command_has_help_at_once(capsys):

@@ -285,9 +285,6 @@ def test_a_file_that_is_no_recipe_is_one_line_that_names_it(recipe, content, exp
     assert expected in line
 
 
-# Recipes by name
-
-
 def test_a_recipe_of_the_package_has_a_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert find_recipe("shakespeare_char").name == "shakespeare_char.yaml"

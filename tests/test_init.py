@@ -18,7 +18,17 @@ def test_every_public_name_is_there():
         slm_jax.nothing  # noqa: B018
 
 
-def test_the_import_needs_no_jax():
-    script = "import slm_jax, sys; print(*sys.modules)"
+@pytest.mark.parametrize(
+    ("modules", "absent"),
+    [
+        ("slm_jax", ["jax", "numpy", "flax", "slm_jax.model"]),
+        (
+            "slm_jax.evaluation.classes, slm_jax.training.loop, slm_jax.tasks.pretraining",
+            ["matplotlib", "tensorflow", "tensorflow_datasets", "torch"],
+        ),
+    ],
+)
+def test_what_an_import_does_not_import(modules, absent):
+    script = f"import {modules}, sys; print(*sys.modules)"
     listed = subprocess.check_output([sys.executable, "-c", script], text=True).split()
-    assert not {"jax", "numpy", "flax", "slm_jax.model"} & set(listed)
+    assert not set(absent) & set(listed)

@@ -246,9 +246,6 @@ def test_the_feed_forward_is_gelu_between_two_products(exact):
         close(ours, forms[not exact] @ p["proj/kernel"] + p["proj/bias"])
 
 
-# Causality
-
-
 def test_no_logit_depends_on_a_later_token():
     cfg = dataclasses.replace(SMALL, tie_weights=False)
     params = random_params(cfg)
@@ -428,9 +425,6 @@ def test_attention_weights_and_the_attention_branch_are_dropped_out():
     share = kept[:, 8:].sum() / (256 * 3 * np.arange(9, 17).sum())
     assert share == pytest.approx(0.75, abs=0.01)
     assert len(np.unique(kept[:, 15].round())) > 5  # heads differ: it is not the branch alone that drops
-
-
-# Precision
 
 
 @pytest.mark.parametrize("tie_weights", [True, False])

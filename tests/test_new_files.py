@@ -65,8 +65,10 @@ def test_a_failure_leaves_nothing_but_an_empty_target(error, tmp_path):
     def fail():
         raise error
 
-    expected, said = (InputError, "cannot be written: No space") if isinstance(error, OSError) else (type(error), None)
-    with pytest.raises(expected, match=said):
+    expected, message = (
+        (InputError, "cannot be written: No space") if isinstance(error, OSError) else (type(error), None)
+    )
+    with pytest.raises(expected, match=message):
         fill(tmp_path / "empty", fail)
     assert [path.name for path in tmp_path.rglob("*")] == ["empty"]
 

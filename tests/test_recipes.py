@@ -103,8 +103,6 @@ def padded(batch, like):
     }
 
 
-# What a recipe promises
-
 # Keys of the recipe, and fields of its model (with GPT-2's vocabulary) as model.FIELD.
 PROMISES = {
     "tiny": {"data.source": "builtin:python-docs", "tokenizer.kind": "bpe"},

@@ -1,25 +1,9 @@
 """What must hold of the one command for a GPU: every part leaves its figures, and the summary has them all."""
 
-import importlib.util
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-
-FOLDER = Path(__file__).parents[2] / "benchmarks"
-
-
-def load(name):
-    sys.path.insert(0, str(FOLDER))  # its neighbours are its imports
-    try:
-        spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-    finally:
-        sys.path.remove(str(FOLDER))
+from programs import load, run
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +13,7 @@ def step_profile():
 
 @pytest.mark.slow
 def test_the_dry_run_measures_every_part(tmp_path):
-    command = [sys.executable, FOLDER / "gpu.py", "--dry-run", "--peers", "none", "--folder", tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run("gpu", "--dry-run", "--peers", "none", "--folder", tmp_path)
     assert done.returncode == 0, done.stderr
     expected = {
         "sweep-none-1", "xl-full-1", "decode-1", "profile", "compile-cold", "compile-warm", "reader", "flags-none",
@@ -106,17 +89,3 @@ def test_a_summary_of_steps(step_profile):
     assert result["busy_share"] == pytest.approx(0.5)
     assert result["longest_ms"] == {"dot": 2.0, "copy": 0.5}
     assert "| matrix products | 2.00 | 40.0% |" in step_profile.table(result)
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["gpu.py", "--dry-run", "--parts", "all"], "there is no 'all'"),
-        (["gpu.py", "--dry-run", "--nanogpt", "nowhere"], "--nanogpt: nowhere is not a folder"),
-        (["step_profile.py", "--contestants", "nanogpt"], "unrecognized arguments: --contestants"),
-    ],
-)
-def test_mistakes_end_with_status_2(words, said):
-    done = subprocess.run([sys.executable, *words], cwd=FOLDER, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert said in done.stderr.splitlines()[-1]

@@ -2,13 +2,10 @@
 
 import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from programs import run
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
 TINY = ["--layers=1", "--heads=2", "--width=16", "--vocab=65", "--context=16", "--batch=2", "--rounds=3", "--steps=2"]
 
 # Stands in for a checkout of nanodo: its names, and a model of one matrix.
@@ -36,10 +33,6 @@ class TransformerDo(nn.Module):
 """
 
 
-def peers(*options):
-    return subprocess.run([sys.executable, FOLDER / "peers.py", *TINY, *options], capture_output=True, text=True)
-
-
 @pytest.fixture
 def nanodo(tmp_path):
     def make(code):
@@ -55,8 +48,8 @@ def nanodo(tmp_path):
 @pytest.mark.slow
 def test_contestants_take_turns_and_ratios_are_paired(nanodo, tmp_path):
     output, picture = tmp_path / "result.json", tmp_path / "result.png"
-    done = peers("--contestants", "slm_jax,nanodo,nanogpt", "--nanodo", nanodo(NANODO), "--output", output,
-                 "--picture", picture)  # fmt: skip
+    contestants = ("--contestants", "slm_jax,nanodo,nanogpt", "--nanodo", nanodo(NANODO))
+    done = run("peers", *TINY, *contestants, "--output", output, "--picture", picture)
     assert done.returncode == 0, done.stderr
     result = json.loads(output.read_text())
     assert set(result["contestants"]) == {"slm_jax", "nanodo"}
@@ -81,9 +74,8 @@ def test_contestants_take_turns_and_ratios_are_paired(nanodo, tmp_path):
 
 def test_what_cannot_take_part_says_why(nanodo):
     # Not one of them needs slm_jax to be built.
-    done = peers(
-        "--contestants", "transformers,book,nanodo", "--nanodo", nanodo("raise ValueError('CUDA out of memory.')")
-    )
+    folder = nanodo("raise ValueError('CUDA out of memory.')")
+    done = run("peers", *TINY, "--contestants", "transformers,book,nanodo", "--nanodo", folder)
     assert done.returncode == 0, done.stderr
     lines = dict(line.split(maxsplit=1) for line in done.stdout.splitlines() if "skipped" in line)
     assert "add --bias" in lines["transformers"]
@@ -94,24 +86,8 @@ def test_what_cannot_take_part_says_why(nanodo):
 def test_a_contestant_that_dies_or_that_has_no_gpu_is_a_line(nanodo, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # also where the machine has a GPU
     folder = nanodo("import os\nos._exit(9)")
-    done = peers("--device", "gpu", "--contestants", "slm_jax,nanodo", "--nanodo", folder)
+    done = run("peers", *TINY, "--device", "gpu", "--contestants", "slm_jax,nanodo", "--nanodo", folder)
     assert "nanodo        skipped: failed: its process ended with status 9" in done.stdout
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("slm_jax")]
     assert "skipped: JAX finds no GPU here; pip install" in line
     assert "Error" not in done.stdout + done.stderr
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (["--contestants", "torch"], "there is no 'torch'; expected some of slm_jax, nanogpt"),
-        (["--width", "15"], "--width is 15, which --heads 2 does not divide"),
-        (["--work", "generate"], "--prompt 64 and --new 128 are more than --context 16"),
-        (["--output", "nowhere/result.json"], "nowhere is not a folder; make it first"),
-        (["--picture", "result.doc"], "result.doc has no known format; expected one of .png"),
-    ],
-)
-def test_mistakes_end_with_status_2(options, said):
-    done = peers(*options)
-    assert done.returncode == 2
-    assert said in done.stderr.splitlines()[-1]

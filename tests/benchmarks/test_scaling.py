@@ -2,27 +2,18 @@
 
 import json
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from programs import FOLDER, load
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
 SHAPE = {"preset": "tiny", "emb_dim": 16, "n_heads": 2, "n_layers": 2}
 BPE = ("--tokenizer.kind", "bpe", "--tokenizer.vocab_size", "300")
 
 
 @pytest.fixture(scope="module")
 def scaling():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        import scaling
-
-        yield scaling
-        for name in ("scaling", "scaling_page", "reader"):
-            del sys.modules[name]
+    return load("scaling")
 
 
 @pytest.fixture
@@ -84,15 +75,6 @@ def test_an_accelerator_that_is_not_known_is_not_planned_as_a_cpu(scaling, monke
     monkeypatch.setattr(scaling.jax, "default_backend", lambda: "gpu")  # the device's kind stays the CPU's
     with pytest.raises(scaling.InputError, match="are not known; expected a CPU or one of h200, "):
         scaling.plan_device()
-
-
-def test_a_mistake_is_one_line(tmp_path):
-    step = json.dumps(["--model.preset", "giant"])
-    done = subprocess.run([sys.executable, FOLDER / "scaling.py", "--step", step], capture_output=True, text=True)
-    assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("scaling: ")
-    assert "giant" in line
 
 
 def test_a_token_file_of_ten_gigabytes_takes_32_megabytes_of_disk(scaling, tmp_path):

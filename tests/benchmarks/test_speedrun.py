@@ -1,14 +1,11 @@
 """What must hold of the time to a loss: whole runs are timed, each to the loss, and what is missing is one line."""
 
 import json
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
-
-FILE = Path(__file__).parents[2] / "benchmarks" / "speedrun.py"
+from programs import run
 
 # Prints a loss at each step, and runs for minutes unless it is stopped.
 STAND_IN = """
@@ -20,10 +17,6 @@ for step, loss in enumerate((4.2, 1.9, 1.5, 1.2)):
     print(f"iter {step * 250}: loss 0.1, {len(ids)} characters of {ids.max() + 1} kinds")
 time.sleep(300)
 """
-
-
-def speedrun(*args):
-    return subprocess.run([sys.executable, FILE, *map(str, args)], capture_output=True, text=True, timeout=200)
 
 
 @pytest.fixture
@@ -53,10 +46,14 @@ def nanogpt(tmp_path):
 @pytest.mark.slow
 def test_each_is_timed_to_the_loss(recipe, nanogpt, named_data, tmp_path):
     output = tmp_path / "speedrun.json"
-    done = speedrun("--recipe", recipe, "--seeds", 3, "--loss", 1.6, "--nanogpt", nanogpt, "--output", output)
+    done = run("speedrun", "--recipe", recipe, "--seeds", 3, "--loss", 1.6, "--nanogpt", nanogpt, "--output", output)
     assert done.returncode == 1, done.stderr  # three steps are not enough for ours
     theirs, empty, warm = json.loads(output.read_text())["results"]
-    assert [run["who"] for run in (theirs, empty, warm)] == ["nanoGPT", "slm_jax, empty cache", "slm_jax, warm cache"]
+    assert [result["who"] for result in (theirs, empty, warm)] == [
+        "nanoGPT",
+        "slm_jax, empty cache",
+        "slm_jax, warm cache",
+    ]
     assert empty["loss"] == warm["loss"] > 1.6
     assert warm["seconds"] < empty["seconds"]
     assert (empty["step"], empty["seed"]) == (3, 3)
@@ -73,23 +70,7 @@ def test_nanogpt_that_fails_is_one_line_with_its_error_and_its_interpreter_is_fo
     (nanogpt / "train.py").write_text("raise RuntimeError('no torch here')")
     (tmp_path / "python").symlink_to(sys.executable)
     monkeypatch.chdir(tmp_path)
-    done = speedrun("--recipe", recipe, "--seeds", 0, "--nanogpt", nanogpt, "--interpreter", "./python")
+    done = run("speedrun", "--recipe", recipe, "--seeds", 0, "--nanogpt", nanogpt, "--interpreter", "./python")
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.endswith("train.py ended with 1: RuntimeError: no torch here")
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (["--seeds", 0, 0], "--seeds 0 0: one is given twice"),
-        (["--output", "nowhere/speedrun.json"], "--output nowhere/speedrun.json: expected a file in a folder"),
-        (["--nanogpt", "."], "has no train.py; expected a checkout of nanoGPT"),
-    ],
-)
-def test_mistakes_are_one_line_before_anything_runs(recipe, nanogpt, monkeypatch, options, said):
-    monkeypatch.chdir(nanogpt.parent)
-    done = speedrun("--recipe", recipe, *options)
-    assert (done.returncode, done.stdout) == (2, "")
-    (line,) = done.stderr.splitlines()
-    assert said in line

@@ -58,7 +58,6 @@ class Block:
 
 
 def blocks(text: str) -> list[Block]:
-    """Return the fenced blocks of a page in order."""
     found = []
     assert len(re.findall(r"^ *```", text, re.M)) == 2 * len(FENCE.findall("\n" + text)), "a fence without its end"
     for match in FENCE.finditer("\n" + text):
@@ -84,7 +83,6 @@ class Reader:
         self.namespace: dict[str, Any] = {}
 
     def read(self, block: Block) -> None:
-        """Run one block, or check its options if it is not to be run."""
         if block.title:
             path = self.folder / block.title
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -102,14 +100,12 @@ class Reader:
             parse_args(["--config", str(path)])
 
     def python(self, code: str) -> None:
-        """Run Python with what the page has defined before."""
         path = self.folder / "block.py"
         path.write_text(STAND_IN.sub("stand-in", code))
         with contextlib.redirect_stdout(io.StringIO()):
             self.namespace = runpy.run_path(str(path), self.namespace, "block")
 
     def run(self, command: str) -> None:
-        """Run one shell command."""
         if missing(command) or command.startswith(NOT_HERE):
             self.check(command)
             return
@@ -168,7 +164,6 @@ def slm_jax_words(words: list[str]) -> list[str] | None:
 
 
 def shorter(words: list[str]) -> list[str]:
-    """Return the words of a command, with options that make it short."""
     more: dict[str, object] = {}
     if words[0] in ("train", "finetune") and "--help" not in words:
         more = dict(SHORT)
@@ -190,7 +185,6 @@ def shorter(words: list[str]) -> list[str]:
 
 
 def in_this_process(words: list[str]) -> int:
-    """Run a command of slm_jax as its program does; return its exit status."""
     before, sys.stdin = sys.stdin, io.StringIO("Hello\n")
     try:
         with contextlib.redirect_stdout(io.StringIO()):

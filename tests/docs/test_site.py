@@ -2,7 +2,6 @@
 
 import dataclasses
 import html.parser
-import json
 import os
 import pydoc
 import re
@@ -146,13 +145,6 @@ def test_every_notebook_is_listed_with_its_address():
         assert f"(notebooks/{notebook.stem}.md)" in page
         address = f"https://colab.research.google.com/github/{path}/blob/main/notebooks/{notebook.stem}.ipynb"
         assert f"({address})" in page
-
-
-def test_links_of_the_notebooks_into_the_repository_lead_to_files():
-    for notebook in (ROOT / "notebooks").glob("*_*.ipynb"):
-        text = "".join("".join(cell["source"]) for cell in json.loads(notebook.read_text())["cells"])
-        for target in re.findall(rf"{re.escape(REPOSITORY)}/(?:blob|tree)/main/([^)\s#]+)", text):
-            assert (ROOT / target).exists(), (notebook.name, target)
 
 
 def test_the_names_beside_those_of_the_book_exist():

@@ -46,6 +46,8 @@ def test_every_task_has_a_section_and_defaults():
     for task, defaults in TASKS.items():
         config = parse_args(["--task", task], RunConfig if task == "pretraining" else FinetuneConfig)
         assert (config.name, config.data.source) == (defaults.recipe, defaults.source)
+    assert TASKS["instruction"].source == "builtin:docstrings"
+    assert TASKS["classification"].source == "builtin:prose-or-code"
     assert tuple(TASKS) == keys(RunConfig)["task"].choices
     assert execution_keys(FinetuneConfig()) == execution_keys(RunConfig())
 

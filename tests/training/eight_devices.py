@@ -4,6 +4,7 @@ Run as a program of its own, because the devices are pretended before JAX starts
     XLA_FLAGS=--xla_force_host_platform_device_count=8 NPROC=16 python eight_devices.py FOLDER
 """
 
+import dataclasses
 import functools
 import json
 import sys
@@ -20,13 +21,7 @@ from slm_jax.tasks.pretraining import make_loss_fn
 from slm_jax.training.checkpoint import Checkpoints
 from slm_jax.training.config import LoRAConfig, MeshConfig, OptimizerConfig
 from slm_jax.training.optimizer import make_optimizer, make_schedule
-from slm_jax.training.sharding import (
-    batch_sharding,
-    make_mesh,
-    put_batch,
-    put_params,
-    state_shardings,
-)
+from slm_jax.training.sharding import batch_sharding, make_mesh, put_batch, put_params, state_shardings
 from slm_jax.training.step import TrainState, make_eval_step, make_train_step
 from slm_jax.training.trainable import split_params
 
@@ -38,11 +33,8 @@ MUON = OptimizerConfig(kind="muon", warmup_steps=2)
 
 
 def model(drop_rate: float) -> GPTModel:
-    return GPTModel(
-        GPTConfig(
-            vocab_size=VOCAB, context_length=SEQ, emb_dim=64, n_heads=2, n_layers=1, drop_rate=drop_rate, unroll=True
-        )
-    )
+    cfg = GPTConfig(vocab_size=VOCAB, context_length=SEQ, emb_dim=64, n_heads=2, n_layers=1, unroll=True)
+    return GPTModel(dataclasses.replace(cfg, drop_rate=drop_rate))
 
 
 def batches() -> list[dict[str, np.ndarray]]:
@@ -66,34 +58,30 @@ def train_step(accumulate: int, optimizer: OptimizerConfig = OPTIMIZER):
     return make_train_step(loss_fn, make_optimizer(optimizer), make_schedule(optimizer, STEPS), accumulate)
 
 
-def train_on_one(accumulate: int) -> list[float]:
-    """The losses of the steps, and of an evaluation after them, on one device without any mesh."""
-    state = jax.jit(initial_state)()
-    step = jax.jit(train_step(accumulate))
+def train(cfg: MeshConfig | None, start, given: tuple, step, frozen: dict, batches: list) -> tuple:
+    """Losses, last state and what is frozen, on a mesh, put together as the loop does it (None: on one device)."""
+    if cfg is None:
+        state, step = jax.jit(start)(*given), jax.jit(step)
+    else:
+        mesh = make_mesh(cfg)
+        shardings = state_shardings(mesh, jax.eval_shape(start, *given))
+        state = jax.jit(start, out_shardings=shardings)(*(put_params(mesh, tree) for tree in given))
+        step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+        frozen, batches = put_params(mesh, frozen), [put_batch(mesh, batch) for batch in batches]
     losses = []
-    for batch in batches():
-        state, metrics = step(state, {}, batch)
+    for batch in batches:
+        state, metrics = step(state, frozen, batch)
         losses.append(float(metrics.loss))
-    return [*losses, evaluate(state, batches()[0])]
+    return losses, state, frozen
 
 
-def evaluate(state: TrainState, batch: dict) -> float:
-    loss, weight, _ = jax.jit(make_eval_step(make_loss_fn(model(0.0))))(state.trainable, {}, batch)
-    return float(loss) / float(weight)
-
-
-def train_on_mesh(cfg: MeshConfig, accumulate: int, optimizer=OPTIMIZER) -> tuple[list[float], TrainState]:
-    """The same on a mesh, put together as the loop does it."""
-    mesh = make_mesh(cfg)
+def train_gpt(cfg: MeshConfig | None, accumulate: int, optimizer=OPTIMIZER) -> tuple[list[float], TrainState]:
+    """The losses of the steps, and of an evaluation after them; the last state."""
     start = functools.partial(initial_state, optimizer)
-    shardings = state_shardings(mesh, jax.eval_shape(start))
-    state = jax.jit(start, out_shardings=shardings)()
-    step = jax.jit(train_step(accumulate, optimizer), donate_argnums=0, out_shardings=(shardings, None))
-    losses = []
-    for batch in batches():
-        state, metrics = step(state, {}, put_batch(mesh, batch))
-        losses.append(float(metrics.loss))
-    return [*losses, evaluate(state, put_batch(mesh, batches()[0]))], state
+    losses, state, _ = train(cfg, start, (), train_step(accumulate, optimizer), {}, batches())
+    batch = batches()[0] if cfg is None else put_batch(make_mesh(cfg), batches()[0])
+    loss, weight, _ = jax.jit(make_eval_step(make_loss_fn(model(0.0))))(state.trainable, {}, batch)
+    return [*losses, float(loss) / float(weight)], state
 
 
 def tune_with_lora(cfg: MeshConfig | None) -> dict:
@@ -119,21 +107,9 @@ def tune_with_lora(cfg: MeshConfig | None) -> dict:
     def start(trainable) -> TrainState:
         return TrainState(jnp.int32(0), trainable, make_optimizer(OPTIMIZER).init(trainable), jax.random.key(1))
 
-    losses = []
+    losses, state, frozen = train(cfg, start, (trainable,), step, frozen, texts)
     if cfg is None:
-        state, step = jax.jit(start)(trainable), jax.jit(step)
-        for batch in texts:
-            state, metrics = step(state, frozen, batch)
-            losses.append(float(metrics.loss))
         return {"losses": losses}
-    mesh = make_mesh(cfg)
-    shardings = state_shardings(mesh, jax.eval_shape(start, trainable))
-    state = jax.jit(start, out_shardings=shardings)(put_params(mesh, trainable))
-    frozen = put_params(mesh, frozen)
-    step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-    for batch in texts:
-        state, metrics = step(state, frozen, put_batch(mesh, batch))
-        losses.append(float(metrics.loss))
     return {"losses": losses, "trainable": shard_shapes(state.trainable), "frozen": shard_shapes(frozen)}
 
 
@@ -164,15 +140,15 @@ def main(folder: Path) -> None:
     assert jax.device_count() == 8
     result: dict = {"one": {}, "mesh": {}, "shards": {}}
     for accumulate in (1, 2):
-        result["one"][f"accumulate={accumulate}"] = train_on_one(accumulate)
+        result["one"][f"accumulate={accumulate}"] = train_gpt(None, accumulate)[0]
         for name, cfg in MESHES.items():
-            losses, state = train_on_mesh(cfg, accumulate)
+            losses, state = train_gpt(cfg, accumulate)
             result["mesh"][f"{name} accumulate={accumulate}"] = losses
             result["shards"][f"{name} accumulate={accumulate}"] = {
                 "params": shard_shapes(state.trainable), "opt_state": shard_shapes(state.opt_state)
             }  # fmt: skip
     for name, cfg in (("whole", MeshConfig()), ("split", MeshConfig(data=4, fsdp=2))):
-        losses, muon = train_on_mesh(cfg, 1, MUON)
+        losses, muon = train_gpt(cfg, 1, MUON)
         result[f"muon {name}"] = {"losses": losses, "shards": shard_shapes(muon.opt_state)}
     result["lora"] = {name: tune_with_lora(cfg) for name, cfg in (("one", None), *MESHES.items())}
 

@@ -7,6 +7,7 @@ import time
 
 import pytest
 from pretraining import options
+from refusals import fails
 
 from slm_jax import cli
 from slm_jax.errors import InputError
@@ -77,14 +78,15 @@ def test_wandb_offline_has_what_the_log_has_and_a_run_that_goes_on_is_the_same(t
     name = (tmp_path / WANDB_ID).read_text().strip()
     pattern = f"offline-run-*-{name}*/*.wandb"  # a second one in the same second has a number behind
     until = time.monotonic() + 30
-    while not all(
-        loss in b"".join(path.read_bytes() for path in (tmp_path / "wandb").glob(pattern)) for loss in losses
-    ):
+
+    def written():
+        return [path.read_bytes() for path in (tmp_path / "wandb").glob(pattern)]
+
+    while not all(loss in b"".join(written()) for loss in losses):
         assert time.monotonic() < until, "wandb, which writes in a process of its own, wrote no such losses"
         time.sleep(0.1)
-    files = [path.read_bytes() for path in (tmp_path / "wandb").glob(pattern)]
-    assert len(files) == 2
-    for content in files:
+    assert len(written()) == 2
+    for content in written():
         assert sum(loss in content for loss in losses) == 1
         assert all(text in content for text in (b"val/loss", b"project-of-tests", b"named", name.encode()))
     html = next((tmp_path / "wandb").rglob("*.html")).read_text()
@@ -94,11 +96,8 @@ def test_wandb_offline_has_what_the_log_has_and_a_run_that_goes_on_is_the_same(t
 def test_what_is_not_installed_is_refused_before_anything_is_written(text_file, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for key, value, package in (("tensorboard", "true", "tensorboardX"), ("wandb", "offline", "wandb")):
-        assert cli.main(["train", *options(text_file, tmp_path), f"--logging.{key}", value]) == 2
-        error = capsys.readouterr().err
-        assert len(error.splitlines()) == 1
-        assert f"logging.{key} needs the package {package}" in error
-        assert f".[{key}]" in error
+        words = ["train", *options(text_file, tmp_path), f"--logging.{key}", value]
+        fails(words, capsys, f"logging.{key} needs the package {package}", f".[{key}]")
     assert not list(tmp_path.iterdir())
     check_loggers(LoggingConfig())
 

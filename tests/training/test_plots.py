@@ -1,17 +1,12 @@
-"""What must hold of the pictures: a real PNG of the whole log, and no drawing library until one is drawn."""
+"""What must hold of the pictures: a real PNG of the whole log with its labels."""
 
-import os
 import struct
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from slm_jax.training import record
 from slm_jax.training.record import draw_loss
 
-ROOT = Path(__file__).parents[2]
 TRAIN = [{"step": step, "split": "train", "loss": 3.0 / step} for step in range(1, 20)]
 VALIDATION = [{"step": step, "split": "val", "loss": 4.0 / (step + 1)} for step in (0, 10, 19)]
 ACCURACY = [{**row, "accuracy": row["step"] / 20} for row in VALIDATION]
@@ -51,13 +46,3 @@ def test_the_labels_say_what_is_drawn(tmp_path, monkeypatch):
     assert line.get_xydata().tolist() == [[row["step"], row["accuracy"]] for row in ACCURACY]
     names = [text.get_text() for text in figures[1].legends[0].get_texts()]
     assert names == ["training (one batch)", "validation (all)", "validation accuracy"]
-
-
-def test_importing_the_library_imports_no_drawing_nor_other_frameworks():
-    program = (
-        "import sys, slm_jax, slm_jax.evaluation.classes, slm_jax.training.loop, slm_jax.tasks.pretraining\n"
-        "print([n for n in ('matplotlib', 'tensorflow', 'tensorflow_datasets', 'torch') if n in sys.modules])"
-    )
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"

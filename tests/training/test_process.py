@@ -87,9 +87,6 @@ def test_several_processes_stop_together(monkeypatch):
     assert votes == [False, False, False, False, True]
 
 
-# Freed memory
-
-
 ALLOCATING = """
 import resource, sys
 import jax, jax.numpy as jnp

@@ -49,7 +49,7 @@ def test_plain_lines_come_at_intervals_but_none_of_the_notes_is_lost(monkeypatch
     assert text.count("tok/s") == 3  # at 0, 5 and 10 seconds
 
 
-def test_in_a_terminal_the_line_is_live():
+def test_in_a_terminal_the_line_is_live_and_a_note_one_line_that_can_be_copied():
     out = console(terminal=True)
     with ProgressLine(out, 1000, first_step=10) as line:
         for step in range(11, 21):
@@ -59,9 +59,6 @@ def test_in_a_terminal_the_line_is_live():
     assert "\x1b[" in text
     assert "20/1,000" in text
     assert "a line [of] its own" in text  # is no markup
-
-
-def test_a_long_note_stays_one_line_so_that_it_can_be_copied():
     out = console()
     ProgressLine(out, 10).note("word " * 100)
     assert len(shown(out).splitlines()) == 1
@@ -77,23 +74,10 @@ def test_other_hosts_are_silent(terminal):
     assert shown(out) == ""
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0.4, "0 s"),
-        (42, "42 s"),
-        (59.4, "59 s"),
-        (59.6, "1 min 00 s"),
-        (185, "3 min 05 s"),
-        (3599.6, "1 h 00 min"),
-        (360_600, "100 h 10 min"),
-    ],
-)
-def test_durations_read_as_a_person_would_write_them(seconds, text):
-    assert format_duration(seconds) == text
-
-
-def test_sizes_are_in_powers_of_ten():
+def test_durations_and_sizes_read_as_a_person_would_write_them():
+    durations = {0.4: "0 s", 42: "42 s", 59.4: "59 s", 59.6: "1 min 00 s", 185: "3 min 05 s", 3599.6: "1 h 00 min"}
+    assert {seconds: format_duration(seconds) for seconds in durations} == durations
+    assert format_duration(360_600) == "100 h 10 min"
     assert [format_bytes(n) for n in (0, 1.5e6, 1.6384e13)] == ["0.0 MB", "1.5 MB", "16,384.00 GB"]
 
 

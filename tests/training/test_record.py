@@ -90,17 +90,10 @@ def test_a_step_is_logged_with_its_speed(make, clock):
     run.sample(7, "some text")
     assert texts == [("sample", "some text", 7)]
     assert row == {
-        **{
-            "step": 12,
-            "split": "train",
-            "loss": 2.0,
-            "perplexity": pytest.approx(math.e**2),
-            "grad_norm": 0.5,
-            "margin": 0.25,
-        },
-        **{"learning_rate": pytest.approx(1e-3), "tokens": 12 * 64, "tokens_per_second": 32.0, "seconds": 4.0},
-        "mfu": pytest.approx(32.0 * hardware.flops_per_token(CFG) / 2e6),  # of both devices
-    }
+        "step": 12, "split": "train", "loss": 2.0, "perplexity": pytest.approx(math.e**2), "grad_norm": 0.5,
+        "margin": 0.25, "learning_rate": pytest.approx(1e-3), "tokens": 12 * 64, "tokens_per_second": 32.0,
+        "seconds": 4.0, "mfu": pytest.approx(32.0 * hardware.flops_per_token(CFG) / 2e6),  # of both devices
+    }  # fmt: skip
 
 
 def test_a_lap_begins_after_each_logged_step(make, clock):
@@ -133,9 +126,8 @@ def test_a_skipped_step_says_so_and_has_no_loss(make, clock):
 
 def test_an_evaluation_is_the_best_only_when_its_loss_is_the_lowest(make):
     run = make(bytes_per_token=2.0)
-    assert [run.evaluation(step, sums(loss)) for step, loss in enumerate((3.0, math.nan, 2.0, 2.0))] == [
-        *(True, False, True, False)
-    ]
+    best = [run.evaluation(step, sums(loss)) for step, loss in enumerate((3.0, math.nan, 2.0, 2.0))]
+    assert best == [True, False, True, False]
     assert run.validation == {0: 3.0, 1: math.inf, 2: 2.0, 3: 2.0}
     first = run.folder.metrics("val")[0]
     assert first["bits_per_byte"] == pytest.approx(3.0 / math.log(2) / 2.0)
@@ -172,12 +164,12 @@ def test_the_test_split_is_logged_once(make):
     assert run.folder.metrics("test") == [{"step": 5, "split": "test", "accuracy": 0.5}]
 
 
-@pytest.mark.parametrize(("training", "said"), [([3.0, 2.5, 2.0, 1.5, 1.0], 1), ([2.5, 2.5, 2.6, 2.7, 2.8], 0)])
-def test_overfitting_is_said_once_and_only_while_the_training_loss_falls(make, clock, training, said):
+@pytest.mark.parametrize(("training", "count"), [([3.0, 2.5, 2.0, 1.5, 1.0], 1), ([2.5, 2.5, 2.6, 2.7, 2.8], 0)])
+def test_overfitting_is_said_once_and_only_while_the_training_loss_falls(make, clock, training, count):
     run = make()
     for step, (train, validation) in enumerate(zip(training, [3.0, 2.0, 2.1, 2.2, 2.3], strict=True), start=1):
         clock[0] += 1.0
         run.train(step, step_metrics(train))
         run.evaluation(step, sums(validation))
     run.evaluation(6, sums(2.4))
-    assert run.output.getvalue().count("overfitting: the validation loss was lowest at step 2") == said
+    assert run.output.getvalue().count("overfitting: the validation loss was lowest at step 2") == count

@@ -1,4 +1,4 @@
-"""What must hold of a run's folder: a log that reads as one unbroken run, whatever was cut off or said in it."""
+"""What must hold of a run's folder: a log that reads as one unbroken run, whatever was cut off or sampled in it."""
 
 import json
 import math

@@ -12,7 +12,7 @@ import eight_devices
 import jax
 import numpy as np
 import pytest
-from pretraining import options
+from pretraining import metrics, options
 
 from slm_jax.cli import main
 from slm_jax.errors import InputError
@@ -33,7 +33,8 @@ from slm_jax.training.sharding import (
 
 ROOT = Path(__file__).parents[2]
 QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"  # how work is spread is decided before
-MESHES = ("data=8", "data=4,fsdp=2", "fsdp=8")
+MESHES = {"data=8": 1, "data=4,fsdp=2": 2, "fsdp=8": 8}  # and in how many parts each cuts a leaf
+each_mesh = pytest.mark.parametrize("mesh", MESHES)
 
 
 def environment(**changes):
@@ -71,13 +72,13 @@ def eight(folder, state_of_one):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("mesh", MESHES)
-def test_eight_devices_give_the_losses_of_one(eight, mesh, accumulate):
+@each_mesh
+def test_eight_devices_give_the_losses_of_one(eight, mesh):
     """With accumulation there is dropout too: it depends on the step alone, not on the mesh."""
-    one = eight["one"][f"accumulate={accumulate}"]
-    assert len(set(one)) == len(one) == eight_devices.STEPS + 1
-    np.testing.assert_allclose(eight["mesh"][f"{mesh} accumulate={accumulate}"], one, rtol=1e-5)
+    for accumulate in (1, 2):
+        one = eight["one"][f"accumulate={accumulate}"]
+        assert len(set(one)) == len(one) == eight_devices.STEPS + 1
+        np.testing.assert_allclose(eight["mesh"][f"{mesh} accumulate={accumulate}"], one, rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -92,8 +93,8 @@ def test_muon_on_split_matrices_moves_as_on_whole_ones(eight):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("mesh", "parts"), [("data=8", 1), ("data=4,fsdp=2", 2), ("fsdp=8", 8)])
-def test_a_classifier_with_adapters_trains_on_eight_devices_as_on_one(eight, mesh, parts):
+@each_mesh
+def test_a_classifier_with_adapters_trains_on_eight_devices_as_on_one(eight, mesh):
     """What is trained and what is frozen are both split."""
     one, many = eight["lora"]["one"], eight["lora"][mesh]
     assert len(set(one["losses"])) == len(one["losses"]) == eight_devices.STEPS
@@ -102,13 +103,13 @@ def test_a_classifier_with_adapters_trains_on_eight_devices_as_on_one(eight, mes
         large = {name: leaf for name, leaf in many[tree].items() if np.prod(leaf[0]) >= 4096}
         assert len(large) >= 4
         for name, (shape, shards) in large.items():
-            assert np.prod(shards[0]) == np.prod(shape) // parts, name
+            assert np.prod(shards[0]) == np.prod(shape) // MESHES[mesh], name
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("mesh", "parts"), [("data=8", 1), ("data=4,fsdp=2", 2), ("fsdp=8", 8)])
+@each_mesh
 @pytest.mark.parametrize("tree", ["params", "opt_state"])
-def test_parameters_and_optimizer_state_are_split_along_fsdp(eight, mesh, parts, tree):
+def test_parameters_and_optimizer_state_are_split_along_fsdp(eight, mesh, tree):
     """After training: each device holds its share of every large leaf, and all of the small ones."""
     for accumulate in (1, 2):
         leaves = eight["shards"][f"{mesh} accumulate={accumulate}"][tree]
@@ -117,18 +118,18 @@ def test_parameters_and_optimizer_state_are_split_along_fsdp(eight, mesh, parts,
         for name, (shape, shards) in leaves.items():
             large = np.prod(shape) >= 4096
             assert len(shards) == 1, f"{name}: unequal parts"
-            assert np.prod(shards[0]) == np.prod(shape) // (parts if large else 1), name
+            assert np.prod(shards[0]) == np.prod(shape) // (MESHES[mesh] if large else 1), name
             split += large
         assert split >= 4 * (2 if tree == "opt_state" else 1)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", MESHES)
+@each_mesh
 def test_what_one_device_saved_is_restored_on_eight(eight, state_of_one, mesh):
     restored = eight[f"restored on {mesh}"]
     assert restored["bits"] == eight_devices.bits(eight_devices.raw(state_of_one))
     shape, shards = next(leaf for name, leaf in restored["shards"].items() if "attn/q" in name and "kernel" in name)
-    assert np.prod(shape) // np.prod(shards[0]) == {"data=8": 1, "data=4,fsdp=2": 2, "fsdp=8": 8}[mesh]
+    assert np.prod(shape) // np.prod(shards[0]) == MESHES[mesh]
 
 
 @pytest.mark.slow
@@ -183,6 +184,9 @@ def test_the_processes_rows_are_the_batch_cut_in_order(monkeypatch):
 # Several processes
 
 
+ADDRESS = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234"}
+
+
 @pytest.fixture
 def joined(monkeypatch):
     """What jax.distributed.initialize was called with."""
@@ -192,28 +196,14 @@ def joined(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "environ",
-    [
-        {},
-        {"SLURM_NTASKS": "1"},
-        {"SLURM_NTASKS": "2"},  # the shell of a batch job, outside srun
-        {"OMPI_COMM_WORLD_SIZE": "1"},
-        {"TPU_WORKER_HOSTNAMES": "localhost"},
-        {"JAX_NUM_PROCESSES": "2"},
-    ],
-    ids=str,
-)
-def test_one_process_stays_alone(joined, environ):
-    assert initialize_distributed(environ) is False
-    assert joined == []
-
-
-ADDRESS = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234"}
-
-
-@pytest.mark.parametrize(
     ("environ", "arguments"),
     [
+        ({}, None),
+        ({"SLURM_NTASKS": "1"}, None),
+        ({"SLURM_NTASKS": "2"}, None),  # the shell of a batch job, outside srun
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, None),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+        ({"JAX_NUM_PROCESSES": "2"}, None),
         ({"SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "node[1-2]"}, ()),
         ({"OMPI_COMM_WORLD_SIZE": "4"}, ()),
         ({"TPU_WORKER_HOSTNAMES": "10.0.0.1,10.0.0.2"}, ()),
@@ -222,9 +212,9 @@ ADDRESS = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234"}
     ],
     ids=str,
 )
-def test_a_job_that_jax_can_detect_or_that_is_described_is_joined(joined, environ, arguments):
-    assert initialize_distributed(environ) is True
-    assert joined == [(arguments, {})]
+def test_one_process_stays_alone_and_a_job_that_jax_detects_or_that_is_described_is_joined(joined, environ, arguments):
+    assert initialize_distributed(environ) is (arguments is not None)
+    assert joined == ([] if arguments is None else [(arguments, {})])
 
 
 def test_joining_does_not_take_sigterm_away(monkeypatch):
@@ -295,11 +285,6 @@ def train_in_two_processes(text, folder, steps):
     return logs
 
 
-def read_losses(run):
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [(row["step"], row["split"]) for row in rows], [row["loss"] for row in rows]
-
-
 @pytest.mark.slow
 def test_two_processes_make_one_run_with_the_losses_of_one_process(tmp_path):
     """A run of six steps in two halves, the second resumed; against one process that does it without a break."""
@@ -315,11 +300,10 @@ def test_two_processes_make_one_run_with_the_losses_of_one_process(tmp_path):
 
     assert {path.name for path in two.iterdir() if path.is_dir()} == {"small"}
     assert {p.name for p in (two / "small").iterdir()} == {p.name for p in (one / "small").iterdir()}
-    rows, losses = read_losses(one / "small")
-    rows_of_two, losses_of_two = read_losses(two / "small")
-    assert rows_of_two == rows
-    assert sum(split == "train" for _, split in rows) == 6
-    np.testing.assert_allclose(losses_of_two, losses, rtol=1e-5)
+    rows, of_two = (metrics(run / "small") for run in (one, two))
+    assert [(row["step"], row["split"]) for row in of_two] == [(row["step"], row["split"]) for row in rows]
+    assert sum(row["split"] == "train" for row in rows) == 6
+    np.testing.assert_allclose([row["loss"] for row in of_two], [row["loss"] for row in rows], rtol=1e-5)
     assert json.loads((two / "small/summary.json").read_text())["environment"]["processes"] == 2
     saved = [sorted(p.name for p in (run / "small/checkpoints").iterdir()) for run in (one, two)]
     assert saved[0] == saved[1]

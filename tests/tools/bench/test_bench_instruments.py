@@ -8,15 +8,8 @@ import pytest
 from rich.console import Console
 
 from slm_jax.errors import InputError
-from slm_jax.tools.bench.instruments import (
-    Ceilings,
-    Timing,
-    find_ceilings,
-    output_of,
-    peak_memory,
-    start_python,
-    time_calls,
-)
+from slm_jax.tools.bench import instruments
+from slm_jax.tools.bench.instruments import Ceilings, Timing, find_ceilings, output_of, start_python
 from slm_jax.tools.bench.result import Result, draw_result, print_result
 from slm_jax.training.hardware import find_device
 
@@ -28,7 +21,7 @@ def test_only_the_repeats_are_timed():
     def run() -> None:
         now[0] += next(durations)
 
-    timing = time_calls(run, warmup=2, repeats=4, clock=lambda: now[0])
+    timing = instruments.time_calls(run, warmup=2, repeats=4, clock=lambda: now[0])
     assert timing.seconds == (3.0, 1.0, 2.0, 10.0)
     assert timing.median == 2.5
     assert timing.quartiles == (1.75, 4.75)
@@ -53,15 +46,15 @@ def test_ceilings_come_from_the_data_sheet_or_as_given():
 
 
 def test_the_bandwidth_is_measured_where_no_data_sheet_is_known(monkeypatch):
-    monkeypatch.setattr("slm_jax.tools.bench.instruments._SECONDS", 0.01)
-    monkeypatch.setattr("slm_jax.tools.bench.instruments.device_here", lambda: None)
+    monkeypatch.setattr(instruments, "_SECONDS", 0.01)
+    monkeypatch.setattr(instruments, "device_here", lambda: None)
     here = find_ceilings("float32", None, None)
     assert (here.flops, here.source) == (None, "peak unknown; bandwidth measured here")
     assert 1e8 < here.bandwidth < 1e15
     measured = find_ceilings("float32", None, "measured")
     assert measured.source == "measured here"
     assert 1e8 < measured.flops < 1e17
-    monkeypatch.setattr("slm_jax.tools.bench.instruments.device_here", lambda: find_device("h200"))
+    monkeypatch.setattr(instruments, "device_here", lambda: find_device("h200"))
     assert find_ceilings("float32", None, None) == Ceilings(495e12, 4.8e12, "data sheet of h200")
 
 
@@ -71,7 +64,7 @@ def test_the_peak_is_what_was_held_at_most():
             np.frombuffer(fresh, np.uint8)[:] = 1
 
     touch(150)  # before: not counted
-    with peak_memory() as memory:
+    with instruments.peak_memory() as memory:
         touch(60)
     if memory.n_bytes is None:
         pytest.skip("the system does not say what a process holds")

@@ -13,22 +13,10 @@ from slm_jax import cli
 from slm_jax.errors import InputError
 from slm_jax.model import GPTConfig, param_shapes
 from slm_jax.tasks.config import RunConfig, parse_args
-from slm_jax.tools.bench import training
+from slm_jax.tools.bench import generation, instruments, training
 from slm_jax.tools.bench.generation import measure_generation, time_generation
 from slm_jax.tools.bench.instruments import Ceilings, PeakMemory
-from slm_jax.tools.bench.training import (
-    STARTUP,
-    CompiledStep,
-    StepTimer,
-    compile_step,
-    measure_batches,
-    measure_memory,
-    measure_startup,
-    measure_step,
-    per_batch,
-    speed_figures,
-    with_known_vocabulary,
-)
+from slm_jax.tools.bench.training import compile_step, measure_memory, measure_startup, measure_step, speed_figures
 from slm_jax.training.config import ModelConfig
 from slm_jax.training.program import Program, device_bytes
 
@@ -44,11 +32,8 @@ def config_of(*words: str) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def step() -> CompiledStep:
+def step() -> training.CompiledStep:
     return compile_step(config_of())
-
-
-# --- The training step ---
 
 
 def test_it_is_the_step_that_train_compiles(text_file, tmp_path, monkeypatch):
@@ -62,7 +47,7 @@ def test_it_is_the_step_that_train_compiles(text_file, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Program, "wait", keep)
         assert cli.main(["train", *words]) == 2
-    config, notes = with_known_vocabulary(parse_args(words))
+    config, notes = training.with_known_vocabulary(parse_args(words))
     ours = compile_step(config)
     assert "counted in the text" in notes[0]
     assert ours.compiled.cost_analysis() == compiled[0].cost_analysis()
@@ -97,7 +82,7 @@ def test_without_a_peak_there_is_no_mfu(step):
 
 def test_queued_steps_are_timed_from_one_reading_to_the_next(step):
     ticks = itertools.accumulate(itertools.count(1))  # 1, 3, 6, 10, 15 …
-    timer = StepTimer(step, clock=lambda: float(next(ticks)))
+    timer = training.StepTimer(step, clock=lambda: float(next(ticks)))
     assert timer.queue(4).seconds == (2.0, 3.0, 4.0, 5.0)
     assert 3 < timer.loss < 5  # of 64 ids: log(64) = 4.16
     before = timer.loss
@@ -114,7 +99,7 @@ def test_a_packed_batch_has_documents(step):
 
 
 def test_all_figures_of_a_step_are_there(monkeypatch):
-    monkeypatch.setattr("slm_jax.tools.bench.instruments._SECONDS", 0.01)
+    monkeypatch.setattr(instruments, "_SECONDS", 0.01)
     result = measure_step(config_of("--data.source", "text:nowhere"), warmup=1, repeats=3, peak=1e12)
     figures = result.figures
     assert len(figures["step_seconds"].seconds) == len(figures["queued_step_seconds"].seconds) == 3
@@ -126,14 +111,10 @@ def test_all_figures_of_a_step_are_there(monkeypatch):
         measure_step(config_of(), warmup=1, repeats=3, device="h20")
 
 
-# --- Memory ---
-
-
 @pytest.mark.slow
 def test_memory_is_planned_analysed_and_measured(text_file, tmp_path):
-    figures = measure_memory(
-        parse_args(options(text_file, tmp_path, model__emb_dim=64, model__vocab_size=20_000))
-    ).figures
+    words = options(text_file, tmp_path, model__emb_dim=64, model__vocab_size=20_000)
+    figures = measure_memory(parse_args(words)).figures
     assert figures["least_bytes"] > 3 * 4 * 20_000 * 64
     assert figures["planned_bytes"] > figures["least_bytes"]
     assert figures["xla_bytes"] > figures["least_bytes"]
@@ -155,21 +136,17 @@ def test_an_accelerator_without_a_data_sheet_is_analysed_and_measured_and_not_pl
     assert ("planned (slm-jax plan)", None, "unknown") in result.shown()
 
 
-# --- Batches ---
-
-
 def test_batches_are_timed_several_at_once():
     ticks = itertools.count(step=5)
     batches = iter(range(100))
-    timing = per_batch(batches, warmup=1, repeats=3, batches=10, clock=lambda: float(next(ticks)))
+    timing = training.per_batch(batches, warmup=1, repeats=3, batches=10, clock=lambda: float(next(ticks)))
     assert timing.seconds == (0.5, 0.5, 0.5)
     assert next(batches) == 40
 
 
 def test_the_batches_of_a_run_are_measured(text_file, tmp_path):
-    figures = measure_batches(
-        parse_args(options(text_file, tmp_path)), warmup=0, repeats=2, batches=3, step_ms=20.0
-    ).figures
+    config = parse_args(options(text_file, tmp_path))
+    figures = training.measure_batches(config, warmup=0, repeats=2, batches=3, step_ms=20.0).figures
     assert figures["tokens_per_batch"] == 8 * 16
     assert figures["bytes_per_batch"] == 3 * 4 * 8 * 16
     assert math.isclose(figures["tokens_per_second"], 8 * 16 / figures["batch_seconds"].median)
@@ -177,11 +154,8 @@ def test_the_batches_of_a_run_are_measured(text_file, tmp_path):
     assert list(tmp_path.iterdir()) == []  # no run is begun
 
 
-# --- Generation ---
-
-
 def test_further_tokens_are_what_remains_without_the_first(monkeypatch):
-    monkeypatch.setattr("slm_jax.tools.bench.generation.generate", lambda *_, **__: 0)
+    monkeypatch.setattr(generation, "generate", lambda *_, **__: 0)
     times = iter([0.0, 9.0, 10.0, 90.0, 100.0, 101.0, 101.0, 109.0, 200.0, 203.0, 203.0, 217.0])
     prefill, decode = time_generation(CFG, {}, 1, 5, 4, warmup=1, repeats=2, clock=lambda: next(times))
     assert prefill.seconds == (1.0, 3.0)
@@ -189,7 +163,7 @@ def test_further_tokens_are_what_remains_without_the_first(monkeypatch):
 
 
 def test_each_batch_size_is_measured_and_what_a_token_reads(monkeypatch):
-    monkeypatch.setattr("slm_jax.tools.bench.generation.find_ceilings", lambda *_: Ceilings(None, 1e9, "given"))
+    monkeypatch.setattr(generation, "find_ceilings", lambda *_: Ceilings(None, 1e9, "given"))
     shape = ModelConfig(vocab_size=64, context_length=24, emb_dim=16, n_heads=2, n_layers=2, dtype="float32")
     of = {"run": None, "model": shape, "warmup": 1, "repeats": 2}
     result = measure_generation(batch_sizes="1,3", prompt_tokens=5, new_tokens=6, **of)
@@ -209,15 +183,12 @@ def test_each_batch_size_is_measured_and_what_a_token_reads(monkeypatch):
         measure_generation(batch_sizes="1", prompt_tokens=20, new_tokens=5, **of)
 
 
-# --- Start ---
-
-
 @pytest.mark.slow
 def test_starts_are_measured_and_leave_nothing(text_file, tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     words = options(text_file, tmp_path, sample__every=0, train__accumulate=1)
     figures = measure_startup(parse_args(words), repeats=1).figures
-    median = {name: figures[name].median for name in STARTUP}
+    median = {name: figures[name].median for name in training.STARTUP}
     assert min(median.values()) > 0
     # The bare import imports nothing of its own; a start includes the imports, and far more.
     assert median["first_use_slm_jax_seconds"] > median["import_slm_jax_seconds"]

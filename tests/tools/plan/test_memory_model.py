@@ -13,15 +13,8 @@ from slm_jax.model import GPTConfig, GPTModel, get_gpt_config, init_params, para
 from slm_jax.nn.target import Target, compiling_for
 from slm_jax.tasks.config import RunConfig
 from slm_jax.tasks.pretraining import make_loss_fn
-from slm_jax.tools.plan.memory_model import (
-    State,
-    Work,
-    copied_weights,
-    evaluation_memory,
-    saved_bytes,
-    state_bytes,
-    step_memory,
-)
+from slm_jax.tools.plan import memory_model
+from slm_jax.tools.plan.memory_model import State, Work, saved_bytes, state_bytes, step_memory
 from slm_jax.training.config import OptimizerConfig
 from slm_jax.training.optimizer import make_optimizer
 from slm_jax.training.program import device_bytes
@@ -51,13 +44,10 @@ def kept_by_jax(cfg, target):
     with compiling_for(*target):
         grad = jax.grad(lambda params, batch: loss_fn(params, {}, batch, key)[0])
         jaxpr = jax.make_jaxpr(grad)(param_shapes(cfg), abstract_batch(cfg)).jaxpr
-    (forward,) = [
-        eqn
-        for eqn in jaxpr.eqns
-        if eqn.primitive.name == "scan" and eqn.params["length"] == cfg.n_layers and not eqn.params["reverse"]
-    ]
+    scans = [eqn.params | {"out": eqn.outvars} for eqn in jaxpr.eqns if eqn.primitive.name == "scan"]
+    (forward,) = [scan for scan in scans if scan["length"] == cfg.n_layers and not scan["reverse"]]
     # The carried stream has the rows first, of which there are not as many.
-    stacked = [var for var in forward.outvars if var.aval.shape[:1] == (cfg.n_layers,)]
+    stacked = [var for var in forward["out"] if var.aval.shape[:1] == (cfg.n_layers,)]
     return sum(var.aval.size * var.aval.dtype.itemsize for var in stacked)
 
 
@@ -75,7 +65,7 @@ def kept_by_jax(cfg, target):
 def test_the_table_is_what_jax_keeps_for_the_backward_pass(target, attention, dtype, remat, drop_rate):
     cfg = shape(dtype=dtype, remat=remat, drop_rate=drop_rate, attention=attention)
     planned = work(cfg, target, attention)
-    a_block = saved_bytes(planned) * ROWS * cfg.context_length + copied_weights(planned)
+    a_block = saved_bytes(planned) * ROWS * cfg.context_length + memory_model.copied_weights(planned)
     assert a_block * cfg.n_layers == pytest.approx(kept_by_jax(cfg, target), rel=0.01)
 
 
@@ -87,9 +77,7 @@ def xla_bytes(cfg, rows):
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="an older XLA copies less: the plan is up to 19% above it")
-@pytest.mark.parametrize(
-    "changes", [{"unroll": True}, {"unroll": False, "remat": "full"}], ids=["unrolled", "loop, remat full"]
-)
+@pytest.mark.parametrize("changes", [{"unroll": True}, {"unroll": False, "remat": "full"}], ids=str)
 def test_the_total_is_within_ten_percent_of_what_xla_says(changes):
     """Of the tiny preset's width and vocabulary: what XLA adds by itself is small beside arrays of that size."""
     cfg = get_gpt_config("tiny", n_layers=2, **changes)
@@ -143,7 +131,8 @@ def test_sharded_state_is_a_share_and_small_leaves_are_whole():
 
 def test_an_evaluation_grows_with_its_rows_and_frozen_blocks_keep_nothing():
     nothing = State(0, 0, 0)
-    assert evaluation_memory(work(shape(), rows=16), nothing) == 2 * evaluation_memory(work(shape(), rows=8), nothing)
+    eight, sixteen = (memory_model.evaluation_memory(work(shape(), rows=rows), nothing) for rows in (8, 16))
+    assert sixteen == 2 * eight
     whole = step_memory(work(shape()), nothing)
     half = step_memory(dataclasses.replace(work(shape()), trained_blocks=1), nothing)
     assert half.activations == whole.activations / 2

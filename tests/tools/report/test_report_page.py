@@ -31,9 +31,6 @@ def record_of(folder, rows=(), config=CONFIG, **files):
     return record
 
 
-# --- One run ---
-
-
 def test_a_folder_that_holds_only_a_configuration(tmp_path):
     page = page_of(make_run(tmp_path / "a"))
     for text in ("The log is empty.", "no checkpoint yet", "no checkpoint can be read", "Not recorded"):
@@ -128,9 +125,8 @@ def test_responses_before_and_after(tmp_path):
 
 
 def test_a_finished_run_that_was_continued_shows_no_figures_of_its_earlier_end(tmp_path):
-    old, new = (
-        json.dumps([{"instruction": "?", "output": "right", "model_response": word}]) for word in ("old", "new")
-    )
+    answer = {"instruction": "?", "output": "right"}
+    old, new = (json.dumps([{**answer, "model_response": word}]) for word in ("old", "new"))
     summary = {"step": 1, "seconds": 60.0, "before": {"test": {"loss": 3.0}}, "after": {"test": {"loss": 2.0}}}
     files = {"summary_json": json.dumps(summary), "responses_before_json": old, "responses_json": new}
     folders = [
@@ -159,9 +155,6 @@ def test_the_median_of_the_speeds(tmp_path):
     assert facts(record_of(tmp_path / "a", rows))["tokens a second"] == "4 (median)"
 
 
-# --- Several runs ---
-
-
 def test_runs_of_one_task_share_their_axes(tmp_path):
     a = make_run(tmp_path / "a", [val(0, 3.0), train(1), val(10, 2.0)], CONFIG + "seed: 1\n")
     b = make_run(tmp_path / "b", [val(0, 3.0), train(1), val(20, 1.0)], CONFIG + "seed: 2\nrun: b\n")
@@ -178,9 +171,6 @@ def test_runs_of_different_tasks_are_drawn_apart(tmp_path):
     page = page_of(make_run(tmp_path / "a", [train(1)]), make_run(tmp_path / "b", [train(1)], "task: classification"))
     assert "drawn apart" in page.text
     assert {"Pretraining: a", "Classification: b"} <= set(page.texts)
-
-
-# --- Which checkpoint ---
 
 
 def test_a_run_is_read_once_with_one_step_and_has_a_label_of_its_own(tmp_path, monkeypatch):
@@ -204,9 +194,6 @@ def test_the_best_checkpoint_is_tried_first_and_then_the_latest(tmp_path, monkey
     assert steps_to_try(record.folder, None) == [2, 3, 1]
 
 
-# --- Curves ---
-
-
 def svg(chart):
     return base64.b64decode(chart["src"].removeprefix("data:image/svg+xml;base64,")).decode()
 
@@ -228,15 +215,11 @@ def test_what_is_drawn_is_what_was_logged(tmp_path):
 
 
 def test_tick_labels_are_not_rounded_away(tmp_path):
-    drawn = draw_curves(
-        [record_of(tmp_path / "a", [train(i, learning_rate=4e-5 * i) for i in range(1, 9)])], bits=False
-    )
+    record = record_of(tmp_path / "a", [train(i, learning_rate=4e-5 * i) for i in range(1, 9)])
+    drawn = draw_curves([record], bits=False)
     assert ">0.0003<" in svg(next(chart for chart in drawn if chart["title"] == "Learning rate"))
     labels = {0.25: "0.25", 999.5: "999.5", 1000: "1,000", 2_500_000: "2,500,000", 2.5e38: "2.5e+38"}
     assert {value: format_tick(value) for value in labels} == labels
-
-
-# --- Attention ---
 
 
 def test_the_maps_of_a_large_model(tmp_path, monkeypatch):

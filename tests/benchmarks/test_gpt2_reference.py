@@ -1,14 +1,13 @@
 """What must hold of the check of the real weights: it says yes to the expected figures only, and what is missing."""
 
 import ast
-import importlib.util
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from programs import load
 
 from slm_jax.model import GPTConfig, GPTModel, param_shapes
 from slm_jax.weights.writer import save_gpt2
@@ -18,11 +17,7 @@ CFG = GPTConfig(emb_dim=8, n_heads=2, n_layers=1, context_length=256)
 
 @pytest.fixture(scope="module")
 def reference():
-    file = Path(__file__).parent.parent / "benchmarks" / "gpt2_reference.py"
-    spec = importlib.util.spec_from_file_location("gpt2_reference", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("gpt2_reference")
 
 
 @pytest.fixture(scope="module")
