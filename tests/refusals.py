@@ -1,13 +1,18 @@
-"""What must hold of every refusal: one line, not too long, that says what is wrong."""
+"""What must hold of every refusal: one line, not too long, that says what is wrong; and what a folder holds."""
 
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
 from slm_jax import cli
 from slm_jax.errors import InputError
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @contextmanager

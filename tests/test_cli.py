@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import pytest
 from pretraining import metrics, options
-from refusals import fails
+from refusals import contents, fails
 from sharing import make_once
 
 import slm_jax
@@ -230,7 +230,7 @@ def damage(checkpoint: Path) -> None:
 
 
 def test_another_identity_is_refused_and_nothing_lost(trained, capsys):
-    before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
+    before = contents(trained)
     for more, line in (
         ({"seed": 1}, "seed is 1 now and was 0"),
         ({"model__emb_dim": 64}, "model.emb_dim is 64 now and was 32"),
@@ -242,7 +242,7 @@ def test_another_identity_is_refused_and_nothing_lost(trained, capsys):
         training_fails(capsys, line, "--run", **more)
     TEXT.write_text(TEXT.read_text().replace("mat", "hat", 1))
     training_fails(capsys, "data.source has changed", "--run")
-    assert {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()} == before
+    assert contents(trained) == before
 
 
 BAD = [

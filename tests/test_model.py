@@ -96,10 +96,7 @@ def contract(cfg):
     shapes = {
         "tok_emb/embedding": (V, D),
         "pos_emb/embedding": (T, D),
-        "blocks/norm1/scale": (L, D),
-        "blocks/norm1/bias": (L, D),
-        "blocks/norm2/scale": (L, D),
-        "blocks/norm2/bias": (L, D),
+        **{f"blocks/{norm}/{leaf}": (L, D) for norm in ("norm1", "norm2") for leaf in ("scale", "bias")},
         **{f"blocks/attn/{name}/kernel": (L, D, H, D // H) for name in "qkv"},
         **{f"blocks/attn/{name}/bias": (L, H, D // H) for name in "qkv"},
         "blocks/attn/out_proj/kernel": (L, H, D // H, D),
@@ -206,11 +203,8 @@ def numpy_gpt2(params, tokens, n_heads):
         x = x + numpy_gelu(wide) @ b["ff/proj/kernel"] + b["ff/proj/bias"]
     x = numpy_layer_norm(x, p["final_norm/scale"], p["final_norm/bias"])
     logits = x @ p.get("out_head/kernel", p["tok_emb/embedding"].T)
-    return (
-        logits
-        - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
-        - logits.max(-1, keepdims=True)
-    )
+    logits -= logits.max(-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
 @pytest.mark.parametrize("tie_weights", [True, False])

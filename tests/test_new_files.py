@@ -9,7 +9,7 @@ from slm_jax.errors import InputError
 from slm_jax.files import check_new_file, check_new_folder, new_folder, replace_text, user_path, write_file
 
 
-def fill(target, between=lambda: None):
+def fill(target, between):
     """Make a folder with one file; something happens before it is done."""
     with new_folder(target) as partial:
         (partial / "file").write_text("ours")

@@ -14,7 +14,7 @@ from finetuning import STEPS, TASKS, TEMPLATE, instructions, options, save_new
 from flax.traverse_util import flatten_dict
 from orbax.checkpoint import v1 as ocp
 from pretraining import metrics
-from refusals import fails
+from refusals import contents, fails
 
 from slm_jax import cli, load_classifier
 from slm_jax.commands import finetune
@@ -130,10 +130,10 @@ def test_checkpoints_hold_what_is_trained_only(tuned, task, trainable):
 @every
 def test_a_finished_run_started_again_is_left_as_it_is(tuned, task, trainable, capsys):
     run, arguments = tuned(task, trainable)
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    before = contents(run)
     assert cli.main(["finetune", *arguments]) == 0
     assert f"has done its {STEPS} steps" in " ".join(capsys.readouterr().out.split())
-    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    assert contents(run) == before
 
 
 def test_an_instruction_run_writes_text(tuned, capsys):

@@ -29,7 +29,7 @@ BAD_TEXTS = {
     "too few texts": (labelled(3), {}, ["split is empty"]),
     "another preset": (labelled(), {"model.preset": "mini"}, ["model.preset is mini", "the base has another shape"]),
     "no base": (labelled(), {"base": "nowhere/at-all"}, ["nowhere/at-all"]),
-    "no model": (labelled(), {"trainable": "all", "base": "."}, ["base ."]),
+    "no model": (labelled(), {"trainable": "all", "base": __file__}, ["mistakes.py"]),
 }
 BAD_INSTRUCTIONS = {
     "no list": ({"instruction": "a", "output": "b"}, {}, ["not a list"]),

@@ -255,7 +255,8 @@ def test_a_trial_of_fewer_steps_than_the_recipes_warmup_still_trains(schedule, t
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        *(({"schedule": "wsd", "warmup_steps": w, "decay_steps": d}, f"{w}.*40") for w, d in ((10, 31), (40, None))),
+        ({"schedule": "wsd", "warmup_steps": 10, "decay_steps": 31}, "10.*40"),
+        ({"schedule": "wsd", "warmup_steps": 40}, "40.*40"),
         ({"schedule": "cosine", "warmup_steps": 10, "decay_steps": 10}, r"decay_steps is 10.*warmup_steps 10"),
     ],
 )

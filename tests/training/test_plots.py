@@ -23,9 +23,7 @@ def test_a_png_is_written(tmp_path, rows):
     draw_loss(rows, path, "a: $loss_ by $step")
     content = path.read_bytes()
     assert content.startswith(b"\x89PNG\r\n\x1a\n")
-    assert content[12:16] == b"IHDR"
-    width, height = struct.unpack(">II", content[16:24])
-    assert min(width, height) > 200
+    assert min(struct.unpack(">II", content[16:24])) > 200  # width and height
     assert content.endswith(b"IEND\xaeB`\x82")
     assert [p.name for p in tmp_path.iterdir()] == ["loss.png"]
 

@@ -37,8 +37,7 @@ def test_the_first_signal_is_noted_and_raised_where_it_is_asked_for(signum):
 
 COMPUTING = """
 import jax, jax.numpy as jnp
-from slm_jax.training.process import keep_freed_memory
-from slm_jax.training.process import StopRequest
+from slm_jax.training.process import StopRequest, keep_freed_memory
 keep_freed_memory()
 program = jax.jit(lambda x: jax.lax.fori_loop(0, 10**9, lambda _, x: jnp.sin(x), x)).lower(jnp.ones(8)).compile()
 with StopRequest() as stop:

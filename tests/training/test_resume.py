@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from pretraining import metrics
+from refusals import contents
 from rich.console import Console
 from sharing import make_once
 
@@ -97,19 +98,15 @@ def run(cfg):
     return cli.main(["train", "--config", str(file)])
 
 
-def contents(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-def train_and_mirror(folder):
-    (folder / "text.txt").write_text("a bad cafe\n" * 40)
-    assert run(config(folder, 8)) == 0
-
-
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """A run of eight steps on one machine, unbroken, and its mirror."""
-    return make_once(tmp_path_factory, "resume-trained", train_and_mirror)
+
+    def make(folder):
+        (folder / "text.txt").write_text("a bad cafe\n" * 40)
+        assert run(config(folder, 8)) == 0
+
+    return make_once(tmp_path_factory, "resume-trained", make)
 
 
 @pytest.fixture
