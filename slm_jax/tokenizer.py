@@ -32,6 +32,7 @@ END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "<|unk|>"
 FILE_NAME = "tokenizer.json"
 CONNECT_SECONDS = 1.5
+_LAST_CUT = re.compile(r".*\S(?=[ \t\n\r])", re.DOTALL)
 
 _T = TypeVar("_T")
 
@@ -173,10 +174,8 @@ class CharTokenizer(_TableTokenizer):
             char = error.args[0]
             # A special token may hold the unknown character, too.
             plain = text.replace(END_OF_TEXT, self._tokens[0] * len(END_OF_TEXT)) if allow_special else text
-            raise InputError(
-                f"character {char!r} at offset {plain.index(char)} is not in the vocabulary of {eot_id} characters; "
-                "use text that has every character, or tokenizer.kind: bpe"
-            ) from None
+            where = f"at offset {plain.index(char)}"
+            raise InputError(f"character {char!r} {where} is not in the vocabulary of {eot_id} characters") from None
 
     def decode(self, ids: Iterable[Any]) -> str:
         """Join the characters."""
@@ -263,7 +262,10 @@ class BPETokenizer(_TiktokenTokenizer):
         model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False)
-        model.train_from_iterator(_training_pieces(text), trainer)
+        texts = (_check_text(part) for part in ([text] if isinstance(text, str) else text))
+        documents = (document for part in texts for document in part.split(END_OF_TEXT))
+        # Pieces keep the trainer's memory small and its cores busy.
+        model.train_from_iterator((piece for each in documents for piece in cut_pieces([each], 1 << 16)), trainer)
         # In the trained model a byte is written as one visible character: itself where it has one in Latin-1, else
         # the next free character from U+0100 on.
         visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
@@ -320,10 +322,8 @@ class GPT2Tokenizer(_TiktokenTokenizer):
             return tiktoken.get_encoding("gpt2")
         except (OSError, ValueError) as error:  # requests' errors are OSErrors; a wrong checksum is a ValueError
             cause = f"download from {urlsplit(self._URL).hostname} failed: {' '.join(str(error).split())}"
-        raise MissingInputError(
-            f"no files for GPT-2's tokenizer: {'; '.join([*lacking, cause])}. Set TIKTOKEN_CACHE_DIR to a folder that "
-            "has both files, connect once to download them, or train a tokenizer of your own (tokenizer.kind: bpe)"
-        )
+        remedy = "connect once to download them, or set TIKTOKEN_CACHE_DIR to a folder that has both"
+        raise MissingInputError(f"no files for GPT-2's tokenizer: {'; '.join([*lacking, cause])}; {remedy}")
 
     def files(self) -> dict[str, bytes]:
         """OpenAI's two files, `vocab.bpe` and `encoder.json`, from tiktoken's cache or downloaded once."""
@@ -386,10 +386,8 @@ def _load(path: str | os.PathLike[str], build: Callable[[Any], _T]) -> _T:
     candidates = [Path(path), Path(path, FILE_NAME), Path(path, "tokenizer", FILE_NAME)]
     file = next((candidate for candidate in candidates if candidate.is_file()), None)
     if file is None:
-        raise MissingInputError(
-            f"no tokenizer at {str(path)!r}: expected gpt2, a saved tokenizer's file, a folder with {FILE_NAME}, "
-            f"or a run's folder with tokenizer/{FILE_NAME}"
-        )
+        expected = f"expected gpt2, a saved tokenizer's file, a folder with {FILE_NAME}, or a run's folder"
+        raise MissingInputError(f"no tokenizer at {str(path)!r}: {expected}")
     with located(file):
         return build(read_json(file, "save the tokenizer again"))
 
@@ -407,10 +405,8 @@ def _check_text(text: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise InputError(
-            f"the text has a lone surrogate, {text[error.start]!r}, at offset {error.start}; remove it, or read the "
-            "source with errors='replace'"
-        ) from None
+        where = f"{text[error.start]!r}, at offset {error.start}"
+        raise InputError(f"the text has a lone surrogate, {where}; expected Unicode that UTF-8 can encode") from None
     return text
 
 
@@ -429,15 +425,24 @@ def _check_ids(ids: Iterable[Any], vocab_size: int) -> list[int]:
     return checked
 
 
-def _training_pieces(text: str | Iterable[str], length: int = 1 << 16) -> Iterator[str]:
-    # Pieces keep the trainer's memory small and its cores busy. They end before white space that follows something
-    # else, where the split pattern always cuts.
-    boundary = re.compile(r"(?<=\S)[ \n]")
-    for source in [text] if isinstance(text, str) else text:
-        for document in _check_text(source).split(END_OF_TEXT):
-            start = 0
-            while start < len(document):
-                cut = boundary.search(document, start + length)
-                end = cut.start() if cut else len(document)
-                yield document[start:end]
-                start = end
+def cut_pieces(pieces: Iterable[str], length: int) -> Iterator[str]:
+    """Join and cut a document again, so that its pieces can be encoded one by one.
+
+    A piece has about `length` characters, at most twice as many where there is a place to cut: before white space that
+    follows something else, where every tokenizer of this module starts a new word.
+    """
+    held: list[str] = []
+    n_held = 0
+    for piece in pieces:
+        for start in range(0, len(piece), length):
+            part = piece[start : start + length]
+            before = held[-1][-1] if held else ""
+            held.append(part)
+            n_held += len(part)
+            if n_held > length and (cut := _LAST_CUT.match(before + part)):
+                rest = part[cut.end() - len(before) :]
+                held[-1] = part[: len(part) - len(rest)]
+                yield "".join(held)
+                held, n_held = [rest], len(rest)
+    if held:
+        yield "".join(held)

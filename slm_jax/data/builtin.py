@@ -50,7 +50,6 @@ def _stdlib() -> Path:
 
 
 def _source_files() -> list[Path]:
-    """Return the public modules of the standard library, sorted."""
     found = []
     for folder, subfolders, files in os.walk(_stdlib()):
         subfolders[:] = [name for name in subfolders if name not in SKIPPED_FOLDERS and not name.startswith("_")]
@@ -70,7 +69,6 @@ def _modules(largest: float = math.inf) -> Iterator[tuple[Path, str, ast.Module]
 
 
 def _is_prose(paragraph: str) -> bool:
-    """Whether a paragraph is one or more sentences, mostly letters."""
     letters = sum(character.isalpha() or character == " " for character in paragraph)
     long_enough = len(paragraph) >= SHORTEST_PARAGRAPH
     return long_enough and letters >= LETTERS * len(paragraph) and bool(_SENTENCE.fullmatch(paragraph))
@@ -128,7 +126,6 @@ def _prose(text: str, seen: set[str]) -> str:
 
 
 def _docstrings(node: ast.Module | ast.ClassDef | Function) -> Iterator[str]:
-    """Yield the docstrings of a module in the order of its source."""
     raw = ast.get_docstring(node, clean=False)
     # A docstring may spell half a surrogate pair ("\ud800"), which UTF-8 cannot encode.
     if raw and "\0" not in raw and not any("\ud800" <= character <= "\udfff" for character in raw):
@@ -163,7 +160,6 @@ def prose_or_code() -> tuple[dict[str, str], ...]:
 
 
 def _paragraphs(source: str, tree: ast.Module) -> Iterator[tuple[str, str]]:
-    """Yield the (text, class) of the paragraphs that have a class."""
     lines = source.split("\n")
     kinds = _line_kinds(lines, tree)
     for _, numbers in itertools.groupby(range(len(lines)), lambda i: not lines[i].strip()):
@@ -209,7 +205,6 @@ def docstring_entries() -> tuple[dict[str, str], ...]:
 
 
 def _public_functions(node: ast.Module | ast.ClassDef) -> Iterator[Function]:
-    """Yield the functions and methods in the order of the source."""
     for child in node.body:
         if isinstance(child, ast.ClassDef) and not child.name.startswith("_"):
             yield from _public_functions(child)
@@ -230,11 +225,10 @@ class Builtin(Source):
     scheme, form, names = "builtin", "builtin:NAME", BUILTINS
 
     def rows(self, columns: Sequence[str] = (), on_read: OnRead = ignore_bytes) -> Iterator[Row]:
-        """Return the rows; those of ``python-docs`` have only a ``text``."""
         data = BUILTINS[self.name]()
         if not data:
             raise MissingInputError(
-                f"{self}: this Python comes without the standard library's source ({_stdlib()}); use a file of your own"
+                f"{self}: this Python has no source of its library ({_stdlib()}); use another source"
             )
         fields = ({"text": row} if isinstance(row, str) else row for row in data)
         return (Row(f"{self} entry {i}", row) for i, row in enumerate(fields, start=1))

@@ -21,20 +21,14 @@ _CHUNK = 1 << 20  # tokens hashed at a time
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """1-D token ids of both splits, with the end-of-text id between documents, and the tokenizer that made them.
-
-    Attributes:
-        bytes_per_token: UTF-8 bytes per validation token; None if the source is token ids.
-        sha256: of each token file that the splits are made of; empty if one of them has none, or the source is text.
-        notes: warnings about the source, a line each.
-    """
+    """1-D token ids of both splits, with the end-of-text id between documents, and the tokenizer that made them."""
 
     train: np.ndarray
     validation: np.ndarray
     tokenizer: Tokenizer
-    bytes_per_token: float | None
-    sha256: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+    bytes_per_token: float | None  # UTF-8 bytes per validation token; None if the source is token ids
+    sha256: tuple[str, ...] = ()  # of each token file; empty if one of them has none, or the source is text
+    notes: tuple[str, ...] = ()  # warnings about the source, a line each
 
     def fingerprint(self) -> str:
         """Return a SHA-256 of both splits: the same only if every token is the same."""
@@ -82,59 +76,41 @@ def load_corpus(
     return Corpus(train_ids, validation_ids, used, n_bytes / max(1, validation_ids.size), notes=notes)
 
 
-def open_tokens(source: TokenSource, tokenizer: Tokenizer) -> TokenFile:
-    """Open a token file; InputError: it cannot be used, or its ids are not those of a model's tokenizer."""
-    file = open_token_file(source.name)
-    _check_tokenizer(source, file, tokenizer, "the model's")
-    return file
-
-
 def _load_token_files(
     data: DataConfig, sources: list[Source], config: TokenizerConfig, saved: Tokenizer | None
 ) -> Corpus:
     if not all(isinstance(source, TokenSource) for source in sources):
-        raise InputError(
-            f"data.source {data.source} and data.validation_source {data.validation_source}: one is tokens, the other "
-            "text; expected both of the same kind"
-        )
+        both = f"data.source {data.source} and data.validation_source {data.validation_source}"
+        raise InputError(f"{both}: one is tokens, the other text; expected both of the same kind")
     files = [open_token_file(source.name) for source in sources]
-    tokenizer, whose = _choose_tokenizer(data.source, files[0].tokenizer, config, saved)
+    used = saved or _choose_tokenizer(data.source, files[0].tokenizer, config)
     for source, file in zip(sources, files, strict=True):
-        _check_tokenizer(source, file, tokenizer, whose)
+        check_tokenizer(source, file, used)
     known = tuple(file.sha256 for file in files if file.sha256 is not None)
     arrays = [file.tokens for file in files]
     if len(arrays) == 1:
         arrays = np.split(arrays[0], [int(len(arrays[0]) * (1 - data.validation_fraction))])
-    return Corpus(arrays[0], arrays[1], tokenizer, None, known if len(known) == len(files) else ())
+    return Corpus(arrays[0], arrays[1], used, None, known if len(known) == len(files) else ())
 
 
-def _choose_tokenizer(
-    source: str, own: Tokenizer | None, config: TokenizerConfig, saved: Tokenizer | None
-) -> tuple[Tokenizer, str]:
-    """Return the tokenizer of token ids, and whose it is."""
-    if saved is not None:
-        return saved, "the model's"
+def _choose_tokenizer(source: str, own: Tokenizer | None, config: TokenizerConfig) -> Tokenizer:
     if config.kind == "gpt2" or config.path is not None:
-        return make_tokenizer(config, [], []), "the configured one"
+        return make_tokenizer(config, [], [])
     if own is None:
-        raise InputError(
-            f"data.source {source} holds bare token ids, so no {config.kind} tokenizer can be trained on it; set the "
-            "tokenizer that made them: --tokenizer.kind gpt2, or --tokenizer.path FILE"
-        )
+        expected = "expected --tokenizer.kind gpt2, or --tokenizer.path FILE"
+        raise InputError(f"data.source {source} holds bare token ids, which don't tell their tokenizer; {expected}")
     if config.kind not in ("bpe", own.kind):  # bpe is also the default
         raise InputError(f"{source}: made with {_name(own)}, but tokenizer.kind is {config.kind}; leave it out")
-    return own, "data.source's"
+    return own
 
 
-def _check_tokenizer(source: Source, file: TokenFile, tokenizer: Tokenizer, whose: str) -> None:
+def check_tokenizer(source: Source, file: TokenFile, tokenizer: Tokenizer) -> None:
     """Refuse ids of another tokenizer; for bare ids only the range can be checked."""
     if file.tokenizer is None:
         check_ids(file.tokens, tokenizer.vocab_size, source.name)
     elif fingerprint(file.tokenizer) != fingerprint(tokenizer):
-        raise InputError(
-            f"{source}: made with {_name(file.tokenizer)}, but {whose} is {_name(tokenizer)}; prepare the text with "
-            "that one: slm-jax prepare --tokenizer PATH"
-        )
+        what = f"made with {_name(file.tokenizer)}, expected {_name(tokenizer)}"
+        raise InputError(f"{source}: {what}; prepare the text with that one: slm-jax prepare --tokenizer PATH")
 
 
 def _name(tokenizer: Tokenizer) -> str:

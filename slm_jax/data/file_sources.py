@@ -41,7 +41,6 @@ class _Files(Source):
         return files
 
     def rows(self, columns: Sequence[str] = (), on_read: OnRead = ignore_bytes) -> Iterator[Row]:
-        """Return the rows of all files."""
         return (row for path in self.files() for row in self._read(path, columns, on_read))
 
     def _read(self, path: Path, columns: Sequence[str], on_read: OnRead) -> Iterable[Row]:
@@ -55,7 +54,6 @@ class TextFiles(_Files):
     rows = Source.rows  # refuses
 
     def texts(self, column: str | None = None, on_read: OnRead = ignore_bytes) -> Iterator[Pieces]:
-        """Return the text of each file; ``column`` is ignored."""
         return (iter_text(path, on_read) for path in self.files())
 
 
@@ -163,7 +161,6 @@ def _distinct(where: str, names: Sequence[str]) -> Sequence[str]:
 
 
 def _as_python(column: Any) -> list[Any]:
-    """Return a Parquet column's values; binary ones as text."""
     import pyarrow as pa
 
     binary = pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)
@@ -217,10 +214,8 @@ def iter_text(path: Path, on_read: OnRead = ignore_bytes) -> Iterator[str]:
         except UnicodeDecodeError as error:
             wrong, ahead = error.object[error.start], error.object[: error.start]
             at, line = n_bytes + len(chunk) - len(error.object) + error.start, n_lines + ahead.count(b"\n") + 1
-            raise InputError(
-                f"{path}: not UTF-8: byte {at} (line {line}) is 0x{wrong:02x}; convert it, such as "
-                "with iconv -f WINDOWS-1252 -t UTF-8"
-            ) from error
+            what = f"byte {at} (line {line}) is 0x{wrong:02x}"
+            raise InputError(f"{path}: not UTF-8: {what}; convert it with iconv -f ENCODING -t UTF-8") from error
         if not n_bytes and text.count("\0") * 100 > len(text):
             raise InputError(f"{path}: many characters are NUL; expected text, not a binary file")
         n_bytes, n_lines = n_bytes + len(chunk), n_lines + text.count("\n")
@@ -252,9 +247,7 @@ def _chunks(path: Path, on_read: OnRead) -> Iterator[bytes]:
                 if isinstance(error, OSError) and error.errno is not None:
                     raise unreadable(path, error) from error
                 reason = " ".join(str(error).split())
-                raise InputError(
-                    f"{path}: the compressed file is truncated or damaged after {size:,} bytes of text ({reason})"
-                ) from error
+                raise InputError(f"{path}: truncated or damaged after {size:,} bytes of text ({reason})") from error
             on_read(raw.tell() - at)
             at, size = raw.tell(), size + len(chunk)
             if not chunk:

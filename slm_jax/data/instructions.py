@@ -24,8 +24,6 @@ from slm_jax.data.windows import Batch, bucket_width, endless_batches, eval_batc
 from slm_jax.errors import InputError, located
 from slm_jax.tokenizer import Tokenizer
 
-Prompt = tuple[Message, ...]
-
 
 class Example(NamedTuple):
     """A conversation whose last message is the assistant's response, and its place, for messages."""
@@ -34,7 +32,7 @@ class Example(NamedTuple):
     messages: tuple[Message, ...]
 
     @property
-    def prompt(self) -> Prompt:
+    def prompt(self) -> tuple[Message, ...]:
         """The conversation up to the response."""
         return self.messages[:-1]
 
@@ -168,10 +166,8 @@ def encode_examples(
     total = f"{len(examples):,} example{'' if len(examples) == 1 else 's'}"
     longer = f"{'the response alone is' if too_long == 'truncate' else 'they are'} longer than {max_length} tokens"
     if not encoded:
-        raise InputError(
-            f"nothing to learn from: {total}, and {longer}; expected shorter ones, or a larger instruction.max_length "
-            "and model.context_length"
-        )
+        remedy = "expected a larger instruction.max_length and model.context_length"
+        raise InputError(f"nothing to learn from: {total}, and {longer}; {remedy}")
     notes = []
     if n_dropped:
         notes.append(f"left out {n_dropped:,} of {total}: {longer}")

@@ -5,6 +5,7 @@ at least 1), ``labels`` (int32, (batch,)) and ``weights`` (float32, (batch,), 0 
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import re
@@ -30,7 +31,7 @@ _WHOLE_NUMBER = re.compile(r"-?\d{1,18}")
 
 @dataclasses.dataclass(frozen=True)
 class LabelledTexts:
-    """The texts of one split, as their source has them, and the index of each text's class."""
+    """The texts of one split, and the index of each text's class."""
 
     texts: tuple[str, ...]
     labels: Int32[np.ndarray, " texts"]
@@ -109,7 +110,6 @@ def class_weights(labels: Integer[np.ndarray, " texts"], n_classes: int) -> Floa
 
 
 def _read(text: str, cfg: ClassificationConfig) -> tuple[list[_Item], tuple[str, ...]]:
-    """Return the texts of a source, checked, and its classes where it declares them."""
     source = parse_source(text, header=cfg.columns)
     if cfg.columns and not isinstance(source, Table):
         raise InputError(f"classification.columns names the columns of csv: and tsv: files; {source} has its own")
@@ -153,7 +153,6 @@ def _downsample(items: list[_Item], rng: np.random.Generator) -> list[_Item]:
 def _split(
     items: list[_Item], data: DataConfig, cfg: ClassificationConfig, rng: np.random.Generator
 ) -> dict[str, list[_Item]]:
-    """Split a source's texts by the fractions of those splits that have no source of their own."""
     validation, test = split_fractions(data)
     units = grouped(items, [item.key if cfg.group_duplicates else i for i, item in enumerate(items)])
     strata = grouped(units, [unit[0].label for unit in units]) if cfg.split == "stratified" else [units]
@@ -179,17 +178,13 @@ def _split(
 def _check_splits(splits: dict[str, list[_Item]], classes: Sequence[str]) -> None:
     require_filled(splits)
     for name, items in splits.items():
-        if unknown := [item for item in items if item.label not in classes]:
-            raise InputError(
-                f"{unknown[0].where}: label {unknown[0].label!r:.60} of the {name} split never occurs in training; "
-                f"expected one of {', '.join(classes):.200}"
-            )
+        for item in items:
+            if item.label not in classes:
+                what = f"label {item.label!r:.60} of the {name} split never occurs in training"
+                raise InputError(f"{item.where}: {what}; expected one of {', '.join(classes):.200}")
     trained = {item.label for item in splits["train"]}
     if missing := [name for name in classes if name not in trained]:
-        raise InputError(
-            f"class {missing[0]!r:.60} has no training text ({len(missing)} of {len(classes)} classes); expected more "
-            "texts of it, or a smaller data.validation_fraction and data.test_fraction"
-        )
+        raise InputError(f"class {missing[0]!r:.60} has no training text; expected more texts, or smaller fractions")
 
 
 def _describe_duplicates(splits: dict[str, list[_Item]]) -> list[str]:
@@ -240,13 +235,10 @@ def classification_batches(
 ) -> grain.MapDataset:
     """Return the endless sequence of training batches; element ``i`` is the batch of step ``i``.
 
-    A row has at most ``limit`` tokens; the width of a batch is that, or if ``bucketed`` the `bucket_width` of its
-    longest text. ``weights`` are those of the texts in the loss.
+    It is ``limit`` tokens wide, or if ``bucketed`` the `bucket_width` of its longest text.
     """
 
-    def make(texts: np.ndarray) -> Batch:
-        return _batch([encoded[i] for i in texts], labels[texts], weights[texts], limit, bucketed)
-
+    make = functools.partial(_batch, encoded, labels, weights, limit, bucketed)
     return endless_batches(len(encoded), make, batch_size=batch_size, seed=seed)
 
 
@@ -259,19 +251,19 @@ def classification_eval_batches(
     bucketed: bool,
 ) -> Iterator[Batch]:
     """Yield every text once, sorted by length to save padding; rows that fill the last batch have weight 0."""
-
-    def make(texts: np.ndarray) -> Batch:
-        return _batch([encoded[i] for i in texts], labels[texts], np.ones(len(texts), np.float32), limit, bucketed)
-
+    make = functools.partial(_batch, encoded, labels, np.ones(len(encoded), np.float32), limit, bucketed)
     order = np.argsort([ids.size for ids in encoded], kind="stable")
     for batch in eval_batches(order, make, batch_size=batch_size):
         yield {**batch, "lengths": np.maximum(batch["lengths"], 1)}
 
 
-def _batch(rows: Sequence[np.ndarray], labels: np.ndarray, weights: np.ndarray, limit: int, bucketed: bool) -> Batch:
+def _batch(
+    encoded: Sequence[np.ndarray], labels: np.ndarray, weights: np.ndarray, limit: int, bucketed: bool, at: np.ndarray
+) -> Batch:
+    rows = [encoded[i] for i in at]
     lengths = np.array([ids.size for ids in rows], np.int32)
     width = bucket_width(int(lengths.max()), limit) if bucketed else limit
     inputs = np.zeros((len(rows), width), np.int32)
     for row, ids in zip(inputs, rows, strict=True):
         row[: ids.size] = ids
-    return {"inputs": inputs, "lengths": lengths, "labels": labels, "weights": weights}
+    return {"inputs": inputs, "lengths": lengths, "labels": labels[at], "weights": weights[at]}

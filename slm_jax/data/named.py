@@ -19,12 +19,11 @@ READ_SECONDS = 20.0  # without one byte from a server that was reached
 
 
 class NamedFile(NamedTuple):
-    """A file, where it comes from, what it must contain, and the source that reads it, perhaps with column names."""
+    """A file, where it comes from, what it must contain, and the columns of a table without a header line."""
 
     file: str
     url: str
     sha256: str
-    reader: type[Source]
     header: tuple[str, ...] = ()
 
 
@@ -36,26 +35,22 @@ NAMED_FILES: dict[str, NamedFile] = {
         file="the-verdict.txt",
         url=f"{_BOOK}/ch02/01_main-chapter-code/the-verdict.txt",
         sha256="b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f",
-        reader=TextFiles,
     ),
     "tinyshakespeare": NamedFile(  # public domain
         file="tinyshakespeare.txt",
         url=f"{_GITHUB}/karpathy/char-rnn/6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e/data/tinyshakespeare/input.txt",
         sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
-        reader=TextFiles,
     ),
     "sms-spam": NamedFile(  # CC BY 4.0 (SMS Spam Collection, UCI)
         file="sms-spam.tsv",
         url=f"{_GITHUB}/justmarkham/pycon-2016-tutorial/5339710562cc46c4a32a369d63f1e8751a18a54e/data/sms.tsv",
         sha256="7d039a24a6083ed9ef0f806ebad56bbb976e3aeb8de05669173bfdc4996c239d",
-        reader=Tsv,
         header=("label", "text"),
     ),
     "instruction-data": NamedFile(  # Apache-2.0
         file="instruction-data.json",
         url=f"{_BOOK}/ch07/01_main-chapter-code/instruction-data.json",
         sha256="7e09a9af353722ca15c18bc580f093f9c39d3178335a75177319cb1e1d163944",
-        reader=Json,
     ),
 }
 
@@ -67,20 +62,18 @@ class Named(Source):
 
     @property
     def has_rows(self) -> bool:
-        """Whether the file has fields."""
-        return NAMED_FILES[self.name].reader is not TextFiles
+        return not NAMED_FILES[self.name].file.endswith(".txt")
 
     def rows(self, columns: Sequence[str] = (), on_read: OnRead = ignore_bytes) -> Iterator[Row]:
-        """Return the rows of a file with fields."""
         return self._file().rows(columns, on_read)
 
     def texts(self, column: str | None = None, on_read: OnRead = ignore_bytes) -> Iterator[Pieces]:
-        """Return the whole text, or the texts in a column."""
         return self._file().texts(column, on_read)
 
     def _file(self) -> Source:
         entry = NAMED_FILES[self.name]
-        return entry.reader(str(named_file(self.name)), header=entry.header)
+        readers: dict[str, type[Source]] = {".txt": TextFiles, ".tsv": Tsv, ".json": Json}
+        return readers[Path(entry.file).suffix](str(named_file(self.name)), header=entry.header)
 
 
 def named_file(name: str) -> Path:
@@ -114,20 +107,17 @@ def named_file(name: str) -> Path:
 def _download(name: str, entry: NamedFile) -> bytes:
     import requests
 
-    by_hand = f"put the file as {entry.file} into a folder and set SLM_JAX_DATA to that folder"
+    remedy = f"put the file as {entry.file} into a folder and set SLM_JAX_DATA to that folder"
     try:
         check_reachable(entry.url, CONNECT_SECONDS)
         response = requests.get(entry.url, timeout=(CONNECT_SECONDS, READ_SECONDS))
         response.raise_for_status()
     except OSError as error:  # requests' errors are OSErrors, too
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise MissingInputError(
-            f"named:{name}: not in SLM_JAX_DATA ({os.environ.get('SLM_JAX_DATA') or 'not set'}) and not downloadable "
-            f"from {entry.url} ({reason}); {by_hand}"
-        ) from error
+        where = f"not in SLM_JAX_DATA ({os.environ.get('SLM_JAX_DATA') or 'not set'})"
+        what = f"{where} and not downloadable from {entry.url} ({reason})"
+        raise MissingInputError(f"named:{name}: {what}; {remedy}") from error
     if (digest := hashlib.sha256(response.content).hexdigest()) != entry.sha256:
-        raise InputError(
-            f"named:{name}: {entry.url} gave a file with SHA-256 {digest}, expected {entry.sha256}; if that is a login "
-            f"or proxy page, {by_hand}"
-        )
+        what = f"{entry.url} gave a file with SHA-256 {digest}, expected {entry.sha256} (a login page?)"
+        raise InputError(f"named:{name}: {what}; {remedy}")
     return response.content

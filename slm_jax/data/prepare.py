@@ -1,9 +1,8 @@
 """From sources of text to a token file, once, in memory that does not grow with the text.
 
-A document is encoded in pieces, on several cores. The ids are those of encoding it whole, because it is cut only before
-white space that follows something else, where every tokenizer of this package starts a new word. Before that, copies
-and documents of low quality are left out, by the simplest of the measures that MassiveText used (Rae et al. 2021,
-"Scaling language models").
+A document is encoded in pieces, on several cores; the ids are those of encoding it whole. Before that, copies and
+documents of low quality are left out, by the simplest of the measures that MassiveText used (Rae et al. 2021, "Scaling
+language models").
 """
 
 import dataclasses
@@ -16,14 +15,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from slm_jax.data.rows import Pieces, Source
 from slm_jax.data.token_file import TokenWriter, token_dtype, write_token_file
 from slm_jax.errors import InputError
-from slm_jax.tokenizer import BPETokenizer, Tokenizer
+from slm_jax.tokenizer import BPETokenizer, Tokenizer, cut_pieces
 
 LONGEST = 1 << 24  # characters; longer documents are not held in memory
 # Why documents are left out; those that are unfiltered, because they are longer, are kept.
@@ -31,7 +29,6 @@ REASONS = ("empty", "short", "symbols", "repeated_lines", "duplicates", "unfilte
 TRAINING_CHARACTERS = 100_000_000  # of the text that a tokenizer is trained on
 PIECE = 1 << 20  # characters encoded at a time
 _MOST_WORKERS = 8  # more would wait: one thread reads and filters
-_LAST_CUT = re.compile(r".*\S(?=[ \t\n\r])", re.DOTALL)
 _SYMBOL = re.compile(r"[^\w\s]|_")
 
 
@@ -43,15 +40,6 @@ class Rules:
     min_characters: int = 0
     max_symbol_ratio: float | None = None
     max_repeated_lines: float | None = None
-
-
-class _Encoded(NamedTuple):
-    """The ids of some pieces, each document's after an end-of-text id, and what is counted of their text."""
-
-    ids: np.ndarray
-    documents: int
-    text_bytes: int
-    bytes_read: int
 
 
 def prepare(
@@ -84,12 +72,13 @@ def prepare(
     workers = min(_MOST_WORKERS, os.cpu_count() or 1)
     with write_token_file(out, tokenizer, source) as file, ThreadPoolExecutor(workers) as pool:
         file.counts = counts
-        for encoded in _in_order(pool, partial(_encode, tokenizer, source), batches, ahead=workers + 1):
+        encoded = _in_order(pool, partial(_encode, tokenizer, source), batches, ahead=workers + 1)
+        for ids, documents, text_bytes, bytes_read in encoded:
             # The end-of-text id is between documents, not before the first.
-            file.write(encoded.ids if file.tokens else encoded.ids[1:])
-            file.documents += encoded.documents
-            file.text_bytes += encoded.text_bytes
-            file.bytes_read += encoded.bytes_read
+            file.write(ids if file.tokens else ids[1:])
+            file.documents += documents
+            file.text_bytes += text_bytes
+            file.bytes_read += bytes_read
             report(file)
         if not file.tokens:
             left_out = ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in counts.items() if n)
@@ -108,7 +97,7 @@ def train_tokenizer(
     def first() -> Iterator[str]:
         n_read = 0
         for document in itertools.chain.from_iterable([source.documents(text_column) for source in sources]):
-            for piece in cut_pieces(document):
+            for piece in cut_pieces(document, PIECE):
                 yield piece
                 n_read += len(piece)
                 report(n_read)
@@ -136,7 +125,6 @@ def select(documents: Iterable[Pieces], rules: Rules, counts: dict[str, int]) ->
 
 
 def _reason(text: str, rules: Rules, seen: set[bytes]) -> str | None:
-    """Return why a document is left out, if it is."""
     if len(text) < rules.min_characters:
         return "short"
     if rules.max_symbol_ratio is not None:
@@ -155,30 +143,8 @@ def _reason(text: str, rules: Rules, seen: set[bytes]) -> str | None:
     return None
 
 
-def cut_pieces(pieces: Iterable[str], length: int | None = None) -> Iterator[str]:
-    """Join and cut a document again, so that its pieces can be encoded one by one.
-
-    Pieces have about ``length`` characters (default: `PIECE`), at most twice as many where there is a place to cut.
-    """
-    length = length or PIECE
-    held: list[str] = []
-    n_held = 0
-    for piece in pieces:
-        for start in range(0, len(piece), length):
-            part = piece[start : start + length]
-            before = held[-1][-1] if held else ""
-            held.append(part)
-            n_held += len(part)
-            if n_held > length and (cut := _LAST_CUT.match(before + part)):
-                rest = part[cut.end() - len(before) :]
-                held[-1] = part[: len(part) - len(rest)]
-                yield "".join(held)
-                held, n_held = [rest], len(rest)
-    if held:
-        yield "".join(held)
-
-
 Batch = tuple[list[str | None], int]  # pieces, each document after None; and the bytes of files read for them
+Encoded = tuple[np.ndarray, int, int, int]  # ids, each document's after an end-of-text id; documents, text bytes, read
 
 
 def _batches(found: Iterable[Pieces], read: list[int]) -> Iterator[Batch]:
@@ -187,7 +153,7 @@ def _batches(found: Iterable[Pieces], read: list[int]) -> Iterator[Batch]:
     n_characters = 0
     for document in found:
         batch.append(None)
-        for text in cut_pieces(document):
+        for text in cut_pieces(document, PIECE):
             batch.append(text)
             n_characters += len(text)
             if n_characters >= PIECE:
@@ -198,7 +164,7 @@ def _batches(found: Iterable[Pieces], read: list[int]) -> Iterator[Batch]:
         yield batch, sum(read)
 
 
-def _encode(tokenizer: Tokenizer, source: str, batch: Batch) -> _Encoded:
+def _encode(tokenizer: Tokenizer, source: str, batch: Batch) -> Encoded:
     pieces, bytes_read = batch
     ids: list[int] = []
     text_bytes = 0
@@ -211,14 +177,14 @@ def _encode(tokenizer: Tokenizer, source: str, batch: Batch) -> _Encoded:
         except InputError as error:
             raise InputError(f"source {source!r}: in {text.strip()[:40]!r} …: {error}") from None
         text_bytes += len(text.encode())
-    return _Encoded(np.array(ids, token_dtype(tokenizer.vocab_size)), pieces.count(None), text_bytes, bytes_read)
+    return np.array(ids, token_dtype(tokenizer.vocab_size)), pieces.count(None), text_bytes, bytes_read
 
 
 def _in_order(
-    pool: ThreadPoolExecutor, encode: Callable[[Batch], _Encoded], batches: Iterable[Batch], ahead: int
-) -> Iterator[_Encoded]:
+    pool: ThreadPoolExecutor, encode: Callable[[Batch], Encoded], batches: Iterable[Batch], ahead: int
+) -> Iterator[Encoded]:
     """Yield the encoded batches in order; at most ``ahead`` of them wait."""
-    waiting: deque[Future[_Encoded]] = deque()
+    waiting: deque[Future[Encoded]] = deque()
     for batch in batches:
         waiting.append(pool.submit(encode, batch))
         if len(waiting) > ahead:

@@ -77,6 +77,10 @@ class Source:
         """Return the files that the source names; None if it doesn't name any."""
         return None
 
+    def vocab_size(self) -> int | None:
+        """Return the number of token ids; None if the source is text, or doesn't state it."""
+        return None
+
     def text_column(self) -> str:
         """Return the name of the field that holds the text, unless the user sets another one."""
         return "text"

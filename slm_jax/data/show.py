@@ -59,7 +59,6 @@ def _batches(tokens: Integer[np.ndarray, " tokens"], eot_id: int, width: int, pa
 
 
 def _row_lines(row: Batch, tokenizer: Tokenizer, number: int) -> Iterator[str]:
-    """Yield the lines of one row: a heading, the documents, and its tokens in blocks side by side."""
     counted, width = int(row["weights"].sum()), len(row["weights"])
     yield f"\nrow {number}: {counted} of {width} targets count"
     if "segment_ids" in row:
@@ -123,7 +122,6 @@ def _document_lines(row: Batch, tokenizer: Tokenizer) -> Iterator[str]:
 
 
 def _texts(tokenizer: Tokenizer, ids: Int32[np.ndarray, " tokens"]) -> list[str]:
-    """Return the text of each token, with white space and control characters made visible."""
     texts = [tokenizer.decode([token]).translate(_VISIBLE) for token in ids.tolist()]
     return [
         _shorten("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text), _LONGEST)

@@ -21,10 +21,8 @@ def split_fractions(data: DataConfig) -> tuple[float, float]:
     validation = 0.0 if data.validation_source else data.validation_fraction
     test = 0.0 if data.test_source else data.test_fraction
     if validation + test >= 1:
-        raise InputError(
-            f"data.validation_fraction {validation:g} and data.test_fraction {test:g} leave nothing to train on; "
-            "expected a sum below 1"
-        )
+        sizes = f"data.validation_fraction {validation:g} and data.test_fraction {test:g}"
+        raise InputError(f"{sizes} leave nothing to train on; expected a sum below 1")
     return validation, test
 
 
@@ -36,10 +34,7 @@ def share(n: int, fraction: float) -> int:
 def require_filled(splits: Mapping[str, Sequence[T]]) -> None:
     """Raise InputError if a split is empty."""
     if empty := [name for name, items in splits.items() if not items]:
-        raise InputError(
-            f"the {empty[0]} split is empty; expected more data, or another data.validation_fraction and "
-            "data.test_fraction"
-        )
+        raise InputError(f"the {empty[0]} split is empty; expected more data, or other fractions of it")
 
 
 def grouped(members: Iterable[T], keys: Iterable[Hashable]) -> list[list[T]]:
@@ -73,7 +68,5 @@ def check_apart(
     pairs = [(one, two) for one, two in shared(splits, key) if one[0] in separate or two[0] in separate]
     if pairs:
         (first_name, first), (name, item) = pairs[0]
-        raise InputError(
-            f"{item.where} ({name}) and {first.where} ({first_name}) have the same {what}, {len(pairs):,} such in "
-            f"all; expected no {what} in two splits{remedy}"
-        )
+        places = f"{item.where} ({name}) and {first.where} ({first_name})"
+        raise InputError(f"{places} have the same {what} ({len(pairs):,} such); expected none in two splits{remedy}")

@@ -127,7 +127,7 @@ def load_template(name_or_path: str) -> Template:
     path = user_path(name_or_path)
     if not path.is_file():
         raise MissingInputError(
-            f"template {name_or_path!r}: no such file or built-in template; expected {', '.join(TEMPLATES)} or a file"
+            f"template {name_or_path!r}: no such file or built-in template ({', '.join(TEMPLATES)})"
         )
     return Template.from_dict(read_json(path), str(path))
 

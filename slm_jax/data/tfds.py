@@ -41,7 +41,6 @@ class TensorFlowDataset(Source):
         return dict(features.items())
 
     def text_column(self) -> str:
-        """Return ``text``, ``sentence`` or ``description``, or else the only feature that is text."""
         texts = self._text_features()
         usual = [name for name in TEXT_FEATURES if name in texts] or texts
         if usual is texts and len(texts) != 1:
@@ -50,17 +49,14 @@ class TensorFlowDataset(Source):
         return usual[0]
 
     def class_names(self, column: str) -> tuple[str, ...]:
-        """Return the names of a label's classes by index."""
         return tuple(getattr(self._features.get(column), "names", None) or ())
 
     def texts(self, column: str | None = None, on_read: OnRead = ignore_bytes) -> Iterator[Pieces]:
-        """Return the text of each example."""
         name = self.text_column() if column is None else column
         Row(str(self), dict.fromkeys(self._text_features())).field(name, "text_column")
         return ([row.text(name)] for row in self.rows())  # None comes from a truncated file
 
     def rows(self, columns: Sequence[str] = (), on_read: OnRead = ignore_bytes) -> Iterator[Row]:
-        """Return the examples of the split; each is read when it is asked for."""
         name, _, split = self.name.partition(":")
         split = split or self.split
         where, builder = f"tfds:{name}:{split}", self.builder
@@ -103,7 +99,6 @@ def _find_builder(name: str) -> Any:
 
 
 def _prepare(builder: Any, name: str) -> None:
-    """Download a data set and write it as array records."""
     import tensorflow_datasets as tfds
 
     if isinstance(builder, tfds.core.BeamBasedBuilder) and importlib.util.find_spec("apache_beam") is None:

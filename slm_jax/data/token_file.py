@@ -18,7 +18,7 @@ from jaxtyping import UInt
 from slm_jax.data.file_sources import unreadable
 from slm_jax.data.rows import OnRead, Pieces, Source, ignore_bytes
 from slm_jax.errors import InputError
-from slm_jax.files import read_json, replace_text, replacing, sha256, unwritable
+from slm_jax.files import read_json, replace_text, replacing, sha256, unwritable, user_path
 from slm_jax.tokenizer import Tokenizer, fingerprint, tokenizer_from_dict
 
 FORMAT, VERSION = "slm_jax token ids", 1
@@ -38,8 +38,11 @@ class TokenSource(Source):
     scheme, form, has_rows = "tokens", "tokens:FILE.bin", False
 
     def texts(self, column: str | None = None, on_read: OnRead = ignore_bytes) -> Iterator[Pieces]:
-        """Raise InputError."""
         raise InputError(f"source {self} holds token ids, expected text, such as text:GLOB")
+
+    def vocab_size(self) -> int | None:
+        file = json_path(user_path(self.name))
+        return read_description(file)["vocab_size"] if file.is_file() else None
 
 
 class TokenFile(NamedTuple):
@@ -125,26 +128,17 @@ def check_ids(tokens: UInt[np.ndarray, " tokens"], vocab_size: int, path: str | 
         chunk = tokens[begin : begin + _CHUNK]
         if int(chunk.max()) >= vocab_size:
             where = int(np.argmax(chunk >= vocab_size))
-            raise InputError(
-                f"{path}: token {begin + where} has id {chunk[where]}, but the vocabulary has {vocab_size} ids; use "
-                "the tokenizer that the file was made with"
-            )
+            what = f"token {begin + where} has id {chunk[where]}, but the vocabulary has {vocab_size} ids"
+            raise InputError(f"{path}: {what}; use the tokenizer that the file was made with")
 
 
 class TokenWriter:
-    """Appends ids to a token file; made by `write_token_file`, whose caller sets all attributes but the first.
-
-    Attributes:
-        tokens: number of ids written.
-        documents: number of documents, with the end-of-text id between them.
-        counts: documents that were left out, by reason.
-        text_bytes: size of the documents in UTF-8.
-        bytes_read: bytes read from the sources' files.
-    """
+    """Appends ids to a token file; made by `write_token_file`, whose caller counts all but the tokens."""
 
     def __init__(self, file: BinaryIO, vocab_size: int) -> None:
-        self.tokens = self.documents = self.text_bytes = self.bytes_read = 0
-        self.counts: dict[str, int] = {}
+        self.tokens = self.documents = 0
+        self.text_bytes = self.bytes_read = 0  # size of the documents in UTF-8, bytes read from the sources' files
+        self.counts: dict[str, int] = {}  # documents that were left out, by reason
         self._digest = hashlib.sha256()
         self._file, self._dtype = file, token_dtype(vocab_size)
 

@@ -54,10 +54,8 @@ def check_window(n_tokens: int, context_length: int, split: str) -> None:
     """Raise InputError if a split has less than one window (training) or one target (validation)."""
     needed = context_length + 1 if split == "training" else 2
     if n_tokens < needed:
-        raise InputError(
-            f"the {split} split has {n_tokens} tokens, fewer than one window of {needed}; "
-            "use a longer text or a smaller model.context_length"
-        )
+        remedy = "use a longer text or a smaller model.context_length"
+        raise InputError(f"the {split} split has {n_tokens} tokens, fewer than one window of {needed}; {remedy}")
 
 
 # Windows
@@ -219,7 +217,6 @@ def _cut(starts: Int64[np.ndarray, " starts"], width: int) -> Int64[np.ndarray, 
 
 
 def _ranges(starts: Int[np.ndarray, " ranges"], lengths: Int[np.ndarray, " ranges"]) -> Int[np.ndarray, " all"]:
-    """Concatenate the ranges with the given starts and lengths."""
     before = np.cumsum(lengths) - lengths
     return np.arange(lengths.sum()) + np.repeat(starts - before, lengths)
 

@@ -94,7 +94,6 @@ def read_examples(source: str, benchmark: str, limit: int | None) -> list[Row]:
 
 
 def _hellaswag_example(row: Row) -> tuple[str, list[str], int]:
-    """Return context, endings and the index of the right one."""
     endings = row.field("endings")
     if not isinstance(endings, list) or len(endings) < 2 or not all(isinstance(e, str) and e.strip() for e in endings):
         raise InputError(f"{row.where}: endings is {endings!r:.60}; expected a list of at least two texts")

@@ -81,10 +81,7 @@ def capture(
     found, kept = _find(names, points, model.cfg), _masks(ablate, model.cfg)
     wanted = tuple(name for name in points if name in found)
     if unknown := sorted(options.keys() - set(_OPTIONS)):
-        raise InputError(
-            f"capture and ablate take no {unknown[0]}; expected {', '.join(_OPTIONS)}: "
-            "they run whole sequences, without cache or dropout"
-        )
+        raise InputError(f"capture and ablate take no {unknown[0]}; expected {', '.join(_OPTIONS)}")
     logits, seen = _run(model, unstack_blocks(params), tokens, kept, options, wanted=wanted)
     seen[LAST_POINTS[-1]] = logits
     return logits, {name: seen[name] for name in wanted}
@@ -192,16 +189,13 @@ class _Watcher:
 
 
 def _find(patterns: str | Sequence[str], names: list[str], cfg: GPTConfig) -> set[str]:
-    """Return the names that a pattern matches."""
     found: set[str] = set()
     for pattern in (patterns,) if isinstance(patterns, str) else patterns:
         regex = re.compile(re.escape(pattern).replace(r"\*", "[^/]*"))
         matches = {name for name in names if regex.fullmatch(name)}
         if not matches:
-            raise InputError(
-                f"{pattern!r} is nowhere in this model of {cfg.n_layers} layers, counted from 0, with {cfg.n_heads} "
-                f"heads each; expected a name such as {', '.join(names[1:4])}"
-            )
+            model = f"model of {cfg.n_layers} layers of {cfg.n_heads} heads"
+            raise InputError(f"{pattern!r} is nowhere in this {model}; expected a name such as {', '.join(names[1:4])}")
         found |= matches
     return found
 

@@ -180,6 +180,5 @@ def draw_confusion(figures: Mapping[str, ClassFigures], path: Path, title: str) 
 
 
 def _short(names: Sequence[str]) -> list[str]:
-    """Truncate long names, and keep each on one line."""
     names = [" ".join(name.split()) for name in names]
     return [name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…" for name in names]

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, Integer
 
-from slm_jax.data.corpus import encode_documents, open_tokens, split_documents
+from slm_jax.data.corpus import check_tokenizer, encode_documents, split_documents
 from slm_jax.data.sources import check_text_column, parse_source
-from slm_jax.data.token_file import TokenSource
+from slm_jax.data.token_file import TokenSource, open_token_file
 from slm_jax.errors import InputError, located
 from slm_jax.generation.decode import check_ids, round_up
 from slm_jax.model import GPTModel, Params
@@ -184,7 +184,9 @@ def evaluate_source(
     parsed, n_bytes = parse_source(source), None
     check_text_column(text_column, [parsed])
     if isinstance(parsed, TokenSource):
-        tokens = open_tokens(parsed, scorer.tokenizer).tokens
+        file = open_token_file(parsed.name)
+        check_tokenizer(parsed, file, scorer.tokenizer)
+        tokens = file.tokens
         cut = int(len(tokens) * (1 - validation_fraction))
         tokens = {"all": tokens, "train": tokens[:cut], "validation": tokens[cut:]}[split]
     else:

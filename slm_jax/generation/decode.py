@@ -164,8 +164,6 @@ def _held_back(text: str, stop: tuple[str, ...]) -> int:
 
 
 class _Text(NamedTuple):
-    """The texts being written, on the device."""
-
     window: Any  # int32 (batch, context), the last tokens of each row, padded on the right
     lengths: Any  # int32 (batch,), number of tokens in the window
     ended: Any  # bool (batch,)

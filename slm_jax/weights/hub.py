@@ -29,7 +29,6 @@ PINS = {
         "15ea56dee5df4983c59b2538573817e1667135e2", "0f8b28eb05a8075f48b61b6f35332978c74fc7763fa9fb4051a1c30511736a6a"
     ),
 }
-_ALIASES = {"gpt2-small": "gpt2"}
 
 
 def find_weights(source: str | Path) -> Path:
@@ -37,7 +36,7 @@ def find_weights(source: str | Path) -> Path:
 
     A path of that name comes first, then ``$SLM_JAX_DATA/<name>/``, then Hugging Face's cache, then a download.
     """
-    name = _ALIASES.get(str(source), str(source))
+    name = "gpt2" if str(source) == "gpt2-small" else str(source)
     path = user_path(source)
     if path.exists() or name not in PINS:
         return path
@@ -75,7 +74,5 @@ def _download(name: str, pin: Pin) -> str:
         return hf_hub_download(repository, FILE, revision=pin.revision)
     except Exception as error:  # the libraries' exception types change between versions
         cause = " ".join(str(error).split())[:200]
-        raise MissingInputError(
-            f"{name}: not in $SLM_JAX_DATA/{name} or Hugging Face's cache, and the download from "
-            f"{constants.ENDPOINT}/{repository} failed ({cause})"
-        ) from None
+        failed = f"the download from {constants.ENDPOINT}/{repository} failed ({cause})"
+        raise MissingInputError(f"{name}: not in $SLM_JAX_DATA/{name} or Hugging Face's cache, and {failed}") from None

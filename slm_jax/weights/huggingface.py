@@ -13,10 +13,10 @@ from slm_jax.files import read_json
 from slm_jax.model import GPTConfig, count_params
 from slm_jax.nn.axes import HEAD
 from slm_jax.tokenizer import END_OF_TEXT, GPT2Tokenizer, Tokenizer
-from slm_jax.weights.files import TensorFiles
 from slm_jax.weights.names import POSITIONS, TOKENS, Format
+from slm_jax.weights.tensor_files import TensorFiles
 
-_FIELDS = {
+FIELDS = {
     "vocab_size": "vocab_size",
     "n_positions": "context_length",
     "n_embd": "emb_dim",
@@ -45,7 +45,6 @@ class HuggingFace(Format):
         return bool(shapes) and (2 * n_in_out < len(shapes)) == self.out_in
 
     def stated_fields(self, files: TensorFiles) -> dict[str, Any]:
-        """Return the fields of ``config.json``, without dropout."""
         file = files.file.parent / "config.json"
         if not file.is_file():
             return {}
@@ -55,7 +54,7 @@ class HuggingFace(Format):
                 expected = " or ".join(map(repr, allowed))
                 raise InputError(f"{file}: {key} is {content[key]!r}; expected {expected}")
         fields: dict[str, Any] = {}
-        for key, field in {**_FIELDS, "num_attention_heads": "n_heads"}.items():
+        for key, field in {**FIELDS, "num_attention_heads": "n_heads"}.items():
             value = content.get(key)
             if value is not None and fields.setdefault(field, value) != value:
                 raise InputError(f"{file}: n_head is {fields[field]!r} and {key} {value!r}; expected one or the other")
@@ -67,7 +66,6 @@ class HuggingFace(Format):
     def side_files(
         self, cfg: GPTConfig, dtype: str, tokenizer: Tokenizer | None, card: Mapping[str, Any]
     ) -> dict[str, bytes]:
-        """Return configuration, model card, and GPT-2's tokenizer as ``transformers`` reads it."""
         n_ids = tokenizer.vocab_size if tokenizer else cfg.unpadded_vocab_size or cfg.vocab_size
         end = tokenizer.eot_id if tokenizer else n_ids - 1 if n_ids == 50_257 else None
         ends = {"bos_token_id": end, "eos_token_id": end}
@@ -75,7 +73,7 @@ class HuggingFace(Format):
         config = {
             "architectures": ["GPT2LMHeadModel"],
             "model_type": "gpt2",
-            **{key: getattr(cfg, field) for key, field in _FIELDS.items()},
+            **{key: getattr(cfg, field) for key, field in FIELDS.items()},
             "n_ctx": cfg.context_length,
             "activation_function": "gelu" if cfg.exact_gelu else "gelu_new",
             "layer_norm_epsilon": 1e-5,

@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict
 from slm_jax.model import GPTConfig, param_shapes
 from slm_jax.nn.axes import HEAD, STACK, find_axes
 from slm_jax.tokenizer import Tokenizer
-from slm_jax.weights.files import TensorFiles
+from slm_jax.weights.tensor_files import TensorFiles
 
 TOKENS, POSITIONS = "tok_emb/embedding", "pos_emb/embedding"
 
@@ -69,27 +69,16 @@ def leaf_shapes(cfg: GPTConfig) -> dict[str, tuple[int, ...]]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Format:
-    """A format of weights: its module declares the maps, and overrides the methods in which the format differs.
+    """A format of weights: its module declares the maps, and overrides the methods in which the format differs."""
 
-    Attributes:
-        title: name of the format in messages.
-        top: leaves outside the blocks by their names in the format.
-        block: leaves of a block by their names without prefix; several in one tensor are separated by spaces.
-        prefix: prefix of a block's names, with ``{}`` for its index.
-        front: prefix that all names but the output head's may have, and do have in the files that we write.
-        buffers: regular expression of names of buffers, such as a mask.
-        out_in: whether a block's matrices are (out, in), as in PyTorch's ``Linear``.
-        fixed: GPTConfig fields that are the same for every model in this format.
-    """
-
-    title: str
-    top: dict[str, str]
-    block: dict[str, str]
-    prefix: str
-    front: str = ""
-    buffers: str = ""
-    out_in: bool = True
-    fixed: dict[str, Any] = dataclasses.field(default_factory=dict)
+    title: str  # in messages
+    top: dict[str, str]  # leaves outside the blocks by their names in the format
+    block: dict[str, str]  # leaves of a block by their names without prefix; spaces separate several in one tensor
+    prefix: str  # of a block's names, with {} for its index
+    front: str = ""  # prefix that all names but the output head's may have, and do have in the files that we write
+    buffers: str = ""  # regular expression of names of buffers, such as a mask
+    out_in: bool = True  # whether a block's matrices are (out, in), as in PyTorch's Linear
+    fixed: dict[str, Any] = dataclasses.field(default_factory=dict)  # GPTConfig fields that are always the same
 
     def clean(self, name: str) -> str | None:
         """Return a tensor's name as in the map, whatever PyTorch or TensorFlow added to it; None for a buffer."""

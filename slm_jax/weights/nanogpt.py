@@ -9,24 +9,16 @@ from slm_jax.errors import InputError
 from slm_jax.model import GPTConfig
 from slm_jax.nn.axes import HEAD
 from slm_jax.weights import huggingface
-from slm_jax.weights.files import OURS, TensorFiles
 from slm_jax.weights.names import TOKENS, Slot
+from slm_jax.weights.tensor_files import OURS, TensorFiles
 
-_FIELDS = {
-    "vocab_size": "vocab_size",
-    "block_size": "context_length",
-    "n_embd": "emb_dim",
-    "n_head": "n_heads",
-    "n_layer": "n_layers",
-    "bias": "bias",
-}
+_FIELDS = {**huggingface.FIELDS, "block_size": "context_length", "bias": "bias"}
 
 
 class NanoGPT(huggingface.HuggingFace):
     """Hugging Face's names, other shapes."""
 
     def stated_fields(self, files: TensorFiles) -> dict[str, Any]:
-        """Return the fields of ``model_args``, without dropout."""
         fields = {field: files.model_args[key] for key, field in _FIELDS.items() if key in files.model_args}
         for field, value in fields.items():
             if not isinstance(value, int):
@@ -41,7 +33,6 @@ class NanoGPT(huggingface.HuggingFace):
         return {**super().written_names(cfg), self.name_of(HEAD): Slot((TOKENS,))}
 
     def side_files(self, *args: Any, **kwargs: Any) -> dict[str, bytes]:
-        """Return nothing."""
         return {}
 
 

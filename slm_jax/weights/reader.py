@@ -16,9 +16,9 @@ from slm_jax.errors import InputError, located
 from slm_jax.files import read_json
 from slm_jax.model import PRESETS, GPTConfig, Params
 from slm_jax.nn.axes import HEAD
-from slm_jax.weights.files import AGAIN, FLOATS, OURS, OURS_FIELDS, Tensor, TensorFiles, find_file, open_tensors
 from slm_jax.weights.names import TOKENS, Format, Slot, leaf_shapes
 from slm_jax.weights.registry import describe, formats
+from slm_jax.weights.tensor_files import AGAIN, FLOATS, OURS, OURS_FIELDS, Tensor, TensorFiles, find_file, open_tensors
 from slm_jax.weights.trees import DIGESTS
 
 
@@ -40,7 +40,6 @@ def read_weights(
 
 
 def _recognise(files: TensorFiles) -> tuple[Format, TensorFiles]:
-    """Return the format, and the tensors with clean names."""
     config = files.file.parent / "config.json"
     model_type = read_json(config).get("model_type") if config.is_file() else None
     for form in formats().values() if model_type in (None, "gpt2") else ():
@@ -72,9 +71,7 @@ def _fields(form: Format, files: TensorFiles, ours: dict[str, Any]) -> tuple[dic
     seen = form.tensor_fields(files)
     for field, value in seen.items():
         if stated.get(field, value) != value:
-            raise InputError(
-                f"{files.file}: its configuration states {field} {stated[field]!r}, but its tensors have {value!r}"
-            )
+            raise InputError(f"{files.file}: {field} is {stated[field]!r} as stated, but {value!r} by its tensors")
     fields = {**stated, **seen}
     if "tie_weights" not in fields:
         tensors = dict(files.tensors)
@@ -103,16 +100,13 @@ def _heads(fields: Mapping[str, Any], given: int | None) -> int:
 
 
 def _equal(left: Tensor, right: Tensor | None) -> bool:
-    """Whether two matrices hold the same bits."""
-    if right is None or (left.shape, left.dtype) != (right.shape, right.dtype):
-        return False
-    if len(left.shape) != 2 or left.dtype not in FLOATS:
+    kind = (left.shape, left.dtype)
+    if right is None or kind != (right.shape, right.dtype) or len(left.shape) != 2 or left.dtype not in FLOATS:
         return False
     return all(a.tobytes() == b.tobytes() for a, b in zip(left.chunks(), right.chunks(), strict=True))
 
 
 def _check_tensors(files: TensorFiles, expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse missing and unknown tensors, wrong shapes and dtypes."""
     missing = [name for name in expected if name not in files.tensors]
     unknown = [tensor.name for name, tensor in files.tensors.items() if name not in expected]
     for names, problem in ((missing, "missing"), (unknown, "unknown to GPT-2")):

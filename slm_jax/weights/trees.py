@@ -69,7 +69,6 @@ def tree_fingerprint(file: Path) -> str:
 
 @contextmanager
 def _opened(file: Path) -> Iterator[tuple[Any, str]]:
-    """Open a file of a tree; yield it and the text of its digests."""
     try:
         with safe_open(file, "numpy") as tensors:
             yield tensors, (tensors.metadata() or {})[DIGESTS]

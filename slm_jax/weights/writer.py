@@ -17,9 +17,9 @@ from slm_jax.nn.axes import HEAD, STACK
 from slm_jax.nn.blocks import join_blocks
 from slm_jax.nn.lora import merge_adapters
 from slm_jax.tokenizer import GPT2Tokenizer, Tokenizer
-from slm_jax.weights.files import FLOATS, OURS, OURS_FIELDS
 from slm_jax.weights.names import TOKENS, leaf_shapes
 from slm_jax.weights.registry import FormatName, formats
+from slm_jax.weights.tensor_files import FLOATS, OURS, OURS_FIELDS
 from slm_jax.weights.trees import write_tensors
 
 
@@ -32,7 +32,7 @@ def save_gpt2(
     tokenizer: Tokenizer | None = None,
     card: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a model for another program, in one step: the folder is complete, or absent.
+    """Write a model for another program and return its folder, which is complete, or absent.
 
     ``huggingface`` makes a folder that ``transformers`` opens as ``GPT2LMHeadModel``; ``nanogpt`` and ``book`` make one
     ``model.safetensors`` with the names of their state dicts. Tensors keep their dtype. What a format cannot leave out
@@ -48,9 +48,6 @@ def save_gpt2(
         tokenizer: its files go into the folder: GPT-2's as ``transformers`` reads it (if tiktoken's files are on this
             machine), any other as ``tokenizer/tokenizer.json``, which slm_jax reads.
         card: figures for Hugging Face's model card, such as ``{"validation loss": 3.2}``.
-
-    Returns:
-        The folder.
 
     Raises:
         InputError: a folder in use or not writable, parameters that do not fit the configuration or are not finite, a

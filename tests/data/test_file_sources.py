@@ -102,7 +102,7 @@ def words(n: int) -> bytes:
 def test_a_damaged_compressed_file_is_one_line(tmp_path, suffix, damage):
     path = tmp_path / f"a.txt{suffix}"
     path.write_bytes(damage(COMPRESS[suffix](words(100_000))))
-    with refused(r"a\.txt\.(gz|zst): the compressed file is truncated or damaged after"):
+    with refused(r"a\.txt\.(gz|zst): truncated or damaged after"):
         read_text(path)
 
 

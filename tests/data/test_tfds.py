@@ -4,6 +4,7 @@ import json
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from prepared import build
 from refusals import refused
 from sharing import make_once
 
+from slm_jax.data import tfds as module
 from slm_jax.data.config import ClassificationConfig, DataConfig
 from slm_jax.data.instructions import read_examples
 from slm_jax.data.labelled import load_labelled
@@ -183,3 +185,13 @@ def test_what_cannot_be_prepared_is_named_at_once_and_leaves_nothing(offline, na
         parse_source(f"tfds:{name}").read_rows()
     assert time.monotonic() - start < 5
     assert list(offline.iterdir()) == []
+
+
+def test_a_data_set_that_only_tensorflow_can_prepare_is_refused(monkeypatch):
+    def download_and_prepare():
+        raise ModuleNotFoundError("No module named 'tensorflow'")
+
+    monkeypatch.setattr(module, "check_reachable", lambda url, seconds: None)
+    builder = SimpleNamespace(url_infos={}, download_and_prepare=download_and_prepare)
+    with refused(r"^tfds:our_old_tales: only TensorFlow can prepare it", MissingInputError):
+        module._prepare(builder, "our_old_tales")

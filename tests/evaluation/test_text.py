@@ -10,6 +10,7 @@ from refusals import refused
 
 from slm_jax.data.config import DataConfig, TokenizerConfig
 from slm_jax.data.corpus import load_corpus
+from slm_jax.data.token_file import write_token_file
 from slm_jax.errors import InputError
 from slm_jax.evaluation.logprobs import Scorer, evaluate_source, perplexity, text_loss
 from slm_jax.model import GPTConfig, GPTModel, init_params, param_shapes
@@ -143,6 +144,10 @@ def test_mistakes_with_a_source_are_named(scorer, tmp_path, source, options, mes
         (tmp_path / f"{name}.txt").write_text(text)
     with refused(message):
         evaluate_source(scorer, f"text:{tmp_path / source}.txt", **options)
-    other = dataclasses.replace(scorer, tokenizer=CharTokenizer().build_vocab("ABCDEFGHIJKabcdefg"))
+    larger = CharTokenizer().build_vocab("ABCDEFGHIJKabcdefg")
     with refused(r"\.txt \(split all\): token \d+ has id \d+, outside the model's vocabulary"):
-        evaluate_source(other, f"text:{tmp_path / 'short'}.txt")
+        evaluate_source(dataclasses.replace(scorer, tokenizer=larger), f"text:{tmp_path / 'short'}.txt")
+    with write_token_file(tmp_path / "larger.bin", larger, "") as file:
+        file.write([1, 2, 3])
+    with refused(r"larger\.bin: made with the char tokenizer .*, expected the char tokenizer"):
+        evaluate_source(scorer, f"tokens:{tmp_path / 'larger.bin'}")

@@ -12,7 +12,8 @@ from typing import Any, get_args
 import jax
 from jax.sharding import Mesh
 
-from slm_jax.data.token_file import json_path, read_description
+from slm_jax.data.sources import parse_source
+from slm_jax.data.token_file import TokenSource
 from slm_jax.errors import InputError
 from slm_jax.files import user_path
 from slm_jax.model import DType, GPTConfig, Params, Remat, axis_sizes, get_gpt_config
@@ -108,15 +109,15 @@ def find_shapes(config: RunConfig) -> Shapes:
 
 def _vocab_size(config: RunConfig) -> tuple[int | None, tuple[str, ...]]:
     """Return the number of token ids (None: model.vocab_size decides), and assumptions."""
-    tokenizer, (kind, _, path) = config.tokenizer, config.data.source.partition(":")
+    tokenizer, source = config.tokenizer, parse_source(config.data.source)
     if tokenizer.path is not None:
         return get_tokenizer(tokenizer.path).vocab_size, ()
-    if kind == "tokens" and path and (description := json_path(user_path(path))).is_file():
-        return read_description(description)["vocab_size"], ()
+    if (stated := source.vocab_size()) is not None:
+        return stated, ()
     if tokenizer.kind == "gpt2":
         return GPT2_IDS, ()
-    if kind == "tokens":
-        return GPT2_IDS, (f"assumed: GPT-2's {GPT2_IDS:,} token ids, as {path} does not exist yet",)
+    if isinstance(source, TokenSource):
+        return GPT2_IDS, (f"assumed: GPT-2's {GPT2_IDS:,} token ids, as {source.name} does not exist yet",)
     if tokenizer.kind == "bpe":
         return tokenizer.vocab_size, ()
     size = config.model.vocab_size or get_gpt_config(config.model.preset).vocab_size

@@ -144,9 +144,8 @@ def _open_torch(file: Path, zipped: bool) -> TensorFiles:
     try:
         import torch
     except ImportError:
-        raise InputError(
-            f"{file}: reading a pickle needs PyTorch: pip install 'slm_jax[torch]', or convert it to safetensors"
-        ) from None
+        remedy = "pip install 'slm_jax[torch]', or convert it to safetensors"
+        raise InputError(f"{file}: reading a pickle needs PyTorch: {remedy}") from None
     if tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2]) < (2, 6):  # CVE-2025-32434
         raise InputError(f"{file}: PyTorch {torch.__version__} cannot read pickles safely; expected 2.6 or later")
     if zipped:
