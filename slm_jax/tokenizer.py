@@ -174,8 +174,8 @@ class CharTokenizer(_TableTokenizer):
             char = error.args[0]
             # A special token may hold the unknown character, too.
             plain = text.replace(END_OF_TEXT, self._tokens[0] * len(END_OF_TEXT)) if allow_special else text
-            where = f"at offset {plain.index(char)}"
-            raise InputError(f"character {char!r} {where} is not in the vocabulary of {eot_id} characters") from None
+            what = f"character {char!r} at offset {plain.index(char)} is not in the vocabulary of {eot_id} characters"
+            raise InputError(f"{what}; use text of these, or tokenizer.kind: bpe") from None
 
     def decode(self, ids: Iterable[Any]) -> str:
         """Join the characters."""

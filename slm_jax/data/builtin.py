@@ -227,8 +227,6 @@ class Builtin(Source):
     def rows(self, columns: Sequence[str] = (), on_read: OnRead = ignore_bytes) -> Iterator[Row]:
         data = BUILTINS[self.name]()
         if not data:
-            raise MissingInputError(
-                f"{self}: this Python has no source of its library ({_stdlib()}); use another source"
-            )
+            raise MissingInputError(f"{self}: no source of the standard library in {_stdlib()}; use a file of your own")
         fields = ({"text": row} if isinstance(row, str) else row for row in data)
         return (Row(f"{self} entry {i}", row) for i, row in enumerate(fields, start=1))

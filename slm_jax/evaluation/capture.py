@@ -194,7 +194,7 @@ def _find(patterns: str | Sequence[str], names: list[str], cfg: GPTConfig) -> se
         regex = re.compile(re.escape(pattern).replace(r"\*", "[^/]*"))
         matches = {name for name in names if regex.fullmatch(name)}
         if not matches:
-            model = f"model of {cfg.n_layers} layers of {cfg.n_heads} heads"
+            model = f"model of {cfg.n_layers} layers with {cfg.n_heads} heads each"
             raise InputError(f"{pattern!r} is nowhere in this {model}; expected a name such as {', '.join(names[1:4])}")
         found |= matches
     return found

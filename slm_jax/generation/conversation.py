@@ -129,4 +129,4 @@ class Conversation:
             n_tokens = len(self.tokenizer.encode(prompt))
             if n_tokens <= room:
                 return self.turns[first:], prompt
-        raise InputError(f"the message in its template has {n_tokens} tokens; expected at most {room} of the context")
+        raise InputError(f"the message in its template makes {n_tokens} tokens; expected at most {room} of the context")

@@ -44,7 +44,7 @@ def test_nanogpts_checkpoint(bias, tmp_path):
     assert_same_as(params, tensors, tmp_path)
     content["model_args"] = args | {"n_layer": 7}
     torch.save(content, tmp_path / "ckpt.pt")
-    with pytest.raises(InputError, match="n_layers 7"):
+    with pytest.raises(InputError, match="n_layers is 7"):
         load_gpt2(tmp_path)
     content["model_args"] = args | {"n_head": None}
     torch.save(content, tmp_path / "ckpt.pt")
