@@ -148,7 +148,7 @@ def test_given_splits_are_taken_whole(write):
 def test_a_prompt_in_two_given_splits_is_refused(write, order):
     train = write([entry(i) for i in range(10)])
     test = write([entry(20), entry(4, output="Another answer."), entry(5)], "test.json")
-    with refused(r"test.json entry 2 \(test\) and .*data.json entry 5 .*same prompt, 2 such"):
+    with refused(r"test.json entry 2 \(test\) and .*data.json entry 5 .*same prompt \(2 such"):
         load(train, test_source=test, split=order)
 
 
