@@ -322,7 +322,7 @@ class GPT2Tokenizer(_TiktokenTokenizer):
             return tiktoken.get_encoding("gpt2")
         except (OSError, ValueError) as error:  # requests' errors are OSErrors; a wrong checksum is a ValueError
             cause = f"download from {urlsplit(self._URL).hostname} failed: {' '.join(str(error).split())}"
-        remedy = "connect once to download them, or set TIKTOKEN_CACHE_DIR to a folder that has both"
+        remedy = "connect once, set TIKTOKEN_CACHE_DIR to a folder that has both, or use tokenizer.kind: bpe"
         raise MissingInputError(f"no files for GPT-2's tokenizer: {'; '.join([*lacking, cause])}; {remedy}")
 
     def files(self) -> dict[str, bytes]:
