@@ -39,23 +39,22 @@ class Options:
 
 
 def run(options: Options) -> int:
-    """Write the page and print its path; return 0."""
     import jax
 
     from slm_jax.tools.report.page import write_comparison, write_page
-    from slm_jax.tools.report.record import read_records
+    from slm_jax.tools.report.run_data import read_runs
 
     jax.config.update("jax_platforms", "cpu")  # leave accelerators to those who train
     use_compile_cache()
-    records = read_records(options.run)
-    single = records[0] if len(records) == 1 else None
+    runs = read_runs(options.run)
+    single = runs[0] if len(runs) == 1 else None
     if single is None and options.text is not None:
-        raise InputError(f"text is {options.text!r:.60} and there are {len(records)} runs; expected one run with it")
+        raise InputError(f"text is {options.text!r:.60} and there are {len(runs)} runs; expected one run with it")
     folder = Path() if single is None else single.folder.path
     out = check_new_file(folder / FILE if options.out is None else options.out, "out", "page.html")
     if out.exists() and out.resolve().suffix.lower() not in PAGES:
         raise InputError(f"{out}: exists, and only files that end in .html are replaced; choose another --out")
-    content = write_comparison(records) if single is None else write_page(single, options.text)
+    content = write_comparison(runs) if single is None else write_page(single, options.text)
     write_file(out, content)
     print(f"written to {out}")
     return 0

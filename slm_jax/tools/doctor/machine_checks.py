@@ -31,7 +31,6 @@ from slm_jax.weights.hub import PINS
 Level = Literal["ok", "note", "problem"]
 Found = Iterator[tuple[Level, str]]  # a level and one line: what was found, and for a problem what to do
 
-NETWORK_SECONDS = 3.0
 SMALL = 2e9  # bytes; a checkpoint of GPT-2 small with its optimizer takes 1.5 GB
 
 HOSTS = {
@@ -64,7 +63,6 @@ def perform(checks: Iterable[Callable[..., Found]], *subject: object) -> Iterato
 
 
 def one_line(error: object, limit: int = 300) -> str:
-    """Return a message without line breaks, truncated to ``limit`` characters."""
     return " ".join(str(error).split())[:limit]
 
 
@@ -80,19 +78,14 @@ def folder_size(folder: Path) -> int:
 
 def examine_machine() -> Iterator[Finding]:
     """Yield what each check of this machine finds, in less than ten seconds; writes only to caches."""
-    return perform(
-        [
-            *(check_packages, check_devices, check_computation, check_threads),
-            *(check_memory, check_disk, check_cache, check_settings, check_network),
-        ]
-    )
+    computing = (check_packages, check_devices, check_computation, check_threads)
+    return perform((*computing, check_memory, check_disk, check_cache, check_settings, check_network))
 
 
 # --- Software ---
 
 
 def check_packages() -> Found:
-    """Compare the installed versions with those that slm-jax requires."""
     try:
         requirements = [Requirement(text) for text in metadata.requires("slm-jax") or []]
     except metadata.PackageNotFoundError:
@@ -105,7 +98,6 @@ def check_packages() -> Found:
 
 
 def unmet(requirements: Iterable[Requirement]) -> Found:
-    """Yield a problem for each package that is missing or has another version than required."""
     for requirement in requirements:
         version = _version(requirement.name)
         if version is None or not requirement.specifier.contains(version, prereleases=True):
@@ -124,7 +116,6 @@ def _version(package: str) -> str | None:
 
 
 def check_devices() -> Found:
-    """Describe JAX's devices and their best dtype, and report accelerators that JAX does not see."""
     if error := start_error():
         asked = os.environ.get("JAX_PLATFORMS")
         remedy = f"JAX_PLATFORMS is {asked}: unset it, or install what it needs" if asked else "try JAX_PLATFORMS=cpu"
@@ -145,7 +136,6 @@ def check_devices() -> Found:
 
 
 def start_error() -> str | None:
-    """Return why JAX cannot start its devices; None if it can."""
     try:
         jax.devices()
     except Exception as error:  # of several kinds, an AssertionError without a message among them
@@ -181,10 +171,7 @@ def unseen_accelerators() -> Found:
 
 
 def find_nvidia() -> tuple[str, str] | None:
-    """Return the names of the machine's NVIDIA GPUs, and their driver, such as 580.82; None: it has none.
-
-    Containers often have a GPU without the program ``nvidia-smi``, which knows its driver.
-    """
+    """Return the names of the machine's NVIDIA GPUs and their driver, unknown without ``nvidia-smi``; None: no GPU."""
     query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         lines = subprocess.run(query, capture_output=True, text=True, timeout=3, check=True).stdout.splitlines()
@@ -230,7 +217,6 @@ def check_threads() -> Found:
 
 
 def check_memory() -> Found:
-    """Report the memory that programs can still allocate."""
     free = hardware.machine_memory()
     if free is None:
         yield "note", "the free memory is unknown on this system"
@@ -241,7 +227,6 @@ def check_memory() -> Found:
 
 
 def check_disk() -> Found:
-    """Report the free disk space for runs below the current folder, and whether it is writable."""
     folder = Path("runs").resolve()
     folder = next(place for place in (folder, *folder.parents) if place.is_dir())
     try:
@@ -258,7 +243,6 @@ def check_disk() -> Found:
 
 
 def check_cache() -> Found:
-    """Report what is kept between starts: compiled programs and downloads."""
     from huggingface_hub import constants
 
     programs = getattr(jax.config, "jax_compilation_cache_dir", None)
@@ -297,14 +281,12 @@ def check_cache() -> Found:
 
 
 def check_settings() -> Found:
-    """List the environment variables that change how JAX computes."""
     values = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(SETTINGS)]
     if values:
         yield "ok", one_line("  ".join(values), 2_000)
 
 
 def check_network() -> Found:
-    """Try the servers that files are downloaded from, all at once."""
     with ThreadPoolExecutor(len(HOSTS)) as pool:
         errors = dict(zip(HOSTS, pool.map(_connection_error, HOSTS), strict=True))
     lacking = [f"{host} ({what})" for host, what in HOSTS.items() if errors[host]]
@@ -318,7 +300,7 @@ def check_network() -> Found:
 
 def _connection_error(host: str) -> str | None:
     try:
-        check_reachable(f"https://{host}", NETWORK_SECONDS)
+        check_reachable(f"https://{host}", seconds=3)
     except OSError as error:
         return one_line(error, 80)
     return None

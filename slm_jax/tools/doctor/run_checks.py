@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 
@@ -10,6 +9,7 @@ from slm_jax.errors import InputError
 from slm_jax.runs import RunFolder, best_step, find_damage, read_frozen, read_metadata, saved_steps, try_metadata
 from slm_jax.tasks.config import TASKS, RunConfig, parse_args
 from slm_jax.tools.doctor.machine_checks import Finding, Found, folder_size, perform, start_error
+from slm_jax.tools.report.run_data import figure
 from slm_jax.training.checkpoint import CHECKSUMS
 from slm_jax.training.hardware import environment, rounding_changes
 from slm_jax.training.progress import format_bytes, format_duration
@@ -22,7 +22,6 @@ def examine_run(run: RunFolder) -> Iterator[Finding]:
 
 
 def check_config(run: RunFolder) -> Found:
-    """Read the configuration."""
     try:
         config = _config(run)
     except InputError as error:
@@ -41,7 +40,6 @@ def _config(run: RunFolder) -> RunConfig | None:
 
 
 def check_checkpoints(run: RunFolder) -> Found:
-    """Compare every checkpoint with its checksums."""
     steps = saved_steps(run.checkpoints)
     if not steps:
         yield "note", "none yet; one is saved every checkpoint.every steps"
@@ -88,7 +86,6 @@ def _damage(run: RunFolder, step: int) -> str | None:
 
 
 def check_log(run: RunFolder) -> Found:
-    """Read the log: how far it goes, and which steps were skipped."""
     rows = run.metrics()
     if not rows:
         yield "note", "empty"
@@ -101,10 +98,11 @@ def check_log(run: RunFolder) -> Found:
     text = f"{len(rows):,} lines up to step {last['step']:,}"
     train, validation = ([row for row in rows if row["split"] == split] for split in ("train", "val"))
     if train:
-        text += f", training loss {_loss(train[-1])}"
+        text += f", training loss {figure(train[-1].get('loss'), '.4f')}"
     if validation:
         lowest = min(validation, key=lambda row: math.inf if row.get("loss") is None else row["loss"])
-        text += f", validation loss {_loss(validation[-1])} (lowest {_loss(lowest)} at step {lowest['step']:,})"
+        final, least = (figure(row.get("loss"), ".4f") for row in (validation[-1], lowest))
+        text += f", validation loss {final} (lowest {least} at step {lowest['step']:,})"
     if "seconds" in last:
         text += f", {format_duration(last['seconds'])} in all"
     yield "ok", text
@@ -118,12 +116,7 @@ def check_log(run: RunFolder) -> Found:
         yield "note", f"{last['step'] - steps[-1]:,} steps after the latest checkpoint; a resume repeats them"
 
 
-def _loss(row: dict[str, Any]) -> str:
-    return "not finite" if row.get("loss") is None else f"{row['loss']:.4f}"
-
-
 def check_machine(run: RunFolder) -> Found:
-    """Compare this machine with that of the latest checkpoint."""
     metadata = try_metadata(run, reversed(saved_steps(run.checkpoints)))
     if "environment" not in metadata or start_error():
         return
@@ -140,7 +133,6 @@ def check_machine(run: RunFolder) -> Found:
 
 
 def check_mirror(run: RunFolder) -> Found:
-    """Compare the mirror's checkpoints with the run's."""
     config = _config(run)
     if config is None or config.mirror_folder is None:
         return
@@ -165,13 +157,11 @@ def check_mirror(run: RunFolder) -> Found:
 
 
 def check_size(run: RunFolder) -> Found:
-    """Report the disk space of the run."""
     whole, checkpoints = folder_size(run.path), folder_size(run.checkpoints)
     yield "ok", f"{format_bytes(whole)} in {run.path}, of which checkpoints {format_bytes(checkpoints)}"
 
 
 def check_next(run: RunFolder) -> Found:
-    """Suggest the next command."""
     if run.is_locked():
         yield "note", "another process is training it now"
         return

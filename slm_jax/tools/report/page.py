@@ -19,7 +19,7 @@ from slm_jax.model import GPTConfig, param_shapes
 from slm_jax.runs import read_frozen
 from slm_jax.tasks.config import TASKS, FinetuneConfig, RunConfig
 from slm_jax.tools.report.pictures import draw_curves, look, read_maps
-from slm_jax.tools.report.record import Record, Row, figure
+from slm_jax.tools.report.run_data import Row, RunData, figure
 from slm_jax.training.progress import format_duration
 from slm_jax.training.trainable import leaf_table
 
@@ -61,69 +61,65 @@ def _render(template: str, **values: object) -> str:
     return _NOT_TEXT.sub("\ufffd", _environment().get_template(template).render(**values))
 
 
-def write_page(record: Record, text: str | None = None) -> str:
-    """Return the page of a run as HTML, with the attention of a text (None: of the latest sample).
-
-    Raises:
-        InputError: a text that the model's tokenizer cannot encode.
-    """
-    maps = read_maps(record, text)
-    samples = record.folder.samples()
+def write_page(run: RunData, text: str | None = None) -> str:
+    """Return the page of a run as HTML, with the attention of a text (None: of the latest sample)."""
+    maps = read_maps(run, text)
+    samples = run.folder.samples()
     spread = np.linspace(0, len(samples) - 1, min(MOST_SAMPLES, len(samples))).round().astype(int)
     return _render(
         "run.html",
-        record=record,
-        facts=facts(record),
-        scores=_scores(record),
-        classes=_classes(record),
-        responses=record.responses(),
+        run=run,
+        facts=facts(run),
+        scores=_scores(run),
+        classes=_classes(run),
+        responses=run.responses(),
         most_responses=MOST_RESPONSES,
         samples={"shown": [samples[i] for i in spread], "total": len(samples)},
         maps=None if isinstance(maps, str) else maps,
         no_maps=maps,
-        parameters=_parameters(record),
-        config=_config(record),
-        environment=Table(["", "trained with"], list(record.environment.items())),
+        parameters=_parameters(run),
+        config=_config(run),
+        environment=Table(["", "trained with"], list(run.environment.items())),
     )
 
 
-def write_comparison(records: Sequence[Record]) -> str:
+def write_comparison(runs: Sequence[RunData]) -> str:
     """Return the page of several runs as HTML; runs of different tasks are drawn apart."""
-    tasks = dict.fromkeys(record.task for record in records)
-    groups = [[record for record in records if record.task == task] for task in tasks]
+    tasks = dict.fromkeys(run.task for run in runs)
+    groups = [[run for run in runs if run.task == task] for task in tasks]
     return _render(
         "comparison.html",
-        records=records,
-        groups=[{"records": group, "same_tokens": _same_tokens(group), "tables": _compare(group)} for group in groups],
+        runs=runs,
+        groups=[{"runs": group, "same_tokens": _same_tokens(group), "tables": _compare(group)} for group in groups],
     )
 
 
-def facts(record: Record) -> dict[str, str]:
+def facts(run: RunData) -> dict[str, str]:
     """Return the most important figures of a run by name; unknown ones are left out."""
-    shown = {"steps": f"{record.last_step:,}"}
-    total = record.config.get("train.steps")
-    if total and total != record.last_step:
+    shown = {"steps": f"{run.last_step:,}"}
+    total = run.config.get("train.steps")
+    if total and total != run.last_step:
         shown["steps"] += f" of {total:,}"
-    if (best := record.best()) is not None:
+    if (best := run.best()) is not None:
         shown["lowest validation loss"] = f"{best[1]:.4f} at step {best[0]:,}"
-        if record.unit == "token":
+        if run.unit == "token":
             shown["its perplexity"] = f"{math.exp(min(best[1], 700)):,.2f}"
-    test = record.measured("after")
+    test = run.measured("after")
     for key in ("accuracy", "rouge_l"):
         if key in test:
             name, form = SCORES[key]
             shown[f"test {name}"] = figure(test[key], form)
-    train = [row for row in record.rows if row["split"] == "train"]
+    train = [row for row in run.rows if row["split"] == "train"]
     if train:
         shown["last training loss"] = figure(train[-1]["loss"], ".4f")
         shown["tokens"] = f"{train[-1]['tokens']:,}"
     rates = [row["tokens_per_second"] for row in train if row["tokens_per_second"] is not None]
     if rates:
         shown["tokens a second"] = f"{np.median(rates):,.0f} (median)"
-    seconds = [row["seconds"] for row in [*record.rows, record.summary] if "seconds" in row]
+    seconds = [row["seconds"] for row in [*run.rows, run.summary] if "seconds" in row]
     if seconds:
         shown["time"] = format_duration(max(seconds))
-    if rows := parameter_rows(record):
+    if rows := parameter_rows(run):
         trained, whole = sum(row["count"] for row in rows if row["trained"]), sum(row["count"] for row in rows)
         shown["parameters"] = f"{whole:,}" if trained == whole else f"{whole:,} ({trained:,} trained)"
     return shown
@@ -132,25 +128,24 @@ def facts(record: Record) -> dict[str, str]:
 # --- What a task measured ---
 
 
-def _scores(record: Record) -> Table | None:
-    """Return the figures of each split before and after training; None if nothing was measured."""
-    moments = [moment for moment in ("before", "after") if record.measured(moment)]
+def _scores(run: RunData) -> Table | None:
+    moments = [moment for moment in ("before", "after") if run.measured(moment)]
     rows = []
     for split, (key, (name, form)) in itertools.product(("test", "validation", "train"), SCORES.items()):
-        cells = [record.measured(moment, split).get(key) for moment in moments]
+        cells = [run.measured(moment, split).get(key) for moment in moments]
         if any(cell is not None for cell in cells):
             rows.append([split, name, *(figure(cell, form, "–") for cell in cells)])
     head = ["split", "", *(f"{moment} training" for moment in moments)]
     return Table(head, rows, range(2, len(head))) if rows else None
 
 
-def _classes(record: Record) -> dict[str, Any] | None:
+def _classes(run: RunData) -> dict[str, Any] | None:
     """Return the figures of a classifier's matrices by split, and the table of its classes; None if it is none."""
-    moments = [moment for moment in ("before", "after") if "confusion" in record.measured(moment)]
+    moments = [moment for moment in ("before", "after") if "confusion" in run.measured(moment)]
     if not moments:
         return None
     matrices = {
-        split: [(f"{split} texts, {moment} training", record.measured(moment, split)) for moment in moments]
+        split: [(f"{split} texts, {moment} training", run.measured(moment, split)) for moment in moments]
         for split in ("test", "validation", "train")
     }
     caption, last = matrices["test"][-1]
@@ -162,7 +157,7 @@ def _classes(record: Record) -> dict[str, Any] | None:
     n_classes = len(rows)
     return {
         "too_many": n_classes if n_classes > MOST_CLASSES else 0,
-        "picture": (record.folder.path / "confusion.png").is_file() and not record.continued,
+        "picture": (run.folder.path / "confusion.png").is_file() and not run.continued,
         "matrices": matrices,
         "by_class": Table(["class", "precision", "recall", "F1", "texts"], rows, range(1, 5), caption),
     }
@@ -171,15 +166,14 @@ def _classes(record: Record) -> dict[str, Any] | None:
 # --- Parameters, configuration ---
 
 
-def parameter_rows(record: Record) -> list[Row]:
-    """Return path, shape, count, dtype and whether it is trained, of each array of the model."""
-    if not record.metadata:
+def parameter_rows(run: RunData) -> list[Row]:
+    if not run.metadata:
         return []
-    leaves = record.metadata.get("leaves") or leaf_table(param_shapes(GPTConfig(**record.metadata["model"])))
+    leaves = run.metadata.get("leaves") or leaf_table(param_shapes(GPTConfig(**run.metadata["model"])))
     arrays = [(path, shape, dtype, True) for path, (*shape, dtype) in leaves.items()]
-    if record.metadata.get("trainable", "all") != "all":
+    if run.metadata.get("trainable", "all") != "all":
         try:
-            frozen = flatten_dict(read_frozen(record.folder.path, record.metadata), sep="/")
+            frozen = flatten_dict(read_frozen(run.folder.path, run.metadata), sep="/")
         except InputError:
             frozen = {}
         arrays += [(path, leaf.shape, str(leaf.dtype), False) for path, leaf in frozen.items()]
@@ -190,8 +184,8 @@ def parameter_rows(record: Record) -> list[Row]:
     ]
 
 
-def _parameters(record: Record) -> Table:
-    rows = parameter_rows(record)
+def _parameters(run: RunData) -> Table:
+    rows = parameter_rows(run)
     whole = sum(row["count"] for row in rows)
     cells = [
         [
@@ -208,15 +202,14 @@ def _parameters(record: Record) -> Table:
     return Table(head, [*cells, ["all", "", f"{whole:,}", "", "", ""]] if rows else [], (2, 3))
 
 
-def _config(record: Record) -> dict[str, Table]:
-    """Return the tables of the keys that differ from their defaults, and of all keys."""
-    usual = {**defaults(record.task), "run": record.config.get("run")}  # a name is no default
-    changed = {key: value for key, value in record.config.items() if key not in usual or usual[key] != value}
+def _config(run: RunData) -> dict[str, Table]:
+    usual = {**defaults(run.task), "run": run.config.get("run")}  # a name is no default
+    changed = {key: value for key, value in run.config.items() if key not in usual or usual[key] != value}
     rows = [
         [_code(key), _typed(value), _typed(usual[key]) if key in usual else "no such key now"]
         for key, value in changed.items()
     ]
-    every = [[_code(key), _typed(value, key in changed)] for key, value in record.config.items()]
+    every = [[_code(key), _typed(value, key in changed)] for key, value in run.config.items()]
     return {
         "changed": Table(["differs from the default", "here", "default"], rows),
         "all": Table(["key", "value"], every),
@@ -224,7 +217,6 @@ def _config(record: Record) -> dict[str, Table]:
 
 
 def defaults(task: str) -> dict[str, Any]:
-    """Return the default configuration of a task, by dotted key."""
     config = RunConfig() if TASKS[task].command == "train" else FinetuneConfig(task=task)  # type: ignore[arg-type]
     return {key: list(value) if isinstance(value, tuple) else value for key, value in flatten(to_dict(config)).items()}
 
@@ -234,7 +226,6 @@ def _code(text: object) -> Markup:
 
 
 def _typed(value: object, marked: bool = False) -> Markup:
-    """Return a value as it is typed in a recipe."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     return _code(Markup("<mark>{}</mark>").format(text) if marked else text)
 
@@ -242,27 +233,23 @@ def _typed(value: object, marked: bool = False) -> Markup:
 # --- Several runs ---
 
 
-def _same_tokens(records: Sequence[Record]) -> bool:
+def _same_tokens(runs: Sequence[RunData]) -> bool:
     """Return whether all known tokenizers are the same, or the loss is not one of tokens."""
-    known = [record.metadata["tokenizer"] for record in records if record.metadata.get("tokenizer")]
-    return records[0].unit != "token" or all(tokenizer == known[0] for tokenizer in known)
+    known = [run.metadata["tokenizer"] for run in runs if run.metadata.get("tokenizer")]
+    return runs[0].unit != "token" or all(tokenizer == known[0] for tokenizer in known)
 
 
-def _compare(records: Sequence[Record]) -> dict[str, Table]:
-    """Return the tables of the final figures and of the settings that differ."""
-    figures = [{"state": record.state, **facts(record)} for record in records]
+def _compare(runs: Sequence[RunData]) -> dict[str, Table]:
+    figures = [{"state": run.state, **facts(run)} for run in runs]
     names = list(dict.fromkeys(name for one in sorted(figures, key=len, reverse=True) for name in one))
-    rows = [
-        [record.label, *(one.get(name, "–") for name in names)] for record, one in zip(records, figures, strict=True)
-    ]
+    rows = [[run.label, *(one.get(name, "–") for name in names)] for run, one in zip(runs, figures, strict=True)]
     settings = [
-        {**record.config, **{f"environment: {key}": value for key, value in record.environment.items()}}
-        for record in records
+        {**run.config, **{f"environment: {key}": value for key, value in run.environment.items()}} for run in runs
     ]
     keys = dict.fromkeys(key for one in settings for key in one if key not in OF_THE_FOLDER)
     shown = {key: [_typed(one[key]) if key in one else Markup("–") for one in settings] for key in keys}
     different = [[_code(key), *values] for key, values in shown.items() if len(set(values)) > 1]
     return {
         "figures": Table(["run", *names], rows, range(2, len(names) + 1)),
-        "settings": Table(["key", *(record.label for record in records)], different),
+        "settings": Table(["key", *(run.label for run in runs)], different),
     }

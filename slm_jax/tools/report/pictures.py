@@ -18,7 +18,7 @@ from slm_jax.model import GPTClassifier, GPTModel, Params
 from slm_jax.nn.axes import STACK
 from slm_jax.runs import is_classifier, read_checkpoint
 from slm_jax.tokenizer import Tokenizer, tokenizer_from_dict
-from slm_jax.tools.report.record import Record, steps_to_try
+from slm_jax.tools.report.run_data import RunData, steps_to_try
 
 # --- Curves ---
 
@@ -61,21 +61,17 @@ CURVES = (
 )
 
 
-def draw_curves(records: Sequence[Record], bits: bool) -> list[dict[str, str]]:
-    """Return the picture of each figure of runs of one task as ``{title, src, alt}``.
-
-    ``bits`` adds bits per byte, which compare models of different tokenizers.
-    """
-    pictures = (_draw(records, curve) for curve in CURVES if bits or curve.key != "bits_per_byte")
+def draw_curves(runs: Sequence[RunData], bits: bool) -> list[dict[str, str]]:
+    """Return the picture of each figure of runs of one task; ``bits``: also bits per byte, for different tokenizers."""
+    pictures = (_draw(runs, curve) for curve in CURVES if bits or curve.key != "bits_per_byte")
     return [picture for picture in pictures if picture is not None]
 
 
 def look(index: int) -> tuple[str, str]:
-    """Return colour and dash of a run's lines."""
     return COLORS[index % len(COLORS)], ("-", "--", ":", "-.")[index // len(COLORS) % 4]
 
 
-def _draw(records: Sequence[Record], curve: Curve) -> dict[str, str] | None:
+def _draw(runs: Sequence[RunData], curve: Curve) -> dict[str, str] | None:
     """Return a figure as an SVG, equal figures with equal bytes; None if no value is finite."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -87,27 +83,27 @@ def _draw(records: Sequence[Record], curve: Curve) -> dict[str, str] | None:
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(400 / 72, 250 / 72), dpi=72, layout="constrained")
         axes = figure.add_subplot()
-        for index, record in enumerate(records):
+        for index, run in enumerate(runs):
             color, dash = look(index)
             if is_loss:
-                seen.append(_plot(axes, *record.points("train", "loss"), color=color, linewidth=0.8, alpha=0.65))
-            if is_validation and len(records) == 1:
+                seen.append(_plot(axes, *run.points("train", "loss"), color=color, linewidth=0.8, alpha=0.65))
+            if is_validation and len(runs) == 1:
                 color = COLORS[1]
             line: dict[str, Any] = {"color": color, "linestyle": dash, "linewidth": 1.5, "zorder": 3}
-            seen.append(_plot(axes, *record.points(curve.split, curve.key), is_validation, is_loss, **line))
+            seen.append(_plot(axes, *run.points(curve.split, curve.key), is_validation, is_loss, **line))
         values = np.concatenate(seen)
         if not values.size:
             return None
-        last = max(1, *(record.last_step for record in records))
+        last = max(1, *(run.last_step for run in runs))
         axes.set(xlim=(-0.02 * last, 1.02 * last), ylim=(curve.low, curve.high), xlabel="step")
-        axes.set_ylabel(f"nats a {records[0].unit}" if is_loss else curve.unit)
+        axes.set_ylabel(f"nats a {runs[0].unit}" if is_loss else curve.unit)
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_locator(MaxNLocator(6, integer=axis is axes.xaxis, steps=[1, 2, 2.5, 5, 10]))
             axis.set_major_formatter(FuncFormatter(format_tick))
         figure.patch.set_visible(False)
         axes.patch.set_visible(False)
         FigureCanvasSVG(figure).print_svg(file, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    of = "" if len(records) == 1 else f" of {len(records)} runs"
+    of = "" if len(runs) == 1 else f" of {len(runs)} runs"
     extent = f"over {last:,} steps, between {values.min():.4g} and {values.max():.4g}"
     src = "data:image/svg+xml;base64," + base64.b64encode(file.getvalue().encode()).decode()
     return {"title": curve.title, "src": src, "alt": f"{curve.title.lower()}{of} {extent}"}
@@ -129,7 +125,6 @@ def _plot(
 
 
 def format_tick(value: float, _position: int | None = None) -> str:
-    """Return a short label of an axis."""
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.4g}"
 
 
@@ -142,19 +137,13 @@ MAP_COLOR = (58, 143, 222)  # visible on white and on black
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Maps:
-    """Attention weights of one text.
-
-    Attributes:
-        tokens, n_tokens: the first tokens of the text, and how many it has.
-        weights: of the first layers and heads: what a query (third axis) gives to each key.
-        n_layers, n_heads: of the model.
-    """
+    """Attention weights of one text."""
 
     step: int
-    tokens: list[str]
-    n_tokens: int
-    weights: Float[np.ndarray, "layers heads seq seq"]
-    n_layers: int
+    tokens: list[str]  # the first ones
+    n_tokens: int  # of the whole text
+    weights: Float[np.ndarray, "layers heads seq seq"]  # of the first layers and heads: query, key
+    n_layers: int  # of the model
     n_heads: int
 
     @property
@@ -178,19 +167,15 @@ class Maps:
         ]
 
 
-def read_maps(record: Record, text: str | None) -> Maps | str:
-    """Return the maps of a text (None: the latest sample, or an English sentence), or why there are none.
-
-    Raises:
-        InputError: a text that the model's tokenizer cannot encode.
-    """
-    steps = steps_to_try(record.folder, record.step)
+def read_maps(run: RunData, text: str | None) -> Maps | str:
+    """Return the maps of a text (None: the latest sample, or an English sentence), or why there are none."""
+    steps = steps_to_try(run.folder, run.step)
     if not steps:
         return "None: no checkpoint yet."
-    samples = [TEXT, *(sample for _, sample in record.folder.samples() if sample.strip())]
+    samples = [TEXT, *(sample for _, sample in run.folder.samples() if sample.strip())]
     for step in steps:
         try:
-            loaded = _load(record, step)
+            loaded = _load(run, step)
         except InputError:
             continue
         try:
@@ -198,14 +183,13 @@ def read_maps(record: Record, text: str | None) -> Maps | str:
         except MissingInputError as error:  # the tokenizer's own files
             return f"None: the text cannot be encoded ({error})."
         return maps if maps.tokens else "None: the text has no token that this model knows."
-    which = "no checkpoint" if record.step is None else f"the checkpoint of step {record.step:,} not"
-    command = f"slm-jax doctor --run {shlex.quote(str(record.folder.path))}"
+    which = "no checkpoint" if run.step is None else f"the checkpoint of step {run.step:,} not"
+    command = f"slm-jax doctor --run {shlex.quote(str(run.folder.path))}"
     return f"None: {which} readable. This command shows what is damaged: {command}"
 
 
-def _load(record: Record, step: int) -> tuple[GPTModel, Params, Tokenizer]:
-    """Return a checkpoint's model, which may be a classifier."""
-    folder, classifier = record.folder.path, is_classifier(record.metadata)
+def _load(run: RunData, step: int) -> tuple[GPTModel, Params, Tokenizer]:
+    folder, classifier = run.folder.path, is_classifier(run.metadata)
     cfg, params, metadata = read_checkpoint(folder, step, "float32", classifier=classifier)
     model = GPTModel(cfg)
     if classifier:

@@ -12,22 +12,22 @@ from reports import CONFIG, Page, make_run, train, val
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.tokenizer import BPETokenizer, CharTokenizer
 from slm_jax.tools.report import page as pages
-from slm_jax.tools.report import record as reading
+from slm_jax.tools.report import run_data as reading
 from slm_jax.tools.report.page import MOST_CLASSES, MOST_SAMPLES, defaults, facts, write_comparison, write_page
 from slm_jax.tools.report.pictures import Maps, draw_curves, encode, format_tick, to_png
-from slm_jax.tools.report.record import read_records, steps_to_try
+from slm_jax.tools.report.run_data import read_runs, steps_to_try
 
 MARKUP = "<b>&\"'</b> 日本語 😀 </style></pre><script>alert(1)</script>"
 
 
 def page_of(*folders):
     """Return the page of a run, or of several."""
-    records = read_records([str(folder) for folder in folders])
+    records = read_runs([str(folder) for folder in folders])
     return Page(write_page(records[0]) if len(records) == 1 else write_comparison(records)).check_whole()
 
 
 def record_of(folder, rows=(), config=CONFIG, **files):
-    (record,) = read_records([str(make_run(folder, rows, config, **files))])
+    (record,) = read_runs([str(make_run(folder, rows, config, **files))])
     return record
 
 
@@ -133,7 +133,7 @@ def test_a_finished_run_that_was_continued_shows_no_figures_of_its_earlier_end(t
         make_run(tmp_path / name, [train(1), *rows], "task: instruction", **files)
         for name, rows in (("finished", []), ("continued", [train(2, seconds=90.0)]))
     ]
-    finished, continued = read_records([str(folder) for folder in folders])
+    finished, continued = read_runs([str(folder) for folder in folders])
     assert (finished.measured("after"), facts(finished)["time"]) == ({"loss": 2.0}, "1 min 00 s")
     assert (continued.measured("after"), facts(continued)["time"]) == ({}, "1 min 30 s")
     assert continued.measured("before") == {"loss": 3.0}
@@ -175,14 +175,14 @@ def test_runs_of_different_tasks_are_drawn_apart(tmp_path):
 
 def test_a_run_is_read_once_with_one_step_and_has_a_label_of_its_own(tmp_path, monkeypatch):
     run, other = (make_run(tmp_path / place / "run", [train(1)]) for place in ("one", "two"))
-    records = read_records([str(run), str(other), f"{run}/"])
+    records = read_runs([str(run), str(other), f"{run}/"])
     assert [record.label for record in records] == [str(run), str(other)]
     with pytest.raises(MissingInputError, match="no checkpoint in this run yet"):
-        read_records([f"{run}@3"])
+        read_runs([f"{run}@3"])
     monkeypatch.setattr(reading, "find_checkpoint", lambda folder, step: (folder, int(step)))
-    assert read_records([f"{run}@350", f"{run}@350"])[0].step == 350
+    assert read_runs([f"{run}@350", f"{run}@350"])[0].step == 350
     with pytest.raises(InputError, match=f"{run}@350 and {run}@400: .*different steps"):
-        read_records([f"{run}@350", f"{run}@400"])
+        read_runs([f"{run}@350", f"{run}@400"])
 
 
 def test_the_best_checkpoint_is_tried_first_and_then_the_latest(tmp_path, monkeypatch):

@@ -17,35 +17,24 @@ Row = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Record:
-    """What is known of a run.
-
-    Attributes:
-        label: the run's name, unique in the report.
-        step: step of the requested checkpoint; None: the best one.
-        config: the configuration by dotted key; empty if it cannot be read.
-        rows: the lines of the log.
-        metadata: what is stored beside the best checkpoint, or another; empty without a checkpoint.
-        summary: the figures of the finished run; empty before.
-    """
+class RunData:
+    """What a run's folder holds; what cannot be read is empty."""
 
     folder: RunFolder
-    label: str
-    step: int | None
-    config: dict[str, Any]
-    rows: list[Row]
-    metadata: dict[str, Any]
-    summary: dict[str, Any]
+    label: str  # unique in the report
+    step: int | None  # of the requested checkpoint; None: the best one
+    config: dict[str, Any]  # by dotted key
+    rows: list[Row]  # of the log
+    metadata: dict[str, Any]  # of the best checkpoint, or another
+    summary: dict[str, Any]  # of the finished run
 
     @property
     def task(self) -> str:
-        """The task that was trained."""
         task = self.config.get("task") or self.summary.get("task")
         return task if task in TASKS else next(iter(TASKS))
 
     @property
     def environment(self) -> dict[str, Any]:
-        """The machine and the versions that the run was trained with."""
         return self.summary.get("environment") or self.metadata.get("environment") or {}
 
     @property
@@ -55,12 +44,10 @@ class Record:
 
     @property
     def last_step(self) -> int:
-        """The last logged step."""
         return max((row["step"] for row in self.rows), default=0)
 
     @property
     def state(self) -> str:
-        """Whether the run is finished, in training or neither."""
         if self.folder.is_locked():
             return "in training"
         if not self.rows:
@@ -107,17 +94,11 @@ class Record:
 
 
 def figure(value: float | None, form: str, missing: str = "not finite") -> str:
-    """Return a figure as text; ``missing`` if it is not a finite number."""
     return missing if value is None or not math.isfinite(value) else format(value, form)
 
 
-def read_records(names: Sequence[str]) -> list[Record]:
-    """Read runs by folder or name, each once; ``runs/tiny@800`` selects a checkpoint.
-
-    Raises:
-        MissingInputError: no run there, or no checkpoint of that step.
-        InputError: an invalid path or step; a run that is named with two steps.
-    """
+def read_runs(names: Sequence[str]) -> list[RunData]:
+    """Read runs by folder or name, each once; ``runs/tiny@800`` selects a checkpoint."""
     found: dict[Path, tuple[str, RunFolder, int | None]] = {}
     for name in names:
         path, named = split_step(name)
@@ -131,16 +112,13 @@ def read_records(names: Sequence[str]) -> list[Record]:
         if step != first_step:
             raise InputError(f"{first} and {name}: one run with different steps; expected each run once")
     short = [path.name for path in found]
-    return [
-        _read(folder, path.name if short.count(path.name) == 1 else str(folder.path), step)
-        for path, (_, folder, step) in found.items()
-    ]
-
-
-def _read(folder: RunFolder, label: str, step: int | None) -> Record:
-    metadata = try_metadata(folder, steps_to_try(folder, step))
-    summary = folder.read_json("summary.json") or {}
-    return Record(folder, label, step, folder.config(), folder.metrics(), metadata, summary)
+    runs = []
+    for path, (_, folder, step) in found.items():
+        label = path.name if short.count(path.name) == 1 else str(folder.path)
+        metadata = try_metadata(folder, steps_to_try(folder, step))
+        summary = folder.read_json("summary.json") or {}
+        runs.append(RunData(folder, label, step, folder.config(), folder.metrics(), metadata, summary))
+    return runs
 
 
 def steps_to_try(folder: RunFolder, step: int | None) -> list[int]:
