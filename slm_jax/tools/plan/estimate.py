@@ -47,35 +47,22 @@ _MANY_STEPS = 10**6  # of a run that ends after epochs
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-    """The shapes of a run, from which :func:`slm_jax.training.program.compile_program` compiles its programs.
-
-    Attributes:
-        cfg: configuration of the model, computing as the run does.
-        params: two trees of shapes, trained and frozen; ``init`` makes random trained ones.
-        make_frozen: makes random frozen parameters from the same key.
-        loss_fn: the task's loss.
-        row: shapes of one row of a batch.
-        n_outputs: columns of the logits: the vocabulary, or classes.
-        total_steps: steps of the run; a large number if only its text decides.
-        notes: assumptions, a line each.
-    """
+    """The shapes of a run, from which :func:`slm_jax.training.program.compile_program` compiles its programs."""
 
     cfg: GPTConfig
-    params: Parameters
-    make_frozen: Callable[[jax.Array], Params]
+    params: Parameters  # shapes; init makes random trained ones
+    make_frozen: Callable[[jax.Array], Params]  # random ones, from the same key
     loss_fn: LossFn
-    row: Mapping[str, jax.ShapeDtypeStruct]
-    n_outputs: int
-    total_steps: int
-    notes: tuple[str, ...]
+    row: Mapping[str, jax.ShapeDtypeStruct]  # of one row of a batch
+    n_outputs: int  # columns of the logits: the vocabulary, or classes
+    total_steps: int  # a large number if only the text decides
+    notes: tuple[str, ...]  # assumptions, a line each
 
     @property
     def seq(self) -> int:
-        """Tokens of a row."""
         return self.row["inputs"].size
 
     def batch_shapes(self, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Return the shapes of a batch of so many rows."""
         return {name: jax.ShapeDtypeStruct((rows, *leaf.shape), leaf.dtype) for name, leaf in self.row.items()}
 
 
@@ -143,19 +130,12 @@ def _base_config(config: RunConfig, base: str) -> tuple[GPTConfig, tuple[str, ..
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """A step with one setting of ``model.remat``.
-
-    Attributes:
-        memory: memory of the step as configured, on one device.
-        fits: whether the device has it.
-        largest_rows: the most sequences at a time that fit on one device; 0: not even one.
-        accumulate: the smallest ``train.accumulate`` with which the configured batch fits; None: none does.
-    """
+    """A step with one setting of ``model.remat``, on one device."""
 
     memory: Memory
     fits: bool
-    largest_rows: int
-    accumulate: int | None
+    largest_rows: int  # the most sequences at a time that fit; 0: not even one
+    accumulate: int | None  # the smallest train.accumulate with which the configured batch fits; None: none does
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,13 +147,13 @@ class Plan:
         seq, rows: tokens of a row; rows of a micro-batch on one device, as configured.
         memory_limit: bytes of the device that a program may use; None: unknown.
         by_remat: the step with each setting of model.remat, by the formulas of :mod:`slm_jax.tools.plan.memory_model`.
-        xla_bytes: the step as configured, by XLA's analysis of the compiled program; None: not compiled.
+        xla_bytes: the larger of step and evaluation, as configured, by XLA's analysis; None: not compiled.
         flops_per_token: FLOPs of training on a token; None if only a part is trained.
         peak_flops: peak FLOP/s in ``dtype``; None: unknown, as of a CPU.
         mfu: assumed share of the peak.
         tokens, hours: of the run; None: the text decides.
         hours_for_20: time of 20 tokens a parameter.
-        fits: whether training and evaluation fit as configured.
+        fits: whether training and evaluation fit as configured; by XLA's analysis where there is one.
         changes: options under which it fits, if it does not, nearest to the configuration first.
         notes: assumptions and hints, a line each.
     """
@@ -238,7 +218,7 @@ def make_plan(
     by_remat = {remat: setting.fit(_replace(config, "model", remat=remat)) for remat in get_args(Remat)}
     xla_bytes = compiled_bytes(config, shapes) if known is None and n_devices == 1 else None
     evaluation = setting.evaluation(config)
-    fits = max(xla_bytes or by_remat[work.cfg.remat].memory.total, evaluation) <= setting.limit
+    fits = (xla_bytes or max(by_remat[work.cfg.remat].memory.total, evaluation)) <= setting.limit
     n_trained = count(shapes.params.trainable)
     n_params = n_trained + count(shapes.params.frozen)
 
@@ -292,7 +272,6 @@ class _Setting:
     n_devices: int
 
     def work(self, config: RunConfig) -> Work:
-        """Return what one device computes at a time."""
         shapes = self.shapes
         cfg = dataclasses.replace(shapes.cfg, remat=config.model.remat or shapes.cfg.remat)
         odd = config.data.packing and shapes.seq % 2 == 1
@@ -305,8 +284,8 @@ class _Setting:
         return Work(cfg, self.target, attention, rows, shapes.seq, shapes.n_outputs, trained_blocks, accumulate)
 
     def state(self, config: RunConfig) -> State:
-        muon = config.optimizer.kind == "muon"
-        return state_bytes(self.shapes.params.trainable, self.shapes.params.frozen, config.mesh.fsdp, muon)
+        params, muon = self.shapes.params, config.optimizer.kind == "muon"
+        return state_bytes(params.trainable, params.frozen, config.mesh.fsdp, muon)
 
     def evaluation(self, config: RunConfig) -> float:
         rows = -(-(config.train.eval_batch_size or config.train.batch_size) // self.n_devices)
@@ -346,16 +325,16 @@ class _Setting:
             accumulate = self.fit(changed).accumulate
             if accumulate is not None:
                 more = f"--train.accumulate {accumulate}" if accumulate > config.train.accumulate else ""
-                yield " ".join(filter(None, [flags, more, evaluation]))
-                if not flags and not more:
+                change = " ".join(filter(None, [flags, more, evaluation]))
+                if not change:
+                    continue  # it fits by the formulas, but not by XLA's analysis
+                yield change
+                if change == evaluation:
                     return  # only the evaluation does not fit
 
 
 def compiled_bytes(config: RunConfig, shapes: Shapes) -> int | None:
-    """Return the bytes of a training step and its evaluation on this machine, by XLA's analysis; 0: unknown.
-
-    None: the model is too large to be compiled in seconds.
-    """
+    """Return the bytes of training step or evaluation here, the larger, by XLA; 0: unknown; None: slow to compile."""
     if count(shapes.params.trainable) + count(shapes.params.frozen) > _MOST_COMPILED:
         return None
     mesh = Mesh([[jax.devices("cpu")[0]]], ("data", "fsdp"))

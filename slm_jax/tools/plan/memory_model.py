@@ -44,33 +44,23 @@ _UNROLLED_WIDTHS, _UNROLLED_WEIGHTS = 24, 3  # float32 arrays of a token's E, an
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What one device computes at a time, with the ``dtype`` and ``remat`` of the run.
+    """What one device computes at a time."""
 
-    Attributes:
-        attention: implementation: explicit, xla, cudnn or flash.
-        rows, seq: sequences of a micro-batch, and tokens of each.
-        n_outputs: columns of the logits: the vocabulary, or classes.
-        trained_blocks: blocks with a backward pass; those before them keep nothing.
-        accumulate: micro-batches of a step.
-    """
-
-    cfg: GPTConfig
+    cfg: GPTConfig  # with the dtype and remat of the run
     target: Target
-    attention: str
-    rows: int
-    seq: int
-    n_outputs: int
-    trained_blocks: int
-    accumulate: int = 1
+    attention: str  # explicit, xla, cudnn or flash
+    rows: int  # sequences of a micro-batch
+    seq: int  # tokens of a sequence
+    n_outputs: int  # columns of the logits: the vocabulary, or classes
+    trained_blocks: int  # with a backward pass; those before them keep nothing
+    accumulate: int = 1  # micro-batches of a step
 
     @property
     def tokens(self) -> int:
-        """Tokens of a micro-batch."""
         return self.rows * self.seq
 
     @property
     def itemsize(self) -> int:
-        """Bytes of a number in the model's dtype."""
         return jnp.dtype(self.cfg.dtype).itemsize
 
     @property
@@ -92,45 +82,30 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class State:
-    """Bytes on one device of what lasts from step to step, and of the gradients.
-
-    ``gathered``: other devices' shares that a device holds while it computes (``mesh.fsdp``).
-    """
+    """Bytes on one device of what lasts from step to step, and of the gradients."""
 
     parameters: float
     optimizer: float
     gradients: float
-    gathered: float = 0.0
+    gathered: float = 0.0  # other devices' shares that a device holds while it computes (mesh.fsdp)
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes on one device; not all parts exist at the same time, see ``total``.
-
-    Attributes:
-        gradients: of the trained parameters; accumulating doubles them.
-        batch: inputs, targets and weights of all micro-batches.
-        activations: kept for the backward pass.
-        logits: before the backward pass through the blocks: a piece's logits, the head's kernel as it is multiplied,
-            the final norm.
-        block: after that: one block's activations computed again, and the gradients in it.
-        workspace: known copies of the compiler, and gathered parameters.
-        total: the peak.
-    """
+    """Bytes on one device; not all parts exist at the same time."""
 
     parameters: float
     optimizer: float
-    gradients: float
-    batch: float
-    activations: float
-    logits: float
-    block: float
-    workspace: float
-    total: float
+    gradients: float  # accumulating doubles them
+    batch: float  # inputs, targets and weights of all micro-batches
+    activations: float  # kept for the backward pass
+    logits: float  # before the backward pass of the blocks: a piece's, the head's kernel as multiplied, the final norm
+    block: float  # after that: one block's activations computed again, and the gradients in it
+    workspace: float  # known copies of the compiler, and gathered parameters
+    total: float  # the peak
 
 
 def step_memory(work: Work, state: State) -> Memory:
-    """Return the memory of a training step on one device."""
     embed, itemsize, tokens = work.sizes["embed"], work.itemsize, work.tokens
     everything = saved_bytes(dataclasses.replace(work, cfg=dataclasses.replace(work.cfg, remat="none")))
     everything += _padding_bytes(work)

@@ -20,7 +20,6 @@ _MOMENTS = {"adamw": "Adam's two moments", "muon": "Muon's one moment, Adam's tw
 
 
 def print_plan(plan: Plan, console: Console) -> None:
-    """Print a plan as tables and lines."""
     console.print(_model_table(plan))
     console.print(_memory_table(plan))
     lines = [

@@ -9,7 +9,7 @@ from slm_jax.data.token_file import json_path, write_token_file
 from slm_jax.errors import InputError
 from slm_jax.tasks.config import FinetuneConfig, RunConfig, parse_args
 from slm_jax.tokenizer import CharTokenizer
-from slm_jax.tools.plan import make_plan
+from slm_jax.tools.plan import estimate, make_plan
 from slm_jax.tools.plan.estimate import ASSUMED_MFU
 
 GPT2 = ("--model.preset", "gpt2-small", "--tokenizer.kind", "gpt2")
@@ -114,6 +114,16 @@ def test_a_small_model_on_a_cpu_is_compiled():
         plan = make_plan(parse_args([*words, "--task", task, "--tokenizer.kind", "char"]), "cpu")
         least = plan.by_remat["none"].memory
         assert least.parameters + least.optimizer < plan.xla_bytes < 3 * least.total
+
+
+def test_what_xla_says_of_compiled_programs_decides_and_not_the_formulas(monkeypatch):
+    words = ["--model.n_layers", "1", "--model.emb_dim", "32", "--model.n_heads", "2", "--tokenizer.kind", "char"]
+    for compiled, formula, fits in ((1e6, 1e30, True), (1e30, 1e6, False), (0, 1e30, False)):
+        monkeypatch.setattr(estimate, "compiled_bytes", lambda *_, found=compiled: found)
+        monkeypatch.setattr(estimate, "evaluation_memory", lambda *_, found=formula: found)
+        plan = make_plan(parse_args(words), "cpu")
+        assert plan.fits == fits
+        assert "" not in plan.changes
 
 
 def test_fine_tuning_a_part_needs_less_than_all():
