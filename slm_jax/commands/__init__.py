@@ -20,7 +20,6 @@ __all__ = ["LoadOptions", "ModelOptions", "SamplingOptions", "load", "set_up", "
 
 
 def load(source: str, tokenizer: str | None, n_heads: int | None) -> "Run":
-    """Load the model that a command's options name, with its tokenizer."""
     from slm_jax.runs import load_model
     from slm_jax.tokenizer import get_tokenizer
 

@@ -96,7 +96,7 @@ class GenerateOptions(Output):
         if not all(word.strip().isdecimal() and int(word) for word in self.batch_sizes.split(",")):
             raise InputError(f"batch_sizes is {self.batch_sizes!r}; expected whole numbers of at least 1, such as 1,8")
         if self.run is not None and self.model != ModelConfig():
-            raise InputError(f"run is {self.run} and there are keys of model; expected only one of them")
+            raise InputError("--run and --model.* are both given; expected one of them")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,20 +149,18 @@ KINDS: dict[str, type[Output]] = {
 
 
 def main(args: Sequence[str]) -> int:
-    """Read the kind and its options and run; see ``slm-jax bench KIND --help``."""
     if args and args[0] in ("-h", "--help"):
         print("usage: slm-jax bench KIND [OPTIONS]\n")
         for name, cls in KINDS.items():
             print(f"  {name:<10} {(cls.__doc__ or '').partition('.')[0]}")
         return 0
     if not args or args[0] not in KINDS:
-        given = f"{args[0]!r} is nothing to measure" if args else "nothing to measure"
-        raise InputError(f"{given}; expected one of {', '.join(KINDS)}")
+        problem = f"unknown measurement {args[0]!r}" if args else "nothing to measure"
+        raise InputError(f"{problem}; expected one of {', '.join(KINDS)}")
     return run(parse(KINDS[args[0]], args[1:], f"slm-jax bench {args[0]}"))
 
 
 def run(options: Output) -> int:
-    """Measure; print, write and draw the result; return 0."""
     out = None if options.out is None else check_new_file(options.out, "out", "figures.json")
     plot = None if options.plot is None else check_new_file(options.plot, "plot", "figures.png")
     if plot is not None and plot.suffix != ".png":

@@ -57,7 +57,6 @@ class Options(SamplingOptions):
 
 
 def run(options: Options) -> int:
-    """Answer each line of the standard input until it ends; return 0."""
     from slm_jax.generation.conversation import Conversation
     from slm_jax.model import GPTModel
 
@@ -91,7 +90,6 @@ def run(options: Options) -> int:
 
 
 def run_command(conversation: "Conversation", line: str) -> str:
-    """Run a line that starts with a slash; return what to show."""
     name, _, value = line.partition(" ")
     if name == "/help":
         return HELP

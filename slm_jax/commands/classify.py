@@ -39,7 +39,6 @@ class Options:
 
 
 def run(options: Options) -> int:
-    """Print a line for each text; return 0."""
     from slm_jax.tasks.classification import load_classifier
 
     set_up()

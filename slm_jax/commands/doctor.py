@@ -22,7 +22,6 @@ class Options:
 
 
 def run(options: Options) -> int:
-    """Print the findings; return 1 if one of them is a problem, else 0."""
     from slm_jax.runs import find_run
     from slm_jax.tools.doctor.machine_checks import examine_machine
     from slm_jax.tools.doctor.run_checks import examine_run

@@ -68,7 +68,6 @@ class Options(LoadOptions):
 
 
 def run(options: Options) -> int:
-    """Measure, and print or write the figures; return 0."""
     from slm_jax.data.sources import check_text_column, parse_source
     from slm_jax.evaluation.benchmarks import read_examples
     from slm_jax.evaluation.responses import read_responses, score_responses
@@ -94,7 +93,6 @@ def run(options: Options) -> int:
 
 
 def _measure(options: Options, source: str, responses: "list[Response] | None") -> dict[str, Any]:
-    """Return all figures of a model."""
     import jax
     from rich.console import Console
     from rich.progress import track

@@ -25,7 +25,6 @@ class Options(ModelOptions):
 
 
 def run(options: Options) -> int:
-    """Write the folder, and print how to open it; return 0."""
     from slm_jax.files import check_new_folder
     from slm_jax.runs import find_tokenizer, load_gpt2
     from slm_jax.tokenizer import get_tokenizer
@@ -73,12 +72,11 @@ def _figures(source: str) -> dict[str, Any]:
     checkpoint = find_checkpoint(source)
     if checkpoint is None:
         return {}
-    folder, step = checkpoint
-    metadata = read_metadata(folder / "checkpoints", step)
+    metadata = read_metadata(checkpoint[0] / "checkpoints", checkpoint[1])
     loss, config = metadata["validation_loss"], metadata.get("config", {})
     figures = {
         "trained on": flatten(config).get("data.source"),
-        "optimizer steps": f"{step:,}" if config else None,
+        "optimizer steps": f"{checkpoint[1]:,}" if config else None,
         "validation loss (nats a token)": None if loss is None else f"{loss:.4f}",
     }
     return {name: value for name, value in figures.items() if value is not None}

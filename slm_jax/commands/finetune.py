@@ -11,7 +11,6 @@ from slm_jax.tasks.config import TASKS, FinetuneConfig, RunConfig, get_task, par
 
 
 def main(args: Sequence[str]) -> int:
-    """Read the options and run; see ``slm-jax finetune --help``."""
     options = parse_args(args, FinetuneConfig)
     if TASKS[options.task].command != "finetune":
         tasks = " or ".join(name for name, task in TASKS.items() if task.command == "finetune")
@@ -20,7 +19,6 @@ def main(args: Sequence[str]) -> int:
 
 
 def run(options: RunConfig) -> int:
-    """Fine-tune or resume a run; return as ``slm-jax train`` does."""
     first = _missing_base(options)
     if first is not None:
         get_task(options.task).check_data(options)

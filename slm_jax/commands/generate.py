@@ -47,7 +47,6 @@ class Options(SamplingOptions):
 
 
 def run(options: Options) -> int:
-    """Print each text as it is written; return 0."""
     import jax
 
     from slm_jax.data.file_sources import read_text

@@ -21,7 +21,6 @@ class Options(LoadOptions):
 
 
 def run(options: Options) -> int:
-    """Write the run, and print the next command; return 0."""
     from slm_jax.files import check_new_folder, user_path
     from slm_jax.model import count_params
     from slm_jax.runs import save_run

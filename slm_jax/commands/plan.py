@@ -41,14 +41,12 @@ class FinetuneOptions(FinetuneConfig, Options):
 
 
 def main(args: Sequence[str]) -> int:
-    """Read the options and run; see ``slm-jax plan --help``."""
     task = TASKS.get(str(given(Options, args).get("task", Options.task)))
     fine_tunes = task is not None and task.command == "finetune"
     return run(parse(FinetuneOptions if fine_tunes else Options, args, "slm-jax plan"))
 
 
 def run(options: Options) -> int:
-    """Plan, and print; return 0."""
     import jax
     from rich.console import Console
 

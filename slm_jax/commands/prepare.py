@@ -114,7 +114,6 @@ def _run(options: Options) -> None:
 
 
 def _check_out(options: Options, files: Sequence[Path]) -> Path:
-    """Refuse a file that cannot or must not be written, before anything is read."""
     out = check_new_file(options.out, "out", "tokens.bin").resolve()
     if out.suffix != ".bin":
         raise InputError(f"out is {options.out!r}; expected a file FILE.bin, such as tokens.bin")
@@ -199,7 +198,6 @@ def _interrupt(signum: int, _frame: Any) -> None:
 
 @contextmanager
 def _on_signal(handler: Any) -> Iterator[None]:
-    """Handle SIGINT and SIGTERM in a block."""
     previous = {signum: signal.signal(signum, handler) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield

@@ -9,7 +9,6 @@ from slm_jax.tasks.config import TASKS, RunConfig, get_task, parse_args
 
 
 def main(args: Sequence[str]) -> int:
-    """Read the options and run; see ``slm-jax train --help``."""
     options = parse_args(args)
     if TASKS[options.task].command != "train":
         raise InputError(f"task is {options.task}; expected pretraining, or use slm-jax finetune")

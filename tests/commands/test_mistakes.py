@@ -8,13 +8,14 @@ from refusals import fails
 MISTAKES = {
     "bench": [
         ("", "nothing to measure; expected one of train, generate, data, startup, memory"),
+        ("tokens", "unknown measurement 'tokens'; expected one of train, generate, data, startup, memory"),
         ("train --peak many", "peak is 'many'"),
         ("train --device h20", "device is 'h20'; expected one of h200"),
         ("train --task instruction", "task is instruction; expected pretraining"),
         ("train --plot a.jpg", "plot is 'a.jpg'; expected a file whose name ends in .png"),
         ("train --out /dev/null/figures.json", "is not a writable folder"),
         ("generate --batch_sizes 1,no", "batch_sizes is '1,no'; expected whole numbers"),
-        ("generate --run x --model.preset mini", "run is x and there are keys of model"),
+        ("generate --run x --model.preset mini", "--run and --model.* are both given; expected one of them"),
         ("generate --run runs/none", "runs/none"),
         ("data --data.source text:nowhere/*.txt", "nowhere"),
     ],

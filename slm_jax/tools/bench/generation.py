@@ -34,11 +34,7 @@ def measure_generation(
     repeats: int,
     peak: Peak = None,
 ) -> Result:
-    """Measure greedy generation from random prompts, for each number of prompts at a time.
-
-    ``run`` is anything that has weights; None: random ones of the shape ``model``. ``new_tokens`` is at least 2, as
-    the first comes with the prompt; ``warmup`` at least 1, which compiles.
-    """
+    """Measure greedy generation from random prompts; ``run`` None: with random weights of the shape ``model``."""
     if run is None:
         cfg, params = _random_model(model)
     else:
@@ -102,10 +98,7 @@ def time_generation(
     repeats: int,
     clock: Clock = time.perf_counter,
 ) -> tuple[Timing, Timing]:
-    """Return the time to the first new token of all rows, and that of each further one.
-
-    Each repeat generates one token, and then all of them; the median time of the first is subtracted from the latter.
-    """
+    """Return the time to the first new token of all rows, and that of each further one."""
     model, n_ids = GPTModel(cfg), cfg.unpadded_vocab_size or cfg.vocab_size
     prompts = np.random.default_rng(0).integers(n_ids, size=(batch_size, prompt_tokens), dtype=np.int32)
 
@@ -116,6 +109,7 @@ def time_generation(
 
     for _ in range(warmup):
         seconds(1), seconds(new_tokens)
+    # The median time of the first token is subtracted from that of all.
     pairs = [(seconds(1), seconds(new_tokens)) for _ in range(repeats)]
     prefill = Timing(tuple(first for first, _ in pairs))
     return prefill, Timing(tuple((whole - prefill.median) / (new_tokens - 1) for _, whole in pairs))

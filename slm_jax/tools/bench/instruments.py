@@ -37,17 +37,14 @@ class Timing:
 
     @property
     def median(self) -> float:
-        """The median, in seconds."""
         return float(np.median(self.seconds))
 
     @property
     def quartiles(self) -> tuple[float, float]:
-        """The first and the third quartile, interpolated, in seconds."""
         first, third = np.percentile(self.seconds, [25, 75])
         return float(first), float(third)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the figures and all repeats for JSON, in seconds."""
         extent = (min(self.seconds), max(self.seconds))
         return {"median": self.median, "quartiles": self.quartiles, "range": extent, "repeats": self.seconds}
 
@@ -83,11 +80,7 @@ class PeakMemory:
 
 @contextlib.contextmanager
 def peak_memory() -> Iterator[PeakMemory]:
-    """Measure a peak, which is set at the end.
-
-    On an accelerator it is that of one device, at most, since the process began; on a CPU that of the process, less
-    what it held at first.
-    """
+    """Measure a peak, which is set at the end."""
     if jax.default_backend() == "cpu":
         peak = PeakMemory(None, "the process, beyond what it held before")
         with contextlib.suppress(OSError):  # where it cannot be reset, the peak is that of the whole process
@@ -115,7 +108,6 @@ def process_bytes(field: str) -> int | None:
 
 
 def start_python(args: Sequence[str], environ: Mapping[str, str] = os.environ) -> "subprocess.Popen[str]":
-    """Start this Python with this slm_jax, its output piped."""
     paths = [str(Path(__file__).parents[3]), *filter(None, [environ.get("PYTHONPATH")])]
     environ = {**environ, "PYTHONPATH": os.pathsep.join(paths)}
     pipe = subprocess.PIPE
@@ -123,11 +115,7 @@ def start_python(args: Sequence[str], environ: Mapping[str, str] = os.environ) -
 
 
 def output_of(process: "subprocess.Popen[str]") -> str:
-    """Return what a process prints until its end.
-
-    Raises:
-        InputError: the process failed or was killed; the last line that it wrote to stderr.
-    """
+    """Return what a process prints until its end; if it fails, an InputError has the last line of its stderr."""
     printed, errors = process.communicate()
     if process.returncode:
         reason = (errors.strip().splitlines() or ["it was killed; out of memory?"])[-1]
@@ -158,15 +146,11 @@ class Ceilings:
 
 
 def format_flops(rate: float) -> str:
-    """Format FLOP/s with a suitable prefix."""
     return f"{rate / 1e12:,.4g} TFLOP/s" if rate >= 1e12 else f"{rate / 1e9:,.4g} GFLOP/s"
 
 
 def find_ceilings(dtype: DType, device: str | None, peak: Peak) -> Ceilings:
-    """Return the limits of a device, None: the one here, whose bandwidth is measured if it has no data sheet.
-
-    ``peak`` is the FLOP/s to use instead of the data sheet's; ``measured``: measure both limits here.
-    """
+    """Return the limits of a device; None: the one here, whose bandwidth is measured if it has no data sheet."""
     known = device_here() if device is None else named_device(device)
     if peak == "measured":
         return Ceilings(measure_flops(dtype), measure_bandwidth(), "measured here")
@@ -179,8 +163,7 @@ def find_ceilings(dtype: DType, device: str | None, peak: Peak) -> Ceilings:
     return Ceilings(peak, None, f"{source}; bandwidth unknown")
 
 
-def named_device(name: str) -> Device | None:
-    """Return the accelerator of a name; None for ``cpu``, which has no data sheet."""
+def named_device(name: str) -> Device | None:  # None: cpu, which has no data sheet
     return None if name.lower() == "cpu" else find_device(name)
 
 

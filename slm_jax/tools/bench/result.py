@@ -68,18 +68,11 @@ SHOWN: dict[str, tuple[str, Callable[[Any], str]]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """The result of a measurement.
+    """The result of a measurement."""
 
-    Attributes:
-        what: kind of measurement: train, generate, data, startup or memory.
-        config: plain data.
-        figures: plain data, timings and limits by name; ``cases`` is a list of further ones, each of a batch size.
-        notes: a line each.
-    """
-
-    what: str
+    what: str  # train, generate, data, startup or memory
     config: dict[str, Any]
-    figures: dict[str, Any]
+    figures: dict[str, Any]  # plain data, timings and limits; "cases" is a list of further ones, each of a batch size
     notes: tuple[str, ...] = ()
 
     def shown(self) -> Iterator[tuple[str, Any, str]]:
@@ -91,7 +84,6 @@ class Result:
                     yield prefix + name, case[key], "unknown" if case[key] is None else form(case[key])
 
     def to_json(self) -> str:
-        """Return everything, and the machine."""
         content = {**dataclasses.asdict(dataclasses.replace(self, figures={})), "figures": self.figures}
         return json.dumps({**content, "machine": describe_machine()}, indent=2, default=_plain) + "\n"
 
@@ -101,13 +93,11 @@ def _plain(value: Any) -> dict[str, Any]:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Return what figures depend on beside the configuration."""
     system = {"platform": jax.default_backend(), "cores": os.cpu_count(), "system": platform.platform(terse=True)}
     return {**environment(jax.device_count()), **system}
 
 
 def print_result(result: Result, console: Console) -> None:
-    """Print the figures as a table, with the machine above and the notes below."""
     machine = describe_machine()
     where = f"{machine['devices']} × {machine['device']}, {machine['cores']} cores, jax {machine['jax']}"
     table = Table(title=f"{result.what} on {where}", title_justify="left", show_header=False, pad_edge=False)

@@ -79,28 +79,19 @@ _POLL, _TOO_LONG = 0.01, 3600.0  # seconds between two looks at a run's log, and
 
 @dataclasses.dataclass(frozen=True)
 class CompiledStep:
-    """A compiled training step.
-
-    Attributes:
-        compiled: ``(state, frozen, batch) -> (state, metrics)``; the state is donated.
-        compile_seconds: tracing included.
-        init: makes the state and the frozen parameters.
-        batch: random tokens, on the host.
-        flops_per_token: None if only a part is trained.
-    """
+    """A compiled training step."""
 
     cfg: GPTConfig
     mesh: Mesh
-    compiled: Any
-    compile_seconds: float
-    init: Callable[[], tuple[TrainState, Params]]
-    batch: Batch
-    flops_per_token: float | None
+    compiled: Any  # (state, frozen, batch) -> (state, metrics); the state is donated
+    compile_seconds: float  # tracing included
+    init: Callable[[], tuple[TrainState, Params]]  # makes the state and the frozen parameters
+    batch: Batch  # random tokens, on the host
+    flops_per_token: float | None  # None if only a part is trained
     notes: tuple[str, ...]
 
     @property
     def tokens(self) -> int:
-        """Tokens of a batch."""
         return self.batch["inputs"].size
 
     @property
@@ -162,7 +153,6 @@ class StepTimer:
 
     @property
     def loss(self) -> float:
-        """The loss of the last step; NaN before the first."""
         return math.nan if self._metrics is None else float(self._metrics.loss)
 
     def step_and_wait(self) -> None:
@@ -171,10 +161,7 @@ class StepTimer:
         jax.block_until_ready((self._state, self._metrics))
 
     def queue(self, repeats: int) -> Timing:
-        """Time steps as the training loop runs them: the next step is started before the last one's metrics are read.
-
-        A step takes from the reading of the previous metrics to the reading of its own.
-        """
+        """Time steps as the training loop runs them, from one reading of metrics to the next, a step behind."""
         read, previous = [], None
         for _ in range(repeats + 2):
             batch = put_batch(self._step.mesh, self._step.batch)
@@ -252,14 +239,12 @@ def speed_figures(step: CompiledStep, seconds: float, ceilings: Ceilings) -> dic
 
 
 def measure_memory(config: RunConfig) -> Result:
-    """Compare the planned memory of a training step with XLA's analysis and with the peak of three steps.
-
-    On a CPU the steps run in a fresh process, which has not compiled anything.
-    """
+    """Compare the planned memory of a training step with XLA's analysis and with the peak of three steps."""
     config, notes = with_known_vocabulary(config)
     plan = plan_here(config)
     planned = None if plan is None else plan.by_remat[plan.remat].memory
     step = compile_step(config)
+    # On a CPU in a fresh process, which has not compiled anything.
     peak = peak_of_a_process(config) if jax.default_backend() == "cpu" else _measured_peak(step)
     figures = {
         "planned_bytes": planned and planned.total,
@@ -283,7 +268,6 @@ def plan_here(config: RunConfig) -> Plan | None:
 
 
 def _measured_peak(step: CompiledStep) -> PeakMemory:
-    """Run some steps, from making the state on, and return the peak of their memory."""
     with peak_memory() as memory:
         timer = StepTimer(step)
         for _ in range(_STEPS):
@@ -292,7 +276,6 @@ def _measured_peak(step: CompiledStep) -> PeakMemory:
 
 
 def peak_of_a_process(config: RunConfig) -> PeakMemory:
-    """Measure in a fresh process."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         try:
             return pool.submit(_compile_and_measure, config).result()
@@ -350,10 +333,7 @@ def per_batch(
 
 
 def measure_startup(config: RunConfig, repeats: int) -> Result:
-    """Measure imports, and ``slm-jax train`` of a recipe to its first step with an empty and a warm compile cache.
-
-    It uses a compile cache of its own. A named text that is not on this machine is downloaded at each start.
-    """
+    """Measure imports, and ``slm-jax train`` of a recipe to its first step with an empty and a warm compile cache."""
     output_of(start_python(["-c", _IMPORTS]))  # fills the file system's cache
     rows = []
     for _ in range(repeats):
