@@ -3,6 +3,7 @@
 Each machine is a process with its own devices and a runs_dir of its own, and is killed while it trains.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -11,33 +12,49 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pretraining import metrics, options
 
 from slm_jax.training.checkpoint import find_damage, read_metadata, saved_steps
 
 ROOT = Path(__file__).parents[2]
 STEPS = 80
-SMALL = {
-    "run": "moving", "train.steps": STEPS, "train.accumulate": 1, "train.eval_every": 40, "model.emb_dim": 16,
-    "model.drop_rate": 0, "checkpoint.keep": 20, "sample.every": 0, "optimizer.warmup_steps": 10,
+RUN = {
+    "run": "moving",
+    "train.steps": STEPS,
+    "tokenizer.kind": "char",
+    "model.n_layers": 1,
+    "model.emb_dim": 16,
+    "model.n_heads": 2,
+    "model.context_length": 16,
+    "train.batch_size": 8,
+    "train.eval_every": 40,
+    "train.eval_batch_size": 64,
+    "train.log_every": 1,
+    "checkpoint.every": 10,
+    "checkpoint.keep": 20,
+    "sample.every": 0,
+    "optimizer.warmup_steps": 10,
     "optimizer.learning_rate": 3e-3,
-}  # fmt: skip
+}
 # One GPU with little memory; a TPU with eight chips; a CPU.
 MACHINES = (
     ({"model.dtype": "float32", "train.accumulate": 2}, {}),
     (
         {"model.dtype": "bfloat16", "mesh.fsdp": 8},
-        {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8", "NPROC": "16"},
+        {
+            "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
+            "NPROC": "16",
+        },
     ),
     ({"model.dtype": "float32", "model.remat": "full"}, {}),
 )
 
 
-def start(text, folder, name, machine):
+def start(folder, name, machine):
     """Start or resume the run on a machine; with the mirror, if it is one of several."""
-    more, environment = machine
+    options, environment = machine
     mirror = {} if name == "unbroken" else {"checkpoint.mirror": folder / "drive"}
-    args = options(text, folder / name, **SMALL, **mirror, **more)
+    values = {**RUN, "data.source": f"text:{folder / 'text.txt'}", "runs_dir": folder / name, **mirror, **options}
+    args = [part for key, value in values.items() for part in (f"--{key}", str(value))]
     env = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "NPROC")}
     return subprocess.Popen(
         [sys.executable, "-m", "slm_jax", "train", *args],
@@ -67,28 +84,39 @@ def kill_after(process, drive, step):
     return max(step for step in saved_steps(drive) if find_damage(drive / str(step)) is None), " ".join(out.split())
 
 
+@pytest.fixture(scope="module")
+def moved(tmp_path_factory):
+    """The unbroken run's folder, the last machine's, the steps that the run moved at, and what each machine said."""
+    folder = tmp_path_factory.mktemp("moving")
+    rng = np.random.default_rng(0)
+    words = ["the", "cat", "sat", "on", "a", "mat", "and", "then", "it", "saw"]
+    (folder / "text.txt").write_text(" ".join(rng.choice(words, 4000)))
+    unbroken = start(folder, "unbroken", ({"model.dtype": "float32"}, {}))
+    drive = folder / "drive" / "moving" / "checkpoints"
+    (folder / "drive").mkdir()
+    first, _ = kill_after(start(folder, "first", MACHINES[0]), drive, 20)
+    second, said_second = kill_after(start(folder, "second", MACHINES[1]), drive, first + 20)
+    said_third = finish(start(folder, "third", MACHINES[2]))
+    finish(unbroken)
+    return folder, (first, second), (said_second, said_third)
+
+
 def rows(folder, split):
-    return [row for row in metrics(folder / "moving") if row["split"] == split]
+    lines = (folder / "moving" / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["split"] == split]
 
 
 @pytest.mark.slow
-def test_a_run_that_moved_twice_reads_as_one_that_never_did(text_file, tmp_path):
-    unbroken = start(text_file, tmp_path, "unbroken", ({"model.dtype": "float32"}, {}))
-    drive = tmp_path / "drive" / "moving" / "checkpoints"
-    (tmp_path / "drive").mkdir()
-    first, _ = kill_after(start(text_file, tmp_path, "first", MACHINES[0]), drive, 20)
-    second, out_second = kill_after(start(text_file, tmp_path, "second", MACHINES[1]), drive, first + 20)
-    out_third = finish(start(text_file, tmp_path, "third", MACHINES[2]))
-    finish(unbroken)
-
+def test_a_run_that_moved_twice_reads_as_one_that_never_did(moved):
+    folder, (first, second), _ = moved
     assert 20 <= first < second < STEPS
-    one, other = rows(tmp_path / "unbroken", "train"), rows(tmp_path / "third", "train")
+    one, other = rows(folder / "unbroken", "train"), rows(folder / "third", "train")
     for key in ("step", "tokens"):
         assert [row[key] for row in other] == [row[key] for row in one]
     rates = ([row["learning_rate"] for row in found] for found in (other, one))
     np.testing.assert_allclose(*rates, rtol=1e-6)
-    assert [row["step"] for row in rows(tmp_path / "third", "val")] == [0, 40, STEPS]
-    assert rows(tmp_path / "drive", "train") == other
+    assert [row["step"] for row in rows(folder / "third", "val")] == [0, 40, STEPS]
+    assert rows(folder / "drive", "train") == other
     # Every step has seen its own batch: from batch to batch the losses differ by far more than between machines.
     one, other = (np.array([row["loss"] for row in found]) for found in (one, other))
     np.testing.assert_allclose(other[:first], one[:first], rtol=1e-4)
@@ -96,13 +124,16 @@ def test_a_run_that_moved_twice_reads_as_one_that_never_did(text_file, tmp_path)
     assert difference.max() < 0.005
     assert np.median(difference[second:]) < 0.1 * np.median(np.abs(np.diff(one)))
     for step in (first, second, STEPS):
-        runs = (tmp_path / name / "moving" / "checkpoints" for name in ("drive", "unbroken"))
-        mine, theirs = (read_metadata(run, step)["data"] for run in runs)
-        assert mine == theirs
+        data = [read_metadata(folder / name / "moving" / "checkpoints", step)["data"] for name in ("drive", "unbroken")]
+        assert data[0] == data[1]
 
-    # Each machine says where it resumes and that it is another.
-    assert f"step {first} was copied from" in out_second
-    assert "(devices 1; here devices 8): the run resumes, but not bit for bit" in out_second
-    assert f"resuming from step {second}" in out_third
-    assert "(devices 8; here devices 1): the run resumes, but not bit for bit" in out_third
-    assert out_second.count("warning") == out_third.count("warning") == 1
+
+@pytest.mark.slow
+def test_each_machine_says_where_it_goes_on_and_that_it_is_another(moved):
+    _, (first, second), (said_second, said_third) = moved
+    assert f"step {first} was copied from" in said_second
+    assert "(devices 1; here devices 8): the run resumes, but not bit for bit" in said_second
+    assert f"resuming from step {second}" in said_third
+    assert "(devices 8; here devices 1): the run resumes, but not bit for bit" in said_third
+    for said in (said_second, said_third):
+        assert said.count("warning") == 1
