@@ -1,5 +1,6 @@
 """Checks of a run's folder: whether it is intact, how far it is, how it went, and what can be done next."""
 
+import contextlib
 import math
 from collections.abc import Iterator
 
@@ -23,7 +24,7 @@ def examine_run(run: RunFolder) -> Iterator[Finding]:
 
 def check_config(run: RunFolder) -> Found:
     try:
-        config = _config(run)
+        config = _read_config(run)
     except InputError as error:
         yield "problem", f"{error}; the checkpoints can still be used: slm-jax generate --run {run.path}"
         return
@@ -34,9 +35,16 @@ def check_config(run: RunFolder) -> Found:
     yield "ok", f"{config.task} on {config.data.source}{base}"
 
 
-def _config(run: RunFolder) -> RunConfig | None:
+def _read_config(run: RunFolder) -> RunConfig | None:
     file = run.path / "config.yaml"
     return parse_args(["--config", str(file)]) if file.is_file() else None
+
+
+def _config(run: RunFolder) -> RunConfig | None:
+    """Return the configuration, None if there is none or it is invalid, which :func:`check_config` reports."""
+    with contextlib.suppress(InputError):
+        return _read_config(run)
+    return None
 
 
 def check_checkpoints(run: RunFolder) -> Found:
