@@ -55,6 +55,7 @@ def test_random_weights_are_distinguished_from_the_real_ones(reference, weights,
     assert reference.main(["--model", weights]) == 0
 
 
+@pytest.mark.slow
 def test_the_loss_is_that_of_whole_windows(reference, params):
     ids = np.random.default_rng(1).integers(0, CFG.vocab_size, 2 * 256 + 100)
     windows = ids[: 2 * 256].reshape(2, 256)

@@ -47,6 +47,7 @@ def test_figures_are_the_finite_numbers_of_a_row():
     assert figures(row) == {"train/loss": 2.5, "train/tokens": 7.0, "train/skipped": 1.0}
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_has_each_step_once_in_tensorboard(text_file, tmp_path, capsys):
     pytest.importorskip("tensorboardX")
     more = {"checkpoint.every": 2, "sample.every": 2, "sample.max_new_tokens": 1, "train.accumulate": 1}
