@@ -272,6 +272,7 @@ def test_words_that_are_no_options_are_refused():
         ("name:", "name is null"),
         ("xyzzy: {}", "unknown key xyzzy"),
         ("small: {size: 5, size: 6}", "size occurs twice"),
+        ("!!map [1]", "expected a mapping"),
         ("small:\n  size: 5\n rate: 3", "line 3"),
         ("!!python/object:os.system {}", "YAML"),
         (b"name: caf\xe9\n", "0xe9"),
