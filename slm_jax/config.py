@@ -231,7 +231,7 @@ def shown(value: Any) -> str:
 class _Loader(yaml.SafeLoader):
     """YAML 1.1, but ``1e-3`` is a number, as in YAML 1.2, and a key that occurs twice is an error."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         names = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
         if twice := [name for name in names if names.count(name) > 1]:
             raise yaml.constructor.ConstructorError(None, None, f"{twice[0]} occurs twice", node.start_mark)

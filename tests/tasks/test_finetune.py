@@ -24,7 +24,7 @@ from slm_jax.errors import InputError
 from slm_jax.model import GPTModel
 from slm_jax.nn.blocks import merge_params
 from slm_jax.runs import load_gpt2, load_model, load_run, read_checkpoint
-from slm_jax.tasks.config import FinetuneConfig, RunConfig
+from slm_jax.tasks.config import FinetuneConfig, RunConfig, get_task
 from slm_jax.training.checkpoint import load_params, read_metadata, saved_steps
 from slm_jax.training.config import CheckpointConfig
 from slm_jax.training.trainable import from_leaf_table
@@ -61,7 +61,8 @@ def test_a_run_leaves_what_it_says(tuned, task, trainable):
     rows = metrics(run)
     assert [row["step"] for row in rows if row["split"] == "train"] == list(range(1, STEPS + 1))
     assert [row["step"] for row in rows if row["split"] == "val"] == [0, 4, 8, 12]
-    assert ("accuracy" in rows[0]) == (task == "classification")
+    assert ("accuracy" in rows[0]) == (get_task(task).score in rows[0]) == (task == "classification")
+    assert set(get_task(task).written) == ({"confusion.png"} if task == "classification" else answers - {"samples.md"})
     summary = json.loads((run / "summary.json").read_text())
     assert summary["before"] == json.loads((run / "before.json").read_text())
     assert summary["before"] != summary["after"]

@@ -41,6 +41,7 @@ class Toy(Task):
 
 class ToyOfTexts(Toy):
     unit = "text"
+    score = "accuracy"
 
     def figures(self, sums):
         return {"accuracy": 0.25}
@@ -134,9 +135,11 @@ def test_an_evaluation_is_the_best_only_when_its_loss_is_the_lowest(make):
     assert (first["tokens"], first["perplexity"]) == (10, pytest.approx(math.e**3))
 
 
-def test_what_is_a_loss_a_text_has_no_perplexity(make):
-    run = make(cls=ToyOfTexts)
+def test_what_is_a_loss_a_text_has_a_score_and_no_perplexity(make, monkeypatch):
+    run, notes = make(cls=ToyOfTexts), []
+    monkeypatch.setattr(run.progress, "note", notes.append)
     run.evaluation(0, sums(1.0))
+    assert notes == ["step 0: validation loss 1.0000, accuracy 25.00%"]
     (row,) = run.folder.metrics("val")
     assert "perplexity" not in row
     assert (row["accuracy"], row["texts"]) == (0.25, 10)
