@@ -87,7 +87,10 @@ def execute(notebook: NotebookNode) -> NotebookNode:
         shutil.copytree(HERE / "data", Path(folder) / "data")
         environment["XDG_CACHE_HOME"] = f"{folder}/cache"  # start with an empty compile cache
         # Compiles faster than the default.
-        environment["XLA_FLAGS"] = "--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false"
+        environment["XLA_FLAGS"] = (
+            "--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false "
+            "--xla_cpu_parallel_codegen_split_count=1"
+        )
         NotebookClient(
             whole,
             timeout=CELL_SECONDS,

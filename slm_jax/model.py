@@ -6,6 +6,7 @@ the stack is executed (as a loop, unrolled, rematerialised or in consecutive seg
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
@@ -385,7 +386,12 @@ def init_params(cfg: GPTConfig, key: jax.Array) -> Params:
 
 def param_shapes(cfg: GPTConfig) -> Params:
     """Return the params tree as shapes and dtypes, without making any array."""
-    cfg = dataclasses.replace(cfg, attention="auto")  # the configured one may be for another machine, as in a plan
+    # The configured attention may be for another machine, as in a plan.
+    return jax.tree.map(lambda leaf: leaf, _param_shapes(dataclasses.replace(cfg, attention="auto")))
+
+
+@functools.cache  # a model is traced in a fifth of a second, and its shapes are asked for often
+def _param_shapes(cfg: GPTConfig) -> Params:
     return jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
 
 

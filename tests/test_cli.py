@@ -108,18 +108,17 @@ def wait_for(condition, seconds: float = 60) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT], ids=lambda signum: signum.name)
-def test_a_signal_saves_and_the_run_resumes_bit_for_bit(trained, signum):
+def test_a_signal_saves_and_the_run_resumes_bit_for_bit(trained):
     unbroken = (metrics(trained), (trained / "samples.md").read_text())
     shutil.rmtree(RUNS)
     process = start("-m", "slm_jax", "train", *options(TEXT, RUNS))
     wait_for(lambda: (trained / "metrics.jsonl").exists() and len(metrics(trained)) > 4)
-    process.send_signal(signum)
+    process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
-    assert process.returncode in (128 + signum, 0), err
+    assert process.returncode in (128 + signal.SIGTERM, 0), err
     assert "Traceback" not in err
     if process.returncode:  # else the run was faster than the signal
-        assert f"stopped by {signum.name}" in err
+        assert "stopped by SIGTERM" in err
         assert max(row["step"] for row in metrics(trained)) == saved_steps(trained / "checkpoints")[-1]
     assert train() == 0
     assert (metrics(trained), (trained / "samples.md").read_text()) == unbroken
@@ -158,11 +157,11 @@ def test_ctrl_c_while_jax_is_imported_ends_without_a_traceback(workplace):
 
 @pytest.mark.slow
 def test_killed_equals_unbroken_bitwise():
-    """Parameters, optimizer state, data state, every logged loss: the benchmark with two kills instead of twenty."""
+    """Parameters, optimizer state, data state, every logged loss: the benchmark with one kill instead of twenty."""
     script = Path(__file__).parent.parent / "benchmarks" / "kill_and_resume.py"
-    done = subprocess.run([sys.executable, script, "--kills", "2"], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, script, "--kills", "1"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "2/2 bitwise equal" in done.stdout
+    assert "1/1 bitwise equal" in done.stdout
 
 
 def test_not_finite_steps_change_nothing_and_three_stop(workplace, capsys):

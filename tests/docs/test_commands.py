@@ -25,7 +25,7 @@ def make_runs(folder: Path) -> None:
     with contextlib.chdir(folder):
         for words in SHARED:
             assert in_this_process(shorter(words)) == 0
-    cfg = slm_jax.get_gpt_config("gpt2-small", emb_dim=16, n_heads=2, n_layers=2, context_length=128)
+    cfg = slm_jax.get_gpt_config("gpt2-small", emb_dim=16, n_heads=2, n_layers=1, context_length=128)
     params = slm_jax.GPTModel(cfg).init(jax.random.key(0), jax.numpy.zeros((1, 8), "int32"))["params"]
     slm_jax.save_gpt2(cfg, params, folder / "stand-in")
 

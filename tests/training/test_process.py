@@ -93,12 +93,12 @@ from slm_jax.commands import set_up
 from slm_jax.training.process import keep_freed_memory
 
 {"default": lambda: None, "keep": keep_freed_memory, "command": set_up}[sys.argv[1]]()
-matrix = jnp.ones((3072, 3072))  # 38 MB, and as much of temporary memory for each of the sines
-program = jax.jit(lambda x: jnp.sin(jnp.sin(jnp.sin(x) @ x) @ x).sum())
+tall = jnp.ones((4096, 8))
+program = jax.jit(lambda x: jnp.sin(jnp.sin(x @ x.T) @ x @ x.T).sum())  # each of the sines takes 67 MB
 faults = []
 for _ in range(8):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    program(matrix).block_until_ready()
+    program(tall).block_until_ready()
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 print(min(faults[-3:]))  # a run takes new pages while the heap still grows, as pieces lie in the way of others
 """

@@ -32,7 +32,7 @@ from slm_jax.training.sharding import (
 )
 
 ROOT = Path(__file__).parents[2]
-QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"  # how work is spread is decided before
+QUICK = os.environ["XLA_FLAGS"]
 MESHES = {"data=8": 1, "data=4,fsdp=2": 2, "fsdp=8": 8}  # and in how many parts each cuts a leaf
 each_mesh = pytest.mark.parametrize("mesh", MESHES)
 
