@@ -22,14 +22,12 @@ from orbax.checkpoint import v1 as ocp
 from slm_jax.data.builtin import python_docs
 from slm_jax.training.checkpoint import read_metadata, saved_steps
 
-STEPS = 120
 OPTIONS = {
     "tokenizer.kind": "char",
     "model.n_layers": 2,
     "model.emb_dim": 32,
     "model.context_length": 32,
     "model.drop_rate": 0.1,
-    "train.steps": STEPS,
     "train.batch_size": 8,
     "train.accumulate": 2,
     "train.eval_every": 20,
@@ -43,25 +41,25 @@ OPTIONS = {
 TIMES = ("seconds", "tokens_per_second", "mfu")
 
 
-def command(folder: Path, name: str) -> list[str]:
+def command(folder: Path, name: str, steps: int) -> list[str]:
     """Return the command that starts or resumes the run."""
-    options = {**OPTIONS, "data.source": f"text:{folder / 'text.txt'}", "runs_dir": folder, "run": name}
-    pairs = [part for key, value in options.items() for part in (f"--{key}", str(value))]
-    return [sys.executable, "-m", "slm_jax", "train", *pairs]
+    where = {"data.source": f"text:{folder / 'text.txt'}", "runs_dir": folder, "run": name}
+    pairs = [part for key, value in {**OPTIONS, **where}.items() for part in (f"--{key}", str(value))]
+    return [sys.executable, "-m", "slm_jax", "train", *pairs, "--train.steps", str(steps)]
 
 
-def train(folder: Path, name: str) -> float:
+def train(folder: Path, name: str, steps: int) -> float:
     """Run to the end; return the seconds it took."""
     began = time.monotonic()
-    done = subprocess.run(command(folder, name), capture_output=True, text=True, check=False)
+    done = subprocess.run(command(folder, name, steps), capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{name} ended with {done.returncode}: {done.stderr}")
     return time.monotonic() - began
 
 
-def kill_once(folder: Path, name: str, after: float) -> int:
+def kill_once(folder: Path, name: str, steps: int, after: float) -> int:
     """Start the run, kill it, and return the step of the last checkpoint that it left (-1: none)."""
-    process = subprocess.Popen(command(folder, name), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command(folder, name, steps), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         process.wait(after)
     except subprocess.TimeoutExpired:
@@ -101,25 +99,27 @@ def main() -> int:
     """Run the trials; exit with 0 only if all are equal."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=120, help="of each run")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     options = parser.parse_args()
     moments = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "text.txt").write_text("\n".join(python_docs())[:60_000], encoding="utf-8")
-        train(folder, "warm-up")  # fills the compile cache, so that the moments spread over the training itself
-        seconds = train(folder, "unbroken")
+        # The first run fills the compile cache, so that the moments spread over the training itself.
+        train(folder, "warm-up", options.steps)
+        seconds = train(folder, "unbroken", options.steps)
         expected = outcome(folder / "unbroken")
         equal = 0
         for i in range(options.kills):
             moment = moments.uniform(0.3, 1.0) * seconds
-            step = kill_once(folder, f"killed-{i}", moment)
-            train(folder, f"killed-{i}")
+            step = kill_once(folder, f"killed-{i}", options.steps, moment)
+            train(folder, f"killed-{i}", options.steps)
             found = differences(expected, outcome(folder / f"killed-{i}"))
             equal += not found
             verdict = "equal" if not found else f"DIFFERENT: {', '.join(found[:5])}"
             print(f"killed after {moment:4.1f} s, last checkpoint {step:>3}: {verdict}", flush=True)
-    print(f"{equal}/{options.kills} bitwise equal to the unbroken run of {STEPS} steps ({seconds:.1f} s)")
+    print(f"{equal}/{options.kills} bitwise equal to the unbroken run of {options.steps} steps ({seconds:.1f} s)")
     return 0 if equal == options.kills else 1
 
 
