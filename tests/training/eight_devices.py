@@ -21,7 +21,7 @@ from slm_jax.tasks.pretraining import make_loss_fn
 from slm_jax.training.checkpoint import Checkpoints
 from slm_jax.training.config import LoRAConfig, MeshConfig, OptimizerConfig
 from slm_jax.training.optimizer import make_optimizer, make_schedule
-from slm_jax.training.sharding import batch_sharding, make_mesh, put_batch, put_params, state_shardings
+from slm_jax.training.sharding import make_mesh, put_batch, put_params, state_shardings
 from slm_jax.training.step import TrainState, make_eval_step, make_train_step
 from slm_jax.training.trainable import split_params
 
@@ -164,13 +164,6 @@ def main(folder: Path) -> None:
     with Checkpoints(folder / "from_eight") as checkpoints:
         checkpoints.save(state, {"data": {}}, 1.0)
     result["saved by eight"] = {"step": int(state.step), "bits": bits(raw(state))}
-
-    placed = put_batch(make_mesh(MeshConfig(fsdp=2)), {"x": np.arange(16)})["x"]
-    result["batch"] = {
-        "whole": np.asarray(placed).tolist(),
-        "shards": [np.asarray(shard.data).tolist() for shard in placed.addressable_shards],
-        "as asked": placed.sharding == batch_sharding(make_mesh(MeshConfig(fsdp=2))),
-    }
     print(json.dumps(result))
 
 

@@ -143,13 +143,6 @@ def test_what_eight_devices_saved_is_restored_on_one(eight, folder, state_of_one
     assert eight_devices.bits(eight_devices.raw(restored)) == saved["bits"]
 
 
-@pytest.mark.slow
-def test_a_batch_is_split_over_both_axes_in_order(eight):
-    assert eight["batch"]["whole"] == list(range(16))
-    assert sorted(eight["batch"]["shards"]) == [[i, i + 1] for i in range(0, 16, 2)]
-    assert eight["batch"]["as asked"]
-
-
 @pytest.mark.parametrize(
     ("sizes", "n_devices", "words"),
     [
