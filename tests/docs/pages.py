@@ -35,7 +35,7 @@ SHORT = {
     "train.batch_size": 8, "train.eval_every": 4, "train.eval_batch_size": 64, "sample.max_new_tokens": 4,
     "model.unroll": "false",
 }  # fmt: skip
-SMALL = {"model.emb_dim": 16, "model.n_heads": 2, "model.n_layers": 1, "model.context_length": 128}
+SMALL = {"model.emb_dim": 16, "model.n_heads": 2, "model.n_layers": 4, "model.context_length": 128}
 # Trainings that several pages begin with: done once for all pages.
 TINY, CLASSIFY, ASSISTANT = ("configs/tiny.yaml", "configs/classify_builtin.yaml", "configs/sft_builtin.yaml")
 SHARED = (["train", "--config", TINY], ["finetune", "--config", CLASSIFY], ["finetune", "--config", ASSISTANT])

@@ -1,4 +1,4 @@
-"""Every program that a recipe compiles can be lowered for a TPU, a T4 and an H100, on a machine that has none of them.
+"""Every program that recipes compile can be lowered for a TPU, a T4 and an H100, on a machine that has none of them.
 
 From shapes alone, in the dtype, with the attention and with the loop over layers that would be chosen there. Texts that
 are not here are replaced by others: what matters are the shapes.
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
-from recipes import RECIPES, initial_params, read, shapes, training_step, with_tokens
+from recipes import initial_params, read, shapes, training_step, with_tokens
 
 from slm_jax.data.builtin import python_docs
 from slm_jax.errors import MissingInputError
@@ -33,6 +33,8 @@ from slm_jax.training.resume import find_start
 from slm_jax.training.step import make_eval_step
 
 TARGETS = {"tpu": ("tpu", None), "t4": ("cuda", 7.5), "h100": ("cuda", 9.0)}
+# One recipe of each kind: small and large, with dropout, with Muon, each task.
+KINDS = ("tiny", "gpt2_124m", "verdict", "shakespeare_speedrun", "classify_spam", "sft_instruction")
 # The dtypes of products (left, right, result): the logits are float32 in any case.
 PRODUCTS = {
     "float32": {("f32", "f32", "f32")},
@@ -60,7 +62,7 @@ def gpt2_tokenizer_is_here():
         return False
 
 
-@pytest.fixture(scope="module", params=[path.stem for path in RECIPES])
+@pytest.fixture(scope="module", params=KINDS)
 def built(request, bases, tmp_path_factory):
     """A recipe's configuration and task."""
     folder = tmp_path_factory.mktemp("runs")

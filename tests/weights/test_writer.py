@@ -165,7 +165,7 @@ def test_what_is_no_params_tree_is_refused_and_nothing_left(tmp_path):
         with refused(expected):
             save_gpt2(cfg, wrong, tmp_path / "out")
     with refused("format is 'gguf'"):
-        save_gpt2.__wrapped__(cfg, params, tmp_path / "out", format="gguf")
+        save_gpt2(cfg, params, tmp_path / "out", format="gguf")
     assert list(tmp_path.iterdir()) == []
 
 
