@@ -19,12 +19,12 @@ def run(options: RunConfig) -> int:
     """Train or resume a run of any task; return 0, 1 if it diverged, or 128 + the signal that stopped it."""
     from rich.console import Console
 
+    from slm_jax.training.distributed import initialize_distributed
     from slm_jax.training.loop import train
     from slm_jax.training.process import Interrupted, StopRequest
     from slm_jax.training.program import out_of_memory_as_input_error
     from slm_jax.training.record import TrainingDiverged
     from slm_jax.training.resume import find_start
-    from slm_jax.training.sharding import initialize_distributed
 
     command = f"slm-jax {TASKS[options.task].command}"
     with StopRequest() as stop, out_of_memory_as_input_error():

@@ -12,7 +12,6 @@ import operator
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
-import grain
 import numpy as np
 from jaxtyping import Bool, Int32
 
@@ -20,7 +19,7 @@ from slm_jax.data.config import DataConfig, InstructionConfig
 from slm_jax.data.sources import parse_source
 from slm_jax.data.splits import SPLITS, check_apart, grouped, require_filled, share, shared, split_fractions
 from slm_jax.data.templates import Message, Template, entry_messages
-from slm_jax.data.windows import Batch, bucket_width, endless_batches, eval_batches
+from slm_jax.data.windows import Batch, Rows, TrainBatches, bucket_width, endless_batches, eval_batches
 from slm_jax.errors import InputError, located
 from slm_jax.tokenizer import Tokenizer
 
@@ -198,7 +197,7 @@ def pack(tokens: Sequence[Tokens], width: int, seed: int) -> list[TokenRow]:
 
 def instruction_batches(
     rows: Sequence[TokenRow], *, batch_size: int, limit: int, bucketed: bool, packed: bool, seed: int
-) -> grain.MapDataset:
+) -> TrainBatches:
     """Return the endless sequence of training batches; element ``i`` is the batch of step ``i``.
 
     A row has at most ``limit`` tokens; the width of a batch is that, or if ``bucketed`` the `bucket_width` of its
@@ -216,9 +215,11 @@ def instruction_eval_batches(
     return eval_batches(order, functools.partial(_batch, rows, limit, bucketed, packed), batch_size=batch_size)
 
 
-def _batch(all_rows: Sequence[TokenRow], limit: int, bucketed: bool, packed: bool, indices: np.ndarray) -> Batch:
-    rows = [all_rows[i] for i in indices]
-    width = bucket_width(max(map(_row_length, rows)), limit) if bucketed else limit
+def _batch(
+    all_rows: Sequence[TokenRow], limit: int, bucketed: bool, packed: bool, indices: np.ndarray, only: Rows
+) -> Batch:
+    width = bucket_width(max(_row_length(all_rows[i]) for i in indices), limit) if bucketed else limit
+    rows = [all_rows[i] for i in indices[only]]
     names = ("inputs", "targets", "segment_ids", "positions") if packed else ("inputs", "targets")
     batch = {name: np.zeros((len(rows), width), np.int32) for name in names}
     batch["weights"] = np.zeros((len(rows), width), np.float32)

@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import grain
 import numpy as np
 from jaxtyping import Float32, Int32, Integer
 
@@ -22,7 +21,7 @@ from slm_jax.data.file_sources import Table
 from slm_jax.data.rows import Row
 from slm_jax.data.sources import parse_source
 from slm_jax.data.splits import SPLITS, check_apart, grouped, require_filled, share, shared, split_fractions
-from slm_jax.data.windows import Batch, bucket_width, endless_batches, eval_batches
+from slm_jax.data.windows import Batch, Rows, TrainBatches, bucket_width, endless_batches, eval_batches
 from slm_jax.errors import InputError
 from slm_jax.tokenizer import Tokenizer
 
@@ -232,7 +231,7 @@ def classification_batches(
     limit: int,
     bucketed: bool,
     seed: int,
-) -> grain.MapDataset:
+) -> TrainBatches:
     """Return the endless sequence of training batches; element ``i`` is the batch of step ``i``.
 
     It is ``limit`` tokens wide, or if ``bucketed`` the `bucket_width` of its longest text.
@@ -258,11 +257,18 @@ def classification_eval_batches(
 
 
 def _batch(
-    encoded: Sequence[np.ndarray], labels: np.ndarray, weights: np.ndarray, limit: int, bucketed: bool, at: np.ndarray
+    encoded: Sequence[np.ndarray],
+    labels: np.ndarray,
+    weights: np.ndarray,
+    limit: int,
+    bucketed: bool,
+    indices: np.ndarray,
+    only: Rows,
 ) -> Batch:
+    width = bucket_width(max(encoded[i].size for i in indices), limit) if bucketed else limit
+    at = indices[only]
     rows = [encoded[i] for i in at]
     lengths = np.array([ids.size for ids in rows], np.int32)
-    width = bucket_width(int(lengths.max()), limit) if bucketed else limit
     inputs = np.zeros((len(rows), width), np.int32)
     for row, ids in zip(inputs, rows, strict=True):
         row[: ids.size] = ids

@@ -3,13 +3,12 @@
 from collections.abc import Iterator
 from typing import Any
 
-import grain
 import numpy as np
 from jaxtyping import Int32, Integer
 from rich.cells import cell_len, chop_cells
 from rich.console import Console
 
-from slm_jax.data.windows import Batch, PackedRows, endless_batches, train_batches
+from slm_jax.data.windows import Batch, PackedRows, TrainBatches, endless_batches, train_batches
 from slm_jax.tokenizer import Tokenizer
 
 ROWS = 2  # rows per batch
@@ -50,7 +49,7 @@ def show_batches(
                 console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _batches(tokens: Integer[np.ndarray, " tokens"], eot_id: int, width: int, packing: bool) -> grain.MapDataset:
+def _batches(tokens: Integer[np.ndarray, " tokens"], eot_id: int, width: int, packing: bool) -> TrainBatches:
     if packing:
         rows = PackedRows(tokens, eot_id, width)
         return endless_batches(len(rows), rows.batch, batch_size=min(ROWS, len(rows)), seed=0)

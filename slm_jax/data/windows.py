@@ -12,6 +12,7 @@ id that generation starts from. Pieces longer than a row are cut again.
 
 from array import array
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import grain
 import numpy as np
@@ -20,13 +21,34 @@ from jaxtyping import Int, Int32, Int64, Integer
 from slm_jax.errors import InputError
 
 Batch = dict[str, np.ndarray]
-MakeBatch = Callable[[np.ndarray], Batch]  # of the items with the given indices
+Rows = np.ndarray | slice
+ALL_ROWS = slice(None)
+MakeBatch = Callable[[np.ndarray, Rows], Batch]  # of the items with the given indices; makes only these rows of it
 
 SHORTEST_WIDTH = 16  # tokens; each width is a program to compile
 _CHUNK = 1 << 22  # tokens searched at a time, so that a memory-mapped file stays out of memory
 
 
-def endless_batches(n: int, make: MakeBatch, *, batch_size: int, seed: int, shuffle: bool = True) -> grain.MapDataset:
+class TrainBatches(grain.MapDataset):
+    """The endless sequence of batches; element ``i`` is the batch of step ``i``."""
+
+    def __init__(self, indices: grain.MapDataset, make: MakeBatch, rows: Rows = ALL_ROWS):
+        """``indices``: of the items of each batch."""
+        super().__init__(indices)
+        self._make, self._rows = make, rows
+
+    def of_rows(self, rows: Rows) -> "TrainBatches":
+        """Return the batches with only these rows, such as those of one host; the others are not made."""
+        return TrainBatches(self.parents[0], self._make, rows)
+
+    def __len__(self) -> int:
+        return len(self.parents[0])
+
+    def __getitem__(self, step: Any) -> Any:
+        return self.slice(step) if isinstance(step, slice) else self._make(self.parents[0][step], self._rows)
+
+
+def endless_batches(n: int, make: MakeBatch, *, batch_size: int, seed: int, shuffle: bool = True) -> TrainBatches:
     """Return the endless sequence of batches of ``n`` items; element ``i`` is the batch of step ``i``.
 
     With ``shuffle`` each epoch has its own random order. Batches continue across the end of an epoch, so no item is
@@ -34,13 +56,13 @@ def endless_batches(n: int, make: MakeBatch, *, batch_size: int, seed: int, shuf
     """
     order = grain.MapDataset.range(n).seed(seed)
     order = (order.shuffle() if shuffle else order).repeat()
-    return order.batch(batch_size, drop_remainder=True).map(make)
+    return TrainBatches(order.batch(batch_size, drop_remainder=True), make)
 
 
 def eval_batches(order: np.ndarray, make: MakeBatch, *, batch_size: int) -> Iterator[Batch]:
     """Yield batches of the items of ``order``; rows that fill the last batch are 0, and so is their weight."""
     for first in range(0, len(order), batch_size):
-        batch = make(order[first : first + batch_size])
+        batch = make(order[first : first + batch_size], ALL_ROWS)
         n_empty = batch_size - len(batch["weights"])
         yield {name: np.pad(rows, [(0, n_empty)] + [(0, 0)] * (rows.ndim - 1)) for name, rows in batch.items()}
 
@@ -70,7 +92,7 @@ def train_batches(
     stride: int | None,
     shuffle: bool,
     seed: int,
-) -> grain.MapDataset:
+) -> TrainBatches:
     """Return the endless sequence of training batches; element ``i`` is the batch of step ``i``.
 
     ``sampling`` is ``stride``, for windows every ``stride`` tokens (None: ``context_length``), with ``shuffle`` in a
@@ -80,11 +102,12 @@ def train_batches(
     if sampling == "random":
         n_offsets = tokens.size - context_length
         starts = grain.MapDataset.range(1).seed(seed).repeat().random_map(lambda _, rng: int(rng.integers(n_offsets)))
-        return starts.batch(batch_size, drop_remainder=True).map(lambda at: _windows(tokens, at, context_length))
+        indices = starts.batch(batch_size, drop_remainder=True)
+        return TrainBatches(indices, lambda at, rows: _windows(tokens, at[rows], context_length))
     strided = window_starts(tokens.size, context_length, stride)
     return endless_batches(
         len(strided),
-        lambda windows: _windows(tokens, strided[windows], context_length),
+        lambda windows, rows: _windows(tokens, strided[windows[rows]], context_length),
         batch_size=batch_size,
         seed=seed,
         shuffle=shuffle,
@@ -106,7 +129,7 @@ def window_starts(n_tokens: int, context_length: int, stride: int | None) -> np.
 def validation_batches(tokens: np.ndarray, *, context_length: int, batch_size: int) -> Iterator[Batch]:
     """Yield all ``tokens`` in windows that don't overlap, so that every token but the first is a target once."""
     starts = np.arange(0, tokens.size - 1, context_length)
-    return eval_batches(starts, lambda at: _windows(tokens, at, context_length), batch_size=batch_size)
+    return eval_batches(starts, lambda at, rows: _windows(tokens, at[rows], context_length), batch_size=batch_size)
 
 
 def _windows(tokens: np.ndarray, starts: np.ndarray, context_length: int) -> Batch:
@@ -140,8 +163,9 @@ class PackedRows:
     def __len__(self) -> int:
         return len(self._bounds) - 1
 
-    def batch(self, rows: Int[np.ndarray, " batch"]) -> Batch:
-        """Return a batch of the rows with the given numbers."""
+    def batch(self, numbers: Int[np.ndarray, " batch"], only: Rows = ALL_ROWS) -> Batch:
+        """Return a batch of the rows with the given numbers; ``only``: which rows of it."""
+        rows = numbers[only]
         n_pieces = self._bounds[rows + 1] - self._bounds[rows]
         pieces = self._pieces[_ranges(self._bounds[rows], n_pieces)]
         lengths = self._starts[pieces + 1] - self._starts[pieces]

@@ -75,7 +75,7 @@ def train(config: BaseRunConfig, task: Task, start: Start, stop: StopRequest, co
         frozen = put_params(mesh, task.params.passed)
         profile = StepProfile(config.train.profile_steps if folder.writes else None, folder.path, progress.note)
         with Checkpoints(folder.checkpoints, keep, mirror.update) as checkpoints, closing(profile), progress:
-            run = Session(task, program, frozen, log, checkpoints, _batches(task, start), profile, metadata)
+            run = Session(task, program, frozen, log, checkpoints, _batches(task, start, mesh), profile, metadata)
             if start.step is None:
                 state = first_state(config, task.params, program)
             else:
@@ -241,10 +241,9 @@ def _compile(task: Task, start: Start, stop: StopRequest, progress: ProgressLine
     return program
 
 
-def _batches(task: Task, start: Start) -> grain.DatasetIterator:
+def _batches(task: Task, start: Start, mesh: Mesh) -> grain.DatasetIterator:
     """Return this host's rows of the training batches, from the first step on."""
-    rows = host_rows(task.config.train.batch_size)
-    host_batches = task.train_batches.map(lambda batch: {key: value[rows] for key, value in batch.items()})
+    host_batches = task.train_batches.of_rows(host_rows(mesh, task.config.train.batch_size))
     batches = iter(host_batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
     if start.step is not None:
         batches.set_state(start.metadata["data"])

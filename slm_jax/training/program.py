@@ -83,7 +83,7 @@ class Program:
     def evaluate(self, trainable: Params, frozen: Params, batches: Iterable[Batch]) -> EvaluationSums:
         """Evaluate batches and return the sums; rows that fill a batch up have weight 0."""
         sums = []
-        rows = host_rows(self.eval_rows)
+        rows = host_rows(self.mesh, self.eval_rows)
         for batch in batches:
             self.stop()
             missing = self.eval_rows - len(next(iter(batch.values())))

@@ -6,52 +6,19 @@ along ``fsdp``. One device is a mesh of one.
 
 import math
 import os
-import signal
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int
 
 from slm_jax.errors import InputError
 from slm_jax.nn.axes import Axes, map_axes
 from slm_jax.training.config import MeshConfig
 
 BATCH_SPEC = PartitionSpec(("data", "fsdp"))
-
-
-def initialize_distributed(environ: Mapping[str, str] = os.environ) -> bool:
-    """Join the other processes of a multi-host job if the environment describes one; return whether it did.
-
-    That is: ``JAX_COORDINATOR_ADDRESS`` (with ``JAX_NUM_PROCESSES`` and ``JAX_PROCESS_ID``), ``srun`` or Open MPI with
-    several tasks, or a list of several TPU workers (``TPU_WORKER_HOSTNAMES``).
-    """
-    if jax.distributed.is_initialized():  # by an earlier run of this process
-        return True
-    address = environ.get("JAX_COORDINATOR_ADDRESS")
-    if address and "JAX_NUM_PROCESSES" in environ:
-        try:
-            coordinates = address, int(environ["JAX_NUM_PROCESSES"]), int(environ["JAX_PROCESS_ID"])
-        except (KeyError, ValueError):
-            raise InputError("JAX_NUM_PROCESSES and JAX_PROCESS_ID: expected whole numbers in both") from None
-        _join(*coordinates)
-        return True
-    # Inside srun only: in the shell of a batch job there is one process, whatever the job may still start.
-    slurm = environ.get("SLURM_NTASKS", "1") if "SLURM_STEP_NODELIST" in environ else "1"
-    several_tasks = any(size.isdecimal() and int(size) > 1 for size in (slurm, environ.get("OMPI_COMM_WORLD_SIZE", "")))
-    if address or several_tasks or "," in environ.get("TPU_WORKER_HOSTNAMES", ""):
-        _join()
-        return True
-    return False
-
-
-def _join(*coordinates: Any) -> None:
-    """Join, and restore the handler of SIGTERM, which JAX replaces by its own."""
-    handler = signal.getsignal(signal.SIGTERM)
-    jax.distributed.initialize(*coordinates)
-    if handler is not None:  # set from Python
-        signal.signal(signal.SIGTERM, handler)
 
 
 def make_mesh(cfg: MeshConfig) -> Mesh:
@@ -116,14 +83,18 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, BATCH_SPEC)
 
 
-def host_rows(batch_size: int) -> slice:
-    """Return the rows of the global batch that this process feeds to its devices."""
-    rows = batch_size // jax.process_count()
-    return slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
+def host_rows(mesh: Mesh, batch_size: int) -> Int[np.ndarray, " rows"]:
+    """Return the rows of the global batch that this process's devices hold, in ascending order.
+
+    They need not be neighbours: a mesh may interleave hosts, as on TPU slices of four and more.
+    """
+    index_of, here = batch_sharding(mesh).devices_indices_map((batch_size,)), jax.process_index()
+    held = [np.arange(batch_size)[index] for device, index in index_of.items() if device.process_index == here]
+    return np.unique(np.concatenate(held))
 
 
 def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Place this process's rows of a batch on its devices; the result is the global batch."""
+    """Place this process's rows of a batch (:func:`host_rows`) on its devices; the result is the global batch."""
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
 

@@ -15,8 +15,7 @@ from slm_jax.training.config import BaseRunConfig
 from slm_jax.training.step import Batch, LossFn
 
 if TYPE_CHECKING:  # Grain takes a second to import
-    import grain
-
+    from slm_jax.data.windows import TrainBatches
     from slm_jax.training.resume import Start
 
 Moment = Literal["before", "after"]
@@ -90,7 +89,7 @@ class Task(abc.ABC):
     model_config: GPTConfig
     params: Parameters
     tokenizer: Tokenizer  # of the model; saved with the run
-    train_batches: "grain.MapDataset"  # element i is the global batch of step i (see make_batch)
+    train_batches: "TrainBatches"  # element i is the global batch of step i (see make_batch)
     total_steps: int
     tokens_per_step: int  # on average
     fingerprint: str  # SHA-256 of the data; a run resumes only with the same data

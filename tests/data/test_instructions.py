@@ -280,6 +280,14 @@ def test_a_batch_has_the_documented_names_and_types(packed):
     assert {name: (value.shape, value.dtype) for name, value in batch.items()} == expected
 
 
+def test_a_hosts_rows_are_as_wide_as_the_longest_of_all_hosts():
+    batches = instruction_batches(rows_of(numbered([5, 20])), batch_size=2, limit=64, seed=0, **ALONE)
+    hosts = [batches.of_rows(np.array([row]))[0] for row in range(2)]
+    for name, value in batches[0].items():
+        assert value.shape == (2, 32)
+        np.testing.assert_array_equal(value, np.concatenate([host[name] for host in hosts]))
+
+
 def test_padding_is_never_a_target():
     (batch,) = instruction_eval_batches(rows_of(numbered([4])), batch_size=2, limit=8, **ALONE)
     np.testing.assert_array_equal(batch["inputs"], [[100, 101, 102, 103, 0, 0, 0, 0], [0] * 8])

@@ -305,6 +305,10 @@ def test_a_batch_is_as_wide_as_its_own_longest_text_or_as_it_was_told():
     assert {free[i]["inputs"].shape for i in range(4)} == {(1, 16), (1, 32)}
     fixed = classification_batches(encoded, labels, weights, batch_size=1, limit=30, bucketed=False, seed=0)
     assert {fixed[i]["inputs"].shape for i in range(4)} == {(1, 30)}
+    both = classification_batches(encoded, labels, weights, batch_size=2, limit=64, bucketed=True, seed=0)
+    hosts = [both.of_rows(np.array([row]))[0] for row in range(2)]
+    for name, value in both[0].items():  # each host's row is as wide as the longest of all
+        np.testing.assert_array_equal(value, np.concatenate([host[name] for host in hosts]))
 
 
 def test_every_text_comes_once_an_epoch_in_a_new_order_and_batches_go_on_across_epochs():

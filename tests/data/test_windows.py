@@ -27,7 +27,6 @@ from slm_jax.data.windows import (
 )
 from slm_jax.model import GPTConfig, GPTModel
 from slm_jax.tasks.pretraining import make_loss_fn
-from slm_jax.training.sharding import host_rows
 
 TOKENS = np.arange(1000, 1053, dtype=np.uint16)  # each token tells where it stands
 SAMPLINGS = pytest.mark.parametrize("sampling", ["stride", "random"])
@@ -146,18 +145,15 @@ def test_a_batch_is_a_function_of_seed_and_step(tmp_path, sampling):
     same(next(iter(alone.to_iter_dataset(options))), alone[0])
 
 
-@pytest.mark.parametrize("n_hosts", [1, 2, 3])
-def test_hosts_take_slices_of_one_global_batch(monkeypatch, n_hosts):
-    dataset = batches(batch_size=6, sampling="random")
-    monkeypatch.setattr(jax, "process_count", lambda: n_hosts)
-    parts = []
-    for host in range(n_hosts):
-        monkeypatch.setattr(jax, "process_index", lambda host=host: host)
-        rows = host_rows(6)
-        sliced = dataset.map(lambda batch, rows=rows: {name: value[rows] for name, value in batch.items()})
-        parts.append(sliced[3])
-    assert {len(part["inputs"]) for part in parts} == {6 // n_hosts}
-    same({name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, dataset[3])
+@SAMPLINGS
+def test_a_host_makes_only_its_rows_of_the_global_batch(monkeypatch, sampling):
+    dataset, made = batches(batch_size=6, sampling=sampling), []
+    cut = windows._windows
+    monkeypatch.setattr(windows, "_windows", lambda tokens, at, length: made.append(len(at)) or cut(tokens, at, length))
+    for rows in ([0, 1, 2], [0, 3, 5]):
+        part, whole = dataset.of_rows(np.array(rows))[3], dataset[3]
+        same(part, {name: value[rows] for name, value in whole.items()})
+    assert made == [3, 6, 3, 6]
 
 
 @pytest.mark.parametrize(

@@ -2,16 +2,18 @@
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import eight_devices
+import interleaved_hosts
 import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 from pretraining import metrics, options
 
 from slm_jax.cli import main
@@ -20,12 +22,10 @@ from slm_jax.nn.loss import cross_entropy
 from slm_jax.tasks import pretraining
 from slm_jax.training.checkpoint import Checkpoints
 from slm_jax.training.config import MeshConfig
-from slm_jax.training.process import StopRequest
 from slm_jax.training.sharding import (
     check_batch_size,
     compiler_options,
     host_rows,
-    initialize_distributed,
     make_mesh,
     mesh_sizes,
     state_shardings,
@@ -165,64 +165,23 @@ def test_a_batch_that_devices_or_micro_batches_cannot_share_is_refused(n_devices
         check_batch_size(n_devices, batch_size, accumulate)
 
 
-def test_the_processes_rows_are_the_batch_cut_in_order(monkeypatch):
-    monkeypatch.setattr(jax, "process_count", lambda: 4)
-    rows = []
-    for index in range(4):
-        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
-        rows += list(range(12))[host_rows(12)]
-    assert rows == list(range(12))
+@pytest.mark.parametrize(
+    ("process_of_device", "rows"),
+    [
+        ([[0, 0], [1, 1]], [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        ([[0, 1], [0, 1]], [[0, 1, 4, 5], [2, 3, 6, 7]]),  # as on TPU slices of four and more hosts
+        ([[1, 0], [0, 1]], [[2, 3, 4, 5], [0, 1, 6, 7]]),
+    ],
+)
+def test_a_process_feeds_the_rows_of_its_devices_wherever_they_are_in_the_mesh(monkeypatch, process_of_device, rows):
+    devices = [[mock.Mock(process_index=process) for process in row] for row in process_of_device]
+    mesh = Mesh(np.array(devices), ("data", "fsdp"))
+    for process in range(2):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        assert host_rows(mesh, 8).tolist() == rows[process]
 
 
 # Several processes
-
-
-ADDRESS = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234"}
-
-
-@pytest.fixture
-def joined(monkeypatch):
-    """What jax.distributed.initialize was called with."""
-    calls = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **kwargs: calls.append((args, kwargs)))
-    return calls
-
-
-@pytest.mark.parametrize(
-    ("environ", "arguments"),
-    [
-        ({}, None),
-        ({"SLURM_NTASKS": "1"}, None),
-        ({"SLURM_NTASKS": "2"}, None),  # the shell of a batch job, outside srun
-        ({"OMPI_COMM_WORLD_SIZE": "1"}, None),
-        ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
-        ({"JAX_NUM_PROCESSES": "2"}, None),
-        ({"SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "node[1-2]"}, ()),
-        ({"OMPI_COMM_WORLD_SIZE": "4"}, ()),
-        ({"TPU_WORKER_HOSTNAMES": "10.0.0.1,10.0.0.2"}, ()),
-        (ADDRESS, ()),
-        ({**ADDRESS, "JAX_NUM_PROCESSES": "3", "JAX_PROCESS_ID": "2"}, ("10.0.0.1:1234", 3, 2)),
-    ],
-    ids=str,
-)
-def test_one_process_stays_alone_and_a_job_that_jax_detects_or_that_is_described_is_joined(joined, environ, arguments):
-    assert initialize_distributed(environ) is (arguments is not None)
-    assert joined == ([] if arguments is None else [(arguments, {})])
-
-
-def test_joining_does_not_take_sigterm_away(monkeypatch):
-    """JAX's preemption service does; a job that the scheduler ends would then stop without saving."""
-
-    def initialize(*args):
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-    monkeypatch.setattr(jax.distributed, "initialize", initialize)
-    before = signal.getsignal(signal.SIGTERM)
-    with StopRequest() as stop:
-        initialize_distributed({"OMPI_COMM_WORLD_SIZE": "2"})
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.signum == signal.SIGTERM
-    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_run_names_its_mesh_where_it_traces(text_file, tmp_path, monkeypatch):
@@ -240,35 +199,31 @@ def test_a_run_names_its_mesh_where_it_traces(text_file, tmp_path, monkeypatch):
     assert all(mesh.axis_names == ("data", "fsdp") and mesh.size == jax.device_count() for mesh in meshes)
 
 
-@pytest.mark.parametrize("process_id", [{}, {"JAX_PROCESS_ID": "first"}])
-def test_an_incomplete_description_of_the_job_is_refused(joined, process_id):
-    with pytest.raises(InputError, match="JAX_PROCESS_ID"):
-        initialize_distributed({**ADDRESS, "JAX_NUM_PROCESSES": "3", **process_id})
-    assert joined == []
-
-
-def start_training(text, folder, log, steps, **env):
-    """Start ``python -m slm_jax train`` of a very small model; its output goes to a file, so that no pipe fills."""
+def start_training(text, folder, log, steps, program=("-m", "slm_jax"), n_devices=1, **env):
+    """Start a training run of a very small model; its output goes to a file, so that no pipe fills."""
     every = dict.fromkeys(("train.eval_every", "checkpoint.every", "sample.every"), 3)
-    more = {"train.batch_size": 4, "train.accumulate": 1, "model.drop_rate": 0, "optimizer.decay_steps": 6}
+    more = {"optimizer.decay_steps": 6}  # and dropout, which tells a row by its place in the batch
+    flags = f"{QUICK} --xla_force_host_platform_device_count={n_devices}"
     args = options(text, folder, **{"train.steps": steps, **every, **more})
     with log.open("w") as out:
         return subprocess.Popen(
-            [sys.executable, "-m", "slm_jax", "train", *args],
-            env=environment(XLA_FLAGS=QUICK, **env),
+            [sys.executable, *program, "train", *args],
+            env=environment(XLA_FLAGS=flags, NPROC=str(4 * n_devices), **env),
             stdout=out,
             stderr=out,
             cwd=folder,
         )
 
 
-def train_in_two_processes(text, folder, steps):
+def train_in_two_processes(text, folder, steps, **more):
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{listener.getsockname()[1]}"
     logs = [folder / f"process{index}.log" for index in range(2)]
     env = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
-    processes = [start_training(text, folder, log, steps, JAX_PROCESS_ID=str(i), **env) for i, log in enumerate(logs)]
+    processes = [
+        start_training(text, folder, log, steps, JAX_PROCESS_ID=str(i), **env, **more) for i, log in enumerate(logs)
+    ]
     try:
         status = [process.wait(timeout=120) for process in processes]
     finally:
@@ -280,7 +235,8 @@ def train_in_two_processes(text, folder, steps):
 
 @pytest.mark.slow
 def test_two_processes_make_one_run_with_the_losses_of_one_process(tmp_path):
-    """A run of six steps in two halves, the second resumed; against one process that does it without a break."""
+    """A run of six steps in two halves, the second resumed on four devices whose hosts are interleaved in the mesh;
+    against one process that does it without a break."""
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog; the dog sleeps on. " * 20)
     one, two = tmp_path / "one", tmp_path / "two"
@@ -289,7 +245,7 @@ def test_two_processes_make_one_run_with_the_losses_of_one_process(tmp_path):
     assert alone.wait(timeout=120) == 0, (one / "log").read_text()[-3000:]
     logs = train_in_two_processes(text, two, 3)
     assert logs[1].read_text().count("step") == 0  # only the first process talks
-    train_in_two_processes(text, two, 6)
+    train_in_two_processes(text, two, 6, program=[interleaved_hosts.__file__], n_devices=2)
 
     assert {path.name for path in two.iterdir() if path.is_dir()} == {"small"}
     assert {p.name for p in (two / "small").iterdir()} == {p.name for p in (one / "small").iterdir()}

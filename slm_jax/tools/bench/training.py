@@ -298,8 +298,7 @@ def measure_batches(
     began = time.perf_counter()
     task = get_task(config.task).build(config, Start(RunFolder(config.folder), None, {}))
     ready_seconds = time.perf_counter() - began
-    rows = host_rows(config.train.batch_size)
-    source = task.train_batches.map(lambda batch: {key: value[rows] for key, value in batch.items()})
+    source = task.train_batches.of_rows(host_rows(mesh, config.train.batch_size))
     iterator = iter(source.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
     reading = per_batch(iterator, warmup=warmup, repeats=repeats, batches=batches)
     batch = next(iterator)

@@ -1,0 +1,214 @@
+"""How the processes of a job join: each launcher tells them of each other in its own way, and JAX connects them.
+
+One function per launcher, tried in the order of ``LAUNCHERS``:
+
+==================== ================================================ ==================================================
+started by           recognized by                                    local devices of a process
+==================== ================================================ ==================================================
+anything             ``JAX_NUM_PROCESSES`` and its two companions     all, or ``JAX_LOCAL_DEVICE_IDS``
+Open MPI (mpirun)    ``OMPI_COMM_WORLD_SIZE``                         as under Slurm
+Slurm (srun)         ``SLURM_STEP_NODELIST``                          alone on its node: all GPUs; else its share
+GKE, TPU slices      ``TPU_WORKER_HOSTNAMES``, ``MEGASCALE_*``        the TPU chips of its host
+Cloud TPU VM         the metadata server, asked only on a TPU VM      the TPU chips of its host
+Kubernetes, indexed  ``JOB_COMPLETION_INDEX``                         all GPUs of its pod
+==================== ================================================ ==================================================
+"""
+
+import importlib.util
+import os
+import re
+import signal
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from slm_jax.errors import InputError
+
+Environ = Mapping[str, str]
+_PORT = 8476  # as JAX's on TPUs
+Arguments = dict[str, Any]  # of jax.distributed.initialize, which detects what they leave out; empty: one process alone
+
+
+def initialize_distributed(environ: Environ = os.environ) -> bool:
+    """Join the other processes of the job that the environment describes; return whether there are any.
+
+    InputError: the description is incomplete, or wrong.
+    """
+    if jax.distributed.is_initialized():  # by an earlier run of this process
+        return True
+    if arguments := join_arguments(environ):
+        _join(arguments)
+    return bool(arguments)
+
+
+def join_arguments(environ: Environ) -> Arguments:
+    """Return how to join the job that the environment describes; empty if this process is alone.
+
+    InputError: the description is incomplete, or wrong.
+    """
+    found = (launcher(environ) for launcher in LAUNCHERS)
+    arguments = next((arguments for arguments in found if arguments is not None), None)
+    if arguments is None and "JAX_COORDINATOR_ADDRESS" in environ:
+        raise InputError("JAX_COORDINATOR_ADDRESS is set; expected JAX_NUM_PROCESSES and JAX_PROCESS_ID, too")
+    return arguments or {}
+
+
+def _join(arguments: Arguments) -> None:
+    """Join, and restore the handler of SIGTERM, which JAX replaces by its own."""
+    handler = signal.getsignal(signal.SIGTERM)
+    jax.distributed.initialize(**arguments)
+    if handler is not None:  # set from Python
+        signal.signal(signal.SIGTERM, handler)
+
+
+# Launchers: each returns None if it did not start this process
+
+
+def _explicit(environ: Environ) -> Arguments | None:
+    if "JAX_NUM_PROCESSES" not in environ:
+        return None
+    count = _whole_number(environ, "JAX_NUM_PROCESSES")
+    if count == 1:
+        return {}
+    address = environ.get("JAX_COORDINATOR_ADDRESS", "")
+    if not re.search(r".:\d+$", address):
+        raise InputError(f"JAX_COORDINATOR_ADDRESS is {address!r}; expected HOST:PORT of process 0")
+    index = "JOB_COMPLETION_INDEX" if "JAX_PROCESS_ID" not in environ else "JAX_PROCESS_ID"  # the former in Kubernetes
+    if index not in environ:
+        raise InputError(f"JAX_NUM_PROCESSES is {count}; expected JAX_PROCESS_ID, too (0 to {count - 1})")
+    if (process_id := _whole_number(environ, index)) >= count:
+        raise InputError(f"{index} is {process_id}; expected 0 to {count - 1} (JAX_NUM_PROCESSES is {count})")
+    coordinates = {"coordinator_address": address, "num_processes": count, "process_id": process_id}
+    return {**coordinates, "cluster_detection_method": "deactivate"}
+
+
+def _open_mpi(environ: Environ) -> Arguments | None:
+    if environ.get("OMPI_COMM_WORLD_SIZE", "1") == "1":
+        return None
+    tasks, task = (_whole_number(environ, f"OMPI_COMM_WORLD_LOCAL_{name}") for name in ("SIZE", "RANK"))
+    devices = {"local_device_ids": _local_devices(environ, tasks, task)}
+    if "JAX_COORDINATOR_ADDRESS" in environ:
+        count, process_id = (_whole_number(environ, f"OMPI_COMM_WORLD_{name}") for name in ("SIZE", "RANK"))
+        return {"num_processes": count, "process_id": process_id, "cluster_detection_method": "deactivate", **devices}
+    if "OMPI_MCA_orte_hnp_uri" in environ:
+        return {"cluster_detection_method": "ompi", **devices}
+    if importlib.util.find_spec("mpi4py") is None:
+        remedy = "install mpi4py, or pass mpirun -x JAX_COORDINATOR_ADDRESS=HOST:PORT, the host of process 0"
+        raise InputError(f"Open MPI 5 does not tell the processes where process 0 runs; {remedy}")
+    return {"cluster_detection_method": "mpi4py", **devices}
+
+
+def _slurm(environ: Environ) -> Arguments | None:
+    # Inside srun only: the shell of sbatch or salloc is one process, whatever the job may still start.
+    count = environ.get("SLURM_STEP_NUM_TASKS", environ.get("SLURM_NTASKS", "1"))
+    if "SLURM_STEP_NODELIST" not in environ or count == "1":
+        return None
+    task, tasks = _whole_number(environ, "SLURM_LOCALID"), None
+    if per_node := environ.get("SLURM_STEP_TASKS_PER_NODE"):  # such as 8(x2),4
+        repeated = re.findall(r"(\d+)(?:\(x(\d+)\))?", per_node)
+        nodes = [int(n) for n, times in repeated for _ in range(int(times or 1))]
+        tasks = nodes[_whole_number(environ, "SLURM_NODEID")]
+    n_gpus = _whole_number(environ, "SLURM_GPUS_ON_NODE") if "SLURM_GPUS_ON_NODE" in environ else None
+    return {"cluster_detection_method": "slurm", "local_device_ids": _local_devices(environ, tasks, task, n_gpus)}
+
+
+def _gke_tpu(environ: Environ) -> Arguments | None:
+    hosts, n_slices = environ.get("TPU_WORKER_HOSTNAMES"), _megascale_slices(environ)
+    if hosts is None and n_slices > 1 and "KUBERNETES_SERVICE_HOST" in environ:  # one host a slice; unknown to JAX
+        host, process_id = environ["MEGASCALE_COORDINATOR_ADDRESS"], _whole_number(environ, "MEGASCALE_SLICE_ID")
+        coordinates = {"num_processes": n_slices, "process_id": process_id, "cluster_detection_method": "deactivate"}
+        return {"coordinator_address": f"{host.split(':')[0]}:{_PORT}", **coordinates}
+    if hosts is None:
+        return None
+    return {"cluster_detection_method": "gketpu"} if "," in hosts or n_slices > 1 else {}
+
+
+def _tpu_vm(environ: Environ) -> Arguments | None:
+    if not on_tpu_vm() or "TPU_SKIP_MDS_QUERY" in environ:  # Kaggle sets the latter
+        return None
+    several = "," in _metadata(environ, "worker-network-endpoints") or _megascale_slices(environ, ask=True) > 1
+    return {"cluster_detection_method": "gcetpu"} if several else {}
+
+
+def _kubernetes(environ: Environ) -> Arguments | None:
+    if not {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= environ.keys():
+        return None
+    if importlib.util.find_spec("kubernetes") is None:
+        remedy = "set JAX_NUM_PROCESSES and JAX_COORDINATOR_ADDRESS (a pod that trains alone: JAX_NUM_PROCESSES=1)"
+        raise InputError(f"an indexed Kubernetes job does not tell its pods how many they are; {remedy}")
+    return {"cluster_detection_method": None}  # JAX asks the cluster; that method has no name
+
+
+LAUNCHERS: tuple[Callable[[Environ], Arguments | None], ...] = (
+    _explicit,
+    _open_mpi,
+    _slurm,
+    _gke_tpu,
+    _tpu_vm,
+    _kubernetes,
+)
+
+
+# What they share
+
+
+def _local_devices(environ: Environ, tasks: int | None, task: int, n_gpus: int | None = None) -> list[int] | None:
+    """Return which of its visible GPUs a process uses, as ``jax.distributed.initialize`` wants it: [] means all.
+
+    ``tasks``: processes on this host; ``task``: this one's number among them; ``n_gpus``: GPUs of the job on this host.
+    None stands for what is unknown; if returned: JAX gives each task one GPU.
+    """
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    n_visible = n_gpus if visible is None else len(visible.split(","))
+    if "JAX_LOCAL_DEVICE_IDS" in environ or tasks is None or (n_visible is None and tasks > 1):
+        return None
+    if tasks == 1 or n_visible < (n_gpus or tasks):  # type: ignore[operator]
+        return []  # the launcher shows each task only its own
+    share, left = divmod(n_visible, tasks)
+    if left:
+        raise InputError(f"{tasks} tasks share the {n_visible} GPUs of a node; expected a divisor of {n_visible}")
+    return list(range(task * share, (task + 1) * share))
+
+
+def on_tpu_vm() -> bool:
+    """Return whether JAX found TPU chips and libtpu: it then sets its platforms."""
+    return "tpu" in (jax.config.jax_platforms or "")
+
+
+def _megascale_slices(environ: Environ, ask: bool = False) -> int:
+    """Return how many slices work together; with ``ask``, from the metadata server if the environment doesn't say."""
+    count = environ.get("MEGASCALE_NUM_SLICES")
+    if count is None and ask:
+        found = re.search(r"^\s*MEGASCALE_NUM_SLICES\s*:\s*'?(\d+)", _metadata(environ, "tpu-env"), re.MULTILINE)
+        count = found and found[1]
+    return int(count or 1)
+
+
+def _metadata(environ: Environ, key: str) -> str:
+    """Return an attribute of this virtual machine from its metadata server; empty: it has none."""
+    server = environ.get("GCE_METADATA_IP", "metadata.google.internal")
+    url = f"http://{server}/computeMetadata/v1/instance/attributes/{key}"
+    request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    for pause in (0.5, 0.5, 0):
+        try:
+            with direct.open(request, timeout=5) as response:
+                return str(response.read(), "utf-8")
+        except urllib.error.HTTPError as error:
+            if error.code == 404:
+                break
+        except OSError:  # no such server, or no answer
+            pass
+        time.sleep(pause)
+    return ""
+
+
+def _whole_number(environ: Environ, name: str) -> int:
+    text = environ.get(name, "")
+    if not text.isdecimal():
+        raise InputError(f"{name} is {text!r}; expected a whole number")
+    return int(text)
