@@ -33,15 +33,19 @@ _PORT = 8476  # as JAX's on TPUs
 Arguments = dict[str, Any]  # of jax.distributed.initialize, which detects what they leave out; empty: one process alone
 
 
-def initialize_distributed(environ: Environ = os.environ) -> bool:
+def initialize_distributed(environ: Environ = os.environ, timeout: int = 120) -> bool:
     """Join the other processes of the job that the environment describes; return whether there are any.
 
-    InputError: the description is incomplete, or wrong.
+    They are waited for ``timeout`` seconds.
+
+    Raises:
+        InputError: the description is incomplete, or wrong.
+        JaxRuntimeError: a process is missing.
     """
     if jax.distributed.is_initialized():  # by an earlier run of this process
         return True
     if arguments := join_arguments(environ):
-        _join(arguments)
+        _join(arguments, timeout)
     return bool(arguments)
 
 
@@ -57,10 +61,15 @@ def join_arguments(environ: Environ) -> Arguments:
     return arguments or {}
 
 
-def _join(arguments: Arguments) -> None:
+def _join(arguments: Arguments, timeout: int) -> None:
     """Join, and restore the handler of SIGTERM, which JAX replaces by its own."""
     handler = signal.getsignal(signal.SIGTERM)
-    jax.distributed.initialize(**arguments)
+    try:
+        jax.distributed.initialize(**arguments, initialization_timeout=timeout)
+    except jax.errors.JaxRuntimeError:
+        raise
+    except (RuntimeError, ValueError) as error:  # such as the answer of a Kubernetes cluster
+        raise InputError(f"the other processes of the job cannot be found: {' '.join(str(error).split())}") from error
     if handler is not None:  # set from Python
         signal.signal(signal.SIGTERM, handler)
 
@@ -164,10 +173,14 @@ def _local_devices(environ: Environ, tasks: int | None, task: int, n_gpus: int |
     """
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     n_visible = n_gpus if visible is None else len(visible.split(","))
-    if "JAX_LOCAL_DEVICE_IDS" in environ or tasks is None or (n_visible is None and tasks > 1):
+    if "JAX_LOCAL_DEVICE_IDS" in environ or tasks is None:
         return None
-    if tasks == 1 or n_visible < (n_gpus or tasks):  # type: ignore[operator]
-        return []  # the launcher shows each task only its own
+    if tasks == 1:
+        return []
+    if n_visible is None:
+        return None
+    if n_visible < (n_gpus or tasks):  # the launcher shows each task only its own
+        return []
     share, left = divmod(n_visible, tasks)
     if left:
         raise InputError(f"{tasks} tasks share the {n_visible} GPUs of a node; expected a divisor of {n_visible}")

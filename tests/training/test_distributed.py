@@ -154,6 +154,15 @@ def test_a_job_that_cannot_be_joined_is_refused_in_one_line(monkeypatch, environ
         initialize_distributed(environ)
 
 
+def test_what_jax_cannot_detect_is_one_line(monkeypatch):
+    def initialize(**_):
+        raise RuntimeError("Kubernetes API Error: 403\nIt appears that the service account")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with refused("cannot be found: Kubernetes API Error: 403 It appears"):
+        initialize_distributed(TWO_OF_THREE)
+
+
 # Cloud TPUs
 
 
