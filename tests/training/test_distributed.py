@@ -62,16 +62,19 @@ def join(monkeypatch):
                 monkeypatch.delenv(name)
         for name, value in environ.items():
             monkeypatch.setenv(name, value)
-        state = jax_distributed.State()
+        state, config = jax_distributed.State(), {}
+        monkeypatch.setattr(jax_distributed.config, "update", config.__setitem__)
         state.initialize(**join_arguments(os.environ))
-        return state.process_id, state.num_processes, state.coordinator_address, jax.config.jax_cuda_visible_devices
+        return (
+            state.process_id,
+            state.num_processes,
+            state.coordinator_address,
+            config.get("jax_cuda_visible_devices", "all"),
+        )
 
     for name in ("get_distributed_runtime_service", "get_distributed_runtime_client", "create_preemption_sync_manager"):
         monkeypatch.setattr(jax_distributed._jax, name, lambda *args, **kwargs: Connection())
-    before = jax.config.jax_cuda_visible_devices
-    yield join
-    jax.config.update("jax_cuda_visible_devices", before)
-    jax.config.update("jax_rocm_visible_devices", before)
+    return join
 
 
 @pytest.mark.parametrize(
