@@ -189,7 +189,7 @@ def _local_devices(environ: Environ, tasks: int | None, task: int, n_gpus: int |
 
 def on_tpu_vm() -> bool:
     """Return whether JAX found TPU chips and libtpu: it then sets its platforms."""
-    return "tpu" in (jax.config.jax_platforms or "")
+    return "tpu" in (getattr(jax.config, "jax_platforms", None) or "")  # not in JAX's stubs
 
 
 def _megascale_slices(environ: Environ, ask: bool = False) -> int:

@@ -88,7 +88,8 @@ def host_rows(mesh: Mesh, batch_size: int) -> Int[np.ndarray, " rows"]:
 
     They need not be neighbours: a mesh may interleave hosts, as on TPU slices of four and more.
     """
-    index_of, here = batch_sharding(mesh).devices_indices_map((batch_size,)), jax.process_index()
+    here = jax.process_index()
+    index_of: Mapping[Any, Any] = batch_sharding(mesh).devices_indices_map((batch_size,))
     held = [np.arange(batch_size)[index] for device, index in index_of.items() if device.process_index == here]
     return np.unique(np.concatenate(held))
 
