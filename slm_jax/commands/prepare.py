@@ -9,15 +9,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-from annotated_types import Ge, Le
+from annotated_types import Ge, Gt, Le
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from slm_jax.config import NotNegative, Positive
-from slm_jax.data.prepare import Rules, prepare, train_tokenizer
+from slm_jax.data.filters import Rules
+from slm_jax.data.prepare import Prepared, prepare, train_tokenizer, work_folder
 from slm_jax.data.rows import Source
 from slm_jax.data.sources import check_text_column, parse_source
-from slm_jax.data.token_file import TokenWriter, json_path, map_ids, token_dtype
+from slm_jax.data.token_file import existing_paths, open_token_file
 from slm_jax.errors import InputError
 from slm_jax.files import check_new_file
 from slm_jax.tokenizer import Tokenizer, get_tokenizer
@@ -34,8 +35,12 @@ class Options:
         source: the text: text:GLOB, jsonl:GLOB (both also .gz and .zst), parquet:GLOB, tfds:NAME[/CONFIG][:SPLIT],
             named:NAME, builtin:python-docs or any other source of rows; several are read one after the other.
         out: the file to write, FILE.bin: ids of 2 bytes, or 4 if the vocabulary needs them; FILE.bin.json beside it
-            describes them.
+            describes them. Until both are there, FILE.bin.parts holds what is done: after a kill or Ctrl-C, the same
+            command resumes from it.
         overwrite: whether to replace an existing file.
+        shard_tokens: token ids per shard: files FILE-00000.bin, FILE-00001.bin, … that FILE.bin.json lists and
+            tokens:FILE.bin reads; null: one file.
+        processes: number of processes that filter and encode; 1: threads of one process. The file is the same.
         text_column: column of the texts in sources of rows, such as jsonl: and parquet:; null: text, or in tfds: the
             usual name or the only text feature.
         tokenizer: gpt2, bpe (trained on the first 100 million characters of the source), or the path of a saved one:
@@ -43,6 +48,9 @@ class Options:
         vocab_size: vocabulary size of a trained bpe, up to a million; null: 4096.
         deduplicate: whether to leave out copies of an earlier document (about 100 bytes of memory per document); this
             and the limits below don't apply to documents over 16 million characters, which are always kept.
+        near_duplicates: leave out documents that have about this share of their runs of four words in common with an
+            earlier one, such as 0.7 (Jaccard similarity, estimated by MinHash; a kilobyte of memory per document);
+            null: keep them.
         min_characters: leave out shorter documents.
         max_symbol_ratio: leave out documents with a larger share of characters that are neither letters nor digits nor
             white space, such as 0.3; null: keep all.
@@ -56,10 +64,13 @@ class Options:
     source: tuple[str, ...]
     out: str
     overwrite: bool = False
+    shard_tokens: Positive | None = None
+    processes: Positive = 1
     text_column: str | None = None
     tokenizer: str = "gpt2"
     vocab_size: Annotated[int, Ge(257), Le(1_000_000)] | None = None
     deduplicate: bool = True
+    near_duplicates: Annotated[float, Gt(0), Le(1)] | None = None
     min_characters: NotNegative = 0
     max_symbol_ratio: Annotated[float, Ge(0)] | None = None
     max_repeated_lines: Annotated[float, Ge(0)] | None = None
@@ -80,7 +91,9 @@ def run(options: Options) -> int:
         with _on_signal(_interrupt):
             _run(options)
         return 0
-    except KeyboardInterrupt as interrupt:  # so that no partial file is left
+    except KeyboardInterrupt as interrupt:  # so that only finished parts are left
+        if work_folder(Path(options.out)).exists():
+            Console(stderr=True).print("stopped; the same command resumes", highlight=False)
         return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
 
 
@@ -91,19 +104,28 @@ def _run(options: Options) -> None:
     out = _check_out(options, files)
     all_are_files = all(source.files() is not None for source in sources)
     total = sum(file.stat().st_size for file in files) if all_are_files else None
-    rules = Rules(options.deduplicate, options.min_characters, options.max_symbol_ratio, options.max_repeated_lines)
+    rules = Rules(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Rules)})
     progress_console = Console(stderr=True)
     tokenizer = _tokenizer(options, sources, progress_console)
     with _progress(progress_console, total) as report:
         start = time.monotonic()
-        prepared = prepare(sources, out, tokenizer, text_column=options.text_column, rules=rules, report=report)
+        prepared = prepare(
+            sources,
+            out,
+            tokenizer,
+            text_column=options.text_column,
+            rules=rules,
+            shard_tokens=options.shard_tokens,
+            processes=options.processes,
+            report=report,
+        )
     console = Console(soft_wrap=True, highlight=False, markup=False)
     _print_summary(console, options, prepared, max(time.monotonic() - start, 1e-9))
     if options.show:
         from slm_jax.data.show import show_batches
 
         show_batches(
-            map_ids(out, token_dtype(tokenizer.vocab_size)),
+            open_token_file(out, verify=False).tokens,
             tokenizer,
             n=options.show,
             context_length=options.context_length,
@@ -117,7 +139,7 @@ def _check_out(options: Options, files: Sequence[Path]) -> Path:
     out = check_new_file(options.out, "out", "tokens.bin").resolve()
     if out.suffix != ".bin":
         raise InputError(f"out is {options.out!r}; expected a file FILE.bin, such as tokens.bin")
-    existing = [path for path in (out, json_path(out)) if path.exists()]
+    existing = existing_paths(out)
     for file in files:
         if any(file.exists() and file.samefile(path) for path in existing):
             raise InputError(f"{file}: is read and would be replaced; choose another --out")
@@ -151,12 +173,12 @@ def _now_and_then(console: Console) -> Callable[[str], None]:
 
 
 @contextmanager
-def _progress(console: Console, total: int | None) -> Iterator[Callable[[TokenWriter], None]]:
+def _progress(console: Console, total: int | None) -> Iterator[Callable[[Prepared], None]]:
     """Give what reports progress, of ``total`` bytes: a bar in a terminal, a line every few seconds elsewhere."""
     start, print_line = time.monotonic(), _now_and_then(console)
     bar = (BarColumn(bar_width=24), TaskProgressColumn(), TimeRemainingColumn()) if total else ()
 
-    def report(prepared: TokenWriter) -> None:
+    def report(prepared: Prepared) -> None:
         rate = prepared.tokens / max(time.monotonic() - start, 1e-9)
         text = f"{_documents(prepared)}, {prepared.tokens:,} tokens, {rate:,.0f} tokens/s"
         live.update(task, completed=prepared.bytes_read, description=text)
@@ -168,7 +190,7 @@ def _progress(console: Console, total: int | None) -> Iterator[Callable[[TokenWr
         yield report
 
 
-def _print_summary(console: Console, options: Options, prepared: TokenWriter, seconds: float) -> None:
+def _print_summary(console: Console, options: Options, prepared: Prepared, seconds: float) -> None:
     from slm_jax.training.progress import format_bytes, format_duration
 
     console.print(f"{options.out} written, SHA-256 {prepared.sha256[:12]}…, and {options.out}.json")
@@ -179,6 +201,7 @@ def _print_summary(console: Console, options: Options, prepared: TokenWriter, se
     for reason, rule, text in (  # a rule that is on is shown even if it left out nothing
         ("empty", None, "left out: rows or files without text"),
         ("duplicates", options.deduplicate or None, "left out: copies of an earlier document"),
+        ("near_duplicates", options.near_duplicates, "left out: near duplicates of an earlier document"),
         ("short", options.min_characters or None, "left out: fewer characters than min_characters"),
         ("symbols", options.max_symbol_ratio, "left out: more symbols than max_symbol_ratio"),
         ("repeated_lines", options.max_repeated_lines, "left out: more repeated lines than max_repeated_lines"),
@@ -188,7 +211,7 @@ def _print_summary(console: Console, options: Options, prepared: TokenWriter, se
             console.print(f"  {prepared.counts[reason]:,} {text}")
 
 
-def _documents(prepared: TokenWriter) -> str:
+def _documents(prepared: Prepared) -> str:
     return f"{prepared.documents:,} document{'' if prepared.documents == 1 else 's'}"
 
 

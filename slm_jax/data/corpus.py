@@ -9,6 +9,7 @@ from collections.abc import Callable
 import numpy as np
 
 from slm_jax.data.config import DataConfig, TokenizerConfig
+from slm_jax.data.ids import Ids, split_ids
 from slm_jax.data.rows import Source
 from slm_jax.data.sources import check_text_column, parse_source
 from slm_jax.data.token_file import TokenFile, TokenSource, check_ids, open_token_file, token_dtype
@@ -23,8 +24,8 @@ _CHUNK = 1 << 20  # tokens hashed at a time
 class Corpus:
     """1-D token ids of both splits, with the end-of-text id between documents, and the tokenizer that made them."""
 
-    train: np.ndarray
-    validation: np.ndarray
+    train: Ids
+    validation: Ids
     tokenizer: Tokenizer
     bytes_per_token: float | None  # UTF-8 bytes per validation token; None if the source is token ids
     sha256: tuple[str, ...] = ()  # of each token file; empty if one of them has none, or the source is text
@@ -89,7 +90,7 @@ def _load_token_files(
     known = tuple(file.sha256 for file in files if file.sha256 is not None)
     arrays = [file.tokens for file in files]
     if len(arrays) == 1:
-        arrays = np.split(arrays[0], [int(len(arrays[0]) * (1 - data.validation_fraction))])
+        arrays = list(split_ids(arrays[0], int(len(arrays[0]) * (1 - data.validation_fraction))))
     return Corpus(arrays[0], arrays[1], used, None, known if len(known) == len(files) else ())
 
 

@@ -1,45 +1,62 @@
 """From sources of text to a token file, once, in memory that does not grow with the text.
 
-A document is encoded in pieces, on several cores; the ids are those of encoding it whole. Before that, copies and
-documents of low quality are left out, by the simplest of the measures that MassiveText used (Rae et al. 2021, "Scaling
-language models").
+The text is cut into parts of about four million characters. Each is filtered and encoded, several at a time, into a
+file of a work folder; the ids are those of encoding every document whole. When all parts are there, near duplicates are
+found, and the rest is copied into the token file. A run that was killed finds its parts by their names, which depend on
+everything that they are made from. Neither this nor the number of processes changes the token file.
 """
 
 import dataclasses
-import hashlib
 import itertools
-import os
-import re
-from collections import deque
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from pathlib import Path
 
+import filelock
 import numpy as np
+from jaxtyping import Bool
 
-from slm_jax.data.rows import Pieces, Source
-from slm_jax.data.token_file import TokenWriter, token_dtype, write_token_file
+from slm_jax.data.filters import DEFAULT_RULES, PIECE, REASONS, Rules, Text, mark_copies
+from slm_jax.data.near_duplicates import find_near_duplicates
+from slm_jax.data.parts import Job, MakePart, Part, Submitted, in_order, read_part, workers
+from slm_jax.data.rows import Source
+from slm_jax.data.token_file import write_token_file
 from slm_jax.errors import InputError
+from slm_jax.files import unwritable
 from slm_jax.tokenizer import BPETokenizer, Tokenizer, cut_pieces
 
-LONGEST = 1 << 24  # characters; longer documents are not held in memory
-# Why documents are left out; those that are unfiltered, because they are longer, are kept.
-REASONS = ("empty", "short", "symbols", "repeated_lines", "duplicates", "unfiltered")
 TRAINING_CHARACTERS = 100_000_000  # of the text that a tokenizer is trained on
-PIECE = 1 << 20  # characters encoded at a time
-_MOST_WORKERS = 8  # more would wait: one thread reads and filters
-_SYMBOL = re.compile(r"[^\w\s]|_")
+PART = 1 << 22  # characters
 
 
-@dataclasses.dataclass(frozen=True)
-class Rules:
-    """Which documents are left out; the command's options of the same names describe each rule."""
+@dataclasses.dataclass
+class Prepared:
+    """What was written: documents, ids, bytes of text in UTF-8, bytes read from files, documents left out by reason."""
 
-    deduplicate: bool = True
-    min_characters: int = 0
-    max_symbol_ratio: float | None = None
-    max_repeated_lines: float | None = None
+    documents: int = 0
+    tokens: int = 0
+    text_bytes: int = 0
+    bytes_read: int = 0
+    counts: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(REASONS, 0))
+    sha256: str = ""  # of the ids, or their shards (`slm_jax.data.token_file`)
+
+    def add(self, part: Part) -> None:
+        """Count a part."""
+        n_documents = int(part.starts.sum())
+        self.tokens += int(part.lengths.sum()) - (n_documents > 0 and not self.documents)  # none before the first
+        self.documents += n_documents
+        self.text_bytes += int(part.sizes.sum())
+        for reason, n in zip(REASONS, part.counts.tolist(), strict=True):
+            self.counts[reason] += n
+
+    def remove(self, part: Part, kept: Bool[np.ndarray, " texts"]) -> None:
+        """Count near duplicates of a part, of whose texts only some are kept."""
+        n_removed = int(np.count_nonzero(~kept))
+        self.documents -= n_removed
+        self.text_bytes -= int(part.sizes[~kept].sum())
+        self.counts["near_duplicates"] += n_removed
 
 
 def prepare(
@@ -48,42 +65,128 @@ def prepare(
     tokenizer: Tokenizer,
     *,
     text_column: str | None = None,
-    rules: Rules = Rules(),
-    report: Callable[[TokenWriter], None] = lambda _: None,
-) -> TokenWriter:
+    rules: Rules = DEFAULT_RULES,
+    shard_tokens: int | None = None,
+    processes: int = 1,
+    report: Callable[[Prepared], None] = lambda _: None,
+) -> Prepared:
     """Encode sources, one after the other, into a token file (`slm_jax.data.token_file`); return its counts.
 
-    ``report`` is called now and then with what has been written so far.
+    ``shard_tokens`` is the number of ids of each shard (None: one file). ``report`` is called now and then with what
+    has been encoded so far. If the process is killed or interrupted, the next call takes the finished parts, which are
+    in the folder ``OUT.parts``, and its result is the same.
 
     Raises:
         InputError: a source that cannot be read, or has no text that the rules keep; a text that the tokenizer cannot
-            encode; a file that cannot be written. Nothing is left behind.
+            encode; a file that cannot be written; ``out`` is being written by another process. Nothing is left behind.
     """
     tokenizer.encode("")  # raises if the tokenizer's files are missing, before anything is read
-    source, counts = " ".join(map(str, sources)), dict.fromkeys(REASONS, 0)
-    read: list[int] = []
+    job = Job(" ".join(map(str, sources)), rules, tokenizer)
+    read, result = [0], Prepared()
 
     def count_empty() -> None:
-        counts["empty"] += 1
+        result.counts["empty"] += 1
 
     # A list, so that missing files are reported at once.
     found = itertools.chain.from_iterable([each.documents(text_column, read.append, count_empty) for each in sources])
-    batches = _batches(select(found, rules, counts), read)
-    workers = min(_MOST_WORKERS, os.cpu_count() or 1)
-    with write_token_file(out, tokenizer, source) as file, ThreadPoolExecutor(workers) as pool:
-        file.counts = counts
-        encoded = _in_order(pool, partial(_encode, tokenizer, source), batches, ahead=workers + 1)
-        for ids, documents, text_bytes, bytes_read in encoded:
-            # The end-of-text id is between documents, not before the first.
-            file.write(ids if file.tokens else ids[1:])
-            file.documents += documents
-            file.text_bytes += text_bytes
-            file.bytes_read += bytes_read
-            report(file)
-        if not file.tokens:
-            left_out = ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in counts.items() if n)
-            raise InputError(f"source {source!r}: no document is left ({left_out or 'none read'}); loosen the filter")
-    return file
+    with _locked_folder(out) as folder:
+        paths, parts = [], []
+        with workers(job, processes) as (make, n_workers):
+            texts = _cut(mark_copies(found, rules.deduplicate))
+            submitted = (_submit(make, folder / job.name(i, part), part, read) for i, part in enumerate(texts))
+            for path, part, bytes_read in in_order(submitted, ahead=n_workers + 1):
+                paths.append(path)
+                parts.append(part)
+                result.add(part)
+                result.bytes_read += bytes_read
+                report(result)
+        if not result.documents:
+            left_out = ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in result.counts.items() if n)
+            raise InputError(
+                f"source {job.source!r}: no document is left ({left_out or 'none read'}); loosen the filter"
+            )
+        with write_token_file(out, tokenizer, job.source, shard_tokens) as file:
+            for path, part, kept in zip(paths, parts, _find_kept(parts, rules.near_duplicates), strict=True):
+                ids = _read_ids(path)
+                if not kept.all():
+                    result.remove(part, kept)
+                    ids = ids[np.repeat(kept, part.lengths)]
+                file.write(ids if file.tokens else ids[1:])  # the end-of-text id is between documents
+            file.documents, file.counts = result.documents, result.counts
+        return dataclasses.replace(result, tokens=file.tokens, sha256=file.sha256)
+
+
+def work_folder(out: Path) -> Path:
+    """Return the folder of what is done for a token file that is not yet complete."""
+    return out.with_name(f"{out.name}.parts")
+
+
+@contextmanager
+def _locked_folder(out: Path) -> Iterator[Path]:
+    """Give a folder that no other process uses; it is removed at the end, but kept with its parts if interrupted."""
+    folder, keep = work_folder(out), False
+    lock = filelock.FileLock(folder / "lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise InputError(f"{folder}: another process is preparing {out.name}; wait for it, or stop it") from None
+    except OSError as error:
+        raise unwritable(folder, error) from None
+    try:
+        yield folder
+    except BrokenProcessPool:
+        keep = True
+        remedy = "run again with fewer processes, and it resumes"
+        raise InputError(f"{out}: a process was killed, perhaps out of memory; {remedy}") from None
+    except KeyboardInterrupt:
+        keep = any(folder.glob("*.npz"))
+        raise
+    except InputError:  # a MissingInputError is also an OSError
+        raise
+    except OSError as error:
+        keep = True
+        raise unwritable(folder, error) from None
+    finally:
+        lock.release()
+        if not keep:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _cut(texts: Iterable[Text]) -> Iterator[list[Text]]:
+    part: list[Text] = []
+    n_characters = 0
+    for text in texts:
+        part.append(text)
+        n_characters += len(text.text)
+        if n_characters >= PART:
+            yield part
+            part, n_characters = [], 0
+    if part:
+        yield part
+
+
+def _submit(make: MakePart, path: Path, texts: list[Text], read: list[int]) -> Submitted:
+    """Start to make a part; ``read`` collects the bytes read for it."""
+    bytes_read = sum(read)
+    read.clear()
+    return path, make(path, texts), bytes_read
+
+
+def _read_ids(path: Path) -> np.ndarray:
+    if (part := read_part(path)) is None:
+        raise InputError(f"{path}: was changed or removed by another program; run again")
+    return part.ids
+
+
+def _find_kept(parts: Sequence[Part], threshold: float | None) -> list[Bool[np.ndarray, " texts"]]:
+    """Return for each part which of its texts are no near duplicates."""
+    kept = np.ones(sum(len(part.lengths) for part in parts), bool)
+    if threshold is not None:
+        signatures = np.concatenate([part.signatures for part in parts])
+        compared = signatures.any(axis=1)  # pieces of longer documents have none
+        kept[compared] = ~find_near_duplicates(signatures[compared], threshold)
+    return np.split(kept, np.cumsum([len(part.lengths) for part in parts])[:-1])
 
 
 def train_tokenizer(
@@ -105,89 +208,3 @@ def train_tokenizer(
                     return
 
     return BPETokenizer.train(first(), vocab_size)
-
-
-def select(documents: Iterable[Pieces], rules: Rules, counts: dict[str, int]) -> Iterator[Pieces]:
-    """Yield the documents that are kept, and count the others by reason; remembers about 100 bytes per document."""
-    seen: set[bytes] = set()
-    for document in documents:
-        pieces = iter(document)
-        start: list[str] = []
-        n_characters = 0
-        while n_characters <= LONGEST and (piece := next(pieces, None)) is not None:
-            start.append(piece)
-            n_characters += len(piece)
-        reason = "unfiltered" if n_characters > LONGEST else _reason("".join(start), rules, seen)
-        if reason is not None:
-            counts[reason] += 1
-        if reason in (None, "unfiltered"):
-            yield itertools.chain(start, pieces)
-
-
-def _reason(text: str, rules: Rules, seen: set[bytes]) -> str | None:
-    if len(text) < rules.min_characters:
-        return "short"
-    if rules.max_symbol_ratio is not None:
-        n_symbols = len(text) - len(_SYMBOL.sub("", text))
-        if n_symbols > rules.max_symbol_ratio * len(text):
-            return "symbols"
-    if rules.max_repeated_lines is not None:
-        lines = [line for part in text.split("\n") if (line := part.strip())]
-        if len(lines) - len(set(lines)) > rules.max_repeated_lines * len(lines):
-            return "repeated_lines"
-    if rules.deduplicate:
-        digest = hashlib.blake2b(text.strip().encode(), digest_size=16).digest()
-        if digest in seen:
-            return "duplicates"
-        seen.add(digest)
-    return None
-
-
-Batch = tuple[list[str | None], int]  # pieces, each document after None; and the bytes of files read for them
-Encoded = tuple[np.ndarray, int, int, int]  # ids, each document's after an end-of-text id; documents, text bytes, read
-
-
-def _batches(found: Iterable[Pieces], read: list[int]) -> Iterator[Batch]:
-    """Group short pieces: starting a thread pays off from about a megabyte; ``read`` collects the bytes read for it."""
-    batch: list[str | None] = []
-    n_characters = 0
-    for document in found:
-        batch.append(None)
-        for text in cut_pieces(document, PIECE):
-            batch.append(text)
-            n_characters += len(text)
-            if n_characters >= PIECE:
-                yield batch, sum(read)
-                read.clear()
-                batch, n_characters = [], 0
-    if batch:
-        yield batch, sum(read)
-
-
-def _encode(tokenizer: Tokenizer, source: str, batch: Batch) -> Encoded:
-    pieces, bytes_read = batch
-    ids: list[int] = []
-    text_bytes = 0
-    for text in pieces:
-        if text is None:
-            ids.append(tokenizer.eot_id)
-            continue
-        try:
-            ids += tokenizer.encode(text)
-        except InputError as error:
-            raise InputError(f"source {source!r}: in {text.strip()[:40]!r} …: {error}") from None
-        text_bytes += len(text.encode())
-    return np.array(ids, token_dtype(tokenizer.vocab_size)), pieces.count(None), text_bytes, bytes_read
-
-
-def _in_order(
-    pool: ThreadPoolExecutor, encode: Callable[[Batch], Encoded], batches: Iterable[Batch], ahead: int
-) -> Iterator[Encoded]:
-    """Yield the encoded batches in order; at most ``ahead`` of them wait."""
-    waiting: deque[Future[Encoded]] = deque()
-    for batch in batches:
-        waiting.append(pool.submit(encode, batch))
-        if len(waiting) > ahead:
-            yield waiting.popleft().result()
-    for future in waiting:
-        yield future.result()

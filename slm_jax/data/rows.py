@@ -110,17 +110,20 @@ class Source:
         text_column: str | None = None,
         on_read: OnRead = ignore_bytes,
         on_empty: Callable[[], None] = lambda: None,
+        may_be_empty: bool = False,
     ) -> Iterator[Iterator[str]]:
         """Return the documents in a fixed order, each as an iterator of its pieces, so that none need fit into memory.
 
         A text file or a row is a document, or several if it holds a literal ``<|endoftext|>``; documents of only white
         space are skipped, and ``on_empty`` is called for each file or row without any. A document has to be read before
         the next one is asked for. Memory holds about a megabyte of a text file, or one row (of Parquet 64).
-        InputError: as `texts`, or there is no document.
+        InputError: as `texts`, or there is no document and ``may_be_empty`` is false.
         """
-        return self._documents(self.texts(text_column, on_read), on_empty)
+        return self._documents(self.texts(text_column, on_read), on_empty, may_be_empty)
 
-    def _documents(self, texts: Iterable[Pieces], on_empty: Callable[[], None]) -> Iterator[Iterator[str]]:
+    def _documents(
+        self, texts: Iterable[Pieces], on_empty: Callable[[], None], may_be_empty: bool
+    ) -> Iterator[Iterator[str]]:
         found_any = False
         for text in texts:
             is_empty = True
@@ -130,7 +133,7 @@ class Source:
             found_any |= not is_empty
             if is_empty:
                 on_empty()
-        if not found_any:
+        if not found_any and not may_be_empty:
             raise InputError(f"source {self}: empty text; expected more than white space")
 
     def read_documents(self, text_column: str | None = None) -> list[str]:

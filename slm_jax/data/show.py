@@ -4,10 +4,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int32, Integer
+from jaxtyping import Int32
 from rich.cells import cell_len, chop_cells
 from rich.console import Console
 
+from slm_jax.data.ids import Ids
 from slm_jax.data.windows import Batch, PackedRows, TrainBatches, endless_batches, train_batches
 from slm_jax.tokenizer import Tokenizer
 
@@ -23,7 +24,7 @@ _VISIBLE = str.maketrans({" ": "·", "\n": "↵", "\t": "⇥", "\r": "␍"})
 
 
 def show_batches(
-    tokens: Integer[np.ndarray, " tokens"],
+    tokens: Ids,
     tokenizer: Tokenizer,
     *,
     n: int,
@@ -49,7 +50,7 @@ def show_batches(
                 console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _batches(tokens: Integer[np.ndarray, " tokens"], eot_id: int, width: int, packing: bool) -> TrainBatches:
+def _batches(tokens: Ids, eot_id: int, width: int, packing: bool) -> TrainBatches:
     if packing:
         rows = PackedRows(tokens, eot_id, width)
         return endless_batches(len(rows), rows.batch, batch_size=min(ROWS, len(rows)), seed=0)

@@ -2,13 +2,17 @@
 
 ``FILE.bin`` holds only ids, uint16 if the vocabulary has at most 65,536 tokens, else uint32. ``FILE.bin.json`` holds
 the tokenizer, the counts and the SHA-256 of the ids; without it, ids are read as uint16.
+
+Shards are several such files, ``FILE-00000.bin``, ``FILE-00001.bin``, …, whose ids follow each other. ``FILE.bin.json``
+lists them with their sizes and SHA-256; there is no ``FILE.bin``, but this is how they are named: ``tokens:FILE.bin``.
 """
 
+import glob
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -16,6 +20,7 @@ import numpy as np
 from jaxtyping import UInt
 
 from slm_jax.data.file_sources import unreadable
+from slm_jax.data.ids import Ids, ShardedIds
 from slm_jax.data.rows import OnRead, Pieces, Source, ignore_bytes
 from slm_jax.errors import InputError
 from slm_jax.files import read_json, replace_text, replacing, sha256, unwritable, user_path
@@ -48,7 +53,7 @@ class TokenSource(Source):
 class TokenFile(NamedTuple):
     """An opened file: ids mapped into memory; the tokenizer and the SHA-256 of described ones, None for bare ids."""
 
-    tokens: UInt[np.ndarray, " tokens"]
+    tokens: Ids
     tokenizer: Tokenizer | None
     sha256: str | None
 
@@ -63,21 +68,23 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
     return _DTYPES["uint16" if vocab_size <= 2**16 else "uint32"]
 
 
-def open_token_file(path: str | Path) -> TokenFile:
-    """Map a file of ids, after checking it against its JSON file, if it has one (which reads the whole file once).
+def shard_path(path: Path, number: int) -> Path:
+    """Return the path of a shard: ``FILE-00000.bin`` for the first one of ``FILE.bin``."""
+    return path.with_name(f"{path.stem}-{number:05}{path.suffix}")
 
-    Bare ids must still be compared with a vocabulary: `check_ids`. InputError: a file that is missing, empty,
-    truncated, changed, or something else.
+
+def open_token_file(path: str | Path, verify: bool = True) -> TokenFile:
+    """Map a file of ids, or its shards, after checking it against its JSON file, if it has one.
+
+    ``verify`` also compares the SHA-256, which reads all ids once. Bare ids must still be compared with a vocabulary:
+    `check_ids`. InputError: a file that is missing, empty, truncated, changed, or something else.
     """
     path = Path(path).expanduser()
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            start = file.read(8)
-    except OSError as error:
-        raise unreadable(path, error) from None
     if json_path(path).exists():
-        return _open_described(path, size)
+        return _open_described(path, verify)
+    size = _size(path)
+    with path.open("rb") as file:
+        start = file.read(8)
     for magic, what in _NOT_HEADERLESS.items():
         if start.startswith(magic):
             raise InputError(f"{path}: expected bare uint16 ids, found {what}")
@@ -86,21 +93,41 @@ def open_token_file(path: str | Path) -> TokenFile:
     return TokenFile(map_ids(path, _DTYPES["uint16"]), None, None)
 
 
-def _open_described(path: Path, size: int) -> TokenFile:
+def _size(path: Path) -> int:
+    try:
+        with path.open("rb") as file:
+            return os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise unreadable(path, error) from None
+
+
+def _open_described(path: Path, verify: bool) -> TokenFile:
     file = json_path(path)
     about = read_description(file)
     dtype = _DTYPES[about["dtype"]]
-    if size != about["tokens"] * dtype.itemsize:
-        raise InputError(f"{path}: {size} bytes, but {file.name} says {about['tokens']} ids of {dtype.name}; {_AGAIN}")
-    if (digest := sha256(path)) != about["sha256"]:
-        raise InputError(f"{path}: SHA-256 is {digest}, but {file.name} says {about['sha256']}; {_AGAIN}")
+    parts = token_paths(path, about)
+    for part, listed in parts.items():
+        size, digest = _size(part), listed["sha256"]
+        if size != listed["tokens"] * dtype.itemsize:
+            what = f"{size} bytes, but {file.name} says {listed['tokens']} ids of {dtype.name}"
+            raise InputError(f"{part}: {what}; {_AGAIN}")
+        if verify and (found := sha256(part)) != digest:
+            raise InputError(f"{part}: SHA-256 is {found}, but {file.name} says {digest}; {_AGAIN}")
     try:
         tokenizer = tokenizer_from_dict(about["tokenizer"])
         if fingerprint(tokenizer) != about["tokenizer_sha256"] or tokenizer.vocab_size != about["vocab_size"]:
             raise InputError("not the one that tokenizer_sha256 and vocab_size describe")
     except InputError as error:
         raise InputError(f"{file}: tokenizer: {error}; {_AGAIN}") from None
-    return TokenFile(map_ids(path, dtype), tokenizer, digest)
+    arrays = [map_ids(part, dtype) for part in parts]
+    return TokenFile(arrays[0] if len(arrays) == 1 else ShardedIds(arrays), tokenizer, about["sha256"])
+
+
+def token_paths(path: Path, about: Mapping[str, Any]) -> dict[Path, dict[str, Any]]:
+    """Return the files with the ids that a description lists, in order, each with its ``tokens`` and ``sha256``."""
+    if "shards" not in about:
+        return {path: {"tokens": about["tokens"], "sha256": about["sha256"]}}
+    return {shard_path(path, i): shard for i, shard in enumerate(about["shards"])}
 
 
 def read_description(file: Path) -> dict[str, Any]:
@@ -114,7 +141,19 @@ def read_description(file: Path) -> dict[str, Any]:
             raise InputError(f"{file}: {name} is {about.get(name)!r:.60}; expected {kind.__name__}; {_AGAIN}")
     if about["dtype"] not in _DTYPES:
         raise InputError(f"{file}: dtype is {about['dtype']!r}; expected {' or '.join(_DTYPES)}; {_AGAIN}")
+    if "shards" in about and not _are_shards(about["shards"], about["tokens"]):
+        raise InputError(f"{file}: shards doesn't list {about['tokens']} tokens in files with a SHA-256; {_AGAIN}")
     return about
+
+
+def _are_shards(shards: Any, n_tokens: int) -> bool:
+    return (
+        isinstance(shards, list)
+        and bool(shards)
+        and all(isinstance(shard, dict) for shard in shards)
+        and all(type(shard.get("tokens")) is int and type(shard.get("sha256")) is str for shard in shards)
+        and sum(shard["tokens"] for shard in shards) == n_tokens
+    )
 
 
 def map_ids(path: Path, dtype: np.dtype[Any]) -> UInt[np.ndarray, " tokens"]:
@@ -122,7 +161,7 @@ def map_ids(path: Path, dtype: np.dtype[Any]) -> UInt[np.ndarray, " tokens"]:
     return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype)
 
 
-def check_ids(tokens: UInt[np.ndarray, " tokens"], vocab_size: int, path: str | Path) -> None:
+def check_ids(tokens: Ids, vocab_size: int, path: str | Path) -> None:
     """Raise InputError if an id is not below ``vocab_size``: on the device it would silently become another one."""
     for begin in range(0, len(tokens), _CHUNK):
         chunk = tokens[begin : begin + _CHUNK]
@@ -133,59 +172,119 @@ def check_ids(tokens: UInt[np.ndarray, " tokens"], vocab_size: int, path: str | 
 
 
 class TokenWriter:
-    """Appends ids to a token file; made by `write_token_file`, whose caller counts all but the tokens."""
+    """Appends ids to a token file, or to its shards; made by `write_token_file`, whose caller sets the counts."""
 
-    def __init__(self, file: BinaryIO, vocab_size: int) -> None:
+    def __init__(self, files: ExitStack, path: Path, vocab_size: int, shard_tokens: int | None) -> None:
         self.tokens = self.documents = 0
-        self.text_bytes = self.bytes_read = 0  # size of the documents in UTF-8, bytes read from the sources' files
         self.counts: dict[str, int] = {}  # documents that were left out, by reason
-        self._digest = hashlib.sha256()
-        self._file, self._dtype = file, token_dtype(vocab_size)
-
-    @property
-    def sha256(self) -> str:
-        """SHA-256 of the ids written."""
-        return self._digest.hexdigest()
+        self._files, self._path, self._dtype, self._shard_tokens = files, path, token_dtype(vocab_size), shard_tokens
+        self._shards: list[_Shard] = []
+        self._start_shard()
 
     def write(self, ids: Sequence[int] | UInt[np.ndarray, " ids"]) -> None:
         """Append ids, each below the vocabulary's size."""
-        data = np.asarray(ids, dtype=self._dtype).tobytes()
-        self._file.write(data)
-        self._digest.update(data)
+        rest = np.asarray(ids, dtype=self._dtype)
+        self.tokens += len(rest)
+        while len(rest):
+            if self._shards[-1].tokens == self._shard_tokens:
+                self._shards[-1].close()
+                self._start_shard()
+            n = len(rest) if self._shard_tokens is None else self._shard_tokens - self._shards[-1].tokens
+            self._shards[-1].write(rest[:n])
+            rest = rest[n:]
+
+    def close(self) -> dict[str, Any]:
+        """Write what is not yet on the disk; return what describes the ids."""
+        self._shards[-1].close()
+        about = {"dtype": self._dtype.name, "tokens": self.tokens, "documents": self.documents, "counts": self.counts}
+        if self._shard_tokens is None:
+            return about | {"sha256": self.sha256}
+        shards = [{"tokens": shard.tokens, "sha256": shard.digest.hexdigest()} for shard in self._shards]
+        return about | {"sha256": self.sha256, "shards": shards}
+
+    @property
+    def paths(self) -> list[Path]:
+        """The files with the ids."""
+        if self._shard_tokens is None:
+            return [self._path]
+        return [shard_path(self._path, i) for i in range(len(self._shards))]
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the ids written; of shards: `sha256_of_shards`."""
+        digests = [shard.digest.hexdigest() for shard in self._shards]
+        return digests[0] if self._shard_tokens is None else sha256_of_shards(digests)
+
+    def _start_shard(self) -> None:
+        self._shards.append(_Shard())
+        partial = self._files.enter_context(replacing(self.paths[-1]))
+        self._shards[-1].file = self._files.enter_context(partial.open("wb"))
+
+
+class _Shard:
+    file: BinaryIO
+
+    def __init__(self) -> None:
+        self.digest, self.tokens = hashlib.sha256(), 0
+
+    def write(self, ids: UInt[np.ndarray, " ids"]) -> None:
+        data = ids.tobytes()
+        self.file.write(data)
+        self.digest.update(data)
         self.tokens += len(ids)
+
+    def close(self) -> None:
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+
+
+def sha256_of_shards(digests: Sequence[str]) -> str:
+    """Return a SHA-256 for a list of shards: of a line with the SHA-256 of each."""
+    return hashlib.sha256("".join(f"{each}\n" for each in digests).encode()).hexdigest()
 
 
 @contextmanager
-def write_token_file(path: Path, tokenizer: Tokenizer, source: str) -> Iterator[TokenWriter]:
+def write_token_file(
+    path: Path, tokenizer: Tokenizer, source: str, shard_tokens: int | None = None
+) -> Iterator[TokenWriter]:
     """Yield a writer of a token file that appears, with its JSON file, when the block ends without an error.
 
-    Ids go to a partial file beside it, which is always removed. An existing file is replaced; of several writers the
-    last one wins. A file that cannot be written, such as on a full disk, is an InputError.
+    ``shard_tokens`` is the number of ids of each shard (None: one file). Ids go to partial files beside it, which are
+    always removed. An existing file or its shards are replaced; of several writers the last one wins. A file that
+    cannot be written, such as on a full disk, is an InputError.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as partial:
-            with partial.open("wb") as file:
-                writer = TokenWriter(file, tokenizer.vocab_size)
-                yield writer
-                file.flush()
-                os.fsync(file.fileno())
-            description = {
-                "format": FORMAT,
-                "version": VERSION,
-                "source": source,
-                "dtype": token_dtype(tokenizer.vocab_size).name,
-                "tokens": writer.tokens,
-                "documents": writer.documents,
-                "counts": writer.counts,
-                "sha256": writer.sha256,
-                "vocab_size": tokenizer.vocab_size,
-                "tokenizer_sha256": fingerprint(tokenizer),
-                "tokenizer": tokenizer.to_dict(),
-            }
+        replaced = existing_paths(path)
+        with ExitStack() as files:
+            writer = TokenWriter(files, path, tokenizer.vocab_size, shard_tokens)
+            yield writer
             # The JSON file first: ids without one would be read as bare uint16. A mismatch is noticed by the SHA-256.
-            replace_text(json_path(path), json.dumps(description, indent=2) + "\n")
+            replace_text(json_path(path), describe(tokenizer, source, writer.close()))
+        for old in set(replaced) - {json_path(path), *writer.paths}:
+            old.unlink()
     except (InputError, BrokenPipeError):  # from the block
         raise
     except OSError as error:
         raise unwritable(path, error) from None
+
+
+def existing_paths(path: Path) -> list[Path]:
+    """Return the files of a token file that exist: with the ids, its description, its shards."""
+    shards = path.parent.glob(f"{glob.escape(path.stem)}-{'[0-9]' * 5}{path.suffix}")
+    return [found for found in (path, json_path(path), *sorted(shards)) if found.exists()]
+
+
+def describe(tokenizer: Tokenizer, source: str, ids: Mapping[str, Any]) -> str:
+    """Return the content of ``FILE.bin.json``; ``ids`` are the fields on the ids, and on their shards."""
+    description = {
+        "format": FORMAT,
+        "version": VERSION,
+        "source": source,
+        **ids,
+        "vocab_size": tokenizer.vocab_size,
+        "tokenizer_sha256": fingerprint(tokenizer),
+        "tokenizer": tokenizer.to_dict(),
+    }
+    return json.dumps(description, indent=2) + "\n"

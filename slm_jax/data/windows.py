@@ -16,8 +16,9 @@ from typing import Any
 
 import grain
 import numpy as np
-from jaxtyping import Int, Int32, Int64, Integer
+from jaxtyping import Int, Int32, Int64
 
+from slm_jax.data.ids import Ids, as_ids
 from slm_jax.errors import InputError
 
 Batch = dict[str, np.ndarray]
@@ -84,7 +85,7 @@ def check_window(n_tokens: int, context_length: int, split: str) -> None:
 
 
 def train_batches(
-    tokens: np.ndarray,
+    tokens: Ids,
     *,
     context_length: int,
     batch_size: int,
@@ -126,15 +127,15 @@ def window_starts(n_tokens: int, context_length: int, stride: int | None) -> np.
     return np.arange(0, n_tokens - context_length, stride or context_length)
 
 
-def validation_batches(tokens: np.ndarray, *, context_length: int, batch_size: int) -> Iterator[Batch]:
+def validation_batches(tokens: Ids, *, context_length: int, batch_size: int) -> Iterator[Batch]:
     """Yield all ``tokens`` in windows that don't overlap, so that every token but the first is a target once."""
     starts = np.arange(0, tokens.size - 1, context_length)
     return eval_batches(starts, lambda at, rows: _windows(tokens, at[rows], context_length), batch_size=batch_size)
 
 
-def _windows(tokens: np.ndarray, starts: np.ndarray, context_length: int) -> Batch:
+def _windows(tokens: Ids, starts: np.ndarray, context_length: int) -> Batch:
     """Cut a batch of windows; past the end of the tokens, padding is 0 with weight 0."""
-    tokens = np.asarray(tokens)  # slicing a np.memmap makes a new one, which is slower than the copy
+    tokens = as_ids(tokens)
     rows = np.zeros((len(starts), context_length + 1), np.int32)
     for row, start in zip(rows, starts.tolist(), strict=True):
         chunk = tokens[start : start + context_length + 1]
@@ -152,11 +153,11 @@ class PackedRows:
     Takes about 16 bytes per document (60 while packing), and a few seconds for a million of them.
     """
 
-    def __init__(self, tokens: Integer[np.ndarray, " tokens"], eot_id: int, width: int):
+    def __init__(self, tokens: Ids, eot_id: int, width: int):
         assert tokens.size > 1, "the first token is not predicted"
         documents = _document_starts(tokens, eot_id)
         self.n_documents, self.width = len(documents) - 1, width
-        self._tokens = np.asarray(tokens)  # indexing a np.memmap is slower
+        self._tokens = as_ids(tokens)
         self._starts = _cut(documents, width)
         self._pieces, self._bounds = _group(best_fit(np.diff(self._starts).astype(np.int32), width))
 
@@ -225,7 +226,7 @@ def best_fit(lengths: Int32[np.ndarray, " pieces"], width: int) -> Int32[np.ndar
     return row_of
 
 
-def _document_starts(tokens: Integer[np.ndarray, " tokens"], eot_id: int) -> Int64[np.ndarray, " documents_and_1"]:
+def _document_starts(tokens: Ids, eot_id: int) -> Int64[np.ndarray, " documents_and_1"]:
     """Return the starts of the documents, and the end of all inputs: the last token is only a target."""
     end = tokens.size - 1
     chunks = range(0, end, _CHUNK)

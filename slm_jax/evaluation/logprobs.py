@@ -186,9 +186,8 @@ def evaluate_source(
     if isinstance(parsed, TokenSource):
         file = open_token_file(parsed.name)
         check_tokenizer(parsed, file, scorer.tokenizer)
-        tokens = file.tokens
-        cut = int(len(tokens) * (1 - validation_fraction))
-        tokens = {"all": tokens, "train": tokens[:cut], "validation": tokens[cut:]}[split]
+        cut = int(len(file.tokens) * (1 - validation_fraction))
+        tokens = file.tokens[{"all": slice(None), "train": slice(cut), "validation": slice(cut, None)}[split]]
     else:
         documents = parsed.read_documents(text_column)
         if split != "all":

@@ -35,7 +35,7 @@ def prepare(*args: object) -> int:
 
 def test_it_writes_a_token_file_and_summarizes_it(source, tokenizer, tmp_path, capsys):
     out = tmp_path / "new" / "ids.bin"
-    rules = ["--min-characters", 2, "--max-symbol-ratio", 0.5, "--max-repeated-lines", 0.5]
+    rules = ["--near-duplicates", 0.7, "--min-characters", 2, "--max-symbol-ratio", 0.5, "--max-repeated-lines", 0.5]
     assert prepare("--source", source, "--out", out, "--tokenizer", tokenizer, *rules) == 0
     opened = open_token_file(out)
     assert opened.tokenizer.decode(opened.tokens) == "one small step<|endoftext|>two small steps"
@@ -45,7 +45,20 @@ def test_it_writes_a_token_file_and_summarizes_it(source, tokenizer, tmp_path, c
     for reason in ("copies of an earlier", "fewer characters", "more symbols", "more repeated lines"):
         assert f"1 left out: {reason}" in text
     assert f"try next: slm-jax train --data.source tokens:{out}" in text
+    assert "0 left out: near duplicates" in text
     assert json.loads(Path(f"{out}.json").read_text())["source"] == source
+
+
+def test_shards_are_written_and_shown(source, tokenizer, tmp_path, capsys):
+    out = tmp_path / "ids.bin"
+    given = ["--source", source, "--out", out, "--tokenizer", tokenizer, "--shard-tokens", 20]
+    assert prepare(*given, "--show", 1, "--context-length", 16) == 0
+    assert "batch 1 of 1" in capsys.readouterr().out
+    assert (tmp_path / "ids-00002.bin").exists()
+    assert open_token_file(out).tokens[:4].tolist() == open_token_file(out).tokens[:20].tolist()[:4]
+    fails(["prepare", *given], capsys, "ids.bin.json: exists")
+    Path(f"{out}.json").unlink()
+    fails(["prepare", *given], capsys, "ids-00000.bin: exists")
 
 
 def test_a_tokenizer_is_trained_on_the_source(tmp_path):
@@ -106,21 +119,35 @@ def start(*args: str) -> "subprocess.Popen[bytes]":
     return subprocess.Popen(command, stderr=subprocess.PIPE, env=env)
 
 
-@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stop_leaves_nothing_half_made(tmp_path, tokenizer, signum, status):
-    (tmp_path / "a.txt").write_text("one small step " * 4_000_000)
-    out = tmp_path / "o" / "a.bin"
-    process = start("--source", f"text:{tmp_path}/a.txt", "--out", str(out), "--tokenizer", tokenizer)
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_a_stop_leaves_finished_parts_and_the_same_command_resumes(tmp_path, tokenizer, signum, status):
+    (tmp_path / "a.txt").write_text("one small step " * 1_200_000)
+    out, processes = tmp_path / "o" / "a.bin", "2" if signum == signal.SIGKILL else "1"
+    given = [
+        "--source",
+        f"text:{tmp_path}/a.txt",
+        "--out",
+        str(out),
+        "--tokenizer",
+        tokenizer,
+        "--processes",
+        processes,
+    ]
+    process = start(*given, "--processes", processes)
     deadline = time.monotonic() + 60
-    while not list(out.parent.glob("a.bin.*.partial")):
+    while len(list(out.parent.glob("a.bin.parts/*.npz"))) < 2:
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signum)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=60)  # the pipe ends when the last of its processes has ended
     assert process.returncode == status, error
     assert b"Traceback" not in error
-    assert list(out.parent.iterdir()) == []
+    assert (b"the same command resumes" in error) == (signum != signal.SIGKILL)
+    assert [path.name for path in out.parent.iterdir()] == ["a.bin.parts"]
+    assert prepare(*given, "--show", 1) == 0
+    assert sorted(path.name for path in out.parent.iterdir()) == ["a.bin", "a.bin.json"]
+    assert open_token_file(out).tokens.size == 18_000_000
 
 
 def test_a_stop_ends_the_training_of_a_tokenizer(tmp_path):

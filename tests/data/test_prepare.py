@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from refusals import refused
 
-from slm_jax.data import file_sources, prepare
+from slm_jax.data import file_sources, parts, prepare
 from slm_jax.data.builtin import Builtin
 from slm_jax.data.corpus import encode_documents
-from slm_jax.data.prepare import REASONS, Rules, cut_pieces, select, train_tokenizer
+from slm_jax.data.filters import Rules
+from slm_jax.data.prepare import Prepared, cut_pieces, train_tokenizer
 from slm_jax.data.rows import Source
 from slm_jax.data.sources import parse_source
 from slm_jax.data.token_file import open_token_file
@@ -104,7 +105,8 @@ def test_a_source_has_the_ids_of_reading_and_encoding_it_whole(
         tokenizer = CharTokenizer().build_vocab("".join(whole))
     expected = encode_documents(whole, tokenizer)
     monkeypatch.setattr(file_sources, "PIECE", piece)
-    monkeypatch.setattr(prepare, "PIECE", piece)
+    monkeypatch.setattr(parts, "PIECE", piece)
+    monkeypatch.setattr(prepare, "PART", piece)
     prepared = prepare.prepare([sources[source]], tmp_path / "ids.bin", tokenizer, rules=ALL)
     opened = open_token_file(tmp_path / "ids.bin")
     np.testing.assert_array_equal(opened.tokens, expected)
@@ -115,7 +117,7 @@ def test_a_source_has_the_ids_of_reading_and_encoding_it_whole(
 
 
 def test_the_order_is_that_of_the_source_with_many_threads(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "PIECE", 30)
+    monkeypatch.setattr(prepare, "PART", 30)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     texts = [f"document {i} " + "word " * (i * 37 % 50) for i in range(500)]
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
@@ -129,7 +131,7 @@ def test_the_order_is_that_of_the_source_with_many_threads(tmp_path, monkeypatch
 
 def test_progress_is_of_what_was_encoded_not_of_what_was_read_ahead(tokenizers, tmp_path, monkeypatch):
     monkeypatch.setattr(file_sources, "PIECE", 100)
-    monkeypatch.setattr(prepare, "PIECE", 100)
+    monkeypatch.setattr(prepare, "PART", 100)
     (tmp_path / "a.txt").write_text("<|endoftext|>".join(f"low lower {i:090}" for i in range(20)))
     source, reports = parse_source(f"text:{tmp_path}/a.txt"), []
 
@@ -174,52 +176,114 @@ def test_a_tokenizer_without_its_files_is_found_out_before_reading(tmp_path, mon
         prepare.prepare([parse_source("builtin:python-docs")], tmp_path / "ids.bin", GPT2Tokenizer())
 
 
-# What is left out
+# Shards, processes, restarts
 
 
-def selected(rules: Rules, documents: list[list[str]]) -> tuple[list[str], dict[str, int]]:
-    """What stays, and the counts that are not 0."""
-    counts = dict.fromkeys(REASONS, 0)
-    kept = ["".join(document) for document in select(documents, rules, counts)]
-    assert len(documents) - len(kept) == sum(counts.values()) - counts["unfiltered"]
-    return kept, {reason: n for reason, n in counts.items() if n}
+@pytest.fixture
+def corpus(tmp_path) -> Source:
+    """200 documents, of which every fourth is a near copy of the one before and every tenth an exact one."""
+    rng = np.random.default_rng(0)
+    words = np.array([f"word{i}" for i in range(1000)])
+    texts: list[str] = []
+    for i in range(200):
+        text = texts[-1] + " more" if i % 4 == 3 else texts[-1] if i % 10 == 9 else " ".join(rng.choice(words, size=60))
+        texts.append(text)
+    (tmp_path / "corpus.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    return parse_source(f"jsonl:{tmp_path}/corpus.jsonl")
 
 
-def test_copies_are_left_out_however_they_are_cut():
-    documents = [["ab", "c"], ["a", "bc"], ["abc\n"], ["ab c"], ["abd"], [" abd"], ["abc"]]
-    assert selected(Rules(), documents) == (["abc", "ab c", "abd"], {"duplicates": 4})
-    assert selected(ALL, documents)[1] == {}
+NEAR = Rules(near_duplicates=0.7)
 
 
-def test_each_reason_is_counted_once():
-    documents = [["word"], ["a longer word"], ["##########"], ["same line\n" * 4], ["a longer word"]]
-    rules = Rules(min_characters=5, max_symbol_ratio=0.5, max_repeated_lines=0.5)
-    expected = {"short": 1, "symbols": 1, "repeated_lines": 1, "duplicates": 1}
-    assert selected(rules, documents) == (["a longer word"], expected)
-    # what is left out for its quality is no earlier document
-    assert selected(rules, [["word"], ["word"], ["another word"]])[1] == {"short": 2}
-    # a limit is what is still kept
-    assert selected(Rules(min_characters=4), [["word"], ["wor"]])[0] == ["word"]
-    assert selected(Rules(max_symbol_ratio=0.25), [["abc!"], ["ab!!"]])[0] == ["abc!"]
-    assert selected(Rules(max_repeated_lines=0.5), [["a\na"], ["a\na\na"]])[0] == ["a\na"]
+def prepared(corpus: Source, out, tokenizer: Tokenizer, **options) -> tuple[Prepared, list[int]]:
+    """Prepare with near duplicates left out; return what was counted, and the ids."""
+    result = prepare.prepare([corpus], out, tokenizer, rules=NEAR, **options)
+    assert [path.name for path in out.parent.iterdir() if "partial" in path.name or path.is_dir()] == []
+    return result, open_token_file(out).tokens[:].tolist()
 
 
-def test_a_document_that_is_too_long_streams_through(monkeypatch):
-    monkeypatch.setattr(prepare, "LONGEST", 5)
-    read = []
+def test_shards_hold_the_ids_of_one_file(corpus, tokenizers, tmp_path):
+    whole, ids = prepared(corpus, tmp_path / "whole.bin", tokenizers["bpe"])
+    assert whole.counts["near_duplicates"] == 50
+    assert whole.counts["duplicates"] == 10  # the tenths that are no fourth
+    assert (whole.documents, whole.tokens) == (140, len(ids))
+    sharded, same_ids = prepared(corpus, tmp_path / "new" / "ids.bin", tokenizers["bpe"], shard_tokens=1000)
+    assert same_ids == ids
+    shards = sorted((tmp_path / "new").glob("*.bin"))
+    assert [path.name for path in shards] == [f"ids-{i:05}.bin" for i in range(-(-len(ids) // 1000))]
+    assert [path.stat().st_size for path in shards[:-1]] == [2000] * (len(shards) - 1)
+    assert sharded.sha256 == open_token_file(tmp_path / "new" / "ids.bin").sha256 != whole.sha256
+    assert (sharded.documents, sharded.counts) == (whole.documents, whole.counts)
 
-    def endless():
-        while True:
-            read.append("abc")
-            yield "abc"
 
-    counts = dict.fromkeys(REASONS, 0)
-    first = next(select([endless()], Rules(min_characters=100), counts))
-    assert len(read) == 2
-    assert [next(first) for _ in range(4)] == ["abc"] * 4
-    assert len(read) == 4
-    assert counts == dict.fromkeys(REASONS, 0) | {"unfiltered": 1}
-    assert selected(Rules(), [["abcde"], ["abcde"], ["abcdef"], ["abcdef"]])[1] == {"duplicates": 1, "unfiltered": 2}
+def test_fewer_shards_or_one_file_replace_all_of_the_old_ones(corpus, tokenizers, tmp_path):
+    out = tmp_path / "new" / "ids.bin"
+    for shard_tokens, files in ((5_000, 14), (20_000, 4), (None, 1), (30_000, 3)):
+        prepared(corpus, out, tokenizers["bpe"], shard_tokens=shard_tokens)
+        assert len(list(out.parent.glob("*.bin"))) == files
+
+
+def test_two_processes_write_the_file_of_one(corpus, tokenizers, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "PART", 5000)
+    one = prepared(corpus, tmp_path / "one.bin", tokenizers["bpe"])
+    assert prepared(corpus, tmp_path / "two.bin", tokenizers["bpe"], processes=2) == one
+    assert (tmp_path / "one.bin").read_bytes() == (tmp_path / "two.bin").read_bytes()
+
+
+def test_an_interrupted_run_is_resumed_and_damaged_parts_are_made_again(corpus, tokenizers, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "PART", 5000)
+    out, tokenizer = tmp_path / "ids.bin", tokenizers["bpe"]
+    unbroken = prepared(corpus, tmp_path / "unbroken.bin", tokenizer)
+
+    def interrupt(result):
+        if result.documents > 100:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepared(corpus, out, tokenizer, report=interrupt)
+    done = sorted((tmp_path / "ids.bin.parts").glob("*.npz"))
+    assert len(done) > 5
+    done[0].write_bytes(done[0].read_bytes()[:-100])
+    changed = bytearray(done[1].read_bytes())
+    changed[1000] ^= 1
+    done[1].write_bytes(changed)
+    (tmp_path / "ids.bin.parts" / "x.partial").write_bytes(b"of a process that was killed")
+    encoded = []
+    encode_part = parts.encode_part
+    monkeypatch.setattr(parts, "encode_part", lambda job, texts: encoded.append(1) or encode_part(job, texts))
+    assert prepared(corpus, out, tokenizer) == unbroken
+    assert out.read_bytes() == (tmp_path / "unbroken.bin").read_bytes()
+    n_parts = -(-corpus.files()[0].stat().st_size // 5000)
+    assert len(encoded) <= n_parts - len(done) + 3
+
+
+@pytest.mark.parametrize("change", ["rules", "tokenizer", "text"])
+def test_parts_of_another_run_are_not_taken(corpus, tokenizers, tmp_path, monkeypatch, change):
+    monkeypatch.setattr(prepare, "PART", 5000)
+
+    def interrupt(result):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare.prepare([corpus], tmp_path / "ids.bin", tokenizers["bpe"], report=interrupt)
+    tokenizer, rules, path = tokenizers["bpe"], Rules(), tmp_path / "corpus.jsonl"
+    if change == "rules":
+        rules = Rules(min_characters=473)
+    elif change == "tokenizer":
+        tokenizer = BPETokenizer.train("word1 word2 word3 " * 9, vocab_size=270)
+    else:
+        path.write_text(path.read_text().replace("word1", "words"))
+    expected = prepare.prepare([corpus], tmp_path / "expected.bin", tokenizer, rules=rules)
+    assert (expected.counts["short"] > 0) == (change == "rules")
+    assert prepare.prepare([corpus], tmp_path / "ids.bin", tokenizer, rules=rules) == expected
+
+
+def test_two_runs_do_not_write_one_file_at_once(corpus, tokenizers, tmp_path):
+    def again(_):
+        prepare.prepare([corpus], tmp_path / "ids.bin", tokenizers["bpe"])
+
+    with refused("ids.bin.parts: another process is preparing ids.bin"):
+        prepare.prepare([corpus], tmp_path / "ids.bin", tokenizers["bpe"], report=again)
 
 
 # Training a tokenizer

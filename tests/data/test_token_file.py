@@ -109,6 +109,28 @@ def test_a_changed_file_is_refused(path):
         open_token_file(path)
 
 
+def test_changed_and_missing_shards_are_refused(tmp_path):
+    with write_token_file(tmp_path / "ids.bin", TOKENIZER, "", shard_tokens=3) as file:
+        file.write([0, 1, 2, 10, 9, 8, 7])
+    assert open_token_file(tmp_path / "ids.bin").tokens[2:5].tolist() == [2, 10, 9]
+    shard, about = tmp_path / "ids-00001.bin", tmp_path / "ids.bin.json"
+    data, text = shard.read_bytes(), about.read_text()
+    shard.write_bytes(data[:-2] + bytes(2))
+    with refused(r"ids-00001\.bin: SHA-256 is .*, but ids\.bin\.json says"):
+        open_token_file(tmp_path / "ids.bin")
+    assert open_token_file(tmp_path / "ids.bin", verify=False).tokens[5] == 0
+    shard.write_bytes(data[:-2])
+    with refused(r"ids-00001\.bin: 4 bytes, but ids\.bin\.json says 3 ids"):
+        open_token_file(tmp_path / "ids.bin")
+    shard.unlink()
+    with refused(r"ids-00001\.bin: no such file", MissingInputError):
+        open_token_file(tmp_path / "ids.bin")
+    for changed in (text.replace('"tokens": 7', '"tokens": 8'), text.replace('"tokens": 3', '"tokens": "3"')):
+        about.write_text(changed)
+        with refused("ids.bin.json: shards doesn't list"):
+            open_token_file(tmp_path / "ids.bin")
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [

@@ -1,0 +1,91 @@
+"""Which documents `slm-jax prepare` leaves out: copies, and documents of low quality.
+
+The measures of quality are the simplest of those that MassiveText used (Rae et al. 2021, "Scaling language models").
+"""
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from slm_jax.data.rows import Pieces
+from slm_jax.tokenizer import cut_pieces
+
+LONGEST = 1 << 24  # characters; longer documents are not held in memory
+PIECE = 1 << 20  # characters of these that are
+# Why documents are left out; those that are unfiltered, because they are longer, are kept.
+REASONS = ("empty", "short", "symbols", "repeated_lines", "duplicates", "near_duplicates", "unfiltered")
+_SYMBOL = re.compile(r"[^\w\s]|_")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """Which documents are left out; the command's options of the same names describe each rule."""
+
+    deduplicate: bool = True
+    near_duplicates: float | None = None
+    min_characters: int = 0
+    max_symbol_ratio: float | None = None
+    max_repeated_lines: float | None = None
+
+    def low_quality(self, text: str) -> str | None:
+        """Return the reason to leave out a document; None if it is good enough. White space around it doesn't count."""
+        text = text.strip()
+        if len(text) < self.min_characters:
+            return "short"
+        if self.max_symbol_ratio is not None:
+            n_symbols = len(text) - len(_SYMBOL.sub("", text))
+            if n_symbols > self.max_symbol_ratio * len(text):
+                return "symbols"
+        if self.max_repeated_lines is not None:
+            lines = [line for part in text.split("\n") if (line := part.strip())]
+            if len(lines) - len(set(lines)) > self.max_repeated_lines * len(lines):
+                return "repeated_lines"
+        return None
+
+
+DEFAULT_RULES = Rules()
+
+
+class Text(NamedTuple):
+    """A document, or a piece of one that is too long to be filtered."""
+
+    text: str
+    is_start: bool = True
+    is_whole: bool = True
+    is_copy: bool = False  # of an earlier document, however good it is
+
+
+def digest(text: str) -> bytes:
+    """Return 16 bytes that are equal for copies: texts that differ only in white space around them."""
+    return hashlib.blake2b(text.strip().encode(), digest_size=16).digest()
+
+
+def mark_copies(documents: Iterable[Pieces], deduplicate: bool = True) -> Iterator[Text]:
+    """Yield the documents, whole up to 16 million characters; remembers about 100 bytes for each to find copies."""
+    seen: set[bytes] = set()
+    for document in documents:
+        pieces = iter(document)
+        start: list[str] = []
+        n_characters = 0
+        while n_characters <= LONGEST and (piece := next(pieces, None)) is not None:
+            start.append(piece)
+            n_characters += len(piece)
+        if n_characters > LONGEST:
+            is_start = True
+            for piece in cut_pieces(_chain(start, pieces), PIECE):
+                yield Text(piece, is_start, is_whole=False)
+                is_start = False
+            continue
+        text = "".join(start)
+        key = digest(text) if deduplicate else b""
+        yield Text(text, is_copy=key in seen)
+        if deduplicate:
+            seen.add(key)
+
+
+def _chain(start: list[str], rest: Iterator[str]) -> Iterator[str]:
+    while start:  # frees each piece when it has been read
+        yield start.pop(0)
+    yield from rest

@@ -1,0 +1,193 @@
+"""Parts of a text, encoded one by one: each is a file until all are there, so that a killed run can be resumed."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import zipfile
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int64, UInt, UInt32
+
+from slm_jax.data.filters import PIECE, REASONS, Rules, Text
+from slm_jax.data.near_duplicates import ENTRIES, signature
+from slm_jax.data.token_file import token_dtype
+from slm_jax.errors import InputError
+from slm_jax.files import replacing
+from slm_jax.tokenizer import Tokenizer, cut_pieces, fingerprint, tokenizer_from_dict
+
+VERSION = 1  # of these files and of how they are made
+_MOST_THREADS = 8  # more would wait: one thread reads
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What all parts have in common; ``source`` is only for messages."""
+
+    source: str
+    rules: Rules
+    tokenizer: Tokenizer
+
+    def name(self, number: int, texts: Sequence[Text]) -> str:
+        """Return the name of a part's file, which depends on everything that it is made from."""
+        about = [VERSION, dataclasses.astuple(self.rules), fingerprint(self.tokenizer)]
+        content = hashlib.blake2b(json.dumps(about).encode(), digest_size=16)
+        for text, *flags in texts:
+            encoded = text.encode()
+            content.update(b"%d %d %d %d\n" % (len(encoded), *flags))
+            content.update(encoded)
+        return f"{number:06}-{content.hexdigest()}.npz"
+
+
+class Part(NamedTuple):
+    """The encoded texts of a part. Documents begin with the end-of-text id.
+
+    Attributes:
+        ids: token ids of all texts that were kept.
+        lengths: number of ids of each of them.
+        sizes: bytes of each of them, in UTF-8.
+        starts: 1 if a text starts a document, 0 if it continues one.
+        signatures: of the texts that are whole documents, if near duplicates are looked for; of others, zeros.
+        counts: documents that were left out, by reason.
+    """
+
+    ids: UInt[np.ndarray, " ids"]
+    lengths: Int64[np.ndarray, " texts"]
+    sizes: Int64[np.ndarray, " texts"]
+    starts: Int64[np.ndarray, " texts"]
+    signatures: UInt32[np.ndarray, "texts_or_0 entries"]
+    counts: Int64[np.ndarray, " reasons"]
+
+
+def make_part(job: Job, path: Path, texts: Sequence[Text]) -> Part:
+    """Encode texts into a file, unless it exists and is intact; return the part without its ids.
+
+    InputError: the tokenizer cannot encode a text.
+    """
+    part = read_part(path)
+    if part is None:
+        part = encode_part(job, texts)
+        with replacing(path) as partial, partial.open("wb") as file:
+            np.savez(file, **part._asdict())
+    return part._replace(ids=part.ids[:0])
+
+
+def read_part(path: Path) -> Part | None:
+    """Read a file of `make_part`; None: there is none, or it is damaged (its CRC-32 doesn't match)."""
+    try:
+        with path.open("rb") as opened, np.load(opened) as file:
+            return Part(**{name: file[name] for name in Part._fields})
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+        return None
+
+
+def encode_part(job: Job, texts: Sequence[Text]) -> Part:
+    """Filter and encode texts; InputError: the tokenizer cannot encode one."""
+    counts = dict.fromkeys(REASONS, 0)
+    kept: list[Text] = []
+    for text in texts:
+        reason = job.rules.low_quality(text.text) if text.is_whole else "unfiltered" if text.is_start else None
+        reason = reason or ("duplicates" if text.is_copy else None)
+        if reason is not None:
+            counts[reason] += 1
+        if reason in (None, "unfiltered"):
+            kept.append(text)
+    ids = [encode_text(job, text.text, text.is_start) for text in kept]
+    signatures = np.zeros((0, ENTRIES), np.uint32)
+    if job.rules.near_duplicates is not None and kept:
+        none = signatures.sum(axis=0, dtype=np.uint32)
+        signatures = np.stack([signature(text.text) if text.is_whole else none for text in kept])
+    return Part(
+        np.concatenate([np.zeros(0, token_dtype(job.tokenizer.vocab_size)), *ids]),
+        np.array(list(map(len, ids)), np.int64),
+        np.array([len(text.text.encode()) for text in kept], np.int64),
+        np.array([text.is_start for text in kept], np.int64),
+        signatures,
+        np.array(list(counts.values()), np.int64),
+    )
+
+
+def encode_text(job: Job, text: str, is_start: bool = True) -> UInt[np.ndarray, " ids"]:
+    """Return the ids of a text, of which no more than a piece is encoded at a time; a start has the end-of-text id."""
+    dtype = token_dtype(job.tokenizer.vocab_size)
+    ids = [np.array([job.tokenizer.eot_id] * is_start, dtype)]
+    for piece in cut_pieces([text], PIECE):
+        try:
+            ids.append(np.array(job.tokenizer.encode(piece), dtype))
+        except InputError as error:
+            raise InputError(f"source {job.source!r}: in {piece.strip()[:40]!r} …: {error}") from None
+    return np.concatenate(ids)
+
+
+# Several at a time
+
+
+MakePart = Callable[[Path, Sequence[Text]], "Future[Part]"]
+Submitted = tuple[Path, "Future[Part]", int]  # the part's file, the part, and the bytes of text files read for it
+
+
+@contextmanager
+def workers(job: Job, processes: int) -> Iterator[tuple[MakePart, int]]:
+    """Give what makes a part in the background, and how many it makes at a time.
+
+    One process has several threads, of which the tokenizers of subwords make use.
+    BrokenProcessPool: a process was killed.
+    """
+    pool: Executor
+    if processes == 1:
+        n_workers = min(_MOST_THREADS, os.cpu_count() or 1)
+        pool = ThreadPoolExecutor(n_workers)
+        make: Callable[[Path, Sequence[Text]], Part] = functools.partial(make_part, job)
+    else:
+        n_workers = processes
+        # A fork of a process with threads, as JAX's are, may hang.
+        pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=_follow_parent)
+        make = functools.partial(_make_part, job.source, job.rules, json.dumps(job.tokenizer.to_dict()))
+    try:
+        yield lambda path, texts: pool.submit(make, path, texts), n_workers
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _make_part(source: str, rules: Rules, tokenizer: str, path: Path, texts: Sequence[Text]) -> Part:
+    return make_part(Job(source, rules, _tokenizer(tokenizer)), path, texts)
+
+
+@functools.lru_cache(maxsize=1)
+def _tokenizer(text: str) -> Tokenizer:
+    return tokenizer_from_dict(json.loads(text))
+
+
+def _follow_parent() -> None:
+    """Leave Ctrl-C to the parent process, and end when it ends, even if it is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def in_order(submitted: Iterable[Submitted], ahead: int) -> Iterator[tuple[Path, Part, int]]:
+    """Yield the finished parts in order; at most ``ahead`` of them wait."""
+    waiting: deque[Submitted] = deque()
+    for each in submitted:
+        waiting.append(each)
+        if len(waiting) > ahead:
+            path, part, bytes_read = waiting.popleft()
+            yield path, part.result(), bytes_read
+    for path, part, bytes_read in waiting:
+        yield path, part.result(), bytes_read
