@@ -96,8 +96,20 @@ def host_rows(mesh: Mesh, batch_size: int) -> Int[np.ndarray, " rows"]:
 
 def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
     """Place this process's rows of a batch (:func:`host_rows`) on its devices; the result is the global batch."""
-    sharding = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+    sharding, n_parts = batch_sharding(mesh), math.prod(mesh.shape[name] for name in BATCH_SPEC[0])
+    indices = sharding.addressable_devices_indices_map((n_parts,)).values()
+    here = sorted({index[0].start or 0 for index in indices})  # the parts of the batch that this process has
+
+    def place(rows: np.ndarray) -> jax.Array:
+        size = len(rows) // len(here)
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            first = here.index((index[0].start or 0) // size) * size
+            return rows[first : first + size]
+
+        return jax.make_array_from_callback((n_parts * size, *rows.shape[1:]), sharding, part)
+
+    return {name: place(rows) for name, rows in batch.items()}
 
 
 def put_params(mesh: Mesh, params: Any) -> Any:

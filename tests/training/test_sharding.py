@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+import batches_of_hosts
 import eight_devices
 import interleaved_hosts
 import jax
@@ -199,15 +200,12 @@ def test_a_run_names_its_mesh_where_it_traces(text_file, tmp_path, monkeypatch):
     assert all(mesh.axis_names == ("data", "fsdp") and mesh.size == jax.device_count() for mesh in meshes)
 
 
-def start_training(text, folder, log, steps, program=("-m", "slm_jax"), n_devices=1, **env):
-    """Start a training run of a very small model; its output goes to a file, so that no pipe fills."""
-    every = dict.fromkeys(("train.eval_every", "checkpoint.every", "sample.every"), 3)
-    more = {"optimizer.decay_steps": 6}  # and dropout, which tells a row by its place in the batch
+def start(arguments, log, folder, n_devices=1, **env):
+    """Start Python; its output goes to a file, so that no pipe fills."""
     flags = f"{QUICK} --xla_force_host_platform_device_count={n_devices}"
-    args = options(text, folder, **{"train.steps": steps, **every, **more})
     with log.open("w") as out:
         return subprocess.Popen(
-            [sys.executable, *program, "train", *args],
+            [sys.executable, *arguments],
             env=environment(XLA_FLAGS=flags, NPROC=str(4 * n_devices), **env),
             stdout=out,
             stderr=out,
@@ -215,22 +213,40 @@ def start_training(text, folder, log, steps, program=("-m", "slm_jax"), n_device
         )
 
 
-def train_in_two_processes(text, folder, steps, **more):
+def training(text, folder, steps):
+    """The options of a very small run, with dropout, which tells a row by its place in the batch."""
+    every = dict.fromkeys(("train.eval_every", "checkpoint.every", "sample.every"), 3)
+    return ["train", *options(text, folder, **{"train.steps": steps, **every, "optimizer.decay_steps": 6})]
+
+
+def run_processes(n, arguments, folder, **more):
+    """Run processes that join; return their logs."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{listener.getsockname()[1]}"
-    logs = [folder / f"process{index}.log" for index in range(2)]
-    env = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
-    processes = [
-        start_training(text, folder, log, steps, JAX_PROCESS_ID=str(i), **env, **more) for i, log in enumerate(logs)
-    ]
+    logs = [folder / f"process{index}.log" for index in range(n)]
+    env = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(n)}
+    processes = [start(arguments, log, folder, JAX_PROCESS_ID=str(i), **env, **more) for i, log in enumerate(logs)]
     try:
         status = [process.wait(timeout=120) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert status == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
+    assert status == [0] * n, "\n".join(log.read_text()[-3000:] for log in logs)
     return logs
+
+
+@pytest.mark.slow
+def test_a_batch_is_the_batch_wherever_hosts_are_in_the_mesh(tmp_path):
+    """Three processes of two devices: a host makes the rows of its devices, and only those."""
+    logs = run_processes(3, [batches_of_hosts.__file__], tmp_path, n_devices=2)
+    shown = [json.loads(log.read_text().splitlines()[-1]) for log in logs]
+    for layout in batches_of_hosts.LAYOUTS:
+        assert all(host[layout]["whole"] == list(range(12)) for host in shown), layout
+    rows = {layout: [host[layout]["rows"] for host in shown] for layout in batches_of_hosts.LAYOUTS}
+    assert rows["interleaved"] == [[0, 1, 6, 7], [2, 3, 8, 9], [4, 5, 10, 11]]
+    assert rows["rows of two hosts"] == [[0, 1, 2, 3, 4, 5, 6, 7]] * 2 + [[8, 9, 10, 11]]
+    assert rows["one host has all rows"] == [[0, 1, 2, 3, 4, 5], list(range(12)), [6, 7, 8, 9, 10, 11]]
 
 
 @pytest.mark.slow
@@ -241,11 +257,11 @@ def test_two_processes_make_one_run_with_the_losses_of_one_process(tmp_path):
     text.write_text("The quick brown fox jumps over the lazy dog; the dog sleeps on. " * 20)
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir(), two.mkdir()
-    alone = start_training(text, one, one / "log", 6)
+    alone = start(["-m", "slm_jax", *training(text, one, 6)], one / "log", one)
     assert alone.wait(timeout=120) == 0, (one / "log").read_text()[-3000:]
-    logs = train_in_two_processes(text, two, 3)
+    logs = run_processes(2, ["-m", "slm_jax", *training(text, two, 3)], two)
     assert logs[1].read_text().count("step") == 0  # only the first process talks
-    train_in_two_processes(text, two, 6, program=[interleaved_hosts.__file__], n_devices=2)
+    run_processes(2, [interleaved_hosts.__file__, *training(text, two, 6)], two, n_devices=2)
 
     assert {path.name for path in two.iterdir() if path.is_dir()} == {"small"}
     assert {p.name for p in (two / "small").iterdir()} == {p.name for p in (one / "small").iterdir()}
