@@ -6,7 +6,7 @@ along ``fsdp``. One device is a mesh of one.
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -97,13 +97,13 @@ def host_rows(mesh: Mesh, batch_size: int) -> Int[np.ndarray, " rows"]:
 def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
     """Place this process's rows of a batch (:func:`host_rows`) on its devices; the result is the global batch."""
     sharding, n_parts = batch_sharding(mesh), math.prod(mesh.shape[name] for name in BATCH_SPEC[0])
-    indices = sharding.addressable_devices_indices_map((n_parts,)).values()
+    indices: Iterable[Any] = sharding.addressable_devices_indices_map((n_parts,)).values()
     here = sorted({index[0].start or 0 for index in indices})  # the parts of the batch that this process has
 
     def place(rows: np.ndarray) -> jax.Array:
         size = len(rows) // len(here)
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:
             first = here.index((index[0].start or 0) // size) * size
             return rows[first : first + size]
 
