@@ -204,7 +204,7 @@ def instruction_batches(
     longest row. If ``packed``, rows may have several examples, and batches have ``segment_ids`` and ``positions``.
     """
     make = functools.partial(_batch, rows, limit, bucketed, packed)
-    return endless_batches(len(rows), make, batch_size=batch_size, seed=seed)
+    return endless_batches(len(rows), make, batch_size=batch_size, seed=seed, whole=bucketed)
 
 
 def instruction_eval_batches(

@@ -238,7 +238,7 @@ def classification_batches(
     """
 
     make = functools.partial(_batch, encoded, labels, weights, limit, bucketed)
-    return endless_batches(len(encoded), make, batch_size=batch_size, seed=seed)
+    return endless_batches(len(encoded), make, batch_size=batch_size, seed=seed, whole=bucketed)
 
 
 def classification_eval_batches(

@@ -24,7 +24,7 @@ from slm_jax.errors import InputError
 Batch = dict[str, np.ndarray]
 Rows = np.ndarray | slice
 ALL_ROWS = slice(None)
-MakeBatch = Callable[[np.ndarray, Rows], Batch]  # of the items with the given indices; makes only these rows of it
+MakeBatch = Callable[[np.ndarray, Rows], Batch]  # of the items with the given indices; only these rows of it
 
 SHORTEST_WIDTH = 16  # tokens; each width is a program to compile
 _CHUNK = 1 << 22  # tokens searched at a time, so that a memory-mapped file stays out of memory
@@ -33,31 +33,50 @@ _CHUNK = 1 << 22  # tokens searched at a time, so that a memory-mapped file stay
 class TrainBatches(grain.MapDataset):
     """The endless sequence of batches; element ``i`` is the batch of step ``i``."""
 
-    def __init__(self, indices: grain.MapDataset, make: MakeBatch, rows: Rows = ALL_ROWS):
-        """``indices``: of the items of each batch."""
-        super().__init__(indices)
-        self._make, self._rows = make, rows
+    def __init__(
+        self,
+        order: grain.MapDataset,
+        make: MakeBatch,
+        batch_size: int,
+        *,
+        whole: bool = False,
+        rows: np.ndarray | None = None,
+    ):
+        """``order``: indices of items. ``whole``: every row depends on all items of a batch, such as on the longest."""
+        super().__init__(order)
+        self._make, self._batch_size, self._whole = make, batch_size, whole
+        self._rows = np.arange(batch_size) if rows is None else rows
 
-    def of_rows(self, rows: Rows) -> "TrainBatches":
+    def of_rows(self, rows: np.ndarray) -> "TrainBatches":
         """Return the batches with only these rows, such as those of one host; the others are not made."""
-        return TrainBatches(self.parents[0], self._make, rows)
+        return TrainBatches(self.parents[0], self._make, self._batch_size, whole=self._whole, rows=rows)
 
     def __len__(self) -> int:
-        return len(self.parents[0])
+        return len(self.parents[0]) // self._batch_size
 
     def __getitem__(self, step: Any) -> Any:
-        return self.slice(step) if isinstance(step, slice) else self._make(self.parents[0][step], self._rows)
+        if isinstance(step, slice):
+            return self.slice(step)
+        first = step * self._batch_size
+        if not self._whole:
+            return self._make(self._items(first + self._rows), ALL_ROWS)
+        return self._make(self._items(first + np.arange(self._batch_size)), self._rows)
+
+    def _items(self, at: np.ndarray) -> np.ndarray:
+        return np.array([self.parents[0][i] for i in at.tolist()], np.int64)
 
 
-def endless_batches(n: int, make: MakeBatch, *, batch_size: int, seed: int, shuffle: bool = True) -> TrainBatches:
+def endless_batches(
+    n: int, make: MakeBatch, *, batch_size: int, seed: int, shuffle: bool = True, whole: bool = False
+) -> TrainBatches:
     """Return the endless sequence of batches of ``n`` items; element ``i`` is the batch of step ``i``.
 
     With ``shuffle`` each epoch has its own random order. Batches continue across the end of an epoch, so no item is
-    left out.
+    left out. ``whole``: see :class:`TrainBatches`.
     """
     order = grain.MapDataset.range(n).seed(seed)
     order = (order.shuffle() if shuffle else order).repeat()
-    return TrainBatches(order.batch(batch_size, drop_remainder=True), make)
+    return TrainBatches(order, make, batch_size, whole=whole)
 
 
 def eval_batches(order: np.ndarray, make: MakeBatch, *, batch_size: int) -> Iterator[Batch]:
@@ -103,8 +122,7 @@ def train_batches(
     if sampling == "random":
         n_offsets = tokens.size - context_length
         starts = grain.MapDataset.range(1).seed(seed).repeat().random_map(lambda _, rng: int(rng.integers(n_offsets)))
-        indices = starts.batch(batch_size, drop_remainder=True)
-        return TrainBatches(indices, lambda at, rows: _windows(tokens, at[rows], context_length))
+        return TrainBatches(starts, lambda at, rows: _windows(tokens, at[rows], context_length), batch_size)
     strided = window_starts(tokens.size, context_length, stride)
     return endless_batches(
         len(strided),
