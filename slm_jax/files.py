@@ -1,14 +1,15 @@
-"""Small files and new folders: read strictly, written atomically."""
+"""Small files and new folders: read strictly, written atomically; folders in object storage."""
 
 import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 def user_path(text: str | Path) -> Path:
     """Return the path that a user gave, ``~`` expanded; refuse an impossible one, such as of an unknown ``~user``."""
+    if is_url(text):
+        works = "object storage works for checkpoint.mirror and for token files (tokens:gs://BUCKET/FILE.bin)"
+        raise InputError(f"{text}: expected a path on this machine; {works}")
     try:
         path = Path(text).expanduser()
         with suppress(FileNotFoundError, NotADirectoryError):
@@ -162,6 +166,120 @@ def new_folder(target: str | Path) -> Iterator[Path]:
         raise unwritable(path, error) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+# Object storage
+
+_EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3"}
+
+
+def is_url(text: object) -> bool:
+    """Return whether a text names something in object storage, such as ``gs://bucket/runs``, and is no path."""
+    return isinstance(text, str) and re.match(r"[A-Za-z][\w+.-]+://", text) is not None
+
+
+class Bucket:
+    """A folder in object storage, such as ``gs://bucket/runs``, through fsspec; names are relative to it.
+
+    Objects are written whole: there is no rename, no append and no lock. Each error of the storage is an OSError with
+    one line, a FileNotFoundError for what does not exist. InputError: a package is missing, or the URL is no folder.
+    """
+
+    def __init__(self, url: str):
+        self.url = url.rstrip("/")
+        scheme, _, name = self.url.partition("://")
+        if not name.strip("/"):
+            raise InputError(f"{url}: names no bucket; expected such as {scheme.rstrip(':/')}://BUCKET/FOLDER")
+        try:
+            from fsspec.core import url_to_fs
+
+            with self._errors():
+                self._fs, root = url_to_fs(self.url)
+        except ImportError as error:
+            extra = _EXTRAS.get(scheme)
+            remedy = f'pip install "slm-jax[{extra}]"' if extra else str(error)
+            raise InputError(f"{url}: needs a package that is not installed: {remedy}") from None
+        self._root = root.rstrip("/")
+
+    @contextmanager
+    def _errors(self, name: str = "") -> Iterator[None]:
+        where = self._url(name)
+        try:
+            yield
+        except (ImportError, InputError):
+            raise
+        except FileNotFoundError:
+            raise FileNotFoundError(errno.ENOENT, "does not exist", where) from None
+        except Exception as error:  # of any kind: every storage has its own
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise OSError(errno.EIO, reason, where) from None
+
+    def _url(self, name: str) -> str:
+        return f"{self.url}/{name}" if name else self.url
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}"
+
+    def sizes(self) -> dict[str, int]:
+        """Return the size in bytes of each object in the folder and below it, by name; empty if there is none."""
+        with self._errors():
+            self._fs.invalidate_cache()
+            try:
+                found = self._fs.find(self._root, detail=True)
+            except FileNotFoundError:
+                found = {}
+        start = f"{self._root}/"
+        return {
+            path.removeprefix(start): about["size"]
+            for path, about in found.items()
+            if path.startswith(start) and not path.endswith("/")  # what a console makes for an empty folder
+        }
+
+    def read(self, name: str) -> bytes:
+        """Return the content of an object."""
+        with self._errors(name):
+            return self._fs.cat_file(self._path(name))
+
+    def version(self, name: str) -> tuple[int, str]:
+        """Return the size in bytes of an object, and a text that changes with it."""
+        with self._errors(name):
+            self._fs.invalidate_cache()
+            return self._fs.size(self._path(name)), self._fs.ukey(self._path(name))
+
+    def is_older(self, name: str, seconds: float) -> bool:
+        """Return whether an object was written before a time, in seconds since the epoch."""
+        with self._errors(name):
+            return self._fs.modified(self._path(name)).timestamp() < seconds
+
+    def upload(self, files: Mapping[str, Path]) -> None:
+        """Write files, several at a time, each under its name, replacing what is there; compare their sizes."""
+        if not files:
+            return
+        with self._errors():
+            self._fs.put([str(path) for path in files.values()], [self._path(name) for name in files])
+        there = self.sizes()
+        for name, path in files.items():
+            if there.get(name) != (size := path.stat().st_size):
+                raise OSError(errno.EIO, f"has {there.get(name)} bytes after an upload of {size}", self._url(name))
+
+    def download(self, files: Mapping[str, Path]) -> None:
+        """Read objects, several at a time, each into its file, whose folder is made."""
+        for path in files.values():
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with self._errors():
+            self._fs.get([self._path(name) for name in files], [str(path) for path in files.values()])
+
+    def remove(self, name: str) -> None:
+        """Remove an object, if it is there."""
+        with self._errors(name), suppress(FileNotFoundError):
+            self._fs.rm_file(self._path(name))
+
+    def check_writable(self) -> None:
+        """Raise an OSError unless objects can be written and removed."""
+        name = f".{uuid.uuid4().hex}"
+        with self._errors():
+            self._fs.pipe_file(self._path(name), b"slm_jax can write here")
+        self.remove(name)
 
 
 # Network

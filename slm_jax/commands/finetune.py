@@ -33,9 +33,17 @@ def _missing_base(options: RunConfig) -> RunConfig | None:
     tiny = RunConfig(run="tiny", runs_dir=options.runs_dir)
     places = (options.folder, options.mirror_folder)
     resumes = any(place and (place / "checkpoints").exists() for place in places)
-    if resumes or user_path(options.base or "") != tiny.folder:
+    if resumes or user_path(options.base or "") != tiny.folder or _is_in_bucket(options.mirror_url):
         return None
     config_file = tiny.folder / "config.yaml"
     begun = config_file.is_file() and config_file.read_text(encoding="utf-8") == dump_config(tiny)
     unfinished = begun and not (tiny.folder / "summary.json").exists()
     return tiny if unfinished or not tiny.folder.exists() else None
+
+
+def _is_in_bucket(mirror_url: str | None) -> bool:
+    if mirror_url is None:
+        return False
+    from slm_jax.training.bucket import BucketRun
+
+    return bool(BucketRun(mirror_url).steps())

@@ -5,12 +5,15 @@ the tokenizer, the counts and the SHA-256 of the ids; without it, ids are read a
 
 Shards are several such files, ``FILE-00000.bin``, ``FILE-00001.bin``, …, whose ids follow each other. ``FILE.bin.json``
 lists them with their sizes and SHA-256; there is no ``FILE.bin``, but this is how they are named: ``tokens:FILE.bin``.
+All may be in object storage (``tokens:gs://bucket/FILE.bin``).
 """
 
+import functools
 import glob
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -19,11 +22,12 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from jaxtyping import UInt
 
+from slm_jax.data import remote
 from slm_jax.data.file_sources import unreadable
 from slm_jax.data.ids import Ids, ShardedIds
 from slm_jax.data.rows import OnRead, Pieces, Source, ignore_bytes
 from slm_jax.errors import InputError
-from slm_jax.files import read_json, replace_text, replacing, sha256, unwritable, user_path
+from slm_jax.files import is_url, read_json, replace_text, replacing, sha256, unwritable, user_path
 from slm_jax.tokenizer import Tokenizer, fingerprint, tokenizer_from_dict
 
 FORMAT, VERSION = "slm_jax token ids", 1
@@ -46,6 +50,9 @@ class TokenSource(Source):
         raise InputError(f"source {self} holds token ids, expected text, such as text:GLOB")
 
     def vocab_size(self) -> int | None:
+        if is_url(self.name):
+            about = remote.read_description(self.name)
+            return None if about is None else _parse(about, self.name)["vocab_size"]
         file = json_path(user_path(self.name))
         return read_description(file)["vocab_size"] if file.is_file() else None
 
@@ -77,8 +84,11 @@ def open_token_file(path: str | Path, verify: bool = True) -> TokenFile:
     """Map a file of ids, or its shards, after checking it against its JSON file, if it has one.
 
     ``verify`` also compares the SHA-256, which reads all ids once. Bare ids must still be compared with a vocabulary:
-    `check_ids`. InputError: a file that is missing, empty, truncated, changed, or something else.
+    `check_ids`. A file in object storage is first copied into the user's cache, unless it has been. InputError: a file
+    that is missing, empty, truncated, changed, or something else.
     """
+    if isinstance(path, str) and is_url(path):
+        path = remote.local_copy(path, functools.partial(_remote_files, path), open_token_file)
     path = Path(path).expanduser()
     if json_path(path).exists():
         return _open_described(path, verify)
@@ -128,6 +138,24 @@ def token_paths(path: Path, about: Mapping[str, Any]) -> dict[Path, dict[str, An
     if "shards" not in about:
         return {path: {"tokens": about["tokens"], "sha256": about["sha256"]}}
     return {shard_path(path, i): shard for i, shard in enumerate(about["shards"])}
+
+
+def _remote_files(url: str, about: bytes) -> dict[str, int]:
+    """Return the names and sizes in bytes of the files with ids that a description in object storage lists."""
+    description = _parse(about, url)
+    each = _DTYPES[description["dtype"]].itemsize
+    parts = token_paths(Path(url.rpartition("/")[2]), description)
+    return {part.name: listed["tokens"] * each for part, listed in parts.items()}
+
+
+def _parse(about: bytes, url: str) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        file = json_path(Path(folder) / url.rpartition("/")[2])
+        file.write_bytes(about)
+        try:
+            return read_description(file)
+        except InputError as error:
+            raise InputError(str(error).replace(str(file), f"{url}.json")) from None
 
 
 def read_description(file: Path) -> dict[str, Any]:

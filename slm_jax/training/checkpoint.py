@@ -133,25 +133,37 @@ def read_metadata(folder: Path, step: int) -> dict[str, Any]:
     """Return the metadata saved with a step, ``validation_loss`` included; an InputError if they are damaged."""
     path = folder / str(step) / METADATA
     try:
-        metadata = json.loads(path.read_text())["custom_metadata"]
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: not a checkpoint of slm_jax ({error!r}); choose another step") from None
+    return parse_metadata(content, path)
+
+
+def parse_metadata(content: bytes, where: object) -> dict[str, Any]:
+    """Return the metadata in the bytes of a checkpoint's metadata file; an InputError if they are damaged."""
+    try:
+        metadata = json.loads(content)["custom_metadata"]
         if type(loss := metadata["validation_loss"]) not in (float, int, type(None)):
             raise TypeError(f"validation_loss is {loss!r:.40}")
         for key in ("config", "model", "tokenizer"):
             if not isinstance(metadata.get(key, {}), dict):
                 raise TypeError(f"{key} is {metadata[key]!r:.40}")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{path}: not a checkpoint of slm_jax ({error!r}); choose another step") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{where}: not a checkpoint of slm_jax ({error!r}); choose another step") from None
     if (found := metadata.pop("format", 1)) != FORMAT:
-        raise InputError(f"{path}: checkpoint format {found}, from another version of slm_jax; expected {FORMAT}")
+        raise InputError(f"{where}: checkpoint format {found}, from another version of slm_jax; expected {FORMAT}")
     return metadata
 
 
 def best_step(folder: Path) -> int | None:
     """Return the step with the lowest validation loss; without any, the latest; None without checkpoints."""
-    steps = saved_steps(folder)
-    losses = {step: read_metadata(folder, step)["validation_loss"] for step in steps}
+    return lowest({step: read_metadata(folder, step)["validation_loss"] for step in saved_steps(folder)})
+
+
+def lowest(losses: dict[int, float | None]) -> int | None:
+    """Return the step with the lowest validation loss; without any, the latest; None without steps."""
     measured = {step: loss for step, loss in losses.items() if loss is not None and not math.isnan(loss)}
-    return min(measured, key=lambda step: measured[step], default=steps[-1] if steps else None)
+    return min(measured, key=lambda step: measured[step], default=max(losses, default=None))
 
 
 def load_params(folder: Path, step: int, like: Params, sharding: Any = None) -> Params:

@@ -24,7 +24,7 @@ from slm_jax.config import (
 )
 from slm_jax.data.config import DataConfig, TokenizerConfig
 from slm_jax.errors import InputError
-from slm_jax.files import user_path
+from slm_jax.files import is_url, user_path
 from slm_jax.model import AttentionKind, DType, GPTConfig, Preset, Remat, get_gpt_config
 
 
@@ -105,8 +105,8 @@ class CheckpointConfig:
     Attributes:
         every: steps between checkpoints.
         keep: number of latest checkpoints kept, besides the one with the lowest validation loss.
-        mirror: second folder for runs, such as a mounted drive, to which finished checkpoints are copied; a run resumes
-            from the latest checkpoint of either folder; null: none.
+        mirror: second folder for runs, such as a mounted drive or gs://bucket/runs, to which finished checkpoints are
+            copied; a run resumes from the latest checkpoint of either folder; null: none.
     """
 
     every: Positive = 200
@@ -235,7 +235,7 @@ class BaseRunConfig:
         task: what the model is trained for.
         seed: seed of initialisation, data order, dropout and samples.
         run: name of the run and its folder; null: the name of the recipe.
-        runs_dir: folder of the runs.
+        runs_dir: folder of the runs, on a disk.
         resume: auto resumes the run if it exists; never refuses an existing run; must refuses a new one.
         base: weights to start from: a run, run@step, GPT-2 weights or a name such as gpt2; null: a new model.
         base_optimizer: whether to start from the optimizer state of the base, too; only for a base that is a run.
@@ -281,9 +281,14 @@ class BaseRunConfig:
         _ = train.profile_steps  # refuses another form
         accumulate = f"train.accumulate is {train.accumulate}; expected a divisor of train.batch_size {rows}"
         base = f"trainable is {self.trainable} and base is null; expected a base or --trainable all"
+        in_storage = (
+            f"runs_dir is {self.runs_dir!r}; expected a folder on a disk: to keep runs in object storage, leave it out "
+            f"and use --checkpoint.mirror {self.runs_dir}"
+        )
         for wrong, message in (
             (not self.mesh.data, "mesh.data is 0; expected -1 (all devices) or at least 1"),
             (not self.runs_dir.strip(), f"runs_dir is {self.runs_dir!r}; expected a folder"),
+            (is_url(self.runs_dir), in_storage),
             (mirror is not None and not mirror.strip(), f"checkpoint.mirror is {mirror!r}; expected a folder"),
             (train.steps is None and train.epochs is None, "train.steps and train.epochs are both null; expected one"),
             (train.batch_size % train.accumulate, accumulate),
@@ -311,9 +316,15 @@ class BaseRunConfig:
 
     @property
     def mirror_folder(self) -> Path | None:
-        """The run's folder in the mirror; None without one."""
+        """The run's folder in the mirror; None without one, or if the mirror is in object storage."""
         mirror = self.checkpoint.mirror
-        return None if mirror is None else user_path(mirror) / self.name
+        return None if mirror is None or is_url(mirror) else user_path(mirror) / self.name
+
+    @property
+    def mirror_url(self) -> str | None:
+        """The run's folder in a mirror in object storage; None without one."""
+        mirror = self.checkpoint.mirror
+        return f"{mirror.rstrip('/')}/{self.name}" if mirror is not None and is_url(mirror) else None
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -351,5 +362,5 @@ class BaseRunConfig:
 
 def check_run_name(name: str) -> None:
     """Raise an InputError for a run's name that is not a folder inside the folder of runs."""
-    if not name.strip() or Path(name).is_absolute() or ".." in Path(name).parts:
+    if not name.strip() or Path(name).is_absolute() or ".." in Path(name).parts or is_url(name):
         raise InputError(f"run is {name!r}; expected a folder name inside runs_dir, such as my-run")

@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from slm_jax.config import shown
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.files import sha256, user_path
+from slm_jax.training.bucket import BucketRun
 from slm_jax.training.checkpoint import CHECKSUMS, best_step, find_damage, read_metadata, saved_steps
 from slm_jax.training.config import BaseRunConfig
 from slm_jax.training.hardware import environment, rounding_changes
@@ -88,15 +89,19 @@ def find_start(config: BaseRunConfig) -> Start:
     return Start(run, None if step < 0 else step, metadata, tuple(notes), tuple(saved_steps(run.checkpoints)))
 
 
-def _check_place(place: RunFolder, resume: str) -> None:
+def _check_place(place: RunFolder | BucketRun, resume: str) -> None:
     path = place.path
-    begun = bool(saved_steps(place.checkpoints)) or (path / "config.yaml").exists()
+    if isinstance(place, BucketRun):
+        files = place.names()
+        begun = bool(place.steps()) or "config.yaml" in files
+    else:
+        if place.path.exists() and not place.path.is_dir():
+            raise InputError(f"{path} is a file; use another --run NAME")
+        files = {file.name for file in place.path.iterdir()} if place.path.is_dir() else set()
+        begun = bool(saved_steps(place.checkpoints)) or "config.yaml" in files
     if resume == "never" and begun:
         raise InputError(f"{path} already holds a run and resume is never; use another --run NAME or --resume auto")
-    if path.exists() and not path.is_dir():
-        raise InputError(f"{path} is a file; use another --run NAME")
     # What a killed start may leave, such as a lock, does not count.
-    files = [file.name for file in path.iterdir()] if path.is_dir() else []
     if not begun and any(not name.startswith(".") and not name.endswith(".partial") for name in files):
         raise InputError(f"{path} is not empty and holds no run; use another --run NAME")
 
@@ -114,7 +119,7 @@ def _latest(place: RunFolder) -> tuple[int, dict[str, Any], list[str]]:
     return -1, {}, damage
 
 
-def check_identity(place: RunFolder, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+def check_identity(place: RunFolder | BucketRun, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Refuse a checkpoint of another identity than this run's, naming the first key that differs."""
     for key in [*wanted, *(key for key in saved if key not in wanted)]:
         if saved.get(key) != wanted.get(key):
@@ -124,7 +129,7 @@ def check_identity(place: RunFolder, saved: dict[str, Any], wanted: dict[str, An
             raise InputError(f"{place.path} holds another run: {difference}; change it back, or use another --run NAME")
 
 
-def _check_config(config: BaseRunConfig, place: RunFolder, metadata: dict[str, Any]) -> None:
+def _check_config(config: BaseRunConfig, place: RunFolder | BucketRun, metadata: dict[str, Any]) -> None:
     """Refuse a checkpoint of other keys before any data is read; the model and the data are compared later."""
     saved = {key: value for key, value in metadata["identity"].items() if not key.startswith("model.")}
     check_identity(place, saved, {key: config.identity.get(key, saved[key]) for key in saved})
@@ -162,8 +167,10 @@ def _decay_warnings(config: BaseRunConfig, metadata: dict[str, Any], step: int, 
 # The mirror
 
 
-def mirror_folder(config: BaseRunConfig) -> RunFolder | None:
+def mirror_folder(config: BaseRunConfig) -> RunFolder | BucketRun | None:
     """Return the run's folder in ``checkpoint.mirror``, which may not exist yet; None without a mirror."""
+    if config.mirror_url is not None:
+        return _mirror_bucket(config.mirror_url)
     if config.checkpoint.mirror is None or config.mirror_folder is None:
         return None
     root, mirror = user_path(config.checkpoint.mirror), RunFolder(config.mirror_folder)
@@ -180,8 +187,26 @@ def mirror_folder(config: BaseRunConfig) -> RunFolder | None:
     return mirror
 
 
-def _fetch(config: BaseRunConfig, run: RunFolder, mirror: RunFolder) -> list[str]:
+def _mirror_bucket(url: str) -> BucketRun:
+    mirror = BucketRun(url)
+    try:
+        if jax.process_index() == 0:
+            mirror.check_writable()
+    except OSError as error:
+        remedy = "expected an existing bucket, and credentials that may write and remove objects in it"
+        raise InputError(f"checkpoint.mirror: {url}: cannot write there ({error.strerror}); {remedy}") from None
+    return mirror
+
+
+def _fetch(config: BaseRunConfig, run: RunFolder, mirror: RunFolder | BucketRun) -> list[str]:
     """Copy the run from the mirror if the mirror has a later whole checkpoint; return notes."""
+    if isinstance(mirror, BucketRun):
+        try:
+            return _fetch_from_bucket(config, run, mirror)
+        except OSError as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{mirror.path}: cannot be copied to {run.path} ({error.strerror}); try again") from None
     (here, ours, _), (there, theirs, damage) = _latest(run), _latest(mirror)
     if ours and theirs:
         check_identity(mirror, theirs["identity"], ours["identity"])
@@ -205,14 +230,40 @@ def _fetch(config: BaseRunConfig, run: RunFolder, mirror: RunFolder) -> list[str
     return [*notes, f"step {there:,} was copied from {mirror.path} to {run.path}"]
 
 
+def _fetch_from_bucket(config: BaseRunConfig, run: RunFolder, mirror: BucketRun) -> list[str]:
+    """Do the same for a mirror in object storage, where a checkpoint is only verified once it has been copied."""
+    here, ours, _ = _latest(run)
+    notes: list[str] = []
+    for step in reversed(mirror.steps()):
+        try:
+            theirs = mirror.metadata(step)
+        except (InputError, FileNotFoundError) as error:
+            notes.append(f"warning: {error}; not used")
+            continue
+        if ours:
+            check_identity(mirror, theirs["identity"], ours["identity"])
+        if step <= here:
+            return notes
+        _check_config(config, mirror, theirs)
+        run.create()
+        with run.lock():
+            if damage := mirror.fetch(run, step):
+                notes.append(f"warning: {damage}; not used")
+                continue
+        return [*notes, f"step {step:,} was copied from {mirror.path} to {run.path}"]
+    if notes and here < 0:
+        raise InputError(f"{mirror.path}: every checkpoint is damaged ({notes[-1]}); use another --run NAME")
+    return notes
+
+
 class Mirror:
-    """Copies a run to the folder ``target``, whose parent must exist; None: nothing is copied.
+    """Copies a run to the folder ``target``, whose parent must exist, or to object storage; None: nothing is copied.
 
     There the latest ``keep`` checkpoints stay, beside the best and those of the run. Errors are warnings, at most one
     a minute, and the next update copies what is missing.
     """
 
-    def __init__(self, run: RunFolder, target: RunFolder | None, keep: int, note: Callable[[str], None]):
+    def __init__(self, run: RunFolder, target: RunFolder | BucketRun | None, keep: int, note: Callable[[str], None]):
         self._run, self._target, self._keep, self._note = run, target, keep, note
         self._last_warning = -math.inf
 
@@ -221,7 +272,10 @@ class Mirror:
         if self._target is None:
             return
         try:
-            self._copy(self._target)
+            if isinstance(self._target, BucketRun):
+                self._target.update(self._run, self._keep)
+            else:
+                self._copy(self._target)
         except (OSError, InputError) as error:
             if last or time.monotonic() - self._last_warning > WARN_INTERVAL:
                 self._last_warning = time.monotonic()

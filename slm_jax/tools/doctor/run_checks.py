@@ -11,6 +11,7 @@ from slm_jax.runs import RunFolder, best_step, find_damage, read_frozen, read_me
 from slm_jax.tasks.config import TASKS, RunConfig, parse_args
 from slm_jax.tools.doctor.machine_checks import Finding, Found, folder_size, perform, start_error
 from slm_jax.tools.report.run_data import figure
+from slm_jax.training.bucket import BucketRun
 from slm_jax.training.checkpoint import CHECKSUMS
 from slm_jax.training.hardware import environment, rounding_changes
 from slm_jax.training.progress import format_bytes, format_duration
@@ -142,6 +143,8 @@ def check_machine(run: RunFolder) -> Found:
 
 def check_mirror(run: RunFolder) -> Found:
     config = _config(run)
+    if config is not None and config.mirror_url is not None:
+        yield from _check_bucket(run, config.mirror_url)
     if config is None or config.mirror_folder is None:
         return
     mirror = RunFolder(config.mirror_folder)
@@ -162,6 +165,24 @@ def check_mirror(run: RunFolder) -> Found:
         yield "note", f"{text}, not the latest, {here[-1]:,}; the next start copies it"
     else:
         yield "ok", f"{text}, each intact"
+
+
+def _check_bucket(run: RunFolder, url: str) -> Found:
+    """Compare steps only: to read the files would be a download of all of them."""
+    try:
+        there = BucketRun(url).steps()
+    except InputError as error:
+        yield "problem", str(error)
+        return
+    except OSError as error:
+        yield "problem", f"{url}: cannot be read ({error.strerror}); until it can, the run is on this disk only"
+        return
+    here = saved_steps(run.checkpoints)
+    text = f"{url} has {', '.join(f'step {step:,}' for step in there) or 'no checkpoint'}"
+    if here and (not there or there[-1] < here[-1]):
+        yield "note", f"{text}, not the latest, {here[-1]:,}; the next start copies it"
+    else:
+        yield "ok", f"{text}; their SHA-256 are compared when a run is copied from there"
 
 
 def check_size(run: RunFolder) -> Found:
