@@ -58,7 +58,8 @@ def main(args: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         return _fail("slm-jax", f"unknown command {name!r}; expected one of {', '.join(COMMANDS)}")
     gc.set_threshold(100_000)  # imported, parsed and traced objects stay: collecting them takes a third of a start
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs tracebacks of errors that it also raises
+    for library in ("absl", "gcsfs", "s3fs"):  # Orbax and they log tracebacks of errors that they also raise
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a console that lacks a character shows "?"
     if isinstance(sys.stdin, io.TextIOWrapper):

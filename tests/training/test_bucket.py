@@ -271,3 +271,39 @@ def test_an_error_of_the_storage_is_one_line_whatever_its_kind(bucket, monkeypat
     with pytest.raises(OSError, match="no credentials") as caught:
         Bucket(URL).sizes()
     assert caught.value.filename == URL
+
+
+@pytest.mark.slow
+def test_a_server_that_speaks_s3_is_such_a_bucket(trained, place, tmp_path, monkeypatch):
+    """With the real client; needs s3fs and moto[server]."""
+    pytest.importorskip("s3fs")
+    server = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", port=0)
+    for name, value in {"ACCESS_KEY_ID": "x", "SECRET_ACCESS_KEY": "x", "DEFAULT_REGION": "us-east-1"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    server.start()
+    monkeypatch.setitem(fsspec.config.conf, "s3", {"endpoint_url": "http://{}:{}".format(*server.get_host_and_port())})
+    try:
+        mirror = ["--checkpoint.mirror", "s3://bucket/all"]
+        with pytest.raises(ValueError, match="s3://bucket/all/run: cannot write there"):  # no such bucket
+            start(trained, tmp_path, *mirror)
+        fsspec.filesystem("s3").mkdir("bucket")
+        run, there = RunFolder(place / "runs/run"), Bucket("s3://bucket/all/run")
+        here = {name: len(content) for name, content in contents(run.path).items() if not name.startswith(".")}
+        target = BucketRun(there.url)
+        target.update(run, 2)
+        assert there.sizes() == here
+        shutil.rmtree(run.step_path(6))
+        target.update(run, 1)
+        assert there.sizes() == {name: size for name, size in here.items() if not name.startswith("checkpoints/6/")}
+        assert start(trained, tmp_path, *mirror).step == 8
+        new = contents(tmp_path / "new/run")
+        assert {n: c for n, c in new.items() if not n.startswith(".")} == {
+            n: c for n, c in contents(run.path).items() if not n.startswith(".")
+        }
+        assert there.version("config.yaml") == there.version("config.yaml")
+        assert there.is_older("config.yaml", 4e9)
+        with pytest.raises(FileNotFoundError):
+            there.read("nothing")
+        there.remove("nothing")
+    finally:
+        server.stop()
