@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import fsspec
 from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.registry import _registry
 
 _FORBIDDEN = "Forbidden: https://storage.example/b/bucket/o\nthe caller does not have storage.objects.create access"
 
@@ -61,7 +62,7 @@ class FakeBucket(MemoryFileSystem):
 def fake_bucket() -> Iterator[type[FakeBucket]]:
     """An empty ``gs://bucket``."""
     cls = type("Bucket", (FakeBucket,), {"store": {}, "pseudo_dirs": [""], "sent": []})
-    known = {name: fsspec.registry._registry.get(name) for name in cls.protocol}
+    known = {name: _registry.get(name) for name in cls.protocol}
     for name in cls.protocol:
         fsspec.register_implementation(name, cls, clobber=True)
     try:
@@ -69,6 +70,6 @@ def fake_bucket() -> Iterator[type[FakeBucket]]:
     finally:
         for name, before in known.items():
             if before is None:
-                del fsspec.registry._registry[name]
+                del _registry[name]
             else:
                 fsspec.register_implementation(name, before, clobber=True)

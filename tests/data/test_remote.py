@@ -1,5 +1,7 @@
 """What must hold of token files in object storage: they are read as local ones, and copied once."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from buckets import fake_bucket
@@ -20,7 +22,7 @@ URL = "gs://bucket/data/ids.bin"
 @pytest.fixture
 def file(tmp_path):
     with write_token_file(tmp_path / "ids.bin", TOKENIZER, "text:a.txt") as file:
-        file.write(np.arange(1000) % 11)
+        file.write(np.arange(1000, dtype=np.uint16) % 11)
     return tmp_path / "ids.bin"
 
 
@@ -55,7 +57,7 @@ def test_it_is_copied_once_and_again_after_a_change(bucket, file, tmp_path, caps
     assert capsys.readouterr().err.count("copying") == 1
     first = copies(tmp_path)
     with write_token_file(file, TOKENIZER, "text:a.txt") as writer:
-        writer.write(np.arange(1000) % 10)
+        writer.write(np.arange(1000, dtype=np.uint16) % 10)
     upload(bucket, file)
     assert open_token_file(URL).tokens.max() == 9
     assert len(first) == 1
@@ -109,7 +111,7 @@ def test_a_damaged_file_is_refused_and_not_kept(bucket, tmp_path):
 def test_what_cannot_be_copied_is_refused(bucket, tmp_path, monkeypatch):
     with refused("gs://bucket/other.bin: does not exist", MissingInputError):
         open_token_file("gs://bucket/other.bin")
-    monkeypatch.setattr(remote.shutil, "disk_usage", lambda _: (1000, 0, 1000))
+    monkeypatch.setattr(remote.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with refused("set XDG_CACHE_HOME to a folder with more room"):
         open_token_file(URL)
     monkeypatch.setattr(bucket, "cat_file", lambda *_: (_ for _ in ()).throw(OSError("Forbidden: no\naccess")))

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from buckets import fake_bucket
+from fsspec.registry import _registry, known_implementations
 from pretraining import metrics, options
 from refusals import contents, fails
 
@@ -60,7 +61,7 @@ def place(trained, tmp_path):
     return tmp_path
 
 
-def start(trained, tmp_path, **more):
+def start(trained, tmp_path, *more):
     """Where a new machine would start."""
     return find_start(parse_args([*words(trained[0]), "--runs_dir", str(tmp_path / "new"), *more]))
 
@@ -237,8 +238,8 @@ def test_fine_tuning_that_only_the_bucket_has_needs_no_base(trained, bucket, tmp
     ],
 )
 def test_storage_that_cannot_be_reached_is_one_line(trained, bucket, tmp_path, capsys, monkeypatch, url, parts):
-    monkeypatch.setitem(fsspec.registry.known_implementations, "s3", {"class": "no_such_package.S3", "err": "none"})
-    monkeypatch.delitem(fsspec.registry._registry, "s3", raising=False)
+    monkeypatch.setitem(known_implementations, "s3", {"class": "no_such_package.S3", "err": "none"})
+    monkeypatch.delitem(_registry, "s3", raising=False)
     args = ["train", *words(trained[0], checkpoint__mirror=url), "--runs_dir", str(tmp_path / "new")]
     fails(args, capsys, *parts)
     assert not (tmp_path / "new").exists()
