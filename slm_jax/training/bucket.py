@@ -67,8 +67,9 @@ class BucketRun:
                 self._upload_checkpoint(run.step_path(step), step)
         there = self._bucket.sizes()
         kept = {*steps, *_steps(there)[-keep:], self.best_step()}
-        for step in {_step_of(name) for name in there} - kept - {None}:
-            self._remove_checkpoint(step, there)
+        for other in {_step_of(name) for name in there} - kept:
+            if other is not None:
+                self._remove_checkpoint(other, there)
 
     def _upload_files(self, run: RunFolder) -> None:
         """Copy the changed files of a run apart from checkpoints and folders of logs, the configuration first."""
@@ -101,7 +102,7 @@ class BucketRun:
         self._bucket.upload(files)
         self._bucket.upload(last)
 
-    def _remove_checkpoint(self, step: int | None, there: dict[str, int]) -> None:
+    def _remove_checkpoint(self, step: int, there: dict[str, int]) -> None:
         names = [name for name in there if _step_of(name) == step]
         for name in sorted(names, key=lambda name: (PurePosixPath(name).name != CHECKSUMS, name)):
             self._bucket.remove(name)
