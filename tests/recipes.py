@@ -13,7 +13,7 @@ from slm_jax.training.optimizer import make_optimizer, make_schedule
 from slm_jax.training.step import TrainState, make_train_step
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-RECIPES = sorted(CONFIGS.rglob("*.yaml"))
+RECIPES = sorted(CONFIGS.glob("*.yaml"))
 
 
 def read(name: str, *more: str) -> RunConfig:

@@ -13,13 +13,16 @@ from typing import Any
 
 import grain
 import jax
+import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Int
 from rich.console import Console
 
 from slm_jax.config import dump_config, to_dict
 from slm_jax.model import Params
 from slm_jax.nn.blocks import merge_params
 from slm_jax.nn.lora import split_adapters
+from slm_jax.training.batch_size import filled_rows, fit_batch
 from slm_jax.training.checkpoint import Checkpoints, best_step, check_disk, load_params
 from slm_jax.training.config import BaseRunConfig
 from slm_jax.training.hardware import device_memory, environment
@@ -30,7 +33,7 @@ from slm_jax.training.progress import ProgressLine, count_leaves, format_bytes, 
 from slm_jax.training.record import PLOT_INTERVAL, RunLog, StepProfile
 from slm_jax.training.resume import Mirror, Start, check_identity, mirror_folder
 from slm_jax.training.run_folder import BEFORE, FROZEN
-from slm_jax.training.sharding import check_batch_size, host_rows, make_mesh, put_batch, put_params
+from slm_jax.training.sharding import host_rows, make_mesh, put_batch, put_params
 from slm_jax.training.step import TrainState
 from slm_jax.training.task import REFERENCES, Moment, Task, purpose_key
 from slm_jax.training.trainable import leaf_table
@@ -57,7 +60,7 @@ def train(config: BaseRunConfig, task: Task, start: Start, stop: StopRequest, co
         return summary
 
     mesh = make_mesh(config.mesh)
-    check_batch_size(mesh.size, config.train.batch_size, config.train.accumulate)
+    config, fitted = fit_batch(config, mesh.size)
     check_loggers(config.logging)
     state_shapes = abstract_state(config, task, mesh)
     folder.create()
@@ -71,11 +74,14 @@ def train(config: BaseRunConfig, task: Task, start: Start, stop: StopRequest, co
             stack.callback(logger.close)
         log = RunLog(task, folder, progress, mesh.size, start.last_kept, loggers)
         metadata = _describe(task, start, progress, state_shapes)
-        program = _compile(task, start, stop, progress, mesh)
+        if fitted is not None:
+            progress.note(fitted)
+        program = _compile(config, task, start, stop, progress, mesh)
         frozen = put_params(mesh, task.params.passed)
         profile = StepProfile(config.train.profile_steps if folder.writes else None, folder.path, progress.note)
         with Checkpoints(folder.checkpoints, keep, mirror.update) as checkpoints, closing(profile), progress:
-            run = Session(task, program, frozen, log, checkpoints, _batches(task, start, mesh), profile, metadata)
+            batches = _batches(task, start, host_rows(mesh, config.train.batch_size))
+            run = Session(task, program, frozen, log, checkpoints, batches, profile, metadata)
             if start.step is None:
                 state = first_state(config, task.params, program)
             else:
@@ -229,9 +235,11 @@ def _count(task: Task, trainable: Params) -> tuple[int, int]:
     return trained, trained + count_leaves(split_adapters(task.params.frozen)[0])
 
 
-def _compile(task: Task, start: Start, stop: StopRequest, progress: ProgressLine, mesh: Mesh) -> Program:
+def _compile(
+    config: BaseRunConfig, task: Task, start: Start, stop: StopRequest, progress: ProgressLine, mesh: Mesh
+) -> Program:
     began = time.monotonic()
-    program = compile_program(task.config, task, mesh, needs_init=start.step is None, stop=stop.check)
+    program = compile_program(config, task, mesh, needs_init=start.step is None, stop=stop.check)
     needed, there = program.wait(), device_memory()
     progress.note(
         f"compiled for {mesh.size} × {jax.devices()[0].device_kind} in {format_duration(time.monotonic() - began)}: "
@@ -241,9 +249,9 @@ def _compile(task: Task, start: Start, stop: StopRequest, progress: ProgressLine
     return program
 
 
-def _batches(task: Task, start: Start, mesh: Mesh) -> grain.DatasetIterator:
+def _batches(task: Task, start: Start, rows: Int[np.ndarray, " rows"]) -> grain.DatasetIterator:
     """Return this host's rows of the training batches, from the first step on."""
-    host_batches = task.train_batches.of_rows(host_rows(mesh, task.config.train.batch_size))
+    host_batches = filled_rows(task.train_batches, rows, task.config.train.batch_size)
     batches = iter(host_batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
     if start.step is not None:
         batches.set_state(start.metadata["data"])

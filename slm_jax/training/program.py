@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from slm_jax.errors import InputError
 from slm_jax.model import Params
+from slm_jax.training.batch_size import fill_up
 from slm_jax.training.config import BaseRunConfig
 from slm_jax.training.hardware import device_memory
 from slm_jax.training.optimizer import make_optimizer, make_schedule
@@ -34,7 +35,8 @@ from slm_jax.training.task import EvaluationSums, Parameters, purpose_key
 
 SAVE_MEMORY = (
     "raise --train.accumulate, lower --train.batch_size, --train.eval_batch_size or the length of rows "
-    "(--model.context_length, in fine-tuning max_length), or set --model.remat full"
+    "(--model.context_length, in fine-tuning max_length), set --model.remat full, or with several devices "
+    "--mesh.fsdp to their number"
 )
 
 
@@ -86,8 +88,7 @@ class Program:
         rows = host_rows(self.mesh, self.eval_rows)
         for batch in batches:
             self.stop()
-            missing = self.eval_rows - len(next(iter(batch.values())))
-            filled = {k: np.pad(v, [(0, missing), *[(0, 0)] * (v.ndim - 1)])[rows] for k, v in batch.items()}
+            filled = {name: value[rows] for name, value in fill_up(batch, self.eval_rows).items()}
             sums.append(self.eval_step(trainable, frozen, put_batch(self.mesh, filled)))
         each = jax.tree.map(lambda value: np.asarray(value, np.float64), jax.device_get(sums))
         loss_sum, weight_sum, metrics = jax.tree.map(lambda *values: np.sum(values, axis=0), *each)

@@ -122,10 +122,3 @@ def put_params(mesh: Mesh, params: Any) -> Any:
         return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
     return jax.tree.map(place, params, state_shardings(mesh, params))
-
-
-def check_batch_size(n_devices: int, batch_size: int, accumulate: int = 1) -> None:
-    """Refuse a batch that the devices cannot share evenly, each of its ``accumulate`` micro-batches."""
-    if batch_size % (least := n_devices * accumulate):
-        reason = f"{n_devices} devices × train.accumulate {accumulate}"
-        raise InputError(f"train.batch_size is {batch_size}; expected a multiple of {least} ({reason})")

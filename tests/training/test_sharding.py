@@ -24,7 +24,6 @@ from slm_jax.tasks import pretraining
 from slm_jax.training.checkpoint import Checkpoints
 from slm_jax.training.config import MeshConfig
 from slm_jax.training.sharding import (
-    check_batch_size,
     compiler_options,
     host_rows,
     make_mesh,
@@ -155,15 +154,6 @@ def test_what_eight_devices_saved_is_restored_on_one(eight, folder, state_of_one
 def test_a_mesh_of_another_size_than_the_devices_is_refused(sizes, n_devices, words):
     with pytest.raises(InputError, match=words):
         mesh_sizes(MeshConfig(**sizes), n_devices)
-
-
-@pytest.mark.parametrize(
-    ("n_devices", "batch_size", "accumulate", "multiple"), [(8, 12, 1, 8), (8, 24, 2, 16), (1, 6, 4, 4)]
-)
-def test_a_batch_that_devices_or_micro_batches_cannot_share_is_refused(n_devices, batch_size, accumulate, multiple):
-    check_batch_size(n_devices, multiple, accumulate)
-    with pytest.raises(InputError, match=rf"train\.batch_size is {batch_size}.*multiple of {multiple} "):
-        check_batch_size(n_devices, batch_size, accumulate)
 
 
 @pytest.mark.parametrize(

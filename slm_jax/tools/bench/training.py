@@ -46,11 +46,12 @@ from slm_jax.tools.bench.instruments import (
 )
 from slm_jax.tools.bench.result import Result
 from slm_jax.tools.plan.estimate import Plan, Shapes, find_shapes, make_plan
+from slm_jax.training.batch_size import filled_rows, fit_batch
 from slm_jax.training.hardware import device_here, flops_per_token
 from slm_jax.training.process import set_up
 from slm_jax.training.program import compile_program, device_bytes, out_of_memory_as_input_error
 from slm_jax.training.resume import Start
-from slm_jax.training.sharding import check_batch_size, host_rows, make_mesh, put_batch, state_shardings
+from slm_jax.training.sharding import host_rows, make_mesh, put_batch, state_shardings
 from slm_jax.training.step import Batch, StepMetrics, TrainState
 from slm_jax.training.task import purpose_key
 
@@ -105,7 +106,7 @@ def compile_step(config: RunConfig) -> CompiledStep:
     """Compile the training step of a run of pretraining for the devices here, as the training loop does."""
     shapes = find_shapes(config)
     mesh = make_mesh(config.mesh)
-    check_batch_size(mesh.size, config.train.batch_size, config.train.accumulate)
+    config, fitted = fit_batch(config, mesh.size)
     began = time.perf_counter()
     program = compile_program(config, shapes, mesh)
     compiled = program.compiling[0].result()
@@ -122,7 +123,7 @@ def compile_step(config: RunConfig) -> CompiledStep:
         init=lambda: (make_state(key), make_frozen(key)),
         batch=_random_batch(config, shapes),
         flops_per_token=None if shapes.params.frozen else flops_per_token(shapes.cfg),
-        notes=shapes.notes,
+        notes=(*shapes.notes, *([fitted] if fitted else [])),
     )
 
 
@@ -294,11 +295,12 @@ def measure_batches(
 ) -> Result:
     """Measure the batches of a run as the training loop reads them; ``step_ms`` of a step gives their share."""
     mesh = make_mesh(config.mesh)
-    check_batch_size(mesh.size, config.train.batch_size, config.train.accumulate)
+    fitted, note = fit_batch(config, mesh.size)
     began = time.perf_counter()
     task = get_task(config.task).build(config, Start(RunFolder(config.folder), None, {}))
     ready_seconds = time.perf_counter() - began
-    source = task.train_batches.of_rows(host_rows(mesh, config.train.batch_size))
+    rows = host_rows(mesh, fitted.train.batch_size)
+    source = filled_rows(task.train_batches, rows, config.train.batch_size)
     iterator = iter(source.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
     reading = per_batch(iterator, warmup=warmup, repeats=repeats, batches=batches)
     batch = next(iterator)
@@ -316,6 +318,7 @@ def measure_batches(
         "share_of_step": None if step_ms is None else 1e3 * reading.median / step_ms,
     }
     notes = ["One thread reads batches while the device computes: they cost time only beyond a whole step."]
+    notes += [note] if note else []
     if step_ms is None:
         notes.append("share of a step: pass --step_ms, from slm-jax bench train")
     return Result("data", to_dict(config), figures, tuple(notes))

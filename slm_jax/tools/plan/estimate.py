@@ -25,10 +25,11 @@ from slm_jax.tasks.base import as_configured, run_dtype
 from slm_jax.tasks.config import RunConfig, get_task
 from slm_jax.tokenizer import get_tokenizer
 from slm_jax.tools.plan.memory_model import Memory, State, Work, evaluation_memory, state_bytes, step_memory
+from slm_jax.training.batch_size import fit_batch
 from slm_jax.training.checkpoint import read_metadata
 from slm_jax.training.hardware import Device, device_memory, find_device, flops_per_token
 from slm_jax.training.program import compile_program, device_bytes
-from slm_jax.training.sharding import check_batch_size, mesh_sizes
+from slm_jax.training.sharding import mesh_sizes
 from slm_jax.training.step import LossFn
 from slm_jax.training.task import Parameters
 from slm_jax.training.trainable import split_params
@@ -200,7 +201,7 @@ def make_plan(
         tokens: tokens to train on; None: those of the configured steps.
 
     Raises:
-        InputError: an unknown device; devices that cannot share the batch; a base of unknown shape.
+        InputError: an unknown device; a base of unknown shape.
     """
     known = None if device.lower() == "cpu" else find_device(device)
     if known is None and mfu is not None:
@@ -211,7 +212,7 @@ def make_plan(
     config = _replace(config, "model", dtype=dtype)
     shapes = find_shapes(config)
     mesh_sizes(config.mesh, n_devices)
-    check_batch_size(n_devices, config.train.batch_size, config.train.accumulate)
+    config, fitted = fit_batch(config, n_devices)
     limit = device_memory(jax.devices("cpu")[0]) if known is None else known.memory * known.usable
     setting = _Setting(shapes, target, math.inf if limit is None else limit, n_devices)
     work = setting.work(config)
@@ -254,7 +255,7 @@ def make_plan(
         hours_for_20=CHINCHILLA * n_params / rate / 3600 if rate else None,
         fits=fits,
         changes=() if fits else tuple(setting.changes(config)),
-        notes=(*shapes.notes, *_notes(known, work, n_devices, flops)),
+        notes=(*shapes.notes, *([fitted] if fitted else []), *_notes(known, work, n_devices, flops)),
     )
 
 

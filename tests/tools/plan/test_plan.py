@@ -168,7 +168,6 @@ def test_a_token_file_has_the_vocabulary_and_a_damaged_description_is_refused(tm
     ("words", "n_devices", "message"),
     [
         (["--mesh.fsdp", "3"], 4, "expected a divisor of the 4 device"),
-        (["--train.batch_size", "6"], 4, "train.batch_size is 6; expected a multiple of 4"),
         (["--base", "nowhere/weights"], 1, "base nowhere/weights is no existing run"),
         (["--base", "gpt2", "--model.n_layers", "3"], 1, r"model\.n_layers is 3.* 12"),
     ],

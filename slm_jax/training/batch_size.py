@@ -1,0 +1,58 @@
+"""How a batch fits any number of devices: fewer micro-batches, or rows of weight 0 that fill it up.
+
+The batch stays the same, and with it the losses: they are sums that are divided once by the sum of the weights.
+"""
+
+import dataclasses
+from typing import TypeVar
+
+import grain
+import numpy as np
+from jaxtyping import Int
+
+from slm_jax.data.windows import Batch, TrainBatches
+from slm_jax.training.config import BaseRunConfig
+
+Config = TypeVar("Config", bound=BaseRunConfig)
+
+
+def fit_batch(config: Config, n_shards: int) -> tuple[Config, str | None]:
+    """Return the configuration with a batch that ``n_shards`` devices share evenly, and a line about any change.
+
+    ``train.accumulate`` falls to a number of micro-batches that can be cut evenly, none larger on a device than the
+    configured one; if there is none, ``train.batch_size`` rises by rows that :func:`fill_up` adds.
+    """
+    rows, configured = config.train.batch_size, config.train.accumulate
+    most = rows // configured  # rows of a micro-batch
+
+    def filled(accumulate: int) -> int:
+        return -(-rows // (n_shards * accumulate)) * n_shards * accumulate
+
+    fitting = [n for n in range(1, configured + 1) if filled(n) <= most * n_shards * n]
+    accumulate = min(fitting, key=lambda n: (filled(n), -n))
+    total = filled(accumulate)
+    changes = []
+    if accumulate != configured:
+        changes.append(f"train.accumulate is {accumulate} instead of {configured}")
+    if total != rows:
+        nearest = [n for n in (rows // n_shards * n_shards, -(-rows // n_shards) * n_shards) if n]
+        idle = f"{total - rows} of {total} rows are empty, {(total - rows) / total:.0%} of the work"
+        changes.append(f"{idle} (none with train.batch_size {' or '.join(map(str, nearest))})")
+    if not changes:
+        return config, None
+    train = dataclasses.replace(config.train, batch_size=total, accumulate=accumulate)
+    note = f"a batch of {rows} rows on {n_shards} devices: {'; '.join(changes)}"
+    return dataclasses.replace(config, train=train), note
+
+
+def filled_rows(batches: TrainBatches, rows: Int[np.ndarray, " rows"], batch_size: int) -> grain.MapDataset:
+    """Return only these rows, in ascending order, of each batch; those from ``batch_size`` on are empty."""
+    return batches.of_rows(rows[rows < batch_size]).map(lambda batch: fill_up(batch, len(rows)))
+
+
+def fill_up(batch: Batch, rows: int) -> Batch:
+    """Return a batch with rows of zeros at its end, so that it has ``rows``: their targets have weight 0."""
+    missing = rows - len(next(iter(batch.values())))
+    if not missing:
+        return batch
+    return {name: np.pad(value, [(0, missing), *[(0, 0)] * (value.ndim - 1)]) for name, value in batch.items()}
