@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
@@ -68,6 +69,19 @@ def kill_once(folder: Path, name: str, steps: int, after: float) -> int:
     return max(saved_steps(folder / name / "checkpoints"), default=-1)
 
 
+def arrays(checkpoint: Path) -> Any:
+    """Return all arrays of a checkpoint, on one device, wherever they were when they were saved."""
+    saved, place = (
+        ocp.checkpointables_metadata(checkpoint).metadata,
+        jax.sharding.SingleDeviceSharding(jax.devices()[0]),
+    )
+    like = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        {name: saved[name] for name in ("params", "state")},
+    )
+    return ocp.load_checkpointables(checkpoint, like)
+
+
 def outcome(run: Path) -> dict[str, Any]:
     """Return all that must be equal of a finished run."""
     checkpoints = run / "checkpoints"
@@ -75,7 +89,7 @@ def outcome(run: Path) -> dict[str, Any]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return {
         "step": step,
-        "arrays": ocp.load_checkpointables(checkpoints / str(step), {"params": None, "state": None}),
+        "arrays": arrays(checkpoints / str(step)),
         "data": read_metadata(checkpoints, step)["data"],
         "metrics": [{key: value for key, value in row.items() if key not in TIMES} for row in rows],
         "samples": (run / "samples.md").read_text(),

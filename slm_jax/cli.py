@@ -1,7 +1,8 @@
 """The commands: ``slm-jax COMMAND``, also ``python -m slm_jax`` and ``train.py``.
 
 Exit status: 0 the work was done; 1 training diverged, or doctor found a problem; 2 the user made a mistake, reported in
-one line on stderr; 130 or 143 a signal stopped the command after everything was saved.
+one line on stderr; 75 another process of the job was lost; 130 or 143 a signal stopped the command after everything
+was saved.
 """
 
 import contextlib

@@ -8,6 +8,7 @@ from slm_jax.config import dump_config
 from slm_jax.errors import InputError
 from slm_jax.files import user_path
 from slm_jax.tasks.config import TASKS, FinetuneConfig, RunConfig, get_task, parse_args
+from slm_jax.training.supervisor import needs_supervisor, supervise
 
 
 def main(args: Sequence[str]) -> int:
@@ -15,7 +16,7 @@ def main(args: Sequence[str]) -> int:
     if TASKS[options.task].command != "finetune":
         tasks = " or ".join(name for name, task in TASKS.items() if task.command == "finetune")
         raise InputError(f"task is {options.task}; expected {tasks}, or use slm-jax train")
-    return run(options)
+    return supervise("finetune", args, options.restarts) if needs_supervisor(options.restarts) else run(options)
 
 
 def run(options: RunConfig) -> int:

@@ -6,34 +6,39 @@ from collections.abc import Sequence
 from slm_jax.commands import set_up
 from slm_jax.errors import InputError
 from slm_jax.tasks.config import TASKS, RunConfig, get_task, parse_args
+from slm_jax.training.supervisor import needs_supervisor, report_to_supervisor, supervise
 
 
 def main(args: Sequence[str]) -> int:
     options = parse_args(args)
     if TASKS[options.task].command != "train":
         raise InputError(f"task is {options.task}; expected pretraining, or use slm-jax finetune")
-    return run(options)
+    return supervise("train", args, options.restarts) if needs_supervisor(options.restarts) else run(options)
 
 
 def run(options: RunConfig) -> int:
-    """Train or resume a run of any task; return 0, 1 if it diverged, or 128 + the signal that stopped it."""
+    """Train or resume a run of any task; return 0, 1 if it diverged, or 128 + the signal that stopped it.
+
+    If another process of the job is lost, this one exits with status 75.
+    """
     from rich.console import Console
 
-    from slm_jax.training.distributed import initialize_distributed
     from slm_jax.training.loop import train
     from slm_jax.training.process import Interrupted, StopRequest
     from slm_jax.training.program import out_of_memory_as_input_error
     from slm_jax.training.record import TrainingDiverged
     from slm_jax.training.resume import find_start
+    from slm_jax.training.watch import joined
 
     command = f"slm-jax {TASKS[options.task].command}"
-    with StopRequest() as stop, out_of_memory_as_input_error():
+    report_to_supervisor()
+    with StopRequest() as stop:
         try:
-            initialize_distributed()
-            set_up()
-            start = find_start(options)
-            task = get_task(options.task).build(options, start, stop.check)
-            train(options, task, start, stop, Console(quiet=not start.folder.writes))
+            with joined(command, options.join_timeout), out_of_memory_as_input_error():
+                set_up()
+                start = find_start(options)
+                task = get_task(options.task).build(options, start, stop.check)
+                train(options, task, start, stop, Console(quiet=not start.folder.writes))
         except Interrupted as interruption:
             print(f"{command}: stopped by {interruption}", file=sys.stderr)
             return 128 + interruption.signum

@@ -237,6 +237,9 @@ class BaseRunConfig:
         run: name of the run and its folder; null: the name of the recipe.
         runs_dir: folder of the runs, on a disk.
         resume: auto resumes the run if it exists; never refuses an existing run; must refuses a new one.
+        restarts: how often the command starts again by itself, from the last checkpoint, after it was killed or lost
+            another process.
+        join_timeout: seconds that a process waits at the start for the others of its job.
         base: weights to start from: a run, run@step, GPT-2 weights or a name such as gpt2; null: a new model.
         base_optimizer: whether to start from the optimizer state of the base, too; only for a base that is a run.
         trainable: parameters to train: all, the head, the last_block (with final norm and head), the last_n_blocks
@@ -259,6 +262,8 @@ class BaseRunConfig:
     run: Execution[str | None] = None
     runs_dir: Execution[str] = "runs"
     resume: Execution[Literal["auto", "never", "must"]] = "auto"
+    restarts: Execution[NotNegative] = 0
+    join_timeout: Execution[Annotated[int, Ge(10)]] = 120
     base: str | None = None
     base_optimizer: bool = False
     trainable: Literal["all", "head", "last_block", "last_n_blocks", "lora"] = "all"

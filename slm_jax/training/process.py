@@ -11,12 +11,14 @@ import sys
 import threading
 import time
 from types import FrameType
+from typing import NoReturn
 
 from slm_jax.errors import InputError
 from slm_jax.files import cache_folder
 
 MOST_CACHED = 2 * 2**30  # bytes of compiled programs; beyond them the least recently used are removed
-_STOPPING = (signal.SIGINT, signal.SIGTERM)
+LOST = 75  # exit status after another process of the job was lost: sysexits.h's EX_TEMPFAIL
+STOPPING = (signal.SIGINT, signal.SIGTERM)
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # the names of glibc's malloc.h
 
 
@@ -105,7 +107,7 @@ class StopRequest:
         self._undo.callback(watcher.join)
         self._undo.callback(os.close, write_end)
         self._undo.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(write_end))  # each signal writes its number
-        for signum in _STOPPING:
+        for signum in STOPPING:
             self._undo.callback(signal.signal, signum, signal.signal(signum, self._note))
         return self
 
@@ -120,11 +122,11 @@ class StopRequest:
         came = 0
         with os.fdopen(read_end, "rb", buffering=0) as signals:
             while number := signals.read(1):  # nothing once the other end is closed
-                if number[0] not in _STOPPING:
+                if number[0] not in STOPPING:
                     continue
                 came += 1
                 if came > 1:
-                    _end_now(number[0])
+                    end_now(128 + number[0])
                 self._note(number[0])
                 if number[0] == signal.SIGINT:
                     print("\nsaving, then stopping; Ctrl-C again ends at once", file=sys.stderr, flush=True)
@@ -149,8 +151,11 @@ class StopRequest:
         return bool(multihost_utils.process_allgather(self.signum is not None).any())
 
 
-def _end_now(signum: int) -> None:
+def end_now(status: int, line: str | None = None) -> NoReturn:
     """End without unwinding: an exception inside the compiler can crash, and checkpoints are committed by a rename."""
     if sys.stderr.isatty():
         sys.stderr.write("\x1b[?25h")  # show the cursor that the live line hides
-    os._exit(128 + signum)
+    if line is not None:
+        sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
+    os._exit(status)
