@@ -11,7 +11,8 @@ from slm_jax.training import watch
 from slm_jax.training.process import LOST, Interrupted
 from slm_jax.training.watch import Watch
 
-BEAT = 0.02
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+BEAT = 0.03
 
 
 class Service:
@@ -39,10 +40,6 @@ class Service:
         raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED")
 
 
-class Ended(BaseException):
-    """Stands for the end of a process."""
-
-
 @pytest.fixture
 def ends(monkeypatch):
     """How processes ended, by the program of their watch: exit status and line."""
@@ -54,7 +51,7 @@ def ends(monkeypatch):
         raise SystemExit  # ends a thread silently
 
     monkeypatch.setattr(watch, "end_now", end_now)
-    for name, value in {"BEAT": BEAT, "SILENCE": 10 * BEAT, "SUSPICION": 5 * BEAT}.items():
+    for name, value in {"BEAT": BEAT, "SILENCE": 20 * BEAT, "SUSPICION": 5 * BEAT}.items():
         monkeypatch.setattr(watch, name, value)
     return found
 
@@ -84,7 +81,7 @@ def test_processes_that_live_and_those_that_are_done_are_left_alone(ends, job):
     _, watches = job
     watches[1].__exit__(None, None, None)
     watches[2].__exit__(Interrupted, Interrupted(15), None)  # all stop together
-    time.sleep(25 * BEAT)
+    time.sleep(30 * BEAT)
     assert not ends
 
 
