@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -209,14 +210,19 @@ def training(text, folder, steps):
     return ["train", *options(text, folder, **{"train.steps": steps, **every, "optimizer.decay_steps": 6})]
 
 
-def run_processes(n, arguments, folder, **more):
-    """Run processes that join; return their logs."""
+def start_processes(n, arguments, folder, **more):
+    """Start processes that join; return them and their logs."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{listener.getsockname()[1]}"
     logs = [folder / f"process{index}.log" for index in range(n)]
     env = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(n)}
-    processes = [start(arguments, log, folder, JAX_PROCESS_ID=str(i), **env, **more) for i, log in enumerate(logs)]
+    return [start(arguments, log, folder, JAX_PROCESS_ID=str(i), **env, **more) for i, log in enumerate(logs)], logs
+
+
+def run_processes(n, arguments, folder, **more):
+    """Run processes that join; return their logs."""
+    processes, logs = start_processes(n, arguments, folder, **more)
     try:
         status = [process.wait(timeout=120) for process in processes]
     finally:
@@ -224,6 +230,27 @@ def run_processes(n, arguments, folder, **more):
             process.kill()
     assert status == [0] * n, "\n".join(log.read_text()[-3000:] for log in logs)
     return logs
+
+
+@pytest.mark.slow
+def test_the_death_of_process_0_ends_the_other_with_one_line_that_names_it(tmp_path):
+    """Instead of JAX's abort with a C++ trace; benchmarks/process_failures.py has the other cases."""
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog; the dog sleeps on. " * 20)
+    processes, logs = start_processes(2, ["-m", "slm_jax", *training(text, tmp_path, 100_000)], tmp_path)
+    try:
+        limit = time.monotonic() + 120
+        while not (tmp_path / "small" / "metrics.jsonl").exists():
+            assert time.monotonic() < limit, logs[0].read_text()
+            time.sleep(0.1)
+        processes[0].kill()
+        assert processes[1].wait(60) == 75
+    finally:
+        for process in processes:
+            process.kill()
+    (line,) = logs[1].read_text().splitlines()
+    assert line.startswith("slm-jax train: process 0 ")
+    assert "start all processes again to resume: slm-jax train " in line
 
 
 @pytest.mark.slow
