@@ -1,7 +1,7 @@
 """Lists for the reference, made from the program itself.
 
 A page has ``<!-- options: COMMAND -->`` (or ``bench KIND``), ``<!-- keys: SECTION -->``, ``<!-- commands -->``,
-``<!-- presets -->``, ``<!-- names -->`` or ``<!-- modules: PACKAGE -->``.
+``<!-- presets -->``, ``<!-- names -->``, ``<!-- modules: PACKAGE -->`` or ``<!-- scaling: SHAPE -->``.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ from slm_jax.cli import COMMANDS
 from slm_jax.config import EXECUTION, Key, describe, flatten, keys
 from slm_jax.model import PRESETS, count_params, get_gpt_config
 from slm_jax.tasks.config import FinetuneConfig, RunConfig
+from slm_jax.tools.plan.scaling import scaling_table
 
 WORDS = {int: "whole number", float: "number", bool: "true or false", str: "text", tuple: "texts", type(None): "null"}
 OF_FINETUNE = flatten(dataclasses.asdict(FinetuneConfig()))
@@ -32,9 +33,10 @@ def fill_in(markdown: str) -> str:
         "keys": section_keys,
         "modules": package_modules,
         "names": public_names,
+        "scaling": scaling_table,
     }
     return re.sub(
-        rf"<!-- ({'|'.join(tables)})(?:: ([\w. ]+))? -->",
+        rf"<!-- ({'|'.join(tables)})(?:: ([\w. -]+))? -->",
         lambda match: tables[match[1]](*([match[2]] if match[2] else [])),
         markdown,
     )

@@ -274,6 +274,8 @@ def _split(cls: Any, args: Sequence[str]) -> Iterator[tuple[str, str]]:
             yield name, word.partition("=")[2]
         elif rest and not (rest[0].startswith("--") and rest[0][2:].partition("=")[0].replace("-", "_") in names):
             yield name, rest.pop(0)
+        elif name in keys(cls) and bool in keys(cls)[name].kinds:
+            yield name, "true"
         elif name in names:
             raise InputError(f"{_option(cls, name)} has no value; expected {_option(cls, name)} VALUE")
         else:

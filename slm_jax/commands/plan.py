@@ -19,9 +19,13 @@ class Options(RunConfig):
     Nothing is trained or downloaded; on cpu a small model is compiled, which takes seconds.
 
     Attributes:
-        device: h200, h100, h100-pcie, b200, a100-80g, a100-40g, l40s, l4, v100, t4, v6e, v5e, v5p, v4, v3, v2, or cpu:
-            this machine.
-        devices: number of such devices that share each batch.
+        device: h200, h100, h100-pcie, b200, a100-80g, a100-40g, l40s, l4, v100, t4, tpu7x, v6e, v5e, v5p, v4, v3, v2,
+            or cpu: this machine. A number may follow, as in h100x64 (GPUs, 8 on a host), v5e-64 (a TPU slice, by Google
+            Cloud's name), v5p:2x2x4 (by its shape in chips) or v5e-256x2 (two slices).
+        devices: number of such devices that share each batch, if the name has none.
+        compile: whether to compile the run's programs with XLA's own compiler for the device, which takes minutes and
+            shows their memory, collectives and kernels. Needs libtpu for a TPU, jax[cuda13] for an h100 or h200; the
+            device itself is not needed.
         mfu: share of the device's peak FLOP/s that is reached, above 0, at most 1; null: 0.4, an assumption. Not for
             cpu, whose peak is unknown.
         tokens: tokens to train on, such as 10e9; null: those of train.steps.
@@ -30,6 +34,7 @@ class Options(RunConfig):
 
     device: str = "cpu"
     devices: Positive = 1
+    compile: bool = False
     mfu: Annotated[float, Gt(0), Le(1)] | None = None
     tokens: Annotated[float, Ge(1)] | None = None
     format: Literal["table", "json"] = "table"
@@ -50,14 +55,28 @@ def run(options: Options) -> int:
     import jax
     from rich.console import Console
 
-    from slm_jax.tools.plan.estimate import make_plan
-    from slm_jax.tools.plan.tables import print_plan
+    from slm_jax.tools.plan.cluster import find_cluster
+    from slm_jax.tools.plan.compilers import cluster_devices, compile_run, prepare_environment
+    from slm_jax.tools.plan.estimate import make_plan, resolve
+    from slm_jax.tools.plan.tables import print_compiled, print_plan
 
     jax.config.update("jax_platforms", "cpu")  # leave accelerators to those who train
-    use_compile_cache()
-    plan = make_plan(options, options.device, options.devices, options.mfu, options.tokens)
-    if options.format == "json":
-        print(json.dumps(dataclasses.asdict(plan), indent=2))
+    cluster = find_cluster(options.device, options.devices)
+    if options.compile:
+        prepare_environment(cluster)
+        devices = cluster_devices(cluster)
     else:
-        print_plan(plan, Console())
+        use_compile_cache()
+    plan, console = make_plan(options, options.device, options.devices, options.mfu, options.tokens), Console()
+    if options.format == "table":
+        print_plan(plan, console)
+    programs = []
+    if options.compile:
+        config, shapes, _ = resolve(options, cluster)
+        programs = compile_run(config, shapes, cluster, devices)
+    if options.format == "json":
+        compiled = {"compiled": [program.as_dict() for program in programs]} if options.compile else {}
+        print(json.dumps(dataclasses.asdict(plan) | compiled, indent=2))
+    elif programs:
+        print_compiled(programs, plan, console)
     return 0

@@ -29,6 +29,8 @@ class Device:
     peak_float32: float  # of float32 arrays as JAX multiplies them: in TF32 where there is that, on a TPU in bfloat16
     memory: float  # bytes
     bandwidth: float  # bytes a second
+    link: float  # bytes a second that it sends over all its links: a GPU's to its host's GPUs, a TPU's in its slice
+    network: float  # bytes a second that it sends to other hosts (GPU) or slices (TPU): its share of its host's network
 
     @property
     def usable(self) -> float:
@@ -40,25 +42,29 @@ class Device:
         return self.peak_float32 if dtype == "float32" else self.peak_16bit
 
 
-# NVIDIA's data sheets, dense and SXM where there are several; Google Cloud's pages of its TPUs. The first match counts.
+# NVIDIA's data sheets, dense and SXM where there are several; Google Cloud's pages of its TPUs. Links and networks
+# count one direction. The network is that of NVIDIA's DGX with such GPUs; else of a cloud's host with 8 of them; those
+# of v4, v3 and v2 are assumed. The first match counts.
 DEVICES = (
-    Device("h200", "H200", "gpu", 9.0, 989e12, 495e12, 141e9, 4.8e12),
-    Device("h100-pcie", "H100 PCIe", "gpu", 9.0, 756e12, 378e12, 80e9, 2e12),
-    Device("h100", "H100", "gpu", 9.0, 989e12, 495e12, 80e9, 3.35e12),
-    Device("b200", "B200", "gpu", 10.0, 2250e12, 1125e12, 180e9, 8e12),
-    Device("a100-80g", "A100", "gpu", 8.0, 312e12, 156e12, 80e9, 2.039e12),
-    Device("a100-40g", "A100", "gpu", 8.0, 312e12, 156e12, 40e9, 1.555e12),
-    Device("l40s", "L40S", "gpu", 8.9, 362e12, 183e12, 48e9, 864e9),
-    Device("l4", "L4", "gpu", 8.9, 121e12, 60e12, 24e9, 300e9),
-    Device("v100", "V100", "gpu", 7.0, 125e12, 15.7e12, 16e9, 900e9),
-    Device("t4", "T4", "gpu", 7.5, 65e12, 8.1e12, 16e9, 320e9),
-    Device("v6e", "TPU v6", "tpu", None, 918e12, 918e12, 32 * 2**30, 1.64e12),
-    Device("v5e", "TPU v5 lite", "tpu", None, 197e12, 197e12, 16 * 2**30, 819e9),
-    Device("v5e", "TPU v5e", "tpu", None, 197e12, 197e12, 16 * 2**30, 819e9),
-    Device("v5p", "TPU v5", "tpu", None, 459e12, 459e12, 95 * 2**30, 2.765e12),
-    Device("v4", "TPU v4", "tpu", None, 275e12, 275e12, 32 * 2**30, 1.228e12),
-    Device("v3", "TPU v3", "tpu", None, 61.5e12, 61.5e12, 16 * 2**30, 450e9),  # a chip of v3 or v2 is two devices
-    Device("v2", "TPU v2", "tpu", None, 22.5e12, 22.5e12, 8 * 2**30, 350e9),
+    Device("h200", "H200", "gpu", 9.0, 989e12, 495e12, 141e9, 4.8e12, 450e9, 50e9),
+    Device("h100-pcie", "H100 PCIe", "gpu", 9.0, 756e12, 378e12, 80e9, 2e12, 64e9, 25e9),
+    Device("h100", "H100", "gpu", 9.0, 989e12, 495e12, 80e9, 3.35e12, 450e9, 50e9),
+    Device("b200", "B200", "gpu", 10.0, 2250e12, 1125e12, 180e9, 8e12, 900e9, 50e9),
+    Device("a100-80g", "A100", "gpu", 8.0, 312e12, 156e12, 80e9, 2.039e12, 300e9, 25e9),
+    Device("a100-40g", "A100", "gpu", 8.0, 312e12, 156e12, 40e9, 1.555e12, 300e9, 25e9),
+    Device("l40s", "L40S", "gpu", 8.9, 362e12, 183e12, 48e9, 864e9, 32e9, 6.25e9),
+    Device("l4", "L4", "gpu", 8.9, 121e12, 60e12, 24e9, 300e9, 32e9, 1.56e9),
+    Device("v100", "V100", "gpu", 7.0, 125e12, 15.7e12, 16e9, 900e9, 150e9, 6.25e9),
+    Device("t4", "T4", "gpu", 7.5, 65e12, 8.1e12, 16e9, 320e9, 16e9, 1.56e9),
+    # A chip of tpu7x, v3 or v2 is two devices.
+    Device("tpu7x", "TPU7x", "tpu", None, 1153.5e12, 1153.5e12, 96 * 2**30, 3.69e12, 300e9, 6.25e9),
+    Device("v6e", "TPU v6", "tpu", None, 918e12, 918e12, 32 * 2**30, 1.64e12, 400e9, 12.5e9),
+    Device("v5e", "TPU v5 lite", "tpu", None, 197e12, 197e12, 16 * 2**30, 819e9, 200e9, 3.125e9),
+    Device("v5e", "TPU v5e", "tpu", None, 197e12, 197e12, 16 * 2**30, 819e9, 200e9, 3.125e9),
+    Device("v5p", "TPU v5", "tpu", None, 459e12, 459e12, 95 * 2**30, 2.765e12, 600e9, 6.25e9),
+    Device("v4", "TPU v4", "tpu", None, 275e12, 275e12, 32 * 2**30, 1.228e12, 300e9, 6.25e9),
+    Device("v3", "TPU v3", "tpu", None, 61.5e12, 61.5e12, 16 * 2**30, 450e9, 164e9, 1.56e9),
+    Device("v2", "TPU v2", "tpu", None, 22.5e12, 22.5e12, 8 * 2**30, 350e9, 124e9, 1.56e9),
 )
 
 

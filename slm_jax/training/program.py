@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from slm_jax.errors import InputError
 from slm_jax.model import Params
+from slm_jax.nn.target import target
 from slm_jax.training.batch_size import fill_up
 from slm_jax.training.config import BaseRunConfig
 from slm_jax.training.hardware import device_memory
@@ -124,7 +125,7 @@ def compile_program(
         make_schedule(config.optimizer, task.total_steps),
         config.train.accumulate,
     )
-    options = compiler_options(jax.default_backend(), mesh.size)
+    options = compiler_options(target().platform, mesh.size)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)
     train_step = CompiledByShape(jitted, state, frozen)
     eval_step = CompiledByShape(jax.jit(make_eval_step(task.loss_fn)), state.trainable, frozen)
@@ -138,7 +139,9 @@ def compile_program(
         if task.params.init is not None and needs_init:
             init = jax.jit(task.params.init)
             jitted_init = jax.jit(lambda key: _state(config, init(key)), out_shardings=shardings)
-            new_state = compile_in_background(jitted_init.lower(purpose_key(config.seed, "params")))
+            # A shape: the key itself lies here, and the mesh may be that of devices elsewhere.
+            key = jax.eval_shape(lambda: purpose_key(config.seed, "params"))
+            new_state = compile_in_background(jitted_init.lower(key))
     return Program(mesh, state, frozen, train_step, eval_step, eval_rows, new_state, compiling, stop)
 
 

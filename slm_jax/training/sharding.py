@@ -6,7 +6,7 @@ along ``fsdp``. One device is a mesh of one.
 
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,10 +21,11 @@ from slm_jax.training.config import MeshConfig
 BATCH_SPEC = PartitionSpec(("data", "fsdp"))
 
 
-def make_mesh(cfg: MeshConfig) -> Mesh:
-    """Return the mesh over all devices, with axes ``data`` and ``fsdp``; see :func:`mesh_sizes`."""
-    sizes = mesh_sizes(cfg, jax.device_count())
-    return jax.make_mesh(sizes, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Return the mesh over all (or given) devices, with axes ``data`` and ``fsdp``; see :func:`mesh_sizes`."""
+    devices = jax.devices() if devices is None else devices
+    sizes = mesh_sizes(cfg, len(devices))
+    return jax.make_mesh(sizes, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
 def mesh_sizes(cfg: MeshConfig, n_devices: int) -> tuple[int, int]:

@@ -24,10 +24,12 @@ from slm_jax.runs import find_checkpoint
 from slm_jax.tasks.base import as_configured, run_dtype
 from slm_jax.tasks.config import RunConfig, get_task
 from slm_jax.tokenizer import get_tokenizer
+from slm_jax.tools.plan.cluster import Cluster, find_cluster
+from slm_jax.tools.plan.communication import StepTime, axes_sizes, step_exchanges, step_time
 from slm_jax.tools.plan.memory_model import Memory, State, Work, evaluation_memory, state_bytes, step_memory
 from slm_jax.training.batch_size import fit_batch
 from slm_jax.training.checkpoint import read_metadata
-from slm_jax.training.hardware import Device, device_memory, find_device, flops_per_token
+from slm_jax.training.hardware import Device, device_memory, flops_per_token
 from slm_jax.training.program import compile_program, device_bytes
 from slm_jax.training.sharding import mesh_sizes
 from slm_jax.training.step import LossFn
@@ -144,6 +146,8 @@ class Plan:
     """What a run needs; bytes and FLOP/s of one device, tokens a second of all.
 
     Attributes:
+        device: kind of the devices; n_devices, n_hosts and n_slices count them all.
+        mesh: sizes of its axes.
         n_params, n_trained: all parameters (a tied head counts once), and the trained ones.
         seq, rows: tokens of a row; rows of a micro-batch on one device, as configured.
         memory_limit: bytes of the device that a program may use; None: unknown.
@@ -152,6 +156,8 @@ class Plan:
         flops_per_token: FLOPs of training on a token; None if only a part is trained.
         peak_flops: peak FLOP/s in ``dtype``; None: unknown, as of a CPU.
         mfu: assumed share of the peak.
+        tokens_per_second: with communication during computation, as far as it is hidden by it.
+        step: least times of a training step, and the MFU to expect; None: unknown.
         tokens, hours: of the run; None: the text decides.
         hours_for_20: time of 20 tokens a parameter.
         fits: whether training and evaluation fit as configured; by XLA's analysis where there is one.
@@ -161,6 +167,9 @@ class Plan:
 
     device: str
     n_devices: int
+    n_hosts: int
+    n_slices: int
+    mesh: dict[str, int]
     dtype: DType
     attention: str
     optimizer: str
@@ -178,6 +187,7 @@ class Plan:
     peak_flops: float | None
     mfu: float | None
     tokens_per_second: float | None
+    step: StepTime | None
     tokens: float | None
     hours: float | None
     hours_for_20: float | None
@@ -195,24 +205,22 @@ def make_plan(
 
     Args:
         config: configuration of the run.
-        device: a name of :data:`slm_jax.training.hardware.DEVICES`, or ``cpu``, this machine's.
-        n_devices: devices that share each batch.
+        device: a name of :data:`slm_jax.training.hardware.DEVICES`, with or without a number (see
+            :func:`slm_jax.tools.plan.cluster.find_cluster`), or ``cpu``, this machine's.
+        n_devices: devices that share each batch, if the name has no number.
         mfu: share of the peak FLOP/s that is reached; None: 0.4, an assumption.
         tokens: tokens to train on; None: those of the configured steps.
 
     Raises:
         InputError: an unknown device; a base of unknown shape.
     """
-    known = None if device.lower() == "cpu" else find_device(device)
+    cluster = find_cluster(device, n_devices)
+    known, n_devices = cluster.device, cluster.n_devices
     if known is None and mfu is not None:
         raise InputError("mfu is a share of the peak FLOP/s, which is unknown for a CPU; leave it out")
-    target = Target("cpu") if known is None else Target(known.platform, known.capability)
-    with compiling_for(*target):
-        dtype = run_dtype(config)
-    config = _replace(config, "model", dtype=dtype)
-    shapes = find_shapes(config)
-    mesh_sizes(config.mesh, n_devices)
-    config, fitted = fit_batch(config, n_devices)
+    config, shapes, target = resolve(config, cluster)
+    sizes = axes_sizes(mesh_sizes(config.mesh, n_devices))
+    config, fitted = fit_batch(config, n_devices // config.mesh.tensor)
     limit = device_memory(jax.devices("cpu")[0]) if known is None else known.memory * known.usable
     setting = _Setting(shapes, target, math.inf if limit is None else limit, n_devices)
     work = setting.work(config)
@@ -226,14 +234,20 @@ def make_plan(
     trains_all = not shapes.params.frozen and shapes.n_outputs == shapes.cfg.vocab_size
     flops = flops_per_token(shapes.cfg) if trains_all else None
     share = None if known is None else mfu or ASSUMED_MFU
-    peak = None if known is None else known.peak(dtype)
-    rate = n_devices * peak * share / flops if peak and share and flops else None
+    peak = None if known is None else known.peak(work.cfg.dtype)
+    step = None
+    if known is not None and share and flops:
+        step = step_time(work, step_exchanges(work, shapes.params, sizes, cluster), known, flops, share)
+    rate = config.train.batch_size * shapes.seq / step.overlapped if step else None
     if tokens is None and config.train.steps is not None:
         tokens = float(config.train.steps * config.train.batch_size * shapes.seq)
     return Plan(
-        device=device.lower(),
+        device=cluster.name if known is None else known.name,
         n_devices=n_devices,
-        dtype=dtype,
+        n_hosts=cluster.n_hosts,
+        n_slices=cluster.n_slices,
+        mesh=sizes,
+        dtype=work.cfg.dtype,
         attention=work.attention,
         optimizer=config.optimizer.kind,
         n_params=n_params,
@@ -250,6 +264,7 @@ def make_plan(
         peak_flops=peak,
         mfu=share,
         tokens_per_second=rate,
+        step=step,
         tokens=tokens,
         hours=tokens / rate / 3600 if tokens and rate else None,
         hours_for_20=CHINCHILLA * n_params / rate / 3600 if rate else None,
@@ -257,6 +272,15 @@ def make_plan(
         changes=() if fits else tuple(setting.changes(config)),
         notes=(*shapes.notes, *([fitted] if fitted else []), *_notes(known, work, n_devices, flops)),
     )
+
+
+def resolve(config: RunConfig, cluster: Cluster) -> tuple[RunConfig, Shapes, Target]:
+    """Return the configuration with the dtype of the devices, the shapes of its run, and what it is compiled for."""
+    known = cluster.device
+    target = Target("cpu") if known is None else Target(known.platform, known.capability)
+    with compiling_for(*target):
+        config = _replace(config, "model", dtype=run_dtype(config))
+    return config, find_shapes(config), target
 
 
 def _replace(config: RunConfig, section: str, **changes: Any) -> RunConfig:
@@ -272,6 +296,10 @@ class _Setting:
     limit: float
     n_devices: int
 
+    def parts(self, config: RunConfig) -> int:
+        """Return the number of parts that a batch is split into."""
+        return self.n_devices // config.mesh.tensor
+
     def work(self, config: RunConfig) -> Work:
         shapes = self.shapes
         cfg = dataclasses.replace(shapes.cfg, remat=config.model.remat or shapes.cfg.remat)
@@ -280,7 +308,7 @@ class _Setting:
         attention = choose_implementation(cfg.attention, cfg.dtype, head_dim, cfg.drop_rate > 0, odd, self.target)
         layers = map_axes(lambda axes, leaf: leaf.shape[0] if axes and axes.stack else 0, shapes.params.trainable)
         accumulate = config.train.accumulate
-        rows = config.train.batch_size // (self.n_devices * accumulate)
+        rows = config.train.batch_size // (self.parts(config) * accumulate)
         trained_blocks = max(jax.tree.leaves(layers))
         return Work(cfg, self.target, attention, rows, shapes.seq, shapes.n_outputs, trained_blocks, accumulate)
 
@@ -289,7 +317,7 @@ class _Setting:
         return state_bytes(params.trainable, params.frozen, config.mesh.fsdp, muon)
 
     def evaluation(self, config: RunConfig) -> float:
-        rows = -(-(config.train.eval_batch_size or config.train.batch_size) // self.n_devices)
+        rows = -(-(config.train.eval_batch_size or config.train.batch_size) // self.parts(config))
         return evaluation_memory(dataclasses.replace(self.work(config), rows=rows), self.state(config))
 
     def fit(self, config: RunConfig) -> Fit:
@@ -298,7 +326,7 @@ class _Setting:
         def fits(**changes: Any) -> bool:
             return step_memory(dataclasses.replace(work, **changes), state).total <= self.limit
 
-        share = config.train.batch_size // self.n_devices
+        share = config.train.batch_size // self.parts(config)
         divisors = (n for n in range(1, share + 1) if share % n == 0)
         return Fit(
             memory=step_memory(work, state),
@@ -310,7 +338,9 @@ class _Setting:
     def changes(self, config: RunConfig) -> Iterator[str]:
         """Yield options with which the run fits, nearest to the configuration first."""
         asked = rows = config.train.eval_batch_size or config.train.batch_size
-        while rows > self.n_devices and self.evaluation(_replace(config, "train", eval_batch_size=rows)) > self.limit:
+        while (
+            rows > self.parts(config) and self.evaluation(_replace(config, "train", eval_batch_size=rows)) > self.limit
+        ):
             rows //= 2
         evaluation = f"--train.eval_batch_size {rows}" if rows < asked else ""
         candidates = {
@@ -318,9 +348,10 @@ class _Setting:
             "--model.remat dots": _replace(config, "model", remat="dots"),
             "--model.remat full": _replace(config, "model", remat="full"),
         }
-        if self.n_devices > config.mesh.fsdp and config.mesh.data == -1:
-            sharded = _replace(config, "mesh", fsdp=self.n_devices)
-            flags = f"--mesh.fsdp {self.n_devices}"
+        most = self.parts(config)
+        if most > config.mesh.fsdp and config.mesh.data == -1:
+            sharded = _replace(config, "mesh", fsdp=most)
+            flags = f"--mesh.fsdp {most}"
             candidates |= {flags: sharded, f"{flags} --model.remat full": _replace(sharded, "model", remat="full")}
         for flags, changed in candidates.items():
             accumulate = self.fit(changed).accumulate
@@ -357,5 +388,5 @@ def _notes(known: Device | None, work: Work, n_devices: int, flops: float | None
     if known is not None and work.cfg.dtype == "float32" and (known.platform == "tpu" or (known.capability or 0) >= 8):
         what = "bfloat16" if known.platform == "tpu" else "TF32"
         yield f"dtype: float32 arrays are multiplied in {what} there, JAX's default"
-    if n_devices > 1:
-        yield "speed: assumes that devices never wait for each other"
+    if n_devices > 1 and flops is not None:
+        yield "speed: assumes that devices communicate while they compute"

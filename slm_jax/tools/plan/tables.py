@@ -1,8 +1,12 @@
 """A plan as tables and sentences."""
 
+from collections.abc import Callable, Sequence
+
 from rich.console import Console
 from rich.table import Table
 
+from slm_jax.tools.plan.communication import StepTime
+from slm_jax.tools.plan.compilers import Compiled
 from slm_jax.tools.plan.estimate import CHINCHILLA, Plan
 from slm_jax.training.progress import format_bytes, format_duration
 
@@ -22,6 +26,8 @@ _MOMENTS = {"adamw": "Adam's two moments", "muon": "Muon's one moment, Adam's tw
 def print_plan(plan: Plan, console: Console) -> None:
     console.print(_model_table(plan))
     console.print(_memory_table(plan))
+    if plan.step is not None and plan.n_devices > 1:
+        console.print(_step_table(plan, plan.step))
     lines = [
         "(1) Not at the same time: the larger one counts.",
         "(2) On a CPU: copies of moments, mostly after the backward pass; with mesh.fsdp: gathered parameters.",
@@ -36,7 +42,6 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 
 def _model_table(plan: Plan) -> Table:
-    devices = f"{plan.n_devices} × {plan.device}" if plan.n_devices > 1 else plan.device
     trained = f", trained {plan.n_trained:,}" if plan.n_trained != plan.n_params else ""
     rows = {
         "parameters": f"{plan.n_params:,}{trained}",
@@ -55,10 +60,77 @@ def _model_table(plan: Plan) -> Table:
     if plan.hours_for_20 is not None:
         wanted = _count(CHINCHILLA * plan.n_params)
         rows[f"for {CHINCHILLA} tokens a parameter"] = f"{format_duration(3600 * plan.hours_for_20)} ({wanted} tokens)"
-    table = Table(title=f"on {devices}", title_justify="left", show_header=False, pad_edge=False)
+    table = Table(title=f"on {_devices(plan)}", title_justify="left", show_header=False, pad_edge=False)
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _devices(plan: Plan) -> str:
+    if plan.n_devices == 1:
+        return plan.device
+    hosts = f" on {plan.n_hosts} hosts" if plan.n_hosts > 1 else ""
+    slices = f" of {plan.n_slices} slices" if plan.n_slices > 1 else ""
+    axes = " × ".join(f"{name} {size}" for name, size in plan.mesh.items() if size > 1)
+    return f"{plan.n_devices} × {plan.device}{hosts}{slices}, mesh {axes}"
+
+
+def _step_table(plan: Plan, step: StepTime) -> Table:
+    """Show what each device sends in a training step, and the least time of that and of the computation."""
+    table = Table(title="one training step, on each device, at best", title_justify="left", pad_edge=False)
+    for column in ("", "collective", "along", "sends", "time"):
+        table.add_column(column, justify="right" if column in ("sends", "time") else "left")
+    for one, sent, seconds in step.exchanges:
+        along = " × ".join(axis for axis in one.axes if plan.mesh.get(axis, 1) > 1)
+        network = ", over the network" if one.spans > 1 else ""
+        table.add_row(one.what, one.kind, f"{along}{network}", format_bytes(sent), _milliseconds(seconds))
+    table.add_section()
+    sent = sum(sent for _, sent, _ in step.exchanges)
+    table.add_row("communication", "", "", format_bytes(sent), _milliseconds(step.wires))
+    table.add_row("computation at the peak", "", "", "", _milliseconds(step.compute))
+    overlapped, in_turn = step.mfu
+    table.add_row("MFU, communication meanwhile or not", "", "", "", f"{overlapped:.0%} or {in_turn:.0%}")
+    below = "always" if step.bound_below is None else f"below {step.bound_below:,.0f} tokens"
+    table.add_row("communication-bound", "", "", "", below)
+    return table
+
+
+def print_compiled(programs: Sequence[Compiled], plan: Plan, console: Console) -> None:
+    """Print what a compiler makes of a run's programs."""
+    table = Table(title=f"compiled for {_devices(plan)}", title_justify="left", pad_edge=False)
+    table.add_column("on each device")
+    for program in programs:
+        table.add_column(program.name, justify="right")
+    for label, cell in _COMPILED.items():
+        table.add_row(label, *("-" if one.problem else cell(one) for one in programs))
+    kinds = dict.fromkeys(one.kind for program in programs for one in program.collectives)
+    for kind in kinds:
+        table.add_row(kind, *(_of_kind(program, kind) for program in programs))
+    for kernel in dict.fromkeys(name for program in programs for name in program.kernels):
+        table.add_row(kernel, *(f"{n:,} ×" if (n := program.kernels.get(kernel)) else "-" for program in programs))
+    console.print(table)
+    for program in programs:
+        if program.problem:
+            line = f"{program.name}: does not compile: {program.problem}"
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+_COMPILED: dict[str, Callable[[Compiled], str]] = {
+    "memory": lambda one: format_bytes(one.n_bytes or 0),
+    "sends": lambda one: format_bytes(one.sent),
+    "communication, at best": lambda one: _milliseconds(one.wire_seconds),
+}
+
+
+def _of_kind(program: Compiled, kind: str) -> str:
+    found = [one for one in program.collectives if one.kind == kind]
+    if not found:
+        return "-"
+    return f"{sum(one.count for one in found):,.0f} ×, {format_bytes(sum(one.sent for one in found))}"
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:,.3g} ms"
 
 
 def _memory_table(plan: Plan) -> Table:

@@ -1,0 +1,222 @@
+"""What the devices of a training step send to each other, from closed formulas, and how long that takes at least.
+
+Per device and step of ``A`` micro-batches, with the mesh's axes as in :mod:`slm_jax.training.sharding` (a leaf of
+``B`` bytes; a ring of n devices sends (n - 1) / n of the array in an all-gather or a reduce-scatter, twice that in an
+all-reduce; T tokens of a micro-batch on a device, E = embed, L = layers, c = bytes of a number in ``dtype``):
+
+=====================================  ==============  ==================  =================================
+what                                   collective      along               array, times
+=====================================  ==============  ==================  =================================
+weights, split along fsdp              all-gather      fsdp                B in ``dtype``, 2 A (L: each pass)
+their gradients                        reduce-scatter  fsdp                B, A
+their gradients, of other copies       all-reduce      replica, data       B / fsdp, 1
+gradients of weights that are whole    all-reduce      all that split rows B, 1
+outputs of attention and MLP           all-reduce      tensor              T E c, 4 A L (6 with remat full)
+=====================================  ==============  ==================  =================================
+
+``slm-jax plan --compile`` counts what XLA's compilers make of the same step.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+from slm_jax.nn.axes import map_axes
+from slm_jax.tools.plan.cluster import Cluster
+from slm_jax.tools.plan.hlo import Collective, sent_bytes
+from slm_jax.tools.plan.memory_model import Work
+from slm_jax.training.hardware import Device
+from slm_jax.training.sharding import state_shardings
+from slm_jax.training.task import Parameters
+
+COPIES = ("replica", "data")  # axes of the mesh along which parameters are the same
+
+
+@dataclasses.dataclass(frozen=True)
+class Exchange:
+    """Collectives of one kind in a training step.
+
+    Attributes:
+        what: what is exchanged, for people.
+        kind: one of :data:`slm_jax.tools.plan.hlo.KINDS`.
+        axes: axes of the mesh along which devices exchange.
+        n_bytes: size of the arrays, all together, of one device's group.
+        size, spans: devices of a group, and the hosts (of GPUs) or slices (of TPUs) that they are in.
+    """
+
+    what: str
+    kind: str
+    axes: tuple[str, ...]
+    n_bytes: float
+    size: int
+    spans: int
+
+    @property
+    def sent(self) -> float:
+        """The bytes that each device sends."""
+        return sent_bytes(self.kind, self.n_bytes, self.size)
+
+    def seconds(self, device: Device) -> "Wires":
+        """Return the least times that it takes."""
+        return wire_seconds(device, self.kind, self.n_bytes, self.size, self.spans)
+
+
+class Wires(NamedTuple):
+    """Seconds that a device needs to send over its links, and over the network; both can happen at the same time."""
+
+    links: float
+    network: float
+
+
+def wire_seconds(device: Device, kind: str, n_bytes: float, size: int, spans: int) -> Wires:
+    """Return the least times of a collective on an array of ``n_bytes`` by ``size`` devices in ``spans`` domains.
+
+    A domain is a host of GPUs or a slice of TPUs. Between domains each device sends its own part of the array, while
+    the links inside carry the other parts.
+    """
+    if kind.startswith("collective-"):
+        return Wires(0.0, n_bytes / device.network) if spans > 1 else Wires(n_bytes / device.link, 0.0)
+    inside = max(1, size // spans)
+    links = sent_bytes(kind, n_bytes, inside) / device.link
+    return Wires(links, sent_bytes(kind, n_bytes / inside, spans) / device.network)
+
+
+def least_seconds(times: Iterable[Wires]) -> float:
+    """Return the least time of several exchanges."""
+    times = list(times)
+    return max(sum(one.links for one in times), sum(one.network for one in times))
+
+
+def compiled_seconds(device: Device, collectives: Sequence[Collective], domains: Sequence[int]) -> float:
+    """Return the least time of a compiled program's collectives; ``domains``: of each device, in the mesh's order."""
+    times = []
+    for one in collectives:
+        spans = max(len({domains[i] for i in group}) for group in one.groups)
+        each = wire_seconds(device, one.kind, one.n_bytes, one.group_size, spans)
+        times.append(Wires(one.count * each.links, one.count * each.network))
+    return least_seconds(times)
+
+
+def step_exchanges(work: Work, params: Parameters, sizes: Mapping[str, int], cluster: Cluster) -> list[Exchange]:
+    """Return what a training step exchanges, by the table above; ``sizes``: of the mesh's axes, the outermost first."""
+    parts: dict[tuple[str, str, tuple[str, ...]], float] = {}
+    for what, kind, axes, n_bytes in itertools.chain(_of_parameters(work, params, sizes), _of_activations(work, sizes)):
+        parts[what, kind, axes] = parts.get((what, kind, axes), 0.0) + n_bytes
+    found = []
+    for (what, kind, axes), n_bytes in parts.items():
+        size = math.prod(sizes.get(axis, 1) for axis in axes)
+        if size > 1 and n_bytes:
+            found.append(Exchange(what, kind, axes, n_bytes, size, _spans(sizes, axes, cluster.domain)))
+    return found
+
+
+_Part = tuple[str, str, tuple[str, ...], float]
+
+
+def axes_sizes(sizes: Any) -> dict[str, int]:
+    """Return the sizes of a mesh's axes by name."""
+    return dict(sizes) if isinstance(sizes, Mapping) else dict(zip(("data", "fsdp"), sizes, strict=True))
+
+
+def _of_parameters(work: Work, params: Parameters, sizes: Mapping[str, int]) -> Iterator[_Part]:
+    # Only the mesh's shape counts, so one device may stand for all.
+    mesh = Mesh(np.full(tuple(sizes.values()), jax.devices("cpu")[0]), tuple(sizes))
+    for tree, trained in ((params.trainable, True), (params.frozen, False)):
+        stacked = jax.tree.leaves(map_axes(lambda axes, leaf: bool(axes and axes.stack), tree))
+        shardings = jax.tree.leaves(state_shardings(mesh, tree))
+        for leaf, sharding, in_block in zip(jax.tree.leaves(tree), shardings, stacked, strict=True):
+            yield from _of_leaf(work, leaf, sharding.spec, in_block, trained, sizes)
+
+
+def _of_leaf(
+    work: Work, leaf: Any, spec: PartitionSpec, in_block: bool, trained: bool, sizes: Mapping[str, int]
+) -> Iterator[_Part]:
+    """Yield what the weights and gradients of a leaf cost."""
+    split = {name for name in spec if name}
+    numbers = leaf.size / math.prod(sizes[axis] for axis in split if axis != "fsdp")
+    n_bytes = numbers * leaf.dtype.itemsize
+    if "fsdp" not in split:
+        if trained:
+            yield "gradients", "all-reduce", (*COPIES, "fsdp"), n_bytes
+        return
+    passes = 2 if in_block and trained else 1
+    yield "weights", "all-gather", ("fsdp",), passes * work.accumulate * numbers * work.itemsize
+    if trained:
+        yield "gradients", "reduce-scatter", ("fsdp",), work.accumulate * n_bytes
+        yield "gradients of other copies", "all-reduce", COPIES, n_bytes / sizes["fsdp"]
+
+
+def _of_activations(work: Work, sizes: Mapping[str, int]) -> Iterator[_Part]:
+    n_bytes = work.tokens * work.sizes["embed"] * work.itemsize
+    per_layer = 6 if work.remat == "full" else 4
+    yield "activations", "all-reduce", ("tensor",), per_layer * work.sizes["layers"] * work.accumulate * n_bytes
+
+
+def _spans(sizes: Mapping[str, int], axes: Sequence[str], domain: int) -> int:
+    """Return the number of domains that the devices of a group along ``axes`` are in."""
+    ids = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+    group = ids[tuple(slice(None) if axis in axes else 0 for axis in sizes)]
+    return len(np.unique(group // domain))
+
+
+def device_domains(mesh: Mesh) -> list[int]:
+    """Return the host (of a GPU) or slice (of a TPU) of each device of a mesh, in its order."""
+    return [
+        getattr(device, "slice_index", 0) if device.platform == "tpu" else device.process_index
+        for device in mesh.devices.flat
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepTime:
+    """The least time of a training step, in seconds on each device, and what to expect.
+
+    Attributes:
+        compute: the step's FLOPs at the peak, recomputation (model.remat full) included.
+        exchanges: what is sent, with the bytes that each device sends and the least seconds.
+        wires: the least time of all exchanges.
+        overlapped, in_turn: seconds of a step that computes at the assumed MFU, if communication happens meanwhile, and
+            if it happens before or after.
+        mfu: expected share of the peak, if communication happens meanwhile, and if not.
+        bound_below: tokens of a step on one device below which communication takes longer than computation; None: it
+            always does.
+    """
+
+    compute: float
+    exchanges: tuple[tuple[Exchange, float, float], ...]
+    wires: float
+    overlapped: float
+    in_turn: float
+    mfu: tuple[float, float]
+    bound_below: float | None
+
+
+def step_time(
+    work: Work, exchanges: Sequence[Exchange], device: Device, flops_per_token: float, mfu: float
+) -> StepTime:
+    """Return the times of a step; ``mfu``: share of the peak that a device reaches alone."""
+    tokens = work.tokens * work.accumulate
+    peak = device.peak(work.cfg.dtype)
+    model_seconds = flops_per_token * tokens / peak
+    compute = model_seconds * (4 / 3 if work.remat == "full" else 1)
+    times = [exchange.seconds(device) for exchange in exchanges]
+    wires = least_seconds(times)
+    busy = model_seconds / mfu
+    # The exchange of activations grows with the tokens; that of weights and gradients does not.
+    fixed = least_seconds(t for t, one in zip(times, exchanges, strict=True) if one.what != "activations")
+    left = (busy - (wires - fixed)) / tokens
+    return StepTime(
+        compute=compute,
+        exchanges=tuple((one, one.sent, max(t)) for one, t in zip(exchanges, times, strict=True)),
+        wires=wires,
+        overlapped=max(busy, wires),
+        in_turn=busy + wires,
+        mfu=(model_seconds / max(busy, wires), model_seconds / (busy + wires)),
+        bound_below=fixed / left if left > 0 else None,
+    )

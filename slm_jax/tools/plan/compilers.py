@@ -1,0 +1,188 @@
+"""XLA's own compilers for TPUs and NVIDIA GPUs, used on a machine that has neither device.
+
+A TPU's compiler is the package libtpu, a GPU's is in JAX's CUDA plugin. Both compile for devices that they are told of,
+and say what a program takes of each: memory, collectives, kernels. They don't say how long it runs.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from slm_jax.errors import InputError
+from slm_jax.nn.target import compiling_for
+from slm_jax.tools.plan.cluster import GPUS_PER_HOST, Cluster
+from slm_jax.tools.plan.communication import compiled_seconds, device_domains
+from slm_jax.tools.plan.hlo import Collective, find_collectives, find_kernels
+from slm_jax.training.batch_size import fit_batch
+from slm_jax.training.config import BaseRunConfig
+from slm_jax.training.program import Compilable, compile_program, device_bytes
+from slm_jax.training.sharding import make_mesh
+
+# XLA's descriptions of GPUs, which its compiler asks a device for where there is one.
+_DESCRIPTIONS = {"h100": "h100.txtpb", "h200": "h100.txtpb"}  # the same chip; only the memory is larger
+# So that libtpu does not look for this machine's TPU, warn that there is none, or wait for another process that has it.
+_NO_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+_CUDNN = 91_000  # the version that the description names
+# Without a device no kernels can be timed.
+_GPU_FLAGS = "--xla_gpu_autotune_level=0"
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What a compiler says of a program; bytes of one device.
+
+    Attributes:
+        name: training step, evaluation or first state.
+        n_bytes: what it takes in total; None: it does not fit, or cannot be compiled.
+        problem: the compiler's own line, if it failed.
+        collectives: the largest first.
+        kernels: how often it calls each.
+        wire_seconds: the least time of its collectives.
+    """
+
+    name: str
+    n_bytes: int | None
+    problem: str | None = None
+    collectives: tuple[Collective, ...] = ()
+    kernels: dict[str, int] = dataclasses.field(default_factory=dict)
+    wire_seconds: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it for JSON; of the groups of a collective only their size."""
+        rows = [
+            {"kind": one.kind, "count": one.count, "bytes": one.n_bytes, "devices": one.group_size, "sent": one.sent,
+             "source": one.source}
+            for one in self.collectives
+        ]  # fmt: skip
+        return {**dataclasses.asdict(dataclasses.replace(self, collectives=())), "sent": self.sent, "collectives": rows}
+
+    @property
+    def sent(self) -> float:
+        """The bytes that each device sends."""
+        return sum(one.sent for one in self.collectives)
+
+
+def compile_run(config: BaseRunConfig, task: Compilable, cluster: Cluster, devices: Sequence[Any]) -> list[Compiled]:
+    """Compile the programs of a run as training does, for devices of :func:`cluster_devices`."""
+    assert cluster.device is not None
+    with compiling_for(cluster.device.platform, cluster.device.capability), _without_a_device(cluster):
+        mesh = make_mesh(config.mesh, devices)
+        config, _ = fit_batch(config, mesh.size // config.mesh.tensor)
+        program = compile_program(config, task, mesh, needs_init=True)
+    futures = dict(zip(("training step", "evaluation"), program.compiling, strict=True))
+    if program.init is not None:
+        futures["first state"] = program.init
+    domains = device_domains(mesh)
+    return [_result(name, future, cluster, domains) for name, future in futures.items()]
+
+
+def _result(name: str, future: Future[Any], cluster: Cluster, domains: Sequence[int]) -> Compiled:
+    try:
+        compiled = future.result()
+    except jax.errors.JaxRuntimeError as error:
+        return Compiled(name, None, problem=_first_line(str(error)))
+    assert cluster.device is not None
+    text = compiled.as_text()
+    collectives = tuple(find_collectives(text))
+    seconds = compiled_seconds(cluster.device, collectives, domains)
+    return Compiled(name, device_bytes(compiled), None, collectives, find_kernels(text), seconds)
+
+
+def _first_line(message: str) -> str:
+    return next((line.strip() for line in message.splitlines() if line.strip()), "unknown error")
+
+
+def cluster_devices(cluster: Cluster) -> list[Any]:
+    """Return the devices to compile for; an InputError if their compiler is not installed or does not know them."""
+    if cluster.device is None:
+        raise InputError("cpu is this machine; to compile, expected a device with a number, such as v5e-8 or h100x8")
+    jax.devices("cpu")  # so that JAX has found its plugins
+    get = _gpus if cluster.is_gpu else _tpus
+    try:
+        devices = get(cluster)
+    except InputError:
+        raise
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        problem = f"the compiler does not know {cluster.name}: {_first_line(str(error))}"
+        raise InputError(problem) from None
+    if len(devices) != cluster.n_devices:
+        raise InputError(f"{cluster.name} has {cluster.n_devices} devices; the compiler counts {len(devices)}")
+    return devices
+
+
+def _tpus(cluster: Cluster) -> list[Any]:
+    from jax.experimental import topologies
+
+    if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
+        raise InputError("compiling for a TPU needs its compiler: pip install libtpu; or leave out --compile")
+    if not cluster.topology:
+        raise InputError(f"device is {cluster.name}; to compile, expected a slice, such as {cluster.name}-8")
+    assert cluster.device is not None
+    for name, value in _NO_TPU.items():
+        os.environ.setdefault(name, value)
+    topology = "x".join(map(str, cluster.topology))
+    options: dict[str, Any] = {"num_slices": cluster.n_slices} if cluster.n_slices > 1 else {}
+    if cluster.topology == (1, 1):
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    name = f"{cluster.device.name}:{topology}"
+    return list(topologies.get_topology_desc(name, platform="tpu", **options).devices)
+
+
+def _gpus(cluster: Cluster) -> list[Any]:
+    from jax.experimental import topologies
+
+    assert cluster.device is not None
+    if not any(_has_plugin(name) for name in ("xla_cuda13", "xla_cuda12")):
+        raise InputError(
+            "compiling for a GPU needs JAX's CUDA plugin: pip install 'jax[cuda13]'; or leave out --compile"
+        )
+    file = _DESCRIPTIONS.get(cluster.device.name)
+    if file is None:
+        raise InputError(f"device is {cluster.name}; to compile, expected one of {', '.join(_DESCRIPTIONS)}")
+    inside = min(cluster.n_devices, GPUS_PER_HOST)
+    topology = f"1x{cluster.n_devices // inside}x{inside}"  # slices, hosts, GPUs of a host
+    description = (Path(__file__).parent / file).read_text()
+    found = topologies.get_topology_desc(topology, platform="cuda", target_config=description, topology=topology)
+    return list(found.devices)
+
+
+def _has_plugin(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(f"jax_plugins.{name}") is not None
+    except ModuleNotFoundError:
+        return False
+
+
+@contextlib.contextmanager
+def _without_a_device(cluster: Cluster) -> Iterator[None]:
+    """JAX asks the GPU here for its version of cuDNN; answer for the one that is compiled for."""
+    if not cluster.is_gpu:
+        yield
+        return
+    from jax._src.cudnn import fused_attention_stablehlo as module
+
+    check, module.check_cudnn_version = module.check_cudnn_version, lambda: _CUDNN
+    try:
+        yield
+    finally:
+        module.check_cudnn_version = check
+
+
+def prepare_environment(cluster: Cluster) -> None:
+    """Set what XLA reads once, before JAX compiles anything."""
+    if cluster.is_gpu and "xla_gpu_autotune_level" not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_GPU_FLAGS}".strip()
+    # Programs for devices elsewhere cannot be read back from the cache.
+    jax.config.update("jax_enable_compilation_cache", False)

@@ -1,0 +1,48 @@
+"""Compilers for devices that are not here: the smallest run on a TPU, and what is said where there is none."""
+
+import importlib.util
+
+import pytest
+
+from slm_jax.errors import InputError
+from slm_jax.tasks.config import parse_args
+from slm_jax.tools.plan import compilers
+from slm_jax.tools.plan.cluster import find_cluster
+from slm_jax.tools.plan.compilers import cluster_devices, compile_run
+from slm_jax.tools.plan.estimate import resolve
+
+SMALL = (
+    *("--model.n_layers", "2", "--model.emb_dim", "256", "--model.n_heads", "2", "--model.context_length", "128"),
+    *("--model.unroll", "false", "--train.batch_size", "8", "--train.eval_batch_size", "8", "--mesh.fsdp", "4"),
+)
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [("v5e-4", "pip install libtpu"), ("h100x8", r"jax\[cuda13\]"), ("cpu", "cpu is this machine")],
+)
+def test_a_missing_compiler_is_named(device, message, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
+    with pytest.raises(InputError, match=message):
+        cluster_devices(find_cluster(device))
+
+
+def test_a_gpu_without_a_description_is_refused(monkeypatch):
+    monkeypatch.setattr(compilers, "_has_plugin", lambda name: True)
+    with pytest.raises(InputError, match="expected one of h100, h200"):
+        cluster_devices(find_cluster("a100-40gx8"))
+
+
+@pytest.mark.slow
+def test_a_tpu_compiler_splits_weights_and_uses_splash_attention():
+    pytest.importorskip("libtpu")
+    cluster = find_cluster("v5e-4")
+    devices = cluster_devices(cluster)
+    config, shapes, _ = resolve(parse_args(SMALL), cluster)
+    step, evaluation, first = compile_run(config, shapes, cluster, devices)
+    assert [program.problem for program in (step, evaluation, first)] == [None] * 3
+    assert {"splash attention", "splash attention backward"} <= set(step.kernels)
+    assert set(evaluation.kernels) == {"splash attention"}
+    assert step.sent > evaluation.sent > 0
+    assert all(one.group_size == 4 for one in step.collectives if not one.kind.startswith("collective-"))
