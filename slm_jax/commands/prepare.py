@@ -7,13 +7,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from slm_jax.config import NotNegative, Positive
+from slm_jax.data.beam import SHARD_TOKENS, check_installed, check_new_url
+from slm_jax.data.beam import prepare as prepare_with_beam
 from slm_jax.data.filters import Rules
 from slm_jax.data.prepare import Prepared, prepare, train_tokenizer, work_folder
 from slm_jax.data.rows import Source
@@ -41,6 +43,10 @@ class Options:
         shard_tokens: token ids per shard: files FILE-00000.bin, FILE-00001.bin, … that FILE.bin.json lists and
             tokens:FILE.bin reads; null: one file.
         processes: number of processes that filter and encode; 1: threads of one process. The file is the same.
+        runner: run as an Apache Beam pipeline (extra beam): direct on this machine, or dataflow, spark, flink on many.
+            The documents are the same, in a random order, in shards of about shard_tokens (default: 100 million).
+            Sources and out may then be URLs, such as gs://. null: without Beam.
+        beam_options: Beam's own options for the runner, such as --project=NAME; repeat for each.
         text_column: column of the texts in sources of rows, such as jsonl: and parquet:; null: text, or in tfds: the
             usual name or the only text feature.
         tokenizer: gpt2, bpe (trained on the first 100 million characters of the source), or the path of a saved one:
@@ -66,6 +72,8 @@ class Options:
     overwrite: bool = False
     shard_tokens: Positive | None = None
     processes: Positive = 1
+    runner: Literal["direct", "dataflow", "spark", "flink"] | None = None
+    beam_options: tuple[str, ...] = ()
     text_column: str | None = None
     tokenizer: str = "gpt2"
     vocab_size: Annotated[int, Ge(257), Le(1_000_000)] | None = None
@@ -83,6 +91,10 @@ class Options:
             raise InputError("--source is missing; expected the text, such as text:GLOB")
         if self.vocab_size is not None and self.tokenizer != "bpe":
             raise InputError(f"vocab_size is {self.vocab_size}, but {self.tokenizer} has its own; add --tokenizer bpe")
+        if self.runner is None and self.beam_options:
+            raise InputError("beam_options are of no use without Beam; add --runner, such as --runner dataflow")
+        if self.runner is not None and self.processes != 1:
+            raise InputError(f"processes is {self.processes}, but Beam starts its own; leave it out with --runner")
 
 
 def run(options: Options) -> int:
@@ -92,7 +104,7 @@ def run(options: Options) -> int:
             _run(options)
         return 0
     except KeyboardInterrupt as interrupt:  # so that only finished parts are left
-        if work_folder(Path(options.out)).exists():
+        if options.runner is None and work_folder(Path(options.out)).exists():
             Console(stderr=True).print("stopped; the same command resumes", highlight=False)
         return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
 
@@ -100,28 +112,48 @@ def run(options: Options) -> int:
 def _run(options: Options) -> None:
     sources = [parse_source(text) for text in options.source]
     check_text_column(options.text_column, sources)
-    files = [file for source in sources for file in source.files() or ()]
-    out = _check_out(options, files)
-    all_are_files = all(source.files() is not None for source in sources)
+    if options.runner is not None:
+        check_installed(options.runner)
+    elif urls := [text for text in (*options.source, options.out) if "://" in text]:
+        raise InputError(f"{urls[0]}: expected files of this machine; with Apache Beam URLs work: --runner dataflow")
+    local = [source for source in sources if "://" not in source.name]
+    files = [file for source in local for file in source.files() or ()]
+    if "://" in (out := options.out):
+        check_new_url(out, options.overwrite)
+    else:
+        out = str(_check_out(options, files))
+    all_are_files = all(source.files() is not None for source in local)
     total = sum(file.stat().st_size for file in files) if all_are_files else None
     rules = Rules(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Rules)})
     progress_console = Console(stderr=True)
     tokenizer = _tokenizer(options, sources, progress_console)
-    with _progress(progress_console, total) as report:
-        start = time.monotonic()
-        prepared = prepare(
+    start = time.monotonic()
+    if options.runner is not None:
+        prepared = prepare_with_beam(
             sources,
             out,
             tokenizer,
+            runner=options.runner,
+            options=options.beam_options,
             text_column=options.text_column,
             rules=rules,
-            shard_tokens=options.shard_tokens,
-            processes=options.processes,
-            report=report,
+            shard_tokens=options.shard_tokens or SHARD_TOKENS,
         )
+    else:
+        with _progress(progress_console, total) as report:
+            prepared = prepare(
+                sources,
+                Path(out),
+                tokenizer,
+                text_column=options.text_column,
+                rules=rules,
+                shard_tokens=options.shard_tokens,
+                processes=options.processes,
+                report=report,
+            )
     console = Console(soft_wrap=True, highlight=False, markup=False)
     _print_summary(console, options, prepared, max(time.monotonic() - start, 1e-9))
-    if options.show:
+    if options.show and "://" not in out:
         from slm_jax.data.show import show_batches
 
         show_batches(

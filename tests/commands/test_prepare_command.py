@@ -105,6 +105,28 @@ def test_a_source_is_never_replaced(tmp_path, tokenizer, capsys, out):
     assert (tmp_path / "b.bin.json").read_text() == '{"text": "one small step"}'
 
 
+def test_beam_is_refused_in_one_line(source, tokenizer, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    given = ["prepare", "--source", source, "--out", tmp_path / "a.bin", "--tokenizer", tokenizer]
+    fails([*given, "--runner", "direct"], capsys, "needs Apache Beam; install it: pip install 'slm-jax[beam]'")
+    fails([*given, "--beam-options=--project=p"], capsys, "beam_options are of no use without Beam; add --runner")
+    fails([*given, "--runner", "direct", "--processes", 2], capsys, "processes is 2, but Beam starts its own")
+    fails([*given[:-1], "gs://bucket/tokenizer", "--source", "text:gs://bucket/a.txt"], capsys, "--runner dataflow")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "tokenizer.json"]
+
+
+def test_beam_writes_the_documents(source, tokenizer, tmp_path, capsys):
+    pytest.importorskip("apache_beam")
+    bad = ["prepare", "--source", source, "--runner", "direct", "--out"]
+    fails([*bad, "nowhere://bucket/a.bin"], capsys, "nowhere://bucket/a.bin: Unable to get filesystem")
+    given = ["--source", source, "--tokenizer", tokenizer, "--near-duplicates", 0.7, "--show", 1]
+    assert prepare(*given, "--runner", "direct", "--out", tmp_path / "beam.bin") == 0
+    assert "5 documents, " in capsys.readouterr().out
+    assert prepare(*given, "--out", tmp_path / "alone.bin") == 0
+    beam, alone = (open_token_file(tmp_path / name).tokens.tolist() for name in ("beam.bin", "alone.bin"))
+    assert sorted(beam) == sorted(alone)
+
+
 def test_progress_is_a_line_now_and_then(source, tokenizer, tmp_path, monkeypatch, capsys):
     given = ["--source", source, "--tokenizer", tokenizer, "--out"]
     prepare(*given, tmp_path / "a.bin")

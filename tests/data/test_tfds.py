@@ -12,6 +12,7 @@ from prepared import build
 from refusals import refused
 from sharing import make_once
 
+from slm_jax.data import beam
 from slm_jax.data import tfds as module
 from slm_jax.data.config import ClassificationConfig, DataConfig
 from slm_jax.data.instructions import read_examples
@@ -65,6 +66,13 @@ def folder(catalogue, monkeypatch) -> Path:
 
 def texts(source: str, column: str | None = None) -> list[str]:
     return sorted("".join(pieces) for pieces in parse_source(source).texts(column))
+
+
+def test_the_workers_of_beam_read_ranges(folder, monkeypatch):
+    monkeypatch.setattr(beam, "TFDS_ROWS", 2)
+    units = beam.units_of([parse_source("tfds:our_tales"), parse_source("tfds:our_tales:train[:1]")])
+    assert units == [f"tfds:our_tales:train[{at}]" for at in ("0:2", "2:4", "4:5", ":1")]
+    assert sorted(text for unit in units[:3] for text in texts(unit)) == texts("tfds:our_tales")
 
 
 def test_a_text_feature_is_found_or_chosen(folder):
