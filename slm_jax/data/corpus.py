@@ -50,11 +50,13 @@ def load_corpus(
     *,
     saved: Tokenizer | None = None,
     stop: Callable[[], None] | None = None,
+    verify: bool = True,
 ) -> Corpus:
     """Read the sources, split them, get or train the tokenizer (on the training split), and encode.
 
     ``saved``, the tokenizer of a resumed run or a base, is used instead of the configured one; ``stop`` is called now
-    and then and may raise.
+    and then and may raise. ``verify``: whether to compare the SHA-256 of token files, which reads all of them; one host
+    is enough.
 
     Raises:
         InputError: a source or tokenizer that cannot be used; token ids outside the vocabulary.
@@ -62,7 +64,7 @@ def load_corpus(
     sources = [parse_source(text) for text in (data.source, data.validation_source) if text is not None]
     check_text_column(data.text_column, sources, "data.text_column")
     if any(isinstance(source, TokenSource) for source in sources):
-        return _load_token_files(data, sources, tokenizer, saved)
+        return _load_token_files(data, sources, tokenizer, saved, verify)
     if len(sources) == 1:
         train, validation = split_documents(sources[0].read_documents(data.text_column), data.validation_fraction)
     else:
@@ -78,12 +80,12 @@ def load_corpus(
 
 
 def _load_token_files(
-    data: DataConfig, sources: list[Source], config: TokenizerConfig, saved: Tokenizer | None
+    data: DataConfig, sources: list[Source], config: TokenizerConfig, saved: Tokenizer | None, verify: bool
 ) -> Corpus:
     if not all(isinstance(source, TokenSource) for source in sources):
         both = f"data.source {data.source} and data.validation_source {data.validation_source}"
         raise InputError(f"{both}: one is tokens, the other text; expected both of the same kind")
-    files = [open_token_file(source.name) for source in sources]
+    files = [open_token_file(source.name, verify) for source in sources]
     used = saved or _choose_tokenizer(data.source, files[0].tokenizer, config)
     for source, file in zip(sources, files, strict=True):
         check_tokenizer(source, file, used)

@@ -41,7 +41,8 @@ class Pretraining(Task):
         if config.data.packing and config.data.stride is not None:
             raise InputError(f"data.stride is {config.data.stride}; expected null with data.packing")
         base = find_base(config, start)
-        corpus = load_corpus(config.data, config.tokenizer, saved=base.tokenizer if base else None, stop=stop)
+        saved, verify = base.tokenizer if base else None, jax.process_index() == 0
+        corpus = load_corpus(config.data, config.tokenizer, saved=saved, stop=stop, verify=verify)
         base = base or new_base(config, corpus.tokenizer)
         cfg = base.model_config
         task = cls(

@@ -68,7 +68,11 @@ def find_start(config: BaseRunConfig) -> Start:
     notes = _fetch(config, run, mirror) if mirror is not None and run.writes else []
     if several_hosts:
         multihost_utils.sync_global_devices("checkpoints are in place")
-    step, metadata, damage = _latest(run)
+    step, metadata, damage = _latest(run) if run.writes else (-1, {}, [])  # one host verifies checkpoints
+    if several_hosts:
+        step = int(multihost_utils.broadcast_one_to_all(np.array(step)))
+        _check_shared(run, step)
+        metadata = metadata or (read_metadata(run.checkpoints, step) if step >= 0 else {})
     if config.resume == "must" and step < 0 and not damage:
         raise MissingInputError(f"{run.checkpoints}: no checkpoint to resume from, and resume is must; use auto")
     if step < 0 and damage:
@@ -79,13 +83,6 @@ def find_start(config: BaseRunConfig) -> Start:
         notes += _move_warnings(metadata) + _decay_warnings(config, metadata, step, run)
     elif run.metrics("train"):
         notes.append(f"warning: {run.path} has a log but no checkpoint; the run starts from the beginning")
-    if several_hosts:
-        found = np.asarray(multihost_utils.process_allgather(np.array(step))).ravel()
-        if len(set(found.tolist())) > 1:
-            raise InputError(
-                f"{run.path}: the hosts see different checkpoints ({', '.join(map(str, found))}; -1: none); expected "
-                "runs_dir on a disk that all hosts share"
-            )
     return Start(run, None if step < 0 else step, metadata, tuple(notes), tuple(saved_steps(run.checkpoints)))
 
 
@@ -104,6 +101,18 @@ def _check_place(place: RunFolder | BucketRun, resume: str) -> None:
     # What a killed start may leave, such as a lock, does not count.
     if not begun and any(not name.startswith(".") and not name.endswith(".partial") for name in files):
         raise InputError(f"{path} is not empty and holds no run; use another --run NAME")
+
+
+def _check_shared(place: RunFolder, step: int) -> None:
+    """Refuse a folder in which a host does not see the checkpoint of this step, the first host's (-1: none)."""
+    saved = saved_steps(place.checkpoints)
+    here = step if step in saved or place.writes else max(saved, default=-1)
+    found = np.asarray(multihost_utils.process_allgather(np.array(here))).ravel()
+    if len(set(found.tolist())) > 1:
+        raise InputError(
+            f"{place.path}: the hosts see different checkpoints ({', '.join(map(str, found))}; -1: none); expected "
+            "runs_dir on a disk that all hosts share"
+        )
 
 
 def _latest(place: RunFolder) -> tuple[int, dict[str, Any], list[str]]:

@@ -6,6 +6,7 @@ Process 0 looks for processes that stopped doing so and tells the others; they n
 
 import contextlib
 import functools
+import re
 import socket
 import sys
 import threading
@@ -29,6 +30,7 @@ SILENCE = 30.0  # seconds without a sign of life after which a process counts as
 SUSPICION = 8.0  # the same once an operation with the others has failed here
 _ALIVE, _LOST = "slm_jax/alive", "slm_jax/lost"
 _DONE = "done"
+_STATUS = re.compile(r"[A-Z_]+: ")  # how XLA's errors begin, whatever their class: an operation with others failed, too
 
 
 @contextlib.contextmanager
@@ -90,11 +92,11 @@ class Watch:
             with contextlib.suppress(jax.errors.JaxRuntimeError):
                 self._set(f"{_ALIVE}/{self._index}", _DONE)
             return
-        if isinstance(error, jax.errors.JaxRuntimeError):  # the watch ends this process if another one is the cause
+        expected = isinstance(error, InputError | OSError)
+        if not expected and _STATUS.match(str(error)):  # the watch ends this process if another one is the cause
             self._patience = SUSPICION
             time.sleep(SILENCE + 3 * BEAT)
         self._stopped.set()
-        expected = isinstance(error, InputError | OSError)
         reason = " ".join(f"{error if expected else type(error).__name__}".split())
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             self._set(f"{_LOST}/{self._index}", f"{self._name(self._index)} failed: {reason}")

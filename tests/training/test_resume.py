@@ -9,7 +9,9 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 from pretraining import metrics
 from refusals import contents
 from rich.console import Console
@@ -137,6 +139,28 @@ def leave_at(folder, step):
     for path in (folder / "run" / "checkpoints").iterdir():
         if int(path.name) > step:
             shutil.rmtree(path)
+
+
+@pytest.fixture
+def second_host(monkeypatch):
+    """This process is the second of two; the first one finds the checkpoint of step 8."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    for name, result in {
+        "sync_global_devices": lambda _: None,
+        "broadcast_one_to_all": lambda _: np.array(8),
+        "process_allgather": lambda here: np.array([8, int(here)]),
+    }.items():
+        monkeypatch.setattr(multihost_utils, name, result)
+
+
+def test_one_host_verifies_checkpoints_and_the_others_only_see_that_they_are_there(place, configured, second_host):
+    damage(place / "runs" / "run" / "checkpoints" / "8")  # which the first host would have noticed
+    start = find_start(configured())
+    assert (start.step, start.metadata["identity"]["seed"]) == (8, 0)
+    leave_at(place / "runs", 7)
+    with pytest.raises(InputError, match="hosts see different checkpoints"):
+        find_start(configured())
 
 
 def test_never_refuses_a_run_and_must_needs_one(place, configured):

@@ -128,6 +128,8 @@ def test_after_an_operation_failed_the_lost_process_is_found_sooner_and_named(en
     _, watches = job
     monkeypatch.setattr(watch, "SILENCE", 100 * BEAT)
     watches[1]._stopped.set()
-    threading.Thread(target=watches[0].__exit__, args=(None, jax.errors.JaxRuntimeError("gloo"), None)).start()
+    threading.Thread(
+        target=watches[0].__exit__, args=(None, ValueError("UNKNOWN: Gloo all-reduce failed"), None)
+    ).start()
     wait_for(lambda: "train-0" in ends)
     assert ends["train-0"][1].startswith("process 1 of 3")
