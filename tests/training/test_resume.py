@@ -379,10 +379,9 @@ def test_a_mirror_that_cannot_be_one_is_refused(place, configured, mirror):
 
 @pytest.mark.parametrize("found", [[8, 6], [-1, 8]])
 def test_hosts_that_see_different_checkpoints_are_refused(configured, monkeypatch, found):
-    from jax.experimental import multihost_utils
-
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(multihost_utils, "sync_global_devices", lambda name: None)
+    monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", lambda step: step)
     monkeypatch.setattr(multihost_utils, "process_allgather", lambda value: jnp.array(found))
     with pytest.raises(InputError, match=f"the hosts see different checkpoints .{found[0]}, {found[1]}"):
         find_start(configured())
