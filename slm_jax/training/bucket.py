@@ -5,6 +5,7 @@ is written last and removed first.
 """
 
 import shutil
+import tempfile
 from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
@@ -13,7 +14,7 @@ from typing import Any
 from slm_jax.errors import InputError
 from slm_jax.files import Bucket
 from slm_jax.training.checkpoint import CHECKSUMS, METADATA, find_damage, lowest, parse_metadata, saved_steps
-from slm_jax.training.run_folder import RunFolder
+from slm_jax.training.run_folder import FROZEN, RunFolder
 
 
 class BucketRun:
@@ -85,9 +86,13 @@ class BucketRun:
                 is_changed = there.get(name) != about.st_size or self._bucket.is_older(name, about.st_mtime)
             if is_changed:
                 changed[name] = path
-        if "config.yaml" in changed:  # which makes it count as a run
-            self._bucket.upload({"config.yaml": changed.pop("config.yaml")})
-        self._bucket.upload(changed)
+        with tempfile.TemporaryDirectory() as folder:  # of copies that don't grow while they are sent, as the log does
+            for i, name in enumerate(changed):
+                if name != FROZEN:
+                    changed[name] = Path(shutil.copyfile(changed[name], Path(folder) / str(i)))
+            if "config.yaml" in changed:  # which makes it count as a run
+                self._bucket.upload({"config.yaml": changed.pop("config.yaml")})
+            self._bucket.upload(changed)
         self._uploaded |= seen
 
     def _upload_checkpoint(self, folder: Path, step: int) -> None:

@@ -127,6 +127,22 @@ def test_what_makes_a_checkpoint_count_is_written_last_and_nothing_is_written_tw
     assert bucket.sent == ["all/run/metrics.jsonl"]
 
 
+def test_a_log_that_grows_while_it_is_copied_is_no_failure(place, bucket, monkeypatch):
+    log, notes, write = place / "runs/run/metrics.jsonl", [], bucket._open
+    lines = log.read_bytes()
+
+    def open_and_train_on(self, path, mode="rb", **kwargs):
+        if mode == "wb":
+            log.write_bytes(log.read_bytes() + b"{}\n")
+        return write(self, path, mode, **kwargs)
+
+    monkeypatch.setattr(bucket, "_open", open_and_train_on)
+    bucket.drop("all/run")
+    update(place, notes)
+    assert not notes
+    assert bucket.objects("all/run")["metrics.jsonl"] == lines
+
+
 def test_old_checkpoints_are_removed_as_in_the_run_and_interrupted_copies_too(place, bucket):
     whole = bucket.objects("all/run/checkpoints/6")
     for step, loss in ((1, 0.001), (2, 9.0), (3, 9.0)):
