@@ -26,6 +26,8 @@ from flax import linen as nn
 from jax import Array
 from jaxtyping import Bool, Float
 
+from slm_jax.nn.dropout import drop
+
 # --- Step 1: attention without anything to learn ---
 
 
@@ -208,8 +210,7 @@ def causal_attention(
         allowed = allowed & mask
     weights = jax.nn.softmax(jnp.where(allowed, scores, -jnp.inf), axis=-1)
     if dropout_key is not None and dropout_rate > 0:
-        keep = jax.random.bernoulli(dropout_key, 1 - dropout_rate, weights.shape)
-        weights = jnp.where(keep, weights / (1 - dropout_rate), 0)
+        weights = drop(weights, dropout_rate, dropout_key)
     weights = weights.astype(v.dtype)
     return jnp.einsum("bhqk,bkhd->bqhd", weights, v), weights
 

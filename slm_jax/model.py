@@ -20,12 +20,14 @@ from slm_jax.errors import InputError
 from slm_jax.nn.axes import STACK, Params, count
 from slm_jax.nn.blocks import segment_lengths
 from slm_jax.nn.cache import KVCache, LayerCache
+from slm_jax.nn.dropout import Dropout
 from slm_jax.nn.fused_attention import FusedMultiHeadAttention
 from slm_jax.nn.fused_attention import Implementation as AttentionKind
 from slm_jax.nn.heads import OutHead, Pooling, float32_logits, pool
 from slm_jax.nn.lora import Adapter
 from slm_jax.nn.mlp import FeedForward
 from slm_jax.nn.norms import LayerNorm
+from slm_jax.nn.sharding import constrain
 from slm_jax.nn.target import target
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -170,7 +172,7 @@ class TransformerBlock(nn.Module):
             "kernel_init": nn.initializers.normal(INIT_STD),
             "out_kernel_init": nn.initializers.normal(INIT_STD / math.sqrt(2 * cfg.n_layers)),
         }
-        dropout = nn.Dropout(cfg.drop_rate, deterministic=deterministic)
+        dropout = Dropout(cfg.drop_rate)
         attention = FusedMultiHeadAttention(
             emb_dim=cfg.emb_dim,
             n_heads=cfg.n_heads,
@@ -190,9 +192,10 @@ class TransformerBlock(nn.Module):
             attended = attention(normed, segment_ids=segment_ids, deterministic=deterministic)
         else:
             attended, cache = attention(normed, cache=cache, start=start)
-        x = x + dropout(attended)
+        x = constrain(x + dropout(attended, deterministic), "batch", None, None)
         normed = LayerNorm(use_bias=cfg.bias, name="norm2", **dtypes)(x)
-        return x + dropout(feed_forward(normed, deterministic)), cache
+        x = x + dropout(feed_forward(normed, deterministic), deterministic)
+        return constrain(x, "batch", None, None), cache
 
 
 def init_cache(cfg: GPTConfig, params: Params, batch_size: int, capacity: int) -> KVCache:
@@ -249,7 +252,7 @@ class GPTModel(nn.Module):
         embed: dict[str, Any] = {"embedding_init": init, "dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
         self.tok_emb = nn.Embed(cfg.vocab_size, cfg.emb_dim, **embed)
         self.pos_emb = nn.Embed(cfg.context_length, cfg.emb_dim, **embed)
-        self.drop = nn.Dropout(cfg.drop_rate)
+        self.drop = Dropout(cfg.drop_rate)
         self.final_norm = LayerNorm(use_bias=cfg.bias, dtype=cfg.dtype, param_dtype=cfg.param_dtype)
         if not cfg.tie_weights:
             self.out_head = OutHead(cfg.vocab_size, cfg.param_dtype, init)
@@ -314,7 +317,7 @@ class GPTModel(nn.Module):
         if positions is None:
             positions = jnp.arange(seq)[None, :] + (0 if cache is None else cache.lengths[:, None])
         x = self.tok_emb(tokens) + self.pos_emb(positions)
-        x = self.drop(x, deterministic=deterministic)
+        x = constrain(self.drop(x, deterministic), "batch", None, None)
         if cache is None:
             for name in self.segments:
                 x, _ = getattr(self, name)(x, None, None, segment_ids, deterministic)

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from slm_jax.nn.sharding import free_axes, on_each_device, splits
+
 _LANES = 128  # sequences are padded to a multiple
 _LARGEST_BLOCK = 512
 
@@ -35,8 +37,7 @@ def flash_attention(
     """Compute causal attention on a TPU; scores and softmax are float32 whatever the inputs are.
 
     Memory grows linearly with ``seq``, forward and backward. Under a mesh (``jax.set_mesh``) each device computes its
-    rows of the batch, which must be split over all of the mesh's axes; if the devices do not divide the batch, each
-    computes all rows.
+    rows and heads; where the devices do not divide them, each computes all.
 
     Args:
         q, k, v: bfloat16 or float32 (batch, seq, heads, head_dim); ``seq`` is filled up to a multiple of 128.
@@ -45,15 +46,12 @@ def flash_attention(
     Returns:
         The context (batch, seq, heads, head_dim), in the dtype of the inputs.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if not free_axes():
         return _on_one_device(q, k, v, segment_ids)
     # The compiler cannot divide a kernel that it does not know.
-    rows = PartitionSpec(mesh.axis_names if q.shape[0] % mesh.size == 0 else None)
-    # check_vma needs the axes along which results vary, and the kernel does not declare them.
-    return jax.shard_map(_on_one_device, in_specs=(rows, rows, rows, rows), out_specs=rows, check_vma=False)(
-        q, k, v, segment_ids
-    )
+    rows, heads = splits("batch", len(q)) or None, splits("heads", q.shape[2]) or None
+    of_heads, of_rows = PartitionSpec(rows, None, heads), PartitionSpec(rows)
+    return on_each_device(_on_one_device, (of_heads, of_heads, of_heads, of_rows), of_heads)(q, k, v, segment_ids)
 
 
 def _on_one_device(q: Array, k: Array, v: Array, segment_ids: Array | None) -> Array:

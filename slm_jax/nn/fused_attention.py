@@ -16,6 +16,7 @@ from slm_jax.nn.cache import LayerCache, cached_attention
 from slm_jax.nn.dense import Dense, DenseParams, multiply
 from slm_jax.nn.flash import flash_attention, flash_obstacle
 from slm_jax.nn.lora import Adapter
+from slm_jax.nn.sharding import constrain
 from slm_jax.nn.target import target
 
 Implementation = Literal["auto", "xla", "cudnn", "flash", "explicit"]
@@ -87,7 +88,7 @@ class FusedMultiHeadAttention(nn.Module):
         assert x.shape[-1] == self.emb_dim, (x.shape, self.emb_dim)
         assert self.emb_dim % self.n_heads == 0, (self.emb_dim, self.n_heads)
         q, k, v = (
-            Adapter(name=f"{name}_adapter")(product, x, deterministic)
+            constrain(Adapter(name=f"{name}_adapter")(product, x, deterministic), "batch", None, "heads", None)
             for name, product in zip(
                 "qkv", self._project(x, one_token=cache is not None and x.shape[1] == 1), strict=True
             )

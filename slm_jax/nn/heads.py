@@ -10,6 +10,7 @@ from flax.typing import Initializer
 from jax import Array
 from jaxtyping import Float, Int
 
+from slm_jax.nn.sharding import constrain
 from slm_jax.nn.target import target
 
 HEAD_ADAPTER = "out_head_adapter"
@@ -43,7 +44,8 @@ def float32_logits(
 
 
 def _product(hidden: Array, kernel: Array) -> Array:
-    return jnp.einsum("bse,ev->bsv", *operands(hidden, kernel), preferred_element_type=jnp.float32)
+    logits = jnp.einsum("bse,ev->bsv", *operands(hidden, kernel), preferred_element_type=jnp.float32)
+    return constrain(logits, "batch", None, "vocab")
 
 
 def operands(hidden: Array, kernel: Array) -> tuple[Array, Array]:

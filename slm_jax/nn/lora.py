@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 
 from slm_jax.errors import InputError
 from slm_jax.nn.axes import ADAPTER, STACK, TABLE, Params, find_axes
+from slm_jax.nn.dropout import drop
 
 TRAINED = ("lora_a", "lora_b")
 
@@ -42,8 +43,7 @@ class Adapter(nn.Module):
         a, b, scale = (jnp.asarray(self.get_variable("params", name)) for name in (*TRAINED, "lora_scale"))
         x = x.reshape(-1, a.shape[0])
         if self.has_variable("params", "lora_drop_rate") and not deterministic:
-            keep = 1 - jnp.asarray(self.get_variable("params", "lora_drop_rate"))
-            x = jnp.where(jax.random.bernoulli(self.make_rng("dropout"), keep, x.shape), x / keep.astype(x.dtype), 0)
+            x = drop(x, jnp.asarray(self.get_variable("params", "lora_drop_rate")), self.make_rng("dropout"))
         change = (x @ a.astype(x.dtype)) @ b.astype(x.dtype)
         return y + (change * scale.astype(x.dtype)).reshape(y.shape).astype(y.dtype)
 

@@ -8,13 +8,15 @@ computed twice.
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from slm_jax.nn.heads import operands
+from slm_jax.nn.sharding import RULES, free_axes, n_devices, on_each_device, splits
 from slm_jax.nn.target import target
 
 # The most that one piece's float32 logits take on a device. Each piece also reads and writes the kernel's whole
@@ -70,25 +72,26 @@ _cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
 def _by_pieces(
     hidden: Array, kernel: Array, targets: Array, weights: Array, of_hidden: bool, of_kernel: bool
 ) -> tuple[Array, Array | None, Array | None]:
-    """Return the loss, and the gradients of hidden states and kernel where wanted."""
-    (batch, seq), vocab_size = targets.shape, kernel.shape[1]
-    padded = kernel if target().platform == "cpu" else jnp.pad(kernel, ((0, 0), (0, -vocab_size % _COLUMNS)))
+    """Return the loss, and the gradients of hidden states and kernel where wanted.
+
+    On a mesh each device takes its rows and its columns of the vocabulary, and the kernel's gradient is summed once.
+    """
+    vocab_size = kernel.shape[1]
+    rows, columns = splits("batch", len(targets)), free_axes(RULES["vocab"])
+    multiple = math.lcm(1 if target().platform == "cpu" else _COLUMNS, n_devices(columns))
+    padded = jnp.pad(kernel, ((0, 0), (0, -vocab_size % multiple)))
     inputs, matrix = operands(hidden, padded)
-    run_piece = functools.partial(_piece, matrix, vocab_size, of_hidden, of_kernel)
-    n_devices = max(1, jax.sharding.get_abstract_mesh().size)  # training spreads a batch over its whole mesh
-    n = n_pieces(math.ceil(batch / n_devices), seq, vocab_size)
-    if n == 1:
-        (loss, kernel_grad), hidden_grad = run_piece(inputs, targets, weights)
-    else:
-
-        def add_piece(sums: Any, piece: Any) -> tuple[Any, Array | None]:
-            more, hidden_grad = run_piece(*piece)
-            return jax.tree.map(jnp.add, sums, more), hidden_grad
-
-        zeros = (jnp.float32(0), jnp.zeros(matrix.shape, jnp.float32) if of_kernel else None)
-        pieces = jax.tree.map(functools.partial(_cut, n=n), (inputs, targets, weights))
-        (loss, kernel_grad), hidden_grads = jax.lax.scan(add_piece, zeros, pieces)
-        hidden_grad = None if hidden_grads is None else _join(hidden_grads, seq)
+    shards = _Shards(rows, columns, splits("embed", len(kernel)) if "fsdp" in rows else ())
+    on_a_device = functools.partial(_on_a_device, shards, vocab_size, of_hidden, of_kernel)
+    if free_axes():
+        of_rows, of_matrix = PartitionSpec(rows or None), PartitionSpec(None, columns or None)
+        outputs = (
+            PartitionSpec(),
+            of_rows if of_hidden else None,
+            PartitionSpec(shards.width or None, columns or None) if of_kernel else None,
+        )
+        on_a_device = on_each_device(on_a_device, (of_rows, of_matrix, of_rows, of_rows), outputs)
+    loss, hidden_grad, kernel_grad = on_a_device(inputs, matrix, targets, weights)
     return (
         loss,
         None if hidden_grad is None else hidden_grad.astype(hidden.dtype),
@@ -96,23 +99,87 @@ def _by_pieces(
     )
 
 
+class _Shards(NamedTuple):
+    """The axes of the mesh that split the rows, the columns of the kernel, and the width of the kernel's gradient."""
+
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    width: tuple[str, ...]
+
+
+def _on_a_device(
+    shards: _Shards,
+    vocab_size: int,
+    of_hidden: bool,
+    of_kernel: bool,
+    hidden: Array,
+    kernel: Array,
+    targets: Array,
+    weights: Array,
+) -> tuple[Array, Array | None, Array | None]:
+    """Return the loss and the gradients of a device's rows and columns, summed over the devices that share them."""
+    seq, columns = targets.shape[1], kernel.shape[1]
+    first = jax.lax.axis_index(shards.columns) * columns if shards.columns else 0
+    run_piece = functools.partial(
+        _piece, kernel, first + jnp.arange(columns), vocab_size, shards.columns, of_hidden, of_kernel
+    )
+    n = n_pieces(len(targets), seq, columns)
+    if n == 1:
+        (loss, kernel_grad), hidden_grad = run_piece(hidden, targets, weights)
+    else:
+
+        def add_piece(sums: Any, piece: Any) -> tuple[Any, Array | None]:
+            more, hidden_grad = run_piece(*piece)
+            return jax.tree.map(jnp.add, sums, more), hidden_grad
+
+        zeros = (jnp.float32(0), jnp.zeros(kernel.shape, jnp.float32) if of_kernel else None)
+        pieces = jax.tree.map(functools.partial(_cut, n=n), (hidden, targets, weights))
+        (loss, kernel_grad), hidden_grads = jax.lax.scan(add_piece, zeros, pieces)
+        hidden_grad = None if hidden_grads is None else _join(hidden_grads, seq)
+    if shards.rows:
+        loss = jax.lax.psum(loss, shards.rows)
+    if hidden_grad is not None and shards.columns:
+        hidden_grad = jax.lax.psum(hidden_grad, shards.columns)
+    if kernel_grad is not None and shards.rows:
+        if shards.width:
+            kernel_grad = jax.lax.psum_scatter(kernel_grad, shards.width, tiled=True)
+        if others := tuple(axis for axis in shards.rows if axis not in shards.width):
+            kernel_grad = jax.lax.psum(kernel_grad, others)
+    return loss, hidden_grad, kernel_grad
+
+
 def _piece(
-    kernel: Array, vocab_size: int, of_hidden: bool, of_kernel: bool, hidden: Array, targets: Array, weights: Array
+    kernel: Array,
+    ids: Array,
+    vocab_size: int,
+    split: tuple[str, ...],
+    of_hidden: bool,
+    of_kernel: bool,
+    hidden: Array,
+    targets: Array,
+    weights: Array,
 ) -> tuple[tuple[Array, Array | None], Array | None]:
-    """Return ((the loss, the kernel's gradient), the hidden states' gradient) of a piece."""
-    ids = jnp.arange(kernel.shape[1])
-    # All rows in one matrix, as in a dense layer: see layers.rows_times_kernel.
+    """Return ((the loss, the kernel's gradient), the hidden states' gradient) of a piece.
+
+    ``ids`` are those of the kernel's columns; along the axes ``split`` other devices have other columns.
+    """
+    # All rows in one matrix, as in a dense layer: see dense.rows_times_kernel.
     shape = hidden.shape
     hidden, targets, weights = hidden.reshape(-1, shape[-1]), targets.reshape(-1), weights.reshape(-1)
     logits = jnp.einsum("re,ev->rv", hidden, kernel, preferred_element_type=jnp.float32)
-    if kernel.shape[1] > vocab_size:
+    if split or len(ids) > vocab_size:
         logits = jnp.where(ids < vocab_size, logits, -jnp.inf)
-    normalizer = jax.nn.logsumexp(logits, axis=-1)
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    hits = ids == targets[..., None]
+    if split:
+        largest = jax.lax.pmax(logits.max(-1, keepdims=True), split)
+        normalizer = (largest + jnp.log(jax.lax.psum(jnp.exp(logits - largest).sum(-1, keepdims=True), split)))[..., 0]
+        chosen = jax.lax.psum(jnp.where(hits, logits, 0).sum(-1), split)
+    else:
+        normalizer = jax.nn.logsumexp(logits, axis=-1)
+        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     loss = jnp.sum((normalizer - chosen) * weights)
     if not (of_hidden or of_kernel):
         return (loss, None), None
-    hits = (ids == targets[..., None]).astype(jnp.float32)
     grad = ((jnp.exp(logits - normalizer[..., None]) - hits) * weights[..., None]).astype(hidden.dtype)
     hidden_grad = jnp.einsum("rv,ev->re", grad, kernel).reshape(shape) if of_hidden else None
     kernel_grad = jnp.einsum("re,rv->ev", hidden, grad, preferred_element_type=jnp.float32) if of_kernel else None

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from slm_jax.nn.dense import Dense
 from slm_jax.nn.lora import Adapter
+from slm_jax.nn.sharding import constrain
 
 
 class FeedForward(nn.Module):
@@ -33,7 +34,8 @@ class FeedForward(nn.Module):
         dense = partial(Dense, use_bias=self.use_bias, dtype=self.dtype, param_dtype=self.param_dtype)
         fc = dense(self.hidden, kernel_init=self.kernel_init, name="fc")
         proj = dense(x.shape[-1], kernel_init=self.out_kernel_init, name="proj")
-        hidden = gelu(Adapter(name="fc_adapter")(fc(x), x, deterministic), self.exact_gelu)
+        hidden = constrain(Adapter(name="fc_adapter")(fc(x), x, deterministic), "batch", None, "mlp")
+        hidden = gelu(hidden, self.exact_gelu)
         return Adapter(name="proj_adapter")(proj(hidden), hidden, deterministic)
 
 

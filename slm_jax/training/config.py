@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Le
+from annotated_types import Ge
 
 from slm_jax.config import (
     AboveZero,
@@ -137,12 +137,14 @@ class MeshConfig:
     Attributes:
         data: devices over which batches are split; -1: all that the other axes leave.
         fsdp: devices over which batches, parameters and optimizer state are split.
-        tensor: reserved for tensor parallelism.
+        tensor: devices over which heads, hidden features and vocabulary are split; must divide model.n_heads.
+        replica: slices of a TPU pod, or groups of devices with a slow network between; batches are split over them.
     """
 
     data: Annotated[int, Ge(-1)] = -1
     fsdp: Positive = 1
-    tensor: Annotated[int, Ge(1), Le(1)] = 1
+    tensor: Positive = 1
+    replica: Positive = 1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ from jaxtyping import Int
 from rich.console import Console
 
 from slm_jax.config import dump_config, to_dict
-from slm_jax.model import Params
+from slm_jax.model import Params, axis_sizes
 from slm_jax.nn.blocks import merge_params
 from slm_jax.nn.lora import split_adapters
 from slm_jax.training.batch_size import filled_rows, fit_batch
@@ -33,7 +33,7 @@ from slm_jax.training.progress import ProgressLine, count_leaves, format_bytes, 
 from slm_jax.training.record import PLOT_INTERVAL, RunLog, StepProfile
 from slm_jax.training.resume import Mirror, Start, check_identity, mirror_folder
 from slm_jax.training.run_folder import BEFORE, FROZEN
-from slm_jax.training.sharding import host_rows, make_mesh, put_batch, put_params
+from slm_jax.training.sharding import check_heads, host_rows, make_mesh, put_batch, put_params, row_shards
 from slm_jax.training.step import TrainState
 from slm_jax.training.task import REFERENCES, Moment, Task, purpose_key
 from slm_jax.training.trainable import leaf_table
@@ -60,7 +60,8 @@ def train(config: BaseRunConfig, task: Task, start: Start, stop: StopRequest, co
         return summary
 
     mesh = make_mesh(config.mesh)
-    config, fitted = fit_batch(config, mesh.size)
+    check_heads(config.mesh, axis_sizes(task.model_config))
+    config, fitted = fit_batch(config, row_shards(mesh))
     check_loggers(config.logging)
     state_shapes = abstract_state(config, task, mesh)
     folder.create()

@@ -29,6 +29,7 @@ from slm_jax.training.sharding import (
     host_rows,
     put_batch,
     put_params,
+    row_shards,
     state_shardings,
 )
 from slm_jax.training.step import Batch, LossFn, TrainState, make_eval_step, make_train_step
@@ -70,7 +71,7 @@ class Program:
     frozen: Params  # likewise of the parameters that are not trained, references included
     train_step: "CompiledByShape"  # (state, frozen, batch) -> (state, metrics); donates the state
     eval_step: "CompiledByShape"  # (trainable, frozen, batch) -> sums, without dropout
-    eval_rows: int  # rows of an evaluated batch, a multiple of the devices
+    eval_rows: int  # rows of an evaluated batch, a multiple of the parts of a batch
     init: Future[Any] | None  # key -> state of a new model; None: the parameters come from elsewhere
     compiling: tuple[Future[Any], Future[Any]]  # both steps for the widest batches
     stop: Callable[[], None]  # called for each evaluated batch; may raise to stop early
@@ -129,8 +130,8 @@ def compile_program(
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)
     train_step = CompiledByShape(jitted, state, frozen)
     eval_step = CompiledByShape(jax.jit(make_eval_step(task.loss_fn)), state.trainable, frozen)
-    rows = config.train.batch_size
-    eval_rows = math.ceil((config.train.eval_batch_size or rows) / mesh.size) * mesh.size
+    rows, shards = config.train.batch_size, row_shards(mesh)
+    eval_rows = math.ceil((config.train.eval_batch_size or rows) / shards) * shards
     with jax.set_mesh(mesh):  # named for kernels that the compiler cannot divide among devices
         batches = [task.batch_shapes(rows), task.batch_shapes(eval_rows)]
         widest, widest_eval = (_with_shardings(b, dict.fromkeys(b, batch_sharding(mesh))) for b in batches)

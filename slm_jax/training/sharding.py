@@ -1,7 +1,6 @@
-"""How devices share the work: one mesh with the axes ``data`` and ``fsdp``; ``jax.jit`` does the rest.
+"""How devices share the work: the mesh of a run, and what lies where on it, by the rules of :mod:`slm_jax.nn.sharding`.
 
-Batches are split over both axes. Parameters and optimizer state are whole on every device along ``data`` and split
-along ``fsdp``. One device is a mesh of one.
+``jax.jit`` does the rest. One device is a mesh of one.
 """
 
 import math
@@ -11,32 +10,58 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 
 from slm_jax.errors import InputError
 from slm_jax.nn.axes import Axes, map_axes
+from slm_jax.nn.sharding import MESH_AXES, ROWS, param_spec
 from slm_jax.training.config import MeshConfig
 
-BATCH_SPEC = PartitionSpec(("data", "fsdp"))
+BATCH_SPEC = PartitionSpec(ROWS)
 
 
 def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Return the mesh over all (or given) devices, with axes ``data`` and ``fsdp``; see :func:`mesh_sizes`."""
+    """Return the mesh over all devices (default: those of all processes); see :func:`mesh_sizes`.
+
+    With several slices of a pod, ``replica`` counts slices, between which the network is slower.
+    """
     devices = jax.devices() if devices is None else devices
-    sizes = mesh_sizes(cfg, len(devices))
-    return jax.make_mesh(sizes, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices)
+    sizes = tuple(mesh_sizes(cfg, len(devices)).values())
+    n_slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if n_slices == cfg.replica > 1:
+        of_slices = (n_slices, *(1 for _ in sizes[1:]))
+        array = mesh_utils.create_hybrid_device_mesh((1, *sizes[1:]), of_slices, devices)
+        return Mesh(array, MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes))
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
 
 
-def mesh_sizes(cfg: MeshConfig, n_devices: int) -> tuple[int, int]:
-    """Return the sizes of the axes ``data`` and ``fsdp`` over so many devices, which must be their product."""
-    data = n_devices // cfg.fsdp if cfg.data == -1 else cfg.data
-    if data * cfg.fsdp != n_devices:
-        if cfg.data == -1:
-            raise InputError(f"mesh.fsdp is {cfg.fsdp}; expected a divisor of the {n_devices} device(s)")
-        given = f"mesh.data is {cfg.data} and mesh.fsdp is {cfg.fsdp}"
-        raise InputError(f"{given}; expected numbers whose product is the {n_devices} device(s)")
-    return data, cfg.fsdp
+def mesh_sizes(cfg: MeshConfig, n_devices: int) -> dict[str, int]:
+    """Return the size of every axis of the mesh over so many devices, which must be their product."""
+    sizes = {name: getattr(cfg, name) for name in MESH_AXES}
+    others = math.prod(size for name, size in sizes.items() if name != "data")
+    if cfg.data == -1:
+        sizes["data"] = n_devices // others
+    if math.prod(sizes.values()) != n_devices:
+        shown = [f"mesh.{k} is {v}" for k in MESH_AXES if (v := getattr(cfg, k)) > 1 or (k == "data" and v != -1)]
+        if cfg.data == -1 and len(shown) == 1:
+            raise InputError(f"{shown[0]}; expected a divisor of the {n_devices} device(s)")
+        product = "numbers whose product " + ("divides" if cfg.data == -1 else "is")
+        raise InputError(f"{' and '.join(shown)}; expected {product} the {n_devices} device(s)")
+    return sizes
+
+
+def check_heads(cfg: MeshConfig, sizes: Mapping[str, int]) -> None:
+    """Refuse a ``mesh.tensor`` that does not divide the heads of a model with axes of these sizes."""
+    if cfg.tensor > 1 and (heads := sizes["kv_heads"]) % cfg.tensor:
+        fitting = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+        raise InputError(f"mesh.tensor is {cfg.tensor}; expected a divisor of the model's {heads} heads: {fitting}")
+
+
+def row_shards(mesh: Mesh) -> int:
+    """Return the number of parts that a batch is split into."""
+    return math.prod(mesh.shape[name] for name in ROWS)
 
 
 def compiler_options(platform: str, n_devices: int, environ: Mapping[str, str] = os.environ) -> dict[str, bool]:
@@ -50,37 +75,16 @@ def compiler_options(platform: str, n_devices: int, environ: Mapping[str, str] =
 
 
 def state_shardings(mesh: Mesh, tree: Any) -> Any:
-    """Return the sharding of every leaf of a tree (arrays or shapes; any part of a training state).
-
-    One axis is split along ``fsdp`` (:func:`split_axis`); small leaves are whole.
-    """
+    """Return the sharding of every leaf of a tree (arrays or shapes; any part of a training state)."""
 
     def leaf_sharding(axes: Axes | None, leaf: Any) -> NamedSharding:
-        split = split_axis(axes, leaf.shape, mesh.shape["fsdp"])
-        names = () if split is None else ("fsdp" if axis == split else None for axis in range(leaf.ndim))
-        return NamedSharding(mesh, PartitionSpec(*names))
+        return NamedSharding(mesh, param_spec(axes, leaf.shape, mesh.shape))
 
     return map_axes(leaf_sharding, tree)
 
 
-def split_axis(axes: Axes | None, shape: tuple[int, ...], n_shards: int) -> int | None:
-    """Return the axis of a parameter that ``n_shards`` devices split; None if each device has it whole.
-
-    It is the width of the residual stream, else the largest other axis, of those that ``n_shards`` divides; never the
-    layers', which are taken one by one.
-    """
-    if axes is None or n_shards == 1 or math.prod(shape) < 2**12:
-        return None
-    sizes = {
-        axis: (name == "embed", size)
-        for axis, (name, size) in enumerate(zip(axes.names, shape, strict=True))
-        if name != "layers" and size % n_shards == 0
-    }
-    return max(sizes, key=lambda axis: sizes[axis], default=None)
-
-
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Return the sharding of a batch's first axis, over all devices."""
+    """Return the sharding of a batch's first axis."""
     return NamedSharding(mesh, BATCH_SPEC)
 
 

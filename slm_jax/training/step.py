@@ -13,9 +13,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from slm_jax.model import Params
+from slm_jax.nn.sharding import COPIES, free_axes
 
 Batch = dict[str, Any]
 Sums = tuple[Float[Array, ""], Float[Array, ""], dict[str, Array]]
@@ -86,29 +88,43 @@ def accumulated_gradients(
 ) -> tuple[Params, Sums]:
     """Return the gradients of the summed loss, and (loss_sum, weight_sum, scalar metrics), over all micro-batches.
 
-    Sums, not means: a micro-batch with fewer weighted targets then counts less, as it does in the whole batch.
+    Sums, not means: a micro-batch with fewer weighted targets then counts less, as it does in the whole batch. Devices
+    that have copies of the parameters (``slm_jax.nn.sharding.COPIES``) sum up their own micro-batches, and reduce once.
     """
 
-    def loss_and_sums(trainable: Params, batch: Batch, key: jax.Array) -> tuple[Array, Sums]:
+    def loss_and_sums(trainable: Params, frozen: Params, batch: Batch, key: jax.Array) -> tuple[Array, Sums]:
         loss_sum, weight_sum, metrics = loss_fn(trainable, frozen, batch, key)
         return loss_sum, (loss_sum, weight_sum, {name: value for name, value in metrics.items() if value.ndim == 0})
 
     grad_fn = jax.grad(loss_and_sums, has_aux=True)
     if accumulate == 1:
-        return grad_fn(trainable, batch, key)
+        return grad_fn(trainable, frozen, batch, key)
 
-    def add_micro_batch(total: Any, micro: tuple[Batch, jax.Array]) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, grad_fn(trainable, *micro)), None
+    def sum_micro_batches(trainable: Params, frozen: Params, batch: Batch, keys: jax.Array) -> tuple[Params, Sums]:
+        def add_micro_batch(total: Any, micro: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, grad_fn(trainable, frozen, *micro)), None
 
-    # Micro-batch j takes rows j, j + accumulate, …, so that each device's share of the batch contributes to all.
-    micro_batches = jax.tree.map(
-        lambda x: x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]).swapaxes(0, 1), batch
-    )
-    keys = jax.random.split(key, accumulate)
-    _, shapes = jax.eval_shape(loss_and_sums, trainable, jax.tree.map(lambda x: x[0], micro_batches), keys[0])
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (trainable, shapes))
-    total, _ = jax.lax.scan(add_micro_batch, zeros, (micro_batches, keys))
-    return total
+        # Micro-batch j takes rows j, j + accumulate, …, so that each device's share of the batch contributes to all.
+        micro_batches = jax.tree.map(
+            lambda x: x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]).swapaxes(0, 1), batch
+        )
+        first = jax.tree.map(lambda x: x[0], micro_batches)
+        _, shapes = jax.eval_shape(loss_and_sums, trainable, frozen, first, keys[0])
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (trainable, shapes))
+        total, _ = jax.lax.scan(add_micro_batch, zeros, (micro_batches, keys))
+        return jax.lax.psum(total, copies) if copies else total
+
+    copies = free_axes(COPIES)
+    if copies:
+        of_rows, whole = PartitionSpec(copies), PartitionSpec()
+        sum_micro_batches = jax.shard_map(
+            sum_micro_batches,
+            in_specs=(whole, whole, of_rows, whole),
+            out_specs=whole,
+            axis_names=set(copies),
+            check_vma=False,
+        )
+    return sum_micro_batches(trainable, frozen, batch, jax.random.split(key, accumulate))
 
 
 def make_eval_step(loss_fn: LossFn) -> Callable[[Params, Params, Batch], Sums]:

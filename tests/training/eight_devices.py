@@ -26,14 +26,20 @@ from slm_jax.training.step import TrainState, make_eval_step, make_train_step
 from slm_jax.training.trainable import split_params
 
 BATCH, SEQ, VOCAB, STEPS = 16, 8, 64, 5
-MESHES = {"data=8": MeshConfig(), "data=4,fsdp=2": MeshConfig(data=4, fsdp=2), "fsdp=8": MeshConfig(fsdp=8)}
+MESHES = {
+    "data=8": MeshConfig(),
+    "fsdp=8": MeshConfig(fsdp=8),
+    "tensor=8": MeshConfig(tensor=8),
+    "data=2,fsdp=2,tensor=2": MeshConfig(fsdp=2, tensor=2),
+    "replica=2,data=2,fsdp=2": MeshConfig(fsdp=2, replica=2),
+}
 DROP_RATES = {1: 0.0, 2: 0.1}  # by accumulation; with dropout a step takes twice as long to compile
 OPTIMIZER = OptimizerConfig(learning_rate=3e-3, warmup_steps=2)
 MUON = OptimizerConfig(kind="muon", warmup_steps=2)
 
 
 def model(drop_rate: float) -> GPTModel:
-    cfg = GPTConfig(vocab_size=VOCAB, context_length=SEQ, emb_dim=64, n_heads=2, n_layers=1, unroll=True)
+    cfg = GPTConfig(vocab_size=VOCAB, context_length=SEQ, emb_dim=64, n_heads=8, n_layers=1, unroll=True)
     return GPTModel(dataclasses.replace(cfg, drop_rate=drop_rate))
 
 
@@ -147,7 +153,7 @@ def main(folder: Path) -> None:
             result["shards"][f"{name} accumulate={accumulate}"] = {
                 "params": shard_shapes(state.trainable), "opt_state": shard_shapes(state.opt_state)
             }  # fmt: skip
-    for name, cfg in (("whole", MeshConfig()), ("split", MeshConfig(data=4, fsdp=2))):
+    for name, cfg in (("whole", MeshConfig()), ("split", MeshConfig(data=2, fsdp=2, tensor=2))):
         losses, muon = train_gpt(cfg, 1, MUON)
         result[f"muon {name}"] = {"losses": losses, "shards": shard_shapes(muon.opt_state)}
     result["lora"] = {name: tune_with_lora(cfg) for name, cfg in (("one", None), *MESHES.items())}

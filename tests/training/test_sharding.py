@@ -34,8 +34,21 @@ from slm_jax.training.sharding import (
 
 ROOT = Path(__file__).parents[2]
 QUICK = os.environ["XLA_FLAGS"]
-MESHES = {"data=8": 1, "data=4,fsdp=2": 2, "fsdp=8": 8}  # and in how many parts each cuts a leaf
+# In how many parts each cuts a large leaf: along fsdp, and along tensor.
+MESHES = {
+    "data=8": (1, 1),
+    "fsdp=8": (8, 1),
+    "tensor=8": (1, 8),
+    "data=2,fsdp=2,tensor=2": (2, 2),
+    "replica=2,data=2,fsdp=2": (2, 1),
+}
 each_mesh = pytest.mark.parametrize("mesh", MESHES)
+
+
+def n_parts(mesh, name):
+    """Adapters and the table of positions have no axis that tensor splits."""
+    fsdp, tensor = MESHES[mesh]
+    return fsdp * (1 if "lora_" in name or "pos_emb" in name else tensor)
 
 
 def environment(**changes):
@@ -90,7 +103,7 @@ def test_muon_on_split_matrices_moves_as_on_whole_ones(eight):
     moments = {name for name, (shape, _) in whole["shards"].items() if "muon" in name and len(shape) >= 3}
     assert len(moments) == 6  # the matrices of a block
     for name in moments:
-        assert 2 * np.prod(split["shards"][name][1][0]) == np.prod(whole["shards"][name][1][0]), name
+        assert 4 * np.prod(split["shards"][name][1][0]) == np.prod(whole["shards"][name][1][0]), name
 
 
 @pytest.mark.slow
@@ -104,13 +117,13 @@ def test_a_classifier_with_adapters_trains_on_eight_devices_as_on_one(eight, mes
         large = {name: leaf for name, leaf in many[tree].items() if np.prod(leaf[0]) >= 4096}
         assert len(large) >= 4
         for name, (shape, shards) in large.items():
-            assert np.prod(shards[0]) == np.prod(shape) // MESHES[mesh], name
+            assert np.prod(shards[0]) == np.prod(shape) // n_parts(mesh, name), name
 
 
 @pytest.mark.slow
 @each_mesh
 @pytest.mark.parametrize("tree", ["params", "opt_state"])
-def test_parameters_and_optimizer_state_are_split_along_fsdp(eight, mesh, tree):
+def test_parameters_and_optimizer_state_are_split(eight, mesh, tree):
     """After training: each device holds its share of every large leaf, and all of the small ones."""
     for accumulate in (1, 2):
         leaves = eight["shards"][f"{mesh} accumulate={accumulate}"][tree]
@@ -119,7 +132,7 @@ def test_parameters_and_optimizer_state_are_split_along_fsdp(eight, mesh, tree):
         for name, (shape, shards) in leaves.items():
             large = np.prod(shape) >= 4096
             assert len(shards) == 1, f"{name}: unequal parts"
-            assert np.prod(shards[0]) == np.prod(shape) // (MESHES[mesh] if large else 1), name
+            assert np.prod(shards[0]) == np.prod(shape) // (n_parts(mesh, name) if large else 1), name
             split += large
         assert split >= 4 * (2 if tree == "opt_state" else 1)
 
@@ -130,7 +143,7 @@ def test_what_one_device_saved_is_restored_on_eight(eight, state_of_one, mesh):
     restored = eight[f"restored on {mesh}"]
     assert restored["bits"] == eight_devices.bits(eight_devices.raw(state_of_one))
     shape, shards = next(leaf for name, leaf in restored["shards"].items() if "attn/q" in name and "kernel" in name)
-    assert np.prod(shape) // np.prod(shards[0]) == MESHES[mesh]
+    assert np.prod(shape) // np.prod(shards[0]) == np.prod(MESHES[mesh])
 
 
 @pytest.mark.slow
@@ -149,7 +162,8 @@ def test_what_eight_devices_saved_is_restored_on_one(eight, folder, state_of_one
     [
         ({"data": 3, "fsdp": 2}, 8, r"mesh\.data is 3 and mesh\.fsdp is 2.*8 device"),
         ({"fsdp": 3}, 8, r"mesh\.fsdp is 3; expected a divisor of the 8 device"),
-        ({"data": 2}, 1, r"mesh\.data is 2 and mesh\.fsdp is 1.*1 device"),
+        ({"data": 2}, 1, r"mesh\.data is 2; .*1 device"),
+        ({"fsdp": 2, "tensor": 3}, 8, r"mesh\.fsdp is 2 and mesh\.tensor is 3; .* divides the 8 device"),
     ],
 )
 def test_a_mesh_of_another_size_than_the_devices_is_refused(sizes, n_devices, words):

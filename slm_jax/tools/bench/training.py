@@ -28,7 +28,7 @@ from slm_jax.config import dump_config, to_dict
 from slm_jax.data.corpus import load_corpus
 from slm_jax.errors import InputError
 from slm_jax.files import cache_folder
-from slm_jax.model import GPTConfig, Params
+from slm_jax.model import GPTConfig, Params, axis_sizes
 from slm_jax.runs import RunFolder
 from slm_jax.tasks.config import RunConfig, get_task
 from slm_jax.tools.bench.instruments import (
@@ -51,7 +51,7 @@ from slm_jax.training.hardware import device_here, flops_per_token
 from slm_jax.training.process import set_up
 from slm_jax.training.program import compile_program, device_bytes, out_of_memory_as_input_error
 from slm_jax.training.resume import Start
-from slm_jax.training.sharding import host_rows, make_mesh, put_batch, state_shardings
+from slm_jax.training.sharding import check_heads, host_rows, make_mesh, put_batch, row_shards, state_shardings
 from slm_jax.training.step import Batch, StepMetrics, TrainState
 from slm_jax.training.task import purpose_key
 
@@ -106,7 +106,8 @@ def compile_step(config: RunConfig) -> CompiledStep:
     """Compile the training step of a run of pretraining for the devices here, as the training loop does."""
     shapes = find_shapes(config)
     mesh = make_mesh(config.mesh)
-    config, fitted = fit_batch(config, mesh.size)
+    check_heads(config.mesh, axis_sizes(shapes.cfg))
+    config, fitted = fit_batch(config, row_shards(mesh))
     began = time.perf_counter()
     program = compile_program(config, shapes, mesh)
     compiled = program.compiling[0].result()
@@ -295,7 +296,7 @@ def measure_batches(
 ) -> Result:
     """Measure the batches of a run as the training loop reads them; ``step_ms`` of a step gives their share."""
     mesh = make_mesh(config.mesh)
-    fitted, note = fit_batch(config, mesh.size)
+    fitted, note = fit_batch(config, row_shards(mesh))
     began = time.perf_counter()
     task = get_task(config.task).build(config, Start(RunFolder(config.folder), None, {}))
     ready_seconds = time.perf_counter() - began

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, get_args
 
 import jax
-from jax.sharding import Mesh
 
 from slm_jax.data.sources import parse_source
 from slm_jax.data.token_file import TokenSource
@@ -31,7 +30,7 @@ from slm_jax.training.batch_size import fit_batch
 from slm_jax.training.checkpoint import read_metadata
 from slm_jax.training.hardware import Device, device_memory, flops_per_token
 from slm_jax.training.program import compile_program, device_bytes
-from slm_jax.training.sharding import mesh_sizes
+from slm_jax.training.sharding import check_heads, make_mesh, mesh_sizes
 from slm_jax.training.step import LossFn
 from slm_jax.training.task import Parameters
 from slm_jax.training.trainable import split_params
@@ -220,6 +219,7 @@ def make_plan(
         raise InputError("mfu is a share of the peak FLOP/s, which is unknown for a CPU; leave it out")
     config, shapes, target = resolve(config, cluster)
     sizes = axes_sizes(mesh_sizes(config.mesh, n_devices))
+    check_heads(config.mesh, axis_sizes(shapes.cfg))
     config, fitted = fit_batch(config, n_devices // config.mesh.tensor)
     limit = device_memory(jax.devices("cpu")[0]) if known is None else known.memory * known.usable
     setting = _Setting(shapes, target, math.inf if limit is None else limit, n_devices)
@@ -369,7 +369,7 @@ def compiled_bytes(config: RunConfig, shapes: Shapes) -> int | None:
     """Return the bytes of training step or evaluation here, the larger, by XLA; 0: unknown; None: slow to compile."""
     if count(shapes.params.trainable) + count(shapes.params.frozen) > _MOST_COMPILED:
         return None
-    mesh = Mesh([[jax.devices("cpu")[0]]], ("data", "fsdp"))
+    mesh = make_mesh(MeshConfig(), jax.devices("cpu")[:1])
     program = compile_program(config, shapes, mesh, needs_init=False)
     return max(device_bytes(step.result()) for step in program.compiling)
 

@@ -1,0 +1,118 @@
+"""How named axes are split over a mesh of devices: the one table of rules, and what applies it inside a model.
+
+A mesh has up to four axes. Rows of a batch are split over the first three. ``replica`` counts slices of a pod, between
+which only gradients travel; ``data`` copies of the parameters; along ``fsdp`` parameters and optimizer state are split,
+and a block's weights are gathered when it is their turn (Rajbhandari et al. 2020); along ``tensor`` each device computes
+its own heads, hidden features and vocabulary (Shoeybi et al. 2019). ``jax.jit`` inserts the communication.
+
+Without a mesh (``jax.set_mesh``), or on one device, nothing here does anything.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jax import Array
+from jax.sharding import PartitionSpec
+
+from slm_jax.nn.axes import Axes
+
+COPIES = ("replica", "data")  # devices along these have the same parameters
+ROWS = (*COPIES, "fsdp")
+MESH_AXES = (*ROWS, "tensor")
+
+# By named axis of a parameter (slm_jax.nn.axes) or an activation, the axes of the mesh that split it.
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": ROWS,  # of activations, whose width is whole on each device
+    "embed": ("fsdp",),  # of parameters; where it does not divide, their largest other axis
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+}
+SMALLEST = 2**12  # parameters with fewer numbers are whole on every device
+
+
+def param_spec(axes: Axes | None, shape: tuple[int, ...], sizes: Mapping[str, int]) -> PartitionSpec:
+    """Return how a parameter is split over a mesh with axes of these ``sizes``; axes that do not divide are whole."""
+    if axes is None or math.prod(shape) < SMALLEST:
+        return PartitionSpec()
+    found: dict[int, str] = {}
+    n_parts = sizes.get("tensor", 1)
+    for axis, (name, size) in enumerate(zip(axes.names, shape, strict=True)):
+        if n_parts > 1 and RULES.get(name) == ("tensor",) and size % n_parts == 0:
+            found[axis] = "tensor"
+            break
+    split = split_axis(axes, shape, sizes.get("fsdp", 1), frozenset(found))
+    if split is not None:
+        found[split] = "fsdp"
+    return PartitionSpec(*(found.get(axis) for axis in range(len(shape)))) if found else PartitionSpec()
+
+
+def split_axis(
+    axes: Axes | None, shape: tuple[int, ...], n_shards: int, taken: frozenset[int] = frozenset()
+) -> int | None:
+    """Return the axis of a parameter that ``fsdp`` splits into ``n_shards``; None if each device has it whole.
+
+    It is the width of the residual stream, else the largest other axis, of those that ``n_shards`` divides; never the
+    layers', which are taken one by one.
+    """
+    if axes is None or n_shards == 1 or math.prod(shape) < SMALLEST:
+        return None
+    candidates = {
+        axis: (RULES.get(name) == ("fsdp",), size)
+        for axis, (name, size) in enumerate(zip(axes.names, shape, strict=True))
+        if name != "layers" and size % n_shards == 0 and axis not in taken
+    }
+    return max(candidates, key=lambda axis: candidates[axis], default=None)
+
+
+def free_axes(names: tuple[str, ...] = MESH_AXES) -> tuple[str, ...]:
+    """Return those of the mesh's axes that have several devices and are not taken by a ``jax.shard_map`` around."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return ()
+    return tuple(name for name in names if mesh.shape.get(name, 1) > 1 and name not in mesh.manual_axes)
+
+
+def n_devices(axes: tuple[str, ...]) -> int:
+    """Return the number of devices along axes of the mesh."""
+    return math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes)
+
+
+def splits(name: str, size: int) -> tuple[str, ...]:
+    """Return the axes of the mesh that split a named axis of this size; none if they do not divide it."""
+    axes = free_axes(RULES[name])
+    return axes if axes and size % n_devices(axes) == 0 else ()
+
+
+def constrain(x: Array, *names: str | None) -> Array:
+    """Split an activation by the names of its axes; an axis without a name, or that does not divide, is whole."""
+    if not free_axes():
+        return x
+    spec = PartitionSpec(
+        *(splits(name, size) or None if name else None for name, size in zip(names, x.shape, strict=True))
+    )
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
+def on_each_device(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """Map a function over the shards of its arguments, by hand along every axis that is not yet mapped."""
+    mesh = jax.sharding.get_abstract_mesh()
+    names = set(mesh.axis_names) - set(mesh.manual_axes)
+    # Its check would need the axes along which the values of loops and kernels vary.
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names=names, check_vma=False)
+
+
+def draw_rows(draw: Callable[[tuple[int, ...]], Array], shape: tuple[int, ...]) -> Array:
+    """Draw random numbers for this device's rows of a batch that a ``jax.shard_map`` around has cut.
+
+    The whole batch's are drawn and cut likewise (XLA computes only what is kept), so that they don't depend on the mesh.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(name for name in COPIES if not mesh.empty and name in mesh.manual_axes)
+    if not axes:
+        return draw(shape)
+    whole = draw((shape[0] * n_devices(axes), *shape[1:]))
+    return jax.lax.dynamic_slice_in_dim(whole, jax.lax.axis_index(axes) * shape[0], shape[0])
