@@ -316,7 +316,7 @@ class GPTModel(nn.Module):
             raise InputError("a cache is for generation: expected no segment_ids with it, and deterministic=True")
         if positions is None:
             positions = jnp.arange(seq)[None, :] + (0 if cache is None else cache.lengths[:, None])
-        x = self.tok_emb(tokens) + self.pos_emb(positions)
+        x = _look_up(self.tok_emb, tokens, "vocab") + _look_up(self.pos_emb, positions, "positions")
         x = constrain(self.drop(x, deterministic), "batch", None, None)
         if cache is None:
             for name in self.segments:
@@ -334,6 +334,11 @@ class GPTModel(nn.Module):
         if self.cfg.tie_weights:
             return float32_logits(hidden, self.tok_emb.embedding.T)
         return self.out_head_adapter(self.out_head(hidden), hidden, deterministic)
+
+
+def _look_up(table: nn.Embed, ids: Array, axis: str) -> Array:
+    """Look up the rows of ``ids``; what other devices have of a row's width is gathered before, not after."""
+    return jnp.take(constrain(jnp.asarray(table.embedding, table.dtype), axis, None), ids, axis=0)
 
 
 def _check_tokens_fit(

@@ -1,9 +1,9 @@
 """How named axes are split over a mesh of devices: the one table of rules, and what applies it inside a model.
 
-A mesh has up to four axes. Rows of a batch are split over the first three. ``replica`` counts slices of a pod, between
-which only gradients travel; ``data`` copies of the parameters; along ``fsdp`` parameters and optimizer state are split,
-and a block's weights are gathered when it is their turn (Rajbhandari et al. 2020); along ``tensor`` each device computes
-its own heads, hidden features and vocabulary (Shoeybi et al. 2019). ``jax.jit`` inserts the communication.
+A mesh has four axes. Rows of a batch are split over the first three. ``replica`` counts slices of a pod, between which
+only gradients travel; ``data`` copies of the parameters; along ``fsdp`` parameters and optimizer state are split, and a
+block's weights are gathered when it is their turn (Rajbhandari et al. 2020); along ``tensor`` each device computes its
+own heads, hidden features and vocabulary (Shoeybi et al. 2019). ``jax.jit`` inserts the communication.
 
 Without a mesh (``jax.set_mesh``), or on one device, nothing here does anything.
 """
@@ -83,7 +83,7 @@ def n_devices(axes: tuple[str, ...]) -> int:
 
 def splits(name: str, size: int) -> tuple[str, ...]:
     """Return the axes of the mesh that split a named axis of this size; none if they do not divide it."""
-    axes = free_axes(RULES[name])
+    axes = free_axes(RULES.get(name, ()))
     return axes if axes and size % n_devices(axes) == 0 else ()
 
 
@@ -108,7 +108,7 @@ def on_each_device(function: Callable[..., Any], in_specs: Any, out_specs: Any) 
 def draw_rows(draw: Callable[[tuple[int, ...]], Array], shape: tuple[int, ...]) -> Array:
     """Draw random numbers for this device's rows of a batch that a ``jax.shard_map`` around has cut.
 
-    The whole batch's are drawn and cut likewise (XLA computes only what is kept), so that they don't depend on the mesh.
+    Those of the whole batch are drawn and cut likewise, so that they do not depend on the mesh.
     """
     mesh = jax.sharding.get_abstract_mesh()
     axes = tuple(name for name in COPIES if not mesh.empty and name in mesh.manual_axes)

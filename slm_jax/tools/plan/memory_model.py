@@ -30,9 +30,9 @@ import jax.numpy as jnp
 from slm_jax.model import GPTConfig, Params, Remat, axis_sizes, is_unrolled
 from slm_jax.nn.axes import TABLE, Axes, map_axes
 from slm_jax.nn.loss import n_pieces
+from slm_jax.nn.sharding import split_axis
 from slm_jax.nn.target import Target
 from slm_jax.training.optimizer import muon_or_adam
-from slm_jax.nn.sharding import split_axis
 
 # Measured of XLA's CPU compiler, in sizes of the gradients: Adam's moments are copied before they are updated.
 _CPU_COPIES = 1.8
