@@ -8,6 +8,7 @@ computed twice.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -82,7 +83,7 @@ def _by_pieces(
     padded = jnp.pad(kernel, ((0, 0), (0, -vocab_size % multiple)))
     inputs, matrix = operands(hidden, padded)
     shards = _Shards(rows, columns, splits("embed", len(kernel)) if "fsdp" in rows else ())
-    on_a_device = functools.partial(_on_a_device, shards, vocab_size, of_hidden, of_kernel)
+    on_a_device: Callable[..., Any] = functools.partial(_on_a_device, shards, vocab_size, of_hidden, of_kernel)
     if free_axes():
         of_rows, of_matrix = PartitionSpec(rows or None), PartitionSpec(None, columns or None)
         outputs = (

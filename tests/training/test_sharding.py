@@ -21,6 +21,7 @@ from pretraining import metrics, options
 from slm_jax.cli import main
 from slm_jax.errors import InputError
 from slm_jax.nn.loss import cross_entropy
+from slm_jax.nn.sharding import MESH_AXES
 from slm_jax.tasks import pretraining
 from slm_jax.training.checkpoint import Checkpoints
 from slm_jax.training.config import MeshConfig
@@ -46,9 +47,10 @@ each_mesh = pytest.mark.parametrize("mesh", MESHES)
 
 
 def n_parts(mesh, name):
-    """Adapters and the table of positions have no axis that tensor splits."""
+    """Tensor splits heads, hidden features and vocabulary: not positions, and of adapters the sides of hidden features."""
     fsdp, tensor = MESHES[mesh]
-    return fsdp * (1 if "lora_" in name or "pos_emb" in name else tensor)
+    of_features = name.endswith(("ff/fc_adapter/lora_b", "ff/proj_adapter/lora_a"))
+    return fsdp * (tensor if of_features or ("lora_" not in name and "pos_emb" not in name) else 1)
 
 
 def environment(**changes):
@@ -202,7 +204,7 @@ def test_a_run_names_its_mesh_where_it_traces(text_file, tmp_path, monkeypatch):
     more = {"train__steps": 1, "train__eval_every": 1, "sample__every": 0}
     assert main(["train", *options(text_file, tmp_path, **more)]) == 0
     assert len(meshes) >= 2  # training and evaluation
-    assert all(mesh.axis_names == ("data", "fsdp") and mesh.size == jax.device_count() for mesh in meshes)
+    assert all(mesh.axis_names == MESH_AXES and mesh.size == jax.device_count() for mesh in meshes)
 
 
 def start(arguments, log, folder, n_devices=1, **env):
