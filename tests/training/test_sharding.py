@@ -47,7 +47,7 @@ each_mesh = pytest.mark.parametrize("mesh", MESHES)
 
 
 def n_parts(mesh, name):
-    """Tensor splits heads, hidden features and vocabulary: not positions, and of adapters the sides of hidden features."""
+    """Tensor splits heads, hidden features and vocabulary: not positions; of adapters the side of hidden features."""
     fsdp, tensor = MESHES[mesh]
     of_features = name.endswith(("ff/fc_adapter/lora_b", "ff/proj_adapter/lora_a"))
     return fsdp * (tensor if of_features or ("lora_" not in name and "pos_emb" not in name) else 1)
