@@ -183,7 +183,7 @@ def test_a_mesh_of_another_size_than_the_devices_is_refused(sizes, n_devices, wo
 )
 def test_a_process_feeds_the_rows_of_its_devices_wherever_they_are_in_the_mesh(monkeypatch, process_of_device, rows):
     devices = [[mock.Mock(process_index=process) for process in row] for row in process_of_device]
-    mesh = Mesh(np.array(devices), ("data", "fsdp"))
+    mesh = Mesh(np.array(devices)[None, ..., None], MESH_AXES)
     for process in range(2):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
         assert host_rows(mesh, 8).tolist() == rows[process]
