@@ -119,11 +119,6 @@ def step_exchanges(work: Work, params: Parameters, sizes: Mapping[str, int], clu
 _Part = tuple[str, str, tuple[str, ...], float]
 
 
-def axes_sizes(sizes: Any) -> dict[str, int]:
-    """Return the sizes of a mesh's axes by name."""
-    return dict(sizes) if isinstance(sizes, Mapping) else dict(zip(("data", "fsdp"), sizes, strict=True))
-
-
 def _of_parameters(work: Work, params: Parameters, sizes: Mapping[str, int]) -> Iterator[_Part]:
     # Only the mesh's shape counts, so one device may stand for all.
     mesh = Mesh(np.full(tuple(sizes.values()), jax.devices("cpu")[0]), tuple(sizes))

@@ -24,10 +24,11 @@ from slm_jax.tasks.base import as_configured, run_dtype
 from slm_jax.tasks.config import RunConfig, get_task
 from slm_jax.tokenizer import get_tokenizer
 from slm_jax.tools.plan.cluster import Cluster, find_cluster
-from slm_jax.tools.plan.communication import StepTime, axes_sizes, step_exchanges, step_time
+from slm_jax.tools.plan.communication import StepTime, step_exchanges, step_time
 from slm_jax.tools.plan.memory_model import Memory, State, Work, evaluation_memory, state_bytes, step_memory
 from slm_jax.training.batch_size import fit_batch
 from slm_jax.training.checkpoint import read_metadata
+from slm_jax.training.config import MeshConfig
 from slm_jax.training.hardware import Device, device_memory, flops_per_token
 from slm_jax.training.program import compile_program, device_bytes
 from slm_jax.training.sharding import check_heads, make_mesh, mesh_sizes
@@ -218,7 +219,7 @@ def make_plan(
     if known is None and mfu is not None:
         raise InputError("mfu is a share of the peak FLOP/s, which is unknown for a CPU; leave it out")
     config, shapes, target = resolve(config, cluster)
-    sizes = axes_sizes(mesh_sizes(config.mesh, n_devices))
+    sizes = mesh_sizes(config.mesh, n_devices)
     check_heads(config.mesh, axis_sizes(shapes.cfg))
     config, fitted = fit_batch(config, n_devices // config.mesh.tensor)
     limit = device_memory(jax.devices("cpu")[0]) if known is None else known.memory * known.usable
