@@ -5,13 +5,15 @@
     python benchmarks/corpus.py processes        # 100 MB, two processes against one
     python benchmarks/corpus.py beam             # 100 MB, Apache Beam's direct runner against one machine
 
-Each prints JSON. Commands run in processes of their own; seconds are of whole processes.
+Each prints JSON. Commands run in processes of their own; seconds are of whole processes, and beside them those that
+these computed, which say more on a machine with other work.
 """
 
 import argparse
 import json
 import random
 import re
+import resource
 import subprocess
 import sys
 import sysconfig
@@ -98,11 +100,13 @@ def similar_to_another(documents: list[list[str]]) -> set[int]:
     return found
 
 
-def prepare(folder: Path, out: str, *options: str, source: str = "text") -> float:
-    """Run the command; return its seconds."""
-    start = time.monotonic()
+def prepare(folder: Path, out: str, *options: str, source: str = "text") -> dict[str, float]:
+    """Run the command; return its seconds, and those that its processes computed."""
+    start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(command(folder, out, *options, source=source), stdout=subprocess.DEVNULL, check=True)
-    return round(time.monotonic() - start, 2)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"wall": round(time.monotonic() - start, 1), "cpu": round(cpu, 1)}
 
 
 def command(folder: Path, out: str, *options: str, source: str = "text") -> list[str]:
@@ -148,7 +152,7 @@ def kill(folder: Path, n_bytes: int, processes: str) -> dict[str, Any]:
         "parts_then": n_parts // 2,
         "parts": n_parts,
         "seconds_again": again,
-        "share": round(again / unbroken, 3),
+        "share": {clock: round(again[clock] / unbroken[clock], 3) for clock in again},
         "same_sha256": sha256(folder / "a.bin") == sha256(folder / "b.bin"),
     }
 
@@ -167,7 +171,7 @@ def beam(folder: Path, n_bytes: int) -> dict[str, Any]:
     make_text(folder, n_bytes)
     options = ["--near-duplicates", "0.7", "--shard-tokens", "10000000"]
     alone = prepare(folder, "alone.bin", *options)
-    with_beam = prepare(folder, "beam.bin", *options, "--runner", "direct")
+    beam_ = prepare(folder, "beam.bin", *options, "--runner", "direct")
     abouts = [json.loads((folder / f"{name}.bin.json").read_text()) for name in ("alone", "beam")]
     kept = []
     for name in ("alone", "beam"):
@@ -178,10 +182,13 @@ def beam(folder: Path, n_bytes: int) -> dict[str, Any]:
         "tokens": abouts[0]["tokens"],
         "same_documents": kept[0] == kept[1],
         "same_counts": all(abouts[0][name] == abouts[1][name] for name in ("tokens", "documents", "counts")),
-        "seconds": {"alone": alone, "beam": with_beam},
+        "seconds": {"alone": alone, "beam": beam_},
         "tokens_per_second": {
-            "alone": round(abouts[0]["tokens"] / alone),
-            "beam": round(abouts[1]["tokens"] / with_beam),
+            clock: {
+                "alone": round(abouts[0]["tokens"] / alone[clock]),
+                "beam": round(abouts[1]["tokens"] / beam_[clock]),
+            }
+            for clock in alone
         },
     }
 
