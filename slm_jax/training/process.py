@@ -18,6 +18,8 @@ from slm_jax.files import cache_folder
 
 MOST_CACHED = 2 * 2**30  # bytes of compiled programs; beyond them the least recently used are removed
 LOST = 75  # exit status after another process of the job was lost: sysexits.h's EX_TEMPFAIL
+PIPE = "SLM_JAX_SUPERVISOR"  # the environment variable of a supervised process: the descriptor of its pipe
+TWICE = 5.0  # seconds in which it may get SIGTERM twice, from the launcher and passed on by its supervisor
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # the names of glibc's malloc.h
 
@@ -119,12 +121,15 @@ class StopRequest:
 
     def _watch(self, read_end: int) -> None:
         """Record the first signal, and end the process at the second."""
-        came = 0
+        came, first = 0, 0.0
         with os.fdopen(read_end, "rb", buffering=0) as signals:
             while number := signals.read(1):  # nothing once the other end is closed
                 if number[0] not in STOPPING:
                     continue
-                came += 1
+                same = number[0] == signal.SIGTERM and PIPE in os.environ and time.monotonic() - first < TWICE
+                if came and same:
+                    continue
+                came, first = came + 1, time.monotonic()
                 if came > 1:
                     end_now(128 + number[0])
                 self._note(number[0])

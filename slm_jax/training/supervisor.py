@@ -20,12 +20,11 @@ from types import FrameType
 from typing import IO
 
 import slm_jax
-from slm_jax.training.process import LOST, STOPPING, end_now
+from slm_jax.training.process import LOST, PIPE, STOPPING, end_now
 
 BEAT = 2.0  # seconds between two signs of life of the child
 SILENCE = 40.0  # seconds without one after which it is killed; longer than processes take to notice a lost one
 PAUSE = 45.0  # seconds before a restart, in which every other process of the job has noticed and ended, too
-PIPE = "SLM_JAX_SUPERVISOR"  # the environment variable with the descriptor of the pipe
 
 _LOG = re.compile(rb"[WEF]\d{4} .*(coordination_service|preemption_sync_manager|client\.h)")  # of JAX's coordination
 _ABORT = b"the JAX distributed service detected fatal errors"

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 from jax.experimental import multihost_utils
 
-from slm_jax.training.process import Interrupted, StopRequest
+from slm_jax.training import process
+from slm_jax.training.process import PIPE, Interrupted, StopRequest
 
 ROOT = Path(__file__).parents[2]
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
@@ -49,19 +51,34 @@ with StopRequest() as stop:
 @pytest.mark.parametrize("second", SIGNALS)
 def test_the_second_signal_ends_the_process_within_a_step(second):
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
+    computing = subprocess.Popen(
         [sys.executable, "-c", COMPUTING], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     try:
-        assert process.stdout.readline() == "ready\n"
-        process.send_signal(signal.SIGINT)
-        assert process.stderr.readline() == "\n"
-        assert process.stderr.readline().startswith("saving, then stopping")
-        process.send_signal(second)
-        assert process.wait(timeout=30) == 128 + second  # at once, without unwinding
+        assert computing.stdout.readline() == "ready\n"
+        computing.send_signal(signal.SIGINT)
+        assert computing.stderr.readline() == "\n"
+        assert computing.stderr.readline().startswith("saving, then stopping")
+        computing.send_signal(second)
+        assert computing.wait(timeout=30) == 128 + second  # at once, without unwinding
     finally:
-        process.kill()
-        process.communicate()
+        computing.kill()
+        computing.communicate()
+
+
+@pytest.mark.parametrize(("twice", "ends"), [(5.0, []), (0.0, [143])])
+def test_sigterm_from_the_launcher_and_passed_on_by_the_supervisor_counts_once(monkeypatch, twice, ends):
+    """Slurm sends it to every process of a step."""
+    ended = []
+    monkeypatch.setattr(process, "end_now", ended.append)
+    monkeypatch.setattr(process, "TWICE", twice)
+    monkeypatch.setenv(PIPE, "3")
+    with StopRequest() as stop:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.05)  # two at the same time may be delivered as one
+        assert stop.signum == signal.SIGTERM
+    assert ended == ends
 
 
 def test_several_processes_stop_together(monkeypatch):
