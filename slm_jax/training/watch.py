@@ -121,7 +121,7 @@ class Watch:
                     self._end(problem)
                 if self._index == 0:
                     self._judge(self._client.key_value_dir_get(_ALIVE))
-                elif not self._hosts:
+                elif 0 not in self._hosts:
                     self._read_hosts(self._client.key_value_dir_get(_ALIVE))
             except jax.errors.JaxRuntimeError:
                 self._end(f"{self._name(0)} died")
