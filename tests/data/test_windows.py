@@ -150,10 +150,10 @@ def test_a_host_makes_only_its_rows_of_the_global_batch(monkeypatch, sampling):
     dataset, made = batches(batch_size=6, sampling=sampling), []
     cut = windows._windows
     monkeypatch.setattr(windows, "_windows", lambda tokens, at, length: made.append(len(at)) or cut(tokens, at, length))
-    for rows in ([0, 1, 2], [0, 3, 5]):
-        part, whole = dataset.of_rows(np.array(rows))[3], dataset[3]
+    for rows in ([0, 1, 2], [0, 3, 5], []):
+        part, whole = dataset.of_rows(np.array(rows, int))[3], dataset[3]
         same(part, {name: value[rows] for name, value in whole.items()})
-    assert made == [3, 6, 3, 6]
+    assert made == [3, 6, 3, 6, 0, 6]
 
 
 @pytest.mark.parametrize(
