@@ -116,8 +116,9 @@ def break_once(folder: Path, name: str, kind: str, step: int) -> tuple[float, li
             job.send(victim, signum)
         seconds = job.wait(survivor)
         status, lines = job.processes[survivor].returncode, job.errors[survivor].read_text().splitlines()
+        if signum is not None:
+            job.wait(victim)  # its parent kills it if it hangs
         if restarts:
-            job.wait(victim)
             if status or job.processes[victim].returncode:
                 problems.append(f"exit status {status}, {job.processes[victim].returncode}: {lines}")
         elif status != 75 or len(lines) != 1 or f"process {victim}" not in lines[0] or "slm-jax train" not in lines[0]:

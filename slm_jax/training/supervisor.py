@@ -128,14 +128,15 @@ class Supervisor:
     def _relay(self, stderr: IO[bytes]) -> None:
         """Write the child's stderr to this one's; hold what JAX logs of its coordination service, as it may abort."""
         self._held, last = [], 0.0
-        for line in stderr:
-            if self._held and time.monotonic() - last > 5:  # it did not
-                self._release(b"")
-            if self._held or _LOG.match(line):
-                self._held.append(line)
-                last = time.monotonic()
-            else:
-                self._write(line)
+        with stderr:
+            for line in stderr:
+                if self._held and time.monotonic() - last > 5:  # it did not
+                    self._release(b"")
+                if self._held or _LOG.match(line):
+                    self._held.append(line)
+                    last = time.monotonic()
+                else:
+                    self._write(line)
 
     def _explained(self, status: int) -> int:
         """Say why the child ended, if it did not; return its status, or `LOST` if JAX aborted it."""
