@@ -219,13 +219,12 @@ def _constant(call: _Call) -> int | None:
 def _whole_bytes(kind: str, call: _Call, group_size: int) -> float:
     """Return the bytes of the whole array, from the shape of the result (and operand, of a start) of one device."""
     n_bytes = shape_bytes(call.shape)
+    starts = call.opcode.endswith("-start")
+    if kind in ("all-gather", "reduce-scatter") and starts:  # the whole, and a device's part of it
+        return n_bytes * group_size / (group_size + 1)
     if kind == "reduce-scatter":
         return n_bytes * group_size
-    if not call.opcode.endswith("-start") or kind == "all-reduce":
-        return n_bytes
-    if kind == "all-gather":  # operand and result
-        return n_bytes * group_size / (group_size + 1)
-    return n_bytes / 2
+    return n_bytes / 2 if starts and kind != "all-reduce" else n_bytes
 
 
 def shape_bytes(shape: str) -> int:

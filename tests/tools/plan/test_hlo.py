@@ -64,6 +64,7 @@ ENTRY %main (a: bf16[64,128], /*index=1*/b: f32[1024]) -> f32[] {
   %start.1 = ((f32[64]{0}), f32[8]{0}, s32[]) async-start(%b), calls=%wrapped
   %done.1 = f32[8]{0} async-done(%start.1), calls=%wrapped
   %ag.1 = (f32[16]{0}, f32[128]{0}) all-gather-start(%b), replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}
+  %rs.1 = (f32[640]{0}, f32[80]{0}) reduce-scatter-start(%b), replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
   %ag.2 = f32[128]{0} all-gather-done(%ag.1)
   %cp.1 = (f32[32]{0}, f32[32]{0}, u32[], u32[]) collective-permute-start(%b), source_target_pairs={{0,1},{1,0}}
   %alone = f32[4]{0} all-reduce(%b), replica_groups={{0},{1},{2},{3},{4},{5},{6},{7}}, to_apply=%add
@@ -81,6 +82,7 @@ def test_collectives_of_a_text():
         ("reduce-scatter", 1, 1024 * 4, 4),  # a TPU's fusion
         ("reduce-scatter", 1, 8 * 8 * 4, 8),  # asynchronous
         ("all-gather", 1, 128 * 4, 8),
+        ("reduce-scatter", 1, 640 * 4, 8),  # as XLA abbreviates it for GPUs
         ("collective-permute", 1, 32 * 4 + 4, 2),
         ("all-reduce", 1, 4, 2),
         *[("collective-permute", 4, 16 * 4, 2)] * 2,  # a loop that is unrolled: 0, 2, 4, 6
