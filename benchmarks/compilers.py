@@ -89,7 +89,7 @@ def measure(device: str, flags: str) -> dict[str, Any]:
     return {
         "flags": flags,
         "step": _line(step, planned, sent),
-        "evaluation": _line(evaluation, plan.evaluation_bytes, None),
+        "evaluation": _line(evaluation, plan.evaluation_bytes - plan.by_remat[plan.remat].memory.optimizer, None),
         "first state": _line(programs["first state"], None, None),
         "multiple": round(sum(one.count * one.n_bytes for one in step.collectives) / (2 * plan.n_params), 2),
         "largest": [(one.kind, one.count, round(one.n_bytes / 1e6, 2), one.source) for one in step.collectives[:4]],

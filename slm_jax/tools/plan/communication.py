@@ -1,23 +1,25 @@
 """What the devices of a training step send to each other, from closed formulas, and how long that takes at least.
 
-Per device and step of ``A`` micro-batches, with the mesh's axes as in :mod:`slm_jax.training.sharding` (a leaf of
-``B`` bytes; a ring of n devices sends (n - 1) / n of the array in an all-gather or a reduce-scatter, twice that in an
-all-reduce; T tokens of a micro-batch on a device, E = embed, L = layers, c = bytes of a number in ``dtype``):
+Per device and step of ``A`` micro-batches, with the mesh's axes as in :mod:`slm_jax.training.sharding` (N numbers of a
+leaf, c = bytes of a number in ``dtype``, T tokens of a micro-batch on a device, E = embed, L = layers):
 
-=====================================  ==============  ==================  =================================
-what                                   collective      along               array, times
-=====================================  ==============  ==================  =================================
-weights, split along fsdp              all-gather      fsdp                B in ``dtype``, 2 A (L: each pass)
-their gradients                        reduce-scatter  fsdp                B, A
-their gradients, of other copies       all-reduce      replica, data       B / fsdp, 1
-gradients of weights that are whole    all-reduce      all that split rows B, 1
-outputs of attention and MLP           all-reduce      tensor              T E c, 4 A L (6 with remat full)
-=====================================  ==============  ==================  =================================
+=========================================  ==============  ===================  =================================
+what                                       collective      along                bytes of the array, times
+=========================================  ==============  ===================  =================================
+weights, split along fsdp                  all-gather      fsdp                 N c, A; of a block 2 A (both passes)
+their gradients                            reduce-scatter  fsdp                 N c, A
+gradients of copies                        all-reduce      replica, data        N c / fsdp, 1 (4 N / fsdp if A > 1)
+gradients of weights that are whole        all-reduce      all that split rows  N c, 1 (4 N if A > 1)
+outputs of attention and MLP               all-reduce      tensor               T E c, 4 A L (6 A L with remat full)
+=========================================  ==============  ===================  =================================
 
-``slm-jax plan --compile`` counts what XLA's compilers make of the same step.
+The gradient of the head's kernel is float32; a head that is tied to the token embedding adds a gather and a gradient to
+those of the lookup. A ring of n devices sends (n - 1) / n of the array in an all-gather or a reduce-scatter, twice that
+in an all-reduce. ``slm-jax plan --compile`` counts what XLA's compilers make of the same step.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,7 +29,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from slm_jax.nn.axes import map_axes
+from slm_jax.nn.axes import Axes, map_axes
 from slm_jax.tools.plan.cluster import Cluster
 from slm_jax.tools.plan.hlo import Collective, sent_bytes
 from slm_jax.tools.plan.memory_model import Work
@@ -123,28 +125,50 @@ def _of_parameters(work: Work, params: Parameters, sizes: Mapping[str, int]) -> 
     # Only the mesh's shape counts, so one device may stand for all.
     mesh = Mesh(np.full(tuple(sizes.values()), jax.devices("cpu")[0]), tuple(sizes))
     for tree, trained in ((params.trainable, True), (params.frozen, False)):
-        stacked = jax.tree.leaves(map_axes(lambda axes, leaf: bool(axes and axes.stack), tree))
+        costs = jax.tree.leaves(map_axes(functools.partial(_cost, work, trained), tree), is_leaf=_is_cost)
         shardings = jax.tree.leaves(state_shardings(mesh, tree))
-        for leaf, sharding, in_block in zip(jax.tree.leaves(tree), shardings, stacked, strict=True):
-            yield from _of_leaf(work, leaf, sharding.spec, in_block, trained, sizes)
+        for leaf, sharding, cost in zip(jax.tree.leaves(tree), shardings, costs, strict=True):
+            yield from _of_leaf(work, leaf, sharding.spec, cost, trained, sizes)
+
+
+class _Cost(NamedTuple):
+    """What is exchanged of each number of a leaf in a micro-batch: bytes of its gathered weights, of its gradient."""
+
+    gathered: int
+    gradient: int
+
+
+def _is_cost(value: Any) -> bool:
+    return isinstance(value, _Cost)
+
+
+def _cost(work: Work, trained: bool, axes: Axes | None, leaf: Any) -> _Cost:
+    c = work.itemsize
+    if axes is None:
+        return _Cost(c, c)
+    if axes.is_head:
+        return _Cost(c, 4)
+    if axes.is_table and "vocab" in axes.inputs and work.cfg.tie_weights:
+        return _Cost(2 * c, c + 4)
+    return _Cost(2 * c if axes.stack and trained else c, c)
 
 
 def _of_leaf(
-    work: Work, leaf: Any, spec: PartitionSpec, in_block: bool, trained: bool, sizes: Mapping[str, int]
+    work: Work, leaf: Any, spec: PartitionSpec, cost: _Cost, trained: bool, sizes: Mapping[str, int]
 ) -> Iterator[_Part]:
     """Yield what the weights and gradients of a leaf cost."""
     split = {name for name in spec if name}
     numbers = leaf.size / math.prod(sizes[axis] for axis in split if axis != "fsdp")
-    n_bytes = numbers * leaf.dtype.itemsize
+    # Micro-batches are summed in the parameters' own dtype.
+    summed = numbers * (cost.gradient if work.accumulate == 1 else leaf.dtype.itemsize)
     if "fsdp" not in split:
         if trained:
-            yield "gradients", "all-reduce", (*COPIES, "fsdp"), n_bytes
+            yield "gradients", "all-reduce", (*COPIES, "fsdp"), summed
         return
-    passes = 2 if in_block and trained else 1
-    yield "weights", "all-gather", ("fsdp",), passes * work.accumulate * numbers * work.itemsize
+    yield "weights", "all-gather", ("fsdp",), work.accumulate * numbers * cost.gathered
     if trained:
-        yield "gradients", "reduce-scatter", ("fsdp",), work.accumulate * n_bytes
-        yield "gradients of other copies", "all-reduce", COPIES, n_bytes / sizes["fsdp"]
+        yield "gradients", "reduce-scatter", ("fsdp",), work.accumulate * numbers * cost.gradient
+        yield "gradients of other copies", "all-reduce", COPIES, summed / sizes["fsdp"]
 
 
 def _of_activations(work: Work, sizes: Mapping[str, int]) -> Iterator[_Part]:

@@ -237,7 +237,7 @@ def shape_bytes(shape: str) -> int:
 
 
 def _groups(text: str, n_devices: int) -> tuple[tuple[int, ...], ...]:
-    """Return the groups of a collective: as lists, or as a reshaped and transposed range of all devices."""
+    """Return the groups of a collective: lists, a reshaped and transposed range of all devices, or axes of a mesh."""
     if pairs := re.search(r"source_target_pairs=\{(\{.*?\})\}", text):
         return _lists(pairs[1])
     if listed := re.search(r"replica_groups=\{(\{.*?\})\}", text):
@@ -248,6 +248,13 @@ def _groups(text: str, n_devices: int) -> tuple[tuple[int, ...], ...]:
         if tiled[3]:
             ids = ids.transpose(_numbers(tiled[3]))
         return tuple(map(tuple, ids.reshape(shape).tolist()))
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}(]*)\}", text):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
+        along = re.findall(r"'(\w+)'", named[2])
+        order = [*(name for name in sizes if name not in along), *along]
+        ids = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+        ids = ids.transpose([list(sizes).index(name) for name in order])
+        return tuple(map(tuple, ids.reshape(-1, math.prod(sizes[name] for name in along)).tolist()))
     return (tuple(range(n_devices)),)
 
 

@@ -9,7 +9,8 @@ from slm_jax.training.hardware import find_device
 
 GPT2 = ("--model.preset", "gpt2-small", "--tokenizer.kind", "gpt2", "--train.batch_size", "1024")
 BLOCK = 12 * 768 * 768 + 9 * 768 + 4 * 768  # matrices, biases, and scales and biases of two norms
-TABLES = (50_257 + 1024) * 768
+VOCABULARY, POSITIONS, NORM = 50_257 * 768, 1024 * 768, 2 * 768
+GRADIENTS = 2 * 12 * BLOCK + (2 + 4) * VOCABULARY + 2 * POSITIONS  # bfloat16; of the tied head float32
 N_PARAMS = 124_439_808
 
 
@@ -19,12 +20,12 @@ def exchanges(device, *words):
 
 
 def test_data_parallel_devices_sum_their_gradients_once_a_step():
-    for accumulate in ("1", "4"):
-        found = exchanges("h100x8", "--train.accumulate", accumulate)
+    for accumulate, n_bytes in ((1, GRADIENTS + 2 * NORM), (4, 4 * N_PARAMS)):
+        found = exchanges("h100x8", "--train.accumulate", str(accumulate))
         assert list(found) == [("gradients", "all-reduce")]
         one = found["gradients", "all-reduce"]
-        assert one.n_bytes == 4 * N_PARAMS
-        assert one.sent == pytest.approx(2 * 4 * N_PARAMS * 7 / 8)
+        assert one.n_bytes == n_bytes
+        assert one.sent == pytest.approx(2 * n_bytes * 7 / 8)
         assert (one.size, one.spans) == (8, 1)
 
 
@@ -32,9 +33,9 @@ def test_data_parallel_devices_sum_their_gradients_once_a_step():
 def test_fsdp_gathers_weights_twice_and_scatters_gradients(accumulate):
     found = exchanges("v5e-8", "--mesh.fsdp", "8", "--train.accumulate", str(accumulate))
     weights, scattered = found["weights", "all-gather"], found["gradients", "reduce-scatter"]
-    assert weights.n_bytes == accumulate * 2 * (2 * 12 * BLOCK + TABLES)  # bfloat16; tables once
-    assert scattered.n_bytes == accumulate * 4 * (12 * BLOCK + TABLES)
-    assert found["gradients", "all-reduce"].n_bytes == pytest.approx(4 * (N_PARAMS - 12 * BLOCK - TABLES))
+    assert weights.n_bytes == accumulate * 2 * (2 * 12 * BLOCK + 2 * VOCABULARY + POSITIONS)
+    assert scattered.n_bytes == accumulate * GRADIENTS
+    assert found["gradients", "all-reduce"].n_bytes == NORM * (2 if accumulate == 1 else 4)
 
 
 def test_copies_of_shards_are_summed_over_the_network():
@@ -42,7 +43,7 @@ def test_copies_of_shards_are_summed_over_the_network():
     assert (found["weights", "all-gather"].size, found["weights", "all-gather"].spans) == (8, 1)
     copies = found["gradients of other copies", "all-reduce"]
     assert (copies.size, copies.spans) == (8, 8)
-    assert copies.n_bytes == 4 * (12 * BLOCK + TABLES) / 8
+    assert copies.n_bytes == GRADIENTS / 8
 
 
 def test_times_on_links_and_network_by_hand():

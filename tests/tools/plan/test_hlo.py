@@ -69,6 +69,7 @@ ENTRY %main (a: bf16[64,128], /*index=1*/b: f32[1024]) -> f32[] {
   %cp.1 = (f32[32]{0}, f32[32]{0}, u32[], u32[]) collective-permute-start(%b), source_target_pairs={{0,1},{1,0}}
   %alone = f32[4]{0} all-reduce(%b), replica_groups={{0},{1},{2},{3},{4},{5},{6},{7}}, to_apply=%add
   %f = (bf16[8]{0}, u8[16]{0}) custom-call(%b), custom_call_target="__cudnn$fmhaSoftmaxBackward"
+  %axis.1 = f32[2]{0} all-reduce(%b), replica_groups=mesh['x'=2,'y'=4] {'x'}, to_apply=%add
   ROOT %last = f32[] all-reduce(%b), replica_groups=[4,2]<=[2,4]T(1,0), to_apply=%add
 }
 """
@@ -85,6 +86,7 @@ def test_collectives_of_a_text():
         ("reduce-scatter", 1, 640 * 4, 8),  # as XLA abbreviates it for GPUs
         ("collective-permute", 1, 32 * 4 + 4, 2),
         ("all-reduce", 1, 4, 2),
+            ("all-reduce", 1, 8, 2),
         *[("collective-permute", 4, 16 * 4, 2)] * 2,  # a loop that is unrolled: 0, 2, 4, 6
     ])  # fmt: skip
 
@@ -93,7 +95,7 @@ def test_the_bytes_that_a_device_sends_and_the_groups():
     one, *others = find_collectives(EXCERPT)
     assert one.sent == 12 * 512 * 128 * 2 * 7 / 8
     assert one.source == "jit(step)/blocks/ff"
-    assert others[-1].groups == ((0, 4), (1, 5), (2, 6), (3, 7))
+    assert [one.groups for one in others if one.kind == "all-reduce"] == [((0, 4), (1, 5), (2, 6), (3, 7))] * 2
     assert [sent_bytes(kind, 800, 8) for kind in ("all-gather", "all-reduce", "collective-permute")] == [700, 1400, 800]
 
 
