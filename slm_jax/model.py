@@ -21,6 +21,7 @@ from slm_jax.nn.axes import STACK, Params, count
 from slm_jax.nn.blocks import segment_lengths
 from slm_jax.nn.cache import KVCache, LayerCache
 from slm_jax.nn.dropout import Dropout
+from slm_jax.nn.embedding import look_up
 from slm_jax.nn.fused_attention import FusedMultiHeadAttention
 from slm_jax.nn.fused_attention import Implementation as AttentionKind
 from slm_jax.nn.heads import OutHead, Pooling, float32_logits, pool
@@ -316,7 +317,7 @@ class GPTModel(nn.Module):
             raise InputError("a cache is for generation: expected no segment_ids with it, and deterministic=True")
         if positions is None:
             positions = jnp.arange(seq)[None, :] + (0 if cache is None else cache.lengths[:, None])
-        x = _look_up(self.tok_emb, tokens, "vocab") + _look_up(self.pos_emb, positions, "positions")
+        x = look_up(self.tok_emb, tokens, "vocab") + look_up(self.pos_emb, positions, "positions")
         x = constrain(self.drop(x, deterministic), "batch", None, None)
         if cache is None:
             for name in self.segments:
@@ -334,11 +335,6 @@ class GPTModel(nn.Module):
         if self.cfg.tie_weights:
             return float32_logits(hidden, self.tok_emb.embedding.T)
         return self.out_head_adapter(self.out_head(hidden), hidden, deterministic)
-
-
-def _look_up(table: nn.Embed, ids: Array, axis: str) -> Array:
-    """Look up the rows of ``ids``; what other devices have of a row's width is gathered before, not after."""
-    return jnp.take(constrain(jnp.asarray(table.embedding, table.dtype), axis, None), ids, axis=0)
 
 
 def _check_tokens_fit(

@@ -44,21 +44,19 @@ def param_spec(axes: Axes | None, shape: tuple[int, ...], sizes: Mapping[str, in
         if n_parts > 1 and RULES.get(name) == ("tensor",) and size % n_parts == 0:
             found[axis] = "tensor"
             break
-    split = split_axis(axes, shape, sizes.get("fsdp", 1), frozenset(found))
+    split = _fsdp_axis(axes, shape, sizes.get("fsdp", 1), set(found))
     if split is not None:
         found[split] = "fsdp"
     return PartitionSpec(*(found.get(axis) for axis in range(len(shape)))) if found else PartitionSpec()
 
 
-def split_axis(
-    axes: Axes | None, shape: tuple[int, ...], n_shards: int, taken: frozenset[int] = frozenset()
-) -> int | None:
+def _fsdp_axis(axes: Axes, shape: tuple[int, ...], n_shards: int, taken: set[int]) -> int | None:
     """Return the axis of a parameter that ``fsdp`` splits into ``n_shards``; None if each device has it whole.
 
     It is the width of the residual stream, else the largest other axis, of those that ``n_shards`` divides; never the
     layers', which are taken one by one.
     """
-    if axes is None or n_shards == 1 or math.prod(shape) < SMALLEST:
+    if n_shards == 1:
         return None
     candidates = {
         axis: (RULES.get(name) == ("fsdp",), size)

@@ -315,7 +315,7 @@ class _Setting:
 
     def state(self, config: RunConfig) -> State:
         params, muon = self.shapes.params, config.optimizer.kind == "muon"
-        return state_bytes(params.trainable, params.frozen, config.mesh.fsdp, muon)
+        return state_bytes(params.trainable, params.frozen, config.mesh.fsdp, muon, config.mesh.tensor)
 
     def evaluation(self, config: RunConfig) -> float:
         rows = -(-(config.train.eval_batch_size or config.train.batch_size) // self.parts(config))

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from slm_jax.model import GPTConfig, Params, Remat, axis_sizes, is_unrolled
 from slm_jax.nn.axes import TABLE, Axes, map_axes
 from slm_jax.nn.loss import n_pieces
-from slm_jax.nn.sharding import split_axis
+from slm_jax.nn.sharding import param_spec
 from slm_jax.nn.target import Target
 from slm_jax.training.optimizer import muon_or_adam
 
@@ -156,26 +156,27 @@ def copied_weights(work: Work) -> float:
     return work.itemsize * sum(math.prod(work.sizes[name] for name in names) for names in matrices)
 
 
-def state_bytes(trainable: Params, frozen: Params, n_shards: int = 1, muon: bool = False) -> State:
-    """Return the bytes of a training state on one of ``n_shards`` devices that split it (``mesh.fsdp``)."""
-    shares = _leaf_bytes(trainable, n_shards)
+def state_bytes(trainable: Params, frozen: Params, fsdp: int = 1, muon: bool = False, tensor: int = 1) -> State:
+    """Return the bytes of a training state on one of the devices that split it, along ``fsdp`` and ``tensor``."""
+    sizes = {"fsdp": fsdp, "tensor": tensor}
+    shares = _leaf_bytes(trainable, sizes)
     trained = sum(shares)
     moments = 2 * trained
     if muon:
         labels = jax.tree.leaves(muon_or_adam(trainable))
         moments -= sum(share for share, label in zip(shares, labels, strict=True) if label == "muon")
     gathered = 0.0
-    if n_shards > 1:  # one block at a time, and the embeddings
+    if fsdp > 1:  # one block at a time, and the embeddings
         parts = [{name: tree[name]} for tree in (frozen, trainable) for name in tree]
-        gathered = max(sum(_leaf_bytes(part, 1, one_layer=True)) for part in parts)
-    return State(trained + sum(_leaf_bytes(frozen, n_shards)), moments, trained, gathered)
+        gathered = max(sum(_leaf_bytes(part, {**sizes, "fsdp": 1}, one_layer=True)) for part in parts)
+    return State(trained + sum(_leaf_bytes(frozen, sizes)), moments, trained, gathered)
 
 
-def _leaf_bytes(tree: Params, n_shards: int, one_layer: bool = False) -> list[float]:
-    """Return the bytes of each leaf on one of ``n_shards`` devices; of a single layer, if asked for."""
+def _leaf_bytes(tree: Params, sizes: dict[str, int], one_layer: bool = False) -> list[float]:
+    """Return the bytes of each leaf on one device of a mesh of these sizes; of a single layer, if asked for."""
 
     def n_bytes(axes: Axes | None, leaf: Any) -> float:
-        shards = 1 if split_axis(axes, leaf.shape, n_shards) is None else n_shards
+        shards = math.prod(sizes[name] for name in param_spec(axes, leaf.shape, sizes) if name)
         layers = leaf.shape[0] if one_layer and axes is not None and axes.stack else 1
         return leaf.size * leaf.dtype.itemsize / shards / layers
 
