@@ -31,7 +31,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     lines = [
         "(1) Not at the same time: the larger one counts.",
         "(2) On a CPU: copies of moments, mostly after the backward pass; with mesh.fsdp: gathered parameters.",
-        "The total is an estimate: within 10 % of XLA's own on CPU and TPU (benchmarks/BENCHMARKS.md); GPUs unchecked.",
+        "The total is an estimate: within 10 % of XLA's own on CPU, TPU and H100 (benchmarks/BENCHMARKS.md).",
         "",
         *_verdict(plan),
         "",
