@@ -8,8 +8,6 @@ names when all are there, together with the index, ``FILE.bin.json``. Files may 
 such as ``gs://``. Memory holds a document, or a shard; a file is read by one worker.
 """
 
-import functools
-import hashlib
 import importlib.util
 import json
 import logging
@@ -20,45 +18,40 @@ import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from slm_jax.data.filters import DEFAULT_RULES, REASONS, Rules, digest, mark_copies
+from slm_jax.data.beam_shards import (
+    KEPT,
+    Document,
+    count_bytes,
+    count_shards,
+    empty_shards,
+    encode,
+    place_of,
+    smallest,
+    to_shard,
+    write_index,
+    write_shard,
+)
+from slm_jax.data.filters import DEFAULT_RULES, Rules, digest, mark_copies
 from slm_jax.data.near_duplicates import BANDS, are_similar, band_keys, signature
-from slm_jax.data.parts import Job, encode_text
 from slm_jax.data.prepare import Prepared
 from slm_jax.data.rows import Source
 from slm_jax.data.sources import parse_source
 from slm_jax.data.token_file import (
-    describe,
     existing_paths,
     json_path,
-    sha256_of_shards,
-    shard_path,
     token_dtype,
     token_paths,
 )
 from slm_jax.errors import InputError, MissingInputError
-from slm_jax.tokenizer import Tokenizer, tokenizer_from_dict
+from slm_jax.tokenizer import Tokenizer
 
 RUNNERS = {"direct": "FnApiRunner", "dataflow": "DataflowRunner", "spark": "SparkRunner", "flink": "FlinkRunner"}
 SHARD_TOKENS = 100_000_000
 TFDS_ROWS = 10_000  # rows of a data set that a worker reads at a time
-_KEPT = "kept"
-
-Document = tuple[int, str]  # its number, and its text
-
-
-class Shard(NamedTuple):
-    """A shard that was written: its number, its file, and what the index says about it."""
-
-    number: int
-    path: str
-    tokens: int
-    documents: int
-    text_bytes: int
-    sha256: str
 
 
 def prepare(
@@ -178,24 +171,24 @@ def build(
         | "read and filter" >> beam.FlatMap(_read, text_column, rules)
     )
     counts = found | "reasons" >> beam.Map(_reason) | "count reasons" >> beam.combiners.Count.PerElement()
-    kept = found | "kept" >> beam.Filter(_has_reason, _KEPT) | "documents" >> beam.Map(_document)
+    kept = found | "kept" >> beam.Filter(_has_reason, KEPT) | "documents" >> beam.Map(_document)
     long = found | "too long to filter" >> beam.Filter(_has_reason, "unfiltered") | "long" >> beam.Map(_document)
     distinct = _drop_copies(kept) if rules.deduplicate else kept
     different = distinct if rules.near_duplicates is None else _drop_near_duplicates(distinct, rules.near_duplicates)
-    encoded = (different, long) | "all documents" >> beam.Flatten() | "encode" >> beam.Map(_encode, source, coded)
-    n_ids = encoded | "lengths" >> beam.Map(_n_ids) | "sum" >> beam.CombineGlobally(sum)
-    first = encoded | "places" >> beam.Map(_place) | "first" >> beam.CombineGlobally(_smallest)
+    encoded = (different, long) | "all documents" >> beam.Flatten() | "encode" >> beam.Map(encode, source, coded)
+    n_ids = encoded | "lengths" >> beam.Map(count_bytes) | "sum" >> beam.CombineGlobally(sum)
+    first = encoded | "places" >> beam.Map(place_of) | "first" >> beam.CombineGlobally(smallest)
     dtype = token_dtype(tokenizer.vocab_size).str
-    n_shards = n_ids | "number of shards" >> beam.Map(_n_shards, shard_tokens, np.dtype(dtype).itemsize)
+    n_shards = n_ids | "number of shards" >> beam.Map(count_shards, shard_tokens, np.dtype(dtype).itemsize)
     partial = f"{out}.{uuid.uuid4().hex[:8]}.partial"  # shards, until they get their names
     shards = (
         (
-            encoded | "to shards" >> beam.Map(_to_shard, AsSingleton(n_shards)),
-            n_shards | "every shard" >> beam.FlatMap(_empty_shards),
+            encoded | "to shards" >> beam.Map(to_shard, AsSingleton(n_shards)),
+            n_shards | "every shard" >> beam.FlatMap(empty_shards),
         )
         | "to be written" >> beam.Flatten()
         | "shuffle" >> beam.GroupByKey()
-        | "write" >> beam.Map(_write_shard, partial, dtype, AsSingleton(first))
+        | "write" >> beam.Map(write_shard, partial, dtype, AsSingleton(first))
     )
     n_left = [
         AsSingleton(documents | f"count {what}" >> beam.combiners.Count.Globally())
@@ -204,7 +197,7 @@ def build(
     (
         pipeline
         | "once" >> beam.Create([source])
-        | "index" >> beam.Map(_write_index, out, coded, AsList(shards), AsDict(counts), *n_left)
+        | "index" >> beam.Map(write_index, out, coded, AsList(shards), AsDict(counts), *n_left)
     )
 
 
@@ -246,7 +239,7 @@ def _ranges(source: Any) -> list[str]:
 
 
 def _read(unit: tuple[int, str], text_column: str | None, rules: Rules) -> Iterator[tuple[str, Document]]:
-    """Yield the documents of a file, each after the reason to leave it out, or `_KEPT`; those left out are empty."""
+    """Yield the documents of a file, each after the reason to leave it out, or `KEPT`; those left out are empty."""
     number, name = unit
     place = number << 40  # of the first document; no file has a trillion
     n_empty = 0
@@ -265,7 +258,7 @@ def _read(unit: tuple[int, str], text_column: str | None, rules: Rules) -> Itera
                 held.append(text.text)
                 continue
             reason = rules.low_quality(text.text)
-            yield reason or _KEPT, (place, "" if reason else text.text)
+            yield reason or KEPT, (place, "" if reason else text.text)
             place += 1
         if held:
             yield "unfiltered", (place, "".join(held))
@@ -382,92 +375,3 @@ def _not_found(group: tuple[int, dict[str, Any]]) -> Iterator[Document]:
     if not any(found["found"]):
         for text in found["text"]:
             yield number, text
-
-
-# Encode, shuffle, write
-
-Encoded = tuple[int, bytes, int]  # place in the shuffled order, below 2^63; ids, from the end-of-text id on; text bytes
-
-
-def _encode(document: Document, source: str, tokenizer: str) -> Encoded:
-    number, text = document
-    place = int.from_bytes(hashlib.blake2b(number.to_bytes(8, "big"), digest_size=8).digest(), "big") >> 1
-    return place, encode_text(Job(source, DEFAULT_RULES, _tokenizer(tokenizer)), text).tobytes(), len(text.encode())
-
-
-@functools.lru_cache(maxsize=1)
-def _tokenizer(text: str) -> Tokenizer:
-    return tokenizer_from_dict(json.loads(text))
-
-
-def _place(encoded: Encoded) -> int:
-    return encoded[0]
-
-
-def _n_ids(encoded: Encoded) -> int:
-    return len(encoded[1])
-
-
-def _smallest(places: Iterable[int]) -> int:
-    return min(places, default=0)
-
-
-def _n_shards(n_bytes: int, shard_tokens: int, itemsize: int) -> int:
-    return max(1, -(-n_bytes // (shard_tokens * itemsize)))
-
-
-def _to_shard(encoded: Encoded, n_shards: int) -> tuple[int, Encoded | None]:
-    return encoded[0] * n_shards >> 63, encoded
-
-
-def _empty_shards(n_shards: int) -> Iterator[tuple[int, Encoded | None]]:
-    return ((number, None) for number in range(n_shards))
-
-
-def _write_shard(group: tuple[int, Iterable[Encoded | None]], partial: str, dtype: str, first: int) -> Shard:
-    from apache_beam.io.filesystems import FileSystems
-
-    number, found = group
-    documents = sorted(each for each in found if each is not None)
-    content, tokens = hashlib.sha256(), 0
-    path = f"{partial}-{number:05}-{uuid.uuid4().hex[:8]}"  # a runner may try again before the first try has ended
-    with FileSystems.create(path) as file:
-        for place, ids, _ in documents:
-            ids = ids[np.dtype(dtype).itemsize :] if place == first else ids  # the end-of-text id is between documents
-            file.write(ids)
-            content.update(ids)
-            tokens += len(ids) // np.dtype(dtype).itemsize
-    return Shard(number, path, tokens, len(documents), sum(each[2] for each in documents), content.hexdigest())
-
-
-def _write_index(
-    source: str, out: str, tokenizer: str, shards: list[Shard], counts: dict[str, int], n_distinct: int, n_left: int
-) -> None:
-    """Give the shards their names, and write what describes them."""
-    from apache_beam.io.filesystems import FileSystems
-
-    shards = sorted(shards)
-    by_reason = {reason: counts.get(reason, 0) for reason in REASONS}
-    by_reason |= {"duplicates": counts.get(_KEPT, 0) - n_distinct, "near_duplicates": n_distinct - n_left}
-    if not sum(shard.tokens for shard in shards):
-        left_out = ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in by_reason.items() if n)
-        FileSystems.delete([shard.path for shard in shards])
-        raise InputError(f"source {source!r}: no document is left ({left_out or 'none read'}); loosen the filter")
-    folder, slash, name = out.rpartition("/")
-    for shard in shards:
-        path = f"{folder}{slash}{shard_path(Path(name), shard.number)}"
-        if FileSystems.exists(shard.path):  # else it was renamed before this step was tried again
-            if FileSystems.exists(path):
-                FileSystems.delete([path])
-            FileSystems.rename([shard.path], [path])
-    ids = {
-        "dtype": token_dtype(_tokenizer(tokenizer).vocab_size).name,
-        "tokens": sum(shard.tokens for shard in shards),
-        "documents": sum(shard.documents for shard in shards),
-        "text_bytes": sum(shard.text_bytes for shard in shards),
-        "counts": by_reason,
-        "sha256": sha256_of_shards([shard.sha256 for shard in shards]),
-        "shards": [{"tokens": shard.tokens, "sha256": shard.sha256} for shard in shards],
-    }
-    with FileSystems.create(f"{out}.json") as file:
-        file.write(describe(_tokenizer(tokenizer), source, ids).encode())
