@@ -7,17 +7,20 @@ import bisect
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import jax
+from flax.traverse_util import flatten_dict
 
 from slm_jax.data.sources import parse_source
 from slm_jax.data.token_file import TokenSource
 from slm_jax.errors import InputError
 from slm_jax.files import user_path
 from slm_jax.model import DType, GPTConfig, Params, Remat, axis_sizes, get_gpt_config
-from slm_jax.nn.axes import count, map_axes
+from slm_jax.nn.axes import count, find_axes, map_axes
+from slm_jax.nn.blocks import merge_params
 from slm_jax.nn.fused_attention import choose_implementation
+from slm_jax.nn.sharding import param_spec
 from slm_jax.nn.target import Target, compiling_for
 from slm_jax.runs import find_checkpoint
 from slm_jax.tasks.base import as_configured, run_dtype
@@ -67,6 +70,25 @@ class Shapes:
 
     def batch_shapes(self, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
         return {name: jax.ShapeDtypeStruct((rows, *leaf.shape), leaf.dtype) for name, leaf in self.row.items()}
+
+
+class Share(NamedTuple):
+    """What one device of a mesh has of a parameter."""
+
+    path: str
+    shape: tuple[int, ...]
+    split: dict[str, str]  # named axes of the parameter, and the axes of the mesh that split them
+    n_bytes: float
+
+
+def find_shares(params: Params, sizes: Mapping[str, int]) -> Iterator[Share]:
+    """Yield what a device has of each parameter (shapes) on a mesh with axes of these sizes."""
+    for path, leaf in flatten_dict(params, sep="/").items():
+        axes = find_axes(path)
+        spec = param_spec(axes, leaf.shape, sizes)
+        split = {name: along for name, along in zip(axes.names, spec, strict=False) if along} if axes else {}
+        parts = math.prod(sizes[along] for along in split.values())
+        yield Share(path, leaf.shape, split, leaf.size * leaf.dtype.itemsize / parts)
 
 
 def find_shapes(config: RunConfig) -> Shapes:
@@ -147,7 +169,7 @@ class Plan:
 
     Attributes:
         device: kind of the devices; n_devices, n_hosts and n_slices count them all.
-        mesh: sizes of its axes.
+        mesh: sizes of its axes; shares: what each device has of each parameter.
         n_params, n_trained: all parameters (a tied head counts once), and the trained ones.
         seq, rows: tokens of a row; rows of a micro-batch on one device, as configured.
         memory_limit: bytes of the device that a program may use; None: unknown.
@@ -170,6 +192,7 @@ class Plan:
     n_hosts: int
     n_slices: int
     mesh: dict[str, int]
+    shares: tuple[Share, ...]
     dtype: DType
     attention: str
     optimizer: str
@@ -248,6 +271,7 @@ def make_plan(
         n_hosts=cluster.n_hosts,
         n_slices=cluster.n_slices,
         mesh=sizes,
+        shares=tuple(find_shares(merge_params(shapes.params.frozen, shapes.params.trainable), sizes)),
         dtype=work.cfg.dtype,
         attention=work.attention,
         optimizer=config.optimizer.kind,

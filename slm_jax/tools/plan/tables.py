@@ -26,6 +26,8 @@ _MOMENTS = {"adamw": "Adam's two moments", "muon": "Muon's one moment, Adam's tw
 def print_plan(plan: Plan, console: Console) -> None:
     console.print(_model_table(plan))
     console.print(_memory_table(plan))
+    if plan.n_devices > 1:
+        console.print(_shares_table(plan))
     if plan.step is not None and plan.n_devices > 1:
         console.print(_step_table(plan, plan.step))
     lines = [
@@ -73,6 +75,17 @@ def _devices(plan: Plan) -> str:
     slices = f" of {plan.n_slices} slices" if plan.n_slices > 1 else ""
     axes = " × ".join(f"{name} {size}" for name, size in plan.mesh.items() if size > 1)
     return f"{plan.n_devices} × {plan.device}{hosts}{slices}, mesh {axes}"
+
+
+def _shares_table(plan: Plan) -> Table:
+    """Show by which rules the parameters are split (:mod:`slm_jax.nn.sharding`)."""
+    table = Table(title="parameters on each device", title_justify="left", pad_edge=False)
+    for column in ("", "shape", "axis: split along", "bytes"):
+        table.add_column(column, justify="right" if column == "bytes" else "left")
+    for share in plan.shares:
+        split = ", ".join(f"{name}: {along}" for name, along in share.split.items())
+        table.add_row(share.path, " × ".join(map(str, share.shape)), split or "whole", format_bytes(share.n_bytes))
+    return table
 
 
 def _step_table(plan: Plan, step: StepTime) -> Table:
