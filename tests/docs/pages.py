@@ -26,7 +26,7 @@ FENCE = re.compile(
 )
 LANGUAGES = ("sh", "python", "yaml", "text", "csv", "tsv", "json", "jsonl")  # from text on only shown, or written
 # Other programs in blocks marked "not run", of which nothing is checked.
-OTHER_PROGRAMS = re.compile("cd|git|hf|jupyter|lint-imports|mkdocs|pip|pre-commit|pytest|python|srun|tensorboard")
+OTHER_PROGRAMS = re.compile("cd|cp|git|hf|jupyter|lint-imports|mkdocs|pip|pre-commit|pytest|python|srun|tensorboard")
 # Programs that change the machine, serve pages or take long.
 NOT_HERE = ("pip install", "pre-commit", "mkdocs serve", "slm-jax bench startup")
 NOT_RUN = re.compile(r"<!-- not run: (.+) -->")
@@ -141,7 +141,7 @@ class Reader:
         words = shlex.split(command)
         if command.startswith("pip install"):
             known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-            for extras in re.findall(r"\[([\w,]+)\]", command):
+            for extras in re.findall(r"(?:slm-jax|\.)\[([\w,]+)\]", command):
                 assert set(extras.split(",")) <= set(known), command
         own = slm_jax_words(words)
         assert own or OTHER_PROGRAMS.fullmatch(words[0]) or "=" in words[0], f"{command}: unknown program"
