@@ -19,8 +19,6 @@ from slm_jax.nn.axes import Axes, map_axes
 from slm_jax.nn.sharding import MESH_AXES, ROWS, param_spec
 from slm_jax.training.config import MeshConfig
 
-BATCH_SPEC = PartitionSpec(ROWS)
-
 
 def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Return the mesh over all devices (default: those of all processes); see :func:`mesh_sizes`.
@@ -61,7 +59,7 @@ def check_heads(cfg: MeshConfig, sizes: Mapping[str, int]) -> None:
 
 def row_shards(mesh: Mesh) -> int:
     """Return the number of parts that a batch is split into."""
-    return math.prod(mesh.shape[name] for name in ROWS)
+    return math.prod(mesh.shape.get(name, 1) for name in ROWS)
 
 
 def compiler_options(platform: str, n_devices: int, environ: Mapping[str, str] = os.environ) -> dict[str, bool]:
@@ -85,7 +83,7 @@ def state_shardings(mesh: Mesh, tree: Any) -> Any:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Return the sharding of a batch's first axis."""
-    return NamedSharding(mesh, BATCH_SPEC)
+    return NamedSharding(mesh, PartitionSpec(tuple(name for name in ROWS if name in mesh.axis_names)))
 
 
 def host_rows(mesh: Mesh, batch_size: int) -> Int[np.ndarray, " rows"]:
@@ -101,7 +99,7 @@ def host_rows(mesh: Mesh, batch_size: int) -> Int[np.ndarray, " rows"]:
 
 def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
     """Place this process's rows of a batch (:func:`host_rows`) on its devices; the result is the global batch."""
-    sharding, n_parts = batch_sharding(mesh), math.prod(mesh.shape[name] for name in BATCH_SPEC[0])
+    sharding, n_parts = batch_sharding(mesh), row_shards(mesh)
     indices: Iterable[Any] = sharding.addressable_devices_indices_map((n_parts,)).values()
     here = sorted({index[0].start or 0 for index in indices})  # the parts of the batch that this process has
 

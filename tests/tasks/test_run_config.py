@@ -64,7 +64,6 @@ OUT_OF_RANGE = {
     "-1": ["optimizer.weight_decay", "sample.temperature", "seed", "instruction.responses", "model.drop_rate"],
     "1": ["optimizer.beta1", "data.validation_fraction", "instruction.max_length"],
     "-2": ["mesh.data"],
-    "2": ["mesh.tensor"],
     "130": ["model.emb_dim"],  # four heads
     ".inf": ["train.epochs"],
     "../x": ["run"],

@@ -7,8 +7,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh
 
+from slm_jax.nn.sharding import ROWS
 from slm_jax.training.distributed import initialize_distributed
-from slm_jax.training.sharding import BATCH_SPEC, host_rows, put_batch
+from slm_jax.training.sharding import host_rows, put_batch
 
 LAYOUTS = {  # the order of the devices, two of each process; and how many devices share a row
     "in order": ([0, 1, 2, 3, 4, 5], 1),
@@ -17,7 +18,7 @@ LAYOUTS = {  # the order of the devices, two of each process; and how many devic
     "one host has all rows": ([0, 1, 2, 3, 4, 5], 3),
     "all hosts have all rows": ([0, 2, 4, 1, 3, 5], 6),
 }
-AXES = (*BATCH_SPEC[0], "others")
+AXES = (*ROWS, "others")
 
 
 def show(layout: str) -> dict[str, list[int]]:

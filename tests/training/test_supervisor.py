@@ -101,7 +101,7 @@ def test_one_line_replaces_the_abort_of_a_process_that_lost_the_coordination_ser
     assert Supervisor([sys.executable, "-c", program], "train", 0).run() == 75
     training, line = capfd.readouterr().err.splitlines()
     assert training == "training"
-    assert line.startswith("train: process 0 died; start all processes again to resume: slm-jax ")
+    assert line.startswith("train: process 0 died; start all processes again to resume: slm-jax")
 
 
 def test_what_is_logged_without_an_abort_is_shown(capfd):

@@ -43,7 +43,7 @@ class Service:
 @pytest.fixture
 def ends(monkeypatch):
     """How processes ended, by the program of their watch: exit status and line."""
-    found = {}
+    found, others = {}, set(threading.enumerate())
 
     def end_now(status, line=""):
         program, _, problem = line.partition(": ")
@@ -53,7 +53,9 @@ def ends(monkeypatch):
     monkeypatch.setattr(watch, "end_now", end_now)
     for name, value in {"BEAT": BEAT, "SILENCE": 20 * BEAT, "SUSPICION": 5 * BEAT}.items():
         monkeypatch.setattr(watch, name, value)
-    return found
+    yield found
+    for thread in set(threading.enumerate()) - others:  # one that is left would end this process
+        thread.join(5)
 
 
 def wait_for(condition):
@@ -93,7 +95,7 @@ def test_one_that_dies_or_hangs_ends_all_others_which_name_it(ends, job):
         status, line = ends[f"train-{index}"]
         assert status == LOST
         assert line.startswith("process 2 of 3 (")
-        assert "; start all processes again to resume: slm-jax " in line
+        assert "; start all processes again to resume: slm-jax" in line
 
 
 def test_the_death_of_process_0_is_noticed_where_the_service_is_gone(ends, job):
