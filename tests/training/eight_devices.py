@@ -4,6 +4,7 @@ Run as a program of its own, because the devices are pretended before JAX starts
     XLA_FLAGS=--xla_force_host_platform_device_count=8 NPROC=16 python eight_devices.py FOLDER
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -64,6 +65,11 @@ def train_step(accumulate: int, optimizer: OptimizerConfig = OPTIMIZER):
     return make_train_step(loss_fn, make_optimizer(optimizer), make_schedule(optimizer, STEPS), accumulate)
 
 
+def on_mesh(cfg: MeshConfig | None) -> contextlib.AbstractContextManager:
+    """Name the mesh, as the loop does: without it the model splits nothing by itself."""
+    return contextlib.nullcontext() if cfg is None else jax.set_mesh(make_mesh(cfg))
+
+
 def train(cfg: MeshConfig | None, start, given: tuple, step, frozen: dict, batches: list) -> tuple:
     """Losses, last state and what is frozen, on a mesh, put together as the loop does it (None: on one device)."""
     if cfg is None:
@@ -75,9 +81,10 @@ def train(cfg: MeshConfig | None, start, given: tuple, step, frozen: dict, batch
         step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
         frozen, batches = put_params(mesh, frozen), [put_batch(mesh, batch) for batch in batches]
     losses = []
-    for batch in batches:
-        state, metrics = step(state, frozen, batch)
-        losses.append(float(metrics.loss))
+    with on_mesh(cfg):
+        for batch in batches:
+            state, metrics = step(state, frozen, batch)
+            losses.append(float(metrics.loss))
     return losses, state, frozen
 
 
@@ -86,7 +93,8 @@ def train_gpt(cfg: MeshConfig | None, accumulate: int, optimizer=OPTIMIZER) -> t
     start = functools.partial(initial_state, optimizer)
     losses, state, _ = train(cfg, start, (), train_step(accumulate, optimizer), {}, batches())
     batch = batches()[0] if cfg is None else put_batch(make_mesh(cfg), batches()[0])
-    loss, weight, _ = jax.jit(make_eval_step(make_loss_fn(model(0.0))))(state.trainable, {}, batch)
+    with on_mesh(cfg):
+        loss, weight, _ = jax.jit(make_eval_step(make_loss_fn(model(0.0))))(state.trainable, {}, batch)
     return [*losses, float(loss) / float(weight)], state
 
 
