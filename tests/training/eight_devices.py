@@ -19,6 +19,7 @@ from slm_jax.model import GPTClassifier, GPTConfig, GPTModel, init_params
 from slm_jax.tasks import classification
 from slm_jax.tasks.config import RunConfig
 from slm_jax.tasks.pretraining import make_loss_fn
+from slm_jax.tools.plan.hlo import find_collectives
 from slm_jax.training.checkpoint import Checkpoints
 from slm_jax.training.config import LoRAConfig, MeshConfig, OptimizerConfig
 from slm_jax.training.optimizer import make_optimizer, make_schedule
@@ -150,6 +151,20 @@ def raw(state: TrainState) -> TrainState:
     return state.replace(key=jax.random.key_data(state.key))
 
 
+def sent(name: str, accumulate: int = 1, times: int = 1) -> dict[str, float]:
+    """The bytes in each kind of collective of a training step, as multiples of the parameters'."""
+    mesh, shapes = make_mesh(MESHES[name]), jax.eval_shape(initial_state)
+    shardings = state_shardings(mesh, shapes)
+    batch = put_batch(mesh, {key: np.concatenate([rows] * times) for key, rows in batches()[0].items()})
+    step = jax.jit(train_step(accumulate), donate_argnums=0, out_shardings=(shardings, None))
+    with on_mesh(MESHES[name]):
+        text = step.lower(abstract(shapes, shardings), {}, batch).compile().as_text()
+    n_bytes, found = 4 * sum(leaf.size for leaf in jax.tree.leaves(shapes.trainable)), {}
+    for one in find_collectives(text):
+        found[one.kind] = found.get(one.kind, 0) + one.count * one.n_bytes / n_bytes
+    return found
+
+
 def main(folder: Path) -> None:
     assert jax.device_count() == 8
     result: dict = {"one": {}, "mesh": {}, "shards": {}}
@@ -164,6 +179,10 @@ def main(folder: Path) -> None:
     for name, cfg in (("whole", MeshConfig()), ("split", MeshConfig(data=2, fsdp=2, tensor=2))):
         losses, muon = train_gpt(cfg, 1, MUON)
         result[f"muon {name}"] = {"losses": losses, "shards": shard_shapes(muon.opt_state)}
+    result["sent"] = {
+        "fsdp": sent("fsdp=8"), "twice the rows": sent("fsdp=8", times=2),
+        "data": sent("data=8"), "accumulated": sent("data=8", accumulate=2),
+    }  # fmt: skip
     result["lora"] = {name: tune_with_lora(cfg) for name, cfg in (("one", None), *MESHES.items())}
 
     # What one device saved (test_sharding.py did), restored onto a mesh; and what a mesh saved, for one device.

@@ -98,6 +98,16 @@ def test_eight_devices_give_the_losses_of_one(eight, mesh):
 
 
 @pytest.mark.slow
+def test_weights_and_gradients_travel_but_no_activations(eight):
+    """Along fsdp, however many rows there are; copies of the parameters reduce once a step, also with accumulation."""
+    total = {name: sum(kinds.values()) for name, kinds in eight["sent"].items()}
+    assert 1 < total["fsdp"] <= 3.2
+    assert "all-to-all" not in eight["sent"]["fsdp"]
+    assert total["twice the rows"] == pytest.approx(total["fsdp"], rel=0.05)
+    assert 0.9 < total["accumulated"] <= 1.1 * total["data"]
+
+
+@pytest.mark.slow
 def test_muon_on_split_matrices_moves_as_on_whole_ones(eight):
     whole, split = eight["muon whole"], eight["muon split"]
     assert len(set(whole["losses"])) == len(whole["losses"]) == eight_devices.STEPS + 1
