@@ -1,7 +1,7 @@
 """XLA's own compilers for TPUs and NVIDIA GPUs, used on a machine that has neither device.
 
-A TPU's compiler is the package libtpu, a GPU's is in JAX's CUDA plugin. Both compile for devices that they are told of,
-and say what a program takes of each: memory, collectives, kernels. They don't say how long it runs.
+The compiler for TPUs is the package libtpu; the one for GPUs comes with JAX's CUDA plugin. Both compile for a device
+from its description and report a program's memory, collectives and kernels, but not how long it runs.
 """
 
 import contextlib
