@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import subprocess
+import tomllib
 
 import pytest
 import yaml
@@ -21,7 +22,7 @@ RECORD = """#!/bin/bash
   printf "%q " "$@"; echo; } >> "$RECORD"
 """
 SRUN = RECORD + 'while [[ $1 == -* ]]; do shift; done\nfor i in 0 1; do SLURM_PROCID=$i "$@"; done\n'
-GCLOUD = RECORD + "[[ $4 != describe ]] || exit 1\n"
+GCLOUD = RECORD + '[[ $4 != describe ]] || { [[ $STATE ]] && echo "$STATE" || exit 1; }\n'
 
 
 @pytest.fixture
@@ -36,13 +37,13 @@ def run(tmp_path):
         env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "RECORD": str(record), **variables}
         done = subprocess.run(["bash", "-c", script, "script", *words], env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        return [line.split("|") for line in record.read_text().splitlines()]
+        return [line.split("|", 4) for line in record.read_text().splitlines()]
 
     return run
 
 
 def test_every_file_is_tested_and_none_is_taken_for_a_recipe():
-    assert {path.name for path in LAUNCH.iterdir()} == {*SCRIPTS, *MANIFESTS}
+    assert {path.name for path in LAUNCH.iterdir()} == {*SCRIPTS, *MANIFESTS, "Dockerfile"}
     assert not {path.name for path in RECIPES} & set(MANIFESTS)
 
 
@@ -63,26 +64,34 @@ def test_sbatch_starts_one_process_a_node_with_the_users_options(run):
     asked = dict(re.findall(r"^#SBATCH --([\w-]+)=(.*)", script, re.MULTILINE))
     assert asked["ntasks-per-node"] == "1"
     assert asked["signal"].startswith("TERM@")  # to the processes, without B:
-    srun, *processes = run(script, "--train.steps", "7", RUNS_DIR="/shared/my runs")
+    srun, *processes = run(script, "--run", "my run", SLURM_CPUS_PER_TASK=asked["cpus-per-task"])
     assert srun[0] == "srun"
+    assert f"--cpus-per-task={asked['cpus-per-task']}" in shlex.split(srun[-1])  # which it does not inherit
     assert len(processes) == int(asked["nodes"])
     for name, *_, words in processes:
         config = train_options([name, *shlex.split(words)])
-        assert (config.runs_dir, config.train.steps, config.name) == ("/shared/my runs", 7, "gpt2_124m")
-        assert config.restarts > 0
+        assert (config.name, config.runs_dir, config.restarts > 0) == ("my run", "runs", True)
 
 
-def test_tpu_machines_are_made_once_and_train_on_all_hosts(run):
+@pytest.mark.parametrize(
+    ("state", "first"),
+    [("", ["create"]), ("READY", []), ("PREEMPTED", ["delete", "create"])],
+    ids=["new", "up", "lost"],
+)
+def test_tpu_machines_are_made_once_and_train_on_all_hosts(run, state, first):
     script = (LAUNCH / "tpu_vm.sh").read_text()
-    variables = {"NAME": "mine", "ZONE": "z", "RUNS_DIR": "/shared/my runs"}
-    calls = [shlex.split(words) for *_, words in run(script, "--train.steps", "7", **variables)]
-    assert [call[3] for call in calls] == ["describe", "create", "scp", "ssh", "ssh"]
+    variables = {"NAME": "mine", "ZONE": "z", "FOLDER": "/my shared", "STATE": state}
+    calls = [shlex.split(words) for *_, words in run(script, "--run", "my run", **variables)]
+    assert [call[3] for call in calls] == ["describe", *first, "scp", "ssh", "ssh"]
     assert all(call[:3] == ["compute", "tpus", "tpu-vm"] and "mine" in " ".join(call) for call in calls)
-    assert all("--worker=all" in call for call in calls[2:])
-    python, m, package, *words = shlex.split(calls[-1][calls[-1].index("--command") + 1])
-    assert (python, m, package) == ("python3", "-m", "slm_jax")
+    assert all("--worker=all" in call for call in calls[-3:])
+    install, train = (call[call.index("--command") + 1] for call in calls[-2:])
+    subprocess.run(["bash", "-n"], input=install, text=True, check=True)
+    cd, folder, _, program, *words = shlex.split(train)
+    assert (cd, folder) == ("cd", "/my shared")
+    assert program == f"~/{re.search('--python ([a-z_]+) -e', install)[1]}/bin/slm-jax"
     config = train_options(["slm-jax", *words])
-    assert (config.runs_dir, config.train.steps, config.restarts > 0) == ("/shared/my runs", 7, True)
+    assert (config.name, config.runs_dir, config.restarts > 0) == ("my run", "runs", True)
 
 
 def test_sky_gives_each_machine_its_number(run):
@@ -92,8 +101,9 @@ def test_sky_gives_each_machine_its_number(run):
     for rank in ("0", "1"):
         *_, (name, address, count, index, words) = run(task["run"], SKYPILOT_NODE_RANK=rank, **given)
         assert (address, count, index) == ("10.0.0.1:8476", "2", rank)
-        folder = train_options([name, *shlex.split(words)]).runs_dir
-        assert any(folder.startswith(mount) for mount in task["file_mounts"])
+        config = train_options([name, *shlex.split(words)])
+        assert (config.data.source, config.checkpoint.mirror) == (task["envs"]["DATA"], task["envs"]["MIRROR"])
+    assert task["num_nodes"] == 1  # several share no disk; a mounted bucket is none
 
 
 def test_jobset_gives_each_pod_its_number():
@@ -115,6 +125,12 @@ def test_a_tpu_jobset_has_a_pod_for_each_host_of_the_topology():
     assert not jobset.environ  # Google Kubernetes Engine sets what tells the pods of each other
 
 
+def test_the_image_has_an_extra_for_each_kind_of_node():
+    extras = tomllib.loads((LAUNCH.parents[1] / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = re.findall(r"EXTRA=(\w+)", (LAUNCH / "Dockerfile").read_text())
+    assert {"cuda13", "tpu", "beam"} == set(named) <= set(extras)
+
+
 class Jobset:
     """What a JobSet starts, after checks that hold of each."""
 
@@ -133,4 +149,5 @@ class Jobset:
         self.environ = {each["name"]: each["value"] for each in self.container.get("env", [])}
         mounts = {mount["name"]: mount["mountPath"] for mount in self.container["volumeMounts"]}
         assert mounts.keys() == {volume["name"] for volume in self.pod["volumes"]}
-        assert train_options(self.container["command"]).runs_dir.startswith(mounts["shared"])
+        assert self.container["workingDir"] == mounts["shared"]
+        assert train_options(self.container["command"]).runs_dir == "runs"
