@@ -28,6 +28,7 @@ from slm_jax.data.token_file import open_token_file
 
 N_ORIGINALS, N_EXACT, N_NEAR = 12_000, 6_200, 6_269
 PASSAGE_WORDS = 40, 400
+THRESHOLD = 0.7
 
 
 def passages(random: random.Random) -> list[list[str]]:
@@ -58,45 +59,49 @@ def near(folder: Path) -> dict[str, Any]:
     """Remove exact and near copies from a corpus in which we know them."""
     generator = random.Random(0)
     originals = passages(generator)
-    made = [("original", words) for words in originals]
-    made += [("exact", generator.choice(originals)) for _ in range(N_EXACT)]
-    made += [("near", near_copy(generator.choice(originals), generator)) for _ in range(N_NEAR)]
-    lines = [json.dumps({"text": f"{' '.join(words)}"}) for _, words in made]
+    exact = [generator.choice(originals) for _ in range(N_EXACT)]
+    near = [near_copy(generator.choice(originals), generator) for _ in range(N_NEAR)]
+    lines = [json.dumps({"text": " ".join(words)}) for words in (*originals, *exact, *near)]  # copies come later
     (folder / "corpus.jsonl").write_text("\n".join(lines))
-    seconds = prepare(folder, "a.bin", "--near-duplicates", "0.7", source="jsonl")
+    seconds = prepare(folder, "a.bin", "--near-duplicates", str(THRESHOLD), source="jsonl")
     opened = open_token_file(folder / "a.bin")
-    kept = opened.tokenizer.decode(opened.tokens).split("<|endoftext|>") if opened.tokenizer else []
-    texts = {" ".join(words) for words in originals}
-    similar = {" ".join(originals[i]) for i in similar_to_another(originals)}
-    rest = texts - similar
-    counts = json.loads((folder / "a.bin.json").read_text())["counts"]
+    assert opened.tokenizer is not None
+    kept = Counter(opened.tokenizer.decode(opened.tokens[:]).split("<|endoftext|>"))
+    similarity = {" ".join(words): found for words, found in zip(originals, similarities(originals), strict=True)}
+    left_out = [found for text, found in similarity.items() if text not in kept]
+    n_rest = sum(found < THRESHOLD for found in similarity.values())
+    n_exact = sum(n - 1 for text, n in kept.items() if text in similarity)
+    n_near = sum(n for text, n in kept.items() if text not in similarity)
     return {
-        "documents": len(made),
-        "originals": len(texts),
-        "originals_similar_to_another": len(similar),
-        "rest_left_out": len(rest - set(kept)) / len(rest),
-        "copies": N_EXACT + N_NEAR,
-        "copies_left_out": 1 - (len(kept) - len(texts & set(kept))) / (N_EXACT + N_NEAR),
-        "counts": counts,
+        "documents": len(lines),
+        "copies_left_out": {
+            "exact": 1 - n_exact / N_EXACT,
+            "near": 1 - n_near / N_NEAR,
+            "both": 1 - (n_exact + n_near) / (N_EXACT + N_NEAR),
+        },
+        "originals": len(similarity),
+        "originals_left_out": len(left_out),
+        "originals_left_out_by_similarity": Counter(f"{found // 0.05 * 0.05:.2f}" for found in sorted(left_out)),
+        "rest": n_rest,  # originals that are not similar to an earlier one
+        "rest_left_out": sum(found < THRESHOLD for found in left_out) / n_rest,
+        "counts": json.loads((folder / "a.bin.json").read_text())["counts"],
         "seconds": seconds,
     }
 
 
-def similar_to_another(documents: list[list[str]]) -> set[int]:
-    """Return which documents really are similar to another one, by counting: 65% of their runs of four words."""
-    sets = []
-    for document in documents:
+def similarities(documents: list[list[str]]) -> list[float]:
+    """Return the Jaccard similarity of each document and the earlier one that is most similar, by counting."""
+    sizes: list[int] = []
+    where: dict[tuple[str, ...], list[int]] = defaultdict(list)  # the documents with a run of four words
+    found = []
+    for i, document in enumerate(documents):
         words = re.findall(r"[^\W_]+", " ".join(document).lower())
-        sets.append({tuple(words[i : i + 4]) for i in range(max(1, len(words) - 3))})
-    where = defaultdict(list)
-    for i, shingles in enumerate(sets):
+        shingles = {tuple(words[at : at + 4]) for at in range(max(1, len(words) - 3))}
+        shared = Counter(j for shingle in shingles for j in where[shingle])
+        found.append(max((n / (len(shingles) + sizes[j] - n) for j, n in shared.items()), default=0.0))
+        sizes.append(len(shingles))
         for shingle in shingles:
             where[shingle].append(i)
-    found = set()
-    for i, shingles in enumerate(sets):
-        shared = Counter(j for shingle in shingles for j in where[shingle][:1000] if j != i)
-        if any(n >= 0.65 * len(shingles | sets[j]) for j, n in shared.most_common(20)):
-            found.add(i)
     return found
 
 
