@@ -47,6 +47,14 @@ def cache_folder() -> Path:
 
 def read_json(file: Path, remedy: str = "download or export it again") -> dict[str, Any]:
     """Read a file that is one JSON object without duplicate keys; ``remedy`` says what to do if it is not."""
+    try:
+        return parse_json(file.read_bytes(), file, remedy)
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read as JSON ({error}); {remedy}") from None
+
+
+def parse_json(data: bytes, where: object, remedy: str) -> dict[str, Any]:
+    """Parse one JSON object, as `read_json`; ``where`` it is from, for messages."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         content = dict(pairs)
@@ -55,11 +63,11 @@ def read_json(file: Path, remedy: str = "download or export it again") -> dict[s
         return content
 
     try:
-        content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique)
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{file}: cannot be read as JSON ({error}); {remedy}") from None
+        content = json.loads(data.decode(), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: cannot be read as JSON ({error}); {remedy}") from None
     if not isinstance(content, dict):
-        raise InputError(f"{file}: expected one JSON object; {remedy}")
+        raise InputError(f"{where}: expected one JSON object; {remedy}")
     return content
 
 

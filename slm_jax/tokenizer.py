@@ -364,7 +364,7 @@ def get_tokenizer(name_or_path: str | os.PathLike[str]) -> Tokenizer:
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """Read a saved tokenizer of any kind from a file, a folder with `tokenizer.json`, or a run's folder."""
+    """Read a tokenizer of any kind: its file, a folder with `tokenizer.json`, a run's folder, or ``FILE.bin.json``."""
     return _load(path, tokenizer_from_dict)
 
 
@@ -389,7 +389,8 @@ def _load(path: str | os.PathLike[str], build: Callable[[Any], _T]) -> _T:
         expected = f"expected gpt2, a saved tokenizer's file, a folder with {FILE_NAME}, or a run's folder"
         raise MissingInputError(f"no tokenizer at {str(path)!r}: {expected}")
     with located(file):
-        return build(read_json(file, "save the tokenizer again"))
+        content = read_json(file, "save the tokenizer again")
+        return build(content.get("tokenizer", content))  # the description of a token file holds its tokenizer
 
 
 def _join(parts: list[list[int]], *between: int) -> list[int]:

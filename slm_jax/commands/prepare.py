@@ -16,13 +16,13 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from slm_jax.config import NotNegative, Positive
 from slm_jax.data.beam import SHARD_TOKENS, check_installed, check_new_url
 from slm_jax.data.beam import prepare as prepare_with_beam
-from slm_jax.data.filters import Rules
+from slm_jax.data.filters import NormalForm, Rules
 from slm_jax.data.prepare import Prepared, prepare, train_tokenizer, work_folder
 from slm_jax.data.rows import Source
 from slm_jax.data.sources import check_text_column, parse_source
 from slm_jax.data.token_file import existing_paths, open_token_file
 from slm_jax.errors import InputError
-from slm_jax.files import check_new_file
+from slm_jax.files import check_new_file, is_url
 from slm_jax.tokenizer import Tokenizer, get_tokenizer
 
 PLAIN_INTERVAL = 5.0  # seconds between two progress lines without a terminal
@@ -50,13 +50,15 @@ class Options:
         text_column: column of the texts in sources of rows, such as jsonl: and parquet:; null: text, or in tfds: the
             usual name or the only text feature.
         tokenizer: gpt2, bpe (trained on the first 100 million characters of the source), or the path of a saved one:
-            its file or folder, or a run's folder.
+            its file or folder, a run's folder, or the FILE.bin.json of another token file.
         vocab_size: vocabulary size of a trained bpe, up to a million; null: 4096.
         deduplicate: whether to leave out copies of an earlier document (about 100 bytes of memory per document); this
             and the limits below don't apply to documents over 16 million characters, which are always kept.
         near_duplicates: leave out documents that have about this share of their runs of four words in common with an
             earlier one, such as 0.7 (Jaccard similarity, estimated by MinHash; a kilobyte of memory per document);
             null: keep them.
+        normalize: Unicode normal form of the texts: NFC (é is one character, however it was typed), or NFKC (also
+            replaces full-width letters and ligatures by ordinary ones); null: unchanged.
         min_characters: leave out shorter documents.
         max_symbol_ratio: leave out documents with a larger share of characters that are neither letters nor digits nor
             white space, such as 0.3; null: keep all.
@@ -79,6 +81,7 @@ class Options:
     vocab_size: Annotated[int, Ge(257), Le(1_000_000)] | None = None
     deduplicate: bool = True
     near_duplicates: Annotated[float, Gt(0), Le(1)] | None = None
+    normalize: NormalForm | None = None
     min_characters: NotNegative = 0
     max_symbol_ratio: Annotated[float, Ge(0)] | None = None
     max_repeated_lines: Annotated[float, Ge(0)] | None = None
@@ -95,6 +98,8 @@ class Options:
             raise InputError("beam_options are of no use without Beam; add --runner, such as --runner dataflow")
         if self.runner is not None and self.processes != 1:
             raise InputError(f"processes is {self.processes}, but Beam starts its own; leave it out with --runner")
+        if self.show and is_url(self.out):
+            raise InputError(f"show is {self.show}, but out is {self.out}; expected a file of this machine, or show 0")
 
 
 def run(options: Options) -> int:
@@ -104,25 +109,29 @@ def run(options: Options) -> int:
             _run(options)
         return 0
     except KeyboardInterrupt as interrupt:  # so that only finished parts are left
-        if options.runner is None and work_folder(Path(options.out)).exists():
-            Console(stderr=True).print("stopped; the same command resumes", highlight=False)
+        if options.runner not in (None, "direct"):
+            _note(f"stopped waiting; what {options.runner} has begun may continue there")
+        elif options.runner is None and work_folder(Path(options.out)).exists():
+            _note("stopped; the same command resumes")
         return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
+
+
+def _note(text: str) -> None:
+    Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _run(options: Options) -> None:
     sources = [parse_source(text) for text in options.source]
     check_text_column(options.text_column, sources)
-    if options.runner is not None:
-        check_installed(options.runner)
-    elif urls := [text for text in (*options.source, options.out) if "://" in text]:
-        raise InputError(f"{urls[0]}: expected files of this machine; with Apache Beam URLs work: --runner dataflow")
-    local = [source for source in sources if "://" not in source.name]
+    local = [source for source in sources if not is_url(source.name)]
+    all_are_files = all(source.files() is not None for source in local)
     files = [file for source in local for file in source.files() or ()]
-    if "://" in (out := options.out):
+    _check_places(options, sources, files)
+    out = options.out
+    if is_url(out):
         check_new_url(out, options.overwrite)
     else:
         out = str(_check_out(options, files))
-    all_are_files = all(source.files() is not None for source in local)
     total = sum(file.stat().st_size for file in files) if all_are_files else None
     rules = Rules(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Rules)})
     progress_console = Console(stderr=True)
@@ -153,7 +162,7 @@ def _run(options: Options) -> None:
             )
     console = Console(soft_wrap=True, highlight=False, markup=False)
     _print_summary(console, options, prepared, max(time.monotonic() - start, 1e-9))
-    if options.show and "://" not in out:
+    if options.show:
         from slm_jax.data.show import show_batches
 
         show_batches(
@@ -165,6 +174,22 @@ def _run(options: Options) -> None:
             console=console,
         )
     console.print(f"try next: slm-jax train --data.source {shlex.quote(f'tokens:{options.out}')}")
+
+
+def _check_places(options: Options, sources: Sequence[Source], files: Sequence[Path]) -> None:
+    """Raise InputError if what is read and written is not where the runner needs it."""
+    urls = [url for url in (*(source.name for source in sources), options.out) if is_url(url)]
+    if options.runner is not None:
+        check_installed(options.runner)
+    elif urls:
+        raise InputError(f"{urls[0]}: expected files of this machine; with Apache Beam URLs work: --runner dataflow")
+    if options.runner == "dataflow" and (files or not is_url(options.out)):
+        raise InputError(
+            f"{(*files, options.out)[0]}: Dataflow's machines don't see it; expected such as gs://BUCKET/…"
+        )
+    if options.tokenizer == "bpe" and any(is_url(source.name) for source in sources):
+        remedy = "train it on a file of this machine, then --tokenizer FILE.bin.json"
+        raise InputError(f"{urls[0]}: tokenizer bpe cannot be trained on it; {remedy}")
 
 
 def _check_out(options: Options, files: Sequence[Path]) -> Path:
@@ -188,7 +213,9 @@ def _tokenizer(options: Options, sources: Sequence[Source], console: Console) ->
     print_line = _now_and_then(console)
     # Nothing is being written yet, and native code that runs for long would keep Python's handlers from running.
     with _on_signal(signal.SIG_DFL):
-        return train_tokenizer(sources, vocab_size, options.text_column, lambda n: print_line(f"{n:,} characters read"))
+        return train_tokenizer(
+            sources, vocab_size, options.text_column, options.normalize, lambda n: print_line(f"{n:,} characters read")
+        )
 
 
 def _now_and_then(console: Console) -> Callable[[str], None]:

@@ -1,52 +1,39 @@
 """`slm_jax.data.prepare` on many machines: an Apache Beam pipeline that keeps the same documents.
 
-    read → filter → exact copies → near duplicates → encode → shuffle → shards
+    read → normalize → filter → exact copies → near duplicates → encode → shuffle → shards
 
 Documents have a number that says which of two copies is the earlier one, so that nothing depends on who reads them.
-They are shuffled: the order is that of a hash of their numbers. Shards are written beside the token file, and get their
-names when all are there, together with the index, ``FILE.bin.json``. Files may be of any file system that Beam knows,
-such as ``gs://``. Memory holds a document, or a shard; a file is read by one worker.
+They are shuffled: the order is that of a hash of their numbers. Shards are written into a folder beside the token file,
+and get their names when all are there, together with the index, ``FILE.bin.json``. Files may be of any file system that
+Beam knows, such as ``gs://``. Memory holds a document, or a shard; a file is read by one worker.
 """
 
+import dataclasses
 import importlib.util
 import json
 import logging
 import re
 import shutil
+import sys
 import tempfile
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from slm_jax.data.beam_shards import (
-    KEPT,
-    Document,
-    count_bytes,
-    count_shards,
-    empty_shards,
-    encode,
-    place_of,
-    smallest,
-    to_shard,
-    write_index,
-    write_shard,
-)
+from slm_jax.data.beam_shards import KEPT, Document, encode, to_shard, write_index, write_shard
 from slm_jax.data.filters import DEFAULT_RULES, Rules, digest, mark_copies
-from slm_jax.data.near_duplicates import BANDS, are_similar, band_keys, signature
+from slm_jax.data.near_duplicates import BANDS, ROWS, are_similar, band_keys, signature
+from slm_jax.data.parts import Job
 from slm_jax.data.prepare import Prepared
 from slm_jax.data.rows import Source
 from slm_jax.data.sources import parse_source
-from slm_jax.data.token_file import (
-    existing_paths,
-    json_path,
-    token_dtype,
-    token_paths,
-)
+from slm_jax.data.token_file import existing_paths, json_path, token_dtype, token_paths
 from slm_jax.errors import InputError, MissingInputError
+from slm_jax.files import is_url
 from slm_jax.tokenizer import Tokenizer
 
 RUNNERS = {"direct": "FnApiRunner", "dataflow": "DataflowRunner", "spark": "SparkRunner", "flink": "FlinkRunner"}
@@ -71,37 +58,42 @@ def prepare(
     how many ids a shard has. InputError: as of `slm_jax.data.prepare.prepare` and `make_pipeline`.
     """
     tokenizer.encode("")  # raises if the tokenizer's files are missing, before anything is read
-    is_local = "://" not in out
-    replaced = existing_paths(Path(out)) if is_local else []
-    with _in_one_line(runner):
-        with make_pipeline(runner, options) as pipeline:
-            build(pipeline, sources, out, tokenizer, text_column=text_column, rules=rules, shard_tokens=shard_tokens)
-        about = _read_index(f"{out}.json")
+    from apache_beam.io.filesystems import FileSystems
+
+    replaced = [] if is_url(out) else existing_paths(Path(out))
+    folder = f"{out}.{uuid.uuid4().hex[:8]}.partial"  # of shards, until they get their names
+    with _in_one_line(f"runner {runner}", keep_bugs=runner == "direct"):
+        try:
+            with make_pipeline(runner, options) as pipeline:
+                build(pipeline, sources, out, folder, tokenizer, text_column, rules, shard_tokens)
+        finally:
+            # On other machines an interrupted pipeline continues.
+            if runner == "direct" or not isinstance(sys.exc_info()[1], KeyboardInterrupt):
+                with suppress(OSError):
+                    FileSystems.delete([f"{folder}/"])
+        with FileSystems.open(f"{out}.json") as file:
+            about = json.loads(file.read())
     for old in set(replaced) - {json_path(Path(out)), *token_paths(Path(out), about)}:
         old.unlink()
     return Prepared(about["documents"], about["tokens"], about["text_bytes"], 0, about["counts"], about["sha256"])
 
 
 @contextmanager
-def _in_one_line(runner: str) -> Iterator[None]:
-    """Raise the InputError of a worker, which runners hand on as text, and Beam's own errors on options, as one."""
+def _in_one_line(where: str, keep_bugs: bool = False) -> Iterator[None]:
+    """Raise an InputError for any error of Beam, a file system or a service, and for a worker's, which comes as text.
+
+    ``keep_bugs``: whether errors of other kinds pass, with their traceback.
+    """
     try:
         yield
-    except Exception as error:  # runners' errors have no narrower base
-        lines = [line for line in str(error).splitlines() if "InputError: " in line or isinstance(error, InputError)]
-        if not lines and runner == "direct":
+    except Exception as error:  # runners' errors, and those of file systems, have no narrower base
+        kinds: list[type[Exception]] = [InputError, MissingInputError, OSError, *OSError.__subclasses__()]
+        found = re.findall(rf"\b(?:{'|'.join(kind.__name__ for kind in kinds)}): (.*)", str(error))
+        if found or isinstance(error, InputError):
+            raise InputError(re.sub(r" \[while running .*", "", (found or [str(error)])[-1])) from error
+        if keep_bugs and not isinstance(error, OSError):
             raise
-        if not lines:  # a service that cannot be reached, or that gave up
-            raise InputError(f"runner {runner}: {' '.join(str(error).split()) or type(error).__name__:.400}") from error
-        raise InputError(re.sub(r"^.*InputError: | \[while running .*", "", lines[-1])) from error
-
-
-def _read_index(path: str) -> dict[str, Any]:
-    from apache_beam.io.filesystems import FileSystems
-
-    with FileSystems.open(path) as file:
-        about: dict[str, Any] = json.loads(file.read())
-    return about
+        raise InputError(f"{where}: {' '.join(str(error).split()) or type(error).__name__:.400}") from error
 
 
 def check_installed(runner: str) -> None:
@@ -116,18 +108,10 @@ def check_new_url(out: str, overwrite: bool) -> None:
 
     if not out.endswith(".bin"):
         raise InputError(f"out is {out!r}; expected a file FILE.bin, such as gs://BUCKET/tokens.bin")
-    with _reachable(out):
+    with _in_one_line(out):
         exists = FileSystems.exists(f"{out}.json")
     if exists and not overwrite:
         raise InputError(f"{out}.json: exists; choose another --out, or add --overwrite true")
-
-
-@contextmanager
-def _reachable(url: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # those of file systems have no narrower base
-        raise InputError(f"{url}: {' '.join(str(error).split()) or type(error).__name__:.400}") from error
 
 
 def make_pipeline(runner: str, options: Sequence[str]) -> Any:
@@ -151,44 +135,37 @@ def build(
     pipeline: Any,
     sources: Sequence[Source],
     out: str,
+    folder: str,
     tokenizer: Tokenizer,
-    *,
     text_column: str | None = None,
     rules: Rules = DEFAULT_RULES,
     shard_tokens: int = SHARD_TOKENS,
 ) -> None:
-    """Add all steps to a pipeline; arguments as of `prepare`."""
+    """Add all steps to a pipeline; arguments as of `prepare`, and a ``folder`` for shards that have no name yet."""
     import apache_beam as beam
     from apache_beam.pvalue import AsDict, AsList, AsSingleton
 
-    units = list(enumerate(units_of(sources)))
-    source = " ".join(map(str, sources))
-    coded = json.dumps(tokenizer.to_dict())
+    job = Job(" ".join(map(str, sources)), rules, tokenizer)
+    itemsize = token_dtype(tokenizer.vocab_size).itemsize
     found = (
         pipeline
-        | "files" >> beam.Create(units)
+        | "files" >> beam.Create(list(enumerate(units_of(sources))))
         | "spread files" >> beam.Reshuffle()
         | "read and filter" >> beam.FlatMap(_read, text_column, rules)
     )
-    counts = found | "reasons" >> beam.Map(_reason) | "count reasons" >> beam.combiners.Count.PerElement()
-    kept = found | "kept" >> beam.Filter(_has_reason, KEPT) | "documents" >> beam.Map(_document)
-    long = found | "too long to filter" >> beam.Filter(_has_reason, "unfiltered") | "long" >> beam.Map(_document)
+    counts = found | "count reasons" >> beam.combiners.Count.PerKey()
+    kept = found | "kept" >> beam.Filter(lambda each: each[0] == KEPT) | "documents" >> beam.Values()
+    long = found | "too long to filter" >> beam.Filter(lambda each: each[0] == "unfiltered") | "long" >> beam.Values()
     distinct = _drop_copies(kept) if rules.deduplicate else kept
     different = distinct if rules.near_duplicates is None else _drop_near_duplicates(distinct, rules.near_duplicates)
-    encoded = (different, long) | "all documents" >> beam.Flatten() | "encode" >> beam.Map(encode, source, coded)
-    n_ids = encoded | "lengths" >> beam.Map(count_bytes) | "sum" >> beam.CombineGlobally(sum)
-    first = encoded | "places" >> beam.Map(place_of) | "first" >> beam.CombineGlobally(smallest)
-    dtype = token_dtype(tokenizer.vocab_size).str
-    n_shards = n_ids | "number of shards" >> beam.Map(count_shards, shard_tokens, np.dtype(dtype).itemsize)
-    partial = f"{out}.{uuid.uuid4().hex[:8]}.partial"  # shards, until they get their names
+    encoded = (different, long) | "all documents" >> beam.Flatten() | "encode" >> beam.Map(encode, job)
+    n_bytes = encoded | "lengths" >> beam.Map(lambda each: len(each[1])) | "sum" >> beam.CombineGlobally(sum)
+    first = encoded | "places" >> beam.Map(lambda each: each[0]) | "first" >> beam.combiners.Top.Smallest(1)
     shards = (
-        (
-            encoded | "to shards" >> beam.Map(to_shard, AsSingleton(n_shards)),
-            n_shards | "every shard" >> beam.FlatMap(empty_shards),
-        )
-        | "to be written" >> beam.Flatten()
+        encoded
+        | "to shards" >> beam.Map(to_shard, AsSingleton(n_bytes), shard_tokens * itemsize)
         | "shuffle" >> beam.GroupByKey()
-        | "write" >> beam.Map(write_shard, partial, dtype, AsSingleton(first))
+        | "write" >> beam.Map(write_shard, folder, itemsize, AsSingleton(first))
     )
     n_left = [
         AsSingleton(documents | f"count {what}" >> beam.combiners.Count.Globally())
@@ -196,8 +173,8 @@ def build(
     ]
     (
         pipeline
-        | "once" >> beam.Create([source])
-        | "index" >> beam.Map(write_index, out, coded, AsList(shards), AsDict(counts), *n_left)
+        | "once" >> beam.Create([job])
+        | "index" >> beam.Map(write_index, out, AsList(shards), AsDict(counts), *n_left)
     )
 
 
@@ -208,7 +185,7 @@ def units_of(sources: Sequence[Source]) -> list[str]:
     """Return sources that each a worker can read alone, in order: files, and ranges of data sets."""
     units: list[str] = []
     for source in sources:
-        if "://" in source.name:
+        if is_url(source.name):
             units += [f"{source.scheme}:{url}" for url in _match(source.name)]
         elif (files := source.files()) is not None:
             units += [f"{source.scheme}:{file.resolve()}" for file in files]
@@ -222,7 +199,7 @@ def units_of(sources: Sequence[Source]) -> list[str]:
 def _match(pattern: str) -> list[str]:
     from apache_beam.io.filesystems import FileSystems
 
-    with _reachable(pattern):
+    with _in_one_line(pattern):
         found = sorted(file.path for match in FileSystems.match([pattern]) for file in match.metadata_list)
     if not found:
         raise MissingInputError(f"{pattern}: no file matches; quote patterns")
@@ -240,36 +217,33 @@ def _ranges(source: Any) -> list[str]:
 
 def _read(unit: tuple[int, str], text_column: str | None, rules: Rules) -> Iterator[tuple[str, Document]]:
     """Yield the documents of a file, each after the reason to leave it out, or `KEPT`; those left out are empty."""
-    number, name = unit
-    place = number << 40  # of the first document; no file has a trillion
-    n_empty = 0
-
-    def count_empty() -> None:
-        nonlocal n_empty
-        n_empty += 1
-
-    with _local(name) as source:
-        held: list[str] = []  # the pieces of a document that is too long to be filtered
-        for text in mark_copies(source.documents(text_column, on_empty=count_empty, may_be_empty=True), False):
-            if held and text.is_start:
-                yield "unfiltered", (place, "".join(held))
-                place, held = place + 1, []
-            if not text.is_whole:
-                held.append(text.text)
-                continue
-            reason = rules.low_quality(text.text)
-            yield reason or KEPT, (place, "" if reason else text.text)
-            place += 1
-        if held:
-            yield "unfiltered", (place, "".join(held))
-    yield from [("empty", (place, ""))] * n_empty
+    place = unit[0] << 40  # of the first document; no file has a trillion
+    empty: list[tuple[str, Document]] = []
+    long: list[str] = []  # the pieces of a document that is too long to be filtered
+    with _local(unit[1]) as source:
+        documents = source.documents(
+            text_column, on_empty=lambda: empty.append(("empty", (place, ""))), may_be_empty=True
+        )
+        for text in mark_copies(documents, dataclasses.replace(rules, deduplicate=False)):
+            if long and text.is_start:
+                yield "unfiltered", (place, "".join(long))
+                place, long = place + 1, []
+            if text.is_whole:
+                reason = rules.reason(text)
+                yield reason or KEPT, (place, "" if reason else text.text)
+                place += 1
+            else:
+                long.append(text.text)
+    if long:
+        yield "unfiltered", (place, "".join(long))
+    yield from empty
 
 
 @contextmanager
 def _local(name: str) -> Iterator[Source]:
     """Give the source, with a file of another file system copied to this machine."""
     scheme, _, path = name.partition(":")
-    if "://" not in path:
+    if not is_url(path):
         yield parse_source(name)
         return
     from apache_beam.io.filesystem import CompressionTypes
@@ -285,18 +259,6 @@ def _local(name: str) -> Iterator[Source]:
         yield parse_source(f"{scheme}:{copy}")
 
 
-def _reason(found: tuple[str, Document]) -> str:
-    return found[0]
-
-
-def _has_reason(found: tuple[str, Document], reason: str) -> bool:
-    return found[0] == reason
-
-
-def _document(found: tuple[str, Document]) -> Document:
-    return found[1]
-
-
 # Copies
 
 
@@ -306,61 +268,54 @@ def _drop_copies(documents: Any) -> Any:
 
     return (
         documents
-        | "digest" >> beam.Map(_with_digest)
+        | "digest" >> beam.WithKeys(lambda document: digest(document[1]))
         | "first copy" >> beam.CombinePerKey(min)
         | "distinct" >> beam.Values()
     )
-
-
-def _with_digest(document: Document) -> tuple[bytes, Document]:
-    return digest(document[1]), document
 
 
 def _drop_near_duplicates(documents: Any, threshold: float) -> Any:
     """Leave out what `find_near_duplicates` finds. Only numbers and signatures are sent around, until the last step."""
     import apache_beam as beam
 
-    signatures = documents | "signatures" >> beam.Map(_with_signature)
+    signatures = documents | "signatures" >> beam.MapTuple(lambda number, text: (number, signature(text).tobytes()))
     pairs = (
         signatures
         | "bands" >> beam.FlatMap(_bands)
         | "equal bands" >> beam.GroupByKey()
         | "later and first" >> beam.FlatMap(_pairs)
     )
+    signed = (
+        {"of": signatures, "first": pairs}
+        | "signatures of the later" >> beam.CoGroupByKey()
+        | "to the first" >> beam.FlatMap(_to_first)
+    )
     found = (
-        {"of": signatures, "first": pairs} | "signatures of the later" >> beam.CoGroupByKey()
-    ) | "to the first" >> beam.FlatMap(_to_first)
-    found = (
-        {"of": signatures, "later": found} | "signatures of the first" >> beam.CoGroupByKey()
-    ) | "compare" >> beam.FlatMap(_compare, threshold)
+        {"of": signatures, "later": signed}
+        | "signatures of the first" >> beam.CoGroupByKey()
+        | "compare" >> beam.FlatMap(_compare, threshold)
+    )
     return (
-        {"text": documents, "found": found} | "documents and near duplicates" >> beam.CoGroupByKey()
-    ) | "different" >> beam.FlatMap(_not_found)
-
-
-def _with_signature(document: Document) -> tuple[int, bytes]:
-    return document[0], signature(document[1]).tobytes()
-
-
-def _array(data: bytes) -> np.ndarray:
-    return np.frombuffer(data, np.uint32)[None]
+        {"text": documents, "found": found}
+        | "documents and near duplicates" >> beam.CoGroupByKey()
+        | "different" >> beam.FlatMap(_not_found)
+    )
 
 
 def _bands(signed: tuple[int, bytes]) -> Iterator[tuple[tuple[int, int], int]]:
-    for band in range(BANDS):
-        yield (band, int(band_keys(_array(signed[1]), band).view(np.int64)[0])), signed[0]
+    number, data = signed
+    keys = band_keys(np.frombuffer(data, np.uint32).reshape(BANDS, ROWS), 0)  # of all bands, as if each were a document
+    return ((band_key, number) for band_key in enumerate(keys.view(np.int64).tolist()))
 
 
 def _pairs(group: tuple[Any, Iterable[int]]) -> Iterator[tuple[int, int]]:
     first = min(group[1])
-    yield from ((number, first) for number in group[1] if number != first)
+    return ((number, first) for number in group[1] if number != first)
 
 
 def _to_first(group: tuple[int, dict[str, Any]]) -> Iterator[tuple[int, tuple[int, bytes]]]:
     number, found = group
-    for first in set(found["first"]):
-        for signed in found["of"]:
-            yield first, (number, signed)
+    return ((first, (number, signed)) for first in set(found["first"]) for signed in found["of"])
 
 
 def _compare(group: tuple[int, dict[str, Any]], threshold: float) -> Iterator[tuple[int, bool]]:
@@ -370,8 +325,10 @@ def _compare(group: tuple[int, dict[str, Any]], threshold: float) -> Iterator[tu
                 yield number, True
 
 
+def _array(data: bytes) -> np.ndarray:
+    return np.frombuffer(data, np.uint32)[None]
+
+
 def _not_found(group: tuple[int, dict[str, Any]]) -> Iterator[Document]:
     number, found = group
-    if not any(found["found"]):
-        for text in found["text"]:
-            yield number, text
+    return ((number, text) for text in found["text"] if not any(found["found"]))

@@ -1,4 +1,4 @@
-"""Which documents `slm-jax prepare` leaves out: copies, and documents of low quality.
+"""What `slm-jax prepare` does to texts: Unicode normal forms; copies and documents of low quality are left out.
 
 The measures of quality are the simplest of those that MassiveText used (Rae et al. 2021, "Scaling language models").
 """
@@ -6,28 +6,38 @@ The measures of quality are the simplest of those that MassiveText used (Rae et 
 import dataclasses
 import hashlib
 import re
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Literal, NamedTuple
 
 from slm_jax.data.rows import Pieces
+from slm_jax.errors import InputError
 from slm_jax.tokenizer import cut_pieces
 
 LONGEST = 1 << 24  # characters; longer documents are not held in memory
 PIECE = 1 << 20  # characters of these that are
 # Why documents are left out; those that are unfiltered, because they are longer, are kept.
 REASONS = ("empty", "short", "symbols", "repeated_lines", "duplicates", "near_duplicates", "unfiltered")
+NormalForm = Literal["NFC", "NFKC"]
 _SYMBOL = re.compile(r"[^\w\s]|_")
 
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """Which documents are left out; the command's options of the same names describe each rule."""
+    """Which documents are left out, and their normal form; the command's options of the same names describe each."""
 
     deduplicate: bool = True
     near_duplicates: float | None = None
     min_characters: int = 0
     max_symbol_ratio: float | None = None
     max_repeated_lines: float | None = None
+    normalize: NormalForm | None = None
+
+    def reason(self, text: "Text") -> str | None:
+        """Return the reason to leave out a document; "unfiltered" if it is kept unseen; None if it is good enough."""
+        if not text.is_whole:
+            return "unfiltered" if text.is_start else None
+        return self.low_quality(text.text) or ("duplicates" if text.is_copy else None)
 
     def low_quality(self, text: str) -> str | None:
         """Return the reason to leave out a document; None if it is good enough. White space around it doesn't count."""
@@ -62,7 +72,18 @@ def digest(text: str) -> bytes:
     return hashlib.blake2b(text.strip().encode(), digest_size=16).digest()
 
 
-def mark_copies(documents: Iterable[Pieces], deduplicate: bool = True) -> Iterator[Text]:
+def nothing_left(source: str, counts: Mapping[str, int]) -> InputError:
+    """Return what to raise if all documents of a source were left out."""
+    left_out = ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in counts.items() if n)
+    return InputError(f"source {source!r}: no document is left ({left_out or 'none read'}); loosen the filter")
+
+
+def normalized(text: str, form: NormalForm | None) -> str:
+    """Return a text in a Unicode normal form, or as it is."""
+    return text if form is None else unicodedata.normalize(form, text)
+
+
+def mark_copies(documents: Iterable[Pieces], rules: Rules = DEFAULT_RULES) -> Iterator[Text]:
     """Yield the documents, whole up to 16 million characters; remembers about 100 bytes for each to find copies."""
     seen: set[bytes] = set()
     for document in documents:
@@ -75,13 +96,13 @@ def mark_copies(documents: Iterable[Pieces], deduplicate: bool = True) -> Iterat
         if n_characters > LONGEST:
             is_start = True
             for piece in cut_pieces(_chain(start, pieces), PIECE):
-                yield Text(piece, is_start, is_whole=False)
+                yield Text(normalized(piece, rules.normalize), is_start, is_whole=False)
                 is_start = False
             continue
-        text = "".join(start)
-        key = digest(text) if deduplicate else b""
+        text = normalized("".join(start), rules.normalize)
+        key = digest(text) if rules.deduplicate else None
         yield Text(text, is_copy=key in seen)
-        if deduplicate:
+        if key is not None:
             seen.add(key)
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int64, UInt, UInt32
@@ -32,11 +32,18 @@ _MOST_THREADS = 8  # more would wait: one thread reads
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What all parts have in common; ``source`` is only for messages."""
+    """What all parts have in common; ``source`` is only for messages. Can be sent to other processes and machines."""
 
     source: str
     rules: Rules
     tokenizer: Tokenizer
+
+    @functools.cached_property
+    def _state(self) -> tuple[str, Rules, str]:
+        return self.source, self.rules, json.dumps(self.tokenizer.to_dict())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _load_job, self._state
 
     def name(self, number: int, texts: Sequence[Text]) -> str:
         """Return the name of a part's file, which depends on everything that it is made from."""
@@ -47,6 +54,11 @@ class Job:
             content.update(b"%d %d %d %d\n" % (len(encoded), *flags))
             content.update(encoded)
         return f"{number:06}-{content.hexdigest()}.npz"
+
+
+@functools.lru_cache(maxsize=1)
+def _load_job(source: str, rules: Rules, tokenizer: str) -> Job:
+    return Job(source, rules, tokenizer_from_dict(json.loads(tokenizer)))
 
 
 class Part(NamedTuple):
@@ -69,17 +81,21 @@ class Part(NamedTuple):
     counts: Int64[np.ndarray, " reasons"]
 
 
-def make_part(job: Job, path: Path, texts: Sequence[Text]) -> Part:
-    """Encode texts into a file, unless it exists and is intact; return the part without its ids.
+Made = tuple[Path, Part]  # a part's file, and the part without its ids
+
+
+def make_part(job: Job, folder: Path, number: int, texts: Sequence[Text]) -> Made:
+    """Encode texts into a file of a folder, unless it exists and is intact.
 
     InputError: the tokenizer cannot encode a text.
     """
+    path = folder / job.name(number, texts)
     part = read_part(path)
     if part is None:
         part = encode_part(job, texts)
         with replacing(path) as partial, partial.open("wb") as file:
             np.savez(file, **part._asdict())
-    return part._replace(ids=part.ids[:0])
+    return path, part._replace(ids=part.ids[:0])
 
 
 def read_part(path: Path) -> Part | None:
@@ -96,17 +112,16 @@ def encode_part(job: Job, texts: Sequence[Text]) -> Part:
     counts = dict.fromkeys(REASONS, 0)
     kept: list[Text] = []
     for text in texts:
-        reason = job.rules.low_quality(text.text) if text.is_whole else "unfiltered" if text.is_start else None
-        reason = reason or ("duplicates" if text.is_copy else None)
+        reason = job.rules.reason(text)
         if reason is not None:
             counts[reason] += 1
         if reason in (None, "unfiltered"):
             kept.append(text)
     ids = [encode_text(job, text.text, text.is_start) for text in kept]
-    signatures = np.zeros((0, ENTRIES), np.uint32)
-    if job.rules.near_duplicates is not None and kept:
-        none = signatures.sum(axis=0, dtype=np.uint32)
-        signatures = np.stack([signature(text.text) if text.is_whole else none for text in kept])
+    signatures = np.zeros((0 if job.rules.near_duplicates is None else len(kept), ENTRIES), np.uint32)
+    for row, text in zip(signatures, kept, strict=False):
+        if text.is_whole:
+            row[:] = signature(text.text)
     return Part(
         np.concatenate([np.zeros(0, token_dtype(job.tokenizer.vocab_size)), *ids]),
         np.array(list(map(len, ids)), np.int64),
@@ -132,40 +147,25 @@ def encode_text(job: Job, text: str, is_start: bool = True) -> UInt[np.ndarray, 
 # Several at a time
 
 
-MakePart = Callable[[Path, Sequence[Text]], "Future[Part]"]
-Submitted = tuple[Path, "Future[Part]", int]  # the part's file, the part, and the bytes of text files read for it
-
-
 @contextmanager
-def workers(job: Job, processes: int) -> Iterator[tuple[MakePart, int]]:
-    """Give what makes a part in the background, and how many it makes at a time.
+def workers(
+    job: Job, folder: Path, processes: int
+) -> Iterator[tuple[Callable[[int, Sequence[Text]], "Future[Made]"], int]]:
+    """Give what makes a part in the background (`make_part`), and how many it makes at a time.
 
     One process has several threads, of which the tokenizers of subwords make use.
     BrokenProcessPool: a process was killed.
     """
     pool: Executor
     if processes == 1:
-        n_workers = min(_MOST_THREADS, os.cpu_count() or 1)
-        pool = ThreadPoolExecutor(n_workers)
-        make: Callable[[Path, Sequence[Text]], Part] = functools.partial(make_part, job)
-    else:
-        n_workers = processes
-        # A fork of a process with threads, as JAX's are, may hang.
+        processes = min(_MOST_THREADS, os.cpu_count() or 1)
+        pool = ThreadPoolExecutor(processes)
+    else:  # a fork of a process with threads, as JAX's are, may hang
         pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=_follow_parent)
-        make = functools.partial(_make_part, job.source, job.rules, json.dumps(job.tokenizer.to_dict()))
     try:
-        yield lambda path, texts: pool.submit(make, path, texts), n_workers
+        yield lambda number, texts: pool.submit(make_part, job, folder, number, texts), processes
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _make_part(source: str, rules: Rules, tokenizer: str, path: Path, texts: Sequence[Text]) -> Part:
-    return make_part(Job(source, rules, _tokenizer(tokenizer)), path, texts)
-
-
-@functools.lru_cache(maxsize=1)
-def _tokenizer(text: str) -> Tokenizer:
-    return tokenizer_from_dict(json.loads(text))
 
 
 def _follow_parent() -> None:
@@ -181,13 +181,13 @@ def _follow_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def in_order(submitted: Iterable[Submitted], ahead: int) -> Iterator[tuple[Path, Part, int]]:
-    """Yield the finished parts in order; at most ``ahead`` of them wait."""
-    waiting: deque[Submitted] = deque()
+def in_order(submitted: Iterable[tuple["Future[Made]", int]], ahead: int) -> Iterator[tuple[Made, int]]:
+    """Yield the finished parts in order, each with the number that came with it; at most ``ahead`` of them wait."""
+    waiting: deque[tuple[Future[Made], int]] = deque()
     for each in submitted:
         waiting.append(each)
         if len(waiting) > ahead:
-            path, part, bytes_read = waiting.popleft()
-            yield path, part.result(), bytes_read
-    for path, part, bytes_read in waiting:
-        yield path, part.result(), bytes_read
+            future, n = waiting.popleft()
+            yield future.result(), n
+    for future, n in waiting:
+        yield future.result(), n

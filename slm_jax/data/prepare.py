@@ -18,11 +18,21 @@ import filelock
 import numpy as np
 from jaxtyping import Bool
 
-from slm_jax.data.filters import DEFAULT_RULES, PIECE, REASONS, Rules, Text, mark_copies
+from slm_jax.data.filters import (
+    DEFAULT_RULES,
+    PIECE,
+    REASONS,
+    NormalForm,
+    Rules,
+    Text,
+    mark_copies,
+    normalized,
+    nothing_left,
+)
 from slm_jax.data.near_duplicates import find_near_duplicates
-from slm_jax.data.parts import Job, MakePart, Part, Submitted, in_order, read_part, workers
+from slm_jax.data.parts import Job, Part, in_order, read_part, workers
 from slm_jax.data.rows import Source
-from slm_jax.data.token_file import write_token_file
+from slm_jax.data.token_file import remove_partial, write_token_file
 from slm_jax.errors import InputError
 from slm_jax.files import unwritable
 from slm_jax.tokenizer import BPETokenizer, Tokenizer, cut_pieces
@@ -91,20 +101,17 @@ def prepare(
     found = itertools.chain.from_iterable([each.documents(text_column, read.append, count_empty) for each in sources])
     with _locked_folder(out) as folder:
         paths, parts = [], []
-        with workers(job, processes) as (make, n_workers):
-            texts = _cut(mark_copies(found, rules.deduplicate))
-            submitted = (_submit(make, folder / job.name(i, part), part, read) for i, part in enumerate(texts))
-            for path, part, bytes_read in in_order(submitted, ahead=n_workers + 1):
+        with workers(job, folder, processes) as (make, n_workers):
+            texts = enumerate(_cut(mark_copies(found, rules)))
+            submitted = ((make(i, part), _take_sum(read)) for i, part in texts)
+            for (path, part), bytes_read in in_order(submitted, ahead=n_workers + 1):
                 paths.append(path)
                 parts.append(part)
                 result.add(part)
                 result.bytes_read += bytes_read
                 report(result)
         if not result.documents:
-            left_out = ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in result.counts.items() if n)
-            raise InputError(
-                f"source {job.source!r}: no document is left ({left_out or 'none read'}); loosen the filter"
-            )
+            raise nothing_left(job.source, result.counts)
         with write_token_file(out, tokenizer, job.source, shard_tokens) as file:
             for path, part, kept in zip(paths, parts, _find_kept(parts, rules.near_duplicates), strict=True):
                 ids = _read_ids(path)
@@ -129,6 +136,7 @@ def _locked_folder(out: Path) -> Iterator[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
+        remove_partial(out)
     except filelock.Timeout:
         raise InputError(f"{folder}: another process is preparing {out.name}; wait for it, or stop it") from None
     except OSError as error:
@@ -166,11 +174,10 @@ def _cut(texts: Iterable[Text]) -> Iterator[list[Text]]:
         yield part
 
 
-def _submit(make: MakePart, path: Path, texts: list[Text], read: list[int]) -> Submitted:
-    """Start to make a part; ``read`` collects the bytes read for it."""
-    bytes_read = sum(read)
-    read.clear()
-    return path, make(path, texts), bytes_read
+def _take_sum(numbers: list[int]) -> int:
+    total = sum(numbers)
+    numbers.clear()
+    return total
 
 
 def _read_ids(path: Path) -> np.ndarray:
@@ -193,6 +200,7 @@ def train_tokenizer(
     sources: Sequence[Source],
     vocab_size: int,
     text_column: str | None = None,
+    normalize: NormalForm | None = None,
     report: Callable[[int], None] = lambda _: None,
 ) -> BPETokenizer:
     """Train a byte-level BPE on the first 100 million characters; ``report`` gets the number of those read so far."""
@@ -201,7 +209,7 @@ def train_tokenizer(
         n_read = 0
         for document in itertools.chain.from_iterable([source.documents(text_column) for source in sources]):
             for piece in cut_pieces(document, PIECE):
-                yield piece
+                yield normalized(piece, normalize)
                 n_read += len(piece)
                 report(n_read)
                 if n_read >= TRAINING_CHARACTERS:

@@ -13,7 +13,6 @@ import glob
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -27,7 +26,7 @@ from slm_jax.data.file_sources import unreadable
 from slm_jax.data.ids import Ids, ShardedIds
 from slm_jax.data.rows import OnRead, Pieces, Source, ignore_bytes
 from slm_jax.errors import InputError
-from slm_jax.files import is_url, read_json, replace_text, replacing, sha256, unwritable, user_path
+from slm_jax.files import is_url, parse_json, read_json, replace_text, replacing, sha256, unwritable, user_path
 from slm_jax.tokenizer import Tokenizer, fingerprint, tokenizer_from_dict
 
 FORMAT, VERSION = "slm_jax token ids", 1
@@ -148,19 +147,16 @@ def _remote_files(url: str, about: bytes) -> dict[str, int]:
     return {part.name: listed["tokens"] * each for part, listed in parts.items()}
 
 
-def _parse(about: bytes, url: str) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        file = json_path(Path(folder) / url.rpartition("/")[2])
-        file.write_bytes(about)
-        try:
-            return read_description(file)
-        except InputError as error:
-            raise InputError(str(error).replace(str(file), f"{url}.json")) from None
-
-
 def read_description(file: Path) -> dict[str, Any]:
     """Read a description, ``FILE.bin.json``; InputError: it cannot be read or doesn't describe ids."""
-    about = read_json(file, _AGAIN)
+    return _check_description(read_json(file, _AGAIN), str(file))
+
+
+def _parse(about: bytes, url: str) -> dict[str, Any]:
+    return _check_description(parse_json(about, f"{url}.json", _AGAIN), f"{url}.json")
+
+
+def _check_description(about: dict[str, Any], file: str) -> dict[str, Any]:
     if (about.get("format"), about.get("version")) != (FORMAT, VERSION):
         raise InputError(f"{file}: does not describe token ids (format {FORMAT!r}, version {VERSION}); {_AGAIN}")
     kinds = {"dtype": str, "sha256": str, "tokenizer_sha256": str, "tokens": int, "vocab_size": int, "tokenizer": dict}
@@ -302,6 +298,13 @@ def existing_paths(path: Path) -> list[Path]:
     """Return the files of a token file that exist: with the ids, its description, its shards."""
     shards = path.parent.glob(f"{glob.escape(path.stem)}-{'[0-9]' * 5}{path.suffix}")
     return [found for found in (path, json_path(path), *sorted(shards)) if found.exists()]
+
+
+def remove_partial(path: Path) -> None:
+    """Remove what a process that was killed has written of a token file and its shards."""
+    for shard in ("", f"-{'[0-9]' * 5}"):
+        for old in path.parent.glob(f"{glob.escape(path.stem)}{shard}{path.suffix}.{'?' * 8}.partial"):
+            old.unlink(missing_ok=True)
 
 
 def describe(tokenizer: Tokenizer, source: str, ids: Mapping[str, Any]) -> str:

@@ -69,6 +69,10 @@ def test_a_tokenizer_is_trained_on_the_source(tmp_path):
     opened = open_token_file(out)
     assert opened.tokenizer.vocab_size == 265
     assert opened.tokenizer.decode(opened.tokens) == "low lower lowest newer wider<|endoftext|>low low"
+    (tmp_path / "b.txt").write_text("wider lowest")
+    given = ["--source", f"text:{tmp_path}/b.txt", "--out", tmp_path / "b.bin", "--tokenizer", f"{out}.json"]
+    assert prepare(*given) == 0
+    assert open_token_file(tmp_path / "b.bin").tokenizer.to_dict() == opened.tokenizer.to_dict()
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -112,6 +116,13 @@ def test_beam_is_refused_in_one_line(source, tokenizer, tmp_path, monkeypatch, c
     fails([*given, "--beam-options=--project=p"], capsys, "beam_options are of no use without Beam; add --runner")
     fails([*given, "--runner", "direct", "--processes", 2], capsys, "processes is 2, but Beam starts its own")
     fails([*given[:-1], "gs://bucket/tokenizer", "--source", "text:gs://bucket/a.txt"], capsys, "--runner dataflow")
+    fails([*given, "--out", "gs://bucket/a.bin", "--show", 1], capsys, "show is 1, but out is gs://bucket/a.bin")
+    monkeypatch.undo()
+    monkeypatch.setattr("slm_jax.commands.prepare.check_installed", lambda runner: None)
+    fails([*given, "--runner", "dataflow"], capsys, "a.txt: Dataflow's machines don't see it")
+    text = ["--source", "text:gs://bucket/a.txt", "--runner", "dataflow", "--out"]
+    fails(["prepare", *text, tmp_path / "a.bin"], capsys, "a.bin: Dataflow's machines don't see it")
+    fails(["prepare", *text, "gs://bucket/a.bin", "--tokenizer", "bpe"], capsys, "bpe cannot be trained on it")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "tokenizer.json"]
 
 

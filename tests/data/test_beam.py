@@ -70,6 +70,18 @@ def test_an_error_in_a_worker_is_one_line_and_nothing_is_left(sources, tmp_path)
     with refused(r"in '.*' …: character 'm' at offset .* is not in the vocabulary .* bpe$"):
         pipeline.prepare(sources, out, CharTokenizer().build_vocab("0123456789 "), runner="direct")
     assert contents(tmp_path / "new") == {}
+    with refused("/proc/none"):
+        pipeline.prepare(sources, "/proc/none/ids.bin", TOKENIZER, runner="direct")
+
+
+def test_nothing_is_left_of_a_pipeline_that_ends_before_its_last_step(sources, tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(pipeline, "write_index", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        pipeline.prepare(sources, str(tmp_path / "new" / "ids.bin"), TOKENIZER, runner="direct", rules=RULES)
+    assert contents(tmp_path / "new") == {}
 
 
 @pytest.mark.parametrize("runner", ["spark", "flink", "dataflow"])
@@ -80,6 +92,6 @@ def test_a_pipeline_is_constructed_for_other_runners(sources, tmp_path, runner):
     made = pipeline.make_pipeline(
         runner, ["--project=a-project", "--region=a-region", "--temp_location=gs://bucket/temp"]
     )
-    pipeline.build(made, sources, "gs://bucket/ids.bin", TOKENIZER, rules=RULES)
+    pipeline.build(made, sources, "gs://bucket/ids.bin", "gs://bucket/partial", TOKENIZER, rules=RULES)
     steps = {transform.unique_name for transform in made.to_runner_api().components.transforms.values()}
     assert {"read and filter", "shuffle", "index"} <= steps

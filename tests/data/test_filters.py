@@ -1,6 +1,7 @@
 """What must hold of filters: each document that is left out is counted once, in order, and long ones stream through."""
 
 import itertools
+import unicodedata
 
 import numpy as np
 
@@ -14,7 +15,7 @@ TOKENIZER = CharTokenizer().build_vocab(" abcdefghijklmnopqrstuvwxyz!#\n")
 
 def selected(rules: Rules, documents: list[list[str]]) -> tuple[list[str], dict[str, int]]:
     """What stays, and the counts that are not 0."""
-    part = encode_part(Job("", rules, TOKENIZER), list(mark_copies(documents, rules.deduplicate)))
+    part = encode_part(Job("", rules, TOKENIZER), list(mark_copies(documents, rules)))
     counts = {reason: n for reason, n in zip(REASONS, part.counts.tolist(), strict=True) if n}
     kept = TOKENIZER.decode(part.ids).split("<|endoftext|>")[1:]
     assert len(documents) - len(kept) == sum(counts.values()) - counts.get("unfiltered", 0)
@@ -40,6 +41,17 @@ def test_each_reason_is_counted_once():
     assert selected(Rules(min_characters=4), [["word"], ["wor"]])[0] == ["word"]
     assert selected(Rules(max_symbol_ratio=0.25), [["abc!"], ["ab!!"]])[0] == ["abc!"]
     assert selected(Rules(max_repeated_lines=0.5), [["a\na"], ["a\na\na"]])[0] == ["a\na"]
+
+
+def test_texts_are_brought_to_a_normal_form_before_anything_else(monkeypatch):
+    monkeypatch.setattr(filters, "LONGEST", 9)
+    documents = [["ﬁ", "ne"], ["fine"], ["ﬁne " * 9]]
+    texts = list(mark_copies(documents, Rules(normalize="NFKC")))
+    assert [text.is_copy for text in texts[:2]] == [False, True]
+    assert "".join(text.text for text in texts) == "fine" * 2 + "fine " * 9
+    decomposed = [[unicodedata.normalize("NFD", "é")]]
+    assert [text.text for text in mark_copies(decomposed, Rules(normalize="NFC"))] == ["é"]
+    assert [text.text for text in mark_copies(decomposed)] == decomposed[0]
 
 
 def test_a_document_that_is_too_long_streams_through(monkeypatch):

@@ -247,7 +247,8 @@ def test_an_interrupted_run_is_resumed_and_damaged_parts_are_made_again(corpus, 
     changed = bytearray(done[1].read_bytes())
     changed[1000] ^= 1
     done[1].write_bytes(changed)
-    (tmp_path / "ids.bin.parts" / "x.partial").write_bytes(b"of a process that was killed")
+    for name in ("ids.bin.parts/x.partial", "ids.bin.0a1b2c3d.partial", "ids-00000.bin.0a1b2c3d.partial"):
+        (tmp_path / name).write_bytes(b"of a process that was killed")
     encoded = []
     encode_part = parts.encode_part
     monkeypatch.setattr(parts, "encode_part", lambda job, texts: encoded.append(1) or encode_part(job, texts))
