@@ -57,7 +57,7 @@ def run(options: Options) -> int:
 
     from slm_jax.tools.plan.cluster import find_cluster
     from slm_jax.tools.plan.compilers import cluster_devices, compile_run, prepare_environment
-    from slm_jax.tools.plan.estimate import make_plan, resolve
+    from slm_jax.tools.plan.estimate import make_plan
     from slm_jax.tools.plan.tables import print_compiled, print_plan
 
     jax.config.update("jax_platforms", "cpu")  # leave accelerators to those who train
@@ -70,10 +70,7 @@ def run(options: Options) -> int:
     plan, console = make_plan(options, options.device, options.devices, options.mfu, options.tokens), Console()
     if options.format == "table":
         print_plan(plan, console)
-    programs = []
-    if options.compile:
-        config, shapes, _ = resolve(options, cluster)
-        programs = compile_run(config, shapes, cluster, devices)
+    programs = compile_run(options, cluster, devices) if options.compile else []
     if options.format == "json":
         compiled = {"compiled": [program.as_dict() for program in programs]} if options.compile else {}
         print(json.dumps(dataclasses.asdict(plan) | compiled, indent=2))

@@ -278,6 +278,24 @@ class _Decoder:
         )
 
 
+def compile_generation(model: GPTModel, params: Params) -> Any:
+    """Compile the loop over tokens that continues one short prompt, greedily and up to the whole context.
+
+    ``params`` are arrays or shapes with shardings, in the form that :func:`slm_jax.nn.blocks.unstack_blocks` makes.
+    """
+    length, context = min(16, model.cfg.context_length), model.cfg.context_length
+    text = _start(model.cfg, [np.zeros(length, np.int32)], keeps_seen=False)
+    rules = _Rules(Sampling(temperature=0).numbers(), None, np.int32(NO_ID))
+    decoder = _Decoder(model, None, stop_when_full=False)
+    prefill = _Decoder.prefill.lower(decoder, params, text, rules, length=length, capacity=context).compile()
+    text, cache = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        prefill.out_info,
+        prefill.output_shardings,
+    )
+    return _Decoder.cached_steps.lower(decoder, params, text, cache, rules, np.int32(1)).compile()
+
+
 def _start(cfg: GPTConfig, rows: list[np.ndarray], keeps_seen: bool) -> _Text:
     lengths = np.array([row.size for row in rows], np.int32)
     window = np.zeros((len(rows), cfg.context_length), np.int32)

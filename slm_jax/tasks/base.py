@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import jax
 
 from slm_jax.errors import InputError
-from slm_jax.model import PRESETS, DType, GPTConfig, Params
+from slm_jax.model import PRESETS, GPTConfig, Params
 from slm_jax.runs import find_checkpoint, load_model, read_frozen
 from slm_jax.tokenizer import Tokenizer, fingerprint, get_tokenizer, tokenizer_from_dict
 from slm_jax.training.checkpoint import load_opt_state, read_metadata
 from slm_jax.training.config import BaseRunConfig, ModelConfig
-from slm_jax.training.hardware import best_dtype
+from slm_jax.training.hardware import run_dtype
 from slm_jax.training.optimizer import make_optimizer
 from slm_jax.training.resume import Start
 from slm_jax.training.task import Parameters, purpose_key
@@ -103,11 +103,6 @@ def count_steps(config: BaseRunConfig, n_rows: float) -> int:
     train = config.train
     epochs = None if train.epochs is None else math.ceil(train.epochs * n_rows / train.batch_size)
     return min(limit for limit in (train.steps, epochs) if limit is not None)
-
-
-def run_dtype(config: BaseRunConfig) -> DType:
-    """Return the dtype that a run computes in: as configured, or what suits the device."""
-    return best_dtype() if config.model.dtype == "auto" else config.model.dtype
 
 
 def as_configured(cfg: GPTConfig, config: BaseRunConfig) -> GPTConfig:

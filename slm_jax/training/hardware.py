@@ -15,6 +15,7 @@ from slm_jax.errors import InputError
 from slm_jax.model import DType, GPTConfig, axis_sizes, param_shapes
 from slm_jax.nn.axes import count
 from slm_jax.nn.target import target, target_of
+from slm_jax.training.config import BaseRunConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +85,11 @@ def best_dtype(device: jax.Device | None = None) -> DType:
     """
     platform, capability = target() if device is None else target_of(device)
     return "bfloat16" if platform == "tpu" or (capability or 0) >= 8 else "float32"
+
+
+def run_dtype(config: BaseRunConfig) -> DType:
+    """Return the dtype that a run computes in: as configured, or what suits the device."""
+    return best_dtype() if config.model.dtype == "auto" else config.model.dtype
 
 
 def device_here(device: jax.Device | None = None) -> Device | None:

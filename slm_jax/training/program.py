@@ -20,7 +20,7 @@ from slm_jax.model import Params
 from slm_jax.nn.target import target
 from slm_jax.training.batch_size import fill_up
 from slm_jax.training.config import BaseRunConfig
-from slm_jax.training.hardware import device_memory
+from slm_jax.training.hardware import device_memory, run_dtype
 from slm_jax.training.optimizer import make_optimizer, make_schedule
 from slm_jax.training.progress import format_bytes
 from slm_jax.training.sharding import (
@@ -102,7 +102,7 @@ def abstract_state(config: BaseRunConfig, task: Compilable, mesh: Mesh) -> Train
     # Jitted, so that the initialisation is traced only once.
     init = jax.jit(task.params.init) if task.params.init else (lambda _: task.params.trainable)
     shapes = jax.eval_shape(lambda key: _state(config, init(key)), jax.random.key(0))
-    return _with_shardings(shapes, state_shardings(mesh, shapes))
+    return with_shardings(shapes, state_shardings(mesh, shapes))
 
 
 def compile_program(
@@ -118,13 +118,14 @@ def compile_program(
     ``needs_init``: whether the state of a new model is needed: not on a resume. For ``stop`` see :class:`Program`.
     """
     state = abstract_state(config, task, mesh)
-    frozen = _with_shardings(task.params.passed, state_shardings(mesh, task.params.passed))
+    frozen = with_shardings(task.params.passed, state_shardings(mesh, task.params.passed))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     step = make_train_step(
         task.loss_fn,
         make_optimizer(config.optimizer),
         make_schedule(config.optimizer, task.total_steps),
         config.train.accumulate,
+        run_dtype(config),
     )
     options = compiler_options(target().platform, mesh.size)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)
@@ -134,7 +135,7 @@ def compile_program(
     eval_rows = math.ceil((config.train.eval_batch_size or rows) / shards) * shards
     with jax.set_mesh(mesh):  # named for kernels that the compiler cannot divide among devices
         batches = [task.batch_shapes(rows), task.batch_shapes(eval_rows)]
-        widest, widest_eval = (_with_shardings(b, dict.fromkeys(b, batch_sharding(mesh))) for b in batches)
+        widest, widest_eval = (with_shardings(b, dict.fromkeys(b, batch_sharding(mesh))) for b in batches)
         compiling = (train_step.begin(widest), eval_step.begin(widest_eval))
         new_state = None
         if task.params.init is not None and needs_init:
@@ -161,7 +162,8 @@ def _state(config: BaseRunConfig, trainable: Params) -> TrainState:
     return TrainState(jnp.int32(0), trainable, opt_state, purpose_key(config.seed, "dropout"))
 
 
-def _with_shardings(tree: Any, shardings: Any) -> Any:
+def with_shardings(tree: Any, shardings: Any) -> Any:
+    """Return the shapes of a tree's leaves with a sharding each."""
     return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, shardings)
 
 

@@ -16,7 +16,7 @@ import optax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from slm_jax.model import Params
+from slm_jax.model import DType, Params
 from slm_jax.nn.sharding import COPIES, free_axes
 
 Batch = dict[str, Any]
@@ -49,17 +49,21 @@ class StepMetrics(NamedTuple):
 
 
 def make_train_step(
-    loss_fn: LossFn, optimizer: optax.GradientTransformation, schedule: optax.Schedule, accumulate: int = 1
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    accumulate: int = 1,
+    dtype: DType = "float32",
 ) -> Callable[[TrainState, Params, Batch], tuple[TrainState, StepMetrics]]:
     """Return ``train_step(state, frozen, batch) -> (state, metrics)``, to be jitted with the state donated.
 
     The optimizer has no learning rate of its own: ``schedule`` gives it as a function of the step. The batch is split
-    into ``accumulate`` micro-batches, which divides its rows.
+    into ``accumulate`` micro-batches, which divides its rows. ``dtype``: what the model computes in.
     """
 
     def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, StepMetrics]:
         key = jax.random.fold_in(state.key, state.step)
-        grads, sums = accumulated_gradients(loss_fn, state.trainable, frozen, batch, key, accumulate)
+        grads, sums = accumulated_gradients(loss_fn, state.trainable, frozen, batch, key, accumulate, dtype)
         loss_sum, weight_sum, metrics = sums
         # One mean over all targets of all micro-batches and hosts. A batch without targets has a loss of NaN.
         loss = loss_sum / weight_sum
@@ -84,12 +88,19 @@ def make_train_step(
 
 
 def accumulated_gradients(
-    loss_fn: LossFn, trainable: Params, frozen: Params, batch: Batch, key: jax.Array, accumulate: int
+    loss_fn: LossFn,
+    trainable: Params,
+    frozen: Params,
+    batch: Batch,
+    key: jax.Array,
+    accumulate: int,
+    dtype: DType = "float32",
 ) -> tuple[Params, Sums]:
     """Return the gradients of the summed loss, and (loss_sum, weight_sum, scalar metrics), over all micro-batches.
 
     Sums, not means: a micro-batch with fewer weighted targets then counts less, as it does in the whole batch. Devices
-    that have copies of the parameters (``slm_jax.nn.sharding.COPIES``) sum up their own micro-batches, and reduce once.
+    that have copies of the parameters (``slm_jax.nn.sharding.COPIES``) sum up their own micro-batches, and reduce once:
+    in bfloat16 if the model computes in it, as XLA does without micro-batches.
     """
 
     def loss_and_sums(trainable: Params, frozen: Params, batch: Batch, key: jax.Array) -> tuple[Array, Sums]:
@@ -112,7 +123,11 @@ def accumulated_gradients(
         _, shapes = jax.eval_shape(loss_and_sums, trainable, frozen, first, keys[0])
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (trainable, shapes))
         total, _ = jax.lax.scan(add_micro_batch, zeros, (micro_batches, keys))
-        return jax.lax.psum(total, copies) if copies else total
+        return (jax.tree.map(reduce, total[0]), jax.lax.psum(total[1], copies)) if copies else total
+
+    def reduce(gradient: Array) -> Array:
+        sent = gradient.astype(jnp.bfloat16) if dtype == "bfloat16" else gradient
+        return jax.lax.psum(sent, copies).astype(gradient.dtype)
 
     copies = free_axes(COPIES)
     if copies:

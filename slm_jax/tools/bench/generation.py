@@ -15,12 +15,11 @@ from slm_jax.model import GPTConfig, GPTModel, Params, axis_sizes, get_gpt_confi
 from slm_jax.nn.axes import Axes, map_axes
 from slm_jax.nn.blocks import unstack_blocks
 from slm_jax.runs import load_model
-from slm_jax.tasks.base import run_dtype
 from slm_jax.tasks.config import RunConfig
 from slm_jax.tools.bench.instruments import Clock, Peak, Timing, find_ceilings
 from slm_jax.tools.bench.result import Result
 from slm_jax.training.config import ModelConfig
-from slm_jax.training.hardware import forward_flops
+from slm_jax.training.hardware import forward_flops, run_dtype
 
 
 def measure_generation(

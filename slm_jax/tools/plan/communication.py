@@ -8,13 +8,13 @@ what                                       collective      along                
 =========================================  ==============  ===================  =================================
 weights, split along fsdp                  all-gather      fsdp                 N c, A; of a block 2 A (both passes)
 their gradients                            reduce-scatter  fsdp                 N c, A
-gradients of copies                        all-reduce      replica, data        N c / fsdp, 1 (4 N / fsdp if A > 1)
-gradients of weights that are whole        all-reduce      all that split rows  N c, 1 (4 N if A > 1)
+gradients of copies                        all-reduce      replica, data        N c / fsdp, 1
+gradients of weights that are whole        all-reduce      all that split rows  N c, 1
 outputs of attention and MLP               all-reduce      tensor               T E c, 4 A L (6 A L with remat full)
 =========================================  ==============  ===================  =================================
 
-The gradient of the head's kernel is float32; a head that is tied to the token embedding adds a gather and a gradient to
-those of the lookup. A ring of n devices sends (n - 1) / n of the array in an all-gather or a reduce-scatter, twice that
+The gradient of the head's kernel is float32, unless micro-batches are summed first; a head that is tied to the token
+embedding adds a gather and a gradient to those of the lookup. A ring of n devices sends (n - 1) / n of the array in an all-gather or a reduce-scatter, twice that
 in an all-reduce. ``slm-jax plan --compile`` counts what XLA's compilers make of the same step.
 """
 
@@ -30,14 +30,13 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from slm_jax.nn.axes import Axes, map_axes
+from slm_jax.nn.sharding import COPIES, ROWS
 from slm_jax.tools.plan.cluster import Cluster
 from slm_jax.tools.plan.hlo import Collective, sent_bytes
 from slm_jax.tools.plan.memory_model import Work
 from slm_jax.training.hardware import Device
 from slm_jax.training.sharding import state_shardings
 from slm_jax.training.task import Parameters
-
-COPIES = ("replica", "data")  # axes of the mesh along which parameters are the same
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,16 +158,20 @@ def _of_leaf(
     """Yield what the weights and gradients of a leaf cost."""
     split = {name for name in spec if name}
     numbers = leaf.size / math.prod(sizes[axis] for axis in split if axis != "fsdp")
-    # Micro-batches are summed in the parameters' own dtype.
-    summed = numbers * (cost.gradient if work.accumulate == 1 else leaf.dtype.itemsize)
+    summed = numbers * (cost.gradient if work.accumulate == 1 else _summed_bytes(work, leaf))
     if "fsdp" not in split:
         if trained:
-            yield "gradients", "all-reduce", (*COPIES, "fsdp"), summed
+            yield "gradients", "all-reduce", ROWS, summed
         return
     yield "weights", "all-gather", ("fsdp",), work.accumulate * numbers * cost.gathered
     if trained:
         yield "gradients", "reduce-scatter", ("fsdp",), work.accumulate * numbers * cost.gradient
         yield "gradients of other copies", "all-reduce", COPIES, summed / sizes["fsdp"]
+
+
+def _summed_bytes(work: Work, leaf: Any) -> int:
+    """Return the bytes in which a number of a gradient travels that micro-batches have summed up."""
+    return 2 if work.cfg.dtype == "bfloat16" else leaf.dtype.itemsize
 
 
 def _of_activations(work: Work, sizes: Mapping[str, int]) -> Iterator[_Part]:

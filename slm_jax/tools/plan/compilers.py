@@ -6,24 +6,30 @@ from its description and report a program's memory, collectives and kernels, but
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from slm_jax.errors import InputError
+from slm_jax.generation.decode import compile_generation
+from slm_jax.model import GPTModel
+from slm_jax.nn.axes import STACK
+from slm_jax.nn.blocks import join_blocks, merge_params, segment_lengths, unstack_blocks
 from slm_jax.nn.target import compiling_for
 from slm_jax.tools.plan.cluster import GPUS_PER_HOST, Cluster
 from slm_jax.tools.plan.communication import compiled_seconds, device_domains
+from slm_jax.tasks.config import RunConfig
+from slm_jax.tools.plan.estimate import Shapes, resolve
 from slm_jax.tools.plan.hlo import Collective, find_collectives, find_kernels
 from slm_jax.training.batch_size import fit_batch
-from slm_jax.training.config import BaseRunConfig
-from slm_jax.training.program import Compilable, compile_program, device_bytes
-from slm_jax.training.sharding import make_mesh
+from slm_jax.training.program import compile_program, device_bytes, with_shardings
+from slm_jax.training.sharding import make_mesh, row_shards, state_shardings
 
 # XLA's descriptions of GPUs, which its compiler asks a device for where there is one.
 _DESCRIPTIONS = {"h100": "h100.txtpb", "h200": "h100.txtpb"}  # the same chip; only the memory is larger
@@ -44,7 +50,7 @@ class Compiled:
     """What a compiler says of a program; bytes of one device.
 
     Attributes:
-        name: training step, evaluation or first state.
+        name: training step, evaluation, first state, or generation: the next token of one text.
         n_bytes: what it takes in total; None: it does not fit, or cannot be compiled.
         problem: the compiler's own line, if it failed.
         collectives: the largest first.
@@ -74,23 +80,37 @@ class Compiled:
         return sum(one.sent for one in self.collectives)
 
 
-def compile_run(config: BaseRunConfig, task: Compilable, cluster: Cluster, devices: Sequence[Any]) -> list[Compiled]:
+def compile_run(config: RunConfig, cluster: Cluster, devices: Sequence[Any]) -> list[Compiled]:
     """Compile the programs of a run as training does, for devices of :func:`cluster_devices`."""
     assert cluster.device is not None
-    with compiling_for(cluster.device.platform, cluster.device.capability), _without_a_device(cluster):
+    config, shapes, target = resolve(config, cluster)
+    with compiling_for(*target), _without_a_device(cluster):
         mesh = make_mesh(config.mesh, devices)
-        config, _ = fit_batch(config, mesh.size // config.mesh.tensor)
-        program = compile_program(config, task, mesh, needs_init=True)
-    futures = dict(zip(("training step", "evaluation"), program.compiling, strict=True))
-    if program.init is not None:
-        futures["first state"] = program.init
-    domains = device_domains(mesh)
-    return [_result(name, future, cluster, domains) for name, future in futures.items()]
+        config, _ = fit_batch(config, row_shards(mesh))
+        program = compile_program(config, shapes, mesh, needs_init=True)
+        wanted = [
+            ("training step", program.compiling[0].result),
+            ("evaluation", program.compiling[1].result),
+            ("first state", program.init and program.init.result),
+            ("generation", functools.partial(_compile_generation, shapes, mesh) if shapes.generates else None),
+        ]
+        domains = device_domains(mesh)
+        return [_result(name, compiled, cluster, domains) for name, compiled in wanted if compiled is not None]
 
 
-def _result(name: str, future: Future[Any], cluster: Cluster, domains: Sequence[int]) -> Compiled:
+def _compile_generation(shapes: Shapes, mesh: Mesh) -> Any:
+    """Compile the next token of a text that fills the context, from parameters that lie as in training."""
+    params = join_blocks(merge_params(shapes.params.frozen, shapes.params.trainable))
+    shardings = state_shardings(mesh, params)
+    unstacked = jax.eval_shape(unstack_blocks, params)
+    shardings |= dict.fromkeys(segment_lengths(unstacked), shardings.pop(STACK))
+    with jax.set_mesh(mesh):
+        return compile_generation(GPTModel(shapes.cfg), with_shardings(unstacked, shardings))
+
+
+def _result(name: str, get: Callable[[], Any], cluster: Cluster, domains: Sequence[int]) -> Compiled:
     try:
-        compiled = future.result()
+        compiled = get()
     except jax.errors.JaxRuntimeError as error:
         return Compiled(name, None, problem=_first_line(str(error)))
     assert cluster.device is not None

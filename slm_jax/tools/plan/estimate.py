@@ -23,7 +23,7 @@ from slm_jax.nn.fused_attention import choose_implementation
 from slm_jax.nn.sharding import param_spec
 from slm_jax.nn.target import Target, compiling_for
 from slm_jax.runs import find_checkpoint
-from slm_jax.tasks.base import as_configured, run_dtype
+from slm_jax.tasks.base import as_configured
 from slm_jax.tasks.config import RunConfig, get_task
 from slm_jax.tokenizer import get_tokenizer
 from slm_jax.tools.plan.cluster import Cluster, find_cluster
@@ -32,7 +32,7 @@ from slm_jax.tools.plan.memory_model import Memory, State, Work, evaluation_memo
 from slm_jax.training.batch_size import fit_batch
 from slm_jax.training.checkpoint import read_metadata
 from slm_jax.training.config import MeshConfig
-from slm_jax.training.hardware import Device, device_memory, flops_per_token
+from slm_jax.training.hardware import Device, device_memory, flops_per_token, run_dtype
 from slm_jax.training.program import compile_program, device_bytes
 from slm_jax.training.sharding import check_heads, make_mesh, mesh_sizes
 from slm_jax.training.step import LossFn
@@ -67,6 +67,11 @@ class Shapes:
     @property
     def seq(self) -> int:
         return self.row["inputs"].size
+
+    @property
+    def generates(self) -> bool:
+        """Whether it is a language model, and no classifier."""
+        return self.n_outputs == self.cfg.vocab_size
 
     def batch_shapes(self, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
         return {name: jax.ShapeDtypeStruct((rows, *leaf.shape), leaf.dtype) for name, leaf in self.row.items()}
@@ -255,8 +260,7 @@ def make_plan(
     n_trained = count(shapes.params.trainable)
     n_params = n_trained + count(shapes.params.frozen)
 
-    trains_all = not shapes.params.frozen and shapes.n_outputs == shapes.cfg.vocab_size
-    flops = flops_per_token(shapes.cfg) if trains_all else None
+    flops = flops_per_token(shapes.cfg) if shapes.generates and not shapes.params.frozen else None
     share = None if known is None else mfu or ASSUMED_MFU
     peak = None if known is None else known.peak(work.cfg.dtype)
     step = None
@@ -332,10 +336,10 @@ class _Setting:
         head_dim = axis_sizes(cfg)["head_dim"]
         attention = choose_implementation(cfg.attention, cfg.dtype, head_dim, cfg.drop_rate > 0, odd, self.target)
         layers = map_axes(lambda axes, leaf: leaf.shape[0] if axes and axes.stack else 0, shapes.params.trainable)
-        accumulate = config.train.accumulate
+        accumulate, tensor = config.train.accumulate, config.mesh.tensor
         rows = config.train.batch_size // (self.parts(config) * accumulate)
-        trained_blocks = max(jax.tree.leaves(layers))
-        return Work(cfg, self.target, attention, rows, shapes.seq, shapes.n_outputs, trained_blocks, accumulate)
+        trained_blocks, n_outputs = max(jax.tree.leaves(layers)), -(-shapes.n_outputs // tensor)
+        return Work(cfg, self.target, attention, rows, shapes.seq, n_outputs, trained_blocks, accumulate, tensor)
 
     def state(self, config: RunConfig) -> State:
         params, muon = self.shapes.params, config.optimizer.kind == "muon"
@@ -373,7 +377,7 @@ class _Setting:
             "--model.remat dots": _replace(config, "model", remat="dots"),
             "--model.remat full": _replace(config, "model", remat="full"),
         }
-        most = self.parts(config)
+        most = self.parts(config) // config.mesh.replica
         if most > config.mesh.fsdp and config.mesh.data == -1:
             sharded = _replace(config, "mesh", fsdp=most)
             flags = f"--mesh.fsdp {most}"

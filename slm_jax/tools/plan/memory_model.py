@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from slm_jax.model import GPTConfig, Params, Remat, axis_sizes, is_unrolled
 from slm_jax.nn.axes import TABLE, Axes, map_axes
 from slm_jax.nn.loss import n_pieces
-from slm_jax.nn.sharding import param_spec
+from slm_jax.nn.sharding import RULES, param_spec
 from slm_jax.nn.target import Target
 from slm_jax.training.optimizer import muon_or_adam
 
@@ -51,9 +51,10 @@ class Work:
     attention: str  # explicit, xla, cudnn or flash
     rows: int  # sequences of a micro-batch
     seq: int  # tokens of a sequence
-    n_outputs: int  # columns of the logits: the vocabulary, or classes
+    n_outputs: int  # columns of the logits on this device: of the vocabulary, or classes
     trained_blocks: int  # with a backward pass; those before them keep nothing
     accumulate: int = 1  # micro-batches of a step
+    tensor: int = 1  # devices that split the blocks' hidden features between them
 
     @property
     def tokens(self) -> int:
@@ -65,8 +66,11 @@ class Work:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Sizes of the model's axes, and ``qkv``: query, key and value together."""
-        sizes = axis_sizes(self.cfg)
+        """Sizes of the model's axes on this device, and ``qkv``: query, key and value together."""
+        sizes = {
+            name: size // self.tensor if RULES.get(name) == ("tensor",) else size
+            for name, size in axis_sizes(self.cfg).items()
+        }
         return {**sizes, "qkv": (sizes["heads"] + 2 * sizes["kv_heads"]) * sizes["head_dim"]}
 
     @property

@@ -9,7 +9,6 @@ from slm_jax.tasks.config import parse_args
 from slm_jax.tools.plan import compilers
 from slm_jax.tools.plan.cluster import find_cluster
 from slm_jax.tools.plan.compilers import cluster_devices, compile_run
-from slm_jax.tools.plan.estimate import resolve
 
 SMALL = (
     *("--model.n_layers", "2", "--model.emb_dim", "256", "--model.n_heads", "2", "--model.context_length", "128"),
@@ -39,9 +38,11 @@ def test_a_tpu_compiler_splits_weights_and_uses_splash_attention():
     pytest.importorskip("libtpu")
     cluster = find_cluster("v5e-4")
     devices = cluster_devices(cluster)
-    config, shapes, _ = resolve(parse_args(SMALL), cluster)
-    step, evaluation, first = compile_run(config, shapes, cluster, devices)
-    assert [program.problem for program in (step, evaluation, first)] == [None] * 3
+    programs = compile_run(parse_args(SMALL), cluster, devices)
+    step, evaluation, first, generation = programs
+    assert [program.problem for program in programs] == [None] * 4
+    assert generation.sent > 0
+    assert generation.n_bytes < first.n_bytes
     assert {"splash attention", "splash attention backward"} <= set(step.kernels)
     assert set(evaluation.kernels) == {"splash attention"}
     assert step.sent > evaluation.sent > 0
