@@ -1,14 +1,15 @@
 """What XLA's compilers for TPUs and GPUs make of real runs, and how far slm-jax plan's formulas are from it.
 
     python benchmarks/compilers.py                      # TPUs: pip install libtpu; GPUs: pip install "jax[cuda13]"
-    python benchmarks/compilers.py --only v5e-4         # cases whose name or device contains a text
+    python benchmarks/compilers.py --only cpu           # cases whose name or device contains a text
     python benchmarks/compilers.py --only recipes+v5e:2x2
     python benchmarks/compilers.py --device v5e-16 --words "--model.preset gpt2-medium --mesh.fsdp 16 …"
 
 No device is needed, and nothing is run. A case compiles the training step, the evaluation, the first state and the
-generation of a run as ``slm-jax train`` does, in half a minute to six minutes on 2 CPU cores. A line of JSON has, for each program, the
-memory of a device by the compiler and what the formulas differ from it; likewise what each device sends; kernels and
-how often they run; and the size of all arrays in the step's collectives, as a multiple of the parameters in bfloat16.
+generation of a run as ``slm-jax train`` does, in half a minute to ten minutes on 2 CPU cores. A line of JSON has, for
+each program, the memory of a device by the compiler and what the formulas differ from it; likewise what each device
+sends; kernels and how often they run; and the size of all arrays in the step's collectives, as a multiple of the
+parameters in bfloat16.
 """
 
 import argparse
@@ -35,9 +36,12 @@ _7B = (
 )
 
 
-def _gpt2(size: str, rows: int, mesh: str = "", more: str = "") -> str:
-    rows_of_both = f"--train.batch_size {rows} --train.eval_batch_size {rows}"
-    return f"--tokenizer.kind gpt2 --model.preset gpt2-{size} {rows_of_both} {mesh} {more}"
+def _run(rows: int, words: str) -> str:
+    return f"--train.batch_size {rows} --train.eval_batch_size {rows} {words}"
+
+
+def _gpt2(size: str, rows: int, *words: str) -> str:
+    return _run(rows, " ".join(["--tokenizer.kind gpt2 --model.preset", f"gpt2-{size}", *words]))
 
 
 def _gpus(size: str, rows: int, more: str = "") -> dict[str, tuple[str, str]]:
@@ -55,23 +59,33 @@ _RECIPES = {
 }
 # A name, a device, and the words after slm-jax (train, if it is left out).
 CASES = {
+    "tiny": ("cpu", _run(8, "--model.preset tiny")),
+    "mini": ("cpu", _run(8, "--model.preset mini")),
+    "mini, accumulate 4": ("cpu", _run(8, "--model.preset mini --train.accumulate 4")),
+    "mini in a loop, remat dots": ("cpu", _run(8, "--model.preset mini --model.unroll false --model.remat dots")),
+    "small, 256 tokens": ("cpu", _gpt2("small", 4, "--model.context_length 256")),
+    "small in a loop, 256 tokens": ("cpu", _gpt2("small", 4, "--model.context_length 256 --model.unroll false")),
+    "small in a loop, remat full": ("cpu", _gpt2("small", 8, "--model.unroll false --model.remat full")),
+    "small, one chip": ("v5e-1", _gpt2("small", 16)),
+    "small, one chip, 4,096 tokens": ("v5e-1", _gpt2("small", 4, "--model.context_length 4096")),
+    "small, one chip, remat dots": ("v5e-1", _gpt2("small", 16, "--model.remat dots")),
+    "small, one chip, 40 rows, remat dots": ("v5e-1", _gpt2("small", 40, "--model.remat dots")),
+    "medium, one chip": ("v5e-1", _gpt2("medium", 8)),
+    "medium, one chip, remat dots": ("v5e-1", _gpt2("medium", 16, "--model.remat dots")),
     "small, data 4": ("v5e-4", _gpt2("small", 32)),
-    "small, data 4, accumulate 4": ("v5e-4", _gpt2("small", 128, "", _MICRO)),
+    "small, data 4, accumulate 4": ("v5e-4", _gpt2("small", 128, _MICRO)),
     "small, fsdp 4": ("v5e-4", _gpt2("small", 32, "--mesh.fsdp 4")),
     "small, fsdp 4, accumulate 4": ("v5e-4", _gpt2("small", 128, "--mesh.fsdp 4", _MICRO)),
     "medium, fsdp 16": ("v5e-16", _gpt2("medium", 64, "--mesh.fsdp 16")),
     "xl, fsdp 64": ("v5e-64", _gpt2("xl", 256, "--mesh.fsdp 64", "--model.remat dots")),
-    "7b, fsdp 64": ("v5e-64", f"{_7B} --train.batch_size 128 --train.eval_batch_size 128 --mesh.fsdp 64"),
-    "7b, fsdp 2, tensor 4": (
-        "v5p:2x2x2",
-        f"{_7B} --train.batch_size 8 --train.eval_batch_size 8 --mesh.fsdp 2 --mesh.tensor 4",
-    ),
-    "small, data 8, accumulate 4": ("h100x8", _gpt2("small", 256, "", _MICRO)),
+    "7b, fsdp 64": ("v5e-64", _run(128, f"{_7B} --mesh.fsdp 64")),
+    "7b, fsdp 2, tensor 4": ("v5p:2x2x2", _run(8, f"{_7B} --mesh.fsdp 2 --mesh.tensor 4")),
+    "small, data 8, accumulate 4": ("h100x8", _gpt2("small", 256, _MICRO)),
     **_gpus("small", 64),
     **_gpus("medium", 64),
     **_gpus("xl", 64, "--model.remat full"),
     **{
-        f"recipes: {name}": (device, words)
+        f"recipes: {name}, {device}": (device, words)
         for device in ("v5e:2x2", "v5e:8x8", "h100x8")
         for name, words in _RECIPES.items()
     },
@@ -115,7 +129,10 @@ def measure(device: str, words: list[str]) -> dict[str, Any]:
     return {
         "words": " ".join(words),
         "dtype": plan.dtype,
-        **{name: _line(program, plan.memory_limit, *planned.get(name, (None, None))) for name, program in programs.items()},
+        **{
+            name: _line(program, plan.memory_limit, *planned.get(name, (None, None)))
+            for name, program in programs.items()
+        },
         "multiple": round(sum(one.count * one.n_bytes for one in step.collectives) / (2 * plan.n_params), 2),
         "collectives": counts,
         "largest": [(one.kind, one.count, round(one.n_bytes / 1e6, 2), one.source) for one in step.collectives[:6]],

@@ -8,17 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AbstractMesh, AxisType, use_abstract_mesh
 
 from slm_jax.model import GPTConfig, GPTModel, init_params
 from slm_jax.tasks.pretraining import make_loss_fn
 from slm_jax.training.config import OptimizerConfig
 from slm_jax.training.optimizer import make_optimizer, make_schedule
 from slm_jax.training.program import CompiledByShape
-from slm_jax.training.step import (
-    TrainState,
-    make_eval_step,
-    make_train_step,
-)
+from slm_jax.training.step import TrainState, accumulated_gradients, make_eval_step, make_train_step
 
 BATCH, SEQ, VOCAB = 8, 12, 29
 
@@ -185,6 +182,19 @@ def test_each_step_and_each_micro_batch_has_a_key_of_its_own():
     assert loss(3, 1) == loss(3, 1)
     assert loss(3, 1) != loss(3, 1, seed=1)
     assert loss(3, 4, square=True) - loss(3, 4) ** 2 > 1e-4  # the variance of equal draws is 0
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_copies_exchange_the_gradients_of_micro_batches_in_the_dtype_of_the_model(params, batch, dtype):
+    """As XLA does without micro-batches; they are summed in float32."""
+    step = partial(accumulated_gradients, make_loss_fn(gpt(dtype=dtype)), accumulate=2, dtype=dtype)
+    with use_abstract_mesh(AbstractMesh((2,), ("data",), axis_types=(AxisType.Auto,))):
+        jaxpr, (gradients, _) = jax.make_jaxpr(step, return_shape=True)(params, {}, batch, key=jax.random.key(0))
+    (summed,) = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "shard_map"]
+    sent = [e.invars[0].aval for e in summed.params["jaxpr"].eqns if e.primitive.name == "psum"]
+    shapes = {leaf.shape for leaf in jax.tree.leaves(params)}
+    assert {aval.dtype.name for aval in sent if aval.shape in shapes and aval.shape} == {dtype}
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(gradients)} == {"float32"}
 
 
 def test_evaluation_has_no_dropout(params, batch):

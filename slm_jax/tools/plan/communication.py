@@ -14,8 +14,9 @@ outputs of attention and MLP               all-reduce      tensor               
 =========================================  ==============  ===================  =================================
 
 The gradient of the head's kernel is float32, unless micro-batches are summed first; a head that is tied to the token
-embedding adds a gather and a gradient to those of the lookup. A ring of n devices sends (n - 1) / n of the array in an all-gather or a reduce-scatter, twice that
-in an all-reduce. ``slm-jax plan --compile`` counts what XLA's compilers make of the same step.
+embedding adds a gather and a gradient to those of the lookup. A ring of n devices sends (n - 1) / n of the array in an
+all-gather or a reduce-scatter, twice that in an all-reduce. ``slm-jax plan --compile`` counts what XLA's compilers make
+of the same step.
 """
 
 import dataclasses

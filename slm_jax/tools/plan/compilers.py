@@ -22,9 +22,9 @@ from slm_jax.model import GPTModel
 from slm_jax.nn.axes import STACK
 from slm_jax.nn.blocks import join_blocks, merge_params, segment_lengths, unstack_blocks
 from slm_jax.nn.target import compiling_for
+from slm_jax.tasks.config import RunConfig
 from slm_jax.tools.plan.cluster import GPUS_PER_HOST, Cluster
 from slm_jax.tools.plan.communication import compiled_seconds, device_domains
-from slm_jax.tasks.config import RunConfig
 from slm_jax.tools.plan.estimate import Shapes, resolve
 from slm_jax.tools.plan.hlo import Collective, find_collectives, find_kernels
 from slm_jax.training.batch_size import fit_batch
@@ -82,7 +82,6 @@ class Compiled:
 
 def compile_run(config: RunConfig, cluster: Cluster, devices: Sequence[Any]) -> list[Compiled]:
     """Compile the programs of a run as training does, for devices of :func:`cluster_devices`."""
-    assert cluster.device is not None
     config, shapes, target = resolve(config, cluster)
     with compiling_for(*target), _without_a_device(cluster):
         mesh = make_mesh(config.mesh, devices)
@@ -113,10 +112,9 @@ def _result(name: str, get: Callable[[], Any], cluster: Cluster, domains: Sequen
         compiled = get()
     except jax.errors.JaxRuntimeError as error:
         return Compiled(name, None, problem=_first_line(str(error)))
-    assert cluster.device is not None
     text = compiled.as_text()
     collectives = tuple(find_collectives(text))
-    seconds = compiled_seconds(cluster.device, collectives, domains)
+    seconds = compiled_seconds(cluster.device, collectives, domains) if cluster.device else 0.0
     return Compiled(name, device_bytes(compiled), None, collectives, find_kernels(text), seconds)
 
 
@@ -126,9 +124,9 @@ def _first_line(message: str) -> str:
 
 def cluster_devices(cluster: Cluster) -> list[Any]:
     """Return the devices to compile for; an InputError if their compiler is not installed or does not know them."""
+    here = jax.devices("cpu")  # JAX finds its plugins, too
     if cluster.device is None:
-        raise InputError("cpu is this machine; to compile, expected a device with a number, such as v5e-8 or h100x8")
-    jax.devices("cpu")  # so that JAX has found its plugins
+        return here[:1]
     get = _gpus if cluster.is_gpu else _tpus
     try:
         devices = get(cluster)
@@ -154,6 +152,8 @@ def _tpus(cluster: Cluster) -> list[Any]:
         os.environ.setdefault(name, value)
     topology = "x".join(map(str, cluster.topology))
     options: dict[str, Any] = {"num_slices": cluster.n_slices} if cluster.n_slices > 1 else {}
+    if cluster.device.name == "v4":  # as Google Cloud sets them up: both cores of a chip are one device
+        options["chip_config_name"] = "megacore"
     if cluster.topology == (1, 1):
         options["chips_per_host_bounds"] = (1, 1, 1)
     name = f"{cluster.device.name}:{topology}"
