@@ -121,7 +121,7 @@ def measure(device: str, words: list[str]) -> dict[str, Any]:
     plan = make_plan(config, device)
     programs = {program.name: program for program in compile_run(config, cluster, devices)}
     step, memory = programs["training step"], plan.by_remat[plan.remat].memory
-    sent = sum(sent for _, sent, _ in plan.step.exchanges) if plan.step else None
+    sent = plan.step.sent if plan.step else None
     planned = {"training step": (memory.total, sent), "evaluation": (plan.evaluation_bytes - memory.optimizer, None)}
     counts: collections.Counter[str] = collections.Counter()
     for one in step.collectives:
@@ -136,7 +136,7 @@ def measure(device: str, words: list[str]) -> dict[str, Any]:
         "multiple": round(sum(one.count * one.n_bytes for one in step.collectives) / (2 * plan.n_params), 2),
         "collectives": counts,
         "largest": [(one.kind, one.count, round(one.n_bytes / 1e6, 2), one.source) for one in step.collectives[:6]],
-        "planned": plan.step and [(one.what, one.kind, round(sent / 1e6, 1)) for one, sent, _ in plan.step.exchanges],
+        "planned": plan.step and [(one.what, one.kind, round(one.sent / 1e6, 1)) for one in plan.step.exchanges],
         "seconds": round(time.monotonic() - start),
     }
 

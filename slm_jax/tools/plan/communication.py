@@ -20,53 +20,22 @@ of the same step.
 """
 
 import dataclasses
-import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from flax.traverse_util import flatten_dict
+from jax.sharding import Mesh
 
-from slm_jax.nn.axes import Axes, map_axes
-from slm_jax.nn.sharding import COPIES, ROWS
+from slm_jax.nn.axes import Axes, find_axes
+from slm_jax.nn.sharding import COPIES, ROWS, param_spec
 from slm_jax.tools.plan.cluster import Cluster
 from slm_jax.tools.plan.hlo import Collective, sent_bytes
 from slm_jax.tools.plan.memory_model import Work
 from slm_jax.training.hardware import Device
-from slm_jax.training.sharding import state_shardings
 from slm_jax.training.task import Parameters
-
-
-@dataclasses.dataclass(frozen=True)
-class Exchange:
-    """Collectives of one kind in a training step.
-
-    Attributes:
-        what: what is exchanged, for people.
-        kind: one of :data:`slm_jax.tools.plan.hlo.KINDS`.
-        axes: axes of the mesh along which devices exchange.
-        n_bytes: size of the arrays, all together, of one device's group.
-        size, spans: devices of a group, and the hosts (of GPUs) or slices (of TPUs) that they are in.
-    """
-
-    what: str
-    kind: str
-    axes: tuple[str, ...]
-    n_bytes: float
-    size: int
-    spans: int
-
-    @property
-    def sent(self) -> float:
-        """The bytes that each device sends."""
-        return sent_bytes(self.kind, self.n_bytes, self.size)
-
-    def seconds(self, device: Device) -> "Wires":
-        """Return the least times that it takes."""
-        return wire_seconds(device, self.kind, self.n_bytes, self.size, self.spans)
 
 
 class Wires(NamedTuple):
@@ -105,16 +74,43 @@ def compiled_seconds(device: Device, collectives: Sequence[Collective], domains:
     return least_seconds(times)
 
 
-def step_exchanges(work: Work, params: Parameters, sizes: Mapping[str, int], cluster: Cluster) -> list[Exchange]:
+@dataclasses.dataclass(frozen=True)
+class Exchange:
+    """Collectives of one kind in a training step.
+
+    Attributes:
+        what: what is exchanged, for people.
+        kind: one of :data:`slm_jax.tools.plan.hlo.KINDS`.
+        axes: axes of the mesh along which devices exchange.
+        n_bytes: size of the arrays, all together, of one device's group.
+        size, spans: devices of a group, and the hosts (of GPUs) or slices (of TPUs) that they are in.
+        sent: bytes that each device sends.
+        wires: the least times that it takes.
+    """
+
+    what: str
+    kind: str
+    axes: tuple[str, ...]
+    n_bytes: float
+    size: int
+    spans: int
+    sent: float
+    wires: Wires
+
+
+def step_exchanges(
+    work: Work, params: Parameters, sizes: Mapping[str, int], cluster: Cluster, device: Device
+) -> list[Exchange]:
     """Return what a training step exchanges, by the table above; ``sizes``: of the mesh's axes, the outermost first."""
     parts: dict[tuple[str, str, tuple[str, ...]], float] = {}
-    for what, kind, axes, n_bytes in itertools.chain(_of_parameters(work, params, sizes), _of_activations(work, sizes)):
+    for what, kind, axes, n_bytes in itertools.chain(_of_parameters(work, params, sizes), _of_activations(work)):
         parts[what, kind, axes] = parts.get((what, kind, axes), 0.0) + n_bytes
     found = []
     for (what, kind, axes), n_bytes in parts.items():
-        size = math.prod(sizes.get(axis, 1) for axis in axes)
+        size, spans = math.prod(sizes.get(axis, 1) for axis in axes), _spans(sizes, axes, cluster.domain)
         if size > 1 and n_bytes:
-            found.append(Exchange(what, kind, axes, n_bytes, size, _spans(sizes, axes, cluster.domain)))
+            wires = wire_seconds(device, kind, n_bytes, size, spans)
+            found.append(Exchange(what, kind, axes, n_bytes, size, spans, sent_bytes(kind, n_bytes, size), wires))
     return found
 
 
@@ -122,60 +118,37 @@ _Part = tuple[str, str, tuple[str, ...], float]
 
 
 def _of_parameters(work: Work, params: Parameters, sizes: Mapping[str, int]) -> Iterator[_Part]:
-    # Only the mesh's shape counts, so one device may stand for all.
-    mesh = Mesh(np.full(tuple(sizes.values()), jax.devices("cpu")[0]), tuple(sizes))
     for tree, trained in ((params.trainable, True), (params.frozen, False)):
-        costs = jax.tree.leaves(map_axes(functools.partial(_cost, work, trained), tree), is_leaf=_is_cost)
-        shardings = jax.tree.leaves(state_shardings(mesh, tree))
-        for leaf, sharding, cost in zip(jax.tree.leaves(tree), shardings, costs, strict=True):
-            yield from _of_leaf(work, leaf, sharding.spec, cost, trained, sizes)
+        for path, leaf in flatten_dict(tree, sep="/").items():
+            axes = find_axes(path)
+            split = {name for name in param_spec(axes, leaf.shape, sizes) if name}
+            numbers = leaf.size / math.prod(sizes[axis] for axis in split if axis != "fsdp")
+            gathered, gradient = _itemsizes(work, axes, trained)
+            summed = gradient
+            if work.accumulate > 1:
+                summed = 2 if work.cfg.dtype == "bfloat16" else leaf.dtype.itemsize
+            if "fsdp" in split:
+                yield "weights", "all-gather", ("fsdp",), work.accumulate * numbers * gathered
+            if trained and "fsdp" in split:
+                yield "gradients", "reduce-scatter", ("fsdp",), work.accumulate * numbers * gradient
+                yield "gradients of other copies", "all-reduce", COPIES, numbers * summed / sizes["fsdp"]
+            elif trained:
+                yield "gradients", "all-reduce", ROWS, numbers * summed
 
 
-class _Cost(NamedTuple):
-    """What is exchanged of each number of a leaf in a micro-batch: bytes of its gathered weights, of its gradient."""
-
-    gathered: int
-    gradient: int
-
-
-def _is_cost(value: Any) -> bool:
-    return isinstance(value, _Cost)
-
-
-def _cost(work: Work, trained: bool, axes: Axes | None, leaf: Any) -> _Cost:
+def _itemsizes(work: Work, axes: Axes | None, trained: bool) -> tuple[int, int]:
+    """Return the bytes in which a micro-batch gathers a number of a leaf, in all, and exchanges its gradient."""
     c = work.itemsize
     if axes is None:
-        return _Cost(c, c)
+        return c, c
     if axes.is_head:
-        return _Cost(c, 4)
+        return c, 4
     if axes.is_table and "vocab" in axes.inputs and work.cfg.tie_weights:
-        return _Cost(2 * c, c + 4)
-    return _Cost(2 * c if axes.stack and trained else c, c)
+        return 2 * c, c + 4
+    return (2 * c if axes.stack and trained else c), c
 
 
-def _of_leaf(
-    work: Work, leaf: Any, spec: PartitionSpec, cost: _Cost, trained: bool, sizes: Mapping[str, int]
-) -> Iterator[_Part]:
-    """Yield what the weights and gradients of a leaf cost."""
-    split = {name for name in spec if name}
-    numbers = leaf.size / math.prod(sizes[axis] for axis in split if axis != "fsdp")
-    summed = numbers * (cost.gradient if work.accumulate == 1 else _summed_bytes(work, leaf))
-    if "fsdp" not in split:
-        if trained:
-            yield "gradients", "all-reduce", ROWS, summed
-        return
-    yield "weights", "all-gather", ("fsdp",), work.accumulate * numbers * cost.gathered
-    if trained:
-        yield "gradients", "reduce-scatter", ("fsdp",), work.accumulate * numbers * cost.gradient
-        yield "gradients of other copies", "all-reduce", COPIES, summed / sizes["fsdp"]
-
-
-def _summed_bytes(work: Work, leaf: Any) -> int:
-    """Return the bytes in which a number of a gradient travels that micro-batches have summed up."""
-    return 2 if work.cfg.dtype == "bfloat16" else leaf.dtype.itemsize
-
-
-def _of_activations(work: Work, sizes: Mapping[str, int]) -> Iterator[_Part]:
+def _of_activations(work: Work) -> Iterator[_Part]:
     n_bytes = work.tokens * work.sizes["embed"] * work.itemsize
     per_layer = 6 if work.remat == "full" else 4
     yield "activations", "all-reduce", ("tensor",), per_layer * work.sizes["layers"] * work.accumulate * n_bytes
@@ -202,8 +175,7 @@ class StepTime:
 
     Attributes:
         compute: the step's FLOPs at the peak, recomputation (model.remat full) included.
-        exchanges: what is sent, with the bytes that each device sends and the least seconds.
-        wires: the least time of all exchanges.
+        exchanges: what is sent; wires: the least time of all of it.
         overlapped, in_turn: seconds of a step that computes at the assumed MFU, if communication happens meanwhile, and
             if it happens before or after.
         mfu: expected share of the peak, if communication happens meanwhile, and if not.
@@ -212,12 +184,17 @@ class StepTime:
     """
 
     compute: float
-    exchanges: tuple[tuple[Exchange, float, float], ...]
+    exchanges: tuple[Exchange, ...]
     wires: float
     overlapped: float
     in_turn: float
     mfu: tuple[float, float]
     bound_below: float | None
+
+    @property
+    def sent(self) -> float:
+        """The bytes that each device sends."""
+        return sum(one.sent for one in self.exchanges)
 
 
 def step_time(
@@ -225,18 +202,14 @@ def step_time(
 ) -> StepTime:
     """Return the times of a step; ``mfu``: share of the peak that a device reaches alone."""
     tokens = work.tokens * work.accumulate
-    peak = device.peak(work.cfg.dtype)
-    model_seconds = flops_per_token * tokens / peak
-    compute = model_seconds * (4 / 3 if work.remat == "full" else 1)
-    times = [exchange.seconds(device) for exchange in exchanges]
-    wires = least_seconds(times)
-    busy = model_seconds / mfu
+    model_seconds = flops_per_token * tokens / device.peak(work.cfg.dtype)
+    busy, wires = model_seconds / mfu, least_seconds(one.wires for one in exchanges)
     # The exchange of activations grows with the tokens; that of weights and gradients does not.
-    fixed = least_seconds(t for t, one in zip(times, exchanges, strict=True) if one.what != "activations")
+    fixed = least_seconds(one.wires for one in exchanges if one.what != "activations")
     left = (busy - (wires - fixed)) / tokens
     return StepTime(
-        compute=compute,
-        exchanges=tuple((one, one.sent, max(t)) for one, t in zip(exchanges, times, strict=True)),
+        compute=model_seconds * (4 / 3 if work.remat == "full" else 1),
+        exchanges=tuple(exchanges),
         wires=wires,
         overlapped=max(busy, wires),
         in_turn=busy + wires,

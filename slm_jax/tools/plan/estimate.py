@@ -265,7 +265,8 @@ def make_plan(
     peak = None if known is None else known.peak(work.cfg.dtype)
     step = None
     if known is not None and share and flops:
-        step = step_time(work, step_exchanges(work, shapes.params, sizes, cluster), known, flops, share)
+        exchanges = step_exchanges(work, shapes.params, sizes, cluster, known)
+        step = step_time(work, exchanges, known, flops, share)
     rate = config.train.batch_size * shapes.seq / step.overlapped if step else None
     if tokens is None and config.train.steps is not None:
         tokens = float(config.train.steps * config.train.batch_size * shapes.seq)

@@ -71,7 +71,7 @@ def scaling_table(shape: str) -> str:
 
 def _sent(row: Row, over_network: bool) -> str:
     assert row.plan.step is not None
-    sent = sum(sent for one, sent, _ in row.plan.step.exchanges if (one.spans > 1) == over_network)
+    sent = sum(one.sent for one in row.plan.step.exchanges if (one.spans > 1) == over_network)
     return format_bytes(sent) if sent else "-"
 
 

@@ -93,13 +93,12 @@ def _step_table(plan: Plan, step: StepTime) -> Table:
     table = Table(title="one training step, on each device, at best", title_justify="left", pad_edge=False)
     for column in ("", "collective", "along", "sends", "time"):
         table.add_column(column, justify="right" if column in ("sends", "time") else "left")
-    for one, sent, seconds in step.exchanges:
+    for one in step.exchanges:
         along = " × ".join(axis for axis in one.axes if plan.mesh.get(axis, 1) > 1)
         network = ", over the network" if one.spans > 1 else ""
-        table.add_row(one.what, one.kind, f"{along}{network}", format_bytes(sent), _milliseconds(seconds))
+        table.add_row(one.what, one.kind, f"{along}{network}", format_bytes(one.sent), _milliseconds(max(one.wires)))
     table.add_section()
-    sent = sum(sent for _, sent, _ in step.exchanges)
-    table.add_row("communication", "", "", format_bytes(sent), _milliseconds(step.wires))
+    table.add_row("communication", "", "", format_bytes(step.sent), _milliseconds(step.wires))
     table.add_row("computation at the peak", "", "", "", _milliseconds(step.compute))
     overlapped, in_turn = step.mfu
     table.add_row("MFU, communication meanwhile or not", "", "", "", f"{overlapped:.0%} or {in_turn:.0%}")

@@ -4,7 +4,7 @@ import pytest
 
 from slm_jax.tasks.config import parse_args
 from slm_jax.tools.plan import make_plan
-from slm_jax.tools.plan.communication import Exchange, wire_seconds
+from slm_jax.tools.plan.communication import wire_seconds
 from slm_jax.training.hardware import find_device
 
 GPT2 = ("--model.preset", "gpt2-small", "--tokenizer.kind", "gpt2", "--train.batch_size", "1024")
@@ -16,11 +16,11 @@ N_PARAMS = 124_439_808
 
 def exchanges(device, *words):
     step = make_plan(parse_args([*GPT2, *words]), device).step
-    return {(one.what, one.kind): one for one, _, _ in step.exchanges}
+    return {(one.what, one.kind): one for one in step.exchanges}
 
 
 def test_data_parallel_devices_sum_their_gradients_once_a_step():
-    for accumulate, n_bytes in ((1, GRADIENTS + 2 * NORM), (4, 4 * N_PARAMS)):
+    for accumulate, n_bytes in ((1, GRADIENTS + 2 * NORM), (4, 2 * N_PARAMS)):
         found = exchanges("h100x8", "--train.accumulate", str(accumulate))
         assert list(found) == [("gradients", "all-reduce")]
         one = found["gradients", "all-reduce"]
@@ -35,7 +35,7 @@ def test_fsdp_gathers_weights_twice_and_scatters_gradients(accumulate):
     weights, scattered = found["weights", "all-gather"], found["gradients", "reduce-scatter"]
     assert weights.n_bytes == accumulate * 2 * (2 * 12 * BLOCK + 2 * VOCABULARY + POSITIONS)
     assert scattered.n_bytes == accumulate * GRADIENTS
-    assert found["gradients", "all-reduce"].n_bytes == NORM * (2 if accumulate == 1 else 4)
+    assert found["gradients", "all-reduce"].n_bytes == 2 * NORM
 
 
 def test_copies_of_shards_are_summed_over_the_network():
@@ -52,7 +52,6 @@ def test_times_on_links_and_network_by_hand():
     # 16 GPUs on two hosts: inside, 7/8 of the array twice; between hosts half of an eighth, twice.
     assert wire_seconds(h100, "all-reduce", 8e9, 16, 2) == (14e9 / 450e9, 1e9 / 50e9)
     assert wire_seconds(h100, "all-reduce", 8e9, 4, 4) == (0.0, 12e9 / 50e9)
-    assert Exchange("x", "all-gather", ("fsdp",), 8e9, 8, 1).sent == 7e9
 
 
 def test_mfu_and_the_batch_below_which_communication_decides():

@@ -39,6 +39,7 @@ def test_gpt2_small_on_a_t4():
         (["--train.batch_size", "256"], "v5e", 4),
         (["--train.batch_size", "64", "--train.eval_batch_size", "8192"], "h100", 1),
         (["--train.batch_size", "64", "--model.preset", "gpt2-xl"], "a100-40g", 8),
+        (["--train.batch_size", "64", "--model.preset", "gpt2-xl", "--mesh.replica", "2"], "a100-40g", 16),
     ],
 )
 def test_every_suggested_change_makes_it_fit(words, device, n_devices):
