@@ -72,6 +72,15 @@ class Cluster:
         """Devices that fast links join: the GPUs of a host, or a slice; domains are joined by the network."""
         return min(self.n_devices, GPUS_PER_HOST) if self.is_gpu else self.n_devices // self.n_slices
 
+    def scatters(self, n_devices: int) -> bool:
+        """Whether XLA's compiler has a reduce-scatter for so many of the devices.
+
+        That of TPUs (libtpu 0.0.52) has one for four chips, or a slice of two rows; elsewhere it sums the whole array
+        on every chip, even if the program asks for a reduce-scatter.
+        """
+        axes = [size for size in self.topology if size > 1]
+        return self.is_gpu or n_devices <= 4 or (len(axes) <= 2 and min(axes, default=1) <= 2)
+
 
 def find_cluster(name: str, n_devices: int = 1) -> Cluster:
     """Return the devices with a name such as ``h100``, ``h100x8``, ``v5e-64``, ``v5p:2x2x2``, ``v5e-256x2`` or ``cpu``.

@@ -14,9 +14,10 @@ outputs of attention and MLP               all-reduce      tensor               
 =========================================  ==============  ===================  =================================
 
 The gradient of the head's kernel is float32, unless micro-batches are summed first; a head that is tied to the token
-embedding adds a gather and a gradient to those of the lookup. A ring of n devices sends (n - 1) / n of the array in an
-all-gather or a reduce-scatter, twice that in an all-reduce. ``slm-jax plan --compile`` counts what XLA's compilers make
-of the same step.
+embedding adds a gather and a gradient to those of the lookup. On most TPU slices an all-reduce replaces the
+reduce-scatter (:meth:`slm_jax.tools.plan.cluster.Cluster.scatters`). A ring of n devices sends (n - 1) / n of the
+array in an all-gather or a reduce-scatter, twice that in an all-reduce. ``slm-jax plan --compile`` counts what XLA's
+compilers make of the same step.
 """
 
 import dataclasses
@@ -104,6 +105,8 @@ def step_exchanges(
     """Return what a training step exchanges, by the table above; ``sizes``: of the mesh's axes, the outermost first."""
     parts: dict[tuple[str, str, tuple[str, ...]], float] = {}
     for what, kind, axes, n_bytes in itertools.chain(_of_parameters(work, params, sizes), _of_activations(work)):
+        if kind == "reduce-scatter" and not cluster.scatters(sizes["fsdp"]):
+            kind = "all-reduce"
         parts[what, kind, axes] = parts.get((what, kind, axes), 0.0) + n_bytes
     found = []
     for (what, kind, axes), n_bytes in parts.items():

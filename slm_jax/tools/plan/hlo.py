@@ -66,11 +66,17 @@ def find_collectives(text: str) -> list[Collective]:
     module = _read(text)
     partitions = re.search(r"\bnum_partitions=(\d+)", text.partition("\n")[0])
     n_devices = int(partitions[1]) if partitions else 1
+    chains: set[str] = set()
 
     def collective(call: _Call) -> Collective | None:
         kind = call.opcode.removesuffix("-start")
         if kind not in KINDS:
             return None
+        # A TPU starts, continues and ends a collective in several fusions, each with a copy of the instruction.
+        if chain := re.search(r"channel_id=(\d+),.*\bchain_id=", call.rest):
+            if chain[1] in chains:
+                return None
+            chains.add(chain[1])
         groups = _groups(call.rest, n_devices)
         size = max(map(len, groups), default=1)
         n_bytes = _whole_bytes(kind, call, size)

@@ -38,6 +38,19 @@ def test_fsdp_gathers_weights_twice_and_scatters_gradients(accumulate):
     assert found["gradients", "all-reduce"].n_bytes == 2 * NORM
 
 
+def test_most_slices_of_tpus_sum_gradients_whole():
+    """Their compiler has a reduce-scatter for few chips only."""
+    for device, fsdp, kind in (
+        ("v5e-16", 16, "all-reduce"),
+        ("v5e-8", 8, "reduce-scatter"),
+        ("v5p:2x2x2", 8, "all-reduce"),
+        ("h100x8", 8, "reduce-scatter"),
+    ):
+        step = make_plan(parse_args([*GPT2, "--mesh.fsdp", str(fsdp)]), device).step
+        (scattered,) = [one for one in step.exchanges if (one.what, one.axes) == ("gradients", ("fsdp",))]
+        assert (scattered.kind, scattered.n_bytes) == (kind, GRADIENTS)
+
+
 def test_copies_of_shards_are_summed_over_the_network():
     found = exchanges("h100x64", "--mesh.fsdp", "8")
     assert (found["weights", "all-gather"].size, found["weights", "all-gather"].spans) == (8, 1)

@@ -53,6 +53,16 @@ metadata={op_name="jit(step)/splash_mha_fwd"}
   ROOT %less.2 = pred[] compare(%i.3, %constant.8), direction=LT
 }
 
+%async_collective_fusion.1 (u: bf16[8]) -> bf16[64] {
+  ROOT %all-gather.5 = bf16[64]{0} all-gather(%u), channel_id=7, replica_groups=mesh['a'=8] {'a'}, dimensions={0}, \
+frontend_attributes={chain_id="2"}
+}
+
+%async_collective_fusion.2 (u.2: bf16[8]) -> bf16[64] {
+  ROOT %all-gather.6 = bf16[64]{0} all-gather(%u.2), channel_id=7, replica_groups=mesh['a'=8] {'a'}, dimensions={0}, \
+frontend_attributes={chain_id="2"}
+}
+
 %wrapped (q: f32[64]) -> f32[8] {
   ROOT %reduce-scatter.1 = f32[8]{0} reduce-scatter(%q), replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
 }
@@ -61,6 +71,8 @@ ENTRY %main (a: bf16[64,128], /*index=1*/b: f32[1024]) -> f32[] {
   %while.1 = (s32[], bf16[64,128]{1,0}) while(%init), condition=%condition.7, body=%body.7
   %while.2 = (s32[], f32[16]{0}) while(%init.2), condition=%up_to_eight, body=%unrolled
   %fusion.1 = f32[256]{0} fusion(%b), kind=kCustom, calls=%all-reduce-scatter.3
+  %begins = bf16[64]{0} fusion(%b), kind=kCustom, calls=%async_collective_fusion.1
+  %ends = bf16[64]{0} fusion(%begins), kind=kCustom, calls=%async_collective_fusion.2
   %start.1 = ((f32[64]{0}), f32[8]{0}, s32[]) async-start(%b), calls=%wrapped
   %done.1 = f32[8]{0} async-done(%start.1), calls=%wrapped
   %ag.1 = (f32[16]{0}, f32[128]{0}) all-gather-start(%b), replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}
@@ -83,6 +95,7 @@ def test_collectives_of_a_text():
         ("reduce-scatter", 1, 1024 * 4, 4),  # a TPU's fusion
         ("reduce-scatter", 1, 8 * 8 * 4, 8),  # asynchronous
         ("all-gather", 1, 128 * 4, 8),
+        ("all-gather", 1, 64 * 2, 8),  # in two fusions of a TPU
         ("reduce-scatter", 1, 640 * 4, 8),  # as XLA abbreviates it for GPUs
         ("collective-permute", 1, 32 * 4 + 4, 2),
         ("all-reduce", 1, 4, 2),
