@@ -87,14 +87,15 @@ def compile_run(config: RunConfig, cluster: Cluster, devices: Sequence[Any]) -> 
         mesh = make_mesh(config.mesh, devices)
         config, _ = fit_batch(config, row_shards(mesh))
         program = compile_program(config, shapes, mesh, needs_init=True)
-        wanted = [
-            ("training step", program.compiling[0].result),
-            ("evaluation", program.compiling[1].result),
-            ("first state", program.init and program.init.result),
-            ("generation", functools.partial(_compile_generation, shapes, mesh) if shapes.generates else None),
-        ]
+        wanted: dict[str, Callable[[], Any]] = dict(
+            zip(("training step", "evaluation"), (one.result for one in program.compiling), strict=True)
+        )
+        if program.init is not None:
+            wanted["first state"] = program.init.result
+        if shapes.generates:
+            wanted["generation"] = functools.partial(_compile_generation, shapes, mesh)
         domains = device_domains(mesh)
-        return [_result(name, compiled, cluster, domains) for name, compiled in wanted if compiled is not None]
+        return [_result(name, compiled, cluster, domains) for name, compiled in wanted.items()]
 
 
 def _compile_generation(shapes: Shapes, mesh: Mesh) -> Any:
