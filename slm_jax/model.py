@@ -205,7 +205,7 @@ def init_cache(cfg: GPTConfig, params: Params, batch_size: int, capacity: int) -
     It has the same segments of blocks as ``params`` (arrays or shapes).
 
     Returns:
-        Zeros in ``cfg.dtype``: ``keys`` and ``values`` (blocks, batch_size·n_heads, capacity, emb_dim / n_heads) for
+        Zeros in ``cfg.dtype``: ``keys`` and ``values`` (blocks, n_heads·batch_size, capacity, emb_dim / n_heads) for
         each segment; ``lengths``, int32 (batch_size,), counts the tokens in each row.
 
     Raises:

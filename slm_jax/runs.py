@@ -17,6 +17,7 @@ from slm_jax.files import new_folder, read_json, user_path
 from slm_jax.model import DType, GPTConfig, Params, param_shapes
 from slm_jax.nn.blocks import merge_params
 from slm_jax.nn.lora import split_adapters
+from slm_jax.nn.sharding import spread
 from slm_jax.tokenizer import FILE_NAME, GPT2Tokenizer, Tokenizer, load_tokenizer, tokenizer_from_dict
 from slm_jax.training.checkpoint import (
     METADATA,
@@ -71,13 +72,16 @@ def load_run(folder: str | Path, step: int | str = "best") -> Run:
     return _from_checkpoint(*get_checkpoint(folder, step))
 
 
-def load_model(source: str | Path, tokenizer: Tokenizer | None = None, *, n_heads: int | None = None) -> Run:
+def load_model(
+    source: str | Path, tokenizer: Tokenizer | None = None, *, n_heads: int | None = None, sharding: Any = None
+) -> Run:
     """Load a model and its tokenizer from anything that :func:`load_gpt2` reads.
 
     Args:
         source: a run, a checkpoint, a file or folder of weights, or a name such as ``gpt2``.
         tokenizer: tokenizer of the model; None: that of the run or the folder, or GPT-2's if the vocabulary is GPT-2's.
         n_heads: number of attention heads, if the weights do not state it and have none of OpenAI's four shapes.
+        sharding: see :func:`load_gpt2`.
 
     Raises:
         MissingInputError: nothing there, or a download that is not possible.
@@ -85,9 +89,9 @@ def load_model(source: str | Path, tokenizer: Tokenizer | None = None, *, n_head
     """
     checkpoint = find_checkpoint(source)
     if checkpoint is not None:
-        return _from_checkpoint(*checkpoint, tokenizer, n_heads)
+        return _from_checkpoint(*checkpoint, tokenizer, n_heads, sharding)
     path = find_weights(source)
-    cfg, params = read_weights(path, n_heads, best_dtype(), "float32")
+    cfg, params = read_weights(path, n_heads, best_dtype(), "float32", sharding)
     tokenizer = tokenizer or _tokenizer_beside(path, cfg)
     return Run(path, None, _with_vocabulary(cfg, tokenizer, path), params, tokenizer)
 
@@ -110,7 +114,8 @@ def load_gpt2(
         n_heads: number of attention heads, if the weights do not state it and have none of OpenAI's four shapes.
         dtype: dtype that the returned configuration computes in.
         param_dtype: dtype of the parameters.
-        sharding: a ``jax.sharding.Sharding`` for every leaf, or a tree of them; None: JAX's default device.
+        sharding: a ``jax.sharding.Sharding`` for every leaf, a tree of them, or a ``jax.sharding.Mesh`` over whose axes
+            ``fsdp`` and ``tensor`` leaves are split as in training; None: JAX's default device.
 
     Returns:
         The configuration and the params tree (shapes: ``slm_jax.model.param_shapes``). Dropout is 0, except for runs,
@@ -150,8 +155,10 @@ def save_run(folder: Path, run: Run) -> None:
             checkpoints.save(state, metadata)
 
 
-def _from_checkpoint(folder: Path, step: int, tokenizer: Tokenizer | None = None, n_heads: int | None = None) -> Run:
-    cfg, params, metadata = read_checkpoint(folder, step, best_dtype(), n_heads=n_heads)
+def _from_checkpoint(
+    folder: Path, step: int, tokenizer: Tokenizer | None = None, n_heads: int | None = None, sharding: Any = None
+) -> Run:
+    cfg, params, metadata = read_checkpoint(folder, step, best_dtype(), n_heads=n_heads, sharding=sharding)
     tokenizer = tokenizer or tokenizer_from_dict(metadata.get("tokenizer", {}))
     template = Template.from_dict(metadata["template"]) if "template" in metadata else None
     return Run(folder, step, _with_vocabulary(cfg, tokenizer, folder), params, tokenizer, template)
@@ -288,10 +295,10 @@ def read_checkpoint(
     if metadata.get("trainable", "all") == "all":
         if param_dtype is not None:
             shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, param_dtype), shapes)
-        return cfg, load_params(checkpoint.parent, step, shapes, sharding), metadata
+        return cfg, load_params(checkpoint.parent, step, shapes, spread(sharding, shapes)), metadata
     params = whole_params(load_params(checkpoint.parent, step, shapes), read_frozen(folder, metadata))
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, param_dtype), params)
-    return cfg, params if sharding is None else jax.device_put(params, sharding), metadata
+    return cfg, params if sharding is None else jax.device_put(params, spread(sharding, params)), metadata
 
 
 def is_classifier(metadata: dict[str, Any]) -> bool:

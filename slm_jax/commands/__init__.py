@@ -16,14 +16,39 @@ from slm_jax.training.process import set_up, use_compile_cache
 if TYPE_CHECKING:
     from slm_jax.runs import Run
 
-__all__ = ["LoadOptions", "ModelOptions", "SamplingOptions", "load", "set_up", "use_compile_cache"]
+__all__ = ["LoadOptions", "ModelMesh", "ModelOptions", "SamplingOptions", "load", "set_up", "use_compile_cache"]
 
 
-def load(source: str, tokenizer: str | None, n_heads: int | None) -> "Run":
+@dataclasses.dataclass(frozen=True)
+class ModelMesh:
+    """Devices that share the model, as in training.
+
+    Attributes:
+        fsdp: devices over which parameters are split.
+        tensor: devices over which heads, hidden features and vocabulary are split; must divide the model's heads.
+    """
+
+    fsdp: Positive = 1
+    tensor: Positive = 1
+
+
+def load(source: str, tokenizer: str | None, n_heads: int | None, mesh: ModelMesh | None = None) -> "Run":
+    """Load a model, over the first devices if ``mesh`` has several."""
+    import jax
+
+    from slm_jax.model import axis_sizes
     from slm_jax.runs import load_model
     from slm_jax.tokenizer import get_tokenizer
+    from slm_jax.training.config import MeshConfig
+    from slm_jax.training.sharding import check_heads, make_mesh
 
-    return load_model(source, None if tokenizer is None else get_tokenizer(tokenizer), n_heads=n_heads)
+    sizes = MeshConfig(**vars(mesh or ModelMesh()))
+    n_devices = sizes.fsdp * sizes.tensor
+    sharding = make_mesh(sizes, jax.devices()[:n_devices]) if n_devices > 1 else None
+    known = None if tokenizer is None else get_tokenizer(tokenizer)
+    loaded = load_model(source, known, n_heads=n_heads, sharding=sharding)
+    check_heads(sizes, axis_sizes(loaded.model_config))
+    return loaded
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,9 +83,11 @@ class SamplingOptions(Sampling, ModelOptions):
     Attributes:
         max_new_tokens: maximum number of new tokens.
         seed: random seed.
+        mesh: devices that share the model.
     """
 
     temperature: Annotated[float, Ge(0)] = 0.8
     top_k: NotNegative | None = 50
     max_new_tokens: Positive = 200
     seed: Seed = 0
+    mesh: ModelMesh = dataclasses.field(default_factory=ModelMesh)

@@ -61,7 +61,7 @@ def run(options: Options) -> int:
     from slm_jax.model import GPTModel
 
     set_up()
-    loaded = load(options.run, options.tokenizer, options.n_heads)
+    loaded = load(options.run, options.tokenizer, options.n_heads, options.mesh)
     conversation = Conversation(
         GPTModel(loaded.model_config), loaded.params, loaded.tokenizer, options.choose_template(loaded.template),
         options, options.max_new_tokens, options.introduction, options.seed,

@@ -7,7 +7,7 @@ import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from slm_jax.commands import LoadOptions, load, set_up
+from slm_jax.commands import LoadOptions, ModelMesh, load, set_up
 from slm_jax.config import Fraction, Positive
 from slm_jax.errors import InputError
 from slm_jax.files import check_new_file, user_path, write_file
@@ -40,6 +40,7 @@ class Options(LoadOptions):
         batch_size: sequences per batch.
         dtype: dtype of the computation; only float32 gives the same figures on every machine.
         out: file for the JSON; null: it is printed.
+        mesh: devices that share the model.
     """
 
     run: str | None = None
@@ -56,6 +57,7 @@ class Options(LoadOptions):
     batch_size: Positive = 8
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     out: str | None = None
+    mesh: ModelMesh = dataclasses.field(default_factory=ModelMesh)
 
     def __post_init__(self) -> None:
         needs_run = any(source is not None for source in (self.source, self.lambada, self.hellaswag))
@@ -104,7 +106,7 @@ def _measure(options: Options, source: str, responses: "list[Response] | None") 
     from slm_jax.model import GPTModel
 
     set_up()
-    loaded = load(source, options.tokenizer, options.n_heads)
+    loaded = load(source, options.tokenizer, options.n_heads, options.mesh)
     figures: dict[str, Any] = {"run": str(loaded.folder), "step": loaded.step, "dtype": options.dtype}
     model = GPTModel(dataclasses.replace(loaded.model_config, dtype=options.dtype))
     given = vars(options)

@@ -18,6 +18,7 @@ from slm_jax.data.token_file import TokenSource, open_token_file
 from slm_jax.errors import InputError, located
 from slm_jax.generation.decode import check_ids, round_up
 from slm_jax.model import GPTModel, Params
+from slm_jax.nn.sharding import on_mesh_of
 from slm_jax.tokenizer import Tokenizer
 
 Pair = tuple[Sequence[int], Sequence[int]]
@@ -123,7 +124,8 @@ class Scorer:
             inputs, targets = np.zeros((2, min(self.batch_size, len(rows)), n_inputs), np.int32)
             for i, (_, ids, _) in enumerate(batch):
                 inputs[i, : len(ids) - 1], targets[i, : len(ids) - 1] = ids[:-1], ids[1:]
-            scores, hits = map(np.asarray, target_logprobs(self.model, self.params, inputs, targets))
+            with on_mesh_of(self.params):
+                scores, hits = map(np.asarray, target_logprobs(self.model, self.params, inputs, targets))
             for i, (text, ids, n_scored) in enumerate(batch):
                 scored = slice(len(ids) - 1 - n_scored, len(ids) - 1)
                 logprobs[text] += scores[i, scored].sum(dtype=np.float64)

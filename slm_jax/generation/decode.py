@@ -21,6 +21,7 @@ from slm_jax.generation.sampler import choose_tokens
 from slm_jax.model import GPTConfig, GPTModel, Params, init_cache
 from slm_jax.nn.blocks import segment_lengths, unstack_blocks
 from slm_jax.nn.cache import KVCache
+from slm_jax.nn.sharding import on_mesh_of
 from slm_jax.tokenizer import Tokenizer
 
 PastContext = Literal["slide", "stop"]
@@ -46,7 +47,8 @@ def generate(
 
     Args:
         model: the model.
-        params: its parameters, in any form that the model runs; ``unstack_blocks(params)`` saves a copy per call.
+        params: its parameters, in any form that the model runs; ``unstack_blocks(params)`` saves a copy per call. The
+            devices of a mesh that they are split over compute together.
         prompts: ids (batch, seq), or a list of lists of ids of different lengths.
         max_new_tokens: number of tokens to add.
         temperature, top_k, top_p, min_p, repetition_penalty: see
@@ -196,23 +198,23 @@ class _Decoder:
         capacity = round_up(min(longest + max_new_tokens - 1, context), 128, context)  # the last token is not cached
         params = unstack_blocks(params)
         text = _start(self.model.cfg, rows, keeps_seen=rules.numbers["repetition_penalty"] is not None)
-        text, cache = self.prefill(params, text, rules, round_up(longest, 16, capacity), capacity)
         # A cached step writes the newest token of each row into the cache. When the longest row has no room left, the
         # window slides, or the row has ended and no longer matters.
         n_cached = max_new_tokens if self.stop_when_full else min(max_new_tokens, context - longest + 1)
-        n_made = 0
-        while True:
+        cache, n_made, ended = None, 0, False
+        while n_made < max_new_tokens and not ended:
+            with on_mesh_of(params):
+                if not n_made:
+                    text, cache = self.prefill(params, text, rules, round_up(longest, 16, capacity), capacity)
+                elif n_made < n_cached:
+                    text, cache = self.cached_steps(params, text, cache, rules, min(chunk, n_cached - n_made))
+                else:
+                    cache = None  # free its memory
+                    text = self.sliding_steps(params, text, rules, min(chunk, max_new_tokens - n_made))
             made: _Text = jax.device_get(text._replace(seen=None))  # blocks: once per portion
             columns = made.lengths[:, None] + np.arange(n_made - made.n_new, 0)
             yield np.take_along_axis(made.window, columns, axis=1)
-            n_made = int(made.n_new)
-            if n_made == max_new_tokens or made.ended.all():
-                return
-            if n_made < n_cached:
-                text, cache = self.cached_steps(params, text, cache, rules, min(chunk, n_cached - n_made))
-            else:
-                cache = None  # free its memory
-                text = self.sliding_steps(params, text, rules, min(chunk, max_new_tokens - n_made))
+            n_made, ended = int(made.n_new), made.ended.all()
 
     @functools.partial(jax.jit, static_argnames=("self", "length", "capacity"))
     def prefill(self, params: Params, text: _Text, rules: _Rules, length: int, capacity: int) -> tuple[_Text, KVCache]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from slm_jax.nn.sharding import free_axes, on_each_device, splits
+from slm_jax.nn.sharding import MESH_AXES, free_axes, on_each_device, splits
 
 _LANES = 128  # sequences are padded to a multiple
 _LARGEST_BLOCK = 512
@@ -23,8 +23,11 @@ def flash_obstacle(dtype: Any, platform: str) -> str | None:
         return f"it needs a TPU, and this is {platform}"
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
         return f"it computes in bfloat16 or float32, and dtype is {jnp.dtype(dtype)}"
-    if jax.sharding.get_abstract_mesh().empty and jax.default_backend() == "tpu" and jax.device_count() > 1:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty and jax.default_backend() == "tpu" and jax.device_count() > 1:
         return f"there are {jax.device_count()} devices, and no mesh; set one with jax.set_mesh"
+    if unknown := [name for name in free_axes(mesh.axis_names) if name not in MESH_AXES]:
+        return f"it cannot share the work along the mesh's axes {', '.join(unknown)}; it knows {', '.join(MESH_AXES)}"
     return None
 
 

@@ -10,13 +10,14 @@ Without a mesh (``jax.set_mesh``), or on one device, nothing here does anything.
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
 from jax import Array
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from slm_jax.nn.axes import Axes
+from slm_jax.nn.axes import Axes, map_axes
 
 COPIES = ("replica", "data")  # devices along these have the same parameters
 ROWS = (*COPIES, "fsdp")
@@ -35,35 +36,47 @@ SMALLEST = 2**12  # parameters with fewer numbers are whole on every device
 
 
 def param_spec(axes: Axes | None, shape: tuple[int, ...], sizes: Mapping[str, int]) -> PartitionSpec:
-    """Return how a parameter is split over a mesh with axes of these ``sizes``; axes that do not divide are whole."""
+    """Return how a parameter is split over a mesh with axes of these ``sizes``; axes that do not divide are whole.
+
+    ``fsdp`` splits the width of the residual stream, else the largest axis that is left; never the layers', which are
+    taken one by one.
+    """
     if axes is None or math.prod(shape) < SMALLEST:
         return PartitionSpec()
-    found: dict[int, str] = {}
-    n_parts = sizes.get("tensor", 1)
-    for axis, (name, size) in enumerate(zip(axes.names, shape, strict=True)):
-        if n_parts > 1 and RULES.get(name) == ("tensor",) and size % n_parts == 0:
-            found[axis] = "tensor"
-            break
-    split = _fsdp_axis(axes, shape, sizes.get("fsdp", 1), set(found))
-    if split is not None:
-        found[split] = "fsdp"
-    return PartitionSpec(*(found.get(axis) for axis in range(len(shape)))) if found else PartitionSpec()
+    rules = [RULES.get(name) for name in axes.names]
+    spec: list[str | None] = [None] * len(shape)
+
+    def divided_by(name: str) -> list[int]:
+        n = sizes.get(name, 1)
+        return [i for i, size in enumerate(shape) if n > 1 and size % n == 0 and spec[i] is None]
+
+    if features := [i for i in divided_by("tensor") if rules[i] == ("tensor",)]:
+        spec[features[0]] = "tensor"
+    if others := [i for i in divided_by("fsdp") if axes.names[i] != "layers"]:
+        spec[max(others, key=lambda i: (rules[i] == ("fsdp",), shape[i]))] = "fsdp"
+    return PartitionSpec(*spec) if any(spec) else PartitionSpec()
 
 
-def _fsdp_axis(axes: Axes, shape: tuple[int, ...], n_shards: int, taken: set[int]) -> int | None:
-    """Return the axis of a parameter that ``fsdp`` splits into ``n_shards``; None if each device has it whole.
+def state_shardings(mesh: Mesh, tree: Any) -> Any:
+    """Return the sharding of every leaf of a tree (arrays or shapes; params, or any part of a training state)."""
 
-    It is the width of the residual stream, else the largest other axis, of those that ``n_shards`` divides; never the
-    layers', which are taken one by one.
-    """
-    if n_shards == 1:
-        return None
-    candidates = {
-        axis: (RULES.get(name) == ("fsdp",), size)
-        for axis, (name, size) in enumerate(zip(axes.names, shape, strict=True))
-        if name != "layers" and size % n_shards == 0 and axis not in taken
-    }
-    return max(candidates, key=lambda axis: candidates[axis], default=None)
+    def leaf_sharding(axes: Axes | None, leaf: Any) -> NamedSharding:
+        return NamedSharding(mesh, param_spec(axes, leaf.shape, mesh.shape))
+
+    return map_axes(leaf_sharding, tree)
+
+
+def spread(sharding: Any, tree: Any) -> Any:
+    """Return ``sharding``, one for all leaves or a tree of them; for a mesh that of every leaf of ``tree``."""
+    return state_shardings(sharding, tree) if isinstance(sharding, Mesh) else sharding
+
+
+def on_mesh_of(tree: Any) -> AbstractContextManager[Any]:
+    """Name the mesh of several devices that the arrays of a tree are split over, if there is one."""
+    shardings = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(tree))
+    meshes = (sharding.mesh for sharding in shardings if isinstance(sharding, NamedSharding))
+    mesh = next((mesh for mesh in meshes if isinstance(mesh, Mesh) and mesh.size > 1), None)
+    return nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def free_axes(names: tuple[str, ...] = MESH_AXES) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from slm_jax.errors import InputError
 from slm_jax.model import Params
+from slm_jax.nn.sharding import state_shardings
 from slm_jax.nn.target import target
 from slm_jax.training.batch_size import fill_up
 from slm_jax.training.config import BaseRunConfig
@@ -30,7 +31,6 @@ from slm_jax.training.sharding import (
     put_batch,
     put_params,
     row_shards,
-    state_shardings,
 )
 from slm_jax.training.step import Batch, LossFn, TrainState, make_eval_step, make_train_step
 from slm_jax.training.task import EvaluationSums, Parameters, purpose_key

@@ -5,7 +5,7 @@
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,8 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 
 from slm_jax.errors import InputError
-from slm_jax.nn.axes import Axes, map_axes
-from slm_jax.nn.sharding import MESH_AXES, ROWS, param_spec
+from slm_jax.nn.sharding import MESH_AXES, ROWS, state_shardings
 from slm_jax.training.config import MeshConfig
 
 
@@ -72,15 +71,6 @@ def compiler_options(platform: str, n_devices: int, environ: Mapping[str, str] =
     return {name: True} if wanted else {}
 
 
-def state_shardings(mesh: Mesh, tree: Any) -> Any:
-    """Return the sharding of every leaf of a tree (arrays or shapes; any part of a training state)."""
-
-    def leaf_sharding(axes: Axes | None, leaf: Any) -> NamedSharding:
-        return NamedSharding(mesh, param_spec(axes, leaf.shape, mesh.shape))
-
-    return map_axes(leaf_sharding, tree)
-
-
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Return the sharding of a batch's first axis."""
     return NamedSharding(mesh, PartitionSpec(tuple(name for name in ROWS if name in mesh.axis_names)))
@@ -100,14 +90,13 @@ def host_rows(mesh: Mesh, batch_size: int) -> Int[np.ndarray, " rows"]:
 def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
     """Place this process's rows of a batch (:func:`host_rows`) on its devices; the result is the global batch."""
     sharding, n_parts = batch_sharding(mesh), row_shards(mesh)
-    indices: Iterable[Any] = sharding.addressable_devices_indices_map((n_parts,)).values()
-    here = sorted({index[0].start or 0 for index in indices})  # the parts of the batch that this process has
+    parts = host_rows(mesh, n_parts)  # the parts of the batch that this process has
 
     def place(rows: np.ndarray) -> jax.Array:
-        size = len(rows) // len(here)
+        size = len(rows) // len(parts)
 
         def part(index: Any) -> np.ndarray:
-            first = here.index((index[0].start or 0) // size) * size
+            first = size * int(np.searchsorted(parts, (index[0].start or 0) // size))
             return rows[first : first + size]
 
         return jax.make_array_from_callback((n_parts * size, *rows.shape[1:]), sharding, part)

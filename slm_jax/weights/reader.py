@@ -14,8 +14,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from slm_jax.errors import InputError, located
 from slm_jax.files import read_json
-from slm_jax.model import PRESETS, GPTConfig, Params
+from slm_jax.model import PRESETS, GPTConfig, Params, param_shapes
 from slm_jax.nn.axes import HEAD
+from slm_jax.nn.sharding import spread
 from slm_jax.weights.names import TOKENS, Format, Slot, leaf_shapes
 from slm_jax.weights.registry import describe, formats
 from slm_jax.weights.tensor_files import AGAIN, FLOATS, OURS, OURS_FIELDS, Tensor, TensorFiles, find_file, open_tensors
@@ -36,6 +37,7 @@ def read_weights(
     _check_tensors(files, {name: slot.shape(shapes) for name, slot in names.items()})
     with located(files.file):
         cfg = dataclasses.replace(cfg, n_heads=_heads(fields, n_heads))
+    sharding = spread(sharding, param_shapes(cfg))
     return cfg, _read(files, names, digests, leaf_shapes(cfg), cfg.param_dtype, sharding)
 
 

@@ -13,7 +13,9 @@ from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from slm_jax.attention import causal_attention
+from slm_jax.errors import InputError
 from slm_jax.nn.flash import flash_attention, flash_obstacle
+from slm_jax.nn.fused_attention import choose_implementation
 
 AXES, AUTO = ("data", "fsdp"), (AxisType.Auto,) * 2
 
@@ -96,6 +98,17 @@ def test_what_stands_in_the_way_is_said(monkeypatch):
     assert re.search("4 devices.*jax.set_mesh", flash_obstacle("bfloat16", "tpu"))
     with jax.sharding.use_abstract_mesh(AbstractMesh((4, 1), AXES, axis_types=AUTO)):
         assert flash_obstacle("bfloat16", "tpu") is None
+
+
+def test_a_mesh_of_other_axes_falls_back_to_plain_attention():
+    """The compiler cannot divide the kernel, and the axes do not say what they split."""
+    mesh = AbstractMesh((4, 2), ("rows", "columns"), axis_types=AUTO)
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert re.search("along the mesh's axes rows, columns; it knows", flash_obstacle("bfloat16", "tpu"))
+        chosen = partial(choose_implementation, dtype=jnp.bfloat16, head_dim=64, needs_weights=False, device=("tpu", None))
+        assert chosen("auto") == "xla"
+        with pytest.raises(InputError, match="'flash' cannot be used: .* rows, columns"):
+            chosen("flash")
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ Run as a program of its own, because the devices are pretended before JAX starts
 import contextlib
 import dataclasses
 import functools
+import io
 import json
 import sys
 from pathlib import Path
@@ -14,16 +15,21 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from slm_jax.model import GPTClassifier, GPTConfig, GPTModel, init_params
+from slm_jax.cli import main as slm_jax
+from slm_jax.model import GPTClassifier, GPTConfig, GPTModel, init_cache, init_params
+from slm_jax.nn.sharding import state_shardings
+from slm_jax.runs import Run, save_run
 from slm_jax.tasks import classification
 from slm_jax.tasks.config import RunConfig
 from slm_jax.tasks.pretraining import make_loss_fn
+from slm_jax.tokenizer import CharTokenizer
 from slm_jax.tools.plan.hlo import find_collectives
 from slm_jax.training.checkpoint import Checkpoints
 from slm_jax.training.config import LoRAConfig, MeshConfig, OptimizerConfig
 from slm_jax.training.optimizer import make_optimizer, make_schedule
-from slm_jax.training.sharding import make_mesh, put_batch, put_params, state_shardings
+from slm_jax.training.sharding import make_mesh, put_batch, put_params
 from slm_jax.training.step import TrainState, make_eval_step, make_train_step
 from slm_jax.training.trainable import split_params
 
@@ -34,6 +40,10 @@ MESHES = {
     "tensor=8": MeshConfig(tensor=8),
     "data=2,fsdp=2,tensor=2": MeshConfig(fsdp=2, tensor=2),
     "replica=2,data=2,fsdp=2": MeshConfig(fsdp=2, replica=2),
+}
+GENERATED = {
+    "tensor=8": ["--mesh.tensor", "8"],
+    "fsdp=2,tensor=2": ["--mesh.fsdp", "2", "--mesh.tensor", "2"],  # half of the devices
 }
 DROP_RATES = {1: 0.0, 2: 0.1}  # by accumulation; with dropout a step takes twice as long to compile
 OPTIMIZER = OptimizerConfig(learning_rate=3e-3, warmup_steps=2)
@@ -165,6 +175,46 @@ def sent(name: str, accumulate: int = 1, times: int = 1) -> dict[str, float]:
     return found
 
 
+def own_mesh() -> list[float]:
+    """The losses on a mesh of other axes than ours, which only splits the rows that it was given so."""
+    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("x", "y"))
+    state, step, losses = jax.jit(initial_state)(), jax.jit(train_step(2)), []
+    with jax.set_mesh(mesh):
+        state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
+        for batch in batches():
+            state, metrics = step(state, {}, jax.device_put(batch, NamedSharding(mesh, PartitionSpec("x"))))
+            losses.append(float(metrics.loss))
+    return losses
+
+
+def write_texts(run: Path) -> dict[str, dict[str, str]]:
+    """What ``slm-jax generate`` writes, greedily and at random, on one device and on several."""
+    cfg, tokenizer = model(0.0).cfg, CharTokenizer().build_vocab("".join(map(chr, range(48, 47 + VOCAB))))
+    save_run(run, Run(run, None, cfg, init_params(cfg, jax.random.key(0)), tokenizer))
+    texts: dict = {}
+    for temperature in ("0", "1"):
+        for name, words in (("one", []), *GENERATED.items()):
+            arguments = ["--prompt", "12", "--max_new_tokens", "9", "--temperature", temperature, *words]
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                assert slm_jax(["generate", "--run", str(run), *arguments]) == 0
+            texts.setdefault(temperature, {})[name] = out.getvalue()
+    return texts
+
+
+def cache_shards() -> dict[str, list]:
+    """How tensor splits a cache of two rows."""
+    gpt, mesh = model(0.0), make_mesh(MESHES["tensor=8"])
+    params = put_params(mesh, init_params(gpt.cfg, jax.random.key(0)))
+
+    @jax.jit
+    def prefill(params):
+        cache = init_cache(gpt.cfg, params, 2, SEQ)
+        return gpt.apply({"params": params}, jnp.ones((2, 3), jnp.int32), cache=cache)[1].blocks
+
+    with jax.set_mesh(mesh):
+        return shard_shapes(prefill(params))
+
+
 def main(folder: Path) -> None:
     assert jax.device_count() == 8
     result: dict = {"one": {}, "mesh": {}, "shards": {}}
@@ -184,6 +234,9 @@ def main(folder: Path) -> None:
         "data": sent("data=8"), "accumulated": sent("data=8", accumulate=2),
     }  # fmt: skip
     result["lora"] = {name: tune_with_lora(cfg) for name, cfg in (("one", None), *MESHES.items())}
+
+    result["own mesh"] = own_mesh()
+    result["generated"], result["cache"] = write_texts(folder / "written"), cache_shards()
 
     # What one device saved (test_sharding.py did), restored onto a mesh; and what a mesh saved, for one device.
     for name, cfg in MESHES.items():

@@ -21,7 +21,7 @@ from pretraining import metrics, options
 from slm_jax.cli import main
 from slm_jax.errors import InputError
 from slm_jax.nn.loss import cross_entropy
-from slm_jax.nn.sharding import MESH_AXES
+from slm_jax.nn.sharding import MESH_AXES, state_shardings
 from slm_jax.tasks import pretraining
 from slm_jax.training.checkpoint import Checkpoints
 from slm_jax.training.config import MeshConfig
@@ -30,7 +30,6 @@ from slm_jax.training.sharding import (
     host_rows,
     make_mesh,
     mesh_sizes,
-    state_shardings,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -130,6 +129,27 @@ def test_a_classifier_with_adapters_trains_on_eight_devices_as_on_one(eight, mes
         assert len(large) >= 4
         for name, (shape, shards) in large.items():
             assert np.prod(shards[0]) == np.prod(shape) // n_parts(mesh, name), name
+
+
+@pytest.mark.slow
+def test_a_mesh_of_other_axes_gives_the_losses_of_one_device(eight):
+    np.testing.assert_allclose(eight["own mesh"], eight["one"]["accumulate=2"][:-1], rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", eight_devices.GENERATED)
+def test_devices_that_share_a_model_write_what_one_writes(eight, mesh):
+    """Greedily and at random, from the cache and beyond the context."""
+    for texts in eight["generated"].values():
+        assert texts[mesh] == texts["one"]
+    assert len({texts["one"] for texts in eight["generated"].values()}) == 2
+
+
+@pytest.mark.slow
+def test_tensor_splits_the_cache_by_heads(eight):
+    assert len(eight["cache"]) == 2
+    for shape, (shard,) in eight["cache"].values():
+        assert shard[1] * 8 == shape[1]
 
 
 @pytest.mark.slow

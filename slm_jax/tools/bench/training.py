@@ -29,6 +29,7 @@ from slm_jax.data.corpus import load_corpus
 from slm_jax.errors import InputError
 from slm_jax.files import cache_folder
 from slm_jax.model import GPTConfig, Params, axis_sizes
+from slm_jax.nn.sharding import state_shardings
 from slm_jax.runs import RunFolder
 from slm_jax.tasks.config import RunConfig, get_task
 from slm_jax.tools.bench.instruments import (
@@ -51,7 +52,7 @@ from slm_jax.training.hardware import device_here, flops_per_token
 from slm_jax.training.process import set_up
 from slm_jax.training.program import compile_program, device_bytes, out_of_memory_as_input_error
 from slm_jax.training.resume import Start
-from slm_jax.training.sharding import check_heads, host_rows, make_mesh, put_batch, row_shards, state_shardings
+from slm_jax.training.sharding import check_heads, host_rows, make_mesh, put_batch, row_shards
 from slm_jax.training.step import Batch, StepMetrics, TrainState
 from slm_jax.training.task import purpose_key
 

@@ -21,6 +21,7 @@ from slm_jax.generation.decode import compile_generation
 from slm_jax.model import GPTModel
 from slm_jax.nn.axes import STACK
 from slm_jax.nn.blocks import join_blocks, merge_params, segment_lengths, unstack_blocks
+from slm_jax.nn.sharding import state_shardings
 from slm_jax.nn.target import compiling_for
 from slm_jax.tasks.config import RunConfig
 from slm_jax.tools.plan.cluster import GPUS_PER_HOST, Cluster
@@ -29,7 +30,7 @@ from slm_jax.tools.plan.estimate import Shapes, resolve
 from slm_jax.tools.plan.hlo import Collective, find_collectives, find_kernels
 from slm_jax.training.batch_size import fit_batch
 from slm_jax.training.program import compile_program, device_bytes, with_shardings
-from slm_jax.training.sharding import make_mesh, row_shards, state_shardings
+from slm_jax.training.sharding import make_mesh, row_shards
 
 # XLA's descriptions of GPUs, which its compiler asks a device for where there is one.
 _DESCRIPTIONS = {"h100": "h100.txtpb", "h200": "h100.txtpb"}  # the same chip; only the memory is larger
