@@ -175,7 +175,7 @@ def test_leaves_go_where_the_sharding_says_and_survive_being_donated(tmp_path, r
     mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     tree = jax.tree.map(lambda _: sharding, reference[1])
-    for given in (sharding, tree):
+    for given in (sharding, tree, mesh):
         _, params = load_gpt2(folder, sharding=given)
         assert {leaf.sharding for leaf in jax.tree.leaves(params)} == {sharding}
         assert_same(params, reference[1])
