@@ -105,9 +105,11 @@ def test_a_mesh_of_other_axes_falls_back_to_plain_attention():
     mesh = AbstractMesh((4, 2), ("rows", "columns"), axis_types=AUTO)
     with jax.sharding.use_abstract_mesh(mesh):
         assert re.search("along the mesh's axes rows, columns; it knows", flash_obstacle("bfloat16", "tpu"))
-        chosen = partial(choose_implementation, dtype=jnp.bfloat16, head_dim=64, needs_weights=False, device=("tpu", None))
+        chosen = partial(
+            choose_implementation, dtype=jnp.bfloat16, head_dim=64, needs_weights=False, device=("tpu", None)
+        )
         assert chosen("auto") == "xla"
-        with pytest.raises(InputError, match="'flash' cannot be used: .* rows, columns"):
+        with pytest.raises(InputError, match=r"'flash' cannot be used: .* rows, columns"):
             chosen("flash")
 
 
