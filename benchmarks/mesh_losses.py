@@ -30,9 +30,10 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from slm_jax.cli import main as slm_jax
-from slm_jax.data.builtin import docstring_entries, prose_or_code, python_docs
+from slm_jax.data.builtin import prose_or_code, python_docs
 from slm_jax.training import loop
 from slm_jax.training.checkpoint import Checkpoints
+from slm_jax.training.record import RunLog
 
 STEPS, BAR, BAR_ACCUMULATED = 20, 1e-5, 1e-6
 # XLA optimises less, which compiles faster; NPROC: with fewer threads the devices' collectives can deadlock.
@@ -119,8 +120,10 @@ def data_file(task: str) -> str:
 def write_data(folder: Path) -> None:
     """Write a text, labelled texts and instructions."""
     (folder / data_file("pretraining")).write_text("\n".join(python_docs())[:60_000], encoding="utf-8")
-    for task, rows in (("classification", prose_or_code()), ("instruction", docstring_entries())):
-        lines = [json.dumps(row) + "\n" for row in rows[:: len(rows) // 200]]
+    texts = prose_or_code()
+    sums = [{"instruction": f"double {i}", "output": f"{2 * i}."} for i in range(200)]
+    for task, rows in (("classification", texts[:: len(texts) // 200]), ("instruction", sums)):
+        lines = [json.dumps(row) + "\n" for row in rows]
         (folder / data_file(task)).write_text("".join(lines), encoding="utf-8")
 
 
@@ -174,6 +177,7 @@ def watched(interleaved: bool) -> Iterator[dict[str, dict[str, Any]]]:
     with (
         mock.patch.multiple(loop, make_mesh=meshed, put_batch=placed),
         mock.patch.multiple(Checkpoints, save=saved, restore=restored),
+        mock.patch.object(RunLog, "draw"),  # no pictures, which would take a second each
     ):
         yield seen
 

@@ -17,6 +17,7 @@ import jax
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from slm_jax.errors import InputError
 from slm_jax.nn.axes import Axes, map_axes
 
 COPIES = ("replica", "data")  # devices along these have the same parameters
@@ -80,10 +81,16 @@ def on_mesh_of(tree: Any) -> AbstractContextManager[Any]:
 
 
 def free_axes(names: tuple[str, ...] = MESH_AXES) -> tuple[str, ...]:
-    """Return those of the mesh's axes that have several devices and are not taken by a ``jax.shard_map`` around."""
+    """Return those of the mesh's axes that have several devices and are not taken by a ``jax.shard_map`` around.
+
+    InputError: the mesh has axes that the compiler may not divide (Explicit, the default of ``jax.make_mesh``).
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return ()
+    if mesh.size > 1 and mesh.explicit_axes:
+        remedy = "AxisType.Auto for each, such as jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,))"
+        raise InputError(f"the mesh's axes {', '.join(mesh.explicit_axes)} are AxisType.Explicit; expected {remedy}")
     return tuple(name for name in names if mesh.shape.get(name, 1) > 1 and name not in mesh.manual_axes)
 
 

@@ -15,13 +15,13 @@ import interleaved_hosts
 import jax
 import numpy as np
 import pytest
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 from pretraining import metrics, options
 
 from slm_jax.cli import main
 from slm_jax.errors import InputError
 from slm_jax.nn.loss import cross_entropy
-from slm_jax.nn.sharding import MESH_AXES, state_shardings
+from slm_jax.nn.sharding import MESH_AXES, constrain, state_shardings
 from slm_jax.tasks import pretraining
 from slm_jax.training.checkpoint import Checkpoints
 from slm_jax.training.config import MeshConfig
@@ -217,6 +217,16 @@ def test_a_process_feeds_the_rows_of_its_devices_wherever_they_are_in_the_mesh(m
     for process in range(2):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
         assert host_rows(mesh, 8).tolist() == rows[process]
+
+
+def test_a_mesh_whose_axes_the_compiler_may_not_divide_is_refused():
+    """As jax.make_mesh makes them by default since jax 0.9."""
+    mesh = AbstractMesh((4, 1), ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2)
+    with (
+        jax.sharding.use_abstract_mesh(mesh),
+        pytest.raises(InputError, match=r"data, tensor are AxisType.Explicit; .*Auto"),
+    ):
+        constrain(np.zeros((4, 4)), "batch", None)
 
 
 # Several processes
