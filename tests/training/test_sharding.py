@@ -13,6 +13,7 @@ import batches_of_hosts
 import eight_devices
 import interleaved_hosts
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType, Mesh
@@ -221,12 +222,12 @@ def test_a_process_feeds_the_rows_of_its_devices_wherever_they_are_in_the_mesh(m
 
 def test_a_mesh_whose_axes_the_compiler_may_not_divide_is_refused():
     """As jax.make_mesh makes them by default since jax 0.9."""
-    mesh = AbstractMesh((4, 1), ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2)
+    x, mesh = jnp.zeros((4, 4)), AbstractMesh((4, 1), ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2)
     with (
         jax.sharding.use_abstract_mesh(mesh),
         pytest.raises(InputError, match=r"data, tensor are AxisType.Explicit; .*Auto"),
     ):
-        constrain(np.zeros((4, 4)), "batch", None)
+        constrain(x, "batch", None)
 
 
 # Several processes
