@@ -81,7 +81,7 @@ def near(folder: Path) -> dict[str, Any]:
         },
         "originals": len(similarity),
         "originals_left_out": len(left_out),
-        "originals_left_out_by_similarity": Counter(f"{found // 0.05 * 0.05:.2f}" for found in sorted(left_out)),
+        "originals_left_out_by_similarity": Counter(f"{int(found * 20 + 1e-9) / 20:.2f}" for found in sorted(left_out)),
         "rest": n_rest,  # originals that are not similar to an earlier one
         "rest_left_out": sum(found < THRESHOLD for found in left_out) / n_rest,
         "counts": json.loads((folder / "a.bin.json").read_text())["counts"],

@@ -91,10 +91,12 @@ def find_cluster(name: str, n_devices: int = 1) -> Cluster:
     Raises:
         InputError: a name or number that does not exist.
     """
-    lower = name.lower()
+    lower = name.lower().replace("v5litepod", "v5e")  # Google Cloud's name of the type
     if lower == "cpu":
         return Cluster(lower, None, n_devices)
     match = _NAME.fullmatch(lower)
+    if match and match["kind"] == "cpu":
+        raise InputError(f"device is {name!r}; expected cpu, with --devices {match['times'] or match['count']}")
     named = {device.name for device in DEVICES}
     if lower in named or match is None:
         device = find_device(lower)

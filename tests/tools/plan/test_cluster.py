@@ -12,6 +12,7 @@ from slm_jax.tools.plan.cluster import find_cluster
         ("v5e-1", "v5e", 1, (1, 1), 1, 1, 1),
         ("v5e-8", "v5e", 8, (2, 4), 1, 1, 8),
         ("v5e-64", "v5e", 64, (8, 8), 16, 1, 64),
+        ("v5litepod-64", "v5e", 64, (8, 8), 16, 1, 64),
         ("v5e:2x4", "v5e", 8, (2, 4), 1, 1, 8),
         ("v6e-16", "v6e", 16, (4, 4), 4, 1, 16),
         ("V5P-8", "v5p", 4, (2, 2, 1), 1, 1, 4),  # the number counts cores
@@ -49,6 +50,7 @@ def test_the_number_may_be_apart():
         ("v5p-4", r"N one of 8, 16, 32, 64, … 16384 \(2 cores a chip\)"),
         ("v5p:4x4", "expected 3 sizes"),
         ("v5e-64x0", "number of slices"),
+        ("cpux8", "expected cpu, with --devices 8"),
         ("h100x12", r"12 GPUs; expected up to 8, or a multiple of 8"),
         ("h100-8", "such as h100x8"),
         ("h300x8", "device is 'h300'; expected one of h200"),
