@@ -8,10 +8,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from slm_jax.nn.sharding import MESH_AXES, free_axes, on_each_device, splits
+from slm_jax.nn.sharding import MESH_AXES, attend_on_each_device, free_axes
 
 _LANES = 128  # sequences are padded to a multiple
 _LARGEST_BLOCK = 512
@@ -49,12 +48,7 @@ def flash_attention(
     Returns:
         The context (batch, seq, heads, head_dim), in the dtype of the inputs.
     """
-    if not free_axes():
-        return _on_one_device(q, k, v, segment_ids)
-    # The compiler cannot divide a kernel that it does not know.
-    rows, heads = splits("batch", len(q)) or None, splits("heads", q.shape[2]) or None
-    of_heads, of_rows = PartitionSpec(rows, None, heads), PartitionSpec(rows)
-    return on_each_device(_on_one_device, (of_heads, of_heads, of_heads, of_rows), of_heads)(q, k, v, segment_ids)
+    return attend_on_each_device(_on_one_device, q, k, v, segment_ids)
 
 
 def _on_one_device(q: Array, k: Array, v: Array, segment_ids: Array | None) -> Array:

@@ -16,7 +16,7 @@ from slm_jax.nn.cache import LayerCache, cached_attention
 from slm_jax.nn.dense import Dense, DenseParams, multiply
 from slm_jax.nn.flash import flash_attention, flash_obstacle
 from slm_jax.nn.lora import Adapter
-from slm_jax.nn.sharding import constrain
+from slm_jax.nn.sharding import attend_on_each_device, constrain
 from slm_jax.nn.target import target
 
 Implementation = Literal["auto", "xla", "cudnn", "flash", "explicit"]
@@ -166,7 +166,11 @@ class FusedMultiHeadAttention(nn.Module):
             mask = within if mask is None else mask & within
         if chosen == "explicit":
             return causal_attention(q, k, v, mask=mask, dropout_rate=self.drop_rate, dropout_key=dropout_key)
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation=chosen), None
+
+        def attend(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
+            return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation=chosen)
+
+        return (attend_on_each_device(attend, q, k, v, mask) if chosen == "cudnn" else attend(q, k, v, mask)), None
 
 
 def choose_implementation(

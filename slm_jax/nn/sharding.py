@@ -123,6 +123,27 @@ def on_each_device(function: Callable[..., Any], in_specs: Any, out_specs: Any) 
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names=names, check_vma=False)
 
 
+def attend_on_each_device(attend: Callable[..., Array], q: Array, k: Array, v: Array, of_rows: Array | None) -> Array:
+    """Map attention over the rows and heads of each device; where the devices do not divide them, each computes all.
+
+    The compiler cannot divide a kernel that it does not know, and where a ``jax.shard_map`` has mapped a part of the
+    axes, JAX asks that all be mapped.
+
+    Args:
+        attend: from arguments of these shapes, or of one device's part of them, to the context, shaped like q.
+        q, k, v: (batch, seq, heads, head_dim).
+        of_rows: an array that may have the rows, too, as its first axis.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    known = set(free_axes(mesh.axis_names)) <= set(MESH_AXES)
+    if mesh.size == 1 or set(mesh.axis_names) == set(mesh.manual_axes) or not known:
+        return attend(q, k, v, of_rows)
+    rows, heads = splits("batch", len(q)) or None, splits("heads", q.shape[2]) or None
+    of_heads = PartitionSpec(rows, None, heads)
+    same_rows = PartitionSpec(rows if of_rows is not None and len(of_rows) == len(q) else None)
+    return on_each_device(attend, (of_heads, of_heads, of_heads, same_rows), of_heads)(q, k, v, of_rows)
+
+
 def draw_rows(draw: Callable[[tuple[int, ...]], Array], shape: tuple[int, ...]) -> Array:
     """Draw random numbers for this device's rows of a batch that a ``jax.shard_map`` around has cut.
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec, use_abstract_mesh
 from recipes import initial_params, read, shapes, training_step, with_tokens
 
 from slm_jax.data.builtin import python_docs
@@ -23,6 +24,7 @@ from slm_jax.generation.config import Sampling
 from slm_jax.generation.decode import _Decoder, _Rules, _start
 from slm_jax.model import GPTClassifier, GPTModel, get_gpt_config, param_shapes
 from slm_jax.nn.blocks import unstack_blocks
+from slm_jax.nn.fused_attention import FusedMultiHeadAttention
 from slm_jax.nn.target import compiling_for
 from slm_jax.runs import Run, save_run
 from slm_jax.tasks import classification, pretraining
@@ -164,3 +166,20 @@ def lowered_generation(target, cfg):
     cached = _Decoder.cached_steps.trace(decoder, params, text, cache, rules, 7)
     sliding = _Decoder.sliding_steps.trace(decoder, params, text, rules, 7)
     return [lower(target, program) for program in (prefill, cached, sliding)]
+
+
+@pytest.mark.parametrize(("target", "call"), [("tpu", "tpu_custom_call"), ("h100", "__cudnn$fmha")])
+def test_flash_attention_lowers_where_micro_batches_have_mapped_some_axes_of_the_mesh(monkeypatch, target, call):
+    """As with gradient accumulation over devices that have copies of the parameters."""
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+    attention = FusedMultiHeadAttention(emb_dim=128, n_heads=2, dtype="bfloat16")
+    x = jax.ShapeDtypeStruct((4, 128, 128), jnp.bfloat16)
+    params = jax.eval_shape(attention.init, jax.random.key(0), x)
+    mesh = AbstractMesh((2, 1), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    whole, rows = PartitionSpec(), PartitionSpec("data")
+    with use_abstract_mesh(mesh), compiling_for(*TARGETS[target]):
+        mapped = jax.shard_map(
+            attention.apply, in_specs=(whole, rows), out_specs=rows, axis_names={"data"}, check_vma=False
+        )
+        text = jax.jit(mapped).trace(params, x).lower(lowering_platforms=(TARGETS[target][0],)).as_text()
+    assert call in text
