@@ -148,7 +148,11 @@ def _itemsizes(work: Work, axes: Axes | None, trained: bool) -> tuple[int, int]:
         return c, 4
     if axes.is_table and "vocab" in axes.inputs and work.cfg.tie_weights:
         return 2 * c, c + 4
-    return (2 * c if axes.stack and trained else c), c
+    if not (axes.stack and trained):
+        return c, c
+    # With model.remat full queries, keys and values are projected in a part of the block that is computed once more.
+    is_projection = axes.inputs and axes.outputs[0] in ("heads", "kv_heads")
+    return (3 * c if work.remat == "full" and is_projection else 2 * c), c
 
 
 def _of_activations(work: Work) -> Iterator[_Part]:

@@ -38,6 +38,12 @@ def test_fsdp_gathers_weights_twice_and_scatters_gradients(accumulate):
     assert found["gradients", "all-reduce"].n_bytes == 2 * NORM
 
 
+def test_recomputation_gathers_queries_keys_and_values_once_more():
+    none, full = (exchanges("v5e-8", "--mesh.fsdp", "8", "--model.remat", remat) for remat in ("none", "full"))
+    more = full["weights", "all-gather"].n_bytes - none["weights", "all-gather"].n_bytes
+    assert more == 2 * 12 * 3 * 768 * 768
+
+
 def test_most_slices_of_tpus_sum_gradients_whole():
     """Their compiler has a reduce-scatter for few chips only."""
     for device, fsdp, kind in (
