@@ -67,12 +67,12 @@ def least_seconds(times: Iterable[Wires]) -> float:
 
 def compiled_seconds(device: Device, collectives: Sequence[Collective], domains: Sequence[int]) -> float:
     """Return the least time of a compiled program's collectives; ``domains``: of each device, in the mesh's order."""
-    times = []
-    for one in collectives:
+
+    def times(one: Collective) -> Wires:
         spans = max(len({domains[i] for i in group}) for group in one.groups)
-        each = wire_seconds(device, one.kind, one.n_bytes, one.group_size, spans)
-        times.append(Wires(one.count * each.links, one.count * each.network))
-    return least_seconds(times)
+        return Wires(*(one.count * t for t in wire_seconds(device, one.kind, one.n_bytes, one.group_size, spans)))
+
+    return least_seconds(map(times, collectives))
 
 
 @dataclasses.dataclass(frozen=True)

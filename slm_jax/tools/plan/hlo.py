@@ -94,30 +94,10 @@ def find_kernels(text: str) -> dict[str, int]:
 
     Flash attention is ``splash`` on a TPU and ``cudnn attention`` on a GPU, backward passes apart.
     """
-
-    def kernel(call: _Call) -> str | None:
-        target = re.search(r'custom_call_target="([^"]+)"', call.rest)
-        return kernel_name(target[1], call.name, call.rest) if call.opcode == "custom-call" and target else None
-
     counts: collections.Counter[str] = collections.Counter()
-    for name, count in _found(_read(text), kernel):
+    for name, count in _found(_read(text), _kernel):
         counts[name] += round(count)
     return dict(sorted(counts.items()))
-
-
-def kernel_name(target: str, instruction: str, rest: str) -> str | None:
-    """Return what a custom call is called in the field; None for one that computes nothing of its own."""
-    if target == "tpu_custom_call":
-        names = f"{instruction} {rest}".lower()
-        if "splash" not in names:
-            return "Pallas kernel"
-        return "splash attention" + (" backward" if re.search(r"dkv|dq|transpose\(", names) else "")
-    if "fmha" in target:
-        return "cudnn attention" + (" backward" if target.endswith("Backward") else "")
-    for part, name in (("cublas", "cublas matmul"), ("cudnn", "cudnn"), ("triton", "triton kernel")):
-        if part in target:
-            return name
-    return None
 
 
 # --- The text of a module ---
@@ -131,6 +111,22 @@ class _Call(NamedTuple):
     shape: str
     opcode: str
     rest: str  # operands and attributes
+
+
+def _kernel(call: _Call) -> str | None:
+    """Return what a custom call is called in the field; None for one that computes nothing of its own."""
+    target = next(iter(re.findall(r'custom_call_target="([^"]+)"', call.rest)), "")
+    if target == "tpu_custom_call":
+        names = f"{call.name} {call.rest}".lower()
+        if "splash" not in names:
+            return "Pallas kernel"
+        return "splash attention" + (" backward" if re.search(r"dkv|dq|transpose\(", names) else "")
+    if "fmha" in target:
+        return "cudnn attention" + (" backward" if target.endswith("Backward") else "")
+    for part, name in (("cublas", "cublas matmul"), ("cudnn", "cudnn"), ("triton", "triton kernel")):
+        if part in target:
+            return name
+    return None
 
 
 _Module = dict[str, list[_Call]]  # the instructions of each computation; the first program's is "ENTRY"

@@ -37,6 +37,7 @@ class Row(NamedTuple):
     fsdp: int
     accumulate: int  # the least with which it fits
     plan: Plan
+    step: StepTime
 
 
 def scaling_rows(shape: str) -> list[Row]:
@@ -58,7 +59,9 @@ def _row(shape: str, cluster: str) -> Row:
     plan = make_plan(run_config(shape, fsdp), cluster)
     accumulate = plan.by_remat[plan.remat].accumulate
     assert accumulate is not None, f"{shape} does not fit {cluster}"
-    return Row(cluster, fsdp, accumulate, make_plan(run_config(shape, fsdp, accumulate), cluster))
+    plan = make_plan(run_config(shape, fsdp, accumulate), cluster)
+    assert plan.step is not None
+    return Row(cluster, fsdp, accumulate, plan, plan.step)
 
 
 def scaling_table(shape: str) -> str:
@@ -70,8 +73,7 @@ def scaling_table(shape: str) -> str:
 
 
 def _sent(row: Row, over_network: bool) -> str:
-    assert row.plan.step is not None
-    sent = sum(one.sent for one in row.plan.step.exchanges if (one.spans > 1) == over_network)
+    sent = sum(one.sent for one in row.step.exchanges if (one.spans > 1) == over_network)
     return format_bytes(sent) if sent else "-"
 
 
@@ -80,17 +82,8 @@ def _time(seconds: float) -> str:
 
 
 def _bound(row: Row) -> str:
-    assert row.plan.step is not None
-    below = row.plan.step.bound_below
+    below = row.step.bound_below
     return "always" if below is None else f"{below / row.accumulate:,.0f} tokens"
-
-
-def _of_step(value: Callable[[StepTime], str]) -> Callable[[Row], str]:
-    def cell(row: Row) -> str:
-        assert row.plan.step is not None
-        return value(row.plan.step)
-
-    return cell
 
 
 _CELLS: dict[str, Callable[[Row], str]] = {
@@ -99,12 +92,12 @@ _CELLS: dict[str, Callable[[Row], str]] = {
     "rows at a time on a device": lambda row: f"{row.plan.rows:,}",
     "micro-batches (`train.accumulate`)": lambda row: f"{row.accumulate:,}",
     "memory of a device": lambda row: format_bytes(row.plan.by_remat[row.plan.remat].memory.total),
-    "computation at the peak": _of_step(lambda step: _time(step.compute)),
+    "computation at the peak": lambda row: _time(row.step.compute),
     "each device sends: links": lambda row: _sent(row, over_network=False),
     "each device sends: network": lambda row: _sent(row, over_network=True),
-    "communication": _of_step(lambda step: _time(step.wires)),
-    "expected MFU, communication meanwhile": _of_step(lambda step: f"{step.mfu[0]:.0%}"),
-    "expected MFU, communication in between": _of_step(lambda step: f"{step.mfu[1]:.0%}"),
+    "communication": lambda row: _time(row.step.wires),
+    "expected MFU, communication meanwhile": lambda row: f"{row.step.mfu[0]:.0%}",
+    "expected MFU, communication in between": lambda row: f"{row.step.mfu[1]:.0%}",
     "tokens at a time on a device": lambda row: f"{row.plan.rows * row.plan.seq:,}",
     "communication-bound below": _bound,
     "tokens per second": lambda row: f"{row.plan.tokens_per_second:,.0f}",
