@@ -47,3 +47,10 @@ def test_a_tpu_compiler_splits_weights_and_uses_splash_attention():
     assert set(evaluation.kernels) == {"splash attention"}
     assert step.sent > evaluation.sent > 0
     assert all(one.group_size == 4 for one in step.collectives if not one.kind.startswith("collective-"))
+
+
+@pytest.mark.parametrize(("name", "n_devices"), [("v4-8", 4), ("v5p-8", 4), ("v3-8", 8), ("tpu7x-8", 8), ("v5e-1", 1)])
+def test_the_compiler_counts_the_devices_of_a_slice_as_the_name_does(name, n_devices):
+    """Both cores of a v4's chip are one device, as Google Cloud sets it up."""
+    pytest.importorskip("libtpu")
+    assert len(cluster_devices(find_cluster(name))) == n_devices
