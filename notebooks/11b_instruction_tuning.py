@@ -237,7 +237,7 @@ batches = instruction_eval_batches(
     [[t] for t in tokens], batch_size=len(train), limit=width, bucketed=False, packed=False
 )
 by_length = np.argsort(n_real, kind="stable")
-theirs = next(batches)
+theirs = next(iter(batches))
 assert all(np.array_equal(theirs[name], train_rows[name][by_length]) for name in theirs)
 print("the same", ", ".join(theirs))
 

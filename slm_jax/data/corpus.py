@@ -55,8 +55,8 @@ def load_corpus(
     """Read the sources, split them, get or train the tokenizer (on the training split), and encode.
 
     ``saved``, the tokenizer of a resumed run or a base, is used instead of the configured one; ``stop`` is called now
-    and then and may raise. ``verify``: whether to compare the SHA-256 of token files, which reads all of them; one host
-    is enough.
+    and then and may raise. ``verify``: whether to compare the SHA-256 of token files and the range of bare ids, which
+    reads all of them; one host is enough.
 
     Raises:
         InputError: a source or tokenizer that cannot be used; token ids outside the vocabulary.
@@ -88,7 +88,7 @@ def _load_token_files(
     files = [open_token_file(source.name, verify) for source in sources]
     used = saved or _choose_tokenizer(data.source, files[0].tokenizer, config)
     for source, file in zip(sources, files, strict=True):
-        check_tokenizer(source, file, used)
+        check_tokenizer(source, file, used, verify)
     known = tuple(file.sha256 for file in files if file.sha256 is not None)
     arrays = [file.tokens for file in files]
     if len(arrays) == 1:
@@ -107,10 +107,11 @@ def _choose_tokenizer(source: str, own: Tokenizer | None, config: TokenizerConfi
     return own
 
 
-def check_tokenizer(source: Source, file: TokenFile, tokenizer: Tokenizer) -> None:
-    """Refuse ids of another tokenizer; for bare ids only the range can be checked."""
+def check_tokenizer(source: Source, file: TokenFile, tokenizer: Tokenizer, verify: bool = True) -> None:
+    """Refuse ids of another tokenizer; for bare ids only the range can be checked, if ``verify``: it reads all."""
     if file.tokenizer is None:
-        check_ids(file.tokens, tokenizer.vocab_size, source.name)
+        if verify:
+            check_ids(file.tokens, tokenizer.vocab_size, source.name)
     elif fingerprint(file.tokenizer) != fingerprint(tokenizer):
         what = f"made with {_name(file.tokenizer)}, expected {_name(tokenizer)}"
         raise InputError(f"{source}: {what}; prepare the text with that one: slm-jax prepare --tokenizer PATH")

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import itertools
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -19,7 +19,7 @@ from slm_jax.data.config import DataConfig, InstructionConfig
 from slm_jax.data.sources import parse_source
 from slm_jax.data.splits import SPLITS, check_apart, grouped, require_filled, share, shared, split_fractions
 from slm_jax.data.templates import Message, Template, entry_messages
-from slm_jax.data.windows import Batch, Rows, TrainBatches, bucket_width, endless_batches, eval_batches
+from slm_jax.data.windows import Batch, EvalBatches, Rows, TrainBatches, bucket_width, endless_batches
 from slm_jax.errors import InputError, located
 from slm_jax.tokenizer import Tokenizer
 
@@ -209,10 +209,10 @@ def instruction_batches(
 
 def instruction_eval_batches(
     rows: Sequence[TokenRow], *, batch_size: int, limit: int, bucketed: bool, packed: bool
-) -> Iterator[Batch]:
-    """Yield every row once, sorted by length to save padding; padding of the last batch has weight 0."""
+) -> EvalBatches:
+    """Return every row once, sorted by length to save padding; padding of the last batch has weight 0."""
     order = np.argsort(list(map(_row_length, rows)), kind="stable")
-    return eval_batches(order, functools.partial(_batch, rows, limit, bucketed, packed), batch_size=batch_size)
+    return EvalBatches(order, functools.partial(_batch, rows, limit, bucketed, packed), batch_size)
 
 
 def _batch(

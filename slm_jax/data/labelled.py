@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +21,7 @@ from slm_jax.data.file_sources import Table
 from slm_jax.data.rows import Row
 from slm_jax.data.sources import parse_source
 from slm_jax.data.splits import SPLITS, check_apart, grouped, require_filled, share, shared, split_fractions
-from slm_jax.data.windows import Batch, Rows, TrainBatches, bucket_width, endless_batches, eval_batches
+from slm_jax.data.windows import Batch, EvalBatches, Rows, TrainBatches, bucket_width, endless_batches
 from slm_jax.errors import InputError
 from slm_jax.tokenizer import Tokenizer
 
@@ -248,12 +248,10 @@ def classification_eval_batches(
     batch_size: int,
     limit: int,
     bucketed: bool,
-) -> Iterator[Batch]:
-    """Yield every text once, sorted by length to save padding; rows that fill the last batch have weight 0."""
+) -> EvalBatches:
+    """Return every text once, sorted by length to save padding; rows that fill the last batch have weight 0."""
     make = functools.partial(_batch, encoded, labels, np.ones(len(encoded), np.float32), limit, bucketed)
-    order = np.argsort([ids.size for ids in encoded], kind="stable")
-    for batch in eval_batches(order, make, batch_size=batch_size):
-        yield {**batch, "lengths": np.maximum(batch["lengths"], 1)}
+    return EvalBatches(np.argsort([ids.size for ids in encoded], kind="stable"), make, batch_size)
 
 
 def _batch(

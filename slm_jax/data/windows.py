@@ -10,6 +10,7 @@ targets ``[t1 … tn, eot]``: every token but the first is a target once, and a 
 id that generation starts from. Pieces longer than a row are cut again.
 """
 
+import dataclasses
 from array import array
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -79,12 +80,35 @@ def endless_batches(
     return TrainBatches(order, make, batch_size, whole=whole)
 
 
-def eval_batches(order: np.ndarray, make: MakeBatch, *, batch_size: int) -> Iterator[Batch]:
-    """Yield batches of the items of ``order``; rows that fill the last batch are 0, and so is their weight."""
-    for first in range(0, len(order), batch_size):
-        batch = make(order[first : first + batch_size], ALL_ROWS)
-        n_empty = batch_size - len(batch["weights"])
-        yield {name: np.pad(rows, [(0, n_empty)] + [(0, 0)] * (rows.ndim - 1)) for name, rows in batch.items()}
+@dataclasses.dataclass(frozen=True)
+class EvalBatches:
+    """Batches of the items of ``order``, each item once; rows that fill the last batch are 0, and so is their weight.
+
+    ``rows``: which rows of each batch are made, in ascending order, those from ``batch_size`` on empty; None: all.
+    """
+
+    order: np.ndarray
+    make: MakeBatch
+    batch_size: int
+    rows: np.ndarray | None = None
+
+    def of_rows(self, rows: np.ndarray) -> "EvalBatches":
+        """Return the batches with only these rows, such as those of one host; the others are not made."""
+        return dataclasses.replace(self, rows=rows)
+
+    def __iter__(self) -> Iterator[Batch]:
+        rows = np.arange(self.batch_size) if self.rows is None else self.rows
+        for first in range(0, len(self.order), self.batch_size):
+            items = self.order[first : first + self.batch_size]
+            yield fill_up(self.make(items, rows[rows < len(items)]), len(rows))
+
+
+def fill_up(batch: Batch, rows: int) -> Batch:
+    """Return a batch with rows of zeros at its end, so that it has ``rows``: their targets have weight 0."""
+    missing = rows - len(next(iter(batch.values())))
+    if not missing:
+        return batch
+    return {name: np.pad(value, [(0, missing), *[(0, 0)] * (value.ndim - 1)]) for name, value in batch.items()}
 
 
 def bucket_width(longest: int, limit: int) -> int:
@@ -145,10 +169,10 @@ def window_starts(n_tokens: int, context_length: int, stride: int | None) -> np.
     return np.arange(0, n_tokens - context_length, stride or context_length)
 
 
-def validation_batches(tokens: Ids, *, context_length: int, batch_size: int) -> Iterator[Batch]:
-    """Yield all ``tokens`` in windows that don't overlap, so that every token but the first is a target once."""
+def validation_batches(tokens: Ids, *, context_length: int, batch_size: int) -> EvalBatches:
+    """Return all ``tokens`` in windows that don't overlap, so that every token but the first is a target once."""
     starts = np.arange(0, tokens.size - 1, context_length)
-    return eval_batches(starts, lambda at, rows: _windows(tokens, at[rows], context_length), batch_size=batch_size)
+    return EvalBatches(starts, lambda at, rows: _windows(tokens, at[rows], context_length), batch_size)
 
 
 def _windows(tokens: Ids, starts: np.ndarray, context_length: int) -> Batch:
@@ -202,9 +226,9 @@ class PackedRows:
             arrays[name][filled] = filling
         return {**arrays, "weights": filled.astype(np.float32)}
 
-    def eval_batches(self, batch_size: int) -> Iterator[Batch]:
-        """Yield every row once; padding of the last batch has weight 0."""
-        return eval_batches(np.arange(len(self)), self.batch, batch_size=batch_size)
+    def eval_batches(self, batch_size: int) -> EvalBatches:
+        """Return every row once; padding of the last batch has weight 0."""
+        return EvalBatches(np.arange(len(self)), self.batch, batch_size)
 
     @property
     def tokens_per_row(self) -> float:

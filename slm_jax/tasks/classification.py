@@ -78,9 +78,7 @@ class Classification(Task):
                 encoded["train"], labels["train"], weights, batch_size=train.batch_size, seed=config.seed, **shape
             ),
             evaluation_batches={
-                name: functools.partial(
-                    labelled.classification_eval_batches, encoded[name], labels[name], batch_size=rows, **shape
-                )
+                name: labelled.classification_eval_batches(encoded[name], labels[name], batch_size=rows, **shape)
                 for name in SPLITS
             },
             longest=bucket_width(max(len(ids) for split in encoded.values() for ids in split), longest),
@@ -116,7 +114,7 @@ class Classification(Task):
 
     def measure(self, params: Params, evaluate: Evaluate, moment: Moment, folder: Path | None) -> dict[str, Any]:
         """Return loss, accuracy and the figures of each class for all splits; after training draw them, too."""
-        sums = {name: evaluate(batches()) for name, batches in self.evaluation_batches.items()}
+        sums = {name: evaluate(batches) for name, batches in self.evaluation_batches.items()}
         measured = {name: self._class_figures(split) for name, split in sums.items()}
         if folder is not None and moment == "after":
             draw_confusion(measured, folder / "confusion.png", f"{folder.name}: confusion")

@@ -106,9 +106,7 @@ class Instruction(Task):
                 rows["train"], batch_size=train.batch_size, seed=config.seed, **shape
             ),
             evaluation_batches={
-                name: functools.partial(
-                    instructions.instruction_eval_batches, rows[name], batch_size=eval_rows, **shape
-                )
+                name: instructions.instruction_eval_batches(rows[name], batch_size=eval_rows, **shape)
                 for name in ("validation", "test")
             },
             longest=width,
@@ -147,7 +145,7 @@ class Instruction(Task):
 
     def measure(self, params: Params, evaluate: Evaluate, moment: Moment, folder: Path | None) -> dict[str, Any]:
         """Return loss, exact match and ROUGE-L of the test split; write the responses to a file."""
-        loss = evaluate(self.evaluation_batches["test"]()).loss
+        loss = evaluate(self.evaluation_batches["test"]).loss
         figures: dict[str, Any] = {"loss": loss, "perplexity": perplexity(loss)}
         if self.test:
             answers = self._respond(params, [example.prompt for example in self.test])

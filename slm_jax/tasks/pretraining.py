@@ -21,6 +21,7 @@ from slm_jax.nn.loss import cross_entropy
 from slm_jax.tasks.base import count_steps, find_base, new_base, prepare_params
 from slm_jax.tasks.config import RunConfig
 from slm_jax.training.resume import Start
+from slm_jax.training.sharding import of_first_host
 from slm_jax.training.step import Batch, LossFn, Sums
 from slm_jax.training.task import ModelShapes, Task, token_row
 
@@ -52,7 +53,7 @@ class Pretraining(Task):
             model_config=cfg,
             params=prepare_params(config, start, base, functools.partial(init_params, cfg)),
             tokenizer=corpus.tokenizer,
-            fingerprint=corpus.fingerprint(),
+            fingerprint=of_first_host(corpus.fingerprint),
             bytes_per_token=corpus.bytes_per_token,
             **(_packed_rows if config.data.packing else _windows)(config, corpus, cfg.context_length),
         )
@@ -105,9 +106,7 @@ def _windows(config: RunConfig, corpus: Corpus, context: int) -> dict[str, Any]:
     batches = windows.train_batches(corpus.train, batch_size=batch_size, shuffle=data.shuffle, seed=config.seed, **cut)
     windows.check_window(corpus.validation.size, context, "validation")
     eval_rows = config.train.eval_batch_size or batch_size
-    validation = functools.partial(
-        windows.validation_batches, corpus.validation, context_length=context, batch_size=eval_rows
-    )
+    validation = windows.validation_batches(corpus.validation, context_length=context, batch_size=eval_rows)
     rows_per_epoch = batch_size * windows.steps_per_epoch(corpus.train.size, batch_size=batch_size, **cut)
     return {
         "train_batches": batches,
@@ -130,7 +129,7 @@ def _packed_rows(config: RunConfig, corpus: Corpus, context: int) -> dict[str, A
         "train_batches": windows.endless_batches(
             len(train), train.batch, batch_size=batch_size, seed=config.seed, shuffle=config.data.shuffle
         ),
-        "evaluation_batches": {"validation": functools.partial(validation.eval_batches, eval_rows)},
+        "evaluation_batches": {"validation": validation.eval_batches(eval_rows)},
         "total_steps": count_steps(config, len(train)),
         "tokens_per_step": round(batch_size * train.tokens_per_row),
         "notes": (*corpus.notes, train.describe() + alone),

@@ -10,7 +10,7 @@ import grain
 import numpy as np
 from jaxtyping import Int
 
-from slm_jax.data.windows import Batch, TrainBatches
+from slm_jax.data.windows import TrainBatches, fill_up
 from slm_jax.training.config import BaseRunConfig
 
 Config = TypeVar("Config", bound=BaseRunConfig)
@@ -20,7 +20,7 @@ def fit_batch(config: Config, n_shards: int) -> tuple[Config, str | None]:
     """Return the configuration with a batch that ``n_shards`` devices share evenly, and a line about any change.
 
     ``train.accumulate`` falls to a number of micro-batches that can be cut evenly, none larger on a device than the
-    configured one; if there is none, ``train.batch_size`` rises by rows that :func:`fill_up` adds.
+    configured one; if there is none, ``train.batch_size`` rises by rows that :func:`slm_jax.data.windows.fill_up` adds.
     """
     rows, configured = config.train.batch_size, config.train.accumulate
     most = rows // configured  # rows of a micro-batch
@@ -48,11 +48,3 @@ def fit_batch(config: Config, n_shards: int) -> tuple[Config, str | None]:
 def filled_rows(batches: TrainBatches, rows: Int[np.ndarray, " rows"], batch_size: int) -> grain.MapDataset:
     """Return only these rows, in ascending order, of each batch; those from ``batch_size`` on are empty."""
     return batches.of_rows(rows[rows < batch_size]).map(lambda batch: fill_up(batch, len(rows)))
-
-
-def fill_up(batch: Batch, rows: int) -> Batch:
-    """Return a batch with rows of zeros at its end, so that it has ``rows``: their targets have weight 0."""
-    missing = rows - len(next(iter(batch.values())))
-    if not missing:
-        return batch
-    return {name: np.pad(value, [(0, missing), *[(0, 0)] * (value.ndim - 1)]) for name, value in batch.items()}

@@ -6,9 +6,9 @@ The training loop and ``slm-jax bench`` compile here, so that what is measured i
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,6 @@ from slm_jax.errors import InputError
 from slm_jax.model import Params
 from slm_jax.nn.sharding import state_shardings
 from slm_jax.nn.target import target
-from slm_jax.training.batch_size import fill_up
 from slm_jax.training.config import BaseRunConfig
 from slm_jax.training.hardware import device_memory, run_dtype
 from slm_jax.training.optimizer import make_optimizer, make_schedule
@@ -34,6 +33,9 @@ from slm_jax.training.sharding import (
 )
 from slm_jax.training.step import Batch, LossFn, TrainState, make_eval_step, make_train_step
 from slm_jax.training.task import EvaluationSums, Parameters, purpose_key
+
+if TYPE_CHECKING:  # Grain takes a second to import
+    from slm_jax.data.windows import EvalBatches
 
 SAVE_MEMORY = (
     "raise --train.accumulate, lower --train.batch_size, --train.eval_batch_size or the length of rows "
@@ -84,14 +86,12 @@ class Program:
             raise InputError(f"{problem}; {SAVE_MEMORY}")
         return needed
 
-    def evaluate(self, trainable: Params, frozen: Params, batches: Iterable[Batch]) -> EvaluationSums:
-        """Evaluate batches and return the sums; rows that fill a batch up have weight 0."""
+    def evaluate(self, trainable: Params, frozen: Params, batches: "EvalBatches") -> EvaluationSums:
+        """Evaluate batches, of which each process makes its own rows, and return the sums."""
         sums = []
-        rows = host_rows(self.mesh, self.eval_rows)
-        for batch in batches:
+        for batch in batches.of_rows(host_rows(self.mesh, self.eval_rows)):
             self.stop()
-            filled = {name: value[rows] for name, value in fill_up(batch, self.eval_rows).items()}
-            sums.append(self.eval_step(trainable, frozen, put_batch(self.mesh, filled)))
+            sums.append(self.eval_step(trainable, frozen, put_batch(self.mesh, batch)))
         each = jax.tree.map(lambda value: np.asarray(value, np.float64), jax.device_get(sums))
         loss_sum, weight_sum, metrics = jax.tree.map(lambda *values: np.sum(values, axis=0), *each)
         return EvaluationSums(float(loss_sum), float(weight_sum), metrics)

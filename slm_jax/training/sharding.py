@@ -5,12 +5,12 @@
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 
@@ -85,6 +85,14 @@ def host_rows(mesh: Mesh, batch_size: int) -> Int[np.ndarray, " rows"]:
     index_of: Mapping[Any, Any] = batch_sharding(mesh).devices_indices_map((batch_size,))
     held = [np.arange(batch_size)[index] for device, index in index_of.items() if device.process_index == here]
     return np.unique(np.concatenate(held))
+
+
+def of_first_host(make: Callable[[], str]) -> str:
+    """Return a SHA-256, in hexadecimal, that only the first host computes."""
+    if jax.process_count() == 1:
+        return make()
+    digest = bytes.fromhex(make()) if jax.process_index() == 0 else bytes(32)
+    return bytes(multihost_utils.broadcast_one_to_all(np.frombuffer(digest, np.uint8))).hex()
 
 
 def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:

@@ -2,7 +2,7 @@
 
 import abc
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_args
 
@@ -15,7 +15,7 @@ from slm_jax.training.config import BaseRunConfig
 from slm_jax.training.step import Batch, LossFn
 
 if TYPE_CHECKING:  # Grain takes a second to import
-    from slm_jax.data.windows import TrainBatches
+    from slm_jax.data.windows import EvalBatches, TrainBatches
     from slm_jax.training.resume import Start
 
 Moment = Literal["before", "after"]
@@ -36,7 +36,7 @@ class EvaluationSums:
         return self.loss_sum / self.weight_sum
 
 
-Evaluate = Callable[[Iterable[Batch]], EvaluationSums]
+Evaluate = Callable[["EvalBatches"], EvaluationSums]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,8 +93,7 @@ class Task(abc.ABC):
     total_steps: int
     tokens_per_step: int  # on average
     fingerprint: str  # SHA-256 of the data; a run resumes only with the same data
-    # For each split that is evaluated, what returns its global batches once.
-    evaluation_batches: Mapping[str, Callable[[], Iterable[Batch]]] = dataclasses.field(default_factory=dict)
+    evaluation_batches: Mapping[str, "EvalBatches"] = dataclasses.field(default_factory=dict)  # by split
     longest: int | None = None  # width of the widest batch of all splits; None: all are as wide as the first
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # JSON, saved with each checkpoint
     files: Mapping[str, str] = dataclasses.field(default_factory=dict)  # further text files of the run's folder
@@ -133,9 +132,9 @@ class Task(abc.ABC):
     def loss_fn(self) -> LossFn:
         """The loss, see :mod:`slm_jax.training.step`; a key of None means no dropout."""
 
-    def validation_batches(self) -> Iterable[Batch]:
+    def validation_batches(self) -> "EvalBatches":
         """Return the whole validation split once, in global batches."""
-        return self.evaluation_batches["validation"]()
+        return self.evaluation_batches["validation"]
 
     def make_batch(self, drawn: Batch, params: Params, step: int) -> Batch:
         """Return the batch of a step, from an element of ``train_batches`` and the model's current parameters.

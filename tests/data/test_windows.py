@@ -14,12 +14,16 @@ from hypothesis import strategies as st
 from refusals import refused
 
 from slm_jax.data import windows
+from slm_jax.data.instructions import Tokens, instruction_eval_batches
+from slm_jax.data.labelled import classification_eval_batches
 from slm_jax.data.windows import (
+    EvalBatches,
     PackedRows,
     best_fit,
     bucket_width,
     check_window,
     endless_batches,
+    fill_up,
     steps_per_epoch,
     train_batches,
     validation_batches,
@@ -189,6 +193,37 @@ def test_validation_counts_each_token_but_the_first_once(n, context, batch_size)
             assert (row[n_counted:] == 0).all()
         seen += batch["targets"][counted].tolist()
     assert seen == tokens[1:].tolist()
+
+
+def evaluated():
+    """The batches of four rows of each kind of data: windows, packed documents, texts, instructions."""
+    ids = [np.arange(1, n, dtype=np.int32) for n in (40, 3, 17, 5, 2, 9)]
+    alone = {"limit": 64, "bucketed": True}
+    examples = [[Tokens(each, np.ones(len(each), bool))] for each in ids]
+    return {
+        "windows": validation_batches(TOKENS, context_length=8, batch_size=4),
+        "packed": PackedRows(stream([5, 12, 30, 9, 1, 20, 7, 2]), EOT, 16).eval_batches(4),
+        "texts": classification_eval_batches(ids, np.arange(6, dtype=np.int32), batch_size=4, **alone),
+        "instructions": instruction_eval_batches(examples, batch_size=4, packed=False, **alone),
+    }
+
+
+@pytest.mark.parametrize("kind", ["windows", "packed", "texts", "instructions"])
+@pytest.mark.parametrize("rows", [[0, 1, 4, 5], [2, 3], [6, 7]], ids=str)
+def test_a_host_evaluates_only_its_own_rows_of_which_those_beyond_the_batch_are_empty(kind, rows):
+    whole, own = evaluated()[kind], evaluated()[kind].of_rows(np.array(rows))
+    assert len(list(whole)) == len(list(own)) > 1
+    for batch, part in zip(whole, own, strict=True):
+        same(part, {name: value[rows] for name, value in fill_up(batch, 8).items()})
+        assert shapes(part).keys() == shapes(batch).keys()
+        assert [value.dtype for value in part.values()] == [value.dtype for value in batch.values()]
+
+
+def test_a_host_does_not_make_the_rows_of_others():
+    made = []
+    batches = EvalBatches(np.arange(10), lambda items, rows: made.append(items[rows]) or {"x": items[rows]}, 4)
+    list(batches.of_rows(np.array([1, 3])))
+    assert [part.tolist() for part in made] == [[1, 3], [5, 7], [9]]
 
 
 @SAMPLINGS

@@ -7,9 +7,10 @@ import pytest
 from eight_devices import OPTIMIZER
 from recipes import RECIPES, read
 
+from slm_jax.data.windows import fill_up
 from slm_jax.tasks.config import RunConfig
 from slm_jax.tasks.pretraining import make_loss_fn
-from slm_jax.training.batch_size import fill_up, fit_batch
+from slm_jax.training.batch_size import fit_batch
 from slm_jax.training.config import TrainConfig
 from slm_jax.training.optimizer import make_optimizer, make_schedule
 from slm_jax.training.step import make_train_step
