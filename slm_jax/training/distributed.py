@@ -58,6 +58,9 @@ def join_arguments(environ: Environ) -> Arguments:
     arguments = next((arguments for arguments in found if arguments is not None), None)
     if arguments is None and "JAX_COORDINATOR_ADDRESS" in environ:
         raise InputError("JAX_COORDINATOR_ADDRESS is set; expected JAX_NUM_PROCESSES and JAX_PROCESS_ID, too")
+    devices = environ.get("JAX_LOCAL_DEVICE_IDS", "")
+    if arguments and not re.fullmatch(r"(\d+(,\d+)*)?", devices):
+        raise InputError(f"JAX_LOCAL_DEVICE_IDS is {devices!r}; expected numbers of devices, such as 0,1")
     return arguments or {}
 
 
@@ -68,7 +71,7 @@ def _join(arguments: Arguments, timeout: int) -> None:
         jax.distributed.initialize(**arguments, initialization_timeout=timeout)
     except jax.errors.JaxRuntimeError:
         raise
-    except (RuntimeError, ValueError) as error:  # such as the answer of a Kubernetes cluster
+    except (RuntimeError, ValueError, LookupError) as error:  # such as the answer of a Kubernetes cluster
         raise InputError(f"the other processes of the job cannot be found: {' '.join(str(error).split())}") from error
     if handler is not None:  # set from Python
         signal.signal(signal.SIGTERM, handler)
@@ -79,30 +82,29 @@ def _join(arguments: Arguments, timeout: int) -> None:
 
 def _explicit(environ: Environ) -> Arguments | None:
     if "JAX_NUM_PROCESSES" not in environ:
+        if "JAX_PROCESS_ID" in environ:
+            raise InputError("JAX_PROCESS_ID is set; expected JAX_NUM_PROCESSES and JAX_COORDINATOR_ADDRESS, too")
         return None
-    count = _whole_number(environ, "JAX_NUM_PROCESSES")
+    count = _whole_number(environ, "JAX_NUM_PROCESSES", least=1)
     if count == 1:
         return {}
-    address = environ.get("JAX_COORDINATOR_ADDRESS", "")
-    if not re.search(r".:\d+$", address):
-        raise InputError(f"JAX_COORDINATOR_ADDRESS is {address!r}; expected HOST:PORT of process 0")
+    address = _address(environ)
     index = "JOB_COMPLETION_INDEX" if "JAX_PROCESS_ID" not in environ else "JAX_PROCESS_ID"  # the former in Kubernetes
     if index not in environ:
         raise InputError(f"JAX_NUM_PROCESSES is {count}; expected JAX_PROCESS_ID, too (0 to {count - 1})")
-    if (process_id := _whole_number(environ, index)) >= count:
-        raise InputError(f"{index} is {process_id}; expected 0 to {count - 1} (JAX_NUM_PROCESSES is {count})")
-    coordinates = {"coordinator_address": address, "num_processes": count, "process_id": process_id}
-    return {**coordinates, "cluster_detection_method": "deactivate"}
+    return {"coordinator_address": address, **_given(count, _index(environ, index, "JAX_NUM_PROCESSES"))}
 
 
 def _open_mpi(environ: Environ) -> Arguments | None:
-    if environ.get("OMPI_COMM_WORLD_SIZE", "1") == "1":
+    if "OMPI_COMM_WORLD_SIZE" not in environ or _whole_number(environ, "OMPI_COMM_WORLD_SIZE") == 1:
         return None
-    tasks, task = (_whole_number(environ, f"OMPI_COMM_WORLD_LOCAL_{name}") for name in ("SIZE", "RANK"))
+    tasks = _whole_number(environ, "OMPI_COMM_WORLD_LOCAL_SIZE")
+    task = _index(environ, "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE")
     devices = {"local_device_ids": _local_devices(environ, tasks, task)}
+    process_id = _index(environ, "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")
     if "JAX_COORDINATOR_ADDRESS" in environ:
-        count, process_id = (_whole_number(environ, f"OMPI_COMM_WORLD_{name}") for name in ("SIZE", "RANK"))
-        return {"num_processes": count, "process_id": process_id, "cluster_detection_method": "deactivate", **devices}
+        count = _whole_number(environ, "OMPI_COMM_WORLD_SIZE")
+        return {"coordinator_address": _address(environ), **_given(count, process_id), **devices}
     if "OMPI_MCA_orte_hnp_uri" in environ:
         return {"cluster_detection_method": "ompi", **devices}
     if importlib.util.find_spec("mpi4py") is None:
@@ -113,27 +115,44 @@ def _open_mpi(environ: Environ) -> Arguments | None:
 
 def _slurm(environ: Environ) -> Arguments | None:
     # Inside srun only: the shell of sbatch or salloc is one process, whatever the job may still start.
-    count = environ.get("SLURM_STEP_NUM_TASKS", environ.get("SLURM_NTASKS", "1"))
-    if "SLURM_STEP_NODELIST" not in environ or count == "1":
+    total = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS"
+    if not {"SLURM_STEP_NODELIST", total} <= environ.keys() or (count := _whole_number(environ, total)) == 1:
         return None
     task, tasks = _whole_number(environ, "SLURM_LOCALID"), None
     if per_node := environ.get("SLURM_STEP_TASKS_PER_NODE"):  # such as 8(x2),4
         repeated = re.findall(r"(\d+)(?:\(x(\d+)\))?", per_node)
         nodes = [int(n) for n, times in repeated for _ in range(int(times or 1))]
-        tasks = nodes[_whole_number(environ, "SLURM_NODEID")]
+        node = _whole_number(environ, "SLURM_NODEID")
+        if sum(nodes) != count or node >= len(nodes) or task >= nodes[node]:
+            task_of = f"task {task} of node {node}, and {total} {count}"
+            raise InputError(
+                f"SLURM_STEP_TASKS_PER_NODE is {per_node!r}, this is {task_of}; these contradict each other"
+            )
+        tasks = nodes[node]
     n_gpus = _whole_number(environ, "SLURM_GPUS_ON_NODE") if "SLURM_GPUS_ON_NODE" in environ else None
-    return {"cluster_detection_method": "slurm", "local_device_ids": _local_devices(environ, tasks, task, n_gpus)}
+    process_id = _index(environ, "SLURM_PROCID", total)
+    _whole_number(environ, "SLURM_JOB_ID")  # from which JAX derives the port of process 0
+    found = {"num_processes": count, "process_id": process_id, "cluster_detection_method": "slurm"}
+    if "JAX_COORDINATOR_ADDRESS" in environ:
+        found["coordinator_address"] = _address(environ)
+    return {**found, "local_device_ids": _local_devices(environ, tasks, task, n_gpus)}
 
 
 def _gke_tpu(environ: Environ) -> Arguments | None:
     hosts, n_slices = environ.get("TPU_WORKER_HOSTNAMES"), _megascale_slices(environ)
-    if hosts is None and n_slices > 1 and "KUBERNETES_SERVICE_HOST" in environ:  # one host a slice; unknown to JAX
-        host, process_id = environ["MEGASCALE_COORDINATOR_ADDRESS"], _whole_number(environ, "MEGASCALE_SLICE_ID")
-        coordinates = {"num_processes": n_slices, "process_id": process_id, "cluster_detection_method": "deactivate"}
-        return {"coordinator_address": f"{host.split(':')[0]}:{_PORT}", **coordinates}
+    if n_slices > 1 and (hosts is not None or "KUBERNETES_SERVICE_HOST" in environ):
+        slice_id = _index(environ, "MEGASCALE_SLICE_ID", "MEGASCALE_NUM_SLICES")
+        if not (host := environ.get("MEGASCALE_COORDINATOR_ADDRESS", "").partition(":")[0]):
+            raise InputError(f"MEGASCALE_NUM_SLICES is {n_slices}; expected MEGASCALE_COORDINATOR_ADDRESS, too")
+        if hosts is None:  # one host a slice; unknown to JAX
+            return {"coordinator_address": f"{host}:{_PORT}", **_given(n_slices, slice_id)}
     if hosts is None:
         return None
-    return {"cluster_detection_method": "gketpu"} if "," in hosts or n_slices > 1 else {}
+    if (n_hosts := len(hosts.split(","))) > 1 and _whole_number(environ, "TPU_WORKER_ID") >= n_hosts:
+        raise InputError(
+            f"TPU_WORKER_ID is {environ['TPU_WORKER_ID']}; expected 0 to {n_hosts - 1} (TPU_WORKER_HOSTNAMES)"
+        )
+    return {"cluster_detection_method": "gketpu"} if n_hosts > 1 or n_slices > 1 else {}
 
 
 def _tpu_vm(environ: Environ) -> Arguments | None:
@@ -165,6 +184,18 @@ LAUNCHERS: tuple[Callable[[Environ], Arguments | None], ...] = (
 # What they share
 
 
+def _given(count: int, process_id: int) -> Arguments:
+    return {"num_processes": count, "process_id": process_id, "cluster_detection_method": "deactivate"}
+
+
+def _address(environ: Environ) -> str:
+    address = environ.get("JAX_COORDINATOR_ADDRESS", "")
+    port = re.search(r".:(\d{1,5})$", address)
+    if port is None or not 0 < int(port[1]) < 2**16:
+        raise InputError(f"JAX_COORDINATOR_ADDRESS is {address!r}; expected HOST:PORT of process 0")
+    return address
+
+
 def _local_devices(environ: Environ, tasks: int | None, task: int, n_gpus: int | None = None) -> list[int] | None:
     """Return which of its visible GPUs a process uses, as ``jax.distributed.initialize`` wants it: [] means all.
 
@@ -194,11 +225,10 @@ def on_tpu_vm() -> bool:
 
 def _megascale_slices(environ: Environ, ask: bool = False) -> int:
     """Return how many slices work together; with ``ask``, from the metadata server if the environment doesn't say."""
-    count = environ.get("MEGASCALE_NUM_SLICES")
-    if count is None and ask:
-        found = re.search(r"^\s*MEGASCALE_NUM_SLICES\s*:\s*'?(\d+)", _metadata(environ, "tpu-env"), re.MULTILINE)
-        count = found and found[1]
-    return int(count or 1)
+    if environ.get("MEGASCALE_NUM_SLICES"):
+        return _whole_number(environ, "MEGASCALE_NUM_SLICES")
+    found = re.search(r"^\s*MEGASCALE_NUM_SLICES\s*:\s*'?(\d+)", _metadata(environ, "tpu-env") if ask else "", re.M)
+    return int(found[1]) if found else 1
 
 
 def _metadata(environ: Environ, key: str) -> str:
@@ -220,8 +250,16 @@ def _metadata(environ: Environ, key: str) -> str:
     return ""
 
 
-def _whole_number(environ: Environ, name: str) -> int:
+def _index(environ: Environ, name: str, count: str) -> int:
+    """Return a number that is below another one, ``count``."""
+    number, n = _whole_number(environ, name), _whole_number(environ, count)
+    if number >= n:
+        raise InputError(f"{name} is {number}; expected 0 to {n - 1} ({count} is {n})")
+    return number
+
+
+def _whole_number(environ: Environ, name: str, least: int = 0) -> int:
     text = environ.get(name, "")
-    if not text.isdecimal():
-        raise InputError(f"{name} is {text!r}; expected a whole number")
+    if not (text.isascii() and text.isdecimal() and int(text) >= least):
+        raise InputError(f"{name} is {text!r}; expected a whole number" + (f" from {least} on" if least else ""))
     return int(text)

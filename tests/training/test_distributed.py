@@ -19,6 +19,12 @@ from slm_jax.training.process import StopRequest
 ADDRESS = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234"}
 TWO_OF_THREE = {**ADDRESS, "JAX_NUM_PROCESSES": "3", "JAX_PROCESS_ID": "2"}
 INDEXED = {"KUBERNETES_SERVICE_HOST": "10.0.0.9", "JOB_COMPLETION_INDEX": "2"}
+SLICES = {
+    "KUBERNETES_SERVICE_HOST": "10.0.0.9",
+    "MEGASCALE_NUM_SLICES": "2",
+    "MEGASCALE_SLICE_ID": "1",
+    "MEGASCALE_COORDINATOR_ADDRESS": "10.0.0.1:8080",
+}
 PREFIXES = ("SLURM_", "OMPI_", "JAX_COORDINATOR", "JAX_NUM", "JAX_PROCESS_ID", "TPU_", "MEGASCALE", "CUDA_VISIBLE")
 EIGHT = "0,1,2,3,4,5,6,7"
 
@@ -95,18 +101,8 @@ def join(monkeypatch):
         (open_mpi(4, 3, 2, **ORTE, CUDA_VISIBLE_DEVICES=EIGHT), 3, 4, "10.0.0.1:61441", "4,5,6,7"),
         (open_mpi(2, 1, 1, **ADDRESS), 1, 2, "10.0.0.1:1234", "all"),  # Open MPI 5
         ({**INDEXED, **ADDRESS, "JAX_NUM_PROCESSES": "4"}, 2, 4, "10.0.0.1:1234", "all"),
-        (
-            {
-                "KUBERNETES_SERVICE_HOST": "10.0.0.9",
-                "MEGASCALE_NUM_SLICES": "2",
-                "MEGASCALE_SLICE_ID": "1",
-                "MEGASCALE_COORDINATOR_ADDRESS": "10.0.0.1:8080",
-            },
-            1,
-            2,
-            "10.0.0.1:8476",
-            "all",
-        ),
+        (slurm(2, 1, 1, SLURM_NTASKS="16"), 1, 2, "10.0.0.1:61440", "all"),  # a step smaller than its job
+        (SLICES, 1, 2, "10.0.0.1:8476", "all"),
     ],
     ids=str,
 )
@@ -145,6 +141,26 @@ def test_one_process_stays_alone_and_asks_nobody(monkeypatch, environ):
         ({**TWO_OF_THREE, "JAX_PROCESS_ID": "first"}, "JAX_PROCESS_ID is 'first'; expected a whole number"),
         ({**TWO_OF_THREE, "JAX_PROCESS_ID": "3"}, "JAX_PROCESS_ID is 3; expected 0 to 2"),
         (slurm(1, 3, 0), "3 tasks share the 8 GPUs of a node; expected a divisor of 8"),
+        ({"JAX_NUM_PROCESSES": "0", **ADDRESS}, "JAX_NUM_PROCESSES is '0'; expected a whole number from 1 on"),
+        ({**TWO_OF_THREE, "JAX_COORDINATOR_ADDRESS": "10.0.0.1:70000"}, "expected HOST:PORT"),
+        ({**TWO_OF_THREE, "JAX_LOCAL_DEVICE_IDS": "0;1"}, "JAX_LOCAL_DEVICE_IDS is '0;1'; expected"),
+        ({"JAX_PROCESS_ID": "1"}, "JAX_PROCESS_ID is set; expected JAX_NUM_PROCESSES"),
+        ({**slurm(2, 1, 1), "JAX_PROCESS_ID": "1"}, "JAX_PROCESS_ID is set; expected JAX_NUM_PROCESSES"),
+        ({**slurm(2, 1, 1), "JAX_COORDINATOR_ADDRESS": "node1"}, "expected HOST:PORT"),
+        (slurm(1, 8, 3, SLURM_PROCID=""), "SLURM_PROCID is ''; expected a whole number"),
+        (slurm(1, 8, 3, SLURM_PROCID="8"), "SLURM_PROCID is 8; expected 0 to 7"),
+        (slurm(2, 1, 1, SLURM_JOB_ID="x"), "SLURM_JOB_ID is 'x'"),
+        (slurm(2, 1, 1, SLURM_NODEID="2"), "SLURM_STEP_TASKS_PER_NODE is '1.x2.', this is task 0 of node 2"),
+        (slurm(2, 8, 1, SLURM_STEP_TASKS_PER_NODE="8"), "contradict"),
+        (slurm(1, 8, 3, SLURM_STEP_NUM_TASKS="eight"), "SLURM_STEP_NUM_TASKS is 'eight'"),
+        (open_mpi(2, 1, 1, OMPI_COMM_WORLD_SIZE="two"), "OMPI_COMM_WORLD_SIZE is 'two'"),
+        (open_mpi(2, 2, 3, **ORTE), "OMPI_COMM_WORLD_RANK is 2; expected 0 to 1"),
+        (open_mpi(2, 1, 1, **ORTE, OMPI_COMM_WORLD_LOCAL_RANK="1"), "LOCAL_RANK is 1; expected 0 to 0"),
+        ({**SLICES, "MEGASCALE_NUM_SLICES": "x"}, "MEGASCALE_NUM_SLICES is 'x'"),
+        ({**SLICES, "MEGASCALE_SLICE_ID": "2"}, "MEGASCALE_SLICE_ID is 2; expected 0 to 1"),
+        ({**SLICES, "MEGASCALE_COORDINATOR_ADDRESS": ""}, "expected MEGASCALE_COORDINATOR_ADDRESS, too"),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, "TPU_WORKER_ID is ''; expected a whole number"),
+        ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "2"}, "TPU_WORKER_ID is 2; expected 0 to 1"),
         (INDEXED, "an indexed Kubernetes job .* set JAX_NUM_PROCESSES"),
         (open_mpi(2, 1, 1), "mpirun -x JAX_COORDINATOR_ADDRESS"),
     ],
