@@ -82,7 +82,7 @@ class Job:
         os.kill(int(children[0]) if children else pid, signum)
 
     def end(self) -> None:
-        """Kill what still runs."""
+        """Kill what still runs; the children of supervisors, also stopped ones, end with them."""
         for process in self.processes.values():
             process.kill()
             process.wait()

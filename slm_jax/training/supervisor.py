@@ -5,6 +5,8 @@ parent is gone ends itself. Signals are passed on. JAX aborts a process that los
 trace; the parent replaces that by a line that names the lost process.
 """
 
+import contextlib
+import ctypes
 import os
 import re
 import select
@@ -26,6 +28,7 @@ BEAT = 2.0  # seconds between two signs of life of the child
 SILENCE = 40.0  # seconds without one after which it is killed; longer than processes take to notice a lost one
 PAUSE = 45.0  # seconds before a restart, in which every other process of the job has noticed and ended, too
 
+_PR_SET_PDEATHSIG = 1  # the name in sys/prctl.h
 _LOG = re.compile(rb"[WEF]\d{4} .*(coordination_service|preemption_sync_manager|client\.h)")  # of JAX's coordination
 _ABORT = b"the JAX distributed service detected fatal errors"
 
@@ -40,6 +43,8 @@ def needs_supervisor(restarts: int) -> bool:
 def report_to_supervisor() -> None:
     """Write signs of life to the supervisor, if there is one, for as long as the process lives."""
     if PIPE in os.environ:
+        with contextlib.suppress(OSError, AttributeError):  # Linux ends it even if it hangs
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         threading.Thread(target=_beat, args=(int(os.environ[PIPE]),), daemon=True).start()
 
 

@@ -86,6 +86,22 @@ def test_a_child_ends_when_its_supervisor_is_killed(tmp_path):
     assert time.monotonic() - began < 10
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has died")
+def test_a_child_that_hangs_ends_with_its_supervisor(tmp_path):
+    everything = "from slm_jax.training.supervisor import *; "
+    child = f"{everything}report_to_supervisor(); print(os.getpid(), flush=True); time.sleep(60)"
+    program = f"{everything}Supervisor([sys.executable, '-c', {child!r}], 'train', 0).run()"
+    env = {**os.environ, "PYTHONPATH": str(Path(supervisor.__file__).parents[2])}
+    with subprocess.Popen([sys.executable, "-c", program], env=env, stdout=subprocess.PIPE, text=True) as parent:
+        pid = int(parent.stdout.readline())
+        os.kill(pid, signal.SIGSTOP)
+        parent.kill()
+    limit = time.monotonic() + 10
+    while Path(f"/proc/{pid}/stat").exists() and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z":
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+
+
 ABORT = """\
 W1130 12:08:05.7 7102 preemption_sync_manager.cc:147] Failed to retrieve preemption notice: UNAVAILABLE: Socket closed
 only expected if one of the tasks is unhealthy
