@@ -45,6 +45,6 @@ def _missing_base(options: RunConfig) -> RunConfig | None:
 def _is_in_bucket(mirror_url: str | None) -> bool:
     if mirror_url is None:
         return False
-    from slm_jax.training.bucket import BucketRun
+    from slm_jax.training.mirror import BucketCopy
 
-    return bool(BucketRun(mirror_url).steps())
+    return bool(BucketCopy(mirror_url).steps())

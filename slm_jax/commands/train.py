@@ -23,6 +23,7 @@ def run(options: RunConfig) -> int:
     """
     from rich.console import Console
 
+    from slm_jax.training.checkpoint import DamagedCheckpoint
     from slm_jax.training.loop import train
     from slm_jax.training.process import Interrupted, StopRequest
     from slm_jax.training.program import out_of_memory_as_input_error
@@ -36,13 +37,18 @@ def run(options: RunConfig) -> int:
         try:
             with joined(command, options.join_timeout), out_of_memory_as_input_error():
                 set_up()
-                start = find_start(options)
-                task = get_task(options.task).build(options, start, stop.check)
-                train(options, task, start, stop, Console(quiet=not start.folder.writes))
+                damaged: dict[int, str] = {}
+                while True:
+                    start = find_start(options, damaged)
+                    task = get_task(options.task).build(options, start, stop.check)
+                    try:
+                        train(options, task, start, stop, Console(quiet=not start.folder.writes))
+                        return 0
+                    except DamagedCheckpoint as damage:  # found while it was loaded; an earlier one is used
+                        damaged[start.first_step] = str(damage)
         except Interrupted as interruption:
             print(f"{command}: stopped by {interruption}", file=sys.stderr)
             return 128 + interruption.signum
         except TrainingDiverged as diverged:
             print(f"{command}: {diverged}", file=sys.stderr)
             return 1
-    return 0

@@ -2,7 +2,8 @@
 
 A checkpoint is a folder ``checkpoints/<step>`` with the items ``params`` (what is trained) and ``state`` (optimizer,
 step, key), and JSON that names everything else a run needs: configuration, identity, tokenizer, data state. Orbax
-commits a checkpoint by renaming it, so one that exists is whole; it keeps no checksums, so this file adds them.
+commits a checkpoint by renaming it, so one that exists is whole. It keeps no checksums; two kinds are added here: the
+SHA-256 of each file, and a checksum of each array, which verifies what has been loaded without reading it again.
 """
 
 import errno
@@ -17,6 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
 from slm_jax.errors import InputError
@@ -28,7 +32,12 @@ from slm_jax.training.step import TrainState
 
 CHECKSUMS = "sha256.json"
 METADATA = "_CHECKPOINT_METADATA"  # Orbax's name
+_ARRAYS = "d"  # Orbax's name of folders with the values of arrays
 FORMAT = 2  # of the params tree and the metadata; 1 had query, key and value in one kernel
+
+
+class DamagedCheckpoint(InputError):
+    """A checkpoint whose arrays are not those that were saved."""
 
 
 class Checkpoints:
@@ -75,13 +84,19 @@ class Checkpoints:
         step = int(state.step)
         exists = step in self.saved_steps()
         self._started.append(step)
+        items = _items(state)
         response = self._checkpointer.save_checkpointables_async(
             step,
-            _items(state),
+            items,
             force=True,
             overwrite=exists,
             metrics=None if validation_loss is None else {"validation_loss": validation_loss},
-            custom_metadata={**metadata, "format": FORMAT, "validation_loss": validation_loss},
+            custom_metadata={
+                **metadata,
+                "checksums": checksums(items),
+                "format": FORMAT,
+                "validation_loss": validation_loss,
+            },
         )
         self._saving = self._pool.submit(self._finish, response, step)
 
@@ -102,8 +117,19 @@ class Checkpoints:
         return sorted({*saved_steps(self.folder), *self._started})
 
     def restore(self, step: int, like: TrainState) -> TrainState:
-        """Return the state of a step, with the shapes, dtypes and shardings of ``like`` (arrays or shapes)."""
-        items = ocp.load_checkpointables(self.folder / str(step), _items(like))
+        """Return the state of a step, with the shapes, dtypes and shardings of ``like`` (arrays or shapes).
+
+        DamagedCheckpoint: it is not what was saved.
+        """
+        path = self.folder / str(step)
+        try:
+            items = _load(path, _items(like), "rename it to resume from an earlier one")
+        except InputError as error:
+            if jax.process_count() > 1:  # the others may have loaded it
+                raise
+            raise DamagedCheckpoint(str(error).rpartition(";")[0]) from None
+        if damage := _changed(path, items):
+            raise DamagedCheckpoint(damage)
         state = items["state"]
         return like.replace(
             step=state["step"],
@@ -171,43 +197,111 @@ def load_params(folder: Path, step: int, like: Params, sharding: Any = None) -> 
 
     ``sharding`` is that of every leaf, or a tree of them; None: the first device.
     """
+    path, several = folder / str(step), jax.process_count() > 1
     others = ", ".join(str(saved) for saved in saved_steps(folder) if saved != step)
     another = f"choose another step of {others}" if others else "no other step was saved"
-    if damage := find_damage(folder / str(step)):
+    if damage := find_damage(path, arrays=not several):
         raise InputError(f"{damage}; {another}")
-    return _load(folder / str(step), "params", like, sharding, another)
+    items = _load(path, {"params": _placed(like, sharding)}, another)
+    if damage := _changed(path, items) if several else None:
+        raise InputError(f"{damage}; {another}")
+    return items["params"]
 
 
 def load_opt_state(folder: Path, step: int, like: Any) -> Any:
     """Load only the optimizer state of a step, to the host; ``like`` is the state, as arrays or shapes."""
     key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
     like = {"step": jax.ShapeDtypeStruct((), "int32"), "key": key, "opt_state": like}
-    state = _load(folder / str(step), "state", like, None, "the optimizer is another; leave base_optimizer out")
+    remedy = "the optimizer is another; leave base_optimizer out"
+    state = _load(folder / str(step), {"state": _placed(like, None)}, remedy)["state"]
     return jax.device_get(state["opt_state"])
 
 
-def _load(path: Path, item: str, like: Any, sharding: Any, remedy: str) -> Any:
+def _placed(like: Any, sharding: Any) -> Any:
+    """Return the shapes of a tree with their shardings; ``sharding`` as for :func:`load_params`."""
     if not isinstance(sharding, dict):
         place = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         sharding = jax.tree.map(lambda _: place, like)
-    abstract = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), like, sharding)
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), like, sharding)
+
+
+def _load(path: Path, items: dict[str, Any], remedy: str) -> dict[str, Any]:
+    """Load items of a checkpoint (arrays or shapes, with shardings).
+
+    Of several processes each reads a part of what several need, and they exchange the parts: each byte is read once.
+    """
+    several = jax.process_count() > 1
     try:
-        return ocp.load_checkpointables(path.resolve(), {item: abstract})[item]  # Orbax takes absolute paths only
+        loaded = ocp.load_checkpointables(path.resolve(), jax.tree.map(_part, items) if several else items)
     except Exception as error:  # of any kind: without checksums Orbax runs into whatever the files hold
         cause = " ".join(str(error.__cause__ or error).split())[:200]
-        raise InputError(f"{path}: its {item} cannot be loaded ({cause}); {remedy}") from None
+        raise InputError(f"{path}: its {' and '.join(items)} cannot be loaded ({cause}); {remedy}") from None
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, items)
+    return jax.jit(lambda tree: tree, out_shardings=shardings)(loaded) if several else loaded
+
+
+def _part(leaf: Any) -> jax.ShapeDtypeStruct:
+    """Split an array (or shape) along the axis of the mesh that have copies of it, too, as Orbax saved it.
+
+    Orbax splits the first axis of a shard that the number of copies divides.
+    """
+    sharding = leaf.sharding
+    if isinstance(sharding, NamedSharding):
+        spec = [() if names is None else names if isinstance(names, tuple) else (names,) for names in sharding.spec]
+        spec += [()] * (leaf.ndim - len(spec))
+        sizes, taken = sharding.mesh.shape, {name for names in spec for name in names}
+        copies = [name for name in sharding.mesh.axis_names if name not in taken]
+        n_copies = math.prod(sizes[name] for name in copies)
+        for axis, size in enumerate(sharding.shard_shape(leaf.shape)):
+            if size % n_copies == 0:
+                spec[axis] += tuple(copies)
+                sharding = NamedSharding(sharding.mesh, PartitionSpec(*spec))
+                break
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def checksums(tree: Any) -> dict[str, int]:
+    """Return a checksum of the bits of each array by its path, the same on any mesh; all processes call it together."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    sums = jax.device_get([_checksum(leaf) for _, leaf in leaves])
+    return {jax.tree_util.keystr(path): int(found) for (path, _), found in zip(leaves, sums, strict=True)}
+
+
+@jax.jit
+def _checksum(leaf: jax.Array) -> jax.Array:
+    """Mix the bits of each number with its place, as MurmurHash3 does, and add all modulo 2**32."""
+    if leaf.dtype == bool:
+        leaf = leaf.astype(jnp.uint8)
+    unsigned = np.dtype(f"uint{8 * min(4, leaf.dtype.itemsize)}")
+    bits = jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
+    place, stride = jnp.uint32(0), 1
+    for axis in reversed(range(bits.ndim)):
+        place += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * np.uint32(stride % 2**32)
+        stride *= bits.shape[axis]
+    mixed = bits ^ (place * np.uint32(0x9E3779B1))
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        mixed = (mixed ^ (mixed >> shift)) * np.uint32(factor)
+    return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
+
+
+def _changed(path: Path, items: dict[str, Any]) -> str | None:
+    """Describe the first array loaded from a checkpoint that is not what was saved; None if there is none."""
+    expected = read_metadata(path.parent, int(path.name)).get("checksums", {})
+    changed = [name for name, found in checksums(items).items() if expected.get(name, found) != found]
+    return f"{path} is damaged: {changed[0]} is not what was saved" if changed else None
 
 
 def write_checksums(folder: Path) -> None:
-    """Write the SHA-256 of every file of a checkpoint beside them."""
+    """Write the size in bytes and the SHA-256 of every file of a checkpoint beside them."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(CHECKSUMS)]
-    sums = {str(path.relative_to(folder)): sha256(path) for path in files}
+    sums = {str(path.relative_to(folder)): [path.stat().st_size, sha256(path)] for path in files}
     replace_text(folder / CHECKSUMS, json.dumps(sums, indent=1))
 
 
-def find_damage(folder: Path) -> str | None:
+def find_damage(folder: Path, arrays: bool = True) -> str | None:
     """Describe the first file of a checkpoint that is missing or changed; None if there is none.
 
+    Without ``arrays``, only the sizes of the files that hold them are compared: whoever loads them verifies them.
     Without checksums, as after a kill right after the commit, a checkpoint is only checked for its main files.
     """
     sums_file = folder / CHECKSUMS
@@ -215,16 +309,18 @@ def find_damage(folder: Path) -> str | None:
         needed = [folder / item / name for item in ("params", "state") for name in ("_METADATA", "manifest.ocdbt")]
         return next((f"{path} is missing from the checkpoint" for path in needed if not path.is_file()), None)
     try:
-        sums = json.loads(sums_file.read_text())
-    except (ValueError, RecursionError):
-        sums = None
-    if not isinstance(sums, dict) or METADATA not in sums:
+        sums = {name: (size, digest) for name, (size, digest) in json.loads(sums_file.read_text()).items()}
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        sums = {}
+    if METADATA not in sums:
         return f"{sums_file} is damaged"
-    for name, expected in sums.items():
+    for name, (size, digest) in sums.items():
         path = folder / name
         if not path.is_file():
             return f"{path} is missing from the checkpoint"
-        if sha256(path) != expected:
+        if path.stat().st_size != size:
+            return f"{path} is damaged: its size differs from the one recorded when it was saved"
+        if (arrays or path.parent.name != _ARRAYS) and sha256(path) != digest:
             return f"{path} is damaged: its SHA-256 differs from the one recorded when it was saved"
     return None
 

@@ -27,11 +27,12 @@ from slm_jax.training.checkpoint import Checkpoints, best_step, check_disk, load
 from slm_jax.training.config import BaseRunConfig
 from slm_jax.training.hardware import device_memory, environment
 from slm_jax.training.loggers import check_loggers, open_loggers
+from slm_jax.training.mirror import Mirror, find_copy
 from slm_jax.training.process import Interrupted, StopRequest
 from slm_jax.training.program import Program, abstract_state, compile_program, first_state
 from slm_jax.training.progress import ProgressLine, count_leaves, format_bytes, format_duration, parameter_table
 from slm_jax.training.record import PLOT_INTERVAL, RunLog, StepProfile
-from slm_jax.training.resume import Mirror, Start, check_identity, mirror_folder
+from slm_jax.training.resume import Start, check_identity
 from slm_jax.training.run_folder import BEFORE, FROZEN
 from slm_jax.training.sharding import check_heads, host_rows, make_mesh, put_batch, put_params, row_shards
 from slm_jax.training.step import TrainState
@@ -51,8 +52,8 @@ def train(config: BaseRunConfig, task: Task, start: Start, stop: StopRequest, co
     folder, total, keep = start.folder, task.total_steps, config.checkpoint.keep
     progress = ProgressLine(console, total, start.first_step)
     if start.step is not None:
-        check_identity(folder, start.metadata["identity"], task.identity)
-    mirror = Mirror(folder, mirror_folder(config) if folder.writes else None, keep, progress.note)
+        check_identity(folder.path, start.metadata["identity"], task.identity)
+    mirror = Mirror(folder, find_copy(config) if folder.writes else None, keep, progress.note)
     if (summary := start.finished(total)) is not None:
         more = "raise --train.steps or --train.epochs to train longer, or use another --run NAME"
         progress.note(f"{folder.path} has done its {start.step:,} steps: {more}")

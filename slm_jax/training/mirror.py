@@ -1,45 +1,70 @@
-"""The copy of a run in object storage, for ``checkpoint.mirror``: the files of the run's folder under the same names.
+"""``checkpoint.mirror``: a copy of a run in a second folder or in object storage, which a new machine resumes from.
 
-An object cannot be renamed and a folder does not exist, so a checkpoint counts once its ``sha256.json`` is there, which
-is written last and removed first.
+A copy has the files of the run's folder under the same names. In a folder a checkpoint gets its name once it has been
+verified. In object storage nothing can be renamed and no folder exists, so a checkpoint counts once its ``sha256.json``
+is there, which is written last and removed first.
 """
 
+import abc
+import math
 import shutil
 import tempfile
-from collections.abc import Collection
+import time
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import jax
+
 from slm_jax.errors import InputError
-from slm_jax.files import Bucket
-from slm_jax.training.checkpoint import CHECKSUMS, METADATA, find_damage, lowest, parse_metadata, saved_steps
+from slm_jax.files import Bucket, sha256, user_path
+from slm_jax.training.checkpoint import (
+    CHECKSUMS,
+    METADATA,
+    find_damage,
+    lowest,
+    parse_metadata,
+    read_metadata,
+    saved_steps,
+)
+from slm_jax.training.config import BaseRunConfig
 from slm_jax.training.run_folder import FROZEN, RunFolder
 
+WARN_INTERVAL = 60.0  # seconds between two warnings
 
-class BucketRun:
-    """A run in object storage, such as ``gs://bucket/runs/tiny``, which is ``path``; any failure is an OSError.
 
-    An InputError says that the bucket holds something else, or that a package is missing.
-    """
+class Copy(abc.ABC):
+    """A copy of a run at ``path``; failures are OSErrors. InputError: something else is there, or a package missing."""
 
-    def __init__(self, url: str):
-        self.path = url
-        self._bucket = Bucket(url)
-        self._uploaded: dict[str, tuple[int, int]] = {}  # size and time of the files as they were when copied
+    path: Path | str
 
+    @abc.abstractmethod
     def names(self) -> set[str]:
-        """Return the names of files and folders in the run's folder."""
-        return {name.partition("/")[0] for name in self._bucket.sizes()}
+        """Return the names of files and folders in it; empty if it does not exist."""
 
+    @abc.abstractmethod
     def steps(self) -> list[int]:
         """Return the steps of the whole checkpoints, ascending."""
-        return _steps(self._bucket.sizes())
 
+    @abc.abstractmethod
     def metadata(self, step: int) -> dict[str, Any]:
         """Return what :func:`slm_jax.training.checkpoint.read_metadata` returns."""
-        name = f"checkpoints/{step}/{METADATA}"
-        return parse_metadata(self._bucket.read(name), f"{self.path}/{name}")
+
+    @abc.abstractmethod
+    def update(self, run: RunFolder, keep: int) -> None:
+        """Copy what is missing or older here, the latest checkpoint first; remove checkpoints that are not kept.
+
+        The latest ``keep`` stay, beside the best and those of the run.
+        """
+
+    @abc.abstractmethod
+    def _read_checkpoint(self, step: int, folder: Path) -> str | None:
+        """Copy a checkpoint to a new folder; return what is damaged."""
+
+    @abc.abstractmethod
+    def _read_files(self, run: RunFolder) -> None:
+        """Copy all files apart from checkpoints, the configuration first."""
 
     def best_step(self) -> int | None:
         """Return the step with the lowest validation loss; damaged metadata do not count."""
@@ -49,17 +74,140 @@ class BucketRun:
                 losses[step] = self.metadata(step)["validation_loss"]
         return lowest(losses)
 
+    def fetch(self, run: RunFolder, step: int) -> str | None:
+        """Copy a checkpoint, the best one and the files to a run; or return what is damaged, and copy nothing.
+
+        The checkpoint gets its name last, which makes the copy count, and only if its SHA-256 are the recorded ones.
+        """
+        copy, best_copy = run.path / ".mirror.partial", run.path / ".best.partial"  # hidden: they are no run yet
+        try:
+            if damage := self._read_checkpoint(step, copy):
+                return damage
+            run.set_aside_after(step - 1)  # damaged ones
+            self._read_files(run)
+            run.checkpoints.mkdir(exist_ok=True)
+            best = self.best_step()
+            if best is not None and best < step and not self._read_checkpoint(best, best_copy):
+                shutil.rmtree(run.step_path(best), ignore_errors=True)
+                best_copy.rename(run.step_path(best))
+            copy.rename(run.step_path(step))
+            return None
+        finally:
+            for folder in (copy, best_copy):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+class FolderCopy(Copy):
+    """A copy in a folder, whose parent must exist, such as that of a mounted drive."""
+
+    def __init__(self, path: Path):
+        self.path: Path = path
+        self._run = RunFolder(path)
+
+    def names(self) -> set[str]:
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"{self.path} is a file; use another --run NAME")
+        return {file.name for file in self.path.iterdir()} if self.path.is_dir() else set()
+
+    def steps(self) -> list[int]:
+        return saved_steps(self._run.checkpoints)
+
+    def metadata(self, step: int) -> dict[str, Any]:
+        return read_metadata(self._run.checkpoints, step)
+
+    def update(self, run: RunFolder, keep: int) -> None:
+        self.path.mkdir(exist_ok=True)
+        _copy_files(run, self._run)
+        steps, folder = saved_steps(run.checkpoints), self._run.checkpoints
+        for step in reversed(steps):
+            ours, theirs = (place.step_path(step) / CHECKSUMS for place in (run, self._run))
+            if ours.is_file() and not (theirs.is_file() and ours.read_bytes() == theirs.read_bytes()):
+                self._add(run.step_path(step))
+        kept = {*steps, *self.steps()[-keep:], self.best_step()}
+        for path in list(folder.glob("*")):
+            if path.suffix == ".partial" or (path.name.isdecimal() and int(path.name) not in kept):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _add(self, checkpoint: Path) -> None:
+        goal = self._run.checkpoints / checkpoint.name
+        partial = goal.with_name(f"{goal.name}.partial")
+        try:
+            goal.parent.mkdir(exist_ok=True)
+            if damage := _copy_checkpoint(checkpoint, partial):
+                raise InputError(damage)
+            shutil.rmtree(goal, ignore_errors=True)
+            partial.rename(goal)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def _read_checkpoint(self, step: int, folder: Path) -> str | None:
+        return _copy_checkpoint(self._run.step_path(step), folder)
+
+    def _read_files(self, run: RunFolder) -> None:
+        _copy_files(self._run, run, every=True)
+
+
+def _copy_files(run: RunFolder, target: RunFolder, *, every: bool = False) -> None:
+    """Copy the changed (or all) files of a run apart from checkpoints and folders of logs, the configuration first."""
+    for name, source in _files(run).items():
+        copy = target.path / name
+        was, now = copy.stat() if copy.is_file() else None, source.stat()
+        if every or was is None or was.st_size != now.st_size or was.st_mtime < now.st_mtime:
+            copy.parent.mkdir(exist_ok=True)
+            partial = copy.with_name(f"{copy.name}.partial")
+            shutil.copyfile(source, partial)
+            if source.name == FROZEN and sha256(source) != sha256(partial):
+                raise OSError(0, "the copy differs", str(partial))
+            partial.replace(copy)
+
+
+def _copy_checkpoint(source: Path, folder: Path) -> str | None:
+    """Copy a checkpoint to a new folder; return what is damaged."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for file in sorted(source.rglob("*")):  # without permissions and times, which not every drive can store
+        copy = folder / file.relative_to(source)
+        copy.mkdir() if file.is_dir() else shutil.copyfile(file, copy)
+    damage = find_damage(folder)
+    return damage and damage.replace(f"{folder}/", f"{source}/")
+
+
+def _files(run: RunFolder) -> dict[str, Path]:
+    """Return the files of a run by name, apart from checkpoints and folders of logs.
+
+    The configuration is first, which makes a folder count as a run.
+    """
+    files = [path for path in [*run.path.iterdir(), *(run.path / "tokenizer").rglob("*")] if path.is_file()]
+    files = [path for path in files if not path.name.startswith(".") and path.suffix != ".partial"]
+    return {
+        path.relative_to(run.path).as_posix(): path
+        for path in sorted(files, key=lambda path: (path.name != "config.yaml", path))
+    }
+
+
+class BucketCopy(Copy):
+    """A copy in object storage, such as in ``gs://bucket/runs/tiny``, which is ``path``."""
+
+    def __init__(self, url: str):
+        self.path: str = url
+        self._bucket = Bucket(url)
+        self._uploaded: dict[str, tuple[int, int]] = {}  # size and time of the files as they were when copied
+
+    def names(self) -> set[str]:
+        return {name.partition("/")[0] for name in self._bucket.sizes()}
+
+    def steps(self) -> list[int]:
+        return _steps(self._bucket.sizes())
+
+    def metadata(self, step: int) -> dict[str, Any]:
+        name = f"checkpoints/{step}/{METADATA}"
+        return parse_metadata(self._bucket.read(name), f"{self.path}/{name}")
+
     def check_writable(self) -> None:
         """Raise an OSError unless objects can be written and removed there."""
         self._bucket.check_writable()
 
-    # From the run's folder to the bucket
-
     def update(self, run: RunFolder, keep: int) -> None:
-        """Copy what is missing or older there, the latest checkpoint first; remove checkpoints that are not kept.
-
-        The latest ``keep`` stay, beside the best and those of the run.
-        """
         self._upload_files(run)
         steps, there = saved_steps(run.checkpoints), self._bucket.sizes()
         for step in reversed(steps):
@@ -73,12 +221,9 @@ class BucketRun:
                 self._remove_checkpoint(other, there)
 
     def _upload_files(self, run: RunFolder) -> None:
-        """Copy the changed files of a run apart from checkpoints and folders of logs, the configuration first."""
         there, changed, seen = self._bucket.sizes(), {}, {}
-        for path in sorted([*run.path.iterdir(), *(run.path / "tokenizer").rglob("*")]):
-            if not path.is_file() or path.name.startswith(".") or path.suffix == ".partial":
-                continue
-            name, about = path.relative_to(run.path).as_posix(), path.stat()
+        for name, path in _files(run).items():
+            about = path.stat()
             seen[name] = about.st_size, about.st_mtime_ns
             if name in self._uploaded:
                 is_changed = self._uploaded[name] != seen[name]
@@ -112,49 +257,23 @@ class BucketRun:
         for name in sorted(names, key=lambda name: (PurePosixPath(name).name != CHECKSUMS, name)):
             self._bucket.remove(name)
 
-    # From the bucket to the run's folder
-
-    def fetch(self, run: RunFolder, step: int) -> str | None:
-        """Copy a checkpoint, the best one and the files; or return what is damaged, and copy nothing.
-
-        The checkpoint gets its name last, which makes the copy count, and only if its SHA-256 are the recorded ones.
-        """
-        copy, best_copy = run.path / ".mirror.partial", run.path / ".best.partial"  # hidden: they are no run yet
-        try:
-            if damage := self._download_checkpoint(step, copy):
-                return damage
-            run.set_aside_after(step - 1)  # damaged ones
-            self._download_files(run)
-            run.checkpoints.mkdir(exist_ok=True)
-            best = self.best_step()
-            if best is not None and best < step and not self._download_checkpoint(best, best_copy):
-                shutil.rmtree(run.step_path(best), ignore_errors=True)
-                best_copy.rename(run.step_path(best))
-            copy.rename(run.step_path(step))
-            return None
-        finally:
-            for folder in (copy, best_copy):
-                shutil.rmtree(folder, ignore_errors=True)
-
-    def _download_files(self, run: RunFolder) -> None:
-        """Copy all files of a run apart from its checkpoints, the configuration first."""
+    def _read_files(self, run: RunFolder) -> None:
         names = [name for name in self._bucket.sizes() if "/" not in name or name.startswith("tokenizer/")]
         names = [name for name in names if _is_inside(name) and not name.startswith(".")]
         copies = {name: run.path / f"{name}.partial" for name in names}
         self._bucket.download(copies)
-        for name in sorted(names, key=lambda name: (name != "config.yaml", name)):  # which makes it count as a run
+        for name in sorted(names, key=lambda name: (name != "config.yaml", name)):
             copies[name].replace(run.path / name)
 
-    def _download_checkpoint(self, step: int, copy: Path) -> str | None:
-        """Copy a checkpoint to a new folder; return what is damaged."""
-        shutil.rmtree(copy, ignore_errors=True)
+    def _read_checkpoint(self, step: int, folder: Path) -> str | None:
+        shutil.rmtree(folder, ignore_errors=True)
         start = f"checkpoints/{step}/"
         names = [name.removeprefix(start) for name in self._bucket.sizes() if name.startswith(start)]
-        self._bucket.download({f"{start}{name}": copy / name for name in names if _is_inside(name)})
-        if not (copy / CHECKSUMS).is_file():  # removed a moment ago
+        self._bucket.download({f"{start}{name}": folder / name for name in names if _is_inside(name)})
+        if not (folder / CHECKSUMS).is_file():  # removed a moment ago
             return f"{self.path}/{start}{CHECKSUMS} is missing from the checkpoint"
-        damage = find_damage(copy)
-        return damage and damage.replace(f"{copy}/", f"{self.path}/{start}")
+        damage = find_damage(folder)
+        return damage and damage.replace(f"{folder}/", f"{self.path}/{start}")
 
 
 def _step_of(name: str) -> int | None:
@@ -172,3 +291,64 @@ def _steps(names: Collection[str]) -> list[int]:
 def _is_inside(name: str) -> bool:
     """Return whether a name, which others may have written, stays inside the folder that it is copied to."""
     return ".." not in PurePosixPath(name).parts and not name.startswith("/")
+
+
+# Of a run
+
+
+def find_copy(config: BaseRunConfig) -> Copy | None:
+    """Return the run's copy in ``checkpoint.mirror``, which may not exist yet; None without a mirror.
+
+    InputError: it cannot be written.
+    """
+    if config.mirror_url is not None:
+        return _in_bucket(config.mirror_url)
+    if config.checkpoint.mirror is None or config.mirror_folder is None:
+        return None
+    root, path = user_path(config.checkpoint.mirror), config.mirror_folder
+    there, here = path.resolve(), config.folder.resolve()
+    if there.is_relative_to(here) or here.is_relative_to(there):
+        raise InputError(f"checkpoint.mirror is {root}; expected a folder apart from the run's own, {config.folder}")
+    try:
+        if jax.process_index() == 0:
+            root.mkdir(exist_ok=True)  # not its parents: they are missing where a drive is not mounted
+            path.parent.mkdir(parents=True, exist_ok=True)  # of a run called a/b
+            tempfile.TemporaryFile(dir=root).close()
+    except OSError as error:
+        raise InputError(f"checkpoint.mirror is {root}: cannot write there ({error.strerror}); mount it") from None
+    return FolderCopy(path)
+
+
+def _in_bucket(url: str) -> BucketCopy:
+    mirror = BucketCopy(url)
+    try:
+        if jax.process_index() == 0:
+            mirror.check_writable()
+    except OSError as error:
+        remedy = "expected an existing bucket, and credentials that may write and remove objects in it"
+        raise InputError(f"checkpoint.mirror: {url}: cannot write there ({error.strerror}); {remedy}") from None
+    return mirror
+
+
+class Mirror:
+    """Keeps a copy of a run up to date; without one (None) it does nothing.
+
+    There the latest ``keep`` checkpoints stay, beside the best and those of the run. Errors are warnings, at most one
+    a minute, and the next update copies what is missing.
+    """
+
+    def __init__(self, run: RunFolder, target: Copy | None, keep: int, note: Callable[[str], None]):
+        self._run, self._target, self._keep, self._note = run, target, keep, note
+        self._last_warning = -math.inf
+
+    def update(self, *, last: bool = False) -> None:
+        """Copy what is missing or older there, the latest checkpoint first; the last update reports any failure."""
+        if self._target is None:
+            return
+        try:
+            self._target.update(self._run, self._keep)
+        except (OSError, InputError) as error:
+            if last or time.monotonic() - self._last_warning > WARN_INTERVAL:
+                self._last_warning = time.monotonic()
+                reason = error.strerror if isinstance(error, OSError) else error
+                self._note(f"warning: {self._target.path}: the run cannot be copied there now ({reason})")

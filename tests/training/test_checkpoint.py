@@ -1,6 +1,7 @@
 """What must hold of checkpoints: bitwise whatever happens meanwhile, the right ones kept, damage found and named."""
 
 import json
+import re
 import shutil
 
 import jax
@@ -15,7 +16,9 @@ from slm_jax.training import checkpoint
 from slm_jax.training.checkpoint import (
     CHECKSUMS,
     Checkpoints,
+    DamagedCheckpoint,
     best_step,
+    checksums,
     find_damage,
     load_opt_state,
     load_params,
@@ -130,7 +133,11 @@ def test_a_step_may_be_saved_anew(folder):
         checkpoints.save(other, metadata, 1 / 3)
         checkpoints.wait()
         assert find_damage(folder / "10") is None
-        assert read_metadata(folder, 10) == {**metadata, "validation_loss": 1 / 3}
+        saved = read_metadata(folder, 10)
+        assert saved.pop("checksums").keys() == checksums({"params": other.trainable}).keys() | {
+            f"['state']{name}" for name in checksums({"step": 0, "key": 0, "opt_state": other.opt_state})
+        }
+        assert saved == {**metadata, "validation_loss": 1 / 3}
         assert_same_bits(copy(checkpoints.restore(10, shapes(other))), copy(other))
 
 
@@ -201,6 +208,47 @@ def test_every_file_of_a_checkpoint_has_a_checksum_and_damaged_checksums_are_dam
     for text in ("{", "[]", "{}", "7", "[" * 100_000):
         (saved / "20" / CHECKSUMS).write_text(text)
         assert CHECKSUMS in find_damage(saved / "20")
+
+
+def test_files_of_arrays_are_not_read_before_they_are_loaded_which_verifies_them(saved, monkeypatch):
+    read = []
+    monkeypatch.setattr(checkpoint, "sha256", lambda path: read.append(path) or "")
+    assert find_damage(saved / "20", arrays=False) is not None  # of the first small file: not this SHA-256
+    assert payload(saved / "20", "params") not in read
+    monkeypatch.undo()
+    largest = payload(saved / "20", "params")
+    content = largest.read_bytes()
+    truncate(largest)
+    assert f"{largest} is damaged: its size" in find_damage(saved / "20", arrays=False)
+    largest.write_bytes(content)
+    changed = make_state(20)
+    changed.trainable["block"]["bias"] = changed.trainable["block"]["bias"].at[5].add(1e-6)
+    with Checkpoints(saved) as checkpoints:
+        checkpoints.restore(20, shapes(changed))
+        monkeypatch.setattr(checkpoint.ocp, "load_checkpointables", lambda *_: checkpoint._items(changed))
+        with pytest.raises(
+            DamagedCheckpoint, match=re.escape(f"{saved / '20'} is damaged: ['params']['block']['bias']")
+        ):
+            checkpoints.restore(20, shapes(changed))
+
+
+@pytest.mark.parametrize("item", ["params", "state"])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_changed_bytes_of_arrays_do_not_train_on(saved, item):
+    flip(max((saved / "20" / item).rglob("d/*"), key=lambda path: path.stat().st_size))
+    assert find_damage(saved / "20", arrays=False) is None
+    with Checkpoints(saved) as checkpoints, pytest.raises(DamagedCheckpoint, match=str(saved / "20")):
+        checkpoints.restore(20, shapes(make_state(20)))
+
+
+def test_a_checksum_notices_what_is_changed_and_what_is_swapped():
+    x = jnp.arange(24.0).reshape(2, 3, 4)
+    changes = [x.at[1, 2, 3].add(2e-6), x.at[0].set(x[1]).at[1].set(x[0]), x.reshape(4, 6).T.reshape(2, 3, 4), -x]
+    changes += [x.at[0, 0, 0].multiply(-1)]
+    assert len({checksums([leaf])["[0]"] for leaf in (x, *changes)}) == 6
+    for dtype in ("bool", "uint8", "bfloat16", "int32"):
+        zeros = jnp.zeros(5, dtype)
+        assert checksums([zeros]) != checksums([zeros.at[3].set(1)])
 
 
 @pytest.mark.parametrize("name", ["_METADATA", "manifest.ocdbt", "largest"])

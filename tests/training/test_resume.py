@@ -22,12 +22,13 @@ from slm_jax.config import dump_config, to_dict
 from slm_jax.data.config import DataConfig, TokenizerConfig
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.tasks.config import RunConfig, get_task, parse_args
-from slm_jax.training import resume
+from slm_jax.training import mirror
 from slm_jax.training.checkpoint import METADATA, Checkpoints, best_step, find_damage, saved_steps, write_checksums
 from slm_jax.training.config import CheckpointConfig, ModelConfig, OptimizerConfig, SampleConfig, TrainConfig
 from slm_jax.training.loop import train
+from slm_jax.training.mirror import FolderCopy, Mirror
 from slm_jax.training.process import StopRequest
-from slm_jax.training.resume import Mirror, check_identity, find_start
+from slm_jax.training.resume import check_identity, find_start
 from slm_jax.training.run_folder import RunFolder
 from slm_jax.training.step import TrainState
 
@@ -35,7 +36,7 @@ from slm_jax.training.step import TrainState
 
 
 def test_what_a_run_is_changes_its_identity_and_how_it_is_executed_does_not():
-    own, place = RunConfig().identity, RunFolder(Path("a"))
+    own, place = RunConfig().identity, Path("a")
     execution = (
         "--train.steps 5 --train.epochs 3 --train.accumulate 2 --train.log_every 1 --train.profile 1:2 --run b "
         "--runs_dir /x --resume must --model.dtype bfloat16 --model.remat full --checkpoint.every 3 "
@@ -163,6 +164,24 @@ def test_one_host_verifies_checkpoints_and_the_others_only_see_that_they_are_the
         find_start(configured())
 
 
+def test_damage_that_is_found_while_loading_costs_the_steps_since_the_checkpoint_before(
+    place, trained, configured, capsys
+):
+    alone = CheckpointConfig(every=2)
+    damage(place / "runs/run/checkpoints/8")
+    assert run(configured(10, checkpoint=alone)) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert re.search(
+        r"warning: \S+/checkpoints/8.{,400}; resuming from an earlier checkpoint .*resuming from step 6", out
+    )
+    assert [row["step"] for row in metrics(place / "runs/run") if row["split"] == "train"] == list(range(1, 11))
+    for step in (6, 8, 10):
+        if (place / f"runs/run/checkpoints/{step}").exists():
+            damage(place / f"runs/run/checkpoints/{step}")
+    assert run(configured(12, checkpoint=alone)) == 2
+    assert "every checkpoint is damaged" in capsys.readouterr().err
+
+
 def test_never_refuses_a_run_and_must_needs_one(place, configured):
     with pytest.raises(InputError, match="runs/run already holds a run and resume is never"):
         find_start(configured(resume="never"))
@@ -282,7 +301,7 @@ def steps(folder):
 
 
 def mirror_of(place, notes, keep=2):
-    return Mirror(RunFolder(place / "runs" / "run"), RunFolder(place / "drive" / "run"), keep, notes.append)
+    return Mirror(RunFolder(place / "runs" / "run"), FolderCopy(place / "drive" / "run"), keep, notes.append)
 
 
 def test_a_fresh_machine_resumes_from_the_mirror_as_if_nothing_had_happened(place, trained, configured, capsys):
@@ -301,7 +320,7 @@ def test_the_newer_of_run_and_mirror_wins(place, configured):
     assert (start.step, start.notes) == (8, ())
     shutil.copytree(place / "runs/run/checkpoints/8", place / "drive/run/checkpoints/8")
     damage(place / "runs/run/checkpoints/8")
-    start = find_start(configured())
+    start = find_start(configured(), {8: "damaged"})  # found when it was loaded
     assert start.step == 8
     assert find_damage(place / "runs/run/checkpoints/8") is None
     assert any("8.damaged" in path.name for path in (place / "runs/run/checkpoints").iterdir())
@@ -322,26 +341,26 @@ def test_a_damaged_checkpoint_in_the_mirror_is_not_copied(place, configured):
     assert f"{place}/drive/run/checkpoints/8" in start.notes[0]
     damage(place / "drive/run/checkpoints/6")
     shutil.rmtree(place / "fresh")
-    with pytest.raises(InputError, match=r"drive/run/checkpoints: every checkpoint is damaged"):
-        find_start(configured(8, "fresh"))
-    assert not (place / "fresh").exists()
+    for _ in range(2):  # what it leaves is no run
+        with pytest.raises(InputError, match=r"drive/run: every checkpoint is damaged"):
+            find_start(configured(8, "fresh"))
 
 
 def test_a_failing_mirror_is_a_warning_and_the_next_update_catches_up(place, monkeypatch):
     notes = []
-    mirror = mirror_of(place, notes)
+    copies = mirror_of(place, notes)
     (place / "drive").rename(place / "gone")
     for last in (False, False, True):  # the second is within a minute
-        mirror.update(last=last)
+        copies.update(last=last)
     assert len(notes) == 2
     assert all("cannot be copied there now" in note for note in notes)
     (place / "drive").mkdir()
     with monkeypatch.context() as patch:
-        patch.setattr(resume.shutil, "copyfile", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
-        mirror.update(last=True)
+        patch.setattr(mirror.shutil, "copyfile", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+        copies.update(last=True)
     assert "full" in notes[-1]
     assert steps(place / "drive") == []
-    mirror.update()
+    copies.update()
     assert contents(place / "drive/run").keys() == contents(place / "gone/run").keys()
 
 
@@ -354,7 +373,7 @@ def test_a_copy_that_was_damaged_on_the_way_never_gets_its_name(place, monkeypat
             target.write_bytes(b"x" * target.stat().st_size)
 
     shutil.rmtree(place / "drive/run/checkpoints/8")
-    monkeypatch.setattr(resume.shutil, "copyfile", spoil)
+    monkeypatch.setattr(mirror.shutil, "copyfile", spoil)
     mirror_of(place, notes).update()
     assert "SHA-256" in notes[0]
     assert {path.name for path in (place / "drive/run/checkpoints").iterdir()} == {"6"}

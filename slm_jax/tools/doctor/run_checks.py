@@ -11,9 +11,9 @@ from slm_jax.runs import RunFolder, best_step, find_damage, read_frozen, read_me
 from slm_jax.tasks.config import TASKS, RunConfig, parse_args
 from slm_jax.tools.doctor.machine_checks import Finding, Found, folder_size, perform, start_error
 from slm_jax.tools.report.run_data import figure
-from slm_jax.training.bucket import BucketRun
 from slm_jax.training.checkpoint import CHECKSUMS
 from slm_jax.training.hardware import environment, rounding_changes
+from slm_jax.training.mirror import BucketCopy
 from slm_jax.training.progress import format_bytes, format_duration
 
 
@@ -170,7 +170,7 @@ def check_mirror(run: RunFolder) -> Found:
 def _check_bucket(run: RunFolder, url: str) -> Found:
     """Compare steps only: to read the files would be a download of all of them."""
     try:
-        there = BucketRun(url).steps()
+        there = BucketCopy(url).steps()
     except InputError as error:
         yield "problem", str(error)
         return

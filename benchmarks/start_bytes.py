@@ -1,0 +1,130 @@
+"""Count the bytes that four processes read until they train: at the start the token file, on a resume the checkpoint.
+
+    python benchmarks/start_bytes.py
+
+Counted are the bytes of read calls (rchar in /proc/PID/io) and the pages of the mapped token file that a process has
+touched (smaps), summed over the processes. What a start reads anyway, such as Python's modules, is that of a start with
+a small token file, and for the resume that of the start. Linux only.
+"""
+
+import argparse
+import functools
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from slm_jax.data.builtin import python_docs
+from slm_jax.data.token_file import write_token_file
+from slm_jax.tokenizer import BPETokenizer
+from slm_jax.training.checkpoint import saved_steps
+
+OPTIONS = {
+    "model.n_layers": 4,
+    "model.emb_dim": 512,
+    "model.n_heads": 8,
+    "model.context_length": 32,
+    "train.batch_size": 8,
+    "train.steps": 100_000,
+    "train.eval_every": 100_000,
+    "train.log_every": 1,
+    "checkpoint.every": 4,
+    "sample.every": 0,
+    "join_timeout": 300,
+}
+
+
+def make_tokens(path: Path, n_tokens: int) -> None:
+    """Write a token file of random ids."""
+    tokenizer = BPETokenizer.train(python_docs()[:20], vocab_size=512)
+    rng = np.random.default_rng(0)
+    with write_token_file(path, tokenizer, "random") as writer:
+        for first in range(0, n_tokens, 1 << 20):
+            writer.write(rng.integers(512, size=min(1 << 20, n_tokens - first)).astype(np.uint16))
+
+
+def read_until_training(folder: Path, source: Path, run: str, *, count: int, fsdp: int, step: int = 1) -> int:
+    """Start ``count`` processes; return the bytes that they have read when the run has logged a step; end them."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+    options = {**OPTIONS, "data.source": f"tokens:{source}", "runs_dir": folder, "run": run, "mesh.fsdp": fsdp}
+    words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+    job = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count), "JAX_PLATFORMS": "cpu"}
+    processes = []
+    try:
+        for index in range(count):
+            env = {**os.environ, **job, "JAX_PROCESS_ID": str(index)}
+            command = [sys.executable, "-m", "slm_jax", "train", *words]
+            processes.append(subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL))
+        while _last_step(folder / run / "metrics.jsonl") < step:
+            if any(process.poll() is not None for process in processes):
+                raise RuntimeError("a process has ended")
+            time.sleep(0.02)
+        return sum(_bytes_read(_training(process.pid), source) for process in processes)
+    finally:
+        for process in processes:
+            process.send_signal(signal.SIGTERM)
+        for process in processes:
+            process.wait()
+
+
+def _last_step(metrics: Path) -> int:
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
+
+
+def _training(pid: int) -> int:
+    """Return the process that trains, which is the child of its supervisor."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return int(children[0]) if children else pid
+
+
+def _bytes_read(pid: int, mapped: Path) -> int:
+    read = int(re.findall(r"rchar: (\d+)", Path(f"/proc/{pid}/io").read_text())[0])
+    maps = Path(f"/proc/{pid}/smaps").read_text()
+    touched = re.findall(rf"{re.escape(str(mapped))}\n(?:.*\n){{1,4}}?Rss: +(\d+) kB", maps)
+    return read + 1024 * sum(map(int, touched))
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def main() -> int:
+    """Measure starts and resumes on two meshes; exit with 0 only within 1.5 and 1.2 times what there is to read."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=64_000_000)
+    options = parser.parse_args()
+    count, good = options.processes, True
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        small, large = folder / "small.bin", folder / "large.bin"
+        make_tokens(small, 100_000)
+        make_tokens(large, options.tokens)
+        for mesh, fsdp in (("data", 1), ("fsdp", count)):
+            job = functools.partial(read_until_training, folder, fsdp=fsdp, count=count)
+            least, read = job(small, f"small-{mesh}"), job(large, mesh)
+            started = (read - least) / large.stat().st_size
+            print(f"{mesh}={count}, start: {started:.2f} times the token file of {large.stat().st_size / 1e6:.0f} MB")
+            step = saved_steps(folder / mesh / "checkpoints")[-1]
+            checkpoint = _size(folder / mesh / "checkpoints" / str(step))
+            resumed = (job(large, mesh, step=step + 1) - read) / checkpoint
+            print(
+                f"{mesh}={count}, resume: {resumed:.2f} times the checkpoint of {checkpoint / 1e6:.0f} MB", flush=True
+            )
+            good &= started <= 1.5 and resumed <= 1.2
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
