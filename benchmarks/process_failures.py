@@ -25,7 +25,7 @@ from kill_and_resume import OPTIONS, differences, outcome
 
 from slm_jax.data.builtin import python_docs
 
-STEPS, JOIN_TIMEOUT = 240, 20
+STEPS, JOIN_TIMEOUT = 100, 20
 KINDS: dict[str, tuple[int, signal.Signals | None, int]] = {  # which process, what happens to it, restarts
     "SIGKILL of process 0": (0, signal.SIGKILL, 0),
     "SIGKILL of process 1": (1, signal.SIGKILL, 0),
