@@ -28,11 +28,11 @@ from slm_jax.tokenizer import BPETokenizer
 from slm_jax.training.checkpoint import saved_steps
 
 OPTIONS = {
-    "model.n_layers": 4,
+    "model.n_layers": 2,
     "model.emb_dim": 512,
     "model.n_heads": 8,
-    "model.context_length": 32,
-    "train.batch_size": 8,
+    "model.context_length": 16,
+    "train.batch_size": 4,
     "train.steps": 100_000,
     "train.eval_every": 100_000,
     "train.log_every": 1,
@@ -103,7 +103,7 @@ def main() -> int:
     """Measure starts and resumes on two meshes; exit with 0 only within 1.5 and 1.2 times what there is to read."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=64_000_000)
+    parser.add_argument("--tokens", type=int, default=50_000_000)
     options = parser.parse_args()
     count, good = options.processes, True
     with tempfile.TemporaryDirectory() as name:
@@ -111,14 +111,15 @@ def main() -> int:
         small, large = folder / "small.bin", folder / "large.bin"
         make_tokens(small, 100_000)
         make_tokens(large, options.tokens)
+        least = read_until_training(folder, small, "small", fsdp=1, count=count)
         for mesh, fsdp in (("data", 1), ("fsdp", count)):
-            job = functools.partial(read_until_training, folder, fsdp=fsdp, count=count)
-            least, read = job(small, f"small-{mesh}"), job(large, mesh)
+            job = functools.partial(read_until_training, folder, large, mesh, fsdp=fsdp, count=count)
+            read = job()
             started = (read - least) / large.stat().st_size
             print(f"{mesh}={count}, start: {started:.2f} times the token file of {large.stat().st_size / 1e6:.0f} MB")
             step = saved_steps(folder / mesh / "checkpoints")[-1]
             checkpoint = _size(folder / mesh / "checkpoints" / str(step))
-            resumed = (job(large, mesh, step=step + 1) - read) / checkpoint
+            resumed = (job(step=step + 1) - read) / checkpoint
             print(
                 f"{mesh}={count}, resume: {resumed:.2f} times the checkpoint of {checkpoint / 1e6:.0f} MB", flush=True
             )
