@@ -28,6 +28,7 @@ from slm_jax.tokenizer import BPETokenizer
 from slm_jax.training.checkpoint import saved_steps
 
 OPTIONS = {
+    "data.validation_fraction": 0.0002,
     "model.n_layers": 2,
     "model.emb_dim": 512,
     "model.n_heads": 8,
