@@ -47,7 +47,7 @@ class Job:
             listener.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{listener.getsockname()[1]}"
         options = {**OPTIONS, "data.source": f"text:{folder / 'text.txt'}", "runs_dir": folder, "run": name}
-        options |= {"train.steps": STEPS, "train.eval_every": 50, "sample.every": 0, "restarts": restarts}
+        options |= {"train.steps": STEPS, "train.eval_every": 50, "sample.every": 60, "restarts": restarts}
         options |= {} if missing is None else {"join_timeout": JOIN_TIMEOUT}
         words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
         self.run, self.errors = folder / name, [folder / f"{name}-{index}.err" for index in range(2)]
