@@ -4,7 +4,7 @@
 
 Counted are the bytes of read calls (rchar in /proc/PID/io) and the pages of the mapped token file that a process has
 touched (smaps), summed over the processes. What a start reads anyway, such as Python's modules, is that of a start with
-a small token file, and for the resume that of the start. Linux only.
+a small token file, and for the resume that of the start; compiled programs are not cached. Linux only.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def read_until_training(folder: Path, source: Path, run: str, *, count: int, fsd
     processes = []
     try:
         for index in range(count):
-            env = {**os.environ, **job, "JAX_PROCESS_ID": str(index)}
+            env = {**os.environ, **job, "JAX_PROCESS_ID": str(index), "JAX_ENABLE_COMPILATION_CACHE": "false"}
             command = [sys.executable, "-m", "slm_jax", "train", *words]
             processes.append(subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL))
         while _last_step(folder / run / "metrics.jsonl") < step:
