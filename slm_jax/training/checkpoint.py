@@ -261,10 +261,14 @@ def _part(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def checksums(tree: Any) -> dict[str, int]:
-    """Return a checksum of the bits of each array by its path, the same on any mesh; all processes call it together."""
+    """Return a checksum of the bits of each array by its path and dtype, the same on any mesh.
+
+    All processes call it together.
+    """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     sums = jax.device_get([_checksum(leaf) for _, leaf in leaves])
-    return {jax.tree_util.keystr(path): int(found) for (path, _), found in zip(leaves, sums, strict=True)}
+    names = [f"{jax.tree_util.keystr(path)} {leaf.dtype}" for path, leaf in leaves]
+    return {name: int(found) for name, found in zip(names, sums, strict=True)}
 
 
 @jax.jit

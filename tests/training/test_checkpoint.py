@@ -134,9 +134,7 @@ def test_a_step_may_be_saved_anew(folder):
         checkpoints.wait()
         assert find_damage(folder / "10") is None
         saved = read_metadata(folder, 10)
-        assert saved.pop("checksums").keys() == checksums({"params": other.trainable}).keys() | {
-            f"['state']{name}" for name in checksums({"step": 0, "key": 0, "opt_state": other.opt_state})
-        }
+        assert saved.pop("checksums") == checksums(checkpoint._items(other))
         assert saved == {**metadata, "validation_loss": 1 / 3}
         assert_same_bits(copy(checkpoints.restore(10, shapes(other))), copy(other))
 
@@ -245,7 +243,7 @@ def test_a_checksum_notices_what_is_changed_and_what_is_swapped():
     x = jnp.arange(24.0).reshape(2, 3, 4)
     changes = [x.at[1, 2, 3].add(2e-6), x.at[0].set(x[1]).at[1].set(x[0]), x.reshape(4, 6).T.reshape(2, 3, 4), -x]
     changes += [x.at[0, 0, 0].multiply(-1)]
-    assert len({checksums([leaf])["[0]"] for leaf in (x, *changes)}) == 6
+    assert len({checksums([leaf])["[0] float32"] for leaf in (x, *changes)}) == 6
     for dtype in ("bool", "uint8", "bfloat16", "int32"):
         zeros = jnp.zeros(5, dtype)
         assert checksums([zeros]) != checksums([zeros.at[3].set(1)])
