@@ -65,8 +65,10 @@ def least_seconds(times: Iterable[Wires]) -> float:
     return max(sum(one.links for one in times), sum(one.network for one in times))
 
 
-def compiled_seconds(device: Device, collectives: Sequence[Collective], domains: Sequence[int]) -> float:
-    """Return the least time of a compiled program's collectives; ``domains``: of each device, in the mesh's order."""
+def compiled_seconds(device: Device, collectives: Sequence[Collective], mesh: Mesh) -> float:
+    """Return the least time of the collectives of a program that is compiled for a mesh."""
+    of_host = device.platform == "gpu"
+    domains = [one.process_index if of_host else getattr(one, "slice_index", 0) for one in mesh.devices.flat]
 
     def times(one: Collective) -> Wires:
         spans = max(len({domains[i] for i in group}) for group in one.groups)
@@ -166,14 +168,6 @@ def _spans(sizes: Mapping[str, int], axes: Sequence[str], domain: int) -> int:
     ids = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
     group = ids[tuple(slice(None) if axis in axes else 0 for axis in sizes)]
     return len(np.unique(group // domain))
-
-
-def device_domains(mesh: Mesh) -> list[int]:
-    """Return the host (of a GPU) or slice (of a TPU) of each device of a mesh, in its order."""
-    return [
-        getattr(device, "slice_index", 0) if device.platform == "tpu" else device.process_index
-        for device in mesh.devices.flat
-    ]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,7 @@ from slm_jax.nn.sharding import state_shardings
 from slm_jax.nn.target import compiling_for
 from slm_jax.tasks.config import RunConfig
 from slm_jax.tools.plan.cluster import GPUS_PER_HOST, Cluster
-from slm_jax.tools.plan.communication import compiled_seconds, device_domains
+from slm_jax.tools.plan.communication import compiled_seconds
 from slm_jax.tools.plan.estimate import Shapes, resolve
 from slm_jax.tools.plan.hlo import Collective, find_collectives, find_kernels
 from slm_jax.training.batch_size import fit_batch
@@ -91,8 +91,7 @@ def compile_run(config: RunConfig, cluster: Cluster, devices: Sequence[Any]) -> 
             wanted["first state"] = program.init.result
         if shapes.generates:
             wanted["generation"] = functools.partial(_compile_generation, shapes, mesh)
-        domains = device_domains(mesh)
-        return [_result(name, compiled, cluster, domains) for name, compiled in wanted.items()]
+        return [_result(name, compiled, cluster, mesh) for name, compiled in wanted.items()]
 
 
 def _compile_generation(shapes: Shapes, mesh: Mesh) -> Any:
@@ -105,14 +104,14 @@ def _compile_generation(shapes: Shapes, mesh: Mesh) -> Any:
         return compile_generation(GPTModel(shapes.cfg), with_shardings(unstacked, shardings))
 
 
-def _result(name: str, get: Callable[[], Any], cluster: Cluster, domains: Sequence[int]) -> Compiled:
+def _result(name: str, get: Callable[[], Any], cluster: Cluster, mesh: Mesh) -> Compiled:
     try:
         compiled = get()
     except jax.errors.JaxRuntimeError as error:
         return Compiled(name, None, problem=_first_line(str(error)))
     text = compiled.as_text()
     collectives = tuple(find_collectives(text))
-    seconds = compiled_seconds(cluster.device, collectives, domains) if cluster.device else 0.0
+    seconds = compiled_seconds(cluster.device, collectives, mesh) if cluster.device else 0.0
     return Compiled(name, device_bytes(compiled), None, collectives, find_kernels(text), seconds)
 
 

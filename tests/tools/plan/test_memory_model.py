@@ -85,6 +85,13 @@ def test_the_total_is_within_ten_percent_of_what_xla_says(changes):
     assert total == pytest.approx(xla_bytes(cfg, rows=8), rel=0.1)
 
 
+def test_tensor_splits_what_belongs_to_heads_and_hidden_features():
+    """The stream, its norms and what they put out are whole on every device."""
+    whole = 8 * (64 + 1) + 2 * 64 * 4
+    one, two = (saved_bytes(dataclasses.replace(work(shape()), tensor=n)) for n in (1, 2))
+    assert two - whole == (one - whole) / 2
+
+
 def test_flash_attention_keeps_no_weights():
     """So what is kept grows with the tokens, not with their square."""
     for kernel in ("cudnn", "flash"):
