@@ -28,6 +28,7 @@ OPTIONS = {
     "model.n_layers": 2,
     "model.emb_dim": 32,
     "model.context_length": 32,
+    "model.unroll": "false",
     "model.drop_rate": 0.1,
     "train.batch_size": 8,
     "train.accumulate": 2,

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import jupytext
 import nbformat
+from jupyter_client import KernelManager
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 
@@ -29,6 +30,10 @@ HERE = Path(__file__).resolve().parent
 REPOSITORY = tomllib.loads((HERE.parent / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
 CELL_SECONDS = 600  # timeout of one cell, generous for slow machines
 NUMBER = re.compile(r"(?<![\w.])-?\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?(?!\w)")
+
+XLA_FLAGS = (
+    "--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+)
 
 BADGE = """\
 [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](\
@@ -73,33 +78,35 @@ def assemble(source: Path) -> NotebookNode:
     return nbformat.v4.new_notebook(cells=cells, metadata=metadata)
 
 
-def execute(notebook: NotebookNode) -> NotebookNode:
-    """Run all cells, then all solutions, in a new kernel and folder; return the notebook with the cells' outputs.
+def execute(notebook: NotebookNode, kernel: KernelManager | None = None) -> NotebookNode:
+    """Run all cells, then all solutions, in a new folder; return the notebook with the cells' outputs.
+
+    Args:
+        notebook: What `assemble` returned.
+        kernel: Runs the cells after forgetting all variables, and stays alive; None: a new one.
 
     Raises:
         nbclient.exceptions.CellExecutionError: a cell or a solution failed; the message has the cell and the traceback.
     """
-    shown = len(notebook.cells)
-    environment = dict(os.environ)
     whole = nbformat.from_dict(notebook)
     whole.cells = [*notebook.cells, *(nbformat.v4.new_code_cell(code) for code in solutions(notebook))]
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(HERE / "data", Path(folder) / "data")
-        environment["XDG_CACHE_HOME"] = f"{folder}/cache"  # start with an empty compile cache
-        # Compiles faster than the default.
-        environment["XLA_FLAGS"] = (
-            "--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false "
-            "--xla_cpu_parallel_codegen_split_count=1"
-        )
+        # Start with an empty compile cache; compile faster than by default.
+        environment = {**os.environ, "XDG_CACHE_HOME": f"{folder}/cache", "XLA_FLAGS": XLA_FLAGS}
+        if kernel:  # as if it were new
+            whole.cells.insert(0, nbformat.v4.new_code_cell(f"%cd -q {folder}\n%reset -f"))
         NotebookClient(
             whole,
+            km=kernel,
             timeout=CELL_SECONDS,
             kernel_name="python3",
             coalesce_streams=True,
             record_timing=False,
             resources={"metadata": {"path": folder}},
         ).execute(env=environment)
-    whole.cells = whole.cells[:shown]
+    first = 1 if kernel else 0
+    whole.cells = whole.cells[first : first + len(notebook.cells)]
     whole.metadata = notebook.metadata
     return whole
 

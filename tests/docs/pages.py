@@ -171,6 +171,8 @@ def shorter(words: list[str]) -> list[str]:
             more["train.steps"] = 4
         if words[0] == "train" and "--base" not in words:
             more |= SMALL
+            if "--data." not in " ".join(words):
+                more["data.validation_fraction"] = 0.02  # evaluating a tenth takes longer than the steps
             if not re.search(r"--(data|tokenizer)\.|--config (?!configs/tiny)", " ".join(words)):
                 more["tokenizer.vocab_size"] = 512  # the same for all pages, so that compiled programs are reused
         if "--optimizer.decay_steps" in words:
