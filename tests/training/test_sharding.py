@@ -91,7 +91,7 @@ def eight(folder, state_of_one):
 @each_mesh
 def test_eight_devices_give_the_losses_of_one(eight, mesh):
     """With accumulation there is dropout too: it depends on the step alone, not on the mesh."""
-    for accumulate in (1, 2):
+    for accumulate in (1, 2) if mesh in eight_devices.WITH_DROPOUT else (1,):
         one = eight["one"][f"accumulate={accumulate}"]
         assert len(set(one)) == len(one) == eight_devices.STEPS + 1
         np.testing.assert_allclose(eight["mesh"][f"{mesh} accumulate={accumulate}"], one, rtol=1e-5)
@@ -119,7 +119,7 @@ def test_muon_on_split_matrices_moves_as_on_whole_ones(eight):
 
 
 @pytest.mark.slow
-@each_mesh
+@pytest.mark.parametrize("mesh", eight_devices.WITH_LORA)
 def test_a_classifier_with_adapters_trains_on_eight_devices_as_on_one(eight, mesh):
     """What is trained and what is frozen are both split."""
     one, many = eight["lora"]["one"], eight["lora"][mesh]
@@ -158,7 +158,7 @@ def test_tensor_splits_the_cache_by_heads(eight):
 @pytest.mark.parametrize("tree", ["params", "opt_state"])
 def test_parameters_and_optimizer_state_are_split(eight, mesh, tree):
     """After training: each device holds its share of every large leaf, and all of the small ones."""
-    for accumulate in (1, 2):
+    for accumulate in (1, 2) if mesh in eight_devices.WITH_DROPOUT else (1,):
         leaves = eight["shards"][f"{mesh} accumulate={accumulate}"][tree]
         assert any("attn/q" in name for name in leaves)
         split = 0
