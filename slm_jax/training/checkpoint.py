@@ -3,7 +3,8 @@
 A checkpoint is a folder ``checkpoints/<step>`` with the items ``params`` (what is trained) and ``state`` (optimizer,
 step, key), and JSON that names everything else a run needs: configuration, identity, tokenizer, data state. Orbax
 commits a checkpoint by renaming it, so one that exists is whole. It keeps no checksums; two kinds are added here: the
-SHA-256 of each file, and a checksum of each array, which verifies what has been loaded without reading it again.
+SHA-256 of each file, and by several processes a checksum of each array: what each has loaded of them is verified
+without reading it again.
 """
 
 import errno
@@ -93,7 +94,7 @@ class Checkpoints:
             metrics=None if validation_loss is None else {"validation_loss": validation_loss},
             custom_metadata={
                 **metadata,
-                "checksums": checksums(items),
+                "checksums": checksums(items) if jax.process_count() > 1 else {},
                 "format": FORMAT,
                 "validation_loss": validation_loss,
             },
@@ -119,15 +120,10 @@ class Checkpoints:
     def restore(self, step: int, like: TrainState) -> TrainState:
         """Return the state of a step, with the shapes, dtypes and shardings of ``like`` (arrays or shapes).
 
-        DamagedCheckpoint: it is not what was saved.
+        DamagedCheckpoint: several processes saved it, and this is not what they saved.
         """
         path = self.folder / str(step)
-        try:
-            items = _load(path, _items(like), "rename it to resume from an earlier one")
-        except InputError as error:
-            if jax.process_count() > 1:  # the others may have loaded it
-                raise
-            raise DamagedCheckpoint(str(error).rpartition(";")[0]) from None
+        items = _load(path, _items(like), "rename it to resume from an earlier one")
         if damage := _changed(path, items):
             raise DamagedCheckpoint(damage)
         state = items["state"]
@@ -197,13 +193,13 @@ def load_params(folder: Path, step: int, like: Params, sharding: Any = None) -> 
 
     ``sharding`` is that of every leaf, or a tree of them; None: the first device.
     """
-    path, several = folder / str(step), jax.process_count() > 1
+    path = folder / str(step)
     others = ", ".join(str(saved) for saved in saved_steps(folder) if saved != step)
     another = f"choose another step of {others}" if others else "no other step was saved"
-    if damage := find_damage(path, arrays=not several):
+    if damage := find_damage(path, arrays=not has_checksums(read_metadata(folder, step))):
         raise InputError(f"{damage}; {another}")
     items = _load(path, {"params": _placed(like, sharding)}, another)
-    if damage := _changed(path, items) if several else None:
+    if damage := _changed(path, items):
         raise InputError(f"{damage}; {another}")
     return items["params"]
 
@@ -288,9 +284,17 @@ def _checksum(leaf: jax.Array) -> jax.Array:
     return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
 
 
+def has_checksums(metadata: dict[str, Any]) -> bool:
+    """Return whether arrays are verified as they were loaded, and not before: several processes saved and load them."""
+    return jax.process_count() > 1 and bool(metadata.get("checksums"))
+
+
 def _changed(path: Path, items: dict[str, Any]) -> str | None:
     """Describe the first array loaded from a checkpoint that is not what was saved; None if there is none."""
-    expected = read_metadata(path.parent, int(path.name)).get("checksums", {})
+    metadata = read_metadata(path.parent, int(path.name))
+    if not has_checksums(metadata):
+        return None
+    expected = metadata["checksums"]
     changed = [name for name, found in checksums(items).items() if expected.get(name, found) != found]
     return f"{path} is damaged: {changed[0]} is not what was saved" if changed else None
 

@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 
 from slm_jax.config import shown
 from slm_jax.errors import InputError, MissingInputError
-from slm_jax.training.checkpoint import find_damage, read_metadata, saved_steps
+from slm_jax.training.checkpoint import find_damage, has_checksums, read_metadata, saved_steps
 from slm_jax.training.config import BaseRunConfig
 from slm_jax.training.hardware import environment, rounding_changes
 from slm_jax.training.mirror import Copy, FolderCopy, find_copy
@@ -113,9 +113,11 @@ def _latest(run: RunFolder, damaged: dict[int, str]) -> tuple[int, dict[str, Any
     damage: list[str] = []
     for step in reversed(saved_steps(run.checkpoints)):
         try:
-            if problem := damaged.get(step) or find_damage(run.step_path(step), arrays=False):
+            metadata = read_metadata(run.checkpoints, step)
+            problem = damaged.get(step) or find_damage(run.step_path(step), arrays=not has_checksums(metadata))
+            if problem:
                 raise InputError(problem)
-            return step, read_metadata(run.checkpoints, step), damage
+            return step, metadata, damage
         except InputError as error:
             damage.append(str(error))
     return -1, {}, damage

@@ -164,9 +164,7 @@ def test_one_host_verifies_checkpoints_and_the_others_only_see_that_they_are_the
         find_start(configured())
 
 
-def test_damage_that_is_found_while_loading_costs_the_steps_since_the_checkpoint_before(
-    place, trained, configured, capsys
-):
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(place, trained, configured, capsys):
     alone = CheckpointConfig(every=2)
     damage(place / "runs/run/checkpoints/8")
     assert run(configured(10, checkpoint=alone)) == 0
