@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from slm_jax.cli import main
+from slm_jax.commands import train
 from slm_jax.training import loop
 
 
@@ -22,5 +23,6 @@ def interleave(mesh: Mesh) -> Mesh:
 
 if __name__ == "__main__":
     make_mesh = loop.make_mesh
+    train.needs_supervisor = lambda restarts: False  # it would train in a child, which is the usual slm-jax
     loop.make_mesh = lambda *args: interleave(make_mesh(*args))
     sys.exit(main(sys.argv[1:]))
