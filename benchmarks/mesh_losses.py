@@ -224,9 +224,9 @@ def train(folder: Path, runs: list[Run]) -> None:
 
 
 def losses(folder: Path, name: str) -> dict[tuple[str, int], float]:
-    """Return the losses that a run logged."""
+    """Return the losses of training and validation that a run logged."""
     rows = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
-    return {(row["split"], row["step"]): row["loss"] for row in rows if "loss" in row}
+    return {(row["split"], row["step"]): row["loss"] for row in rows if "loss" in row and row["split"] != "test"}
 
 
 def difference(folder: Path, name: str, other: str) -> float:

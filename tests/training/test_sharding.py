@@ -82,7 +82,7 @@ def eight(folder, state_of_one):
         checkpoints.save(state_of_one, {"data": {}}, None)
     env = environment(XLA_FLAGS=f"--xla_force_host_platform_device_count=8 {QUICK}", NPROC="16")
     worker = Path(eight_devices.__file__)
-    done = subprocess.run([sys.executable, worker, folder], env=env, capture_output=True, text=True, timeout=240)
+    done = subprocess.run([sys.executable, worker, folder], env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
 
