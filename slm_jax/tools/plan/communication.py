@@ -10,7 +10,7 @@ weights, split along fsdp                  all-gather      fsdp                 
 their gradients                            reduce-scatter  fsdp                 N c, A
 gradients of copies                        all-reduce      replica, data        N c / fsdp, 1
 gradients of weights that are whole        all-reduce      all that split rows  N c, 1
-outputs of attention and MLP               all-reduce      tensor               T E c, 4 A L (6 A L with remat full)
+outputs of attention and MLP               all-reduce      tensor               T E c, 4 A L (5 A L with remat full)
 =========================================  ==============  ===================  =================================
 
 The gradient of the head's kernel is float32, unless micro-batches are summed first; a head that is tied to the token
@@ -159,7 +159,7 @@ def _itemsizes(work: Work, axes: Axes | None, trained: bool) -> tuple[int, int]:
 
 def _of_activations(work: Work) -> Iterator[_Part]:
     n_bytes = work.tokens * work.sizes["embed"] * work.itemsize
-    per_layer = 6 if work.remat == "full" else 4
+    per_layer = 5 if work.remat == "full" else 4
     yield "activations", "all-reduce", ("tensor",), per_layer * work.sizes["layers"] * work.accumulate * n_bytes
 
 

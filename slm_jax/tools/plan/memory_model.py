@@ -132,9 +132,16 @@ def step_memory(work: Work, state: State) -> Memory:
 
 def evaluation_memory(work: Work, state: State) -> float:
     """Return the memory of an evaluation of ``work.rows`` sequences, the optimizer's state included."""
-    inner = (2 * work.sizes["embed"] + work.sizes["mlp"]) * work.itemsize
-    block = work.tokens * (_attention_bytes(work) + inner)
-    return state.parameters + state.optimizer + state.gathered + 12 * work.tokens + max(_logits_bytes(work), block)
+    embed, platform = work.sizes["embed"], work.target.platform
+    casts = work.cfg.dtype != work.cfg.param_dtype
+    # A TPU looks up in a copy of the table, and multiplies by the head's kernel without one, unless pieces share it.
+    table = work.sizes["vocab"] * embed * work.itemsize if casts and platform == "tpu" else 0
+    kernel = work.n_outputs * embed * work.itemsize if casts and (platform == "gpu" or _pieces(work) > 1) else 0
+    block = work.tokens * 2 * (embed + work.sizes["mlp"]) * work.itemsize
+    if work.attention not in ("cudnn", "flash"):
+        block += work.tokens * _attention_bytes(work)
+    largest = max(_logits_bytes(work) + kernel, block + table)
+    return state.parameters + state.optimizer + state.gathered + 12 * work.tokens + largest
 
 
 def saved_bytes(work: Work) -> float:
@@ -189,7 +196,11 @@ def _leaf_bytes(tree: Params, sizes: dict[str, int], one_layer: bool = False) ->
 
 def _logits_bytes(work: Work) -> float:
     """Return the bytes of a piece's float32 logits; what is computed from them reuses their memory."""
-    return 4 * work.tokens * work.n_outputs / n_pieces(work.rows, work.seq, work.n_outputs)
+    return 4 * work.tokens * work.n_outputs / _pieces(work)
+
+
+def _pieces(work: Work) -> int:
+    return n_pieces(work.rows, work.seq, work.n_outputs)
 
 
 def _attention_bytes(work: Work) -> float:
