@@ -137,7 +137,7 @@ def evaluation_memory(work: Work, state: State) -> float:
     # A TPU looks up in a copy of the table, and multiplies by the head's kernel without one, unless pieces share it.
     table = work.sizes["vocab"] * embed * work.itemsize if casts and platform == "tpu" else 0
     kernel = work.n_outputs * embed * work.itemsize if casts and (platform == "gpu" or _pieces(work) > 1) else 0
-    block = work.tokens * 2 * (embed + work.sizes["mlp"]) * work.itemsize
+    block = 2.0 * work.tokens * (embed + work.sizes["mlp"]) * work.itemsize
     if work.attention not in ("cudnn", "flash"):
         block += work.tokens * _attention_bytes(work)
     largest = max(_logits_bytes(work) + kernel, block + table)
