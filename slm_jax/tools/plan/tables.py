@@ -101,7 +101,7 @@ def _step_table(plan: Plan, step: StepTime) -> Table:
     table.add_row("communication", "", "", format_bytes(step.sent), _milliseconds(step.wires))
     table.add_row("computation at the peak", "", "", "", _milliseconds(step.compute))
     overlapped, in_turn = step.mfu
-    table.add_row("MFU, communication meanwhile or not", "", "", "", f"{overlapped:.0%} or {in_turn:.0%}")
+    table.add_row("MFU, communication overlapped or not", "", "", "", f"{overlapped:.0%} or {in_turn:.0%}")
     below = "always" if step.bound_below is None else f"below {step.bound_below:,.0f} tokens"
     table.add_row("communication-bound", "", "", "", below)
     return table
