@@ -69,8 +69,9 @@ def prepare(
         finally:
             # On other machines an interrupted pipeline continues.
             if runner == "direct" or not isinstance(sys.exc_info()[1], KeyboardInterrupt):
-                with suppress(OSError):
-                    FileSystems.delete([f"{folder}/"])
+                for path in (folder, f"{folder}/"):  # a folder on a disk; all objects below it in object storage
+                    with suppress(OSError):
+                        FileSystems.delete([path])
         with FileSystems.open(f"{out}.json") as file:
             about = json.loads(file.read())
     for old in set(replaced) - {json_path(Path(out)), *token_paths(Path(out), about)}:
