@@ -337,10 +337,10 @@ class _Setting:
         head_dim = axis_sizes(cfg)["head_dim"]
         attention = choose_implementation(cfg.attention, cfg.dtype, head_dim, cfg.drop_rate > 0, odd, self.target)
         layers = map_axes(lambda axes, leaf: leaf.shape[0] if axes and axes.stack else 0, shapes.params.trainable)
-        accumulate, tensor = config.train.accumulate, config.mesh.tensor
+        accumulate, fsdp, tensor = config.train.accumulate, config.mesh.fsdp, config.mesh.tensor
         rows = config.train.batch_size // (self.parts(config) * accumulate)
         trained_blocks, n_outputs = max(jax.tree.leaves(layers)), -(-shapes.n_outputs // tensor)
-        return Work(cfg, self.target, attention, rows, shapes.seq, n_outputs, trained_blocks, accumulate, tensor)
+        return Work(cfg, self.target, attention, rows, shapes.seq, n_outputs, trained_blocks, accumulate, tensor, fsdp)
 
     def state(self, config: RunConfig) -> State:
         params, muon = self.shapes.params, config.optimizer.kind == "muon"

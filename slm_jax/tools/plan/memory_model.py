@@ -55,6 +55,7 @@ class Work:
     trained_blocks: int  # with a backward pass; those before them keep nothing
     accumulate: int = 1  # micro-batches of a step
     tensor: int = 1  # devices that split the blocks' hidden features between them
+    fsdp: int = 1  # devices that split every parameter between them
 
     @property
     def tokens(self) -> int:
@@ -92,6 +93,7 @@ class State:
     optimizer: float
     gradients: float
     gathered: float = 0.0  # other devices' shares that a device holds while it computes (mesh.fsdp)
+    summed: float = 0.0  # likewise of the gradient of a table or head, in the loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,11 +113,15 @@ class Memory:
 
 def step_memory(work: Work, state: State) -> Memory:
     embed, itemsize, tokens = work.sizes["embed"], work.itemsize, work.tokens
-    everything = saved_bytes(dataclasses.replace(work, cfg=dataclasses.replace(work.cfg, remat="none")))
-    everything += _padding_bytes(work)
+    everywhere = dataclasses.replace(work, cfg=dataclasses.replace(work.cfg, remat="none"))
+    everything = saved_bytes(everywhere) + _padding_bytes(work)
     saved = everything if work.remat == "none" else saved_bytes(work)
-    activations = (saved * tokens + copied_weights(work)) * work.trained_blocks
-    logits = _logits_bytes(work) + tokens * embed * (4 + 2 * itemsize) + work.n_outputs * embed * itemsize
+    # A TPU casts the weights of all blocks before the loop, also where they are recomputed from.
+    casts = everywhere if work.target.platform == "tpu" else work
+    activations = (saved * tokens + copied_weights(casts) / work.fsdp) * work.trained_blocks
+    logits = (
+        state.summed + _logits_bytes(work) + tokens * embed * (4 + 2 * itemsize) + work.n_outputs * embed * itemsize
+    )
     inner = (2 * work.sizes["mlp"] + work.sizes["qkv"] + embed) * itemsize
     block = tokens * (everything - saved + _attention_bytes(work) + _padding_bytes(work) + inner)
     gradients = state.gradients * (1 if work.accumulate == 1 else 2)
@@ -180,7 +186,13 @@ def state_bytes(trainable: Params, frozen: Params, fsdp: int = 1, muon: bool = F
     if fsdp > 1:  # one block at a time, and the embeddings
         parts = [{name: tree[name]} for tree in (frozen, trainable) for name in tree]
         gathered = max(sum(_leaf_bytes(part, {**sizes, "fsdp": 1}, one_layer=True)) for part in parts)
-    return State(trained + sum(_leaf_bytes(frozen, sizes)), moments, trained, gathered)
+    tables = [leaf.size for leaf in jax.tree.leaves(map_axes(_of_vocabulary, trainable)) if leaf is not None]
+    summed = 4 * max(tables, default=0) * (1 - 1 / fsdp) / tensor
+    return State(trained + sum(_leaf_bytes(frozen, sizes)), moments, trained, gathered, summed)
+
+
+def _of_vocabulary(axes: Axes | None, leaf: Any) -> Any:
+    return leaf if axes is not None and axes.is_matrix and "vocab" in axes.names else None
 
 
 def _leaf_bytes(tree: Params, sizes: dict[str, int], one_layer: bool = False) -> list[float]:

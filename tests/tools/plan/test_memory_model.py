@@ -92,6 +92,22 @@ def test_tensor_splits_what_belongs_to_heads_and_hidden_features():
     assert two - whole == (one - whole) / 2
 
 
+def test_a_heads_gradient_is_whole_until_it_is_scattered():
+    trainable = {"tok_emb": {"embedding": jax.ShapeDtypeStruct((512, 64), jnp.float32)}}
+    whole, split = (state_bytes(trainable, {}, fsdp) for fsdp in (1, 4))
+    assert (whole.summed, split.summed) == (0, 4 * 512 * 64 * 3 / 4)
+    least = step_memory(work(shape()), dataclasses.replace(split, summed=0.0))
+    assert step_memory(work(shape()), split).logits - least.logits == split.summed
+
+
+def test_a_tpu_casts_the_weights_of_all_blocks_also_with_remat():
+    cfg = shape(dtype="bfloat16", remat="full")
+    state = State(0, 0, 0)
+    kept = {fsdp: step_memory(dataclasses.replace(work(cfg, TPU, "flash"), fsdp=fsdp), state) for fsdp in (1, 4)}
+    matrices = 12 * 64 * 64 * 2 * cfg.n_layers
+    assert kept[1].activations - kept[4].activations == matrices * 3 / 4
+
+
 def test_flash_attention_keeps_no_weights():
     """So what is kept grows with the tokens, not with their square."""
     for kernel in ("cudnn", "flash"):
