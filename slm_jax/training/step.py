@@ -130,6 +130,8 @@ def accumulated_gradients(
         return jax.lax.psum(sent, copies).astype(gradient.dtype)
 
     copies = free_axes(COPIES)
+    if jax.__version_info__ < (0, 8) and copies != free_axes():
+        copies = ()  # jax 0.7 cannot split anything inside a shard_map of other axes: it reduces every micro-batch
     if copies:
         of_rows, whole = PartitionSpec(copies), PartitionSpec()
         sum_micro_batches = jax.shard_map(
