@@ -35,6 +35,10 @@ XLA_FLAGS = (
     "--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 )
 
+AS_NEW = """\
+%cd -q {folder}
+%reset -f
+__import__("numpy").set_printoptions(precision=8, suppress=False)"""
 BADGE = """\
 [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](\
 https://colab.research.google.com/github/{path}/blob/main/notebooks/{name}.ipynb)"""
@@ -82,8 +86,8 @@ def execute(notebook: NotebookNode, kernel: KernelManager | None = None) -> Note
     """Run all cells, then all solutions, in a new folder; return the notebook with the cells' outputs.
 
     Args:
-        notebook: What `assemble` returned.
-        kernel: Runs the cells after forgetting all variables, and stays alive; None: a new one.
+        notebook: what `assemble` returned.
+        kernel: runs the cells after forgetting all variables, and stays alive; None: a new one.
 
     Raises:
         nbclient.exceptions.CellExecutionError: a cell or a solution failed; the message has the cell and the traceback.
@@ -94,8 +98,8 @@ def execute(notebook: NotebookNode, kernel: KernelManager | None = None) -> Note
         shutil.copytree(HERE / "data", Path(folder) / "data")
         # Start with an empty compile cache; compile faster than by default.
         environment = {**os.environ, "XDG_CACHE_HOME": f"{folder}/cache", "XLA_FLAGS": XLA_FLAGS}
-        if kernel:  # as if it were new
-            whole.cells.insert(0, nbformat.v4.new_code_cell(f"%cd -q {folder}\n%reset -f"))
+        if kernel:
+            whole.cells.insert(0, nbformat.v4.new_code_cell(AS_NEW.format(folder=folder)))
         NotebookClient(
             whole,
             km=kernel,
