@@ -5,6 +5,7 @@ the words decide which dataclass it is, ``main(args)``. Heavy modules are import
 """
 
 import dataclasses
+import sys
 from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Ge
@@ -40,14 +41,15 @@ def load(source: str, tokenizer: str | None, n_heads: int | None, mesh: ModelMes
     from slm_jax.runs import load_model
     from slm_jax.tokenizer import get_tokenizer
     from slm_jax.training.config import MeshConfig
-    from slm_jax.training.sharding import check_heads, make_mesh
+    from slm_jax.training.sharding import describe_heads, make_mesh
 
     sizes = MeshConfig(**vars(mesh or ModelMesh()))
     n_devices = sizes.fsdp * sizes.tensor
     sharding = make_mesh(sizes, jax.devices()[:n_devices]) if n_devices > 1 else None
     known = None if tokenizer is None else get_tokenizer(tokenizer)
     loaded = load_model(source, known, n_heads=n_heads, sharding=sharding)
-    check_heads(sizes, axis_sizes(loaded.model_config))
+    for warning in describe_heads(sizes, axis_sizes(loaded.model_config)):
+        print(warning, file=sys.stderr)
     return loaded
 
 

@@ -16,8 +16,8 @@ from slm_jax.training.config import BaseRunConfig
 Config = TypeVar("Config", bound=BaseRunConfig)
 
 
-def fit_batch(config: Config, n_shards: int) -> tuple[Config, str | None]:
-    """Return the configuration with a batch that ``n_shards`` devices share evenly, and a line about any change.
+def fit_batch(config: Config, n_shards: int) -> tuple[Config, tuple[str, ...]]:
+    """Return the configuration with a batch that ``n_shards`` devices share evenly, and lines about any change.
 
     ``train.accumulate`` falls to a number of micro-batches that can be cut evenly, none larger on a device than the
     configured one; if there is none, ``train.batch_size`` rises by rows that :func:`slm_jax.data.windows.fill_up` adds.
@@ -39,10 +39,10 @@ def fit_batch(config: Config, n_shards: int) -> tuple[Config, str | None]:
         idle = f"{total - rows} of {total} rows are empty, {(total - rows) / total:.0%} of the work"
         changes.append(f"{idle} (none with train.batch_size {' or '.join(map(str, nearest))})")
     if not changes:
-        return config, None
+        return config, ()
     train = dataclasses.replace(config.train, batch_size=total, accumulate=accumulate)
     note = f"a batch of {rows} rows on {n_shards} devices: {'; '.join(changes)}"
-    return dataclasses.replace(config, train=train), note
+    return dataclasses.replace(config, train=train), (note,)
 
 
 def filled_rows(batches: TrainBatches, rows: Int[np.ndarray, " rows"], batch_size: int) -> grain.MapDataset:

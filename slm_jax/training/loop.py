@@ -34,7 +34,7 @@ from slm_jax.training.progress import ProgressLine, count_leaves, format_bytes, 
 from slm_jax.training.record import PLOT_INTERVAL, RunLog, StepProfile
 from slm_jax.training.resume import Start, check_identity
 from slm_jax.training.run_folder import BEFORE, FROZEN
-from slm_jax.training.sharding import check_heads, host_rows, make_mesh, put_batch, put_params, row_shards
+from slm_jax.training.sharding import describe_heads, host_rows, make_mesh, put_batch, put_params, row_shards
 from slm_jax.training.step import TrainState
 from slm_jax.training.task import REFERENCES, Moment, Task, purpose_key
 from slm_jax.training.trainable import leaf_table
@@ -61,7 +61,6 @@ def train(config: BaseRunConfig, task: Task, start: Start, stop: StopRequest, co
         return summary
 
     mesh = make_mesh(config.mesh)
-    check_heads(config.mesh, axis_sizes(task.model_config))
     config, fitted = fit_batch(config, row_shards(mesh))
     check_loggers(config.logging)
     state_shapes = abstract_state(config, task, mesh)
@@ -76,8 +75,8 @@ def train(config: BaseRunConfig, task: Task, start: Start, stop: StopRequest, co
             stack.callback(logger.close)
         log = RunLog(task, folder, progress, mesh.size, start.last_kept, loggers)
         metadata = _describe(task, start, progress, state_shapes)
-        if fitted is not None:
-            progress.note(fitted)
+        for note in (*describe_heads(config.mesh, axis_sizes(task.model_config)), *fitted):
+            progress.note(note)
         program = _compile(config, task, start, stop, progress, mesh)
         frozen = put_params(mesh, task.params.passed)
         profile = StepProfile(config.train.profile_steps if folder.writes else None, folder.path, progress.note)

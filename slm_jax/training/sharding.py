@@ -49,11 +49,13 @@ def mesh_sizes(cfg: MeshConfig, n_devices: int) -> dict[str, int]:
     return sizes
 
 
-def check_heads(cfg: MeshConfig, sizes: Mapping[str, int]) -> None:
-    """Refuse a ``mesh.tensor`` that does not divide the heads of a model with axes of these sizes."""
-    if cfg.tensor > 1 and (heads := sizes["kv_heads"]) % cfg.tensor:
-        fitting = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
-        raise InputError(f"mesh.tensor is {cfg.tensor}; expected a divisor of the model's {heads} heads: {fitting}")
+def describe_heads(cfg: MeshConfig, sizes: Mapping[str, int]) -> tuple[str, ...]:
+    """Return a warning if ``mesh.tensor`` does not divide the heads of a model with axes of these sizes."""
+    if (heads := sizes["kv_heads"]) % cfg.tensor == 0:
+        return ()
+    fitting = ", ".join(str(n) for n in range(2, heads + 1) if heads % n == 0)
+    problem = f"mesh.tensor is {cfg.tensor}, which does not divide the model's {heads} heads"
+    return (f"warning: {problem}: each device computes the attention of all (divisors: {fitting or 'none'})",)
 
 
 def row_shards(mesh: Mesh) -> int:

@@ -52,8 +52,8 @@ OPTIMIZER = OptimizerConfig(learning_rate=3e-3, warmup_steps=2)
 MUON = OptimizerConfig(kind="muon", warmup_steps=2)
 
 
-def model(drop_rate: float) -> GPTModel:
-    cfg = GPTConfig(vocab_size=VOCAB, context_length=SEQ, emb_dim=64, n_heads=8, n_layers=1, unroll=True)
+def model(drop_rate: float, n_heads: int = 8) -> GPTModel:
+    cfg = GPTConfig(vocab_size=VOCAB, context_length=SEQ, emb_dim=64, n_heads=n_heads, n_layers=1, unroll=True)
     return GPTModel(dataclasses.replace(cfg, drop_rate=drop_rate))
 
 
@@ -68,13 +68,13 @@ def batches() -> list[dict[str, np.ndarray]]:
     return found
 
 
-def initial_state(optimizer: OptimizerConfig = OPTIMIZER) -> TrainState:
-    params = init_params(model(0.0).cfg, jax.random.key(0))
+def initial_state(optimizer: OptimizerConfig = OPTIMIZER, n_heads: int = 8) -> TrainState:
+    params = init_params(model(0.0, n_heads).cfg, jax.random.key(0))
     return TrainState(jnp.int32(0), params, make_optimizer(optimizer).init(params), jax.random.key(1))
 
 
-def train_step(accumulate: int, optimizer: OptimizerConfig = OPTIMIZER):
-    loss_fn = make_loss_fn(model(DROP_RATES[accumulate]))
+def train_step(accumulate: int, optimizer: OptimizerConfig = OPTIMIZER, n_heads: int = 8):
+    loss_fn = make_loss_fn(model(DROP_RATES[accumulate], n_heads))
     return make_train_step(loss_fn, make_optimizer(optimizer), make_schedule(optimizer, STEPS), accumulate)
 
 
@@ -101,13 +101,13 @@ def train(cfg: MeshConfig | None, start, given: tuple, step, frozen: dict, batch
     return losses, state, frozen
 
 
-def train_gpt(cfg: MeshConfig | None, accumulate: int, optimizer=OPTIMIZER) -> tuple[list[float], TrainState]:
+def train_gpt(cfg: MeshConfig | None, accumulate: int, optimizer=OPTIMIZER, n_heads: int = 8) -> tuple:
     """The losses of the steps, and of an evaluation after them; the last state."""
-    start = functools.partial(initial_state, optimizer)
-    losses, state, _ = train(cfg, start, (), train_step(accumulate, optimizer), {}, batches())
+    start = functools.partial(initial_state, optimizer, n_heads)
+    losses, state, _ = train(cfg, start, (), train_step(accumulate, optimizer, n_heads), {}, batches())
     batch = batches()[0] if cfg is None else put_batch(make_mesh(cfg), batches()[0])
     with on_mesh(cfg):
-        loss, weight, _ = jax.jit(make_eval_step(make_loss_fn(model(0.0))))(state.trainable, {}, batch)
+        loss, weight, _ = jax.jit(make_eval_step(make_loss_fn(model(0.0, n_heads))))(state.trainable, {}, batch)
     return [*losses, float(loss) / float(weight)], state
 
 
@@ -231,6 +231,7 @@ def main(folder: Path) -> None:
     for name, cfg in (("whole", MeshConfig()), ("split", MeshConfig(data=2, fsdp=2, tensor=2))):
         losses, muon = train_gpt(cfg, 1, MUON)
         result[f"muon {name}"] = {"losses": losses, "shards": shard_shapes(muon.opt_state)}
+    result["one head"] = [train_gpt(cfg, 1, n_heads=1)[0] for cfg in (None, MeshConfig(tensor=2))]
     result["sent"] = {
         "fsdp": sent("fsdp=8"), "twice the rows": sent("fsdp=8", times=2),
         "data": sent("data=8"), "accumulated": sent("data=8", accumulate=2),

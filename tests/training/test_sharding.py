@@ -108,6 +108,13 @@ def test_weights_and_gradients_travel_but_no_activations(eight):
 
 
 @pytest.mark.slow
+def test_heads_that_tensor_does_not_divide_are_whole_on_each_device(eight):
+    one, split = eight["one head"]
+    assert len(set(one)) == len(one)
+    np.testing.assert_allclose(split, one, rtol=1e-5)
+
+
+@pytest.mark.slow
 def test_muon_on_split_matrices_moves_as_on_whole_ones(eight):
     whole, split = eight["muon whole"], eight["muon split"]
     assert len(set(whole["losses"])) == len(whole["losses"]) == eight_devices.STEPS + 1

@@ -52,7 +52,7 @@ from slm_jax.training.hardware import device_here, flops_per_token
 from slm_jax.training.process import set_up
 from slm_jax.training.program import compile_program, device_bytes, out_of_memory_as_input_error
 from slm_jax.training.resume import Start
-from slm_jax.training.sharding import check_heads, host_rows, make_mesh, put_batch, row_shards
+from slm_jax.training.sharding import describe_heads, host_rows, make_mesh, put_batch, row_shards
 from slm_jax.training.step import Batch, StepMetrics, TrainState
 from slm_jax.training.task import purpose_key
 
@@ -107,7 +107,6 @@ def compile_step(config: RunConfig) -> CompiledStep:
     """Compile the training step of a run of pretraining for the devices here, as the training loop does."""
     shapes = find_shapes(config)
     mesh = make_mesh(config.mesh)
-    check_heads(config.mesh, axis_sizes(shapes.cfg))
     config, fitted = fit_batch(config, row_shards(mesh))
     began = time.perf_counter()
     program = compile_program(config, shapes, mesh)
@@ -125,7 +124,7 @@ def compile_step(config: RunConfig) -> CompiledStep:
         init=lambda: (make_state(key), make_frozen(key)),
         batch=_random_batch(config, shapes),
         flops_per_token=None if shapes.params.frozen else flops_per_token(shapes.cfg),
-        notes=(*shapes.notes, *([fitted] if fitted else [])),
+        notes=(*shapes.notes, *describe_heads(config.mesh, axis_sizes(shapes.cfg)), *fitted),
     )
 
 
@@ -297,7 +296,7 @@ def measure_batches(
 ) -> Result:
     """Measure the batches of a run as the training loop reads them; ``step_ms`` of a step gives their share."""
     mesh = make_mesh(config.mesh)
-    fitted, note = fit_batch(config, row_shards(mesh))
+    fitted, changes = fit_batch(config, row_shards(mesh))
     began = time.perf_counter()
     task = get_task(config.task).build(config, Start(RunFolder(config.folder), None, {}))
     ready_seconds = time.perf_counter() - began
@@ -320,7 +319,7 @@ def measure_batches(
         "share_of_step": None if step_ms is None else 1e3 * reading.median / step_ms,
     }
     notes = ["One thread reads batches while the device computes: they cost time only beyond a whole step."]
-    notes += [note] if note else []
+    notes += changes
     if step_ms is None:
         notes.append("share of a step: pass --step_ms, from slm-jax bench train")
     return Result("data", to_dict(config), figures, tuple(notes))

@@ -107,9 +107,9 @@ def _compile_generation(shapes: Shapes, mesh: Mesh) -> Any:
 def _result(name: str, get: Callable[[], Any], cluster: Cluster, mesh: Mesh) -> Compiled:
     try:
         compiled = get()
+        text = compiled.as_text()  # which a compiler newer than this JAX may not be able to give
     except jax.errors.JaxRuntimeError as error:
         return Compiled(name, None, problem=_first_line(str(error)))
-    text = compiled.as_text()
     collectives = tuple(find_collectives(text))
     seconds = compiled_seconds(cluster.device, collectives, mesh) if cluster.device else 0.0
     return Compiled(name, device_bytes(compiled), None, collectives, find_kernels(text), seconds)

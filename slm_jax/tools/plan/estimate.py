@@ -34,7 +34,7 @@ from slm_jax.training.checkpoint import read_metadata
 from slm_jax.training.config import MeshConfig
 from slm_jax.training.hardware import Device, device_memory, flops_per_token, run_dtype
 from slm_jax.training.program import compile_program, device_bytes
-from slm_jax.training.sharding import check_heads, make_mesh, mesh_sizes
+from slm_jax.training.sharding import describe_heads, make_mesh, mesh_sizes
 from slm_jax.training.step import LossFn
 from slm_jax.training.task import Parameters
 from slm_jax.training.trainable import split_params
@@ -248,8 +248,8 @@ def make_plan(
         raise InputError("mfu is a share of the peak FLOP/s, which is unknown for a CPU; leave it out")
     config, shapes, target = resolve(config, cluster)
     sizes = mesh_sizes(config.mesh, n_devices)
-    check_heads(config.mesh, axis_sizes(shapes.cfg))
     config, fitted = fit_batch(config, n_devices // config.mesh.tensor)
+    changes = (*describe_heads(config.mesh, axis_sizes(shapes.cfg)), *fitted)
     limit = device_memory(jax.devices("cpu")[0]) if known is None else known.memory * known.usable
     setting = _Setting(shapes, target, math.inf if limit is None else limit, n_devices)
     work = setting.work(config)
@@ -300,7 +300,7 @@ def make_plan(
         hours_for_20=CHINCHILLA * n_params / rate / 3600 if rate else None,
         fits=fits,
         changes=() if fits else tuple(setting.changes(config)),
-        notes=(*shapes.notes, *([fitted] if fitted else []), *_notes(known, work, n_devices, flops)),
+        notes=(*shapes.notes, *changes, *_notes(known, work, n_devices, flops)),
     )
 
 
