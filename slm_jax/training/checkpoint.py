@@ -196,7 +196,7 @@ def load_params(folder: Path, step: int, like: Params, sharding: Any = None) -> 
     path = folder / str(step)
     others = ", ".join(str(saved) for saved in saved_steps(folder) if saved != step)
     another = f"choose another step of {others}" if others else "no other step was saved"
-    if damage := find_damage(path, arrays=not has_checksums(read_metadata(folder, step))):
+    if damage := find_damage(path, arrays=not has_checksums(path)):
         raise InputError(f"{damage}; {another}")
     items = _load(path, {"params": _placed(like, sharding)}, another)
     if damage := _changed(path, items):
@@ -284,17 +284,20 @@ def _checksum(leaf: jax.Array) -> jax.Array:
     return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
 
 
-def has_checksums(metadata: dict[str, Any]) -> bool:
+def has_checksums(path: Path) -> bool:
     """Return whether arrays are verified as they were loaded, and not before: several processes saved and load them."""
-    return jax.process_count() > 1 and bool(metadata.get("checksums"))
+    return jax.process_count() > 1 and bool(_read_checksums(path))
+
+
+def _read_checksums(path: Path) -> dict[str, int]:
+    return read_metadata(path.parent, int(path.name)).get("checksums", {})
 
 
 def _changed(path: Path, items: dict[str, Any]) -> str | None:
     """Describe the first array loaded from a checkpoint that is not what was saved; None if there is none."""
-    metadata = read_metadata(path.parent, int(path.name))
-    if not has_checksums(metadata):
+    if not has_checksums(path):
         return None
-    expected = metadata["checksums"]
+    expected = _read_checksums(path)
     changed = [name for name, found in checksums(items).items() if expected.get(name, found) != found]
     return f"{path} is damaged: {changed[0]} is not what was saved" if changed else None
 

@@ -113,11 +113,10 @@ def _latest(run: RunFolder, damaged: dict[int, str]) -> tuple[int, dict[str, Any
     damage: list[str] = []
     for step in reversed(saved_steps(run.checkpoints)):
         try:
-            metadata = read_metadata(run.checkpoints, step)
-            problem = damaged.get(step) or find_damage(run.step_path(step), arrays=not has_checksums(metadata))
-            if problem:
+            path = run.step_path(step)
+            if problem := damaged.get(step) or find_damage(path, arrays=not has_checksums(path)):
                 raise InputError(problem)
-            return step, metadata, damage
+            return step, read_metadata(run.checkpoints, step), damage
         except InputError as error:
             damage.append(str(error))
     return -1, {}, damage

@@ -16,6 +16,7 @@ from slm_jax.files import sha256
 from slm_jax.training import checkpoint
 from slm_jax.training.checkpoint import (
     CHECKSUMS,
+    METADATA,
     Checkpoints,
     DamagedCheckpoint,
     best_step,
@@ -210,7 +211,7 @@ def test_every_file_of_a_checkpoint_has_a_checksum_and_damaged_checksums_are_dam
 
 
 def test_several_processes_verify_arrays_as_they_were_loaded(saved, monkeypatch):
-    monkeypatch.setattr(checkpoint, "has_checksums", lambda metadata: True)
+    monkeypatch.setattr(checkpoint, "has_checksums", lambda path: True)
     metadata = read_metadata(saved, 20) | {"checksums": checksums(checkpoint._items(make_state(20)))}
     monkeypatch.setattr(checkpoint, "read_metadata", lambda folder, step: metadata)
     read = []
@@ -232,6 +233,20 @@ def test_several_processes_verify_arrays_as_they_were_loaded(saved, monkeypatch)
             DamagedCheckpoint, match=re.escape(f"{saved / '20'} is damaged: ['params']['block']['bias']")
         ):
             checkpoints.restore(20, shapes(changed))
+
+
+@pytest.mark.parametrize(("processes", "sums", "later"), [(1, {"a": 1}, False), (2, {}, False), (2, {"a": 1}, True)])
+def test_only_several_processes_that_know_checksums_verify_after_loading(saved, monkeypatch, processes, sums, later):
+    """The others read all files before: arrays without checksums would not be verified at all."""
+    monkeypatch.setattr(checkpoint.jax, "process_count", lambda: processes)
+    monkeypatch.setattr(checkpoint, "read_metadata", lambda folder, step: {"checksums": sums})
+    assert checkpoint.has_checksums(saved / "20") is later
+
+
+def test_damaged_metadata_are_said_with_the_steps_that_are_left(saved):
+    flip(saved / "20" / METADATA)
+    with pytest.raises(InputError, match=r"choose another step of 10, 30"):
+        load_params(saved, 20, make_state().trainable)
 
 
 def test_a_checksum_notices_what_is_changed_and_what_is_swapped():
