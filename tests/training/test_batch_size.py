@@ -31,6 +31,7 @@ def fitted(n_shards, batch_size, accumulate=1):
         ((64, 512, 32), 512, 8, ["accumulate is 8"]),
         ((8, 12), 16, 1, ["4 of 16 rows are empty, 25%", "8 or 16"]),
         ((8, 2), 8, 1, ["6 of 8 rows are empty, 75%", "train.batch_size 8)"]),
+        ((2, 9, 3), 12, 3, ["3 of 12 rows"]),  # not 10 rows at once: 5 on a device, which was to have 3
         ((6, 64, 32), 66, 11, ["2 of 66 rows", "accumulate is 11"]),
     ],
 )
