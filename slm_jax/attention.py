@@ -179,8 +179,8 @@ class MultiHeadAttentionWrapper(nn.Module):
 
 def causal_attention(
     q: Float[Array, "batch seq heads head_dim"],
-    k: Float[Array, "batch seq heads head_dim"],
-    v: Float[Array, "batch seq heads head_dim"],
+    k: Float[Array, "batch seq kv_heads head_dim"],
+    v: Float[Array, "batch seq kv_heads head_dim"],
     *,
     mask: Bool[Array, "#batch 1 seq seq"] | None = None,
     dropout_rate: float = 0.0,
@@ -192,7 +192,9 @@ def causal_attention(
     at least float32 whatever the inputs are, the output has the inputs' dtype.
 
     Args:
-        q, k, v: (batch, seq, heads, head_dim).
+        q: (batch, seq, heads, head_dim).
+        k, v: (batch, seq, kv_heads, head_dim). With fewer of them than heads, each serves as many neighbouring heads
+            (grouped-query attention, Ainslie et al. 2023).
         mask: True where attention is allowed, (batch or 1, 1, seq, seq); joined with the causal mask. Each row must
             allow at least one token that is not in the future, else its softmax is over nothing and gives NaN.
         dropout_rate: the share of weights to drop, where `dropout_key` is given.
@@ -204,15 +206,19 @@ def causal_attention(
     Source: Vaswani et al., section 3.2, equation 1.
     """
     float32_or_wider = jnp.promote_types(q.dtype, jnp.float32)
-    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=float32_or_wider) / math.sqrt(q.shape[-1])
-    allowed = causal_mask(q.shape[1])
+    batch, seq, heads, head_dim = q.shape
+    groups = (batch, seq, k.shape[2], heads // k.shape[2], head_dim)
+    scores = jnp.einsum("bqngd,bknd->bngqk", q.reshape(groups), k, preferred_element_type=float32_or_wider)
+    scores = scores.reshape(batch, heads, seq, seq) / math.sqrt(head_dim)
+    allowed = causal_mask(seq)
     if mask is not None:
         allowed = allowed & mask
     weights = jax.nn.softmax(jnp.where(allowed, scores, -jnp.inf), axis=-1)
     if dropout_key is not None and dropout_rate > 0:
         weights = drop(weights, dropout_rate, dropout_key)
     weights = weights.astype(v.dtype)
-    return jnp.einsum("bhqk,bkhd->bqhd", weights, v), weights
+    context = jnp.einsum("bngqk,bknd->bqngd", weights.reshape(batch, *groups[2:4], seq, seq), v)
+    return context.reshape(q.shape), weights
 
 
 class MultiHeadAttention(nn.Module):

@@ -1,5 +1,7 @@
-"""GPT-2 as Flax modules: configuration, presets, transformer block, the whole model, and a classifier made of it.
+"""The decoder as Flax modules: transformer block, the whole model, and a classifier made of it.
 
+By default it is GPT-2; the fields of :class:`GPTConfig` that differ in Llama and Qwen3 are in
+:mod:`slm_jax.nn.architecture`, with the presets.
 The parameters are a plain nested dict, whose axes :mod:`slm_jax.nn.axes` names. All blocks are stacked: every leaf
 under ``blocks`` has the layer as its first axis, and one block's code is applied along it (``flax.linen.scan``). How
 the stack is executed (as a loop, unrolled, rematerialised or in consecutive segments) never changes that tree.
@@ -9,7 +11,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,138 +19,59 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from slm_jax.errors import InputError
+from slm_jax.nn.architecture import (
+    PRESETS,
+    AttentionKind,
+    DType,
+    GPTConfig,
+    Preset,
+    Remat,
+    axis_sizes,
+    get_gpt_config,
+)
 from slm_jax.nn.axes import STACK, Params, count
 from slm_jax.nn.blocks import segment_lengths
 from slm_jax.nn.cache import KVCache, LayerCache
 from slm_jax.nn.dropout import Dropout
 from slm_jax.nn.embedding import look_up
 from slm_jax.nn.fused_attention import FusedMultiHeadAttention
-from slm_jax.nn.fused_attention import Implementation as AttentionKind
 from slm_jax.nn.heads import OutHead, Pooling, float32_logits, pool
 from slm_jax.nn.lora import Adapter
 from slm_jax.nn.mlp import FeedForward
-from slm_jax.nn.norms import LayerNorm
+from slm_jax.nn.norms import LayerNorm, RMSNorm
+from slm_jax.nn.rope import Rotation, rotation
 from slm_jax.nn.sharding import constrain
 from slm_jax.nn.target import target
 
-DType = Literal["float32", "bfloat16", "float16"]
-Remat = Literal["none", "dots", "full"]
+__all__ = [
+    "PRESETS",
+    "AttentionKind",
+    "DType",
+    "GPTClassifier",
+    "GPTConfig",
+    "GPTModel",
+    "Params",
+    "Preset",
+    "Remat",
+    "TransformerBlock",
+    "axis_sizes",
+    "count_params",
+    "get_gpt_config",
+    "init_cache",
+    "init_classifier",
+    "init_params",
+    "is_unrolled",
+    "param_shapes",
+]
 
 INIT_STD = 0.02  # GPT-2's standard deviation for every weight matrix
 
 
-@dataclasses.dataclass(frozen=True)
-class GPTConfig:
-    """Shape and execution of a GPT, with the book's field names.
-
-    Raises:
-        InputError: an impossible value, such as an ``emb_dim`` that ``n_heads`` does not divide.
-
-    Attributes:
-        vocab_size: number of token ids.
-        context_length: maximum number of tokens in a sequence.
-        emb_dim: width of the residual stream; divisible by ``n_heads``.
-        n_heads: attention heads per block.
-        n_layers: number of transformer blocks.
-        drop_rate: dropout on embeddings, attention weights and both residual branches; 0 switches it off.
-        qkv_bias: whether the query, key and value projections have a bias.
-        tie_weights: whether the output head is the transposed token embedding.
-        bias: False removes every bias, also those of the layer norms.
-        exact_gelu: GELU by the error function, as in nanoGPT, instead of GPT-2's tanh approximation.
-        dtype: dtype of activations and matrix products; logits are always float32.
-        param_dtype: dtype of the parameters.
-        remat: gradient checkpointing, what the backward pass recomputes instead of keeping: ``none``, ``dots`` (all but
-            the matrix products) or ``full``.
-        attention: how attention is computed; ``auto`` takes the fastest implementation that works on the device.
-        unroll: compile the stack of blocks layer by layer instead of as a loop; None: on a CPU without remat, where
-            that is faster.
-        unpadded_vocab_size: ids from here on only pad the vocabulary (nanoGPT's 50,304) and are never sampled; None:
-            no such ids.
-    """
-
-    vocab_size: int = 50_257
-    context_length: int = 1_024
-    emb_dim: int = 768
-    n_heads: int = 12
-    n_layers: int = 12
-    drop_rate: float = 0.0
-    qkv_bias: bool = True
-    tie_weights: bool = True
-    bias: bool = True
-    exact_gelu: bool = False
-    dtype: DType = "float32"
-    param_dtype: DType = "float32"
-    remat: Remat = "none"
-    attention: AttentionKind = "auto"
-    unroll: bool | None = None
-    unpadded_vocab_size: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers"):
-            if type(value := getattr(self, name)) is not int or value < 1:
-                raise InputError(f"model.{name} is {value!r}; expected a whole number of at least 1")
-        if self.emb_dim % self.n_heads:
-            expected = f"a multiple of model.n_heads {self.n_heads}"
-            near = math.ceil(self.emb_dim / self.n_heads) * self.n_heads
-            raise InputError(f"model.emb_dim is {self.emb_dim}; expected {expected}, such as {near}")
-        rate = self.drop_rate
-        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < 1:
-            raise InputError(f"model.drop_rate is {rate!r}; expected a number of at least 0 and below 1")
-        for name in ("qkv_bias", "tie_weights", "bias", "exact_gelu", "unroll"):
-            if type(value := getattr(self, name)) is not bool and not (name == "unroll" and value is None):
-                raise InputError(f"model.{name} is {value!r}; expected true or false")
-        unpadded = self.unpadded_vocab_size
-        if unpadded is not None and (type(unpadded) is not int or not 1 <= unpadded <= self.vocab_size):
-            expected = f"1 to model.vocab_size {self.vocab_size}, or null"
-            raise InputError(f"model.unpadded_vocab_size is {unpadded!r}; expected {expected}")
-        for name, options in {"dtype": DType, "param_dtype": DType, "remat": Remat, "attention": AttentionKind}.items():
-            if (value := getattr(self, name)) not in get_args(options):
-                raise InputError(f"model.{name} is {value!r}; expected one of {', '.join(get_args(options))}")
-
-
-Preset = Literal["tiny", "mini", "gpt2-small", "gpt2-medium", "gpt2-large", "gpt2-xl"]
-PRESETS: dict[str, dict[str, Any]] = {
-    "tiny": {"vocab_size": 4_096, "context_length": 128, "emb_dim": 128, "n_heads": 4, "n_layers": 4},
-    "mini": {"vocab_size": 4_096, "context_length": 256, "emb_dim": 256, "n_heads": 8, "n_layers": 6},
-    "gpt2-small": {"emb_dim": 768, "n_heads": 12, "n_layers": 12},
-    "gpt2-medium": {"emb_dim": 1_024, "n_heads": 16, "n_layers": 24},
-    "gpt2-large": {"emb_dim": 1_280, "n_heads": 20, "n_layers": 36},
-    "gpt2-xl": {"emb_dim": 1_600, "n_heads": 25, "n_layers": 48},
-}
-
-
-def get_gpt_config(name: str = "gpt2-small", **overrides: Any) -> GPTConfig:
-    """Return a preset's :class:`GPTConfig`, with any of its fields replaced.
-
-    Args:
-        name: ``tiny`` or ``mini`` (for CPUs), ``gpt2-small`` (also ``small`` or ``gpt2``), ``gpt2-medium``,
-            ``gpt2-large`` or ``gpt2-xl``.
-        **overrides: fields of :class:`GPTConfig`.
-
-    Raises:
-        InputError: an unknown preset or field, or an impossible value.
-    """
-    preset = PRESETS.get("gpt2-small" if name == "gpt2" else name, PRESETS.get(f"gpt2-{name}"))
-    if preset is None:
-        raise InputError(f"unknown model preset {name!r}; expected one of {', '.join(PRESETS)}")
-    fields = {field.name for field in dataclasses.fields(GPTConfig)}
-    if unknown := sorted(overrides.keys() - fields):
-        raise InputError(f"GPTConfig has no field {unknown[0]!r}; expected one of {', '.join(sorted(fields))}")
-    return GPTConfig(**{**preset, **overrides})
-
-
-def axis_sizes(cfg: GPTConfig) -> dict[str, int]:
-    """Return the size of every axis that :mod:`slm_jax.nn.axes` names; a classifier also has ``classes``."""
-    return {
-        "layers": cfg.n_layers,
-        "embed": cfg.emb_dim,
-        "heads": cfg.n_heads,
-        "kv_heads": cfg.n_heads,
-        "head_dim": cfg.emb_dim // cfg.n_heads,
-        "mlp": 4 * cfg.emb_dim,
-        "vocab": cfg.vocab_size,
-        "positions": cfg.context_length,
-    }
+def _norm(cfg: GPTConfig, name: str | None = None) -> nn.Module:
+    options: dict[str, Any] = {
+        "dtype": cfg.dtype, "param_dtype": cfg.param_dtype, "eps": cfg.norm_eps, "name": name,
+    }  # fmt: skip
+    return RMSNorm(**options) if cfg.norm == "rmsnorm" else LayerNorm(use_bias=cfg.bias, **options)
 
 
 class TransformerBlock(nn.Module):
@@ -162,6 +85,7 @@ class TransformerBlock(nn.Module):
         x: Float[Array, "batch seq emb"],
         cache: LayerCache | None,
         start: Int[Array, "batch"] | None,
+        angles: Rotation | None,
         segment_ids: Int[Array, "batch seq"] | None,
         deterministic: bool,
     ) -> tuple[Float[Array, "batch seq emb"], LayerCache | None]:
@@ -177,6 +101,10 @@ class TransformerBlock(nn.Module):
         attention = FusedMultiHeadAttention(
             emb_dim=cfg.emb_dim,
             n_heads=cfg.n_heads,
+            n_kv_heads=cfg.n_kv_heads,
+            head_dim=cfg.head_dim,
+            qk_norm=cfg.qk_norm,
+            norm_eps=cfg.norm_eps,
             drop_rate=cfg.drop_rate,
             qkv_bias=cfg.qkv_bias and cfg.bias,
             out_bias=cfg.bias,
@@ -186,15 +114,21 @@ class TransformerBlock(nn.Module):
             **inits,
         )
         feed_forward = FeedForward(
-            axis_sizes(cfg)["mlp"], use_bias=cfg.bias, exact_gelu=cfg.exact_gelu, name="ff", **dtypes, **inits
+            axis_sizes(cfg)["mlp"],
+            use_bias=cfg.bias,
+            exact_gelu=cfg.exact_gelu,
+            gated=cfg.mlp == "swiglu",
+            name="ff",
+            **dtypes,
+            **inits,
         )
-        normed = LayerNorm(use_bias=cfg.bias, name="norm1", **dtypes)(x)
+        normed = _norm(cfg, "norm1")(x)
         if cache is None:
-            attended = attention(normed, segment_ids=segment_ids, deterministic=deterministic)
+            attended = attention(normed, rotation=angles, segment_ids=segment_ids, deterministic=deterministic)
         else:
-            attended, cache = attention(normed, cache=cache, start=start)
+            attended, cache = attention(normed, rotation=angles, cache=cache, start=start)
         x = constrain(x + dropout(attended, deterministic), "batch", None, None)
-        normed = LayerNorm(use_bias=cfg.bias, name="norm2", **dtypes)(x)
+        normed = _norm(cfg, "norm2")(x)
         x = x + dropout(feed_forward(normed, deterministic), deterministic)
         return constrain(x, "batch", None, None), cache
 
@@ -205,8 +139,8 @@ def init_cache(cfg: GPTConfig, params: Params, batch_size: int, capacity: int) -
     It has the same segments of blocks as ``params`` (arrays or shapes).
 
     Returns:
-        Zeros in ``cfg.dtype``: ``keys`` and ``values`` (blocks, n_heads·batch_size, capacity, emb_dim / n_heads) for
-        each segment; ``lengths``, int32 (batch_size,), counts the tokens in each row.
+        Zeros in ``cfg.dtype``: ``keys`` and ``values`` (blocks, kv_heads·batch_size, capacity, head_dim) for each
+        segment; ``lengths``, int32 (batch_size,), counts the tokens in each row.
 
     Raises:
         InputError: a capacity below 1 or beyond the model's context.
@@ -252,9 +186,10 @@ class GPTModel(nn.Module):
         init = nn.initializers.normal(INIT_STD)
         embed: dict[str, Any] = {"embedding_init": init, "dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
         self.tok_emb = nn.Embed(cfg.vocab_size, cfg.emb_dim, **embed)
-        self.pos_emb = nn.Embed(cfg.context_length, cfg.emb_dim, **embed)
+        if cfg.positions == "learned":
+            self.pos_emb = nn.Embed(cfg.context_length, cfg.emb_dim, **embed)
         self.drop = Dropout(cfg.drop_rate)
-        self.final_norm = LayerNorm(use_bias=cfg.bias, dtype=cfg.dtype, param_dtype=cfg.param_dtype)
+        self.final_norm = _norm(cfg)
         if not cfg.tie_weights:
             self.out_head = OutHead(cfg.vocab_size, cfg.param_dtype, init)
             self.out_head_adapter = Adapter()
@@ -276,7 +211,7 @@ class GPTModel(nn.Module):
 
         Args:
             tokens: int32 (batch, seq), every id below ``vocab_size`` (ids are not checked on the device).
-            positions: indices into the position embedding; default 0, 1, 2 …, counted on from the cache's lengths.
+            positions: of the tokens in their text; default 0, 1, 2 …, counted on from the cache's lengths.
             segment_ids: documents packed into one row; a token attends only within its own.
             deterministic: False applies dropout.
             cache: keys and values of earlier tokens (:func:`init_cache`), which these tokens follow. ``cache.lengths``
@@ -317,15 +252,19 @@ class GPTModel(nn.Module):
             raise InputError("a cache is for generation: expected no segment_ids with it, and deterministic=True")
         if positions is None:
             positions = jnp.arange(seq)[None, :] + (0 if cache is None else cache.lengths[:, None])
-        x = look_up(self.tok_emb, tokens, "vocab") + look_up(self.pos_emb, positions, "positions")
+        x, angles = look_up(self.tok_emb, tokens, "vocab"), None
+        if self.cfg.positions == "learned":
+            x = x + look_up(self.pos_emb, positions, "positions")
+        else:
+            angles = rotation(self.cfg, positions)
         x = constrain(self.drop(x, deterministic), "batch", None, None)
         if cache is None:
             for name in self.segments:
-                x, _ = getattr(self, name)(x, None, None, segment_ids, deterministic)
+                x, _ = getattr(self, name)(x, None, None, angles, segment_ids, deterministic)
             return self.final_norm(x)
         blocks = {}
         for name in self.segments:
-            x, blocks[name] = getattr(self, name)(x, cache.blocks[name], cache.lengths, None, True)
+            x, blocks[name] = getattr(self, name)(x, cache.blocks[name], cache.lengths, angles, None, True)
         return self.final_norm(x), KVCache(blocks, cache.lengths + seq)
 
     def logits(
@@ -371,12 +310,12 @@ def _block_stack(cfg: GPTConfig, length: int) -> nn.Module:
     if cfg.remat != "none":
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if cfg.remat == "dots" else None
         # Inside a loop the compiler cannot merge the recomputation with the forward pass; unrolled it could.
-        block = nn.remat(block, policy=policy, prevent_cse=unroll, static_argnums=(5,))
+        block = nn.remat(block, policy=policy, prevent_cse=unroll, static_argnums=(6,))
     stack = nn.scan(
         block,
         variable_axes={"params": 0, "intermediates": 0},
         split_rngs={"params": True, "dropout": True},
-        in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+        in_axes=(0, *(nn.broadcast,) * 4),
         length=length,
         unroll=length if unroll else 1,
     )

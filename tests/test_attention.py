@@ -382,7 +382,7 @@ def test_choice_of_implementation(requested, dtype, head_dim, needs_weights, odd
         ("cudnn", "bfloat16", 64, False, False, T4, "7.5"),
         ("cudnn", "bfloat16", 64, False, False, CPU, "NVIDIA GPU.*cpu"),
         ("cudnn", "float32", 64, False, False, H100, "bfloat16.*float32"),
-        ("cudnn", "bfloat16", 100, False, False, H100, "n_heads.*100"),
+        ("cudnn", "bfloat16", 100, False, False, H100, "head_dim.*100"),
         ("cudnn", "bfloat16", 64, False, True, H100, "odd"),
         ("xla", "float16", 64, False, False, CPU, "float16"),
         ("flash", "bfloat16", 64, False, False, H100, "TPU.*gpu"),

@@ -392,7 +392,7 @@ def one_block(**replaced):
 def branch(params, batch=64):
     """What a block adds to its input, with dropout."""
     x, rngs = jnp.zeros((batch, 16, 24)), {"dropout": jax.random.key(1)}
-    options = {"cache": None, "start": None, "segment_ids": None, "deterministic": False}
+    options = {"cache": None, "start": None, "angles": None, "segment_ids": None, "deterministic": False}
     apply = jax.jit(partial(TransformerBlock(DROPPED).apply, **options))
     added, _ = apply({"params": params}, x, rngs=rngs)
     return np.asarray(added)

@@ -79,6 +79,8 @@ _BLOCK = {
     "attn/k/bias": "kv_heads head_dim",
     "attn/v/kernel": "embed -> kv_heads head_dim",
     "attn/v/bias": "kv_heads head_dim",
+    "attn/q_norm/scale": "head_dim",
+    "attn/k_norm/scale": "head_dim",
     "attn/out_proj/kernel": "heads head_dim -> embed",
     "attn/out_proj/bias": "embed",
     "norm2/scale": "embed",
@@ -87,6 +89,8 @@ _BLOCK = {
     "ff/fc/bias": "mlp",
     "ff/proj/kernel": "mlp -> embed",
     "ff/proj/bias": "embed",
+    "ff/gate/kernel": "embed -> mlp",
+    "ff/gate/bias": "mlp",
 }
 TABLE: dict[str, Axes] = {
     **{f"{STACK}/{path}": _axes(text)._replace(stack=("layers",)) for path, text in _BLOCK.items()},

@@ -32,8 +32,8 @@ def flash_obstacle(dtype: Any, platform: str) -> str | None:
 
 def flash_attention(
     q: Float[Array, "batch seq heads head_dim"],
-    k: Float[Array, "batch seq heads head_dim"],
-    v: Float[Array, "batch seq heads head_dim"],
+    k: Float[Array, "batch seq kv_heads head_dim"],
+    v: Float[Array, "batch seq kv_heads head_dim"],
     segment_ids: Int[Array, "batch seq"] | None = None,
 ) -> Float[Array, "batch seq heads head_dim"]:
     """Compute causal attention on a TPU; scores and softmax are float32 whatever the inputs are.
@@ -42,7 +42,8 @@ def flash_attention(
     rows and heads; where the devices do not divide them, each computes all.
 
     Args:
-        q, k, v: bfloat16 or float32 (batch, seq, heads, head_dim); ``seq`` is filled up to a multiple of 128.
+        q: bfloat16 or float32 (batch, seq, heads, head_dim); ``seq`` is filled up to a multiple of 128.
+        k, v: likewise, with kv_heads, which divide the heads.
         segment_ids: documents packed into one row; a token attends only within its own.
 
     Returns:

@@ -12,14 +12,15 @@ from jaxtyping import Bool, Float, Int
 
 from slm_jax.attention import causal_attention
 from slm_jax.errors import InputError
+from slm_jax.nn.architecture import AttentionKind
 from slm_jax.nn.cache import LayerCache, cached_attention
 from slm_jax.nn.dense import Dense, DenseParams, multiply
 from slm_jax.nn.flash import flash_attention, flash_obstacle
 from slm_jax.nn.lora import Adapter
-from slm_jax.nn.sharding import attend_on_each_device, constrain
+from slm_jax.nn.norms import RMSNorm
+from slm_jax.nn.rope import Rotation, rotate
+from slm_jax.nn.sharding import attend_on_each_device, constrain, free_axes, splits
 from slm_jax.nn.target import target
-
-Implementation = Literal["auto", "xla", "cudnn", "flash", "explicit"]
 
 
 class FusedMultiHeadAttention(nn.Module):
@@ -31,12 +32,18 @@ class FusedMultiHeadAttention(nn.Module):
 
     Input and output (batch, seq, emb_dim), weights (batch, n_heads, seq, seq).
     Params: `q`, `k` and `v` have a `kernel` (emb_dim, n_heads, head_dim) and, with `qkv_bias`, a `bias` (n_heads,
-    head_dim); `out_proj` has a `kernel` (n_heads, head_dim, emb_dim) and, with `out_bias`, a `bias` (emb_dim,).
+    head_dim), `k` and `v` with n_kv_heads; `out_proj` has a `kernel` (n_heads, head_dim, emb_dim) and, with `out_bias`,
+    a `bias` (emb_dim,). With `qk_norm`, `q_norm` and `k_norm` have a `scale` (head_dim,).
 
-    Source: Vaswani et al. 2017, section 3.2.2; the book's section 3.6.2; flash attention: Dao et al. 2022.
+    Source: Vaswani et al. 2017, section 3.2.2; the book's section 3.6.2; flash attention: Dao et al. 2022; fewer heads
+    of keys and values: Ainslie et al. 2023.
 
     Attributes:
-        emb_dim: width of input and output; divisible by n_heads.
+        emb_dim: width of input and output.
+        n_kv_heads: heads of keys and values, each for a group of heads; divides n_heads; None: as many.
+        head_dim: width of a head; None: emb_dim / n_heads.
+        qk_norm: whether queries and keys are normalised in each head, before they are rotated.
+        norm_eps: added to their mean square.
         drop_rate: dropout on the attention weights, from the 'dropout' rng with `deterministic=False`.
         dtype: dtype of the computation; None: that of inputs and params.
         kernel_init: initialiser of the query, key and value kernels, each seen as (emb_dim, n_heads · head_dim).
@@ -45,6 +52,10 @@ class FusedMultiHeadAttention(nn.Module):
 
     emb_dim: int
     n_heads: int
+    n_kv_heads: int | None = None
+    head_dim: int | None = None
+    qk_norm: bool = False
+    norm_eps: float = 1e-5
     drop_rate: float = 0.0
     qkv_bias: bool = False
     out_bias: bool = True
@@ -52,13 +63,14 @@ class FusedMultiHeadAttention(nn.Module):
     param_dtype: Dtype = jnp.float32
     kernel_init: Initializer = nn.initializers.lecun_normal()
     out_kernel_init: Initializer = nn.initializers.lecun_normal()
-    implementation: Implementation = "auto"
+    implementation: AttentionKind = "auto"
 
     @nn.compact
     def __call__(
         self,
         x: Float[Array, "batch seq emb"],
         *,
+        rotation: Rotation | None = None,
         mask: Bool[Array, "#batch 1 seq seq"] | None = None,
         segment_ids: Int[Array, "batch seq"] | None = None,
         deterministic: bool = True,
@@ -70,6 +82,7 @@ class FusedMultiHeadAttention(nn.Module):
 
         Args:
             x: (batch, seq, emb_dim).
+            rotation: angles by which queries and keys are rotated (:func:`slm_jax.nn.rope.rotation`).
             mask: True where attention is allowed, (batch or 1, 1, seq, seq); joined with the causal mask. A token may
                 always attend to itself, so that no row of weights is empty.
             segment_ids: documents packed into one row; a token attends only within its own.
@@ -86,13 +99,21 @@ class FusedMultiHeadAttention(nn.Module):
             InputError: the implementation cannot be used here.
         """
         assert x.shape[-1] == self.emb_dim, (x.shape, self.emb_dim)
-        assert self.emb_dim % self.n_heads == 0, (self.emb_dim, self.n_heads)
+        # Where the devices do not divide the heads of keys and values, each computes all heads.
+        axes = ("batch", None, "heads" if splits("kv_heads", self.n_kv_heads or self.n_heads) else None, None)
         q, k, v = (
-            constrain(Adapter(name=f"{name}_adapter")(product, x, deterministic), "batch", None, "heads", None)
+            constrain(Adapter(name=f"{name}_adapter")(product, x, deterministic), *axes)
             for name, product in zip(
                 "qkv", self._project(x, one_token=cache is not None and x.shape[1] == 1), strict=True
             )
         )
+        if self.qk_norm:
+            q, k = (
+                RMSNorm(x.dtype, self.param_dtype, self.norm_eps, name=f"{name}_norm")(x)
+                for name, x in (("q", q), ("k", k))
+            )
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
         extra: Any
         if cache is not None:
             assert start is not None
@@ -113,27 +134,35 @@ class FusedMultiHeadAttention(nn.Module):
         return (output, extra) if cache is not None or return_weights else output
 
     def _project(self, x: Array, one_token: bool) -> list[Array]:
-        """Return queries, keys and values, each (batch, seq, n_heads, head_dim).
+        """Return queries (batch, seq, n_heads, head_dim), and keys and values (batch, seq, n_kv_heads, head_dim).
 
         One product with all three kernels side by side trains faster than three products (by 3% of a step of nanoGPT's
         CPU recipe). For a single token, the copy that puts them side by side would cost 8% of a decoding step.
+        They lie side by side in each head of keys and values, so that a mesh that splits the heads moves nothing.
         """
-        heads = (self.n_heads, self.emb_dim // self.n_heads)
+        n_kv_heads, width = self.n_kv_heads or self.n_heads, self.head_dim or self.emb_dim // self.n_heads
         weights = [
             leaf
-            for name in "qkv"
-            for leaf in DenseParams(heads, self.qkv_bias, self.param_dtype, self.kernel_init, name=name)(self.emb_dim)
+            for name, n_heads in (("q", self.n_heads), ("k", n_kv_heads), ("v", n_kv_heads))
+            for leaf in DenseParams((n_heads, width), self.qkv_bias, self.param_dtype, self.kernel_init, name=name)(
+                self.emb_dim
+            )
         ]
         x, *weights = promote_dtype(x, *weights, dtype=self.dtype)
         kernels: list[Any] = weights[0::2]
         biases: list[Any] = weights[1::2]
-        if one_token:
+        whole = free_axes(("tensor",)) and not splits("kv_heads", n_kv_heads)
+        if one_token or whole:
             return [multiply(x, kernel, bias) for kernel, bias in zip(kernels, biases, strict=True)]
 
         @jax.checkpoint  # the backward pass puts the kernels side by side again instead of keeping the copy
         def fused(x: Array, kernels: list[Any], biases: list[Any]) -> list[Array]:
-            bias = jnp.concatenate(biases, axis=-1) if self.qkv_bias else None
-            return jnp.split(multiply(x, jnp.concatenate(kernels, axis=-1), bias), 3, axis=-1)
+            def side_by_side(leaves: list[Any]) -> Array:
+                return jnp.concatenate([leaf.reshape(*leaf.shape[:-2], n_kv_heads, -1) for leaf in leaves], axis=-1)
+
+            product = multiply(x, side_by_side(kernels), side_by_side(biases) if self.qkv_bias else None)
+            q, k, v = jnp.split(product, [product.shape[-1] - 2 * width, product.shape[-1] - width], axis=-1)
+            return [q.reshape(*q.shape[:2], self.n_heads, width), k, v]
 
         return fused(x, kernels, biases)
 
@@ -189,7 +218,7 @@ def choose_implementation(
     "explicit" forms the weights, so "auto" and "xla" fall back to it if there is dropout or the weights are returned.
 
     Args:
-        requested: an :data:`Implementation`.
+        requested: an :data:`slm_jax.nn.architecture.AttentionKind`.
         dtype: dtype of queries, keys and values.
         head_dim: width of one head.
         needs_weights: whether the weights must exist: dropout is active, or they are returned.
@@ -221,7 +250,7 @@ def choose_implementation(
     if requested == "auto":
         return "explicit" if platform == "cpu" else "xla"
     if requested != "xla":
-        names = ", ".join(map(repr, get_args(Implementation)))
+        names = ", ".join(map(repr, get_args(AttentionKind)))
         raise InputError(f"attention implementation is {requested!r}; expected one of {names}")
     if platform == "cpu" and dtype == jnp.float16:
         raise InputError("attention implementation 'xla' has no float16 on a CPU; expected 'auto' or another dtype")
@@ -236,7 +265,7 @@ def _cudnn_obstacle(dtype: Dtype, head_dim: int, odd_mask: bool, platform: str, 
     if dtype not in (jnp.float16, jnp.bfloat16):
         return f"it needs float16 or bfloat16, and dtype is {dtype}"
     if head_dim > 128 or head_dim % 8:
-        return f"it needs emb_dim / n_heads of at most 128 and a multiple of 8, and this is {head_dim}"
+        return f"it needs a head_dim (emb_dim / n_heads) of at most 128 and a multiple of 8, and this is {head_dim}"
     if odd_mask:
         return "it has no gradient for a mask over an odd number of tokens"
     return None

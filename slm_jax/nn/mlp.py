@@ -1,4 +1,4 @@
-"""The feed-forward part of a block, and GELU."""
+"""The feed-forward part of a block, GELU and SwiGLU."""
 
 from functools import partial
 from typing import Any
@@ -17,12 +17,15 @@ from slm_jax.nn.sharding import constrain
 class FeedForward(nn.Module):
     """Widen to ``hidden`` features, apply GELU, and project back to the input's width; each position by itself.
 
-    Source: Radford et al. 2019 (GPT-2), with four times the width inside.
+    ``gated`` multiplies the features by SiLU of as many others instead, the gate: SwiGLU.
+
+    Source: Radford et al. 2019 (GPT-2), with four times the width inside; Shazeer 2020 (SwiGLU).
     """
 
     hidden: int
     use_bias: bool = True
     exact_gelu: bool = False
+    gated: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     kernel_init: Initializer = nn.initializers.lecun_normal()
@@ -32,10 +35,13 @@ class FeedForward(nn.Module):
     def __call__(self, x: Float[Array, "batch seq emb"], deterministic: bool = True) -> Float[Array, "batch seq emb"]:
         """Map (batch, seq, emb) to the same shape."""
         dense = partial(Dense, use_bias=self.use_bias, dtype=self.dtype, param_dtype=self.param_dtype)
-        fc = dense(self.hidden, kernel_init=self.kernel_init, name="fc")
         proj = dense(x.shape[-1], kernel_init=self.out_kernel_init, name="proj")
-        hidden = constrain(Adapter(name="fc_adapter")(fc(x), x, deterministic), "batch", None, "mlp")
-        hidden = gelu(hidden, self.exact_gelu)
+
+        def widen(name: str) -> Array:
+            product = dense(self.hidden, kernel_init=self.kernel_init, name=name)(x)
+            return constrain(Adapter(name=f"{name}_adapter")(product, x, deterministic), "batch", None, "mlp")
+
+        hidden = swiglu(widen("gate"), widen("fc")) if self.gated else gelu(widen("fc"), self.exact_gelu)
         return Adapter(name="proj_adapter")(proj(hidden), hidden, deterministic)
 
 
@@ -50,3 +56,16 @@ def _gelu_jvp(exact: bool, primals: tuple[Array], tangents: tuple[Array]) -> tup
     (x,) = primals
     y, slope = jax.jvp(partial(nn.gelu, approximate=not exact), (x,), (jnp.ones_like(x),))
     return y, slope * tangents[0]
+
+
+@jax.custom_jvp
+def swiglu(gate: Float[Array, "*shape"], x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Multiply by SiLU of the gate (Shazeer 2020). The backward pass needs only its two slopes."""
+    return nn.silu(gate) * x
+
+
+@swiglu.defjvp
+def _swiglu_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    gate, x = primals
+    opened, slope = jax.jvp(nn.silu, (gate,), (jnp.ones_like(gate),))
+    return opened * x, (slope * x) * tangents[0] + opened * tangents[1]

@@ -131,14 +131,15 @@ def attend_on_each_device(attend: Callable[..., Array], q: Array, k: Array, v: A
 
     Args:
         attend: from arguments of these shapes, or of one device's part of them, to the context, shaped like q.
-        q, k, v: (batch, seq, heads, head_dim).
+        q: (batch, seq, heads, head_dim).
+        k, v: (batch, seq, kv_heads, head_dim); where the devices do not divide these heads, each has all of q's, too.
         of_rows: an array that may have the rows, too, as its first axis.
     """
     mesh = jax.sharding.get_abstract_mesh()
     known = set(free_axes(mesh.axis_names)) <= set(MESH_AXES)
     if mesh.size == 1 or set(mesh.axis_names) == set(mesh.manual_axes) or not known:
         return attend(q, k, v, of_rows)
-    rows, heads = splits("batch", len(q)) or None, splits("heads", q.shape[2]) or None
+    rows, heads = splits("batch", len(q)) or None, splits("kv_heads", k.shape[2]) or None
     of_heads = PartitionSpec(rows, None, heads)
     same_rows = PartitionSpec(rows if of_rows is not None and len(of_rows) == len(q) else None)
     return on_each_device(attend, (of_heads, of_heads, of_heads, same_rows), of_heads)(q, k, v, of_rows)

@@ -25,7 +25,8 @@ from slm_jax.config import (
 from slm_jax.data.config import DataConfig, TokenizerConfig
 from slm_jax.errors import InputError
 from slm_jax.files import is_url, user_path
-from slm_jax.model import AttentionKind, DType, GPTConfig, Preset, Remat, get_gpt_config
+from slm_jax.model import GPTConfig, get_gpt_config
+from slm_jax.nn.architecture import MLP, AttentionKind, DType, Norm, Positions, Preset, Remat, RopeScaling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,8 +174,8 @@ class LoRAConfig:
     Attributes:
         rank: rank of the change of a matrix.
         alpha: scale; the change is multiplied by alpha / rank.
-        targets: patterns of the matrices to adapt: attn/q, attn/k, attn/v, attn/out_proj, ff/fc, ff/proj,
-            out_head, class_head. A classification head that none matches is trained whole.
+        targets: patterns of the matrices to adapt: attn/q, attn/k, attn/v, attn/out_proj, ff/gate, ff/fc,
+            ff/proj, out_head, class_head. A classification head that none matches is trained whole.
         drop_rate: dropout on the input of an adapter.
     """
 
@@ -192,13 +193,27 @@ class ModelConfig:
         preset: shape of the model.
         vocab_size: number of token ids.
         context_length: largest number of tokens that the model can attend to.
-        emb_dim: width of the residual stream; divisible by n_heads.
+        emb_dim: width of the residual stream; divisible by n_heads, unless head_dim is given.
         n_heads: attention heads per block.
+        n_kv_heads: heads of keys and values, each for a group of heads; divides n_heads.
+        head_dim: width of a head; null: emb_dim / n_heads.
+        qk_norm: whether queries and keys are normalised in each head (Qwen3).
         n_layers: transformer blocks.
         drop_rate: dropout on embeddings, attention weights and both shortcut branches; 0 switches it off.
         qkv_bias: whether the query, key and value projections have a bias.
         tie_weights: whether the output head is the transposed token embedding.
         bias: false drops every bias, including those of the layer norms.
+        norm: layernorm, or rmsnorm, which only scales (Llama).
+        norm_eps: number added to the variance or the mean square.
+        positions: learned position embeddings, or rope, which rotates queries and keys (Llama).
+        rope_theta: base of RoPE's wavelengths.
+        rope_scaling: how RoPE is stretched to a longer context: none, linear, or by wavelength (llama3).
+        rope_factor: by how much it is stretched.
+        rope_low_freq_factor: llama3; wavelengths above rope_original_context over this are stretched.
+        rope_high_freq_factor: llama3; wavelengths below rope_original_context over this stay as they are.
+        rope_original_context: llama3; context length before it was stretched.
+        mlp: feed-forward layer, gelu, or swiglu, which has a gate (Llama).
+        hidden_dim: width inside the feed-forward layer; null: 4 · emb_dim.
         exact_gelu: whether GELU uses the error function, as in nanoGPT, instead of GPT-2's tanh approximation.
         param_dtype: dtype of the stored parameters.
         remat: activations that the backward pass recomputes: none, all but matrix products (dots), or all (full).
@@ -213,11 +228,25 @@ class ModelConfig:
     context_length: Positive | None = None
     emb_dim: Positive | None = None
     n_heads: Positive | None = None
+    n_kv_heads: Positive | None = None
+    head_dim: Positive | None = None
+    qk_norm: bool | None = None
     n_layers: Positive | None = None
     drop_rate: Rate | None = None
     qkv_bias: bool | None = None
     tie_weights: bool | None = None
     bias: bool | None = None
+    norm: Norm | None = None
+    norm_eps: AboveZero | None = None
+    positions: Positions | None = None
+    rope_theta: AboveZero | None = None
+    rope_scaling: RopeScaling | None = None
+    rope_factor: AboveZero | None = None
+    rope_low_freq_factor: AboveZero | None = None
+    rope_high_freq_factor: AboveZero | None = None
+    rope_original_context: Positive | None = None
+    mlp: MLP | None = None
+    hidden_dim: Positive | None = None
     exact_gelu: bool | None = None
     param_dtype: DType | None = None
     remat: Execution[Remat | None] = None

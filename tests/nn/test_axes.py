@@ -1,6 +1,7 @@
 """What must hold of the table of axes: it describes every parameter, and only the model's own modules name one."""
 
 import ast
+import dataclasses
 import re
 from pathlib import Path
 from typing import get_args
@@ -24,11 +25,12 @@ def shapes(tree):
 
 
 def test_the_table_and_the_sizes_give_the_shape_of_every_parameter():
-    classifier = jax.eval_shape(lambda: init_classifier(GPTClassifier(CFG, n_classes=5), jax.random.key(0)))
-    actual = shapes(classifier) | shapes(param_shapes(CFG))
-    sizes = axis_sizes(CFG) | {"classes": 5}
+    cfg = dataclasses.replace(CFG, mlp="swiglu", hidden_dim=20, n_kv_heads=1, head_dim=6, qk_norm=True)  # has them all
+    classifier = jax.eval_shape(lambda: init_classifier(GPTClassifier(cfg, n_classes=5), jax.random.key(0)))
+    actual = shapes(classifier) | shapes(param_shapes(cfg))
+    sizes = axis_sizes(cfg) | {"classes": 5}
     assert actual == {path: axes.shape(sizes) for path, axes in TABLE.items()}
-    assert count(param_shapes(CFG)) == count_params(CFG)
+    assert count(param_shapes(cfg)) == count_params(cfg)
 
 
 def test_segments_adapters_and_optimizer_state_have_axes_too():
