@@ -207,9 +207,11 @@ def causal_attention(
     """
     float32_or_wider = jnp.promote_types(q.dtype, jnp.float32)
     batch, seq, heads, head_dim = q.shape
-    groups = (batch, seq, k.shape[2], heads // k.shape[2], head_dim)
-    scores = jnp.einsum("bqngd,bknd->bngqk", q.reshape(groups), k, preferred_element_type=float32_or_wider)
-    scores = scores.reshape(batch, heads, seq, seq) / math.sqrt(head_dim)
+    kv_heads = k.shape[2]
+    # The heads that share keys and values are computed like further tokens of one head.
+    q = q.reshape(batch, seq, kv_heads, -1, head_dim).transpose(0, 3, 1, 2, 4).reshape(batch, -1, kv_heads, head_dim)
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=float32_or_wider) / math.sqrt(head_dim)
+    scores = scores.reshape(batch, heads, seq, seq)
     allowed = causal_mask(seq)
     if mask is not None:
         allowed = allowed & mask
@@ -217,8 +219,9 @@ def causal_attention(
     if dropout_key is not None and dropout_rate > 0:
         weights = drop(weights, dropout_rate, dropout_key)
     weights = weights.astype(v.dtype)
-    context = jnp.einsum("bngqk,bknd->bqngd", weights.reshape(batch, *groups[2:4], seq, seq), v)
-    return context.reshape(q.shape), weights
+    context = jnp.einsum("bhqk,bkhd->bqhd", weights.reshape(batch, kv_heads, -1, seq), v)
+    context = context.reshape(batch, -1, seq, kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
+    return context.reshape(batch, seq, heads, head_dim), weights
 
 
 class MultiHeadAttention(nn.Module):
