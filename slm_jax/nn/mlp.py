@@ -36,9 +36,10 @@ class FeedForward(nn.Module):
         """Map (batch, seq, emb) to the same shape."""
         dense = partial(Dense, use_bias=self.use_bias, dtype=self.dtype, param_dtype=self.param_dtype)
         proj = dense(x.shape[-1], kernel_init=self.out_kernel_init, name="proj")
+        rows = x.reshape(-1, x.shape[-1])  # once, or the backward pass would keep them for each product
 
         def widen(name: str) -> Array:
-            product = dense(self.hidden, kernel_init=self.kernel_init, name=name)(x)
+            product = dense(self.hidden, kernel_init=self.kernel_init, name=name)(rows).reshape(*x.shape[:-1], -1)
             return constrain(Adapter(name=f"{name}_adapter")(product, x, deterministic), "batch", None, "mlp")
 
         hidden = swiglu(widen("gate"), widen("fc")) if self.gated else gelu(widen("fc"), self.exact_gelu)

@@ -47,14 +47,18 @@ GENERATED = {
 }
 # Trained on these meshes only, as compiling takes most of the time; benchmarks/mesh_losses.py has all.
 WITH_DROPOUT = WITH_LORA = ("fsdp=8", "data=2,fsdp=2,tensor=2")
+QWEN3 = {
+    "norm": "rmsnorm", "positions": "rope", "mlp": "swiglu", "hidden_dim": 160, "bias": False, "head_dim": 16,
+    "qk_norm": True,
+}  # fmt: skip
 DROP_RATES = {1: 0.0, 2: 0.1}  # by accumulation; with dropout a step takes twice as long to compile
 OPTIMIZER = OptimizerConfig(learning_rate=3e-3, warmup_steps=2)
 MUON = OptimizerConfig(kind="muon", warmup_steps=2)
 
 
-def model(drop_rate: float, n_heads: int = 8) -> GPTModel:
-    cfg = GPTConfig(vocab_size=VOCAB, context_length=SEQ, emb_dim=64, n_heads=n_heads, n_layers=1, unroll=True)
-    return GPTModel(dataclasses.replace(cfg, drop_rate=drop_rate))
+def model(drop_rate: float, **changes) -> GPTModel:
+    cfg = GPTConfig(vocab_size=VOCAB, context_length=SEQ, emb_dim=64, n_heads=8, n_layers=1, unroll=True)
+    return GPTModel(dataclasses.replace(cfg, drop_rate=drop_rate, **changes))
 
 
 def batches() -> list[dict[str, np.ndarray]]:
@@ -68,13 +72,13 @@ def batches() -> list[dict[str, np.ndarray]]:
     return found
 
 
-def initial_state(optimizer: OptimizerConfig = OPTIMIZER, n_heads: int = 8) -> TrainState:
-    params = init_params(model(0.0, n_heads).cfg, jax.random.key(0))
+def initial_state(optimizer: OptimizerConfig = OPTIMIZER, **changes) -> TrainState:
+    params = init_params(model(0.0, **changes).cfg, jax.random.key(0))
     return TrainState(jnp.int32(0), params, make_optimizer(optimizer).init(params), jax.random.key(1))
 
 
-def train_step(accumulate: int, optimizer: OptimizerConfig = OPTIMIZER, n_heads: int = 8):
-    loss_fn = make_loss_fn(model(DROP_RATES[accumulate], n_heads))
+def train_step(accumulate: int, optimizer: OptimizerConfig = OPTIMIZER, **changes):
+    loss_fn = make_loss_fn(model(DROP_RATES[accumulate], **changes))
     return make_train_step(loss_fn, make_optimizer(optimizer), make_schedule(optimizer, STEPS), accumulate)
 
 
@@ -101,13 +105,13 @@ def train(cfg: MeshConfig | None, start, given: tuple, step, frozen: dict, batch
     return losses, state, frozen
 
 
-def train_gpt(cfg: MeshConfig | None, accumulate: int, optimizer=OPTIMIZER, n_heads: int = 8) -> tuple:
+def train_gpt(cfg: MeshConfig | None, accumulate: int, optimizer=OPTIMIZER, **changes) -> tuple:
     """The losses of the steps, and of an evaluation after them; the last state."""
-    start = functools.partial(initial_state, optimizer, n_heads)
-    losses, state, _ = train(cfg, start, (), train_step(accumulate, optimizer, n_heads), {}, batches())
+    start = functools.partial(initial_state, optimizer, **changes)
+    losses, state, _ = train(cfg, start, (), train_step(accumulate, optimizer, **changes), {}, batches())
     batch = batches()[0] if cfg is None else put_batch(make_mesh(cfg), batches()[0])
     with on_mesh(cfg):
-        loss, weight, _ = jax.jit(make_eval_step(make_loss_fn(model(0.0, n_heads))))(state.trainable, {}, batch)
+        loss, weight, _ = jax.jit(make_eval_step(make_loss_fn(model(0.0, **changes))))(state.trainable, {}, batch)
     return [*losses, float(loss) / float(weight)], state
 
 
@@ -231,7 +235,9 @@ def main(folder: Path) -> None:
     for name, cfg in (("whole", MeshConfig()), ("split", MeshConfig(data=2, fsdp=2, tensor=2))):
         losses, muon = train_gpt(cfg, 1, MUON)
         result[f"muon {name}"] = {"losses": losses, "shards": shard_shapes(muon.opt_state)}
-    result["one head"] = [train_gpt(cfg, 1, n_heads=1)[0] for cfg in (None, MeshConfig(tensor=2))]
+    for n_kv_heads, mesh in ((1, MeshConfig(tensor=2)), (2, MESHES["data=2,fsdp=2,tensor=2"])):
+        losses = [train_gpt(cfg, 1, **QWEN3, n_kv_heads=n_kv_heads)[0] for cfg in (None, mesh)]
+        result[f"qwen3, {n_kv_heads} kv heads"] = losses
     result["sent"] = {
         "fsdp": sent("fsdp=8"), "twice the rows": sent("fsdp=8", times=2),
         "data": sent("data=8"), "accumulated": sent("data=8", accumulate=2),

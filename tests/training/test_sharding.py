@@ -108,8 +108,9 @@ def test_weights_and_gradients_travel_but_no_activations(eight):
 
 
 @pytest.mark.slow
-def test_heads_that_tensor_does_not_divide_are_whole_on_each_device(eight):
-    one, split = eight["one head"]
+@pytest.mark.parametrize("n_kv_heads", [1, 2])
+def test_fewer_kv_heads_are_split_where_tensor_divides_them_and_else_whole(eight, n_kv_heads):
+    one, split = eight[f"qwen3, {n_kv_heads} kv heads"]
     assert len(set(one)) == len(one)
     np.testing.assert_allclose(split, one, rtol=1e-5)
 

@@ -1,18 +1,20 @@
 """The memory of one training step from closed formulas, for devices that are not here and for large models.
 
 What is kept for the backward pass, per token and block (E = embed, M = mlp, Q = query, key and value together, A =
-heads · head_dim, T = tokens of a row, H = heads, c = bytes of a number in ``dtype``):
+heads · head_dim, T = tokens of a row, H = heads, G = heads and kv_heads, c = bytes of a number in ``dtype``):
 
 ====================  ======================  ===========================================================
 what                  bytes                   which arrays
 ====================  ======================  ===========================================================
-two layer norms       8 E + 8                 float32: normalised; 1 / deviation
+two norms             8 E + 8                 float32: normalised; 1 / deviation
 inputs of products    (2 E + Q + A) c         the norms' outputs; q, k, v; the input of out_proj
 GELU                  2 M c                   its output and slope
+ SwiGLU               3 M c                   instead: its output and two slopes
+qk_norm               4 G (head_dim + 1)      float32, as for the norms
 attention             H T (4 + c) + 8 H       exponentials in float32, weights; their maxima and sums
  flash, cuDNN         A c + 4 H               instead: its output, head by head; the logarithms of the sums
 dropout               2 E + H T               masks
-remat dots            (2 E + Q + M) c         instead of all above: products and the block's input
+remat dots            (2 E + Q + M) c         with SwiGLU 2 M; instead of all above: products and the block's input
 remat full            E c                     instead of all above: the block's input
 ====================  ======================  ===========================================================
 
@@ -27,8 +29,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from slm_jax.model import GPTConfig, Params, Remat, axis_sizes, is_unrolled
-from slm_jax.nn.axes import TABLE, Axes, map_axes
+from slm_jax.model import GPTConfig, Params, Remat, axis_sizes, is_unrolled, param_shapes
+from slm_jax.nn.axes import Axes, map_axes
 from slm_jax.nn.loss import n_pieces
 from slm_jax.nn.sharding import RULES, param_spec
 from slm_jax.nn.target import Target
@@ -67,12 +69,13 @@ class Work:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Sizes of the model's axes on this device, and ``qkv``: query, key and value together."""
+        """Sizes of the model's axes on this device; ``qkv``: of those products; ``products``: of those to ``mlp``."""
         sizes = {
             name: size // self.tensor if RULES.get(name) == ("tensor",) else size
             for name, size in axis_sizes(self.cfg).items()
         }
-        return {**sizes, "qkv": (sizes["heads"] + 2 * sizes["kv_heads"]) * sizes["head_dim"]}
+        qkv = (sizes["heads"] + 2 * sizes["kv_heads"]) * sizes["head_dim"]
+        return {**sizes, "qkv": qkv, "products": sizes["mlp"] * (2 if self.cfg.mlp == "swiglu" else 1)}
 
     @property
     def unrolled_on_cpu(self) -> bool:
@@ -122,7 +125,7 @@ def step_memory(work: Work, state: State) -> Memory:
     logits = (
         state.summed + _logits_bytes(work) + tokens * embed * (4 + 2 * itemsize) + work.n_outputs * embed * itemsize
     )
-    inner = (2 * work.sizes["mlp"] + work.sizes["qkv"] + embed) * itemsize
+    inner = (work.sizes["products"] + work.sizes["mlp"] + work.sizes["qkv"] + embed) * itemsize
     block = tokens * (everything - saved + _attention_bytes(work) + _padding_bytes(work) + inner)
     gradients = state.gradients * (1 if work.accumulate == 1 else 2)
     batch = 3 * 4 * tokens * work.accumulate
@@ -143,7 +146,7 @@ def evaluation_memory(work: Work, state: State) -> float:
     # A TPU looks up in a copy of the table, and multiplies by the head's kernel without one, unless pieces share it.
     table = work.sizes["vocab"] * embed * work.itemsize if casts and platform == "tpu" else 0
     kernel = work.n_outputs * embed * work.itemsize if casts and (platform == "gpu" or _pieces(work) > 1) else 0
-    block = 2.0 * work.tokens * (embed + work.sizes["mlp"]) * work.itemsize
+    block = work.tokens * (2.0 * embed + work.sizes["products"] + work.sizes["mlp"]) * work.itemsize
     if work.attention not in ("cudnn", "flash"):
         block += work.tokens * _attention_bytes(work)
     largest = max(_logits_bytes(work) + kernel, block + table)
@@ -157,20 +160,27 @@ def saved_bytes(work: Work) -> float:
     if work.remat == "full":
         return embed * itemsize
     if work.remat == "dots":
-        return (2 * embed + qkv + mlp) * itemsize
-    if work.unrolled_on_cpu:
-        return 4 * (_UNROLLED_WIDTHS * embed + _UNROLLED_WEIGHTS * heads * work.seq)
-    inputs = 2 * embed + qkv + heads * sizes["head_dim"]
+        return (2 * embed + qkv + sizes["products"]) * itemsize
+    if work.unrolled_on_cpu:  # the widths are measured of GPT-2's shape
+        others = qkv - 3 * embed + sizes["products"] + mlp - 8 * embed
+        return 4 * (_UNROLLED_WIDTHS * embed + others + _UNROLLED_WEIGHTS * heads * work.seq)
+    inputs = 2 * embed + qkv + heads * sizes["head_dim"] + sizes["products"] + mlp
     masks = 2 * embed if work.cfg.drop_rate else 0
-    return 2 * (embed + 1) * 4 + (inputs + 2 * mlp) * itemsize + _attention_bytes(work) + masks
+    norms = 2 * (embed + 1) + (heads + sizes["kv_heads"]) * (sizes["head_dim"] + 1) * work.cfg.qk_norm
+    return norms * 4 + inputs * itemsize + _attention_bytes(work) + masks
 
 
 def copied_weights(work: Work) -> float:
     """Return the bytes of a block's matrices that are kept in ``dtype``, if they are stored in another."""
     if work.remat != "none" or work.cfg.dtype == work.cfg.param_dtype:
         return 0.0
-    matrices = [axes.inputs + axes.outputs for axes in TABLE.values() if axes.stack and axes.is_matrix]
-    return work.itemsize * sum(math.prod(work.sizes[name] for name in names) for names in matrices)
+
+    def numbers(axes: Axes | None, leaf: Any) -> int:
+        assert axes is not None
+        is_copied = axes.stack and axes.is_matrix
+        return math.prod(work.sizes[name] for name in axes.inputs + axes.outputs) if is_copied else 0
+
+    return work.itemsize * sum(jax.tree.leaves(map_axes(numbers, param_shapes(work.cfg))))
 
 
 def state_bytes(trainable: Params, frozen: Params, fsdp: int = 1, muon: bool = False, tensor: int = 1) -> State:
@@ -227,4 +237,5 @@ def _padding_bytes(work: Work) -> float:
     """Return what a TPU's flash attention adds to a token's q, k, v and output: heads of 128 numbers."""
     if work.attention != "flash":
         return 0.0
-    return 4 * work.sizes["heads"] * (-work.sizes["head_dim"] % 128) * work.itemsize
+    heads = 2 * (work.sizes["heads"] + work.sizes["kv_heads"])
+    return heads * (-work.sizes["head_dim"] % 128) * work.itemsize
