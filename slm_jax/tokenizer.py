@@ -383,7 +383,7 @@ def fingerprint(tokenizer: Tokenizer) -> str:
 
 
 def _load(path: str | os.PathLike[str], build: Callable[[Any], _T]) -> _T:
-    candidates = [Path(path), Path(path, FILE_NAME), Path(path, "tokenizer", FILE_NAME)]
+    candidates = [Path(path), Path(path, "tokenizer", FILE_NAME), Path(path, FILE_NAME)]
     file = next((candidate for candidate in candidates if candidate.is_file()), None)
     if file is None:
         expected = f"expected gpt2, a saved tokenizer's file, a folder with {FILE_NAME}, or a run's folder"

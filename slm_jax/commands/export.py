@@ -2,12 +2,16 @@
 
 import dataclasses
 import sys
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from slm_jax.commands import ModelOptions
 from slm_jax.config import flatten
 from slm_jax.errors import InputError
 from slm_jax.weights.registry import FormatName
+
+if TYPE_CHECKING:
+    from slm_jax.tokenizer import Tokenizer
+    from slm_jax.weights.side_files import About
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -16,8 +20,9 @@ class Options(ModelOptions):
 
     Attributes:
         out: folder to write; it must be new or empty.
-        format: format of another program (huggingface: a folder for GPT2LMHeadModel; else model.safetensors with the
-            program's names), or adapter (only the LoRA adapters: adapter.safetensors for slm_jax.lora.load_adapters).
+        format: format of another program (huggingface: a folder that transformers opens; else model.safetensors with
+            the program's names), or adapter (only the LoRA adapters: adapter.safetensors for
+            slm_jax.lora.load_adapters).
     """
 
     out: str
@@ -28,7 +33,7 @@ def run(options: Options) -> int:
     from slm_jax.files import check_new_folder
     from slm_jax.runs import find_tokenizer, load_gpt2
     from slm_jax.tokenizer import get_tokenizer
-    from slm_jax.weights.writer import save_gpt2
+    from slm_jax.weights.writer import write_model
 
     check_new_folder(options.out)
     if options.format == "adapter":
@@ -40,12 +45,25 @@ def run(options: Options) -> int:
             tokenizer = find_tokenizer(options.run, cfg)
         except InputError as error:  # the weights are useful without one
             print(f"slm-jax export: the weights only: {error}", file=sys.stderr)
-    figures = _figures(options.run)
-    folder = save_gpt2(cfg, params, options.out, format=options.format, tokenizer=tokenizer, card=figures)
+    about = _about(options, tokenizer)
+    folder = write_model(cfg, params, options.out, options.format, about)
     print(f"{options.out} written: {', '.join(sorted(path.name for path in folder.iterdir()))}")
     if options.format == "huggingface":
-        print(f"open it with: transformers.GPT2LMHeadModel.from_pretrained({options.out!r})")
+        _say_how_to_open(options.out, tokenizer)
     return 0
+
+
+def _say_how_to_open(out: str, tokenizer: "Tokenizer | None") -> None:
+    from slm_jax.weights.tokenizer_json import tokenizer_json
+
+    if tokenizer is not None:
+        try:
+            tokenizer_json(tokenizer)
+            print(f'open it with: transformers.pipeline("text-generation", model={out!r})')
+            return
+        except InputError as error:
+            print(f"slm-jax export: no tokenizer for other programs: {error}", file=sys.stderr)
+    print(f"open it with: transformers.AutoModelForCausalLM.from_pretrained({out!r})")
 
 
 def _export_adapters(source: str, out: str) -> int:
@@ -64,19 +82,54 @@ def _export_adapters(source: str, out: str) -> int:
     return 0
 
 
-def _figures(source: str) -> dict[str, Any]:
-    """Return the figures of a run's checkpoint for the model card; none for other weights."""
+def _about(options: Options, tokenizer: "Tokenizer | None") -> "About":
+    """Return what is known of a run's checkpoint for the files beside its weights; of other weights, only the name."""
+    from slm_jax.data.templates import TEMPLATES, Template
     from slm_jax.runs import find_checkpoint
     from slm_jax.training.checkpoint import read_metadata
+    from slm_jax.training.run_folder import RunFolder
+    from slm_jax.weights.hub import PINS
+    from slm_jax.weights.side_files import About
 
-    checkpoint = find_checkpoint(source)
+    checkpoint = find_checkpoint(options.run)
     if checkpoint is None:
-        return {}
-    metadata = read_metadata(checkpoint[0] / "checkpoints", checkpoint[1])
-    loss, config = metadata["validation_loss"], metadata.get("config", {})
-    figures = {
-        "trained on": flatten(config).get("data.source"),
-        "optimizer steps": f"{checkpoint[1]:,}" if config else None,
-        "validation loss (nats a token)": None if loss is None else f"{loss:.4f}",
+        return About(name=options.out, tokenizer=tokenizer)
+    folder, step = checkpoint
+    metadata = read_metadata(folder / "checkpoints", step)
+    config, summary = flatten(metadata.get("config", {})), RunFolder(folder).read_json("summary.json") or {}
+    template = Template.from_dict(metadata["template"]) if "template" in metadata else None
+    base = config.get("base")
+    figures: dict[str, Any] = {
+        "task": config.get("task"),
+        "base": base,
+        "trained": None if base is None else config.get("trainable"),
+        "data": config.get("data.source"),
+        "template": template and next((name for name, known in TEMPLATES.items() if known == template), "its own"),
+        "optimizer steps": f"{step:,}" if config else None,
+        "validation loss (nats a token)": metadata["validation_loss"],
     }
-    return {name: value for name, value in figures.items() if value is not None}
+    if step == summary.get("best_step"):  # which it was measured with
+        test = summary.get("after", {}).get("test", {})
+        figures |= {f"test: {name.replace('_', ' ')}": value for name, value in test.items()}
+    return About(
+        name=options.out,
+        tokenizer=tokenizer,
+        template=template,
+        base_model=f"openai-community/{base}" if base in PINS else None,
+        generation=_sampling(config),
+        card={name: _shown(value) for name, value in figures.items() if value is not None},
+    )
+
+
+def _sampling(config: dict[str, Any]) -> dict[str, Any]:
+    """Return how the run's own samples were drawn, in the words of ``generation_config.json``."""
+    if "sample.temperature" not in config:
+        return {}
+    if not config["sample.temperature"]:
+        return {"do_sample": False}
+    top_k = config.get("sample.top_k")
+    return {"do_sample": True, "temperature": config["sample.temperature"], "top_k": 0 if top_k is None else top_k}
+
+
+def _shown(value: Any) -> str:
+    return f"{value:,.4f}" if isinstance(value, float) else str(value)

@@ -1,19 +1,17 @@
-"""Hugging Face's GPT-2: names, configuration, and the files of a folder that ``transformers`` opens.
+"""Hugging Face's GPT-2: names, configuration, and ``config.json``.
 
 Its ``Conv1D`` stores weights as (in, out), like ours. Source: ``transformers``, ``GPT2LMHeadModel`` and ``GPT2Config``.
 """
 
-import json
 import re
-from collections.abc import Mapping
 from typing import Any
 
-from slm_jax.errors import InputError, MissingInputError
+from slm_jax.errors import InputError
 from slm_jax.files import read_json
-from slm_jax.model import GPTConfig, count_params
+from slm_jax.model import GPTConfig
 from slm_jax.nn.axes import HEAD
-from slm_jax.tokenizer import END_OF_TEXT, GPT2Tokenizer, Tokenizer
 from slm_jax.weights.names import POSITIONS, TOKENS, Format
+from slm_jax.weights.side_files import About, end_ids, json_file, side_files
 from slm_jax.weights.tensor_files import TensorFiles
 
 FIELDS = {
@@ -63,13 +61,7 @@ class HuggingFace(Format):
             fields["tie_weights"] = False
         return fields
 
-    def side_files(
-        self, cfg: GPTConfig, dtype: str, tokenizer: Tokenizer | None, card: Mapping[str, Any]
-    ) -> dict[str, bytes]:
-        n_ids = tokenizer.vocab_size if tokenizer else cfg.unpadded_vocab_size or cfg.vocab_size
-        end = tokenizer.eot_id if tokenizer else n_ids - 1 if n_ids == 50_257 else None
-        ends = {"bos_token_id": end, "eos_token_id": end}
-        padding = {"suppress_tokens": list(range(n_ids, cfg.vocab_size))} if n_ids < cfg.vocab_size else {}
+    def side_files(self, cfg: GPTConfig, dtype: str, about: About) -> dict[str, bytes]:
         config = {
             "architectures": ["GPT2LMHeadModel"],
             "model_type": "gpt2",
@@ -79,15 +71,10 @@ class HuggingFace(Format):
             "layer_norm_epsilon": 1e-5,
             "tie_word_embeddings": cfg.tie_weights,
             **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), cfg.drop_rate),
-            **ends,
+            **end_ids(cfg, about.tokenizer),
             "torch_dtype": dtype,
         }
-        return {
-            "config.json": _json(config),
-            "generation_config.json": _json({**ends, **padding}),
-            "README.md": _card(cfg, tokenizer, card).encode(),
-            **(_tokenizer_files(cfg) if isinstance(tokenizer, GPT2Tokenizer) else {}),
-        }
+        return {"config.json": json_file(config), **side_files(cfg, "gpt2", about)}
 
 
 FORMAT = HuggingFace(
@@ -119,55 +106,3 @@ FORMAT = HuggingFace(
     out_in=False,
     fixed={"bias": True, "qkv_bias": True},
 )
-
-
-def _json(content: dict[str, Any]) -> bytes:
-    return (json.dumps(content, indent=2) + "\n").encode()
-
-
-def _tokenizer_files(cfg: GPTConfig) -> dict[str, bytes]:
-    """Return GPT-2's tokenizer as ``transformers`` reads it, if tiktoken's files are on this machine."""
-    try:
-        files = GPT2Tokenizer().files()
-    except MissingInputError:
-        return {}
-    settings = {
-        "tokenizer_class": "GPT2Tokenizer",
-        "model_max_length": cfg.context_length,
-        **dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT),
-        "add_prefix_space": False,
-    }
-    return {
-        "vocab.json": files["encoder.json"],
-        "merges.txt": files["vocab.bpe"],
-        "tokenizer_config.json": _json(settings),
-    }
-
-
-_CARD = """\
----
-library_name: transformers
-pipeline_tag: text-generation
-tags: [gpt2, slm_jax]
----
-
-# A GPT-2 from slm_jax
-
-```python
-from transformers import GPT2LMHeadModel
-model = GPT2LMHeadModel.from_pretrained("path/to/this/folder")
-```
-
-| | |
-|---|---|
-"""
-
-
-def _card(cfg: GPTConfig, tokenizer: Tokenizer | None, figures: Mapping[str, Any]) -> str:
-    shown: dict[str, Any] = {"parameters": f"{count_params(cfg):,}"}
-    if isinstance(tokenizer, GPT2Tokenizer):
-        shown["tokenizer"] = "GPT-2's"
-    elif tokenizer is not None:
-        shown["tokenizer"] = f"`tokenizer/tokenizer.json` (slm_jax, kind {tokenizer.kind})"
-    cells = [[" ".join(str(cell).split()).replace("|", "\\|") for cell in row] for row in {**shown, **figures}.items()]
-    return _CARD + "".join(f"| {name} | {value} |\n" for name, value in cells)

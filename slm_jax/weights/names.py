@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 
 from slm_jax.model import GPTConfig, param_shapes
 from slm_jax.nn.axes import HEAD, STACK, find_axes
-from slm_jax.tokenizer import Tokenizer
+from slm_jax.weights.side_files import About
 from slm_jax.weights.tensor_files import TensorFiles
 
 TOKENS, POSITIONS = "tok_emb/embedding", "pos_emb/embedding"
@@ -129,8 +129,6 @@ class Format:
         head = self.name_of(HEAD)
         return {name if name == head else self.front + name: slot for name, slot in self.names(cfg).items()}
 
-    def side_files(
-        self, cfg: GPTConfig, dtype: str, tokenizer: Tokenizer | None, card: Mapping[str, Any]
-    ) -> dict[str, bytes]:
+    def side_files(self, cfg: GPTConfig, dtype: str, about: About) -> dict[str, bytes]:
         """Return the files beside the weights by name."""
         return {}

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from slm_jax.data.templates import Template
 from slm_jax.errors import InputError
 from slm_jax.files import check_new_folder, new_folder
 from slm_jax.model import GPTConfig, Params
@@ -19,6 +20,7 @@ from slm_jax.nn.lora import merge_adapters
 from slm_jax.tokenizer import GPT2Tokenizer, Tokenizer
 from slm_jax.weights.names import TOKENS, leaf_shapes
 from slm_jax.weights.registry import FormatName, formats
+from slm_jax.weights.side_files import About
 from slm_jax.weights.tensor_files import FLOATS, OURS, OURS_FIELDS
 from slm_jax.weights.trees import write_tensors
 
@@ -30,6 +32,7 @@ def save_gpt2(
     *,
     format: FormatName = "huggingface",
     tokenizer: Tokenizer | None = None,
+    template: Template | None = None,
     card: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a model for another program and return its folder, which is complete, or absent.
@@ -45,15 +48,23 @@ def save_gpt2(
         params: its parameters; adapters are merged into their matrices.
         folder: where to write; must not exist, or be empty.
         format: ``huggingface``, ``nanogpt`` or ``book``.
-        tokenizer: its files go into the folder: GPT-2's as ``transformers`` reads it (if tiktoken's files are on this
-            machine), any other as ``tokenizer/tokenizer.json``, which slm_jax reads.
+        tokenizer: tokenizer of the model. For ``huggingface`` it is written as ``tokenizer.json``, which
+            ``transformers`` opens (GPT-2's only if tiktoken's files are on this machine), else as
+            ``tokenizer/tokenizer.json``, which slm_jax reads.
+        template: template of the conversations that the model was trained on, for its chat template.
         card: figures for Hugging Face's model card, such as ``{"validation loss": 3.2}``.
 
     Raises:
         InputError: a folder in use or not writable, parameters that do not fit the configuration or are not finite, a
             model that the format cannot hold.
     """
-    form = formats().get(format)
+    about = About(name=str(folder), tokenizer=tokenizer, template=template, card=card or {})
+    return write_model(cfg, params, folder, format, about)
+
+
+def write_model(cfg: GPTConfig, params: Params, folder: str | Path, format: FormatName, about: About) -> Path:
+    """Write a model as :func:`save_gpt2` does; ``about`` says what lies beside the weights."""
+    form, tokenizer = formats().get(format), about.tokenizer
     if form is None:
         raise InputError(f"format is {format!r}; expected one of {', '.join(formats())}")
     if tokenizer is not None and tokenizer.vocab_size > cfg.vocab_size:
@@ -63,13 +74,14 @@ def save_gpt2(
     embedding = leaves[TOKENS]
     for path, shape in leaf_shapes(cfg).items():  # what the format cannot leave out
         leaves.setdefault(path, embedding.T if path == HEAD else np.zeros(shape, embedding.dtype))
-    tensors = {name: slot.read(leaves) for name, slot in sorted(form.written_names(cfg).items())}
+    tensors = {tensor: slot.read(leaves) for tensor, slot in sorted(form.written_names(cfg).items())}
     with new_folder(target) as partial:
-        for name, content in form.side_files(cfg, str(embedding.dtype), tokenizer, card or {}).items():
-            (partial / name).write_bytes(content)
+        side_files = form.side_files(cfg, str(embedding.dtype), about)
+        for file, content in side_files.items():
+            (partial / file).write_bytes(content)
         if tokenizer is not None and not isinstance(tokenizer, GPT2Tokenizer):
             tokenizer.save(partial / "tokenizer")
-        fields = {name: getattr(cfg, name) for name in OURS_FIELDS}
+        fields = {field: getattr(cfg, field) for field in OURS_FIELDS}
         write_tensors(partial / "model.safetensors", tensors, {"format": "pt", OURS: json.dumps(fields)})
     return target
 
