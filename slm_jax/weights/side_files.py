@@ -6,7 +6,7 @@ Every family's export writes these files; only ``config.json`` is its own.
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from slm_jax.data.templates import Message, Template
@@ -24,6 +24,7 @@ class About:
         name: by which the model is opened: a path, or OWNER/NAME on Hugging Face's hub.
         tokenizer: tokenizer of the model.
         template: template of the conversations that the model was trained on.
+        classes: names of a classifier's classes, in the order of its logits; empty: a language model.
         base_model: name on the hub of the model that it was fine-tuned from.
         generation: keys of generation_config.json, such as temperature.
         card: further rows of the model card's table.
@@ -32,6 +33,7 @@ class About:
     name: str
     tokenizer: Tokenizer | None = None
     template: Template | None = None
+    classes: Sequence[str] = ()
     base_model: str | None = None
     generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     card: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -88,6 +90,8 @@ def _tokenizer_files(cfg: GPTConfig, about: About) -> dict[str, bytes]:
     }
     if isinstance(about.tokenizer, SimpleTokenizer):
         settings["unk_token"] = UNKNOWN
+    if about.classes:  # texts of a batch are padded with it
+        settings["pad_token"] = END_OF_TEXT
     if about.template is not None:
         settings["chat_template"] = chat_template(about.template)
     return {"tokenizer.json": content.encode(), "tokenizer_config.json": json_file(settings)}
@@ -129,17 +133,27 @@ chat = pipeline("text-generation", model={name})
 messages = [{{"role": "user", "content": {prompt}}}]
 print(chat(messages, max_new_tokens=30)[0]["generated_text"][-1]["content"])
 """
-_WEIGHTS = """\
-from transformers import AutoModelForCausalLM
+_CLASSIFY = """\
+from transformers import pipeline
 
-model = AutoModelForCausalLM.from_pretrained({name})
+classify = pipeline("text-classification", model={name})
+print(classify({prompt}))
+"""
+_WEIGHTS = """\
+from transformers import AutoModel
+
+model = AutoModel.from_pretrained({name})
 """
 
 
 def _snippet(about: About) -> str:
-    """Return Python code that opens the model and generates a text."""
+    """Return Python code that opens the model and uses it."""
     assert about.tokenizer is not None
-    form, prompt = (_PLAIN, "Every effort") if about.template is None else (_CHAT, "What is the capital of France?")
+    form, prompt = _PLAIN, "Every effort"
+    if about.classes:
+        form = _CLASSIFY
+    elif about.template is not None:
+        form, prompt = _CHAT, "What is the capital of France?"
     try:
         about.tokenizer.encode(prompt)
     except InputError:  # it has ids for few characters
@@ -157,7 +171,8 @@ def _card(cfg: GPTConfig, model_type: str, about: About, code: str) -> str:
     cells = [
         [" ".join(str(cell).split()).replace("|", "\\|") for cell in row] for row in {**rows, **about.card}.items()
     ]
-    head = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": [model_type, "slm_jax"]}
+    task = "text-classification" if about.classes else "text-generation"
+    head = {"library_name": "transformers", "pipeline_tag": task, "tags": [model_type, "slm_jax"]}
     if about.base_model:
         head["base_model"] = about.base_model
     parts = [
