@@ -24,3 +24,11 @@ def read_golden(name, folder, head=None):
     state = {name: value for name, value in trees["state"].items() if name != head}
     save_file(state, folder / "model.safetensors", {"format": "pt"})
     return *load_gpt2(folder), trees, figures
+
+
+def read_tensors(name):
+    """Return another program's files, as bytes by name, and the tensors that it wrote into them."""
+    with safe_open(Path(__file__).parent / "goldens" / f"{name}.safetensors", "numpy") as file:
+        content = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+    files = {key.removeprefix("file/"): value for key, value in content.items() if key.startswith("file/")}
+    return files, {key: value for key, value in content.items() if not key.startswith("file/")}

@@ -23,21 +23,37 @@ class Options(ModelOptions):
         format: format of another program (huggingface: a folder that transformers opens; else model.safetensors with
             the program's names), or adapter (only the LoRA adapters: adapter.safetensors for
             slm_jax.lora.load_adapters).
+        push: upload the folder to this repository of Hugging Face's hub, OWNER/NAME; null: write it only.
+        private: whether only you can see a repository that push makes.
     """
 
     out: str
     format: Literal[FormatName, "adapter"] = "huggingface"
+    push: str | None = None
+    private: bool = True
 
 
 def run(options: Options) -> int:
-    from slm_jax.files import check_new_folder
+    from slm_jax.files import check_new_folder, user_path
+    from slm_jax.weights.upload import check_hub_name, upload
+
+    check_new_folder(options.out)
+    if options.push is not None:
+        check_hub_name(options.push)
+    if options.format == "adapter":
+        _export_adapters(options.run, options.out)
+    else:
+        _export_model(options)
+    if options.push is not None:
+        print(f"uploaded to {upload(user_path(options.out), options.push, private=options.private)}")
+    return 0
+
+
+def _export_model(options: Options) -> None:
     from slm_jax.runs import find_tokenizer, load_gpt2
     from slm_jax.tokenizer import get_tokenizer
     from slm_jax.weights.writer import write_model
 
-    check_new_folder(options.out)
-    if options.format == "adapter":
-        return _export_adapters(options.run, options.out)
     tokenizer = None if options.tokenizer is None else get_tokenizer(options.tokenizer)
     cfg, params = load_gpt2(options.run, n_heads=options.n_heads)
     if tokenizer is None:
@@ -50,7 +66,6 @@ def run(options: Options) -> int:
     print(f"{options.out} written: {', '.join(sorted(path.name for path in folder.iterdir()))}")
     if options.format == "huggingface":
         _say_how_to_open(options.out, tokenizer)
-    return 0
 
 
 def _say_how_to_open(out: str, tokenizer: "Tokenizer | None") -> None:
@@ -66,7 +81,7 @@ def _say_how_to_open(out: str, tokenizer: "Tokenizer | None") -> None:
     print(f"open it with: transformers.AutoModelForCausalLM.from_pretrained({out!r})")
 
 
-def _export_adapters(source: str, out: str) -> int:
+def _export_adapters(source: str, out: str) -> None:
     from slm_jax.files import new_folder
     from slm_jax.runs import get_checkpoint, is_classifier, read_adapters
     from slm_jax.training.checkpoint import read_metadata
@@ -79,7 +94,6 @@ def _export_adapters(source: str, out: str) -> int:
     print(f"{out} written: adapter.safetensors")
     if is_classifier(read_metadata(checkpoint[0] / "checkpoints", checkpoint[1])):
         print("the classifier's head is not part of the adapters; it stays in the run", file=sys.stderr)
-    return 0
 
 
 def _about(options: Options, tokenizer: "Tokenizer | None") -> "About":
@@ -92,8 +106,9 @@ def _about(options: Options, tokenizer: "Tokenizer | None") -> "About":
     from slm_jax.weights.side_files import About
 
     checkpoint = find_checkpoint(options.run)
+    name = options.push or options.out
     if checkpoint is None:
-        return About(name=options.out, tokenizer=tokenizer)
+        return About(name=name, tokenizer=tokenizer)
     folder, step = checkpoint
     metadata = read_metadata(folder / "checkpoints", step)
     config, summary = flatten(metadata.get("config", {})), RunFolder(folder).read_json("summary.json") or {}
@@ -112,7 +127,7 @@ def _about(options: Options, tokenizer: "Tokenizer | None") -> "About":
         test = summary.get("after", {}).get("test", {})
         figures |= {f"test: {name.replace('_', ' ')}": value for name, value in test.items()}
     return About(
-        name=options.out,
+        name=name,
         tokenizer=tokenizer,
         template=template,
         base_model=f"openai-community/{base}" if base in PINS else None,

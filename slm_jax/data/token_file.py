@@ -1,7 +1,7 @@
 """``tokens:`` sources: files of token ids, bare little-endian integers as nanoGPT writes them, described by JSON.
 
 ``FILE.bin`` holds only ids, uint16 if the vocabulary has at most 65,536 tokens, else uint32. ``FILE.bin.json`` holds
-the tokenizer, the counts and the SHA-256 of the ids; without it, ids are read as uint16.
+the tokenizer, the counts and the SHA-256 of the ids; without it, ids are read as uint16, or as llm.c's header says.
 
 Shards are several such files, ``FILE-00000.bin``, ``FILE-00001.bin``, …, whose ids follow each other. ``FILE.bin.json``
 lists them with their sizes and SHA-256; there is no ``FILE.bin``, but this is how they are named: ``tokens:FILE.bin``.
@@ -31,11 +31,10 @@ from slm_jax.tokenizer import Tokenizer, fingerprint, tokenizer_from_dict
 
 FORMAT, VERSION = "slm_jax token ids", 1
 _DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
-# Files of ids with a header, which would be read as tokens.
-_NOT_HEADERLESS = {
-    b"\x93NUMPY": "a NumPy .npy file; convert it: np.load(FILE).astype('<u2').tofile('ids.bin')",
-    (20240520).to_bytes(4, "little"): "an llm.c file, which has a header of 1024 bytes; remove it: tail -c +1025 FILE",
-}
+_NUMPY = b"\x93NUMPY"
+# llm.c's files by their first number: version and dtype. Source: karpathy/llm.c, dev/data/data_common.py.
+_LLMC = {20240520: (1, _DTYPES["uint16"]), 20240801: (7, _DTYPES["uint32"])}
+_LLMC_HEADER_BYTES = 1024
 _CHUNK = 1 << 22  # tokens checked at a time
 _AGAIN = "write it again with slm-jax prepare"
 
@@ -93,13 +92,27 @@ def open_token_file(path: str | Path, verify: bool = True) -> TokenFile:
         return _open_described(path, verify)
     size = _size(path)
     with path.open("rb") as file:
-        start = file.read(8)
-    for magic, what in _NOT_HEADERLESS.items():
-        if start.startswith(magic):
-            raise InputError(f"{path}: expected bare uint16 ids, found {what}")
+        start = file.read(12)
+    if start.startswith(_NUMPY):
+        problem = "a NumPy .npy file; convert it: np.load(FILE).astype('<u2').tofile('ids.bin')"
+        raise InputError(f"{path}: expected bare uint16 ids, found {problem}")
+    if int.from_bytes(start[:4], "little") in _LLMC:
+        return TokenFile(_llmc_ids(path, start, size), None, None)
     if size == 0 or size % 2:
         raise InputError(f"{path}: {size} bytes; expected uint16 ids, two bytes each (empty or truncated?)")
     return TokenFile(map_ids(path, _DTYPES["uint16"]), None, None)
+
+
+def _llmc_ids(path: Path, start: bytes, size: int) -> UInt[np.ndarray, " tokens"]:
+    """Map the ids of an llm.c file, behind a header with its version and the number of ids."""
+    magic, version, n_tokens = (int.from_bytes(start[i : i + 4], "little") for i in (0, 4, 8))
+    expected, dtype = _LLMC[magic]
+    if version != expected:
+        raise InputError(f"{path}: an llm.c file of version {version}; expected version {expected}")
+    if size != _LLMC_HEADER_BYTES + n_tokens * dtype.itemsize or not n_tokens:
+        what = f"{size} bytes, but its llm.c header says {n_tokens} ids of {dtype.name}"
+        raise InputError(f"{path}: {what}; download it again")
+    return np.memmap(path, dtype, "r", _LLMC_HEADER_BYTES)
 
 
 def _size(path: Path) -> int:

@@ -87,7 +87,7 @@ def _layer_names(name: str, n_layers: int) -> list[str]:
 def _shapes(sizes: dict[str, int]) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the arrays in the order of the file; matrices are (out, in)."""
     layers, width = sizes["n_layers"], sizes["emb_dim"]
-    vectors = {name: (layers, width) for name in ("ln1w", "ln1b", "attprojb", "ln2w", "ln2b", "fcprojb")}
+    vectors = dict.fromkeys(("ln1w", "ln1b", "attprojb", "ln2w", "ln2b", "fcprojb"), (layers, width))
     shapes = {
         **vectors,
         "qkvw": (layers, 3 * width, width),

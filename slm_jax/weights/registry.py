@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Literal, get_args
 if TYPE_CHECKING:
     from slm_jax.weights.names import Format
 
-FormatName = Literal["huggingface", "nanogpt", "book"]
+FormatName = Literal["huggingface", "nanogpt", "book"]  # that we also write
+_READ_ONLY = ("flax_msgpack", "openai", "llmc")
 
 # The first pattern that a tensor's name starts with decides.
 _OTHER_FAMILIES = (
@@ -23,13 +24,13 @@ _OTHER_FAMILIES = (
     (r"(model\.)?decoder\.layers\.\d+\.self_attn\.|model\.decoder\.", "OPT"),
     (r"(model\.)?(language_model\.)?layers\.\d+\.self_attn\.", "LLaMA-like (LLaMA, Mistral, Qwen, Gemma)"),
     (r"((bert|roberta|electra|deberta)\.)?(embeddings\.word_embeddings|encoder\.layer)\.", "an encoder (BERT-like)"),
-    (r"model/(h\d+|wte|wpe|ln_f)", "OpenAI's TensorFlow checkpoint of GPT-2, which is not read yet"),
 )
 
 
 def formats() -> dict[str, "Format"]:
     """Return all formats by name, in the order in which they are tried."""
-    return {name: importlib.import_module(f"slm_jax.weights.{name}").FORMAT for name in get_args(FormatName)}
+    names = (*get_args(FormatName), *_READ_ONLY)
+    return {name: importlib.import_module(f"slm_jax.weights.{name}").FORMAT for name in names}
 
 
 def describe(names: Iterable[str], model_type: object = None) -> str:

@@ -25,7 +25,7 @@ CHUNK_BYTES = 16 << 20
 _DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 FLOATS = tuple(_DTYPES.values())
 AGAIN = "download or export it again"
-_READABLE = ("model.safetensors", INDEX, "pytorch_model.bin", "ckpt.pt")
+_READABLE = ("model.safetensors", INDEX, "pytorch_model.bin", "ckpt.pt", "flax_model.msgpack", "model.ckpt.index")
 _WRONG_KIND = {
     b"version https://git-lfs": "a git-lfs pointer; fetch the weights with: git lfs pull",
     **dict.fromkeys((b"<!doctype", b"<html", b"<head", b"<!--"), "an HTML page; download the file itself"),
@@ -87,8 +87,16 @@ def open_tensors(file: Path) -> TensorFiles:
 
 
 def _open_file(file: Path) -> TensorFiles:
+    from slm_jax.weights import flax_msgpack, llmc, tensor_bundle
+
     with file.open("rb") as stream:
         start = stream.read(64)
+    if file.suffix == ".index":
+        return tensor_bundle.open_bundle(file)
+    if file.suffix == ".msgpack":
+        return flax_msgpack.open_file(file)
+    if start.startswith(llmc.MAGIC):
+        return llmc.open_file(file)
     if start[8:9] == b"{":  # checked first: the header's length may begin with any bytes, even a pickle's
         return _open_safetensors(file)
     if start.startswith((b"PK\x03\x04", b"\x80")):

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import numpy as np
@@ -64,9 +64,9 @@ def save_gpt2(
 
 def write_model(cfg: GPTConfig, params: Params, folder: str | Path, format: FormatName, about: About) -> Path:
     """Write a model as :func:`save_gpt2` does; ``about`` says what lies beside the weights."""
-    form, tokenizer = formats().get(format), about.tokenizer
-    if form is None:
-        raise InputError(f"format is {format!r}; expected one of {', '.join(formats())}")
+    if format not in get_args(FormatName):
+        raise InputError(f"format is {format!r}; expected one of {', '.join(get_args(FormatName))}")
+    form, tokenizer = formats()[format], about.tokenizer
     if tokenizer is not None and tokenizer.vocab_size > cfg.vocab_size:
         raise InputError(f"the tokenizer has {tokenizer.vocab_size} ids; the model's vocab_size is {cfg.vocab_size}")
     target, leaves = check_new_folder(folder), _leaves(cfg, params)
