@@ -1,6 +1,7 @@
 """What must hold of token files: whole and as they were written, or refused."""
 
 import json
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -181,13 +182,27 @@ def test_the_first_id_outside_the_vocabulary_is_named(tmp_path, monkeypatch, chu
         check_ids(tokens, 10, path)
 
 
+@pytest.mark.parametrize(("magic", "version", "dtype"), [(20240520, 1, "<u2"), (20240801, 7, "<u4")])
+def test_files_of_llmc(tmp_path, magic, version, dtype):
+    path, ids = tmp_path / "ids.bin", [50256, 5, 6, 2**16 - 1]
+    path.write_bytes(struct.pack("<3i", magic, version, 4).ljust(1024, b"\0") + np.array(ids, dtype).tobytes())
+    opened = open_token_file(path)
+    assert opened.tokens.tolist() == ids
+    assert opened.tokens.dtype == np.dtype(dtype)
+    with refused(f"{path}: token 3 has id 65535"):
+        check_ids(opened.tokens, 50257, path)
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
         (b"", "expected uint16"),
         (b"\1\0\2", "expected uint16"),
         (b"\x93NUMPY\1\0 and so on ", r"\.npy"),
-        ((20240520).to_bytes(4, "little") + bytes(1020), r"llm\.c"),
+        (struct.pack("<3i", 20240520, 2, 0).ljust(1024, b"\0"), "version 2; expected version 1"),
+        (struct.pack("<3i", 20240520, 1, 3).ljust(1029, b"\0"), "1029 bytes, but its llm.c header says 3 ids"),
+        (struct.pack("<3i", 20240801, 7, -1).ljust(1024, b"\0"), "its llm.c header says 4294967295 ids"),
+        (struct.pack("<3i", 20240520, 1, 0).ljust(1024, b"\0"), "header says 0 ids"),
     ],
 )
 def test_files_that_are_not_bare_ids(tmp_path, content, expected):

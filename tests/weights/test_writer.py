@@ -17,7 +17,7 @@ from slm_jax.errors import InputError
 from slm_jax.model import GPTConfig, param_shapes
 from slm_jax.nn.blocks import split_blocks
 from slm_jax.runs import load_gpt2
-from slm_jax.tokenizer import CharTokenizer, GPT2Tokenizer
+from slm_jax.tokenizer import CharTokenizer
 from slm_jax.weights.writer import save_gpt2
 
 THEIRS = huggingface(prefix="transformer.")
@@ -116,20 +116,6 @@ def test_the_tokenizer_goes_with_the_weights(tmp_path):
     with pytest.raises(InputError, match="27 ids"):
         save_gpt2(cfg, params, tmp_path / "large", tokenizer=CharTokenizer("abcdefghijklmnopqrstuvwxyz"))
     assert not (tmp_path / "large").exists()
-
-
-def test_gpt2s_tokenizer_as_transformers_reads_it(tmp_path):
-    if GPT2Tokenizer().lacking():
-        pytest.skip("TIKTOKEN_CACHE_DIR has not GPT-2's two files")
-    from tokenizers import ByteLevelBPETokenizer
-
-    cfg, params = model(vocab_size=50_304, unpadded_vocab_size=50_257, emb_dim=2)
-    folder = save_gpt2(cfg, params, tmp_path / "out", tokenizer=GPT2Tokenizer())
-    other = ByteLevelBPETokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
-    text = "Every effort moves you.\n\n  Äpfel, 你好, it's 1234"
-    assert other.encode(text).ids == GPT2Tokenizer().encode(text)
-    assert json.loads((folder / "tokenizer_config.json").read_text())["eos_token"] == "<|endoftext|>"
-    assert json.loads((folder / "config.json").read_text())["eos_token_id"] == 50_256
 
 
 def test_a_flipped_bit_is_found_and_its_tensor_named(tmp_path):
