@@ -47,11 +47,10 @@ def json_file(content: Mapping[str, Any]) -> bytes:
 def side_files(cfg: GPTConfig, model_type: str, about: About) -> dict[str, bytes]:
     """Return the files by name; those of the tokenizer only if other programs can have it."""
     tokenizer = _tokenizer_files(cfg, about)
+    code = _snippet(about) if tokenizer else _WEIGHTS.format(name=json.dumps(about.name))
     return {
-        "generation_config.json": json_file(_generation(cfg, about)),
-        "README.md": _card(
-            cfg, model_type, about, snippet(about) if tokenizer else _WEIGHTS.format(name=json.dumps(about.name))
-        ).encode(),
+        "README.md": _card(cfg, model_type, about, code).encode(),
+        **({} if about.classes else {"generation_config.json": json_file(_generation(cfg, about))}),
         **tokenizer,
     }
 
