@@ -62,6 +62,7 @@ def _export_model(options: Options) -> None:
         except InputError as error:  # the weights are useful without one
             print(f"slm-jax export: the weights only: {error}", file=sys.stderr)
     about = _about(options, tokenizer)
+    assert options.format != "adapter"
     folder = write_model(cfg, params, options.out, options.format, about)
     print(f"{options.out} written: {', '.join(sorted(path.name for path in folder.iterdir()))}")
     if options.format == "huggingface":

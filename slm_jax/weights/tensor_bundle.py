@@ -195,7 +195,7 @@ def crc32c(data: UInt8[np.ndarray, " bytes"]) -> int:
 
 def _crc_tables() -> list[np.ndarray]:
     """Return what a byte becomes behind which 0, 1, 2 and 3 bytes follow."""
-    table = np.arange(256, dtype=np.uint32)
+    table: np.ndarray = np.arange(256, dtype=np.uint32)
     for _ in range(8):
         table = table >> 1 ^ np.uint32(0x82F63B78) * (table & 1)
     tables = [table]

@@ -48,7 +48,7 @@ def _gpt2(tokenizer: GPT2Tokenizer) -> "Model":
 
     files = tokenizer.files()
     lines = files["vocab.bpe"].decode().splitlines()[1:]  # below the version
-    merges = [tuple(line.split()) for line in takewhile(bool, lines)]
+    merges = [(left, right) for left, right in map(str.split, takewhile(bool, lines))]
     return _byte_level(json.loads(files["encoder.json"]), merges)
 
 
@@ -73,7 +73,7 @@ def byte_characters() -> list[str]:
     return [chr(byte if byte in visible else 0x100 + hidden.index(byte)) for byte in range(256)]
 
 
-def _byte_level(vocab: Mapping[str, int], merges: Sequence[tuple[str, ...]]) -> "Model":
+def _byte_level(vocab: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> "Model":
     from tokenizers import Tokenizer as Model
     from tokenizers import decoders, models, pre_tokenizers
 
