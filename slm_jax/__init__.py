@@ -1,4 +1,4 @@
-"""A GPT from scratch in JAX: tokenizers, attention, models, pretraining, fine-tuning, GPT-2 weights, generation.
+"""A GPT from scratch in JAX: tokenizers, attention, models, pretraining, fine-tuning, pretrained weights, generation.
 
 A name is imported when it is first used, so that ``import slm_jax`` is fast, and ``slm-jax --help`` needs no JAX.
 """
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from slm_jax.generation.decode import generate
     from slm_jax.model import GPTClassifier, GPTConfig, GPTModel, get_gpt_config, init_cache
     from slm_jax.nn.blocks import unstack_blocks
-    from slm_jax.runs import Run, load_gpt2, load_model, load_run
+    from slm_jax.runs import Run, load_gpt2, load_model, load_pretrained, load_run
     from slm_jax.tasks.classification import load_classifier
     from slm_jax.tokenizer import get_tokenizer
     from slm_jax.weights import adapters as lora
-    from slm_jax.weights.writer import save_gpt2
+    from slm_jax.weights.writer import save_gpt2, save_pretrained
 
 __version__ = "0.1.0"
 __all__ = [
@@ -34,10 +34,12 @@ __all__ = [
     "load_classifier",
     "load_gpt2",
     "load_model",
+    "load_pretrained",
     "load_run",
     "lora",
     "model",
     "save_gpt2",
+    "save_pretrained",
     "tasks",
     "tokenizer",
     "unstack_blocks",
@@ -49,10 +51,10 @@ _NAMES = {
     "generation.decode": ("generate",),
     "model": ("GPTClassifier", "GPTConfig", "GPTModel", "get_gpt_config", "init_cache"),
     "nn.blocks": ("unstack_blocks",),
-    "runs": ("Run", "load_gpt2", "load_model", "load_run"),
+    "runs": ("Run", "load_gpt2", "load_model", "load_pretrained", "load_run"),
     "tasks.classification": ("load_classifier",),
     "tokenizer": ("get_tokenizer",),
-    "weights.writer": ("save_gpt2",),
+    "weights.writer": ("save_gpt2", "save_pretrained"),
 }
 
 

@@ -75,17 +75,17 @@ def load_run(folder: str | Path, step: int | str = "best") -> Run:
 def load_model(
     source: str | Path, tokenizer: Tokenizer | None = None, *, n_heads: int | None = None, sharding: Any = None
 ) -> Run:
-    """Load a model and its tokenizer from anything that :func:`load_gpt2` reads.
+    """Load a model and its tokenizer from anything that :func:`load_pretrained` reads.
 
     Args:
         source: a run, a checkpoint, a file or folder of weights, or a name such as ``gpt2``.
         tokenizer: tokenizer of the model; None: that of the run or the folder, or GPT-2's if the vocabulary is GPT-2's.
         n_heads: number of attention heads, if the weights do not state it and have none of OpenAI's four shapes.
-        sharding: see :func:`load_gpt2`.
+        sharding: see :func:`load_pretrained`.
 
     Raises:
         MissingInputError: nothing there, or a download that is not possible.
-        InputError: weights that are damaged or not GPT-2's; no tokenizer, or one with more ids than the model.
+        InputError: weights that are damaged or of another family; no tokenizer, or one with more ids than the model.
     """
     checkpoint = find_checkpoint(source)
     if checkpoint is not None:
@@ -96,7 +96,7 @@ def load_model(
     return Run(path, None, _with_vocabulary(cfg, tokenizer, path), params, tokenizer)
 
 
-def load_gpt2(
+def load_pretrained(
     source: str | Path,
     *,
     n_heads: int | None = None,
@@ -104,13 +104,14 @@ def load_gpt2(
     param_dtype: DType = "float32",
     sharding: Any = None,
 ) -> tuple[GPTConfig, Params]:
-    """Load a GPT-2's configuration and parameters.
+    """Load a model's configuration and parameters.
 
     Args:
-        source: a file or folder of Hugging Face's (``model.safetensors``, its shards' index, ``pytorch_model.bin``),
-            nanoGPT's (``ckpt.pt``) or the book's weights; our own ``runs/x``, ``runs/x@800``, ``runs/x@best``,
-            ``runs/x@latest`` or ``runs/x/checkpoints/800``; or ``gpt2``, ``gpt2-medium``, ``gpt2-large``, ``gpt2-xl``
-            (a path of that name goes first, then ``$SLM_JAX_DATA``, then Hugging Face's cache, then a download).
+        source: a file or folder of Hugging Face's GPT-2, Llama or Qwen3 (``model.safetensors``, its shards' index,
+            ``pytorch_model.bin``), nanoGPT's (``ckpt.pt``) or the book's weights; our own ``runs/x``, ``runs/x@800``,
+            ``runs/x@best``, ``runs/x@latest`` or ``runs/x/checkpoints/800``; or a name such as ``gpt2`` or
+            ``smollm2-135m-instruct`` (``slm_jax.weights.hub.PINS`` has all; a path of that name goes first, then
+            ``$SLM_JAX_DATA``, then Hugging Face's cache, then a download).
         n_heads: number of attention heads, if the weights do not state it and have none of OpenAI's four shapes.
         dtype: dtype that the returned configuration computes in.
         param_dtype: dtype of the parameters.
@@ -123,12 +124,15 @@ def load_gpt2(
 
     Raises:
         MissingInputError: nothing there, or a download that is not possible.
-        InputError: weights that are not GPT-2's, incomplete or damaged; names file and tensor.
+        InputError: weights of another family, incomplete or damaged; names file and tensor.
     """
     checkpoint = find_checkpoint(source)
     if checkpoint is None:
         return read_weights(find_weights(source), n_heads, dtype, param_dtype, sharding)
     return read_checkpoint(*checkpoint, dtype, param_dtype, n_heads, sharding)[:2]
+
+
+load_gpt2 = load_pretrained  # its name when GPT-2 was the only family
 
 
 def find_tokenizer(source: str | Path, cfg: GPTConfig) -> Tokenizer:
@@ -271,7 +275,7 @@ def read_checkpoint(
     sharding: Any = None,
     classifier: bool = False,
 ) -> tuple[GPTConfig, Params, dict[str, Any]]:
-    """Load the model of a checkpoint and its metadata; arguments as for :func:`load_gpt2`.
+    """Load the model of a checkpoint and its metadata; arguments as for :func:`load_pretrained`.
 
     Parameters are of ``param_dtype``, by default as they were trained. ``classifier``: whether one is expected.
     """

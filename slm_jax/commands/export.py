@@ -50,12 +50,12 @@ def run(options: Options) -> int:
 
 
 def _export_model(options: Options) -> None:
-    from slm_jax.runs import find_tokenizer, load_gpt2
+    from slm_jax.runs import find_tokenizer, load_pretrained
     from slm_jax.tokenizer import get_tokenizer
     from slm_jax.weights.writer import write_model
 
     tokenizer = None if options.tokenizer is None else get_tokenizer(options.tokenizer)
-    cfg, params = load_gpt2(options.run, n_heads=options.n_heads)
+    cfg, params = load_pretrained(options.run, n_heads=options.n_heads)
     if tokenizer is None:
         try:
             tokenizer = find_tokenizer(options.run, cfg)

@@ -4,10 +4,12 @@ Source: rasbt/LLMs-from-scratch, chapter 4 (``GPTModel``) and chapter 5 (how it 
 """
 
 from slm_jax.nn.axes import HEAD
+from slm_jax.weights.gpt2 import NEEDS
 from slm_jax.weights.names import POSITIONS, TOKENS, Format
 
 FORMAT = Format(
     title="the book",
+    needs={**NEEDS, "hidden_dim": None, "norm_eps": 1e-5},
     top={
         "tok_emb.weight": TOKENS,
         "pos_emb.weight": POSITIONS,

@@ -14,11 +14,11 @@ from flax.traverse_util import flatten_dict
 
 from slm_jax.errors import InputError
 from slm_jax.nn.axes import HEAD
-from slm_jax.weights import huggingface
+from slm_jax.weights import gpt2
 from slm_jax.weights.tensor_files import AGAIN, Tensor, TensorFiles
 
 
-class FlaxGPT2(huggingface.HuggingFace):
+class FlaxGPT2(gpt2.GPT2):
     """Hugging Face's configuration with Flax's names."""
 
     def recognise(self, files: TensorFiles) -> bool:
@@ -32,10 +32,10 @@ def _flax_name(name: str) -> str:
 
 FORMAT = FlaxGPT2(
     **{
-        **vars(huggingface.FORMAT),
+        **vars(gpt2.FORMAT),
         "title": "Flax's GPT-2",
-        "top": {_flax_name(name): path for name, path in huggingface.FORMAT.top.items() if path != HEAD},
-        "block": {_flax_name(name): path for name, path in huggingface.FORMAT.block.items()},
+        "top": {_flax_name(name): path for name, path in gpt2.FORMAT.top.items() if path != HEAD},
+        "block": {_flax_name(name): path for name, path in gpt2.FORMAT.block.items()},
         "out_in": True,
         "fixed": {"bias": True, "qkv_bias": True, "tie_weights": True},
     }

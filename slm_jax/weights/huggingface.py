@@ -1,108 +1,47 @@
-"""Hugging Face's GPT-2: names, configuration, and ``config.json``.
+"""Hugging Face's format: ``config.json``, and the other files of a folder that ``transformers`` opens.
 
-Its ``Conv1D`` stores weights as (in, out), like ours. Source: ``transformers``, ``GPT2LMHeadModel`` and ``GPT2Config``.
+Each family of models has a module with its names and its configuration.
 """
 
-import re
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
-from slm_jax.errors import InputError
-from slm_jax.files import read_json
 from slm_jax.model import GPTConfig
-from slm_jax.nn.axes import HEAD
-from slm_jax.weights.names import POSITIONS, TOKENS, Format
+from slm_jax.weights.names import Format
 from slm_jax.weights.side_files import About, end_ids, json_file, side_files
-from slm_jax.weights.tensor_files import TensorFiles
-
-FIELDS = {
-    "vocab_size": "vocab_size",
-    "n_positions": "context_length",
-    "n_embd": "emb_dim",
-    "n_layer": "n_layers",
-    "n_head": "n_heads",
-}
-# Keys that change the function that the model computes, and the values that GPTModel supports.
-_SUPPORTED: dict[str, tuple[Any, ...]] = {
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu"),
-    "layer_norm_epsilon": (1e-5,),
-    "add_cross_attention": (False,),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "tie_word_embeddings": (True, False),
-}
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class HuggingFace(Format):
-    """Names and configuration of ``GPT2LMHeadModel``."""
+    """A family of models in Hugging Face's format."""
 
-    def recognise(self, files: TensorFiles) -> bool:
-        """Whether most matrices with more outputs than inputs lie as in this format; one of them may be wrong."""
-        pattern = re.compile(r"h\.\d+\.(attn\.c_attn|mlp\.c_fc)\.weight")
-        shapes = [tensor.shape for name, tensor in files.tensors.items() if pattern.fullmatch(name)]
-        n_in_out = sum(len(shape) != 2 or shape[0] < shape[1] for shape in shapes)
-        return bool(shapes) and (2 * n_in_out < len(shapes)) == self.out_in
+    architectures: tuple[str, str]  # classes of transformers: the language model, and the classifier
+    class_head: str = "score.weight"
 
-    def stated_fields(self, files: TensorFiles) -> dict[str, Any]:
-        file = files.file.parent / "config.json"
-        if not file.is_file():
-            return {}
-        content = read_json(file)
-        for key, allowed in _SUPPORTED.items():
-            if key in content and content[key] not in allowed:
-                expected = " or ".join(map(repr, allowed))
-                raise InputError(f"{file}: {key} is {content[key]!r}; expected {expected}")
-        fields: dict[str, Any] = {}
-        for key, field in {**FIELDS, "num_attention_heads": "n_heads"}.items():
-            value = content.get(key)
-            if value is not None and fields.setdefault(field, value) != value:
-                raise InputError(f"{file}: n_head is {fields[field]!r} and {key} {value!r}; expected one or the other")
-        fields["exact_gelu"] = content.get("activation_function") == "gelu"
-        if not content.get("tie_word_embeddings", True):
-            fields["tie_weights"] = False
-        return fields
+    def config(self, cfg: GPTConfig) -> dict[str, Any]:
+        """Return the keys of ``config.json`` that are the family's own."""
+        raise NotImplementedError
 
     def side_files(self, cfg: GPTConfig, dtype: str, about: About) -> dict[str, bytes]:
+        ids = end_ids(cfg, about.tokenizer)
         config = {
-            "architectures": ["GPT2LMHeadModel"],
-            "model_type": "gpt2",
-            **{key: getattr(cfg, field) for key, field in FIELDS.items()},
-            "n_ctx": cfg.context_length,
-            "activation_function": "gelu" if cfg.exact_gelu else "gelu_new",
-            "layer_norm_epsilon": 1e-5,
+            "architectures": [self.architectures[bool(about.classes)]],
+            "model_type": self.model_type,
+            **self.config(cfg),
             "tie_word_embeddings": cfg.tie_weights,
-            **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), cfg.drop_rate),
-            **end_ids(cfg, about.tokenizer),
+            **ids,
+            **(_class_keys(about.classes, ids["eos_token_id"]) if about.classes else {}),
             "torch_dtype": dtype,
         }
-        return {"config.json": json_file(config), **side_files(cfg, "gpt2", about)}
+        return {"config.json": json_file(config), **side_files(cfg, self.model_type, about)}
 
 
-FORMAT = HuggingFace(
-    title="Hugging Face",
-    top={
-        "wte.weight": TOKENS,
-        "wpe.weight": POSITIONS,
-        "ln_f.weight": "final_norm/scale",
-        "ln_f.bias": "final_norm/bias",
-        "lm_head.weight": HEAD,
-    },
-    prefix="h.{}.",
-    block={
-        "ln_1.weight": "norm1/scale",
-        "ln_1.bias": "norm1/bias",
-        "attn.c_attn.weight": "attn/q/kernel attn/k/kernel attn/v/kernel",
-        "attn.c_attn.bias": "attn/q/bias attn/k/bias attn/v/bias",
-        "attn.c_proj.weight": "attn/out_proj/kernel",
-        "attn.c_proj.bias": "attn/out_proj/bias",
-        "ln_2.weight": "norm2/scale",
-        "ln_2.bias": "norm2/bias",
-        "mlp.c_fc.weight": "ff/fc/kernel",
-        "mlp.c_fc.bias": "ff/fc/bias",
-        "mlp.c_proj.weight": "ff/proj/kernel",
-        "mlp.c_proj.bias": "ff/proj/bias",
-    },
-    front="transformer.",
-    buffers=r"h\.\d+\.attn\.(bias|masked_bias)",  # the mask; not attn.c_attn.bias
-    out_in=False,
-    fixed={"bias": True, "qkv_bias": True},
-)
+def _class_keys(classes: Sequence[str], end: int | None) -> dict[str, Any]:
+    """Return what a classifier states: it looks for the last token that is not padding."""
+    return {
+        "id2label": {str(index): name for index, name in enumerate(classes)},
+        "label2id": {name: index for index, name in enumerate(classes)},
+        "problem_type": "single_label_classification",
+        "pad_token_id": end,
+    }

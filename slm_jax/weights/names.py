@@ -9,12 +9,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from slm_jax.model import GPTConfig, param_shapes
+from slm_jax.errors import InputError
+from slm_jax.model import GPTConfig, axis_sizes, param_shapes
 from slm_jax.nn.axes import HEAD, STACK, find_axes
 from slm_jax.weights.side_files import About
 from slm_jax.weights.tensor_files import TensorFiles
 
 TOKENS, POSITIONS = "tok_emb/embedding", "pos_emb/embedding"
+NORM_BIAS = "final_norm/bias"
+CLASSES, CLASS_BIAS = "class_head/kernel", "class_head/bias"  # in place of the output head of a language model
 
 
 class Slot(NamedTuple):
@@ -62,16 +65,21 @@ class Slot(NamedTuple):
         return 0 if self.out_in else views[0].ndim - 1
 
 
-def leaf_shapes(cfg: GPTConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every leaf of the params tree by its path."""
-    return {path: leaf.shape for path, leaf in flatten_dict(param_shapes(cfg), sep="/").items()}
+def leaf_shapes(cfg: GPTConfig, n_classes: int = 0) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every leaf by its path: of a language model, or of a classifier without its head's bias."""
+    shapes = {path: leaf.shape for path, leaf in flatten_dict(param_shapes(cfg), sep="/").items()}
+    if n_classes:
+        shapes = {path: shape for path, shape in shapes.items() if path != HEAD} | {CLASSES: (cfg.emb_dim, n_classes)}
+    return shapes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Format:
-    """A format of weights: its module declares the maps, and overrides the methods in which the format differs."""
+    """A format of one family's weights: its module declares the maps, and overrides the methods that differ."""
 
     title: str  # in messages
+    model_type: str = "gpt2"  # of a config.json beside the weights
+    needs: dict[str, Any] = dataclasses.field(default_factory=dict)  # GPTConfig fields that make the family
     top: dict[str, str]  # leaves outside the blocks by their names in the format
     block: dict[str, str]  # leaves of a block by their names without prefix; spaces separate several in one tensor
     prefix: str  # of a block's names, with {} for its index
@@ -79,6 +87,11 @@ class Format:
     buffers: str = ""  # regular expression of names of buffers, such as a mask
     out_in: bool = True  # whether a block's matrices are (out, in), as in PyTorch's Linear
     fixed: dict[str, Any] = dataclasses.field(default_factory=dict)  # GPTConfig fields that are always the same
+    class_head: str = ""  # name of a classifier's head, which has no bias; empty: the format has no classifiers
+
+    def mismatches(self, cfg: GPTConfig) -> list[str]:
+        """Return the fields, with the values that the family needs, in which a model is of another one."""
+        return [f"{field} {_shown(value)}" for field, value in self.needs.items() if not _is_same(cfg, field, value)]
 
     def clean(self, name: str) -> str | None:
         """Return a tensor's name as in the map, whatever PyTorch or TensorFlow added to it; None for a buffer."""
@@ -98,10 +111,11 @@ class Format:
             "n_layers": len({found[1] for name in files.tensors if (found := pattern.match(name))}),
             "bias": any(path.endswith("/bias") for path in leaves),
             "qkv_bias": "attn/q/bias" in leaves,
+            **self.needs,
             **self.fixed,
         }
         for leaf, names in ((TOKENS, ("vocab_size", "emb_dim")), (POSITIONS, ("context_length",))):
-            tensor = files.tensors.get(self.name_of(leaf))
+            tensor = files.tensors.get(self.name_of(leaf)) if leaf in self.top.values() else None
             if tensor is not None and len(tensor.shape) == 2:
                 fields |= dict(zip(names, tensor.shape, strict=False))
         return fields
@@ -120,15 +134,45 @@ class Format:
         leaves = leaf_shapes(cfg)
         return {name: slot for name, slot in names.items() if leaves.keys() >= set(slot.paths)}
 
+    def read_names(self, cfg: GPTConfig, files: TensorFiles) -> dict[str, Slot]:
+        """Return the name map of these files; a leaf that none of their tensors fills is zero."""
+        return self.names(cfg)
+
     def name_of(self, leaf: str) -> str:
         """Return the name of a leaf outside the blocks."""
         return next(name for name, path in self.top.items() if path == leaf)
+
+    def completed(self, cfg: GPTConfig) -> GPTConfig:
+        """Return the configuration with everything that the format cannot leave out."""
+        return dataclasses.replace(cfg, **{"qkv_bias": cfg.qkv_bias and cfg.bias, **self.fixed})
 
     def written_names(self, cfg: GPTConfig) -> dict[str, Slot]:
         """Return the name map of a file that we write."""
         head = self.name_of(HEAD)
         return {name if name == head else self.front + name: slot for name, slot in self.names(cfg).items()}
 
+    def classifier_names(self, cfg: GPTConfig) -> dict[str, Slot]:
+        """Return the name map of a classifier that we write: its head is in place of the output head."""
+        if not self.class_head:
+            raise InputError(f"{self.title} has no classifiers; expected format huggingface")
+        names = {name: slot for name, slot in self.written_names(cfg).items() if name != self.name_of(HEAD)}
+        return {**names, self.class_head: Slot((CLASSES,), out_in=True)}
+
     def side_files(self, cfg: GPTConfig, dtype: str, about: About) -> dict[str, bytes]:
         """Return the files beside the weights by name."""
         return {}
+
+
+def _is_same(cfg: GPTConfig, field: str, value: Any) -> bool:
+    """Whether a model has this value; None stands for the size that follows from the others."""
+    if value is not None or getattr(cfg, field) is None:
+        return getattr(cfg, field) == value
+    default: dict[str, Any] = {field: None}
+    try:
+        return axis_sizes(dataclasses.replace(cfg, **default)) == axis_sizes(cfg)
+    except InputError:  # the heads do not divide the width
+        return False
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -8,14 +8,14 @@ from typing import Any
 from slm_jax.errors import InputError
 from slm_jax.model import GPTConfig
 from slm_jax.nn.axes import HEAD
-from slm_jax.weights import huggingface
+from slm_jax.weights import gpt2
 from slm_jax.weights.names import TOKENS, Slot
 from slm_jax.weights.tensor_files import OURS, TensorFiles
 
-_FIELDS = {**huggingface.FIELDS, "block_size": "context_length", "bias": "bias"}
+_FIELDS = {**gpt2.FIELDS, "block_size": "context_length", "bias": "bias"}
 
 
-class NanoGPT(huggingface.HuggingFace):
+class NanoGPT(gpt2.GPT2):
     """Hugging Face's names, other shapes."""
 
     def stated_fields(self, files: TensorFiles) -> dict[str, Any]:
@@ -38,9 +38,11 @@ class NanoGPT(huggingface.HuggingFace):
 
 FORMAT = NanoGPT(
     **{
-        **vars(huggingface.FORMAT),
+        **vars(gpt2.FORMAT),
         "title": "nanoGPT",
+        "needs": {**gpt2.NEEDS, "hidden_dim": None, "norm_eps": 1e-5},
         "out_in": True,
+        "class_head": "",
         "fixed": {"qkv_bias": True},  # if there are biases at all
     }
 )

@@ -26,15 +26,15 @@ from slm_jax.weights.trees import DIGESTS
 def read_weights(
     path: Path, n_heads: int | None, dtype: Any, param_dtype: Any, sharding: Any = None
 ) -> tuple[GPTConfig, Params]:
-    """Read weights of any format; arguments as for :func:`slm_jax.runs.load_gpt2`."""
+    """Read weights of any format; arguments as for :func:`slm_jax.runs.load_pretrained`."""
     form, files = _recognise(open_tensors(find_file(path)))
     stated, digests = _our_metadata(files)
     fields, files = _fields(form, files, stated)
     with located(files.file):
-        cfg = GPTConfig(**{**fields, "n_heads": 1, "dtype": dtype, "param_dtype": param_dtype})
-        names, shapes = form.names(cfg), leaf_shapes(cfg)
-    # The tensors' shapes don't depend on the number of heads; check them before asking for it.
-    _check_tensors(files, {name: slot.shape(shapes) for name, slot in names.items()})
+        cfg = GPTConfig(**{"n_heads": 1, **fields, "dtype": dtype, "param_dtype": param_dtype})
+        names, shapes = form.read_names(cfg, files), leaf_shapes(cfg)
+    # If the number of heads isn't stated, the tensors' shapes don't depend on it; check them before asking for it.
+    _check_tensors(files, {name: slot.shape(shapes) for name, slot in names.items()}, form.title)
     with located(files.file):
         cfg = dataclasses.replace(cfg, n_heads=_heads(fields, n_heads))
     sharding = spread(sharding, param_shapes(cfg))
@@ -44,7 +44,9 @@ def read_weights(
 def _recognise(files: TensorFiles) -> tuple[Format, TensorFiles]:
     config = files.file.parent / "config.json"
     model_type = read_json(config).get("model_type") if config.is_file() else None
-    for form in formats().values() if model_type in (None, "gpt2") else ():
+    for form in formats():
+        if model_type not in (None, form.model_type):
+            continue
         names = {name: new for name in files.tensors if (new := form.clean(name)) is not None}
         cleaned = dataclasses.replace(files, tensors={new: files.tensors[name] for name, new in names.items()})
         if form.recognise(cleaned):
@@ -52,8 +54,8 @@ def _recognise(files: TensorFiles) -> tuple[Format, TensorFiles]:
                 if cleaned.tensors[new].name != name:
                     raise InputError(f"{files.file}: tensor {new} is there twice, also as {name}; expected it once")
             return form, cleaned
-    titles = ", ".join(form.title for form in formats().values())
-    raise InputError(f"{files.file}: not GPT-2 but {describe(files.tensors, model_type)}; expected one of {titles}")
+    titles = ", ".join(form.title for form in formats())
+    raise InputError(f"{files.file}: {describe(files.tensors, model_type)}; expected the weights of {titles}")
 
 
 def _our_metadata(files: TensorFiles) -> tuple[dict[str, Any], dict[str, str]]:
@@ -108,10 +110,10 @@ def _equal(left: Tensor, right: Tensor | None) -> bool:
     return all(a.tobytes() == b.tobytes() for a, b in zip(left.chunks(), right.chunks(), strict=True))
 
 
-def _check_tensors(files: TensorFiles, expected: Mapping[str, tuple[int, ...]]) -> None:
+def _check_tensors(files: TensorFiles, expected: Mapping[str, tuple[int, ...]], title: str) -> None:
     missing = [name for name in expected if name not in files.tensors]
     unknown = [tensor.name for name, tensor in files.tensors.items() if name not in expected]
-    for names, problem in ((missing, "missing"), (unknown, "unknown to GPT-2")):
+    for names, problem in ((missing, "missing"), (unknown, f"unknown to {title}")):
         if names:
             rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise InputError(f"{files.file}: tensors {problem}: {', '.join(names[:3])}{rest}; {AGAIN}")
@@ -143,6 +145,8 @@ def _read(
                 _fill(leaves, slot, files.tensors[name], digests)
         for path in paths:
             placed[path] = jax.block_until_ready(place(path, leaves.pop(path)))
+    for path in shapes.keys() - placed.keys():  # no tensor fills it
+        placed[path] = place(path, np.zeros(shapes[path], np.dtype(dtype)))
     return unflatten_dict(placed, sep="/")
 
 

@@ -82,7 +82,7 @@ def open_tensors(file: Path) -> TensorFiles:
         raise InputError(f"{file}: cannot be read: {error.strerror or error}") from None
     for name in files.tensors:
         if not name.isprintable():  # error messages of one line show names
-            raise InputError(f"{file}: a tensor is called {name!r}; expected the tensors of a GPT-2")
+            raise InputError(f"{file}: a tensor is called {name!r}; expected a printable name")
     return files
 
 
@@ -127,13 +127,23 @@ def _mapped(file: Path, name: str) -> Iterator[Any]:
         yield opened.get_slice(name)
 
 
-def _open_shards(index: Path) -> TensorFiles:
+def shard_names(index: Path) -> list[str]:
+    """Return the names of the shards that an index lists."""
+    return list(dict.fromkeys(_weight_map(index).values()))
+
+
+def _weight_map(index: Path) -> dict[str, str]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index}: weight_map is missing or empty; {AGAIN}")
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not re.fullmatch(r"[\w .-]+\.safetensors", shard) or not name.isprintable():
             raise InputError(f"{index}: weight_map has {shard!r} for {name!r}; expected a file beside the index")
+    return weight_map
+
+
+def _open_shards(index: Path) -> TensorFiles:
+    weight_map = _weight_map(index)
     files = TensorFiles(index, {})
     for shard in dict.fromkeys(weight_map.values()):
         if not (index.parent / shard).is_file():

@@ -17,7 +17,7 @@ from slm_jax.tasks import classification, pretraining
 from slm_jax.tasks.config import FinetuneConfig
 from slm_jax.training.step import TrainState, make_train_step
 from slm_jax.training.trainable import split_params, whole_params
-from slm_jax.weights.huggingface import FORMAT
+from slm_jax.weights.gpt2 import FORMAT
 
 
 @pytest.fixture(scope="module")

@@ -77,7 +77,7 @@ def test_what_a_narrower_dtype_cannot_hold_is_said(tmp_path):
     [
         ("model_type", "gpt_bigcode"),
         ("activation_function", "relu"),
-        ("layer_norm_epsilon", 1e-6),
+        ("layer_norm_epsilon", -1.0),
         ("scale_attn_by_inverse_layer_idx", True),
         ("vocab_size", VOCAB + 1),
         ("n_layer", 10**12),
@@ -89,6 +89,7 @@ def test_what_a_narrower_dtype_cannot_hold_is_said(tmp_path):
 )
 def test_a_configuration_that_is_not_computed_or_does_not_fit_is_named(key, value, tmp_path):
     ours = {"n_layer": "n_layers", "n_embd": "emb_dim", "n_positions": "context_length", "n_head": "n_heads"}
+    ours["layer_norm_epsilon"] = "norm_eps"
     message = refusal(write(tmp_path, huggingface(), CONFIG | {key: value}))
     assert str(tmp_path) in message
     assert ours.get(key, key) in message
@@ -106,7 +107,8 @@ def test_a_config_json_that_is_none(tmp_path):
     ("name", "family"),
     [
         ("transformer.h.0.attn.attn.weight", "LitGPT"),
-        ("model.layers.0.self_attn.q_proj.weight", "LLaMA"),
+        ("model.layers.0.self_attn.q_proj.weight", "config.json"),
+        ("model.layers.0.self_attn.qkv_proj.weight", "Llama"),
         ("roberta.encoder.layer.0.attention.self.query.weight", "BERT"),
         ("base_model.model.transformer.h.0.attn.c_attn.lora_A.weight", "LoRA"),
         ("something.else", "something.else"),

@@ -21,7 +21,7 @@ from slm_jax.tasks.pretraining import make_loss_fn
 from slm_jax.training.config import OptimizerConfig
 from slm_jax.training.optimizer import make_optimizer
 from slm_jax.training.step import TrainState, make_train_step
-from slm_jax.weights.huggingface import FORMAT
+from slm_jax.weights.gpt2 import FORMAT
 from slm_jax.weights.names import leaf_shapes
 
 SHAPES = ("three-heads", "five-heads", "padded", "untied", "head-dim-7", "one-head")
