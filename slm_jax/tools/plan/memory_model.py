@@ -146,11 +146,14 @@ def evaluation_memory(work: Work, state: State) -> float:
     # A TPU looks up in a copy of the table, and multiplies by the head's kernel without one, unless pieces share it.
     table = work.sizes["vocab"] * embed * work.itemsize if casts and platform == "tpu" else 0
     kernel = work.n_outputs * embed * work.itemsize if casts and (platform == "gpu" or _pieces(work) > 1) else 0
+    gathered = state.gathered
+    if work.fsdp > 1:  # what is gathered is that copy, or it is made of a share before it is gathered
+        gathered, table, kernel = gathered * work.itemsize / jnp.dtype(work.cfg.param_dtype).itemsize, 0, 0
     block = work.tokens * (2.0 * embed + work.sizes["products"] + work.sizes["mlp"]) * work.itemsize
     if work.attention not in ("cudnn", "flash"):
         block += work.tokens * _attention_bytes(work)
     largest = max(_logits_bytes(work) + kernel, block + table)
-    return state.parameters + state.optimizer + state.gathered + 12 * work.tokens + largest
+    return state.parameters + state.optimizer + gathered + 12 * work.tokens + largest
 
 
 def saved_bytes(work: Work) -> float:
