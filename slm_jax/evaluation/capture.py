@@ -54,9 +54,9 @@ def capture(
     ``blocks/3/attn``         what attention adds to the stream                                 (batch, seq, emb)
     ``blocks/3/attn/heads``   each head's output, before ``out_proj``                           (batch, seq, heads, dim)
     ``blocks/3/attn/weights`` how much each query (third axis) takes of each key                (batch, heads, seq, seq)
-    ``blocks/3/attn/q``       queries; ``k``: keys, ``v``: values                               (batch, seq, heads, dim)
+    ``blocks/3/attn/q``       queries; ``k``: keys, ``v``: values; before QK norm and RoPE      (batch, seq, heads, dim)
     ``blocks/3/ff``           what the feed-forward adds to the stream                          (batch, seq, emb)
-    ``blocks/3/ff/hidden``    its neurons, after GELU                                           (batch, seq, 4·emb)
+    ``blocks/3/ff/hidden``    its neurons, after GELU or SwiGLU                                 (batch, seq, hidden)
     ``final_norm``            what the head reads                                               (batch, seq, emb)
     ``logits``                the logits                                                        (batch, seq, vocab)
     ========================  ================================================================  ======================
