@@ -183,3 +183,28 @@ def test_flash_attention_lowers_where_micro_batches_have_mapped_some_axes_of_the
         )
         text = jax.jit(mapped).trace(params, x).lower(lowering_platforms=(TARGETS[target][0],)).as_text()
     assert call in text
+
+
+@pytest.mark.parametrize(
+    ("target", "call", "queries", "keys"),
+    [
+        ("tpu", "@tpu_custom_call", "2x4x128x128", "2x2x128x128"),
+        ("h100", "@__cudnn$fmha", "2x128x4x128", "2x128x2x128"),
+    ],
+)
+def test_flash_attention_takes_fewer_key_and_value_heads_as_they_are(monkeypatch, target, call, queries, keys):
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+    attention = FusedMultiHeadAttention(emb_dim=512, n_heads=4, n_kv_heads=2, dtype="bfloat16")
+    x = jax.ShapeDtypeStruct((2, 128, 512), jnp.bfloat16)
+    params = jax.eval_shape(attention.init, jax.random.key(0), x)
+
+    def total(params, x):
+        return attention.apply(params, x).sum()
+
+    with compiling_for(*TARGETS[target]):
+        step = jax.jit(jax.grad(total)).trace(params, x)
+        text = step.lower(lowering_platforms=(TARGETS[target][0],)).as_text()
+    calls = [line.rsplit(" : (")[-1].partition("->")[0] for line in text.splitlines() if call in line]
+    assert len(calls) >= 2  # forward and backward
+    for operands in calls:
+        assert (operands.count(f"<{queries}xbf16>"), operands.count(f"<{keys}xbf16>")) in ((1, 2), (2, 2), (3, 2))
