@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from slm_jax.data.chat_template import own_template, template_from_dict
 from slm_jax.data.templates import Template
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.files import new_folder, read_json, user_path
@@ -47,7 +48,7 @@ class Run:
         model_config: configuration of the model, computing in this device's dtype.
         params: parameters of the model.
         tokenizer: tokenizer of the model.
-        template: template of the instructions that the model was trained on; None: it was not.
+        template: template of the conversations that the model was trained on; None: it was not.
     """
 
     folder: Path
@@ -93,7 +94,7 @@ def load_model(
     path = find_weights(source)
     cfg, params = read_weights(path, n_heads, best_dtype(), "float32", sharding)
     tokenizer = tokenizer or _tokenizer_beside(path, cfg)
-    return Run(path, None, _with_vocabulary(cfg, tokenizer, path), params, tokenizer)
+    return Run(path, None, _with_vocabulary(cfg, tokenizer, path), params, tokenizer, own_template(tokenizer))
 
 
 def load_pretrained(
@@ -164,7 +165,7 @@ def _from_checkpoint(
 ) -> Run:
     cfg, params, metadata = read_checkpoint(folder, step, best_dtype(), n_heads=n_heads, sharding=sharding)
     tokenizer = tokenizer or tokenizer_from_dict(metadata.get("tokenizer", {}))
-    template = Template.from_dict(metadata["template"]) if "template" in metadata else None
+    template = template_from_dict(metadata["template"]) if "template" in metadata else own_template(tokenizer)
     return Run(folder, step, _with_vocabulary(cfg, tokenizer, folder), params, tokenizer, template)
 
 

@@ -6,7 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from slm_jax.commands import SamplingOptions, load, set_up
-from slm_jax.data.templates import Template, load_template
+from slm_jax.data.templates import Template, TextTemplate, load_template
 from slm_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class Options(SamplingOptions):
 
     Attributes:
         template: how the conversation is written for the model: alpaca, phi3, chatml, a JSON file, or none for plain
-            text with names; null: the template that the run was trained with, or none.
+            text with names; null: the model's own, or none if it has none.
         introduction: text before the conversation, which the model always sees; with a template the system message.
         you: your name in plain text without a template; null: User.
         model: the model's name in plain text without a template; null: Assistant.
@@ -50,7 +50,9 @@ class Options(SamplingOptions):
         if self.template is not None:
             template = None if self.template == "none" else load_template(self.template)
         if template is None:
-            return Template(user_start=f"\n{self.you or 'User'}: ", assistant_start=f"\n{self.model or 'Assistant'}:")
+            return TextTemplate(
+                user_start=f"\n{self.you or 'User'}: ", assistant_start=f"\n{self.model or 'Assistant'}:"
+            )
         if self.you or self.model:
             raise InputError("you and model are names in plain text; expected --template none with them")
         return template
@@ -62,8 +64,10 @@ def run(options: Options) -> int:
 
     set_up()
     loaded = load(options.run, options.tokenizer, options.n_heads, options.mesh)
+    template = options.choose_template(loaded.template)
+    _ = template.stop  # a template that fails is reported now
     conversation = Conversation(
-        GPTModel(loaded.model_config), loaded.params, loaded.tokenizer, options.choose_template(loaded.template),
+        GPTModel(loaded.model_config), loaded.params, loaded.tokenizer, template,
         options, options.max_new_tokens, options.introduction, options.seed,
     )  # fmt: skip
     with contextlib.suppress(ImportError):  # gives input() arrow keys and history

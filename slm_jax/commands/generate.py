@@ -17,8 +17,8 @@ class Options(SamplingOptions):
     Attributes:
         prompt: start of the text; empty: the start of a document.
         prompt_file: UTF-8 file with the prompt instead; a line break at its end is removed.
-        instruction: an instruction instead of a prompt; it is written in the run's template (Alpaca's if it has none),
-            and only the answer is printed.
+        instruction: an instruction instead of a prompt; it is written in the model's own template (Alpaca's if it has
+            none), and only the answer is printed.
         input: the input of the instruction.
         num_samples: number of texts to write.
         stop: text that ends the writing; may be given several times.
@@ -50,7 +50,7 @@ def run(options: Options) -> int:
     import jax
 
     from slm_jax.data.file_sources import read_text
-    from slm_jax.data.templates import Message
+    from slm_jax.data.templates import Message, encode_prompt
     from slm_jax.generation.conversation import template_or_alpaca
     from slm_jax.generation.decode import stream_text
     from slm_jax.model import GPTModel
@@ -61,10 +61,11 @@ def run(options: Options) -> int:
     if options.prompt_file is not None:
         start = read_text(user_path(options.prompt_file)).removesuffix("\n")
     loaded = load(options.run, options.tokenizer, options.n_heads, options.mesh)
-    prompt, stop = start, options.stop
+    stop: tuple[str, ...] = options.stop
+    prompt: str | list[int] = start
     if options.instruction is not None:
         template = template_or_alpaca(loaded.template, loaded.folder)
-        prompt = template.prompt([Message("user", options.instruction, options.input)])
+        prompt = encode_prompt(loaded.tokenizer, template, [Message("user", options.instruction, options.input)])
         stop = (*stop, *template.stop)
     model, params, key = GPTModel(loaded.model_config), unstack_blocks(loaded.params), jax.random.key(options.seed)
     texts = [

@@ -90,7 +90,7 @@ class InstructionConfig:
     """Instructions with responses, and how they become tokens.
 
     Attributes:
-        template: alpaca, phi3, chatml, or a JSON file with your own.
+        template: alpaca, phi3, chatml, or a JSON file with your own; null: the base's, or alpaca if it has none.
         split: how one source is split: random, or file_order (training, test, validation).
         mask_prompt: whether the loss covers only the responses.
         packing: whether short examples share a row, each seeing only itself.
@@ -99,7 +99,7 @@ class InstructionConfig:
         responses: number of test instructions answered before and after training; null: all.
     """
 
-    template: str = "alpaca"
+    template: str | None = None
     split: Literal["random", "file_order"] = "random"
     mask_prompt: bool = True
     packing: bool = False

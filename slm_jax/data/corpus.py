@@ -157,7 +157,7 @@ def make_tokenizer(config: TokenizerConfig, train: list[str], validation: list[s
 
 
 def encode_documents(documents: list[str], tokenizer: Tokenizer, stop: Callable[[], None] | None = None) -> np.ndarray:
-    """Encode documents into one array of ids, uint16 where they fit, with the end-of-text id between documents.
+    """Encode documents into one array of ids, uint16 where they fit, with `document_ids` between documents.
 
     ``stop`` is called for each document and may raise.
     """
@@ -166,5 +166,5 @@ def encode_documents(documents: list[str], tokenizer: Tokenizer, stop: Callable[
         if stop:
             stop()
         if ids := tokenizer.encode(document):  # white space at the cut between the splits may be no word
-            pieces.append(np.array([tokenizer.eot_id, *ids], pieces[0].dtype))
+            pieces.append(np.array([*tokenizer.document_ids, *ids], pieces[0].dtype))
     return np.concatenate(pieces)[1:]

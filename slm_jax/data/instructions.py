@@ -18,7 +18,7 @@ from jaxtyping import Bool, Int32
 from slm_jax.data.config import DataConfig, InstructionConfig
 from slm_jax.data.sources import parse_source
 from slm_jax.data.splits import SPLITS, check_apart, grouped, require_filled, share, shared, split_fractions
-from slm_jax.data.templates import Message, Template, entry_messages
+from slm_jax.data.templates import Message, Template, encode_conversation, entry_messages
 from slm_jax.data.windows import Batch, EvalBatches, Rows, TrainBatches, bucket_width, endless_batches
 from slm_jax.errors import InputError, located
 from slm_jax.tokenizer import Tokenizer
@@ -135,33 +135,29 @@ def encode_examples(
     max_length: int,
     too_long: Literal["drop", "truncate"],
 ) -> tuple[list[Tokens], tuple[str, ...]]:
-    """Turn examples into tokens, each piece of the template by itself, as generation will see the prompt.
+    """Turn examples into tokens (`encode_conversation`).
 
-    The end-of-text token comes last, once, and counts in the loss; a prompt counts unless ``mask_prompt``. ``drop``
+    An end-of-text token comes last, once, and counts in the loss; a prompt counts unless ``mask_prompt``. ``drop``
     leaves out examples of more than ``max_length`` inputs; ``truncate`` cuts tokens off the front, but never from the
     last response: an example is left out if that and one token before it don't fit. Also returns notes on both.
     InputError: a text that the tokenizer cannot encode; no remaining example.
     """
     encoded, n_dropped, cuts = [], 0, []
     for example in examples:
-        ids: list[int] = []
-        counts: list[bool] = []
-        piece: list[int] = []
-        for text, is_response in template.pieces(example.messages):
-            with located(example.where):
-                piece = tokenizer.encode(text)
-            ids += piece
-            counts += [is_response or not mask_prompt] * len(piece)
-        excess = len(ids) - max_length  # the end-of-text token, which comes last, is no input
-        if excess > 0 and (too_long == "drop" or len(piece) >= max_length):
+        with located(example.where):
+            pieces = encode_conversation(tokenizer, template, example.messages)
+        ids = [id_ for piece, _ in pieces for id_ in piece]
+        counts = [is_response or not mask_prompt for piece, is_response in pieces for _ in piece]
+        excess = len(ids) - 1 - max_length  # the end-of-text token, which comes last, is no input
+        if excess > 0 and (too_long == "drop" or len(pieces[-1][0]) > max_length):
             n_dropped += 1
             continue
         if excess > 0:
             cuts.append(excess)
         start = max(0, excess)
-        counted = np.array([*counts[start:], True])
+        counted = np.array(counts[start:])
         counted[0] = False
-        encoded.append(Tokens(np.array([*ids[start:], tokenizer.eot_id], np.int32), counted))
+        encoded.append(Tokens(np.array(ids[start:], np.int32), counted))
     total = f"{len(examples):,} example{'' if len(examples) == 1 else 's'}"
     longer = f"{'the response alone is' if too_long == 'truncate' else 'they are'} longer than {max_length} tokens"
     if not encoded:

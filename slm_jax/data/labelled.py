@@ -206,7 +206,7 @@ def _describe_duplicates(splits: dict[str, list[_Item]]) -> list[str]:
 def encode_text(text: str, tokenizer: Tokenizer) -> Int32[np.ndarray, " tokens"]:
     """Return the token ids of a text; InputError: the tokenizer cannot encode it, or it has no tokens."""
     try:
-        ids = tokenizer.encode(text)
+        ids = [*tokenizer.start_ids, *tokenizer.encode(text)]
     except InputError as error:
         raise InputError(f"text {text!r:.60}: {error}") from None
     if not ids:

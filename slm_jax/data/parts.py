@@ -133,12 +133,14 @@ def encode_part(job: Job, texts: Sequence[Text]) -> Part:
 
 
 def encode_text(job: Job, text: str, is_start: bool = True) -> UInt[np.ndarray, " ids"]:
-    """Return the ids of a text, of which no more than a piece is encoded at a time; a start has the end-of-text id."""
+    """Return the ids of a text, of which no more than a piece is encoded at a time; before a start: `document_ids`."""
     dtype = token_dtype(job.tokenizer.vocab_size)
-    ids = [np.array([job.tokenizer.eot_id] * is_start, dtype)]
+    ids = [np.array(job.tokenizer.document_ids if is_start else [], dtype)]
+    tokenizer = job.tokenizer if is_start else job.tokenizer.continued()
     for piece in cut_pieces([text], PIECE):
         try:
-            ids.append(np.array(job.tokenizer.encode(piece), dtype))
+            ids.append(np.array(tokenizer.encode(piece), dtype))
+            tokenizer = job.tokenizer.continued()
         except InputError as error:
             raise InputError(f"source {job.source!r}: in {piece.strip()[:40]!r} …: {error}") from None
     return np.concatenate(ids)

@@ -6,12 +6,14 @@ chapter 7; the chat templates published with Phi-3 and, as ChatML, with Qwen and
 
 import dataclasses
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast, get_args
 
 from slm_jax.data.rows import Row
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.files import read_json, user_path
+from slm_jax.tokenizer import Tokenizer
 
 Role = Literal["system", "user", "assistant"]
 
@@ -25,8 +27,29 @@ class Message:
     input: str = ""
 
 
+class Template(ABC):
+    """How a conversation is written: a `TextTemplate`, or a pretrained model's own (`slm_jax.data.chat_template`)."""
+
+    @property
+    @abstractmethod
+    def stop(self) -> tuple[str, ...]:
+        """The texts that end a response, if no end-of-text token does."""
+
+    @abstractmethod
+    def pieces(self, messages: Sequence[Message]) -> list[tuple[str, bool]]:
+        """Return the whole text in pieces, each with whether it is a response (with the text that ends it)."""
+
+    @abstractmethod
+    def prompt(self, messages: Sequence[Message]) -> str:
+        """Return the text up to the start of the last response; a last message of the assistant is left out."""
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """Return the template as plain JSON data."""
+
+
 @dataclasses.dataclass(frozen=True)
-class Template:
+class TextTemplate(Template):
     """The text around the turns of a conversation.
 
     Attributes:
@@ -51,11 +74,9 @@ class Template:
 
     @property
     def stop(self) -> tuple[str, ...]:
-        """The texts that end a response, if the end-of-text token doesn't."""
         return (self.assistant_end.rstrip() or self.user_start.rstrip(),)
 
     def pieces(self, messages: Sequence[Message]) -> list[tuple[str, bool]]:
-        """Return the whole text in alternating pieces, each with whether it is a response (with ``assistant_end``)."""
         turns = [(self.default_system, False)] if self.default_system and messages[0].role != "system" else []
         for message in messages:
             if message.role == "assistant":
@@ -69,16 +90,14 @@ class Template:
         return [("".join(text for text, _ in group), is_response) for is_response, group in grouped]
 
     def prompt(self, messages: Sequence[Message]) -> str:
-        """Return the text up to the start of the last response; a last message of the assistant is left out."""
         asked = messages[:-1] if messages[-1].role == "assistant" else messages
         return "".join(text for text, _ in self.pieces(asked)) + self.assistant_start
 
     def to_dict(self) -> dict[str, str]:
-        """Return the template as plain JSON data."""
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any], where: str = "template") -> "Template":
+    def from_dict(cls, data: Mapping[str, Any], where: str = "template") -> "TextTemplate":
         """Rebuild a template from the result of :meth:`to_dict`; only the first two fields are required.
 
         InputError: a field that is unknown, missing or not text; no text by which a response begins or ends.
@@ -94,14 +113,14 @@ class Template:
 
 
 TEMPLATES = {
-    "alpaca": Template(
+    "alpaca": TextTemplate(
         default_system="Below is an instruction that describes a task. "
         "Write a response that appropriately completes the request.",
         user_start="\n\n### Instruction:\n",
         input_start="\n\n### Input:\n",
         assistant_start="\n\n### Response:\n",
     ),
-    "phi3": Template(
+    "phi3": TextTemplate(
         system_start="<|system|>\n",
         system_end="<|end|>\n",
         user_start="<|user|>\n",
@@ -109,7 +128,7 @@ TEMPLATES = {
         assistant_start="<|assistant|>\n",
         assistant_end="<|end|>\n",
     ),
-    "chatml": Template(
+    "chatml": TextTemplate(
         system_start="<|im_start|>system\n",
         system_end="<|im_end|>\n",
         user_start="<|im_start|>user\n",
@@ -120,8 +139,8 @@ TEMPLATES = {
 }
 
 
-def load_template(name_or_path: str) -> Template:
-    """Return a built-in template, or one from a JSON file with :class:`Template`'s fields; InputError: neither."""
+def load_template(name_or_path: str) -> TextTemplate:
+    """Return a built-in template, or one from a JSON file with the fields of `TextTemplate`; InputError: neither."""
     if name_or_path in TEMPLATES:
         return TEMPLATES[name_or_path]
     path = user_path(name_or_path)
@@ -129,7 +148,7 @@ def load_template(name_or_path: str) -> Template:
         raise MissingInputError(
             f"template {name_or_path!r}: no such file or built-in template ({', '.join(TEMPLATES)})"
         )
-    return Template.from_dict(read_json(path), str(path))
+    return TextTemplate.from_dict(read_json(path), str(path))
 
 
 def format_prompt(entry: Mapping[str, Any], template: str | Template = "alpaca") -> str:
@@ -181,3 +200,50 @@ def _chat(messages: Any, where: str) -> tuple[Message, ...]:
     if not any(turn.role == "user" for turn in asked):
         raise InputError(f"{where}: no user message to answer; expected role user before the last answer")
     return tuple(turns)
+
+
+# Tokens
+
+
+def encode_prompt(tokenizer: Tokenizer, template: Template, messages: Sequence[Message]) -> list[int]:
+    """Return the ids that the next response follows.
+
+    InputError: a message of the user or the system holds a special token, or cannot be encoded.
+    """
+    _check_plain(tokenizer, [each for each in messages if each.role != "assistant"])
+    start = _start(tokenizer, template)
+    return start + tokenizer.encode_parts([template.prompt(messages)])[0] or [tokenizer.eot_id]
+
+
+def encode_conversation(
+    tokenizer: Tokenizer, template: Template, messages: Sequence[Message]
+) -> list[tuple[list[int], bool]]:
+    """Return the ids of a conversation in pieces, each with whether it is a response; the last one is.
+
+    The last response ends with one of the ids that end a text. Errors as for :func:`encode_prompt`.
+    """
+    _check_plain(tokenizer, messages)
+    texts = template.pieces(messages)
+    pieces = [(_start(tokenizer, template), False)]
+    for ids, (_, is_response) in zip(tokenizer.encode_parts([text for text, _ in texts]), texts, strict=True):
+        # What follows the end of a response is not the model's to write.
+        end = next((i + 1 for i, id_ in enumerate(ids) if is_response and id_ in tokenizer.eos_ids), len(ids))
+        pieces += [(ids[:end], is_response), (ids[end:], False)]
+    while not pieces[-1][1]:
+        pieces.pop()
+    if not set(pieces[-1][0][-1:]) & set(tokenizer.eos_ids):
+        pieces[-1][0].append(tokenizer.eot_id)
+    return pieces
+
+
+def _start(tokenizer: Tokenizer, template: Template) -> list[int]:
+    """Return what the model expects before a text; a model's own template writes it itself."""
+    return tokenizer.start_ids if isinstance(template, TextTemplate) else []
+
+
+def _check_plain(tokenizer: Tokenizer, messages: Sequence[Message]) -> None:
+    """Refuse messages with special tokens, by which they could pretend to be another's."""
+    for message in messages:
+        for token in tokenizer.special_tokens:
+            if token in message.content or token in message.input:
+                raise InputError(f"a message of the {message.role} holds the special token {token}; remove it")

@@ -67,14 +67,15 @@ class Scorer:
         """Encode a context and its continuation as the lm-evaluation-harness does.
 
         White space at the end of the context moves to the continuation, where a token begins with it; both are encoded
-        as one text and split after the context's own tokens. An empty context becomes the end-of-text id.
+        as one text and split after the context's own tokens. A context begins as the model expects a text to begin; an
+        empty one is the end-of-text id.
         """
         stripped = context.rstrip()
         context_ids = self.tokenizer.encode(stripped) if stripped else []
         continuation_ids = self.tokenizer.encode(context + continuation)[len(context_ids) :]
         if not continuation_ids:
             raise InputError(f"the tokenizer makes no token of {continuation!r:.60}; expected text that it encodes")
-        return context_ids or [self.tokenizer.eot_id], continuation_ids
+        return [*self.tokenizer.start_ids, *context_ids] or [self.tokenizer.eot_id], continuation_ids
 
     def is_truncated(self, pair: Pair) -> bool:
         """Whether a pair is longer than the model's context."""

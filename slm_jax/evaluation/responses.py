@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from slm_jax.data.sources import parse_source
-from slm_jax.data.templates import Message, Template, entry_messages
+from slm_jax.data.templates import Message, Template, encode_conversation, entry_messages
 from slm_jax.errors import InputError, located
 from slm_jax.evaluation.logprobs import Scorer, perplexity
 
@@ -83,12 +83,11 @@ def reference_loss(scorer: Scorer, template: Template, entries: Sequence[Respons
         The figures: ``loss`` in nats per token, ``perplexity``, ``n_tokens``, and ``n_truncated``, how many references
         don't fit the model's context with their prompt, which was truncated on the left.
     """
-    pairs, tokenizer = [], scorer.tokenizer
+    pairs = []
     for entry in entries:
-        reference, _ = template.pieces(entry.messages)[-1]
-        with located(entry.where):  # prompt and reference are encoded separately, as in training
-            prompt_ids = tokenizer.encode(template.prompt(entry.messages))
-            pairs.append((prompt_ids, [*tokenizer.encode(reference), tokenizer.eot_id]))
+        with located(entry.where):
+            *before, (reference_ids, _) = encode_conversation(scorer.tokenizer, template, entry.messages)
+        pairs.append(([id_ for ids, _ in before for id_ in ids], reference_ids))
     n_tokens = sum(len(reference) for _, reference in pairs)
     loss = -float(scorer.score(pairs)[0].sum()) / n_tokens
     n_truncated = sum(map(scorer.is_truncated, pairs))

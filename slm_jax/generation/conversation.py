@@ -7,10 +7,10 @@ from collections.abc import Callable, Generator, Sequence
 import jax
 import numpy as np
 
-from slm_jax.data.templates import TEMPLATES, Message, Template
+from slm_jax.data.templates import TEMPLATES, Message, Template, encode_prompt
 from slm_jax.errors import InputError
 from slm_jax.generation.config import Sampling
-from slm_jax.generation.decode import generate, stream_text
+from slm_jax.generation.decode import end_ids, generate, stream_text
 from slm_jax.model import GPTConfig, GPTModel, Params
 from slm_jax.nn.blocks import unstack_blocks
 from slm_jax.tokenizer import Tokenizer
@@ -44,14 +44,14 @@ def answer(
     key: jax.Array | None = None,
     stop: Callable[[], None] = lambda: None,
 ) -> list[str]:
-    """Answer conversations independently of each other, each up to the end-of-text token or the template's stop text.
+    """Answer conversations independently of each other, each up to an end-of-text token or the template's stop text.
 
     The last message of each conversation is the user's. A prompt of more than :func:`prompt_room` tokens is truncated
     on the left. ``stop`` is called before each batch and may raise to stop early. Other arguments as for
     :func:`slm_jax.generate`, but greedy by default.
     """
-    room = prompt_room(model.cfg, max_new_tokens)
-    ids = [tokenizer.encode(template.prompt(messages))[-room:] for messages in prompts]
+    room, eos_ids = prompt_room(model.cfg, max_new_tokens), end_ids(tokenizer, template.stop)
+    ids = [encode_prompt(tokenizer, template, messages)[-room:] for messages in prompts]
     params = unstack_blocks(params)
     answers: list[str] = []
     for first in range(0, len(ids), ANSWERS_AT_A_TIME):
@@ -59,12 +59,12 @@ def answer(
         batch = ids[first : first + ANSWERS_AT_A_TIME]
         rows = generate(
             model, params, batch,
-            max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, eos_id=tokenizer.eot_id,
+            max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, eos_id=eos_ids,
             past_context="stop", key=None if key is None else jax.random.fold_in(key, first),
         )  # fmt: skip
         for row, prompt in zip(rows, batch, strict=True):
             new = np.asarray(row)[len(prompt) :]
-            ends = np.flatnonzero(new == tokenizer.eot_id)
+            ends = np.flatnonzero(np.isin(new, eos_ids))
             text = tokenizer.decode(new[: ends[0]] if ends.size else new)
             for end in template.stop:
                 text = text.partition(end)[0]
@@ -92,9 +92,9 @@ class Conversation:
 
     def answer(self, message: str) -> Generator[str, None, None]:
         """Yield the answer piece by piece; it is remembered even if the iterator is closed early."""
-        turns, prompt = self._fit(message)
+        turns, _, prompt_ids = self._fit(message)
         pieces = stream_text(
-            self.model, self.params, self.tokenizer, prompt, self.sampling,
+            self.model, self.params, self.tokenizer, prompt_ids, self.sampling,
             max_new_tokens=self.max_new_tokens, stop=self.template.stop, past_context="stop",
             key=jax.random.fold_in(jax.random.key(self.seed), self.n_answers),
         )  # fmt: skip
@@ -115,18 +115,18 @@ class Conversation:
 
     def prompt(self, message: str) -> str:
         """Return the text that the answer to a message would continue; errors as for :meth:`answer`."""
-        return self._fit(message)[1]
+        return self.template.prompt(self._fit(message)[1])
 
-    def _fit(self, message: str) -> tuple[list[tuple[str, str]], str]:
-        """Return the latest turns that leave room for an answer, and the text with them and the message."""
+    def _fit(self, message: str) -> tuple[list[tuple[str, str]], list[Message], list[int]]:
+        """Return the latest turns that leave room for an answer, all messages with them, and their ids."""
         room = prompt_room(self.model.cfg, self.max_new_tokens)
         system = [Message("system", self.introduction)] if self.introduction else []
         for first in range(len(self.turns) + 1):
             messages = list(system)
             for question, answer in self.turns[first:]:
                 messages += [Message("user", question), Message("assistant", answer)]
-            prompt = self.template.prompt([*messages, Message("user", message)])
-            n_tokens = len(self.tokenizer.encode(prompt))
-            if n_tokens <= room:
-                return self.turns[first:], prompt
-        raise InputError(f"the message in its template makes {n_tokens} tokens; expected at most {room} of the context")
+            messages.append(Message("user", message))
+            ids = encode_prompt(self.tokenizer, self.template, messages)
+            if len(ids) <= room:
+                return self.turns[first:], messages, ids
+        raise InputError(f"the message in its template makes {len(ids)} tokens; expected at most {room} of the context")

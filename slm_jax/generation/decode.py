@@ -7,7 +7,8 @@ of tokens slides, every token in it changes its position, so the whole window is
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -39,7 +40,7 @@ def generate(
     top_p: float | None = None,
     min_p: float | None = None,
     repetition_penalty: float | None = None,
-    eos_id: int | None = None,
+    eos_id: int | Sequence[int] | None = None,
     past_context: PastContext = "slide",
     key: jax.Array | None = None,
 ) -> Any:
@@ -53,7 +54,8 @@ def generate(
         max_new_tokens: number of tokens to add.
         temperature, top_k, top_p, min_p, repetition_penalty: see
             :class:`slm_jax.generation.config.Sampling`; temperature 0 is greedy and needs no key.
-        eos_id: after this id a row only repeats it; None: rows never stop.
+        eos_id: after this id a row only repeats it; several: after any of them a row only repeats the first; None: rows
+            never stop.
         past_context: what to do when a text fills the context: ``slide`` continues from its last ``context_length``
             tokens, ``stop`` ends it.
         key: random key, from which row i takes ``fold_in(key, i)``, or an array of one key per row.
@@ -74,8 +76,8 @@ def generate(
         chunk=model.cfg.context_length,
     )  # fmt: skip
     added = np.concatenate(list(portions), axis=1)
-    if eos_id is not None:  # all rows ended early
-        added = np.pad(added, ((0, 0), (0, max_new_tokens - added.shape[1])), constant_values=eos_id)
+    if eos_ids := _as_ids(eos_id):  # all rows ended early
+        added = np.pad(added, ((0, 0), (0, max_new_tokens - added.shape[1])), constant_values=eos_ids[0])
     longest = model.cfg.context_length if past_context == "stop" else None
     outputs = [np.concatenate([row, new])[:longest] for row, new in zip(rows, added, strict=True)]
     return [jnp.asarray(row, jnp.int32) for row in outputs] if ragged else jnp.asarray(np.stack(outputs), jnp.int32)
@@ -88,22 +90,22 @@ def stream(
     sampling: Sampling,
     *,
     max_new_tokens: int,
-    eos_id: int | None = None,
+    eos_id: int | Sequence[int] | None = None,
     past_context: PastContext = "slide",
     key: jax.Array | None = None,
     chunk: int = 1,
 ) -> Iterator[np.ndarray]:
     """Yield the next tokens of every prompt, int32 (batch, n), until all have ended or ``max_new_tokens`` are made.
 
-    n is at most ``chunk``. A row that has ended yields ``eos_id`` (``NO_ID`` without one). Other arguments and errors
-    as for :func:`generate`; errors are raised immediately, not at the first token.
+    n is at most ``chunk``. A row that has ended yields the first ``eos_id``, or ``NO_ID`` without one. Other arguments
+    and errors as for :func:`generate`; errors are raised immediately, not at the first token.
     """
-    rows = [_as_row(row) for row in prompts]
-    _check(model, params, rows, max_new_tokens, eos_id, past_context)
+    rows, eos_ids = [_as_row(row) for row in prompts], _as_ids(eos_id)
+    _check(model, params, rows, max_new_tokens, eos_ids, past_context)
     if not sampling.is_greedy and key is None:
         raise InputError("no key to sample with; expected key=jax.random.key(seed), or temperature=0 (greedy)")
     keys = None if sampling.is_greedy else _row_keys(key, len(rows))
-    rules = _Rules(sampling.numbers(), keys, np.int32(NO_ID if eos_id is None else eos_id))
+    rules = _Rules(sampling.numbers(), keys, np.array(eos_ids or [NO_ID], np.int32))
     decoder = _Decoder(model, None if sampling.is_greedy else sampling.top_k or None, past_context == "stop")
     return decoder.portions(params, rows, rules, int(max_new_tokens), chunk)
 
@@ -112,7 +114,7 @@ def stream_text(
     model: GPTModel,
     params: Params,
     tokenizer: Tokenizer,
-    prompt: str,
+    prompt: str | Sequence[int],
     sampling: Sampling,
     *,
     max_new_tokens: int,
@@ -122,29 +124,35 @@ def stream_text(
 ) -> Iterator[str]:
     """Yield the continuation of a prompt piece by piece, up to the end of the text or the first of ``stop``.
 
-    An empty prompt is the start of a document. Incomplete characters, and text that may become a stop string, are held
-    back until they are complete. Other arguments and errors as for :func:`generate`.
+    A prompt is a text (an empty one is the start of a document), or ids. Incomplete characters, and text that may be
+    the start of a stop string, are held back. Other arguments and errors as for :func:`generate`.
     """
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
-    prompt_ids = tokenizer.encode(prompt)
+    prompt_ids = tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else list(prompt)
+    eos_ids = end_ids(tokenizer, stop)
     n_ids = tokenizer.vocab_size
     if n_ids < (model.cfg.unpadded_vocab_size or model.cfg.vocab_size):  # the other ids have no text
         model = GPTModel(dataclasses.replace(model.cfg, unpadded_vocab_size=n_ids))
     portions = stream(
-        model, params, [prompt_ids or [tokenizer.eot_id]], sampling,
-        max_new_tokens=max_new_tokens, eos_id=tokenizer.eot_id, past_context=past_context, key=key,
+        model, params, [prompt_ids], sampling,
+        max_new_tokens=max_new_tokens, eos_id=eos_ids, past_context=past_context, key=key,
     )  # fmt: skip
-    return _pieces(tokenizer, prompt_ids, (int(portion[0, 0]) for portion in portions), stop)
+    new_ids = itertools.takewhile(lambda id_: id_ not in (*eos_ids, NO_ID), (int(each[0, 0]) for each in portions))
+    return _pieces(tokenizer, prompt_ids, new_ids, stop)
+
+
+def end_ids(tokenizer: Tokenizer, stop: Sequence[str] = ()) -> tuple[int, ...]:
+    """Return the ids that end a text: the tokenizer's, and those of stop texts that are special tokens."""
+    special = tokenizer.special_tokens
+    return tuple(dict.fromkeys([*tokenizer.eos_ids, *(special[text] for text in stop if text in special)]))
 
 
 def _pieces(
-    tokenizer: Tokenizer, prompt_ids: list[int], new_ids: Iterator[int], stop: tuple[str, ...]
+    tokenizer: Tokenizer, prompt_ids: list[int], new_ids: Iterable[int], stop: tuple[str, ...]
 ) -> Iterator[str]:
     ids, shown = list(prompt_ids), len(tokenizer.decode(prompt_ids))
     text = ""  # new and not shown yet
     for token in new_ids:
-        if token in (tokenizer.eot_id, NO_ID):
-            break
         ids.append(token)
         text = tokenizer.decode(ids)[shown:]
         ends = [text.find(end) for end in stop if end in text]
@@ -178,7 +186,7 @@ class _Rules(NamedTuple):
 
     numbers: Numbers
     keys: Any  # (batch,), one per row; None if greedy
-    eos_id: Any  # or NO_ID
+    eos_ids: Any  # (n,), or NO_ID
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,12 +270,12 @@ class _Decoder:
         seen = None if text.seen is None else text.seen[:, :n_ids]
         keys = None if rules.keys is None else jax.vmap(jax.random.fold_in, (0, None))(rules.keys, text.n_new)
         tokens = choose_tokens(logits[:, 0, :n_ids], rules.numbers, self.top_k, keys, seen)
-        tokens = jnp.where(text.ended, rules.eos_id, tokens)
+        tokens = jnp.where(text.ended, rules.eos_ids[0], tokens)
         context = text.window.shape[1]
         full = text.lengths == context
         window = jnp.where(full[:, None], jnp.roll(text.window, -1, axis=1), text.window)
         lengths = jnp.minimum(text.lengths + 1, context)
-        ended = text.ended | (tokens == rules.eos_id)
+        ended = text.ended | jnp.isin(tokens, rules.eos_ids)
         if self.stop_when_full:
             ended = ended | (lengths == context)
         rows = jnp.arange(len(tokens))
@@ -287,7 +295,7 @@ def compile_generation(model: GPTModel, params: Params) -> Any:
     """
     length, context = min(16, model.cfg.context_length), model.cfg.context_length
     text = _start(model.cfg, [np.zeros(length, np.int32)], keeps_seen=False)
-    rules = _Rules(Sampling(temperature=0).numbers(), None, np.int32(NO_ID))
+    rules = _Rules(Sampling(temperature=0).numbers(), None, np.array([NO_ID], np.int32))
     decoder = _Decoder(model, None, stop_when_full=False)
     prefill = _Decoder.prefill.lower(decoder, params, text, rules, length=length, capacity=context).compile()
     text, cache = jax.tree.map(
@@ -346,8 +354,12 @@ def _as_row(prompt: Any) -> np.ndarray:
     return row
 
 
+def _as_ids(eos_id: int | Sequence[int] | None) -> list[int]:
+    return [] if eos_id is None else [*eos_id] if isinstance(eos_id, Sequence) else [eos_id]
+
+
 def _check(
-    model: GPTModel, params: Params, rows: list[np.ndarray], max_new_tokens: int, eos_id: int | None, past_context: str
+    model: GPTModel, params: Params, rows: list[np.ndarray], max_new_tokens: int, eos_ids: list[int], past_context: str
 ) -> None:
     if not segment_lengths(params):
         raise InputError('params has no blocks; expected the params tree, such as model.init(key, tokens)["params"]')
@@ -362,7 +374,7 @@ def _check(
             raise InputError(f"prompt {i} has {row.size} tokens; expected at most {longest}, the model's context")
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
-    if eos_id is not None and not 0 <= eos_id < n_ids:
-        raise InputError(f"eos_id is {eos_id}; expected an id below {n_ids}, or None")
+    if wrong := [id_ for id_ in eos_ids if not 0 <= id_ < n_ids]:
+        raise InputError(f"eos_id is {wrong[0]}; expected an id below {n_ids}, or None")
     if past_context not in get_args(PastContext):
         raise InputError(f"past_context is {past_context!r}; expected slide or stop")

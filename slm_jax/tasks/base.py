@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from slm_jax.data.templates import Template
 from slm_jax.errors import InputError
 from slm_jax.model import PRESETS, GPTConfig, Params
 from slm_jax.runs import find_checkpoint, load_model, read_frozen
@@ -28,6 +29,7 @@ class Base(NamedTuple):
     model_config: GPTConfig
     tokenizer: Tokenizer
     params: Params | None = None  # None: of a new model, or of a run that resumes from its checkpoint
+    template: Template | None = None  # of the conversations that it was trained on
 
 
 def find_base(config: BaseRunConfig, start: Start) -> Base | None:
@@ -54,7 +56,7 @@ def find_base(config: BaseRunConfig, start: Start) -> Base | None:
     # The default kind, bpe, requests nothing.
     if kind not in ("bpe", own.to_dict()["kind"]) if wanted is None else fingerprint(own) != fingerprint(wanted):
         raise InputError(f"base {config.base} has another tokenizer; leave tokenizer.kind and tokenizer.path out")
-    return Base(as_configured(loaded.model_config, config), own, loaded.params)
+    return Base(as_configured(loaded.model_config, config), own, loaded.params, loaded.template)
 
 
 def new_base(config: BaseRunConfig, tokenizer: Tokenizer) -> Base:

@@ -12,9 +12,10 @@ from typing import Any, ClassVar
 import jax
 
 from slm_jax.data import instructions
+from slm_jax.data.chat_template import ChatTemplate, template_from_dict
 from slm_jax.data.corpus import make_tokenizer
 from slm_jax.data.instructions import Example, Tokens
-from slm_jax.data.templates import Message, Template, format_prompt, load_template
+from slm_jax.data.templates import TEMPLATES, Message, Template, encode_prompt, format_prompt, load_template
 from slm_jax.data.windows import bucket_width
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.evaluation.logprobs import perplexity
@@ -22,7 +23,7 @@ from slm_jax.evaluation.responses import Response, score_responses
 from slm_jax.files import replace_text
 from slm_jax.generation.conversation import answer, prompt_room
 from slm_jax.model import GPTConfig, GPTModel, Params, init_params
-from slm_jax.tasks.base import count_steps, find_base, new_base, prepare_params, row_length
+from slm_jax.tasks.base import Base, count_steps, find_base, new_base, prepare_params, row_length
 from slm_jax.tasks.config import RunConfig
 from slm_jax.tasks.pretraining import language_model_shapes, make_loss_fn
 from slm_jax.tokenizer import Tokenizer
@@ -55,14 +56,17 @@ class Instruction(Task):
     @classmethod
     def build(cls, config: RunConfig, start: Start, stop: Callable[[], None] = lambda: None) -> "Instruction":
         section, train = config.instruction, config.train
-        template = _template(section.template, start)
+        configured = _template(section.template, start)
         splits = instructions.load_instructions(config.data, section, config.seed)
         stop()
-        texts = [
-            ["".join(text for text, _ in template.pieces(example.messages)) for example in examples]
-            for examples in (splits.train, splits.validation)
-        ]
-        base = find_base(config, start) or new_base(config, make_tokenizer(config.tokenizer, *texts))
+        base = find_base(config, start)
+        template = configured or _own_template(base)
+        if base is None:
+            texts = [
+                ["".join(text for text, _ in template.pieces(example.messages)) for example in examples]
+                for examples in (splits.train, splits.validation)
+            ]
+            base = new_base(config, make_tokenizer(config.tokenizer, *texts))
         stop()
         cfg, tokenizer = base.model_config, base.tokenizer
         longest, notes = row_length(section.max_length, "instruction.max_length", cfg), list(splits.notes)
@@ -87,7 +91,7 @@ class Instruction(Task):
         shape: dict[str, Any] = {"limit": longest, "bucketed": not section.packing, "packed": section.packing}
         eval_rows = train.eval_batch_size or train.batch_size
         room, test = prompt_room(cfg, config.sample.max_new_tokens), splits.test[: section.responses]
-        fits = [len(tokenizer.encode(template.prompt(example.prompt))) <= room for example in test]
+        fits = [len(encode_prompt(tokenizer, template, example.prompt)) <= room for example in test]
         if n_cut := fits.count(False):
             notes.append(
                 f"warning: {n_cut:,} of {len(test):,} test prompts are longer than {room} tokens and are truncated on "
@@ -127,7 +131,8 @@ class Instruction(Task):
 
     @classmethod
     def check_data(cls, config: RunConfig) -> None:
-        load_template(config.instruction.template)
+        if config.instruction.template is not None:
+            load_template(config.instruction.template)
         instructions.load_instructions(config.data, config.instruction, config.seed)
 
     @property
@@ -176,13 +181,13 @@ class Instruction(Task):
         )
 
 
-def _template(name: str, start: Start) -> Template:
+def _template(name: str | None, start: Start) -> Template | None:
     """Return the template; a run that resumes has its own, even if the file that it came from is gone."""
     if "template" not in start.metadata:
-        return load_template(name)
-    saved = Template.from_dict(start.metadata["template"], "the run's template")
+        return None if name is None else load_template(name)
+    saved = template_from_dict(start.metadata["template"], "the run's template")
     try:
-        wanted = load_template(name)
+        wanted = saved if name is None else load_template(name)
     except MissingInputError:
         return saved
     if wanted != saved:
@@ -191,19 +196,25 @@ def _template(name: str, start: Start) -> Template:
     return saved
 
 
+def _own_template(base: Base | None) -> Template:
+    """Return the template that a base was trained with, or Alpaca's; one that asks for the date gets today's."""
+    template = None if base is None else base.template
+    return template.dated() if isinstance(template, ChatTemplate) else template or TEMPLATES["alpaca"]
+
+
 def _asked(
     config: RunConfig, tokenizer: Tokenizer, template: Template, validation: Sequence[Example], room: int
 ) -> Sequence[Message]:
     """Return the messages that samples respond to: ``sample.prompt``, or the first validation prompt that fits."""
     section = config.sample
     if section.prompt is None or not section.every:
-        fits = (e for e in validation if len(tokenizer.encode(template.prompt(e.prompt))) <= room)
+        fits = (e for e in validation if len(encode_prompt(tokenizer, template, e.prompt)) <= room)
         return next(fits, validation[0]).prompt
     if not section.prompt.strip():
         raise InputError("sample.prompt is empty; expected an instruction, or null for one of the validation split")
     asked = (Message("user", section.prompt),)
     try:
-        tokenizer.encode(template.prompt(asked))  # reported now, not after an hour
+        encode_prompt(tokenizer, template, asked)  # reported now, not after an hour
     except InputError as error:
         raise InputError(f"sample.prompt: {error}") from None
     return asked

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import shlex
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -70,13 +71,12 @@ class Pretraining(Task):
         return make_loss_fn(self.model)
 
     def sample(self, params: Params, key: jax.Array) -> str:
-        section, eot_id, prompt = self.config.sample, self.tokenizer.eot_id, self._prompt_ids()
+        section, eos_ids, prompt = self.config.sample, self.tokenizer.eos_ids, self._prompt_ids()
         sampling: dict[str, Any] = {"temperature": section.temperature, "top_k": section.top_k, "key": key}
-        sampling |= {"max_new_tokens": section.max_new_tokens, "eos_id": eot_id}
+        sampling |= {"max_new_tokens": section.max_new_tokens, "eos_id": eos_ids}
         ids = generate(self.model, params, jnp.array([prompt]), **sampling)[0].tolist()
-        if eot_id in ids[len(prompt) :]:
-            ids = ids[: ids.index(eot_id, len(prompt))]
-        return self.tokenizer.decode(ids)
+        new = itertools.takewhile(lambda id_: id_ not in eos_ids, ids[len(prompt) :])
+        return self.tokenizer.decode([*prompt, *new])
 
     def next_commands(self) -> tuple[str, ...]:
         folder, train = self.config.folder, self.config.train
@@ -91,7 +91,7 @@ class Pretraining(Task):
 
     def _prompt_ids(self) -> list[int]:
         try:
-            ids = self.tokenizer.encode(self.prompt) or [self.tokenizer.eot_id]
+            ids = self.tokenizer.encode_prompt(self.prompt)
         except InputError as error:
             raise InputError(f"sample.prompt: {error}") from None
         if len(ids) > (context := self.model_config.context_length):

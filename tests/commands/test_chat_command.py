@@ -7,9 +7,9 @@ import pytest
 
 from slm_jax import cli
 from slm_jax.commands.chat import Options
-from slm_jax.data.templates import TEMPLATES, Template
+from slm_jax.data.templates import TEMPLATES, TextTemplate
 
-TAUGHT = Template(user_start="<", assistant_start=">")
+TAUGHT = TextTemplate(user_start="<", assistant_start=">")
 
 
 def chat(weights: Path, lines: str, monkeypatch: pytest.MonkeyPatch, *more: str) -> int:

@@ -18,7 +18,7 @@ from slm_jax.data.instructions import (
     pack,
     read_examples,
 )
-from slm_jax.data.templates import TEMPLATES, Message, Template
+from slm_jax.data.templates import TEMPLATES, Message, TextTemplate
 from slm_jax.tokenizer import BPETokenizer, CharTokenizer
 
 
@@ -154,7 +154,7 @@ def test_a_prompt_in_two_given_splits_is_refused(write, order):
 
 # Tokens
 
-PLAIN = Template(user_start="Q:", user_end="\n", assistant_start="A:", assistant_end=".")  # a token a character
+PLAIN = TextTemplate(user_start="Q:", user_end="\n", assistant_start="A:", assistant_end=".")  # a token a character
 CHARS = CharTokenizer().build_vocab("QA:.\nabcdefghijklmnopqrstuvwxyz")
 TRAINED_ON = "Below is an instruction that describes a task. ### Instruction: ### Response: <|im_end|> <|end|> " * 20
 

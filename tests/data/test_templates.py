@@ -5,7 +5,7 @@ import json
 import pytest
 from refusals import refused
 
-from slm_jax.data.templates import TEMPLATES, Message, Template, entry_messages, format_prompt, load_template
+from slm_jax.data.templates import TEMPLATES, Message, TextTemplate, entry_messages, format_prompt, load_template
 from slm_jax.errors import MissingInputError
 
 ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
@@ -94,7 +94,7 @@ def test_stop_is_what_comes_after_an_answer():
 
 
 def test_a_template_of_ones_own():
-    template = Template.from_dict({**GOOD, "user_end": "\n", "assistant_end": "\n"})
+    template = TextTemplate.from_dict({**GOOD, "user_end": "\n", "assistant_end": "\n"})
     question, answer = Message("user", "Why?"), Message("assistant", "So.")
     assert template.pieces([question, answer, question, answer]) == [("Q: Why?\nA: ", False), ("So.\n", True)] * 2
     assert template.stop == ("Q:",)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from refusals import refused
 
-from slm_jax.data.templates import TEMPLATES, Message, Template
+from slm_jax.data.templates import TEMPLATES, Message, TextTemplate
 from slm_jax.errors import InputError
 from slm_jax.evaluation.responses import Response, exact_match, read_responses, reference_loss, rouge_l, score_responses
 from slm_jax.tokenizer import BPETokenizer, CharTokenizer
@@ -85,7 +85,7 @@ def test_a_bad_file_is_one_line(tmp_path, content, expected):
 
 # The references' probability
 
-TEMPLATE = Template(user_start="<", assistant_start=">", assistant_end="!")
+TEMPLATE = TextTemplate(user_start="<", assistant_start=">", assistant_end="!")
 LONG = "abab" * 10  # beyond the context of 20
 
 
@@ -117,7 +117,7 @@ def test_the_prompt_is_the_templates(transformer):
     tokenizer = CharTokenizer().build_vocab("<>!ab?")
     assert tokenizer.vocab_size <= transformer.model.cfg.vocab_size
     entry = response("ab", "", Message("user", "ab", "b"))
-    template = Template(user_start="<", assistant_start=">", assistant_end="!", input_start="?")
+    template = TextTemplate(user_start="<", assistant_start=">", assistant_end="!", input_start="?")
     ids = [*tokenizer.encode("<ab?b>ab!"), tokenizer.eot_id]
     expected = sum(transformer.next_logprobs(ids[:i])[ids[i]] for i in range(len(ids) - 4, len(ids)))
     loss = reference_loss(transformer.scorer(tokenizer), template, [entry])

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from slm_jax.data.templates import Message, Template
+from slm_jax.data.templates import Message, TextTemplate
 from slm_jax.errors import InputError
 from slm_jax.generation.config import Sampling
 from slm_jax.generation.conversation import Conversation
@@ -13,8 +13,8 @@ from slm_jax.model import GPTConfig, GPTModel, param_shapes
 from slm_jax.tokenizer import CharTokenizer
 
 TOKENIZER = CharTokenizer().build_vocab("the cat sat on the mat, and the dog sat on the log. User: Assistant:\n")
-PLAIN = Template(user_start="\nUser: ", assistant_start="\nAssistant:")
-TAUGHT = Template("\nUser:", " the", assistant_end=" and.", system_start="sat", system_end=",", input_start="")
+PLAIN = TextTemplate(user_start="\nUser: ", assistant_start="\nAssistant:")
+TAUGHT = TextTemplate("\nUser:", " the", assistant_end=" and.", system_start="sat", system_end=",", input_start="")
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_an_answer_ends_where_the_template_ends_it(model):
     assert not any("\nUser:" in say(conversation, "sat") for _ in range(4))
     plain = say(talk(model, TAUGHT, max_new_tokens=60), " cat")
     end = plain[3]  # a likely character of this model
-    soon = Template(**{**TAUGHT.to_dict(), "assistant_end": end})
+    soon = TextTemplate(**{**TAUGHT.to_dict(), "assistant_end": end})
     assert say(talk(model, soon, max_new_tokens=60), " cat").rstrip() == plain.partition(end)[0].rstrip()
 
 

@@ -14,7 +14,7 @@ from pretraining import metrics, options
 from slm_jax import cli
 from slm_jax.data.config import ClassificationConfig, DataConfig, InstructionConfig, TokenizerConfig
 from slm_jax.data.instructions import Tokens, instruction_eval_batches
-from slm_jax.data.templates import Message, Template
+from slm_jax.data.templates import Message, TextTemplate
 from slm_jax.data.token_file import write_token_file
 from slm_jax.errors import InputError
 from slm_jax.generation.conversation import answer
@@ -27,7 +27,7 @@ from slm_jax.training.resume import find_start
 from slm_jax.training.step import TrainState, make_train_step
 from slm_jax.training.task import EvaluationSums
 
-TEMPLATE = Template(user_start="Q:", assistant_start="\nA:", assistant_end="\n")
+TEMPLATE = TextTemplate(user_start="Q:", assistant_start="\nA:", assistant_end="\n")
 CONTEXT = 32
 CHARS = CharTokenizer().build_vocab("abcdefghijklmnopqrstuvwxyz")
 
