@@ -54,7 +54,7 @@ assert words_of(decoded) == words_of(text)
 # A word that was not in the text has no id. The usual solution is one more token, `<|unk|>`, that stands for every
 # unknown word; the word itself is lost. Another special token, `<|endoftext|>`, marks the end of a document.
 #
-# In the library this is `SimpleTokenizer` in [`slm_jax/tokenizer.py`](../slm_jax/tokenizer.py).
+# In the library this is `SimpleTokenizer` in [`slm_jax/tokenizer/words.py`](../slm_jax/tokenizer/words.py).
 
 # %%
 simple = SimpleTokenizer().build_vocab(text)
@@ -222,8 +222,8 @@ assert [encode_word(piece, rank) for piece in pieces] == history[-1]
 # `baking` never occurred in the training text, which is no problem: a word without its own token is spelled with
 # smaller tokens, down to single bytes.
 #
-# In the library this is `BPETokenizer` in [`slm_jax/tokenizer.py`](../slm_jax/tokenizer.py). Its ids are 0 to 255 for
-# the bytes, then one per merge, then `<|endoftext|>`. Trained on our text, it learns the same sixteen merges:
+# In the library this is `BPETokenizer` in [`slm_jax/tokenizer/bpe.py`](../slm_jax/tokenizer/bpe.py). Its ids are 0 to
+# 255 for the bytes, then one per merge, then `<|endoftext|>`. Trained on our text, it learns the same sixteen merges:
 
 # %%
 bpe = BPETokenizer.train(text, vocab_size=256 + 16 + 1)

@@ -182,24 +182,32 @@ _GPT2_VOCAB_SHA256 = "e35d8b86ebd35ebd260d040aa455e09759f7e675f4dbb7f3d727516f27
 
 
 def _tokenizer_beside(path: Path, cfg: GPTConfig) -> Tokenizer:
-    folder = path if path.is_dir() else path.parent
-    saved = folder / "tokenizer" / FILE_NAME
+    folder, vocab_size = path if path.is_dir() else path.parent, cfg.unpadded_vocab_size or cfg.vocab_size
+    saved, gpt2 = folder / "tokenizer" / FILE_NAME, GPT2Tokenizer()
     if saved.is_file():
         return load_tokenizer(saved)
-    vocab_size = cfg.unpadded_vocab_size or cfg.vocab_size
-    if vocab_size != GPT2Tokenizer().vocab_size:
-        problem = f"no tokenizer with these weights, and a vocabulary of {vocab_size} is not GPT-2's"
-        raise InputError(f"{path}: {problem}; pass the tokenizer, or save it as {saved}")
-    vocabulary: Any = None  # in the files of Hugging Face's tokenizer
+    if vocab_size == gpt2.vocab_size and _may_be_gpt2s(folder):
+        return gpt2
+    llama2c = (f"tok{vocab_size}.bin", "tokenizer.bin") if path.suffix == ".bin" else ()
+    for name in (FILE_NAME, "tokenizer.model", *llama2c):
+        if (folder / name).is_file():
+            return load_tokenizer(folder / name)
+    if vocab_size == gpt2.vocab_size:
+        raise InputError(f"{folder}: its tokenizer is as large as GPT-2's and not GPT-2's; pass the tokenizer")
+    problem = f"no tokenizer with these weights, and a vocabulary of {vocab_size} is not GPT-2's"
+    raise InputError(f"{path}: {problem}; pass the tokenizer, or save it as {saved}")
+
+
+def _may_be_gpt2s(folder: Path) -> bool:
+    """Return whether the vocabulary in the files of Hugging Face's tokenizer is GPT-2's, or there are none."""
+    vocabulary: Any = None
     if (folder / "vocab.json").is_file():
         vocabulary = read_json(folder / "vocab.json")
-    elif (folder / "tokenizer.json").is_file():
-        vocabulary = read_json(folder / "tokenizer.json").get("model")
+    elif (folder / FILE_NAME).is_file():
+        vocabulary = read_json(folder / FILE_NAME).get("model")
         vocabulary = vocabulary.get("vocab") if isinstance(vocabulary, dict) else vocabulary
     canonical = json.dumps(vocabulary, sort_keys=True, separators=(",", ":"))
-    if vocabulary is not None and hashlib.sha256(canonical.encode()).hexdigest() != _GPT2_VOCAB_SHA256:
-        raise InputError(f"{folder}: its tokenizer is as large as GPT-2's and not GPT-2's; pass the tokenizer")
-    return GPT2Tokenizer()
+    return vocabulary is None or hashlib.sha256(canonical.encode()).hexdigest() == _GPT2_VOCAB_SHA256
 
 
 def find_run(name: str | Path) -> RunFolder:

@@ -72,7 +72,7 @@ def _byte_level(about: Mapping[str, Any], tokens: Sequence[str], kinds: Sequence
         "normalizer": {"type": "NFC"} if pre == "qwen2" else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": _PRE_TOKENIZERS[pre]},
         "post_processor": None,
-        "decoder": {"type": "ByteLevel"},
+        "decoder": _GPT2,
         "model": {
             "type": "BPE",
             "vocab": {token: id_ for id_, token in reversed([*enumerate(tokens)])},  # the first of two equal ones

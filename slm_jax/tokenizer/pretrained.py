@@ -11,7 +11,7 @@ import re
 import reprlib
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -175,11 +175,18 @@ class PretrainedTokenizer(Tokenizer):
         return cls(*(data[name] for name in list(expected)[1:]))
 
 
+@lru_cache(maxsize=1)  # the roles are looked up in it before a `PretrainedTokenizer` is made
+def _read_model(text: str) -> Any:
+    import tokenizers
+
+    return tokenizers.Tokenizer.from_str(text)
+
+
 def _build(content: Mapping[str, Any]) -> Any:
     import tokenizers
 
     try:
-        return tokenizers.Tokenizer.from_str(json.dumps(content))
+        return _read_model(json.dumps(content))
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic of the package is no Exception
@@ -196,7 +203,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _without_space(part: Any) -> Any:
-    """Return a normalizer or pre-tokenizer that puts no space before a text."""
+    """Return a normalizer or pre-tokenizer that neither puts a space before a text nor removes one there."""
     if not isinstance(part, dict):
         return part
     kind = part.get("type")
@@ -210,6 +217,8 @@ def _without_space(part: Any) -> Any:
         }
     if kind == "ByteLevel":
         return {**part, "add_prefix_space": False}
+    if kind == "Strip":
+        return {**part, "strip_left": False}
     return None if kind == "Prepend" else part
 
 
