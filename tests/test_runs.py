@@ -13,6 +13,7 @@ import pytest
 from refusals import refused
 from safetensors.numpy import load_file, save_file
 
+from slm_jax.data.chat_template import ChatTemplate
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.model import GPTConfig, param_shapes
 from slm_jax.runs import find_run, load_gpt2, load_model, load_run, split_step
@@ -140,11 +141,17 @@ def test_a_vocabulary_of_gpt2s_size_is_gpt2s_unless_its_files_say_otherwise(tmp_
         assert isinstance(run.tokenizer, GPT2Tokenizer)
         assert run.model_config.unpadded_vocab_size == unpadded
     spanish = {f"palabra{i}": i for i in range(50_257)}
-    for name, content in (("vocab.json", spanish), ("tokenizer.json", {"model": {"vocab": spanish}})):
-        (folder / name).write_text(json.dumps(content))
-        with pytest.raises(InputError, match="not GPT-2's"):
-            load_model(folder)
-        (folder / name).unlink()
+    (folder / "vocab.json").write_text(json.dumps(spanish))
+    with pytest.raises(InputError, match="not GPT-2's"):
+        load_model(folder)
+    (folder / "vocab.json").unlink()
+    model = {"type": "WordLevel", "vocab": spanish, "unk_token": "palabra0"}
+    (folder / "tokenizer.json").write_text(json.dumps({"added_tokens": [], "model": model}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "palabra1", "chat_template": "own"}))
+    run = load_model(folder)
+    assert (run.tokenizer.kind, run.tokenizer.encode("palabra7")) == ("huggingface", [7])
+    assert isinstance(run.template, ChatTemplate)
+    (folder / "tokenizer.json").unlink()
     if GPT2Tokenizer().lacking():
         pytest.skip("TIKTOKEN_CACHE_DIR has not GPT-2's two files")
     folder = save_gpt2(cfg, make_params(cfg), tmp_path / "out", tokenizer=GPT2Tokenizer())
