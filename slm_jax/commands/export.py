@@ -99,7 +99,8 @@ def _export_adapters(source: str, out: str) -> None:
 
 def _about(options: Options, tokenizer: "Tokenizer | None") -> "About":
     """Return what is known of a run's checkpoint for the files beside its weights; of other weights, only the name."""
-    from slm_jax.data.templates import TEMPLATES, Template
+    from slm_jax.data.chat_template import own_template, template_from_dict
+    from slm_jax.data.templates import TEMPLATES
     from slm_jax.runs import find_checkpoint
     from slm_jax.training.checkpoint import read_metadata
     from slm_jax.training.run_folder import RunFolder
@@ -109,11 +110,11 @@ def _about(options: Options, tokenizer: "Tokenizer | None") -> "About":
     checkpoint = find_checkpoint(options.run)
     name = options.push or options.out
     if checkpoint is None:
-        return About(name=name, tokenizer=tokenizer)
+        return About(name=name, tokenizer=tokenizer, template=own_template(tokenizer))
     folder, step = checkpoint
     metadata = read_metadata(folder / "checkpoints", step)
     config, summary = flatten(metadata.get("config", {})), RunFolder(folder).read_json("summary.json") or {}
-    template = Template.from_dict(metadata["template"]) if "template" in metadata else None
+    template = template_from_dict(metadata["template"]) if "template" in metadata else own_template(tokenizer)
     base = config.get("base")
     figures: dict[str, Any] = {
         "task": config.get("task"),

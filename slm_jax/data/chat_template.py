@@ -90,9 +90,11 @@ class ChatTemplate(Template):
         return _renderer.render({"source": self.source, "values": values, "date": self.date})
 
 
-def own_template(tokenizer: Tokenizer) -> ChatTemplate | None:
+def own_template(tokenizer: Tokenizer | None) -> ChatTemplate | None:
     """Return the template that came with a pretrained model's tokenizer; None: there was none."""
-    return None if tokenizer.chat_template is None else ChatTemplate(tokenizer.chat_template, tokenizer.roles)
+    if tokenizer is None or tokenizer.chat_template is None:
+        return None
+    return ChatTemplate(tokenizer.chat_template, tokenizer.roles)
 
 
 def template_from_dict(data: Mapping[str, Any], where: str = "template") -> Template:

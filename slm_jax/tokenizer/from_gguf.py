@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from slm_jax.errors import InputError
-from slm_jax.tokenizer.from_scores import NORMAL, added_tokens, bpe_model
+from slm_jax.tokenizer.from_scores import NORMAL, added_tokens, bpe_model, with_bos
 from slm_jax.tokenizer.pretrained import PretrainedTokenizer
 
 _PREFIX = "tokenizer.ggml."
@@ -58,6 +58,8 @@ def from_gguf(metadata: Mapping[str, Any]) -> PretrainedTokenizer:
         raise InputError(f"{_PREFIX}eos_token_id is missing; expected the id that ends a text")
     roles = {role: tokens[id_] for role, name in _ROLES.items() if (id_ := ids[name]) is not None}
     add_bos = bool(about.get("add_bos_token", add_bos)) and "bos_token" in roles
+    if add_bos:
+        content = with_bos(content, roles["bos_token"], about["bos_token_id"])
     template = metadata.get("tokenizer.chat_template")
     return PretrainedTokenizer(content, roles, eos_ids, add_bos, template if isinstance(template, str) else None)
 

@@ -70,6 +70,15 @@ def added_tokens(pieces: Sequence[str], kinds: Sequence[int]) -> list[dict[str, 
     ]
 
 
+def with_bos(content: dict[str, Any], token: str, id_: int) -> dict[str, Any]:
+    """Return a `tokenizer.json` by which other programs let a text begin with a token; ours take it from its role."""
+    special = {token: {"id": token, "ids": [id_], "tokens": [token]}}
+    text = [{"SpecialToken": {"id": token, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    pair = [*text, {"Sequence": {"id": "B", "type_id": 0}}]
+    processor = {"type": "TemplateProcessing", "single": text, "pair": pair, "special_tokens": special}
+    return {**content, "post_processor": processor}
+
+
 def _vocabulary(pieces: Sequence[str]) -> dict[str, int]:
     ids: dict[str, int] = {}
     for id_, piece in enumerate(pieces):
@@ -106,7 +115,7 @@ def read_llama2c(file: Path) -> PretrainedTokenizer:
         pieces = [*special, *(piece.replace(" ", SPACE) for piece in pieces[3:])]
         roles = dict(zip(("unk_token", "bos_token", "eos_token"), special, strict=True))
         # Its models were trained without </s>: the <s> of the next text ends a text, too.
-        return PretrainedTokenizer(bpe_model(pieces, scores, kinds), roles, (2, 1), add_bos=True)
+        return PretrainedTokenizer(with_bos(bpe_model(pieces, scores, kinds), "<s>", 1), roles, (2, 1), add_bos=True)
 
 
 def _llama2c_pieces(data: bytes) -> tuple[list[str], list[float]]:
@@ -175,7 +184,9 @@ def _from_protocol(proto: Any) -> PretrainedTokenizer:
     if "eos_token" not in roles:
         raise InputError("no piece ends a text (eos_id); expected one")
     # Llama's and Mistral's models expect it; the file does not say so.
-    return PretrainedTokenizer(content, roles, (trainer.eos_id,), add_bos="bos_token" in roles)
+    add_bos = "bos_token" in roles
+    content = with_bos(content, roles["bos_token"], trainer.bos_id) if add_bos else content
+    return PretrainedTokenizer(content, roles, (trainer.eos_id,), add_bos)
 
 
 def _unigram_model(

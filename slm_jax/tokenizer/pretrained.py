@@ -231,6 +231,7 @@ def from_tokenizer_json(content: dict[str, Any], folder: Path) -> PretrainedToke
     config = _read(folder / "tokenizer_config.json")
     roles = {**_roles(_read(folder / "special_tokens_map.json")), **_roles(config)}
     eos_ids = _end_ids(model, roles, _read(folder / "generation_config.json"), _read(folder / "config.json"))
+    roles.setdefault("eos_token", model.id_to_token(eos_ids[0]) or "")
     template = _chat_template(folder, config)
     return PretrainedTokenizer(content, roles, eos_ids, _adds_bos(model, roles, config), template)
 

@@ -9,10 +9,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from slm_jax.data.chat_template import ChatTemplate
 from slm_jax.data.templates import Message, Template
 from slm_jax.errors import InputError
 from slm_jax.model import GPTConfig, count_params
-from slm_jax.tokenizer import END_OF_TEXT, UNKNOWN, SimpleTokenizer, Tokenizer
+from slm_jax.tokenizer import END_OF_TEXT, UNKNOWN, PretrainedTokenizer, SimpleTokenizer, Tokenizer
 from slm_jax.weights.tokenizer_json import tokenizer_json
 
 
@@ -58,9 +59,15 @@ def side_files(cfg: GPTConfig, model_type: str, about: About) -> dict[str, bytes
 def end_ids(cfg: GPTConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """Return the ids that begin and end a text, as ``config.json`` and ``generation_config.json`` state them."""
     if tokenizer is not None:
-        return {"bos_token_id": tokenizer.eot_id, "eos_token_id": tokenizer.eot_id}
+        ends = [*tokenizer.eos_ids]
+        return {"bos_token_id": _role_id(tokenizer, "bos_token"), "eos_token_id": ends if len(ends) > 1 else ends[0]}
     end = 50_256 if _n_ids(cfg, None) == 50_257 else None  # GPT-2's
     return {"bos_token_id": end, "eos_token_id": end}
+
+
+def _role_id(tokenizer: Tokenizer, role: str) -> int:
+    """Return the id of the special token with a role; of the end-of-text token if there is none."""
+    return tokenizer.special_tokens.get(tokenizer.roles.get(role, ""), tokenizer.eot_id)
 
 
 def _n_ids(cfg: GPTConfig, tokenizer: Tokenizer | None) -> int:
@@ -70,7 +77,8 @@ def _n_ids(cfg: GPTConfig, tokenizer: Tokenizer | None) -> int:
 def _generation(cfg: GPTConfig, about: About) -> dict[str, Any]:
     n_ids, ends = _n_ids(cfg, about.tokenizer), end_ids(cfg, about.tokenizer)
     padding = {"suppress_tokens": list(range(n_ids, cfg.vocab_size))} if n_ids < cfg.vocab_size else {}
-    return {**ends, "pad_token_id": ends["bos_token_id"], **padding, **about.generation}
+    pad = ends["bos_token_id"] if about.tokenizer is None else _role_id(about.tokenizer, "pad_token")
+    return {**ends, "pad_token_id": pad, **padding, **about.generation}
 
 
 def _tokenizer_files(cfg: GPTConfig, about: About) -> dict[str, bytes]:
@@ -87,10 +95,12 @@ def _tokenizer_files(cfg: GPTConfig, about: About) -> dict[str, bytes]:
         "eos_token": END_OF_TEXT,
         "clean_up_tokenization_spaces": False,
     }
+    if isinstance(about.tokenizer, PretrainedTokenizer):
+        settings |= {"bos_token": None, **about.tokenizer.roles, "add_bos_token": bool(about.tokenizer.start_ids)}
     if isinstance(about.tokenizer, SimpleTokenizer):
         settings["unk_token"] = UNKNOWN
     if about.classes:  # texts of a batch are padded with it
-        settings["pad_token"] = END_OF_TEXT
+        settings.setdefault("pad_token", settings["eos_token"])
     if about.template is not None:
         settings["chat_template"] = chat_template(about.template)
     return {"tokenizer.json": content.encode(), "tokenizer_config.json": json_file(settings)}
@@ -113,8 +123,11 @@ _CHAT_TEMPLATE = (
 def chat_template(template: Template) -> str:
     """Return a template in Jinja, which ``transformers`` and others render to the same text.
 
-    A message of the user may have an ``input`` beside its ``content``, as an entry of Alpaca has.
+    A model's own is in Jinja already. In others, a message of the user may have an ``input`` beside its ``content``, as
+    an entry of Alpaca has.
     """
+    if isinstance(template, ChatTemplate):
+        return template.source
     fields = {name.upper(): json.dumps(text, ensure_ascii=False) for name, text in template.to_dict().items()}
     return re.sub("|".join(fields), lambda found: fields[found[0]], _CHAT_TEMPLATE)
 

@@ -1,5 +1,6 @@
 """Our tokenizers as a ``tokenizer.json`` of Hugging Face's library ``tokenizers``, with the same ids for any text."""
 
+import json
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from slm_jax.tokenizer import (
     BPETokenizer,
     CharTokenizer,
     GPT2Tokenizer,
+    PretrainedTokenizer,
     SimpleTokenizer,
     Tokenizer,
 )
@@ -32,6 +34,8 @@ def tokenizer_json(tokenizer: Tokenizer) -> str:
     Raises:
         InputError: a tokenizer that only slm_jax has; GPT-2's, if its files are not on this machine.
     """
+    if isinstance(tokenizer, PretrainedTokenizer):
+        return json.dumps(tokenizer.to_dict()["model"], ensure_ascii=False)
     if isinstance(tokenizer, GPT2Tokenizer):
         return _gpt2(tokenizer).to_str()
     if isinstance(tokenizer, BPETokenizer):
@@ -44,8 +48,6 @@ def tokenizer_json(tokenizer: Tokenizer) -> str:
 
 
 def _gpt2(tokenizer: GPT2Tokenizer) -> "Model":
-    import json
-
     files = tokenizer.files()
     lines = files["vocab.bpe"].decode().splitlines()[1:]  # below the version
     merges = [(left, right) for left, right in map(str.split, takewhile(bool, lines))]

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from jinja2.exceptions import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from slm_jax.data.templates import TEMPLATES, Message, Template
+from slm_jax.data.templates import TEMPLATES, Message, TextTemplate
 from slm_jax.model import GPTConfig, param_shapes
 from slm_jax.tokenizer import BPETokenizer, CharTokenizer
 from slm_jax.weights.side_files import About, chat_template
 from slm_jax.weights.writer import write_model
 
-ODD = Template(
+ODD = TextTemplate(
     user_start="'\"\\ {{ user }} {% raw %} {# é 😀\n",
     user_end="\t\\n",
     input_start=" USER_START ",
