@@ -6,6 +6,7 @@ The shapes of a run are found without its weights and without its text.
 import bisect
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, get_args
 
@@ -143,12 +144,12 @@ def _vocab_size(config: RunConfig) -> tuple[int | None, tuple[str, ...]]:
 
 
 def _base_config(config: RunConfig, base: str) -> tuple[GPTConfig, tuple[str, ...]]:
-    """Return the model of the base: a run's, one of GPT-2's, or that of the tiny recipe before it is trained."""
+    """Return the model of the base: a run's, one with a name, or that of the tiny recipe before it is trained."""
     checkpoint = find_checkpoint(base)
     if checkpoint is not None:
         return GPTConfig(**read_metadata(checkpoint[0] / "checkpoints", checkpoint[1])["model"]), ()
     if base in PINS:
-        return get_gpt_config(base), ()
+        return get_gpt_config(re.sub("-(instruct|chat)$", "", base)), ()
     tiny = RunConfig(run="tiny", runs_dir=config.runs_dir)
     if user_path(base) == tiny.folder:
         return tiny.gpt_config(tiny.tokenizer.vocab_size), (f"assumed: {base}, which does not exist yet, is tiny",)

@@ -141,6 +141,12 @@ def test_what_xla_says_of_compiled_programs_decides_and_not_the_formulas(monkeyp
         assert "" not in plan.changes
 
 
+def test_the_model_of_a_base_follows_from_its_name():
+    plan = make_plan(FinetuneConfig(base="smollm2-135m-instruct", trainable="lora"), "h100")
+    assert plan.n_params - plan.n_trained > 134_515_008 - 576 * 2
+    assert plan.n_trained < 3_000_000
+
+
 def test_fine_tuning_a_part_needs_less_than_all():
     """Named weights need not be there: their shape is known."""
     parts = {
