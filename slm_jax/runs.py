@@ -33,6 +33,8 @@ from slm_jax.training.hardware import best_dtype
 from slm_jax.training.run_folder import FROZEN, RunFolder
 from slm_jax.training.step import TrainState
 from slm_jax.training.trainable import from_leaf_table, whole_params
+from slm_jax.weights.gguf import read_tokenizer
+from slm_jax.weights.gguf_file import is_gguf
 from slm_jax.weights.hub import find_weights
 from slm_jax.weights.reader import read_weights
 from slm_jax.weights.trees import read_tree, tree_fingerprint
@@ -186,6 +188,9 @@ def _tokenizer_beside(path: Path, cfg: GPTConfig) -> Tokenizer:
     saved, gpt2 = folder / "tokenizer" / FILE_NAME, GPT2Tokenizer()
     if saved.is_file():
         return load_tokenizer(saved)
+    gguf = path if path.is_file() else path / "model.gguf"
+    if is_gguf(gguf):
+        return read_tokenizer(gguf)
     if vocab_size == gpt2.vocab_size and _may_be_gpt2s(folder):
         return gpt2
     llama2c = (f"tok{vocab_size}.bin", "tokenizer.bin") if path.suffix == ".bin" else ()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from slm_jax.commands import ModelOptions
 from slm_jax.config import flatten
 from slm_jax.errors import InputError
-from slm_jax.weights.registry import FormatName
+from slm_jax.weights.registry import FormatName, GGUFDtype
 
 if TYPE_CHECKING:
     from slm_jax.tokenizer import Tokenizer
@@ -16,19 +16,21 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options(ModelOptions):
-    """Write a model for Hugging Face's transformers, for nanoGPT or for the book's code, or only its LoRA adapters.
+    """Write a model for Hugging Face's transformers, llama.cpp and Ollama, nanoGPT or the book's code, or its adapters.
 
     Attributes:
         out: folder to write; it must be new or empty.
-        format: format of another program (huggingface: a folder that transformers opens; else model.safetensors with
-            the program's names), or adapter (only the LoRA adapters: adapter.safetensors for
-            slm_jax.lora.load_adapters).
+        format: format of another program (huggingface: a folder that transformers opens; gguf: model.gguf for llama.cpp
+            and a Modelfile for Ollama; else model.safetensors with the program's names), or adapter (only the LoRA
+            adapters: adapter.safetensors for slm_jax.lora.load_adapters).
+        dtype: dtype of the matrices in GGUF (q8_0: 8 bits, with a scale for every 32 values); null: float32.
         push: upload the folder to this repository of Hugging Face's hub, OWNER/NAME; null: write it only.
         private: whether only you can see a repository that push makes.
     """
 
     out: str
     format: Literal[FormatName, "adapter"] = "huggingface"
+    dtype: GGUFDtype | None = None
     push: str | None = None
     private: bool = True
 
@@ -38,6 +40,8 @@ def run(options: Options) -> int:
     from slm_jax.weights.upload import check_hub_name, upload
 
     check_new_folder(options.out)
+    if options.dtype is not None and options.format != "gguf":
+        raise InputError(f"dtype is {options.dtype}; expected it only with --format gguf")
     if options.push is not None:
         check_hub_name(options.push)
     if options.format == "adapter":
@@ -61,12 +65,14 @@ def _export_model(options: Options) -> None:
             tokenizer = find_tokenizer(options.run, cfg)
         except InputError as error:  # the weights are useful without one
             print(f"slm-jax export: the weights only: {error}", file=sys.stderr)
-    about = _about(options, tokenizer)
+    about = dataclasses.replace(_about(options, tokenizer), dtype=options.dtype or "float32")
     assert options.format != "adapter"
     folder = write_model(cfg, params, options.out, options.format, about)
     print(f"{options.out} written: {', '.join(sorted(path.name for path in folder.iterdir()))}")
     if options.format == "huggingface":
         _say_how_to_open(options.out, tokenizer)
+    elif options.format == "gguf":
+        _say_how_to_run(options.out, tokenizer)
 
 
 def _say_how_to_open(out: str, tokenizer: "Tokenizer | None") -> None:
@@ -80,6 +86,17 @@ def _say_how_to_open(out: str, tokenizer: "Tokenizer | None") -> None:
         except InputError as error:
             print(f"slm-jax export: no tokenizer for other programs: {error}", file=sys.stderr)
     print(f"open it with: transformers.AutoModelForCausalLM.from_pretrained({out!r})")
+
+
+def _say_how_to_run(out: str, tokenizer: "Tokenizer | None") -> None:
+    from slm_jax.weights.gguf_tokenizer import tokenizer_metadata
+
+    if tokenizer is not None:
+        try:
+            tokenizer_metadata(tokenizer)
+        except InputError as error:
+            print(f"slm-jax export: no tokenizer in model.gguf: {error}", file=sys.stderr)
+    print(f"use it with: llama-cli -m {out}/model.gguf, or: ollama create NAME -f {out}/Modelfile")
 
 
 def _export_adapters(source: str, out: str) -> None:

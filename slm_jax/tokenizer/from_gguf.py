@@ -24,7 +24,7 @@ def _split(digits: str) -> list[dict[str, Any]]:
 
 
 # The pre-tokenizers of byte-level BPEs by the names that llama.cpp has for them.
-_PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
+PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
     "gpt-2": [_GPT2],
     "smollm": [{"type": "Digits", "individual_digits": True}, _GPT2],
     "llama-bpe": _split(r"\p{N}{1,3}"),
@@ -66,13 +66,13 @@ def from_gguf(metadata: Mapping[str, Any]) -> PretrainedTokenizer:
 
 def _byte_level(about: Mapping[str, Any], tokens: Sequence[str], kinds: Sequence[int]) -> dict[str, Any]:
     pre = about.get("pre", "gpt-2")
-    if pre not in _PRE_TOKENIZERS:
-        raise InputError(f"{_PREFIX}pre is {pre!r:.60}; expected one of {', '.join(_PRE_TOKENIZERS)}")
+    if pre not in PRE_TOKENIZERS:
+        raise InputError(f"{_PREFIX}pre is {pre!r:.60}; expected one of {', '.join(PRE_TOKENIZERS)}")
     return {
         "version": "1.0",
         "added_tokens": added_tokens(tokens, kinds),
         "normalizer": {"type": "NFC"} if pre == "qwen2" else None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": _PRE_TOKENIZERS[pre]},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS[pre]},
         "post_processor": None,
         "decoder": _GPT2,
         "model": {

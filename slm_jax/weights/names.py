@@ -1,9 +1,11 @@
 """Name maps: where each tensor of a format belongs in the params tree, and what every format has around its map."""
 
 import dataclasses
+import json
 import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +15,8 @@ from slm_jax.errors import InputError
 from slm_jax.model import GPTConfig, axis_sizes, param_shapes
 from slm_jax.nn.axes import HEAD, STACK, find_axes
 from slm_jax.weights.side_files import About
-from slm_jax.weights.tensor_files import TensorFiles
+from slm_jax.weights.tensor_files import OURS, OURS_FIELDS, TensorFiles
+from slm_jax.weights.trees import write_tensors
 
 TOKENS, POSITIONS = "tok_emb/embedding", "pos_emb/embedding"
 NORM_BIAS = "final_norm/bias"
@@ -26,6 +29,7 @@ class Slot(NamedTuple):
     paths: tuple[str, ...]  # such as blocks/ff/fc/kernel
     layer: int | None = None  # index into the leaves' first axis; None: they are not stacked
     out_in: bool = False  # whether the foreign matrix is (out, in), as in PyTorch's Linear; ours is (in, out)
+    interleaved: bool = False  # whether the pairs that RoPE rotates are neighbours, (2i, 2i + 1), in each head
 
     def shape(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
         """Return the foreign tensor's shape, given those of all leaves."""
@@ -37,11 +41,16 @@ class Slot(NamedTuple):
     def read(self, leaves: Mapping[str, np.ndarray]) -> np.ndarray:
         """Return the foreign tensor made of the leaves; a copy only if it is transposed or made of several."""
         views = self._views(leaves)
+        if self.interleaved:
+            return views[0][self._order(leaves)]
         return np.ascontiguousarray(views[0] if len(views) == 1 else np.concatenate(views, self._axis(views)))
 
     def write(self, leaves: Mapping[str, np.ndarray], start: int, rows: np.ndarray) -> None:
         """Write the foreign tensor to the leaves; of one that fills a single leaf, only some rows from ``start`` on."""
         views = self._views(leaves)
+        if self.interleaved:
+            views[0][self._order(leaves)[start : start + len(rows)]] = rows
+            return
         axis = self._axis(views)
         ends = np.cumsum([view.shape[axis] for view in views])
         for view, part in zip(views, np.split(rows, ends[:-1], axis), strict=True):
@@ -59,6 +68,11 @@ class Slot(NamedTuple):
             leaf = leaf.reshape(n_inputs, -1) if axes.inputs else leaf.reshape(-1)
             views.append(leaf.T if self.out_in else leaf)
         return views
+
+    def _order(self, leaves: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Return which of our outputs each row of an interleaved tensor is; our pairs are (i, i + head_dim / 2)."""
+        n_heads, head_dim = leaves[self.paths[0]].shape[-2:]
+        return np.arange(n_heads * head_dim).reshape(n_heads, 2, head_dim // 2).swapaxes(1, 2).reshape(-1)
 
     def _axis(self, views: list[np.ndarray]) -> int:
         """Return the axis of the outputs, along which several leaves lie side by side."""
@@ -161,6 +175,11 @@ class Format:
     def side_files(self, cfg: GPTConfig, dtype: str, about: About) -> dict[str, bytes]:
         """Return the files beside the weights by name."""
         return {}
+
+    def write_weights(self, folder: Path, cfg: GPTConfig, tensors: dict[str, np.ndarray], about: About) -> None:
+        """Write the file of the weights."""
+        fields = {field: getattr(cfg, field) for field in OURS_FIELDS}
+        write_tensors(folder / "model.safetensors", tensors, {"format": "pt", OURS: json.dumps(fields)})
 
 
 def _is_same(cfg: GPTConfig, field: str, value: Any) -> bool:

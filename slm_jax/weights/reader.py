@@ -42,6 +42,8 @@ def read_weights(
 
 
 def _recognise(files: TensorFiles) -> tuple[Format, TensorFiles]:
+    if files.form is not None:
+        return files.form, files
     config = files.file.parent / "config.json"
     model_type = read_json(config).get("model_type") if config.is_file() else None
     for form in formats():

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from slm_jax.model import GPTConfig
     from slm_jax.weights.names import Format
 
-FormatName = Literal["huggingface", "nanogpt", "book"]  # that we also write
+FormatName = Literal["huggingface", "nanogpt", "book", "gguf"]  # that we also write
+GGUFDtype = Literal["float32", "float16", "q8_0"]  # of the matrices in a GGUF file that we write
 _READ_ONLY = ("flax_msgpack", "openai", "llmc")
 _FAMILIES = {"huggingface": ("gpt2", "llama", "qwen3")}  # modules, in the order in which they are tried
 
@@ -35,7 +36,8 @@ def formats(name: str | None = None) -> list["Format"]:
     """Return what a format's name stands for, one for each family of models; without a name, all formats."""
     names = (*get_args(FormatName), *_READ_ONLY) if name is None else (name,)
     modules = [module for name in names for module in _FAMILIES.get(name, (name,))]
-    return [importlib.import_module(f"slm_jax.weights.{module}").FORMAT for module in modules]
+    imported = [importlib.import_module(f"slm_jax.weights.{module}") for module in modules]
+    return [form for module in imported for form in getattr(module, "FORMATS", None) or (module.FORMAT,)]
 
 
 def find_format(name: str, cfg: "GPTConfig") -> "Format":

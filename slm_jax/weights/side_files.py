@@ -14,6 +14,7 @@ from slm_jax.data.templates import Message, Template
 from slm_jax.errors import InputError
 from slm_jax.model import GPTConfig, count_params
 from slm_jax.tokenizer import END_OF_TEXT, UNKNOWN, PretrainedTokenizer, SimpleTokenizer, Tokenizer
+from slm_jax.weights.registry import GGUFDtype
 from slm_jax.weights.tokenizer_json import tokenizer_json
 
 
@@ -27,6 +28,7 @@ class About:
         template: template of the conversations that the model was trained on.
         classes: names of a classifier's classes, in the order of its logits; empty: a language model.
         base_model: name on the hub of the model that it was fine-tuned from.
+        dtype: dtype of the matrices in GGUF.
         generation: keys of generation_config.json, such as temperature.
         card: further rows of the model card's table.
     """
@@ -36,6 +38,7 @@ class About:
     template: Template | None = None
     classes: Sequence[str] = ()
     base_model: str | None = None
+    dtype: GGUFDtype = "float32"
     generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     card: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 

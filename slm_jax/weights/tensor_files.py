@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +18,9 @@ from safetensors import SafetensorError, safe_open
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.files import read_json
 
+if TYPE_CHECKING:
+    from slm_jax.weights.names import Format
+
 INDEX = "model.safetensors.index.json"
 OURS = "slm_jax"  # metadata key of what our own exports state about the model
 OURS_FIELDS = ("n_heads", "drop_rate", "exact_gelu", "unpadded_vocab_size")
@@ -25,7 +28,10 @@ CHUNK_BYTES = 16 << 20
 _DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 FLOATS = tuple(_DTYPES.values())
 AGAIN = "download or export it again"
-_READABLE = ("model.safetensors", INDEX, "pytorch_model.bin", "ckpt.pt", "flax_model.msgpack", "model.ckpt.index")
+_READABLE = (
+    *("model.safetensors", INDEX, "pytorch_model.bin", "ckpt.pt", "flax_model.msgpack", "model.ckpt.index"),
+    "model.gguf",
+)
 _WRONG_KIND = {
     b"version https://git-lfs": "a git-lfs pointer; fetch the weights with: git lfs pull",
     **dict.fromkeys((b"<!doctype", b"<html", b"<head", b"<!--"), "an HTML page; download the file itself"),
@@ -57,7 +63,8 @@ class TensorFiles:
     file: Path  # that holds the tensors, or the index that lists their shards
     tensors: dict[str, Tensor]
     metadata: dict[str, str] = dataclasses.field(default_factory=dict)  # of safetensors files
-    model_args: dict[str, Any] = dataclasses.field(default_factory=dict)  # nanoGPT's configuration
+    model_args: dict[str, Any] = dataclasses.field(default_factory=dict)  # nanoGPT's configuration; GGUF's metadata
+    form: "Format | None" = None  # the format, where the kind of file determines it
 
 
 def find_file(path: Path) -> Path:
@@ -87,7 +94,7 @@ def open_tensors(file: Path) -> TensorFiles:
 
 
 def _open_file(file: Path) -> TensorFiles:
-    from slm_jax.weights import flax_msgpack, llmc, tensor_bundle
+    from slm_jax.weights import flax_msgpack, gguf, gguf_file, llama2c, llmc, tensor_bundle
 
     with file.open("rb") as stream:
         start = stream.read(64)
@@ -97,15 +104,20 @@ def _open_file(file: Path) -> TensorFiles:
         return flax_msgpack.open_file(file)
     if start.startswith(llmc.MAGIC):
         return llmc.open_file(file)
+    if start.startswith(gguf_file.MAGIC):
+        return gguf.open_gguf(file)
     if start[8:9] == b"{":  # checked first: the header's length may begin with any bytes, even a pickle's
         return _open_safetensors(file)
     if start.startswith((b"PK\x03\x04", b"\x80")):
         return _open_torch(file, zipped=start.startswith(b"PK"))
     if not start:
         raise InputError(f"{file}: the file is empty (0 bytes); {AGAIN}")
+    llama2c.check_version(file, start)
+    if llama2c.is_llama2c(start):
+        return llama2c.open_llama2c(file)
     start = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     kind = next((kind for magic, kind in _WRONG_KIND.items() if start.startswith(magic)), None)
-    raise InputError(f"{file}: {kind or f'neither safetensors nor a PyTorch file; {AGAIN}'}")
+    raise InputError(f"{file}: {kind or f'neither safetensors nor GGUF, nor a PyTorch file; {AGAIN}'}")
 
 
 def _open_safetensors(file: Path) -> TensorFiles:

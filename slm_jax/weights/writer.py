@@ -1,6 +1,5 @@
 """``save_pretrained``: a model as a folder that Hugging Face, nanoGPT or the book's code can read."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,9 @@ from slm_jax.nn.blocks import join_blocks
 from slm_jax.nn.lora import merge_adapters
 from slm_jax.tokenizer import GPT2Tokenizer, Tokenizer
 from slm_jax.weights.names import CLASS_BIAS, CLASSES, NORM_BIAS, TOKENS, leaf_shapes
-from slm_jax.weights.registry import FormatName, find_format
+from slm_jax.weights.registry import FormatName, GGUFDtype, find_format
 from slm_jax.weights.side_files import About
-from slm_jax.weights.tensor_files import FLOATS, OURS, OURS_FIELDS
-from slm_jax.weights.trees import write_tensors
+from slm_jax.weights.tensor_files import FLOATS
 
 
 def save_pretrained(
@@ -35,6 +33,7 @@ def save_pretrained(
     template: Template | None = None,
     card: Mapping[str, Any] | None = None,
     classes: Sequence[str] = (),
+    dtype: GGUFDtype = "float32",
 ) -> Path:
     """Write a model for another program and return its folder, which is complete, or absent.
 
@@ -45,6 +44,8 @@ def save_pretrained(
     copy of the token embedding. nanoGPT's code computes the exact GELU and the book's the tanh form, whatever the model
     was trained with: the other form changes logits in the fourth digit.
 
+    ``gguf`` makes ``model.gguf`` for llama.cpp, with the tokenizer inside, and a ``Modelfile`` for Ollama.
+
     A classifier becomes ``GPT2ForSequenceClassification``, ``LlamaForSequenceClassification`` or
     ``Qwen3ForSequenceClassification``, whose heads have no bias: ours is moved into the bias of the final norm, which
     gives the same logits. RMSNorm has none; there only a classifier without a bias, or one of zeros, can be written.
@@ -53,19 +54,22 @@ def save_pretrained(
         cfg: the model's configuration.
         params: its parameters; adapters are merged into their matrices.
         folder: where to write; must not exist, or be empty.
-        format: ``huggingface``, ``nanogpt`` or ``book``.
+        format: ``huggingface``, ``gguf``, ``nanogpt`` or ``book``.
         tokenizer: tokenizer of the model. For ``huggingface`` it is written as ``tokenizer.json``, which
             ``transformers`` opens (GPT-2's only if tiktoken's files are on this machine), else as
             ``tokenizer/tokenizer.json``, which slm_jax reads.
         template: template of the conversations that the model was trained on, for its chat template.
         card: figures for Hugging Face's model card, such as ``{"validation loss": 3.2}``.
         classes: names of a classifier's classes, in the order of its logits.
+        dtype: dtype of the matrices in GGUF: ``float32``, ``float16`` or ``q8_0`` (8 bits, with a scale for 32 values).
 
     Raises:
         InputError: a folder in use or not writable, parameters that do not fit the configuration or are not finite, a
             model that the format cannot hold.
     """
-    about = About(name=str(folder), tokenizer=tokenizer, template=template, card=card or {}, classes=tuple(classes))
+    about = About(
+        name=str(folder), tokenizer=tokenizer, template=template, card=card or {}, classes=tuple(classes), dtype=dtype
+    )
     return write_model(cfg, params, folder, format, about)
 
 
@@ -91,8 +95,7 @@ def write_model(cfg: GPTConfig, params: Params, folder: str | Path, format: Form
             (partial / file).write_bytes(content)
         if tokenizer is not None and not isinstance(tokenizer, GPT2Tokenizer):
             tokenizer.save(partial / "tokenizer")
-        fields = {field: getattr(cfg, field) for field in OURS_FIELDS}
-        write_tensors(partial / "model.safetensors", tensors, {"format": "pt", OURS: json.dumps(fields)})
+        form.write_weights(partial, cfg, tensors, about)
     return target
 
 
