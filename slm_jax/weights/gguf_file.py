@@ -7,11 +7,11 @@ import dataclasses
 import importlib.util
 import math
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -56,6 +56,14 @@ KINDS = {
 }
 
 
+class _Info(NamedTuple):
+    """What the table says about a tensor: its shape as in NumPy, and its offset from the first tensor."""
+
+    kind: _Kind
+    shape: tuple[int, ...]
+    offset: int
+
+
 def is_gguf(file: Path) -> bool:
     """Return whether a path is a file that begins as GGUF does."""
     if not file.is_file():
@@ -79,9 +87,9 @@ def open_file(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         header = _Header(file, data)
         n_tensors, n_entries = _start(header)
         metadata = _metadata(header, n_entries)
-        infos = {}
+        infos: dict[str, _Info] = {}
         for _ in range(n_tensors):
-            name, *info = _tensor_info(header)
+            name, info = _tensor_info(header)
             if name in infos:
                 raise header.damaged(f"tensor {name} is there twice")
             infos[name] = info
@@ -92,10 +100,10 @@ def open_file(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         _check_places(header, infos, start)
     if metadata.get("split.count", 1) not in (0, 1):
         raise InputError(f"{file}: one of several parts; join them with: llama-gguf-split --merge")
-    quantized = sorted({kind.name for kind, *_ in infos.values() if kind.dtype is None})
+    quantized = sorted({info.kind.name for info in infos.values() if info.kind.dtype is None})
     if quantized and importlib.util.find_spec("gguf") is None:
         raise InputError(f"{file}: is quantized ({', '.join(quantized)}), which {MISSING}")
-    return metadata, {name: _tensor(file, name, start, *info) for name, info in infos.items()}
+    return metadata, {name: _tensor(file, name, start, info) for name, info in infos.items()}
 
 
 class _Header:
@@ -182,8 +190,8 @@ def _array(header: _Header, what: str) -> Any:
     return np.frombuffer(header.take(length * dtype.itemsize, what), dtype)
 
 
-def _tensor_info(header: _Header) -> tuple[str, _Kind, tuple[int, ...], int]:
-    """Return name, kind, shape (the outputs first, as in NumPy; GGUF has it reversed) and offset of a tensor."""
+def _tensor_info(header: _Header) -> tuple[str, _Info]:
+    """Return a tensor's name and the rest of its entry, which has the shape in reverse."""
     name = header.text("a tensor's name")
     what = f"tensor {name[:60]!r}"
     n_axes = header.number("<u4", what)
@@ -194,7 +202,7 @@ def _tensor_info(header: _Header) -> tuple[str, _Kind, tuple[int, ...], int]:
     if number not in KINDS:
         supported = ", ".join(kind.name for kind in KINDS.values())
         raise InputError(f"{header.file}: {what} has the quantization {_kind_name(number)}; expected {supported}")
-    return name, KINDS[number], shape, header.number("<u8", what)
+    return name, _Info(KINDS[number], shape, header.number("<u8", what))
 
 
 def _kind_name(number: int) -> str:
@@ -206,10 +214,10 @@ def _kind_name(number: int) -> str:
         return f"number {number}"
 
 
-def _check_places(header: _Header, infos: dict[str, list[Any]], start: int) -> None:
+def _check_places(header: _Header, infos: Mapping[str, _Info], start: int) -> None:
     """Check that the tensors' bytes lie in the file, one tensor after the other."""
     end = start
-    for name, (kind, shape, offset) in sorted(infos.items(), key=lambda item: item[1][2]):
+    for name, (kind, shape, offset) in sorted(infos.items(), key=lambda item: item[1].offset):
         what, place = f"tensor {name[:60]!r}", start + offset
         if min(shape) < 1 or shape[-1] % kind.n_values:
             raise header.damaged(f"{what} has the shape {shape}; expected rows of whole {kind.name} blocks")
@@ -221,7 +229,8 @@ def _check_places(header: _Header, infos: dict[str, list[Any]], start: int) -> N
             raise header.damaged(f"{what} takes {n_bytes:,} bytes at {place:,} of a file of {len(header.data):,}")
 
 
-def _tensor(file: Path, name: str, start: int, kind: _Kind, shape: tuple[int, ...], offset: int) -> Tensor:
+def _tensor(file: Path, name: str, start: int, info: _Info) -> Tensor:
+    kind, shape, offset = info
     dtype = "float32" if kind.dtype is None else kind.dtype.name
     return Tensor(file, name, shape, dtype, partial(_rows, file, start + offset, kind, shape))
 
