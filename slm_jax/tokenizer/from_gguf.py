@@ -66,7 +66,7 @@ def from_gguf(metadata: Mapping[str, Any]) -> PretrainedTokenizer:
 
 def _byte_level(about: Mapping[str, Any], tokens: Sequence[str], kinds: Sequence[int]) -> dict[str, Any]:
     pre = about.get("pre", "gpt-2")
-    if pre not in PRE_TOKENIZERS:
+    if not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
         raise InputError(f"{_PREFIX}pre is {pre!r:.60}; expected one of {', '.join(PRE_TOKENIZERS)}")
     return {
         "version": "1.0",

@@ -50,7 +50,7 @@ class PretrainedTokenizer(Tokenizer):
         chat_template: str | None = None,
     ) -> None:
         self._content = {**model, "truncation": None, "padding": None}
-        self._model = _build(self._content)
+        self._model = _build(model)
         self._roles, self._eos_ids, self._add_bos = dict(roles), tuple(eos_ids), add_bos
         self.chat_template = chat_template
         if not eos_ids or not all(0 <= id_ < self.vocab_size for id_ in eos_ids):
@@ -183,10 +183,11 @@ def _read_model(text: str) -> Any:
 
 
 def _build(content: Mapping[str, Any]) -> Any:
+    """Return a tokenizer that adds nothing to a text, cuts nothing off and pads nothing."""
     import tokenizers
 
     try:
-        return _read_model(json.dumps(content))
+        return _read_model(json.dumps({**content, **dict.fromkeys(("post_processor", "truncation", "padding"))}))
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic of the package is no Exception
@@ -227,13 +228,13 @@ def _without_space(part: Any) -> Any:
 
 def from_tokenizer_json(content: dict[str, Any], folder: Path) -> PretrainedTokenizer:
     """Make a tokenizer from the content of a `tokenizer.json`, and the files in its folder that say more about it."""
-    model = _build({**content, "truncation": None, "padding": None})
+    model = _build(content)
     config = _read(folder / "tokenizer_config.json")
     roles = {**_roles(_read(folder / "special_tokens_map.json")), **_roles(config)}
     eos_ids = _end_ids(model, roles, _read(folder / "generation_config.json"), _read(folder / "config.json"))
     roles.setdefault("eos_token", model.id_to_token(eos_ids[0]) or "")
     template = _chat_template(folder, config)
-    return PretrainedTokenizer(content, roles, eos_ids, _adds_bos(model, roles, config), template)
+    return PretrainedTokenizer(content, roles, eos_ids, _adds_bos(content, roles, config), template)
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -268,13 +269,17 @@ def _end_ids(model: Any, roles: Mapping[str, str], *configs: Mapping[str, Any]) 
     return found
 
 
-def _adds_bos(model: Any, roles: Mapping[str, str], config: Mapping[str, Any]) -> bool:
-    """Return whether a text begins with `bos_token`: as the configuration says, else as the tokenizer does it."""
-    if isinstance(config.get("add_bos_token"), bool):
-        return config["add_bos_token"] and "bos_token" in roles
-    plain, whole = (model.encode("a", add_special_tokens=special).ids for special in (False, True))
-    bos = model.token_to_id(roles.get("bos_token", ""))
-    return bos is not None and whole[:1] == [bos] and plain[:1] != [bos]
+def _adds_bos(content: Mapping[str, Any], roles: Mapping[str, str], config: Mapping[str, Any]) -> bool:
+    """Return whether a text begins with `bos_token`, as `transformers` decides it: by the `tokenizer.json`.
+
+    A file without any post-processor leaves it to `add_bos_token`.
+    """
+    processor = content.get("post_processor")
+    if processor is None:
+        return "bos_token" in roles and config.get("add_bos_token") is True
+    parts = processor.get("processors", [processor]) if isinstance(processor, dict) else []
+    starts = [part["single"][:1] for part in parts if isinstance(part, dict) and isinstance(part.get("single"), list)]
+    return [{"SpecialToken": {"id": roles.get("bos_token"), "type_id": 0}}] in starts
 
 
 def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:

@@ -88,10 +88,10 @@ def test_special_tokens_in_text_are_refused_unless_allowed(tmp_path):
         ({}, False, []),
         ({}, True, [1]),
         ({"add_bos_token": True}, False, [1]),
-        ({"add_bos_token": False}, True, []),
+        ({"add_bos_token": False}, True, [1]),
     ],
 )
-def test_whether_a_text_begins_with_bos_is_stated_or_seen(config, post, expected, tmp_path):
+def test_whether_a_text_begins_with_bos_is_decided_as_by_transformers(config, post, expected, tmp_path):
     content = json.loads(REFERENCE.to_str())
     if post:
         pieces = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
@@ -341,6 +341,7 @@ def test_pieces_with_scores_of_a_gguf_are_llama2cs(named_data):
     ("changes", "message"),
     [
         ({"model": "t5"}, "model is 't5'; expected gpt2 or llama"),
+        ({"pre": ["gpt-2"]}, "pre is .*; expected one of"),
         ({"pre": "martian"}, "pre is 'martian'; expected one of gpt-2, smollm"),
         ({"tokens": None}, "tokens is missing"),
         ({"tokens": ["a", 3]}, "tokens is damaged"),
