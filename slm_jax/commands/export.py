@@ -10,6 +10,7 @@ from slm_jax.errors import InputError
 from slm_jax.weights.registry import FormatName, GGUFDtype
 
 if TYPE_CHECKING:
+    from slm_jax.model import GPTConfig, Params
     from slm_jax.tokenizer import Tokenizer
     from slm_jax.weights.side_files import About
 
@@ -54,12 +55,12 @@ def run(options: Options) -> int:
 
 
 def _export_model(options: Options) -> None:
-    from slm_jax.runs import find_tokenizer, load_pretrained
+    from slm_jax.runs import find_tokenizer
     from slm_jax.tokenizer import get_tokenizer
     from slm_jax.weights.writer import write_model
 
     tokenizer = None if options.tokenizer is None else get_tokenizer(options.tokenizer)
-    cfg, params = load_pretrained(options.run, n_heads=options.n_heads)
+    cfg, params = _load(options)
     if tokenizer is None:
         try:
             tokenizer = find_tokenizer(options.run, cfg)
@@ -70,22 +71,38 @@ def _export_model(options: Options) -> None:
     folder = write_model(cfg, params, options.out, options.format, about)
     print(f"{options.out} written: {', '.join(sorted(path.name for path in folder.iterdir()))}")
     if options.format == "huggingface":
-        _say_how_to_open(options.out, tokenizer)
+        _say_how_to_open(options.out, about)
     elif options.format == "gguf":
         _say_how_to_run(options.out, tokenizer)
 
 
-def _say_how_to_open(out: str, tokenizer: "Tokenizer | None") -> None:
+def _load(options: Options) -> "tuple[GPTConfig, Params]":
+    """Load a language model or a classifier."""
+    from slm_jax.runs import find_checkpoint, is_classifier, load_pretrained, read_checkpoint
+    from slm_jax.training.checkpoint import read_metadata
+
+    checkpoint = find_checkpoint(options.run)
+    metadata = read_metadata(checkpoint[0] / "checkpoints", checkpoint[1]) if checkpoint else {}
+    if checkpoint is None or not is_classifier(metadata):
+        return load_pretrained(options.run, n_heads=options.n_heads)
+    if (pooling := metadata["pooling"]) != "last":
+        problem = f"its classification.pooling is {pooling}; other programs' classifiers have only last"
+        raise InputError(f"{options.run}: {problem}")
+    return read_checkpoint(*checkpoint, "float32", "float32", options.n_heads, classifier=True)[:2]
+
+
+def _say_how_to_open(out: str, about: "About") -> None:
     from slm_jax.weights.tokenizer_json import tokenizer_json
 
-    if tokenizer is not None:
+    task, kind = ("classification", "SequenceClassification") if about.classes else ("generation", "CausalLM")
+    if about.tokenizer is not None:
         try:
-            tokenizer_json(tokenizer)
-            print(f'open it with: transformers.pipeline("text-generation", model={out!r})')
+            tokenizer_json(about.tokenizer)
+            print(f'open it with: transformers.pipeline("text-{task}", model={out!r})')
             return
         except InputError as error:
             print(f"slm-jax export: no tokenizer for other programs: {error}", file=sys.stderr)
-    print(f"open it with: transformers.AutoModelForCausalLM.from_pretrained({out!r})")
+    print(f"open it with: transformers.AutoModelFor{kind}.from_pretrained({out!r})")
 
 
 def _say_how_to_run(out: str, tokenizer: "Tokenizer | None") -> None:
@@ -140,16 +157,18 @@ def _about(options: Options, tokenizer: "Tokenizer | None") -> "About":
         "data": config.get("data.source"),
         "template": template and next((name for name, known in TEMPLATES.items() if known == template), "its own"),
         "optimizer steps": f"{step:,}" if config else None,
-        "validation loss (nats a token)": metadata["validation_loss"],
+        f"validation loss (nats a {'text' if 'classes' in metadata else 'token'})": metadata["validation_loss"],
     }
     if step == summary.get("best_step"):  # which it was measured with
         test = summary.get("after", {}).get("test", {})
-        figures |= {f"test: {name.replace('_', ' ')}": value for name, value in test.items()}
+        numbers = {name: value for name, value in test.items() if isinstance(value, int | float)}
+        figures |= {f"test: {name.replace('_', ' ')}": value for name, value in numbers.items()}
     return About(
         name=name,
         tokenizer=tokenizer,
         template=template,
-        base_model=f"openai-community/{base}" if base in PINS else None,
+        classes=metadata.get("classes", ()),
+        base_model=PINS[base].repository if base in PINS else None,
         generation=_sampling(config),
         card={name: _shown(value) for name, value in figures.items() if value is not None},
     )

@@ -132,7 +132,7 @@ def _move_class_bias(leaves: dict[str, np.ndarray], title: str) -> None:
     if not bias.any():
         return
     if (norm := leaves.get(NORM_BIAS)) is None:
-        raise InputError(f"{title} has no place for the classifier's bias: RMSNorm has no bias that could hold it")
+        raise InputError(f"{title}'s classifiers have no bias, as this one has, and no norm with a bias to move it to")
     kernel = leaves[CLASSES].astype(np.float64)
     shift = np.linalg.lstsq(kernel.T, bias)[0]
     leaves[NORM_BIAS] = (norm + shift).astype(norm.dtype)

@@ -90,10 +90,10 @@ def test_a_classifier_writes_no_text_and_a_model_of_text_tells_no_class(classifi
     for args in (
         ["generate", "--run", run],
         ["chat", "--run", run],
-        ["export", "--run", run, "--out", str(out)],
         ["evaluate", "--run", run, "--source", "builtin:python-docs"],
     ):
         fails(args, capsys, "is a classifier; expected a language model")
+    fails(["export", "--run", run, "--out", str(out)], capsys, "pooling is mean")
     assert not out.exists()
     fails(["classify", "--run", instructed, "a"], capsys, "is no classifier; expected a run of slm-jax finetune")
 

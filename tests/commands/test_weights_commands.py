@@ -1,5 +1,6 @@
 """What must hold of ``slm-jax import`` and ``slm-jax export``: what goes in comes out, bit for bit."""
 
+import json
 from pathlib import Path
 
 import jax
@@ -9,6 +10,7 @@ from safetensors.numpy import load_file
 
 from slm_jax import cli
 from slm_jax.runs import load_gpt2, load_run
+from slm_jax.training import checkpoint
 from slm_jax.weights.adapters import add_adapters, load_adapters, merge_adapters
 
 
@@ -88,3 +90,20 @@ def test_what_has_no_adapters_exports_none(weights, classifier, tmp_path, capsys
         words = ["export", "--run", source, "--format", "adapter", "--out", tmp_path / "out"]
         fails(words, capsys, f"slm-jax export: {source}: {said}")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_classifier_is_exported_with_its_classes(classifier, tmp_path, capsys, monkeypatch):
+    """The fixture's pools by the mean, which other programs cannot; say that it pools by the last token."""
+    known = checkpoint.read_metadata
+    monkeypatch.setattr(checkpoint, "read_metadata", lambda *args: {**known(*args), "pooling": "last"})
+    assert cli.main(["export", "--run", str(classifier), "--out", str(tmp_path / "out")]) == 0
+    assert "text-classification" in capsys.readouterr().out
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["architectures"] == ["GPT2ForSequenceClassification"]
+    assert (config["id2label"], config["label2id"]) == ({"0": "cat", "1": "dog"}, {"cat": 0, "dog": 1})
+    assert config["pad_token_id"] == config["eos_token_id"]
+    assert not (tmp_path / "out" / "generation_config.json").exists()
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert tensors["score.weight"].shape == (2, 16)
+    assert "lm_head.weight" not in tensors
+    fails(["export", "--run", classifier, "--out", tmp_path / "book", "--format", "book"], capsys, "no classifiers")

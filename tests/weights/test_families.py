@@ -285,3 +285,14 @@ def test_gpt2_with_another_norm_eps_and_width_comes_back(tmp_path):
     for format in ("nanogpt", "book"):
         with refused("needs hidden_dim null, norm_eps 1e-05"):
             save_pretrained(cfg, params, tmp_path / format, format=format)
+
+
+def test_a_classifier_with_rmsnorm_is_written_if_it_has_no_bias(tmp_path):
+    cfg = GPTConfig(**SMALL, **LLAMA)
+    params = ones(cfg) | {"class_head": {"kernel": jnp.ones((8, 2)), "bias": jnp.ones(2)}}
+    with refused("Llama's classifiers have no bias"):
+        save_pretrained(cfg, params, tmp_path / "out", classes=("a", "b"))
+    params["class_head"]["bias"] *= 0
+    folder = save_pretrained(cfg, params, tmp_path / "out", classes=("a", "b"))
+    assert json.loads((folder / "config.json").read_text())["architectures"] == ["LlamaForSequenceClassification"]
+    assert load_file(folder / "model.safetensors")["score.weight"].shape == (2, 8)

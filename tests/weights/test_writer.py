@@ -14,11 +14,11 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from slm_jax.errors import InputError
-from slm_jax.model import GPTConfig, param_shapes
+from slm_jax.model import GPTClassifier, GPTConfig, init_classifier, param_shapes
 from slm_jax.nn.blocks import split_blocks
 from slm_jax.runs import load_gpt2
 from slm_jax.tokenizer import CharTokenizer
-from slm_jax.weights.writer import save_gpt2
+from slm_jax.weights.writer import save_gpt2, save_pretrained
 
 THEIRS = huggingface(prefix="transformer.")
 SMALL = {"vocab_size": 31, "context_length": 8, "emb_dim": 8, "n_heads": 2, "n_layers": 2}
@@ -160,3 +160,25 @@ def test_a_disk_that_is_full_midway_leaves_nothing(tmp_path):
     with refused("cannot be written"), full_disk():
         save_gpt2(cfg, params, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_classifier_gives_the_same_logits_without_its_bias(tmp_path):
+    classifier = GPTClassifier(GPTConfig(**SMALL), n_classes=3)
+    params = init_classifier(classifier, jax.random.key(0))
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape, np.float32) / 2), params)
+    folder = save_pretrained(classifier.cfg, params, tmp_path / "out", classes=("a", "b", "c"))
+    tensors = load_file(folder / "model.safetensors")
+    moved = params | {
+        "final_norm": params["final_norm"] | {"bias": tensors["transformer.ln_f.bias"]},
+        "class_head": {"kernel": tensors["score.weight"].T, "bias": jnp.zeros(3)},
+    }
+    batch = jnp.asarray(rng.integers(31, size=(4, 8))), jnp.array([8, 3, 5, 1])
+    before, after = (classifier.apply({"params": tree}, *batch) for tree in (params, moved))
+    np.testing.assert_allclose(after, before, atol=1e-5)
+    assert np.abs(params["class_head"]["bias"]).min() > 1e-2
+    with refused("class_head"):
+        save_pretrained(classifier.cfg, params, tmp_path / "two", classes=("a", "b"))
+    params["class_head"]["kernel"] *= 0
+    with refused("cannot be moved"):
+        save_pretrained(classifier.cfg, params, tmp_path / "zero", classes=("a", "b", "c"))
