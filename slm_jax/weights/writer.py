@@ -83,9 +83,9 @@ def write_model(cfg: GPTConfig, params: Params, folder: str | Path, format: Form
     embedding = leaves[TOKENS]
     for path, shape in leaf_shapes(cfg, n_classes).items():  # what the format cannot leave out
         leaves.setdefault(path, embedding.T if path == HEAD else np.zeros(shape, embedding.dtype))
+    names = form.classifier_names(cfg) if n_classes else form.written_names(cfg)
     if CLASS_BIAS in leaves:
         _move_class_bias(leaves, form.title)
-    names = form.classifier_names(cfg) if n_classes else form.written_names(cfg)
     placed = {path for slot in names.values() for path in slot.paths}
     if lost := [path for path in sorted(leaves.keys() - placed) if leaves[path].any()]:
         raise InputError(f"{form.title} has no place for parameter {lost[0]}, which is not zero")
