@@ -20,6 +20,7 @@ from slm_jax.nn.blocks import merge_params
 from slm_jax.nn.lora import split_adapters
 from slm_jax.nn.sharding import spread
 from slm_jax.tokenizer import FILE_NAME, GPT2Tokenizer, Tokenizer, load_tokenizer, tokenizer_from_dict
+from slm_jax.tokenizer.gguf_header import is_gguf
 from slm_jax.training.checkpoint import (
     METADATA,
     Checkpoints,
@@ -33,8 +34,6 @@ from slm_jax.training.hardware import best_dtype
 from slm_jax.training.run_folder import FROZEN, RunFolder
 from slm_jax.training.step import TrainState
 from slm_jax.training.trainable import from_leaf_table, whole_params
-from slm_jax.weights.gguf import read_tokenizer
-from slm_jax.weights.gguf_file import is_gguf
 from slm_jax.weights.hub import find_weights
 from slm_jax.weights.reader import read_weights
 from slm_jax.weights.trees import read_tree, tree_fingerprint
@@ -186,11 +185,11 @@ _GPT2_VOCAB_SHA256 = "e35d8b86ebd35ebd260d040aa455e09759f7e675f4dbb7f3d727516f27
 def _tokenizer_beside(path: Path, cfg: GPTConfig) -> Tokenizer:
     folder, vocab_size = path if path.is_dir() else path.parent, cfg.unpadded_vocab_size or cfg.vocab_size
     saved, gpt2 = folder / "tokenizer" / FILE_NAME, GPT2Tokenizer()
-    if saved.is_file():
-        return load_tokenizer(saved)
     gguf = path if path.is_file() else path / "model.gguf"
     if is_gguf(gguf):
-        return read_tokenizer(gguf)
+        return load_tokenizer(gguf)
+    if saved.is_file():
+        return load_tokenizer(saved)
     if vocab_size == gpt2.vocab_size and _may_be_gpt2s(folder):
         return gpt2
     llama2c = (f"tok{vocab_size}.bin", "tokenizer.bin") if path.suffix == ".bin" else ()

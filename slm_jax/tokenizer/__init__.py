@@ -19,6 +19,7 @@ from typing import Any
 from slm_jax.errors import InputError
 from slm_jax.tokenizer.base import END_OF_TEXT, FILE_NAME, Tokenizer, cut_pieces, find_file, read_saved
 from slm_jax.tokenizer.bpe import BPETokenizer, GPT2Tokenizer
+from slm_jax.tokenizer.from_gguf import read_gguf
 from slm_jax.tokenizer.from_scores import read_llama2c, read_sentencepiece
 from slm_jax.tokenizer.pretrained import PretrainedTokenizer, from_tokenizer_json
 from slm_jax.tokenizer.words import UNKNOWN, CharTokenizer, SimpleTokenizer
@@ -50,8 +51,8 @@ def get_tokenizer(name_or_path: str | os.PathLike[str]) -> Tokenizer:
 
     Args:
         name_or_path: `gpt2`; a tokenizer that was saved: its file, its folder, a run's folder or ``FILE.bin.json``; or
-            a pretrained model's: its folder or file `tokenizer.json` of Hugging Face, with the files beside it,
-            SentencePiece's `tokenizer.model`, llama2.c's ``FILE.bin``.
+            a pretrained model's: its folder or file `tokenizer.json` of Hugging Face, with the files beside it, a GGUF
+            file, SentencePiece's `tokenizer.model`, llama2.c's ``FILE.bin``.
 
     Raises:
         MissingInputError: no tokenizer there (GPT-2's files are loaded at the first `encode` or `decode`).
@@ -65,6 +66,8 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     file = find_file(path)
     if file.suffix == ".model":
         return read_sentencepiece(file)
+    if file.suffix == ".gguf":
+        return read_gguf(file)
     if file.suffix == ".bin":
         return read_llama2c(file)
 

@@ -111,7 +111,7 @@ class Tokenizer(Protocol):
 
 def find_file(path: str | os.PathLike[str]) -> Path:
     """Return the file of a tokenizer: the path itself, or one in the folder, a run's or of a pretrained model."""
-    names = (Path("tokenizer", FILE_NAME), FILE_NAME, "tokenizer.model")
+    names = (Path("tokenizer", FILE_NAME), FILE_NAME, "tokenizer.model", "model.gguf")
     file = next((each for each in (Path(path), *(Path(path, name) for name in names)) if each.is_file()), None)
     if file is None:
         expected = f"expected gpt2, a tokenizer's file, a folder with {FILE_NAME}, or a run's folder"

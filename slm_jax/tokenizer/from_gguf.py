@@ -1,10 +1,14 @@
 """The tokenizer in the metadata of a GGUF file, rewritten as a `tokenizer.json`. Source: llama.cpp, `llama-vocab`."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from slm_jax.errors import InputError
-from slm_jax.tokenizer.from_scores import NORMAL, added_tokens, bpe_model, with_bos
+import numpy as np
+
+from slm_jax.errors import InputError, located
+from slm_jax.tokenizer.from_scores import NORMAL, UNUSED, added_tokens, bpe_model, with_bos
+from slm_jax.tokenizer.gguf_header import read_metadata
 from slm_jax.tokenizer.pretrained import PretrainedTokenizer
 
 _PREFIX = "tokenizer.ggml."
@@ -30,6 +34,18 @@ PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
     "llama-bpe": _split(r"\p{N}{1,3}"),
     "qwen2": _split(r"\p{N}"),
 }
+
+
+def read_gguf(file: Path) -> PretrainedTokenizer:
+    """Read the tokenizer in a GGUF file, without ids at the end that only pad the vocabulary; errors name the file."""
+    metadata = read_metadata(file)
+    kinds = np.asarray(metadata.get(f"{_PREFIX}token_type", ()))
+    if kinds.size and (used := np.flatnonzero(kinds != UNUSED)).size:
+        for key in ("tokens", "token_type", "scores"):
+            if (values := metadata.get(f"{_PREFIX}{key}")) is not None:
+                metadata[f"{_PREFIX}{key}"] = values[: used[-1] + 1]
+    with located(file):
+        return from_gguf(metadata)
 
 
 def from_gguf(metadata: Mapping[str, Any]) -> PretrainedTokenizer:

@@ -13,13 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from slm_jax.errors import InputError, located
+from slm_jax.errors import InputError
 from slm_jax.model import GPTConfig
 from slm_jax.nn.axes import HEAD
 from slm_jax.nn.rope import frequencies
-from slm_jax.tokenizer import Tokenizer
-from slm_jax.tokenizer.from_gguf import from_gguf
-from slm_jax.tokenizer.from_scores import UNUSED
 from slm_jax.weights.gguf_file import open_file
 from slm_jax.weights.gpt2 import NEEDS
 from slm_jax.weights.names import POSITIONS, TOKENS, Format, Slot
@@ -201,18 +198,6 @@ def open_gguf(file: Path) -> TensorFiles:
     if factors := tensors.pop(ROPE_FACTORS, None):
         metadata[ROPE_FACTORS] = np.concatenate(list(factors.chunks())).astype(np.float32)
     return TensorFiles(file, tensors, model_args=metadata, form=forms[architecture])
-
-
-def read_tokenizer(file: Path) -> Tokenizer:
-    """Return the tokenizer in a GGUF file, without ids at the end that only pad the vocabulary; InputError: none."""
-    metadata, _ = open_file(file)
-    kinds = np.asarray(metadata.get("tokenizer.ggml.token_type", ()))
-    if kinds.size and (used := np.flatnonzero(kinds != UNUSED)).size:
-        for key in ("tokens", "token_type", "scores"):
-            if (values := metadata.get(f"tokenizer.ggml.{key}")) is not None:
-                metadata[f"tokenizer.ggml.{key}"] = values[: used[-1] + 1]
-    with located(file):
-        return from_gguf(metadata)
 
 
 def rope_factors(cfg: GPTConfig) -> np.ndarray:

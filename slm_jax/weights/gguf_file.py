@@ -1,12 +1,12 @@
 """GGUF as a container: metadata and a table of tensors, all checked against the file's length before it is believed.
 
-The header is parsed here because it may lie; the package ``gguf`` only dequantizes. Source: ggml, ``docs/gguf.md``.
+The header is parsed by slm_jax because it may lie (its metadata, which hold the tokenizer, by
+``slm_jax.tokenizer.gguf_header``); the package ``gguf`` only dequantizes. Source: ggml, ``docs/gguf.md``.
 """
 
 import dataclasses
 import importlib.util
 import math
-import mmap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -17,18 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from slm_jax.errors import InputError
-from slm_jax.weights.tensor_files import AGAIN, Tensor
+from slm_jax.tokenizer.gguf_header import Header, open_header
+from slm_jax.weights.tensor_files import Tensor
 
-MAGIC = b"GGUF"
 MISSING = "needs the package gguf: pip install 'slm_jax[gguf]'"
-_VERSIONS = (2, 3)
-_MAX_ELEMENTS = 1 << 22  # of an array; the largest vocabularies have 262 thousand tokens, and about as many merges
-_MAX_TEXT = 1 << 26  # bytes
-_SCALARS = {
-    **{0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4"},
-    **{6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"},
-}
-_TEXT, _ARRAY = 8, 9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,31 +56,15 @@ class _Info(NamedTuple):
     offset: int
 
 
-def is_gguf(file: Path) -> bool:
-    """Return whether a path is a file that begins as GGUF does."""
-    if not file.is_file():
-        return False
-    with file.open("rb") as stream:
-        return stream.read(len(MAGIC)) == MAGIC
-
-
-def read_metadata(file: Path) -> dict[str, Any]:
-    """Read the metadata of a GGUF file: numbers, booleans, texts, arrays of numbers (NumPy), lists of texts."""
-    return open_file(file)[0]
-
-
 def open_file(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read metadata and the table of tensors; no tensor is read.
 
     Raises:
         InputError: the file is damaged, of another version, or quantized in a way that is not supported.
     """
-    with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        header = _Header(file, data)
-        n_tensors, n_entries = _start(header)
-        metadata = _metadata(header, n_entries)
-        infos: dict[str, _Info] = {}
-        for _ in range(n_tensors):
+    with open_header(file) as header:
+        metadata, infos = header.metadata, dict[str, _Info]()
+        for _ in range(header.n_tensors):
             name, info = _tensor_info(header)
             if name in infos:
                 raise header.damaged(f"tensor {name} is there twice")
@@ -106,91 +82,7 @@ def open_file(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return metadata, {name: _tensor(file, name, start, info) for name, info in infos.items()}
 
 
-class _Header:
-    """The position up to which a header was read; nothing is taken from beyond the file's end."""
-
-    def __init__(self, file: Path, data: mmap.mmap) -> None:
-        self.file, self.data, self.position = file, data, 0
-
-    def damaged(self, problem: str) -> InputError:
-        return InputError(f"{self.file}: a damaged GGUF file: {problem}; {AGAIN}")
-
-    def take(self, n_bytes: int, what: str) -> bytes:
-        self.check_room(n_bytes, what)
-        self.position += n_bytes
-        return self.data[self.position - n_bytes : self.position]
-
-    def check_room(self, n_bytes: int, what: str) -> None:
-        left = len(self.data) - self.position
-        if n_bytes > left:
-            raise self.damaged(f"{what} takes {n_bytes:,} bytes at {self.position:,}, where {left:,} are left")
-
-    def number(self, dtype: str, what: str) -> Any:
-        return np.frombuffer(self.take(np.dtype(dtype).itemsize, what), dtype)[0].item()
-
-    def text(self, what: str, errors: str = "strict") -> str:
-        length = self.number("<u8", what)
-        if length > _MAX_TEXT:
-            raise self.damaged(f"{what} has {length:,} bytes; expected at most {_MAX_TEXT:,}")
-        try:
-            return self.take(length, what).decode(errors=errors)
-        except UnicodeDecodeError:
-            raise self.damaged(f"{what} is not UTF-8") from None
-
-
-def _start(header: _Header) -> tuple[int, int]:
-    """Return the numbers of tensors and of metadata entries."""
-    if header.take(4, "the magic number") != MAGIC:
-        raise InputError(f"{header.file}: does not begin with GGUF; {AGAIN}")
-    version = header.number("<u4", "the version")
-    if version not in _VERSIONS:
-        raise InputError(f"{header.file}: GGUF version {version}; expected 2 or 3, little-endian")
-    n_tensors, n_entries = header.number("<u8", "the header"), header.number("<u8", "the header")
-    # An entry has at least a length, a type and a byte; a tensor a length, one dimension, a type and an offset.
-    header.check_room(13 * n_entries, f"metadata of {n_entries:,} entries")
-    header.check_room(32 * n_tensors, f"a table of {n_tensors:,} tensors")
-    return n_tensors, n_entries
-
-
-def _metadata(header: _Header, n_entries: int) -> dict[str, Any]:
-    metadata: dict[str, Any] = {}
-    for _ in range(n_entries):
-        key = header.text("a metadata key")
-        what = f"metadata {key[:60]!r}"
-        if key in metadata:
-            raise header.damaged(f"{what} is there twice")
-        kind = header.number("<u4", what)
-        if kind == _ARRAY:
-            metadata[key] = _array(header, what)
-        elif kind == _TEXT:
-            metadata[key] = header.text(what, "replace")
-        elif kind in _SCALARS:
-            metadata[key] = _plain(header.take(np.dtype(_SCALARS[kind]).itemsize, what), _SCALARS[kind])
-        else:
-            raise header.damaged(f"{what} has the unknown type {kind}")
-    return metadata
-
-
-def _plain(data: bytes, dtype: str) -> Any:
-    """Return a number; a float32 as the shortest decimal that means it, 1e-05 instead of 9.999999747378752e-06."""
-    value = np.frombuffer(data, dtype)[0]
-    return float(str(value)) if dtype == "<f4" else value.item()
-
-
-def _array(header: _Header, what: str) -> Any:
-    kind, length = header.number("<u4", what), header.number("<u8", what)
-    if length > _MAX_ELEMENTS:
-        raise header.damaged(f"{what} has {length:,} elements; expected at most {_MAX_ELEMENTS:,}")
-    if kind == _TEXT:
-        header.check_room(8 * length, what)
-        return [header.text(what, "replace") for _ in range(length)]
-    if kind not in _SCALARS:
-        raise header.damaged(f"{what} is an array of the type {kind}, which is not supported")
-    dtype = np.dtype(_SCALARS[kind])
-    return np.frombuffer(header.take(length * dtype.itemsize, what), dtype)
-
-
-def _tensor_info(header: _Header) -> tuple[str, _Info]:
+def _tensor_info(header: Header) -> tuple[str, _Info]:
     """Return a tensor's name and the rest of its entry, which has the shape in reverse."""
     name = header.text("a tensor's name")
     what = f"tensor {name[:60]!r}"
@@ -214,7 +106,7 @@ def _kind_name(number: int) -> str:
         return f"number {number}"
 
 
-def _check_places(header: _Header, infos: Mapping[str, _Info], start: int) -> None:
+def _check_places(header: Header, infos: Mapping[str, _Info], start: int) -> None:
     """Check that the tensors' bytes lie in the file, one tensor after the other."""
     end = start
     for name, (kind, shape, offset) in sorted(infos.items(), key=lambda item: item[1].offset):

@@ -17,17 +17,18 @@ from safetensors import SafetensorError, safe_open
 
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.files import read_json
+from slm_jax.tokenizer.gguf_header import MAGIC
 
 if TYPE_CHECKING:
     from slm_jax.weights.names import Format
 
 INDEX = "model.safetensors.index.json"
+AGAIN = "download or export it again"
 OURS = "slm_jax"  # metadata key of what our own exports state about the model
 OURS_FIELDS = ("n_heads", "drop_rate", "exact_gelu", "unpadded_vocab_size")
 CHUNK_BYTES = 16 << 20
 _DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 FLOATS = tuple(_DTYPES.values())
-AGAIN = "download or export it again"
 _READABLE = (
     *("model.safetensors", INDEX, "pytorch_model.bin", "ckpt.pt", "flax_model.msgpack", "model.ckpt.index"),
     "model.gguf",
@@ -94,7 +95,7 @@ def open_tensors(file: Path) -> TensorFiles:
 
 
 def _open_file(file: Path) -> TensorFiles:
-    from slm_jax.weights import flax_msgpack, gguf, gguf_file, llama2c, llmc, tensor_bundle
+    from slm_jax.weights import flax_msgpack, gguf, llama2c, llmc, tensor_bundle
 
     with file.open("rb") as stream:
         start = stream.read(64)
@@ -104,7 +105,7 @@ def _open_file(file: Path) -> TensorFiles:
         return flax_msgpack.open_file(file)
     if start.startswith(llmc.MAGIC):
         return llmc.open_file(file)
-    if start.startswith(gguf_file.MAGIC):
+    if start.startswith(MAGIC):
         return gguf.open_gguf(file)
     if start[8:9] == b"{":  # checked first: the header's length may begin with any bytes, even a pickle's
         return _open_safetensors(file)

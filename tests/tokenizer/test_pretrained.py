@@ -358,6 +358,30 @@ def test_metadata_that_lie_are_refused(changes, message):
         from_gguf(metadata(**changes))
 
 
+def test_a_gguf_file_has_its_tokenizer(tmp_path):
+    writer = pytest.importorskip("gguf", reason="needs the extra gguf").GGUFWriter(tmp_path / "model.gguf", "llama")
+    about = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata().items()}
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([*about["tokens"], "[PAD]", "[PAD2]"])
+    writer.add_token_types([*about["token_type"].tolist(), 5, 5])  # which only pad the vocabulary
+    writer.add_token_merges(about["merges"])
+    writer.add_eos_token_id(2)
+    writer.add_chat_template("own")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    tokenizer = get_tokenizer(tmp_path)
+    encode_all(tokenizer, lambda text: REFERENCE.encode(text).ids)
+    assert (tokenizer.vocab_size, tokenizer.chat_template) == (REFERENCE.get_vocab_size(), "own")
+    (tmp_path / "model.gguf").write_bytes((tmp_path / "model.gguf").read_bytes()[:-2])
+    with refused("model.gguf: a damaged GGUF file"):
+        get_tokenizer(tmp_path / "model.gguf")
+    (tmp_path / "model.gguf").write_bytes(b"")
+    with refused("model.gguf: does not begin with GGUF"):
+        get_tokenizer(tmp_path / "model.gguf")
+
+
 # All of them
 
 
