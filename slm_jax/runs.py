@@ -21,6 +21,7 @@ from slm_jax.nn.lora import split_adapters
 from slm_jax.nn.sharding import spread
 from slm_jax.tokenizer import FILE_NAME, GPT2Tokenizer, Tokenizer, load_tokenizer, tokenizer_from_dict
 from slm_jax.tokenizer.gguf_header import is_gguf
+from slm_jax.tokenizer.pretrained import read_chat_template
 from slm_jax.training.checkpoint import (
     METADATA,
     Checkpoints,
@@ -191,7 +192,8 @@ def _tokenizer_beside(path: Path, cfg: GPTConfig) -> Tokenizer:
     if saved.is_file():
         return load_tokenizer(saved)
     if vocab_size == gpt2.vocab_size and _may_be_gpt2s(folder):
-        return gpt2
+        own = (folder / FILE_NAME).is_file() and read_chat_template(folder) is not None
+        return load_tokenizer(folder / FILE_NAME) if own else gpt2
     llama2c = (f"tok{vocab_size}.bin", "tokenizer.bin") if path.suffix == ".bin" else ()
     for name in (FILE_NAME, "tokenizer.model", *llama2c):
         if (folder / name).is_file():

@@ -81,8 +81,11 @@ class ChatTemplate(Template):
         return {"source": self.source, "tokens": dict(self.tokens), "date": self.date}
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> list[str]:
+        takes_input = "message['input']" in self.source  # as those that we export
         written = [
-            {"role": each.role, "content": f"{each.content}\n{each.input}" if each.input else each.content}
+            {"role": each.role, "content": each.content, "input": each.input}
+            if takes_input
+            else {"role": each.role, "content": f"{each.content}\n{each.input}" if each.input else each.content}
             for each in messages
         ]
         values: dict[str, Any] = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}

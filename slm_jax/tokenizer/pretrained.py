@@ -233,7 +233,7 @@ def from_tokenizer_json(content: dict[str, Any], folder: Path) -> PretrainedToke
     roles = {**_roles(_read(folder / "special_tokens_map.json")), **_roles(config)}
     eos_ids = _end_ids(model, roles, _read(folder / "generation_config.json"), _read(folder / "config.json"))
     roles.setdefault("eos_token", model.id_to_token(eos_ids[0]) or "")
-    template = _chat_template(folder, config)
+    template = read_chat_template(folder)
     return PretrainedTokenizer(content, roles, eos_ids, _adds_bos(content, roles, config), template)
 
 
@@ -282,14 +282,15 @@ def _adds_bos(content: Mapping[str, Any], roles: Mapping[str, str], config: Mapp
     return [{"SpecialToken": {"id": roles.get("bos_token"), "type_id": 0}}] in starts
 
 
-def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
+def read_chat_template(folder: Path) -> str | None:
+    """Return the template of conversations in the files of a pretrained model's folder; None: it has none."""
     file = folder / "chat_template.jinja"
     if file.is_file():
         try:
             return file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{file}: cannot be read as UTF-8: {error}") from None
-    found = config.get("chat_template")
+    found = _read(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(found, list):  # several, each with a name
         named = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}
         found = named.get("default")

@@ -16,7 +16,7 @@ from slm_jax.model import GPTConfig, Params
 from slm_jax.nn.axes import HEAD, STACK
 from slm_jax.nn.blocks import join_blocks
 from slm_jax.nn.lora import merge_adapters
-from slm_jax.tokenizer import GPT2Tokenizer, PretrainedTokenizer, Tokenizer
+from slm_jax.tokenizer import FILE_NAME, GPT2Tokenizer, PretrainedTokenizer, Tokenizer
 from slm_jax.weights.names import CLASS_BIAS, CLASSES, NORM_BIAS, TOKENS, leaf_shapes
 from slm_jax.weights.registry import FormatName, GGUFDtype, find_format
 from slm_jax.weights.side_files import About
@@ -93,7 +93,8 @@ def write_model(cfg: GPTConfig, params: Params, folder: str | Path, format: Form
     with new_folder(target) as partial:
         for file, content in form.side_files(cfg, str(embedding.dtype), about).items():
             (partial / file).write_bytes(content)
-        if tokenizer is not None and not isinstance(tokenizer, GPT2Tokenizer | PretrainedTokenizer):
+        foreign = isinstance(tokenizer, GPT2Tokenizer | PretrainedTokenizer)
+        if tokenizer is not None and not foreign and not (partial / FILE_NAME).exists():
             tokenizer.save(partial / "tokenizer")
         form.write_weights(partial, cfg, tensors, about)
     return target

@@ -9,7 +9,8 @@ from refusals import fails
 from safetensors.numpy import load_file
 
 from slm_jax import cli
-from slm_jax.runs import load_gpt2, load_run
+from slm_jax.data.templates import Message
+from slm_jax.runs import load_gpt2, load_model, load_run
 from slm_jax.training import checkpoint
 from slm_jax.weights.adapters import add_adapters, load_adapters, merge_adapters
 
@@ -80,6 +81,11 @@ def test_adapters_leave_alone_and_come_back_to_their_base(weights, instructed, t
     assert not np.allclose(merged["blocks"]["ff"]["fc"]["kernel"], base["blocks"]["ff"]["fc"]["kernel"])
     assert cli.main(["export", "--run", str(instructed), "--out", str(tmp_path / "hf")]) == 0  # with them merged
     jax.tree.map(np.testing.assert_array_equal, load_gpt2(tmp_path / "hf")[1], load_run(instructed).params)
+    ours, theirs = load_run(instructed), load_model(tmp_path / "hf")  # and with tokenizer and template
+    messages = [Message("system", "cats"), Message("user", "the dog", "and"), Message("assistant", "cat.")]
+    assert theirs.template.pieces(messages) == ours.template.pieces(messages)
+    assert theirs.template.prompt(messages) == ours.template.prompt(messages)
+    assert theirs.tokenizer.encode("the dog") == ours.tokenizer.encode("the dog")
 
 
 def test_what_has_no_adapters_exports_none(weights, classifier, tmp_path, capsys):

@@ -24,9 +24,12 @@ def test_ids_and_greedy_text(golden):
     for text, ids in golden["ids"].items():
         assert tokenizer.encode(text, allow_special=True) == ids
     shape = {"context_length": 64, "emb_dim": 16, "n_heads": 2, "n_layers": 2, "tie_weights": False}
-    cfg = GPTConfig(vocab_size=tokenizer.vocab_size, **shape)
-    rng = np.random.default_rng(1)
-    params = jax.tree.map(lambda leaf: rng.normal(0, 0.5, leaf.shape).astype(np.float32), param_shapes(cfg))
+    cfg, rng = GPTConfig(vocab_size=tokenizer.vocab_size, **shape), np.random.default_rng(1)
+
+    def make(path, leaf):
+        return rng.normal(0, 0 if path[-1].key == "bias" else 1, leaf.shape).astype(np.float32)
+
+    params = jax.tree.map_with_path(make, param_shapes(cfg))
     (prompt, *_) = golden["ids"].values()
     stop = {"eos_id": tokenizer.eot_id, "past_context": "stop"}
     (row,) = generate(GPTModel(cfg), params, [prompt], max_new_tokens=40, temperature=0.0, **stop)
