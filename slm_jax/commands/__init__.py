@@ -58,7 +58,8 @@ class LoadOptions:
     """What a model's weights may not state.
 
     Attributes:
-        tokenizer: gpt2, or a saved tokenizer: its file or folder, or a run's folder; null: the model's own, or GPT-2's.
+        tokenizer: gpt2, or a tokenizer's file or folder: a saved one, a run's, or a pretrained model's (tokenizer.json,
+            tokenizer.model, GGUF, llama2.c's); null: the model's own, or GPT-2's.
         n_heads: number of attention heads, if the weights do not state it.
     """
 

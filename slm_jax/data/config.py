@@ -15,7 +15,8 @@ class TokenizerConfig:
     Attributes:
         kind: bpe (trained on the training text), char, simple (the book's words), or gpt2.
         vocab_size: tokens of a trained bpe; the text decides for the other kinds.
-        path: saved tokenizer to use instead: its file, its folder or a run.
+        path: tokenizer to use instead: file or folder of a saved one, a run, or a pretrained model's (tokenizer.json,
+            tokenizer.model, GGUF, llama2.c's).
     """
 
     kind: Literal["bpe", "char", "simple", "gpt2"] = "bpe"

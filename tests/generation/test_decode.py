@@ -75,6 +75,15 @@ def test_an_array_gives_an_array_with_its_prompts_also_of_a_tied_model_in_half_p
     assert generate(half, tied, prompts, max_new_tokens=3, temperature=0.0).shape == (1, 7)
 
 
+def test_any_of_several_ids_ends_a_row_which_then_repeats_the_first(params):
+    free = [naive_greedy(params, prompt, 10) for prompt in PROMPTS]
+    several = [free[1][len(PROMPTS[1]) + 2], free[0][len(PROMPTS[0]) + 4]]
+    for prompt, unstopped, row in zip(PROMPTS, free, greedy(params, PROMPTS, 10, eos_id=several), strict=True):
+        added = unstopped[len(prompt) :]
+        n = next((i + 1 for i, id_ in enumerate(added) if id_ in several), 10)
+        assert row.tolist() == [*prompt, *added[:n], *[several[0]] * (10 - n)]
+
+
 def test_after_the_end_only_the_end_comes(params):
     free = [naive_greedy(params, prompt, 10) for prompt in PROMPTS]
     eos = free[1][len(PROMPTS[1]) + 2]  # what the second row comes to third
@@ -274,6 +283,7 @@ def test_characters_of_several_tokens_come_whole_and_a_stop_string_may_begin_in_
         ([[1]], {"temperature": 1.0, "key": None}, "no key to sample with"),
         ([[1]], {"key": jnp.ones(2)}, "expected a random key"),
         ([[1]], {"eos_id": VOCAB}, f"eos_id is {VOCAB}"),
+        ([[1]], {"eos_id": [0, VOCAB]}, f"eos_id is {VOCAB}"),
         ([[1]], {"key": jax.random.split(KEY, 3)}, "key has the shape (3,)"),
         ([[1], [0] * 7], {}, "prompt 1 has 7 tokens; expected at most 6"),
         ([[0] * 6], {"past_context": "stop"}, "prompt 0 has 6 tokens; expected at most 5"),
