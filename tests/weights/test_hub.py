@@ -10,12 +10,13 @@ import threading
 import time
 
 import pytest
-from foreign_files import CONFIG, huggingface, write
+from foreign_files import CONFIG, huggingface, write, write_shards
 from refusals import refused
 
 from slm_jax.errors import InputError, MissingInputError
+from slm_jax.model import PRESETS
 from slm_jax.runs import load_gpt2
-from slm_jax.weights.hub import PINS
+from slm_jax.weights.hub import PINS, find_weights
 
 MEDIUM = PINS["gpt2-medium"].revision
 
@@ -38,13 +39,13 @@ def nothing_here(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
 
 
-def put_in_cache(folder, repository, revision, content):
+def put_in_cache(folder, repository, revision, content, name="model.safetensors"):
     """A file as Hugging Face's cache keeps it: under its SHA-256, with a link from the snapshot."""
     blob = folder / f"models--{repository.replace('/', '--')}" / "blobs" / hashlib.sha256(content).hexdigest()
-    blob.parent.mkdir(parents=True)
+    blob.parent.mkdir(parents=True, exist_ok=True)
     blob.write_bytes(content)
-    link = blob.parent.parent / "snapshots" / revision / "model.safetensors"
-    link.parent.mkdir(parents=True)
+    link = blob.parent.parent / "snapshots" / revision / name
+    link.parent.mkdir(parents=True, exist_ok=True)
     link.symlink_to(blob)
     return blob
 
@@ -133,3 +134,37 @@ def test_a_name_is_downloaded_once_at_its_pinned_revision(tmp_path, weights):
     assert done.stdout == "[2, 2]\n", done.stderr
     downloads = [path for command, path in requests if command == "GET" and path.endswith("model.safetensors")]
     assert downloads == [f"/openai-community/gpt2-medium/resolve/{MEDIUM}/model.safetensors"]
+
+
+def test_shards_and_the_files_beside_them_come_from_the_pinned_revision(tmp_path):
+    pin = PINS["qwen3-1.7b"]
+    folder = write_shards(tmp_path / "made", huggingface())
+    for name in ("generation_config.json", "tokenizer_config.json", "tokenizer.json"):
+        (folder / name).write_text(f'{{"file": "{name}"}}')
+    files = sorted(path.name for path in folder.iterdir())
+    assert len(files) == 7
+    for name in files:
+        with refused(f"qwen3-1.7b: .*the download of .* from .*/{pin.repository} failed", MissingInputError):
+            find_weights("qwen3-1.7b")
+        put_in_cache(tmp_path / "cache", pin.repository, pin.revision, (folder / name).read_bytes(), name)
+    found = find_weights("qwen3-1.7b")
+    assert found.name == "model.safetensors.index.json"
+    assert found.parent.name == pin.revision
+    assert (found.parent / "tokenizer.json").is_file()
+    assert load_gpt2(found)[0].n_layers == 2
+    shard = (found.parent / "model-00002-of-00002.safetensors").resolve()
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\x3f")
+    with refused("SHA-256"):
+        find_weights("qwen3-1.7b")
+
+
+def test_names_are_pinned_by_commit_and_gated_ones_say_so():
+    for name, pin in PINS.items():
+        assert len(pin.revision) == 40, name
+        assert pin.sha256 is None or len(pin.sha256) == 64
+        if not name.startswith("gpt2"):
+            assert {"config.json", "tokenizer.json"} <= set(pin.beside)
+    families = {name for name, preset in PRESETS.items() if preset.get("positions") == "rope"}
+    assert families - {"stories260k"} <= PINS.keys()
+    with refused("llama3.2-1b: .*licence must be accepted .* HF_TOKEN", MissingInputError):
+        find_weights("llama3.2-1b")
