@@ -31,7 +31,7 @@ import numpy as np
 
 from slm_jax import GPTConfig, GPTModel, generate, get_gpt_config
 from slm_jax.errors import InputError
-from slm_jax.model import init_params
+from slm_jax.model import axis_sizes, init_params
 from slm_jax.nn.blocks import unstack_blocks
 from slm_jax.runs import load_gpt2
 from slm_jax.weights.writer import save_gpt2
@@ -124,7 +124,9 @@ def bytes_per_step(cfg: GPTConfig, params: Any, case: Case) -> float:
     looked_up = ["pos_emb"] if cfg.tie_weights else ["pos_emb", "tok_emb"]
     weights = sum(leaf.nbytes for name in params if name not in looked_up for leaf in jax.tree.leaves(params[name]))
     tokens = case.prompt + case.new / 2  # on the average
-    return weights + 2 * cfg.n_layers * cfg.emb_dim * jnp.dtype(cfg.dtype).itemsize * tokens * case.batch
+    sizes = axis_sizes(cfg)
+    per_token = 2 * sizes["layers"] * sizes["kv_heads"] * sizes["head_dim"] * jnp.dtype(cfg.dtype).itemsize
+    return weights + per_token * tokens * case.batch
 
 
 def report(result: dict[str, Any]) -> None:

