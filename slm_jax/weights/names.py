@@ -42,7 +42,7 @@ class Slot(NamedTuple):
         """Return the foreign tensor made of the leaves; a copy only if it is transposed or made of several."""
         views = self._views(leaves)
         if self.interleaved:
-            return views[0][self._order(leaves)]
+            return np.ascontiguousarray(views[0][self._order(leaves)])
         return np.ascontiguousarray(views[0] if len(views) == 1 else np.concatenate(views, self._axis(views)))
 
     def write(self, leaves: Mapping[str, np.ndarray], start: int, rows: np.ndarray) -> None:
