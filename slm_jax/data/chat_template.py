@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from slm_jax.data.templates import Message, Template, TextTemplate
+from slm_jax.data.templates import TEMPLATES, Message, Template, TextTemplate
 from slm_jax.errors import InputError
 from slm_jax.tokenizer import Tokenizer
 
@@ -52,7 +52,8 @@ class ChatTemplate(Template):
             if text.startswith(asked) and text.startswith(answered) and cuts[-1] <= len(asked) <= len(answered):
                 cuts += [len(asked), len(answered)]
             elif is_last:
-                raise InputError("the model's chat template shows a response otherwise than after its prompt")
+                problem = "the model's chat template shows a response otherwise than after its prompt"
+                raise InputError(f"{problem}; choose instruction.template {', '.join(TEMPLATES)} or your own")
         pairs = enumerate(itertools.pairwise([*cuts, len(text)]))
         return [(text[start:end], bool(i % 2)) for i, (start, end) in pairs if start < end]
 

@@ -382,11 +382,40 @@ def test_a_gguf_file_has_its_tokenizer(tmp_path):
         get_tokenizer(tmp_path / "model.gguf")
 
 
-# All of them
-
-
 def test_other_kinds_have_one_end_and_no_beginning():
     bpe = BPETokenizer.train(TEXT, vocab_size=300)
     assert (bpe.eos_ids, bpe.start_ids, bpe.document_ids) == ((bpe.eot_id,), [], [bpe.eot_id])
     assert bpe.encode_prompt("") == [bpe.eot_id]
     assert bpe.continued() is bpe
+
+
+# Where a model expects a token at the beginning of a text
+
+
+@pytest.fixture
+def with_bos(tmp_path):
+    return get_tokenizer(write(tmp_path, tokenizer_config={**CONFIG, "add_bos_token": True}))
+
+
+def test_documents_begin_as_the_model_expects(with_bos):
+    from slm_jax.data.corpus import encode_documents
+    from slm_jax.data.filters import DEFAULT_RULES
+    from slm_jax.data.parts import Job, encode_text
+
+    first, second = "The cat", TEXT * 400  # of several pieces
+    ids = encode_documents([first, second], with_bos).tolist()
+    assert ids == [1, *with_bos.encode(first), 2, 1, *with_bos.encode(second)]
+    job = Job("x", DEFAULT_RULES, with_bos)
+    assert encode_text(job, second).tolist() == [2, 1, *with_bos.encode(second)]
+    assert encode_text(job, second, is_start=False).tolist() == with_bos.encode(second)
+
+
+def test_labelled_and_scored_texts_begin_as_the_model_expects(with_bos):
+    from slm_jax.data.labelled import encode_text
+    from slm_jax.evaluation.logprobs import Scorer
+    from slm_jax.model import GPTModel, get_gpt_config
+
+    assert encode_text("The cat", with_bos).tolist() == [1, *with_bos.encode("The cat")]
+    scorer = Scorer(GPTModel(get_gpt_config("tiny")), {}, with_bos)
+    assert scorer.encode("The", " cat") == ([1, *with_bos.encode("The")], with_bos.encode(" cat"))
+    assert scorer.encode("", "cat") == ([1], with_bos.encode("cat"))
