@@ -122,7 +122,7 @@ def _document_lines(row: Batch, tokenizer: Tokenizer) -> Iterator[str]:
 
 
 def _texts(tokenizer: Tokenizer, ids: Int32[np.ndarray, " tokens"]) -> list[str]:
-    texts = [tokenizer.decode([token]).translate(_VISIBLE) for token in ids.tolist()]
+    texts = [tokenizer.continued().decode([token]).translate(_VISIBLE) for token in ids.tolist()]
     return [
         _shorten("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text), _LONGEST)
         for text in texts

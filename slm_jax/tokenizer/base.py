@@ -62,7 +62,10 @@ class Tokenizer(Protocol):
         return {"eos_token": END_OF_TEXT}
 
     def continued(self) -> "Tokenizer":
-        """Return this tokenizer for a text that continues another one: with no space before the first word."""
+        """Return this tokenizer for a text that continues another one, such as that of a single token.
+
+        It puts nothing before the text, no space and no `start_ids`, and `decode` leaves nothing out.
+        """
         return self
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:

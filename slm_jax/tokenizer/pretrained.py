@@ -107,11 +107,11 @@ class PretrainedTokenizer(Tokenizer):
 
     @cached_property
     def _continued(self) -> "PretrainedTokenizer":
-        parts = {name: _without_space(self._content.get(name)) for name in ("normalizer", "pre_tokenizer")}
-        if all(self._content.get(name) == part for name, part in parts.items()):
+        parts = {name: _without_space(self._content.get(name)) for name in ("normalizer", "pre_tokenizer", "decoder")}
+        if not self._add_bos and all(self._content.get(name) == part for name, part in parts.items()):
             return self
         content = {**self._content, **parts}
-        return PretrainedTokenizer(content, self._roles, self._eos_ids, self._add_bos, self.chat_template)
+        return PretrainedTokenizer(content, self._roles, self._eos_ids, chat_template=self.chat_template)
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         check_text(text)
@@ -204,12 +204,12 @@ def _one_line(error: BaseException) -> str:
 
 
 def _without_space(part: Any) -> Any:
-    """Return a normalizer or pre-tokenizer that neither puts a space before a text nor removes one there."""
+    """Return a part of a `tokenizer.json` that neither puts a space before a text nor removes one there."""
     if not isinstance(part, dict):
         return part
     kind = part.get("type")
     if kind == "Sequence":
-        name = "normalizers" if "normalizers" in part else "pretokenizers"
+        name = next((name for name in ("normalizers", "pretokenizers", "decoders") if name in part), "")
         return {**part, name: [kept for each in part[name] if (kept := _without_space(each)) is not None]}
     if kind == "Metaspace":
         return {
@@ -219,7 +219,7 @@ def _without_space(part: Any) -> Any:
     if kind == "ByteLevel":
         return {**part, "add_prefix_space": False}
     if kind == "Strip":
-        return {**part, "strip_left": False}
+        return {**part, **({"start": 0} if "start" in part else {"strip_left": False})}
     return None if kind == "Prepend" else part
 
 

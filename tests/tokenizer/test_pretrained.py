@@ -210,6 +210,8 @@ def test_pieces_of_a_document_are_those_of_the_whole(sentencepiece):
     assert [*tokenizer.encode(first), *(id_ for piece in rest for id_ in tokenizer.continued().encode(piece))] == (
         tokenizer.encode(TEXT)
     )
+    part = tokenizer.continued()
+    assert "".join(part.decode([id_]) for id_ in [*tokenizer.start_ids, *tokenizer.encode("the cat")]) == "<s> the cat"
 
 
 def test_a_damaged_model_of_sentencepiece_is_refused(tmp_path):

@@ -208,7 +208,7 @@ def _maps(step: int, model: GPTModel, params: Params, tokenizer: Tokenizer, text
         names = [f"{STACK}/{layer}/attn/weights" for layer in range(n_layers)]
         _, seen = capture(model, params, jnp.array([ids], jnp.int32), names, **lengths)
         weights = np.stack([np.asarray(seen[name], np.float32)[0, :n_heads] for name in names])
-    tokens = [tokenizer.decode([token]) for token in ids]
+    tokens = [tokenizer.continued().decode([token]) for token in ids]
     return Maps(step, tokens, len(whole), weights, cfg.n_layers, cfg.n_heads)
 
 
