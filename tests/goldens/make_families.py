@@ -1,4 +1,4 @@
-"""Make ``families.safetensors`` for ``tests/weights/test_families.py``: what Hugging Face's Llama and Qwen3 compute.
+"""Make ``families.safetensors`` for ``tests/weights/test_llama_and_qwen3.py``: what transformers' models compute.
 
     pip install torch==2.13.0 transformers==5.24.0 safetensors
     python tests/goldens/make_families.py
