@@ -204,15 +204,19 @@ def _chat(messages: Any, where: str) -> tuple[Message, ...]:
 
 # Tokens
 
+# Put into special tokens in messages, which are cut there and so become words like any others: else a message could
+# forge the end of its turn. Unicode reserves it for the internal use of programs.
+_CUT = "\ufdd0"
+
 
 def encode_prompt(tokenizer: Tokenizer, template: Template, messages: Sequence[Message]) -> list[int]:
-    """Return the ids that the next response follows.
+    """Return the ids that the next response follows; special tokens of earlier ones are taken as the model's own.
 
-    InputError: a message of the user or the system holds a special token, or cannot be encoded.
+    InputError: a text that the tokenizer cannot encode.
     """
-    _check_plain(tokenizer, [each for each in messages if each.role != "assistant"])
-    start = _start(tokenizer, template)
-    return start + tokenizer.encode_parts([template.prompt(messages)])[0] or [tokenizer.eot_id]
+    plain = [each if each.role == "assistant" else _plain(tokenizer, each) for each in messages]
+    (ids,) = _encode(tokenizer, [template.prompt(plain)])
+    return _start(tokenizer, template) + ids or [tokenizer.eot_id]
 
 
 def encode_conversation(
@@ -220,12 +224,11 @@ def encode_conversation(
 ) -> list[tuple[list[int], bool]]:
     """Return the ids of a conversation in pieces, each with whether it is a response; the last one is.
 
-    The last response ends with one of the ids that end a text. Errors as for :func:`encode_prompt`.
+    The last response ends with one of the ids that end a text. InputError: a text that the tokenizer cannot encode.
     """
-    _check_plain(tokenizer, messages)
-    texts = template.pieces(messages)
+    texts = template.pieces([_plain(tokenizer, each) for each in messages])
     pieces = [(_start(tokenizer, template), False)]
-    for ids, (_, is_response) in zip(tokenizer.encode_parts([text for text, _ in texts]), texts, strict=True):
+    for ids, (_, is_response) in zip(_encode(tokenizer, [text for text, _ in texts]), texts, strict=True):
         # What follows the end of a response is not the model's to write.
         end = next((i + 1 for i, id_ in enumerate(ids) if is_response and id_ in tokenizer.eos_ids), len(ids))
         pieces += [(ids[:end], is_response), (ids[end:], False)]
@@ -241,9 +244,24 @@ def _start(tokenizer: Tokenizer, template: Template) -> list[int]:
     return tokenizer.start_ids if isinstance(template, TextTemplate) else []
 
 
-def _check_plain(tokenizer: Tokenizer, messages: Sequence[Message]) -> None:
-    """Refuse messages with special tokens, by which they could pretend to be another's."""
-    for message in messages:
-        for token in tokenizer.special_tokens:
-            if token in message.content or token in message.input:
-                raise InputError(f"a message of the {message.role} holds the special token {token}; remove it")
+def _plain(tokenizer: Tokenizer, message: Message) -> Message:
+    content, more = message.content, message.input
+    for token in tokenizer.special_tokens:
+        cut = token[:1] + _CUT + token[1:]
+        content, more = content.replace(token, cut), more.replace(token, cut)
+    return dataclasses.replace(message, content=content, input=more)
+
+
+def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """Return the ids of each part of a text, which is cut at `_CUT`."""
+    ids: list[list[int]] = [[] for _ in texts]
+    runs: list[list[tuple[int, str]]] = [[]]  # what is encoded together: numbers of parts, and their texts
+    for i, text in enumerate(texts):
+        first, *rest = text.split(_CUT)
+        runs[-1].append((i, first))
+        runs += [[(i, each)] for each in rest]
+    for n, run in enumerate(runs):
+        encoder = tokenizer.continued() if n else tokenizer
+        for (i, _), new in zip(run, encoder.encode_parts([text for _, text in run]), strict=True):
+            ids[i] += new
+    return ids

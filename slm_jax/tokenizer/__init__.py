@@ -4,9 +4,9 @@ All tokenizers share one interface, `Tokenizer`; a vocabulary is built, trained 
 The book's are in `slm_jax/tokenizer/words.py` and `bpe.py`, those of pretrained models in `pretrained.py`.
 
 Special tokens in text. `<|endoftext|>` marks the end of a document, and untrusted text must not be able to forge it.
-`BPETokenizer`, `GPT2Tokenizer` and `PretrainedTokenizer` refuse it and their other special tokens in text, and
-`CharTokenizer` spells it out, unless the caller passes `allow_special=True`; then it becomes `eot_id`.
-`SimpleTokenizer` follows the book, where it is a word like any other and always becomes its id.
+`BPETokenizer` and `GPT2Tokenizer` refuse it in text, `CharTokenizer` spells it out, and so does `PretrainedTokenizer`
+with all of its special tokens (one may be called `<filename>`), unless the caller passes `allow_special=True`; then it
+becomes `eot_id`. `SimpleTokenizer` follows the book, where it is a word like any other and always becomes its id.
 """
 
 import hashlib

@@ -114,26 +114,43 @@ class PretrainedTokenizer(Tokenizer):
         return PretrainedTokenizer(content, self._roles, self._eos_ids, chat_template=self.chat_template)
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
-        check_text(text)
-        pattern = None if allow_special else self._special_pattern
-        if pattern and (found := pattern.search(text)):
+        is_plain = allow_special or not self._special_pattern or not self._special_pattern.search(check_text(text))
+        return self._encode(text, self._model if is_plain else self._spelling).ids
+
+    @cached_property
+    def _spelling(self) -> Any:
+        """The tokenizer for texts in which special tokens are words like any others."""
+        model = type(self._model).from_str(self._model.to_str())
+        model.encode_special_tokens = True
+        return model
+
+    def encode_prompt(self, text: str) -> list[int]:
+        if self._special_pattern and (found := self._special_pattern.search(check_text(text))):
             where = f"{found[0]} at offset {found.start()}"
-            raise InputError(f"the text has the special token {where}; remove it, or pass allow_special=True")
-        return self._encode(text).ids
+            raise InputError(f"the prompt has the special token {where}; a chat template (--instruction) writes them")
+        return super().encode_prompt(text)
 
     def encode_parts(self, parts: Sequence[str]) -> list[list[int]]:
         """Encode the whole text; an id belongs to the part in which its text begins."""
-        encoded, ends = self._encode(check_text("".join(parts))), list(accumulate(map(len, parts)))
+        encoded, ends = self._encode("".join(parts), self._model), list(accumulate(map(len, parts)))
         split: list[list[int]] = [[] for _ in parts]
         for id_, (start, _) in zip(encoded.ids, encoded.offsets, strict=True):
             split[min(bisect_right(ends, start), len(parts) - 1)].append(id_)
         return split
 
-    def _encode(self, text: str) -> Any:
+    def _encode(self, text: str, model: Any) -> Any:
         try:
-            return self._model.encode(text, add_special_tokens=False)
+            return model.encode(check_text(text), add_special_tokens=False)
         except Exception as error:  # the package raises nothing more special
-            raise InputError(f"the tokenizer cannot encode {text!r:.60}: {_one_line(error)}") from None
+            culprit = next((char for char in dict.fromkeys(text) if char != text and not self._has(char, model)), text)
+            raise InputError(f"the tokenizer cannot encode {culprit!r:.60} ({_one_line(error)})") from None
+
+    def _has(self, char: str, model: Any) -> bool:
+        try:
+            self._encode(char, model)
+        except InputError:
+            return False
+        return True
 
     def decode(self, ids: Iterable[Any]) -> str:
         checked, start = check_ids(ids, self.vocab_size), self.start_ids

@@ -70,10 +70,13 @@ def test_a_folder_has_the_ids_the_roles_and_the_template(tmp_path):
     assert get_tokenizer(folder / "tokenizer.json").chat_template == "own"
 
 
-def test_special_tokens_in_text_are_refused_unless_allowed(tmp_path):
+def test_special_tokens_in_text_are_spelled_unless_allowed(tmp_path):
     tokenizer = get_tokenizer(write(tmp_path, tokenizer_config=CONFIG))
+    spelled = tokenizer.encode("cat</s> <s>")
+    assert tokenizer.decode(spelled) == "cat</s> <s>"
+    assert not {1, 2} & {*spelled}
     with refused("special token </s> at offset 4"):
-        tokenizer.encode("cat </s> <s>")
+        tokenizer.encode_prompt("cat </s> <s>")
     ids = tokenizer.encode("cat</s><s>", allow_special=True)
     assert ids == [*tokenizer.encode("cat"), 2, 1]
     assert tokenizer.decode(ids) == "cat</s><s>"
