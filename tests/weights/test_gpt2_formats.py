@@ -14,6 +14,7 @@ from golden_files import read_tensors
 from refusals import refused
 
 from slm_jax.errors import InputError, MissingInputError
+from slm_jax.model import GPTModel
 from slm_jax.runs import load_gpt2
 from slm_jax.weights.tensor_bundle import crc32c, open_bundle
 
@@ -95,6 +96,15 @@ def test_flax(tmp_path):
     (folder / "model.safetensors").unlink()
     (folder / "flax_model.msgpack").write_bytes(msgpack_serialize(flax_tree()))
     same(*load_gpt2(folder), tmp_path)
+
+
+def test_what_transformers_saved_with_flax(tmp_path):
+    files, expected = read_tensors("flax")
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content.tobytes())
+    cfg, params = load_gpt2(tmp_path)
+    logits = GPTModel(cfg).apply({"params": params}, jnp.asarray(expected["tokens"]))
+    np.testing.assert_allclose(logits, expected["logits"], atol=1e-5)
 
 
 @pytest.mark.parametrize(
