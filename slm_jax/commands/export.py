@@ -1,6 +1,7 @@
 """``slm-jax export``: write a model for another program."""
 
 import dataclasses
+import re
 import sys
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -152,10 +153,10 @@ def _about(options: Options, tokenizer: "Tokenizer | None") -> "About":
     base = config.get("base")
     figures: dict[str, Any] = {
         "task": config.get("task"),
-        "base": base,
+        "base": base and _without_folders(base),
         "trained": None if base is None else config.get("trainable"),
-        "data": config.get("data.source"),
-        "template": template and next((name for name, known in TEMPLATES.items() if known == template), "its own"),
+        "data": _without_folders(config.get("data.source") or "") or None,
+        "template": template and next((k for k, known in TEMPLATES.items() if known == template), "the model's own"),
         "optimizer steps": f"{step:,}" if config else None,
         f"validation loss (nats a {'text' if 'classes' in metadata else 'token'})": metadata["validation_loss"],
     }
@@ -172,6 +173,11 @@ def _about(options: Options, tokenizer: "Tokenizer | None") -> "About":
         generation=_sampling(config),
         card={name: _shown(value) for name, value in figures.items() if value is not None},
     )
+
+
+def _without_folders(text: str) -> str:
+    """Return a path or a source without the absolute folders of this machine, as a model card may be published."""
+    return re.sub(r"(?<![^:])(/(?!/)|~/|[A-Z]:\\).*[/\\](?=.)", "", text)
 
 
 def _sampling(config: dict[str, Any]) -> dict[str, Any]:
