@@ -347,8 +347,9 @@ class GPTClassifier(GPTModel):
     """A GPT with a classification head; its params tree is the GPT's, with ``class_head`` for ``out_head``.
 
     ``GPTClassifier(cfg, n_classes=2).apply({"params": params}, tokens, lengths)`` gives float32 logits
-    (batch, n_classes). The head is one linear layer with a bias on one vector a text, which ``pooling`` makes of the
-    hidden states: the last real token's, their mean, or the first token's. Padding behind a text's length is ignored.
+    (batch, n_classes). The head is one linear layer, with a bias unless ``cfg.bias`` is False, on one vector a text,
+    which ``pooling`` makes of the hidden states: the last real token's, their mean, or the first token's. Padding
+    behind a text's length is ignored.
 
     Source: the book's chapter 6, which takes the last token.
     """
@@ -360,7 +361,9 @@ class GPTClassifier(GPTModel):
         """Create the submodules."""
         super().setup()
         init = nn.initializers.normal(INIT_STD)
-        self.class_head = nn.Dense(self.n_classes, kernel_init=init, param_dtype=self.cfg.param_dtype)
+        self.class_head = nn.Dense(
+            self.n_classes, use_bias=self.cfg.bias, kernel_init=init, param_dtype=self.cfg.param_dtype
+        )
         self.class_head_adapter = Adapter()
 
     def __call__(  # type: ignore[override]

@@ -53,8 +53,11 @@ def options(place, task, runs, trainable="last_block", **more):
 
 
 def save_new(folder, tokenizer, **fields):
-    """A run of no training."""
-    shape = {"context_length": 32, "emb_dim": 16, "n_heads": 2, "n_layers": 2, **fields}
+    """A run of no training, with all that Qwen3 has: GPT-2 is fine-tuned in the goldens."""
+    shape = {
+        "context_length": 32, "emb_dim": 16, "n_heads": 2, "n_layers": 2, "norm": "rmsnorm", "positions": "rope",
+        "mlp": "swiglu", "hidden_dim": 40, "n_kv_heads": 1, "head_dim": 10, "qk_norm": True, "bias": False, **fields,
+    }  # fmt: skip
     cfg = GPTConfig(vocab_size=tokenizer.vocab_size, **shape)
     params = jax.jit(init_params, static_argnums=0)(cfg, jax.random.key(1))
     save_run(folder, Run(folder, None, cfg, params, tokenizer))

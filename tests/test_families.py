@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
+import slm_jax
 from slm_jax.model import GPTConfig, GPTModel, count_params, get_gpt_config, init_cache, param_shapes
 from slm_jax.nn.axes import TABLE, find_axes
 from slm_jax.nn.blocks import merge_params, split_blocks, unstack_blocks
@@ -134,3 +135,15 @@ def test_adapters_reach_every_matrix():
     close(jax.jit(model.apply)({"params": merge_adapters(beside)}, TOKENS), logits)
     assert np.abs(logits - logits_of("qwen3")).max() > 0.1
     assert all(find_axes(path) for path in flatten_dict(beside, sep="/"))
+
+
+def test_what_is_captured_adds_up_and_a_head_can_be_ablated():
+    model, params = built("qwen3")
+    logits, seen = slm_jax.capture(model, params, TOKENS, ("embeddings", "blocks/0", "blocks/0/*", "blocks/0/attn/*"))
+    close(logits, logits_of("qwen3"))
+    shapes = {name: (2, 12, heads, 10) for name, heads in (("q", 4), ("k", 2), ("v", 2), ("heads", 4))}
+    assert {name: seen[f"blocks/0/attn/{name}"].shape for name in shapes} == shapes
+    close(seen["embeddings"] + seen["blocks/0/attn"] + seen["blocks/0/ff"], seen["blocks/0"])
+    np.testing.assert_allclose(seen["blocks/0/attn/weights"].sum(-1), 1, rtol=1e-5)
+    without = slm_jax.ablate(model, params, TOKENS, "blocks/0/attn/heads/1")
+    assert np.abs(without - logits).max() > 1e-2

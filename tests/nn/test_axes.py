@@ -4,7 +4,6 @@ import ast
 import dataclasses
 import re
 from pathlib import Path
-from typing import get_args
 
 import jax
 from flax.traverse_util import flatten_dict
@@ -15,7 +14,6 @@ from slm_jax.nn.axes import TABLE, count, find_axes
 from slm_jax.nn.blocks import merge_params, split_blocks
 from slm_jax.nn.lora import init_adapters
 from slm_jax.training.optimizer import decay_mask
-from slm_jax.weights.registry import FormatName
 
 CFG = GPTConfig(vocab_size=29, context_length=16, emb_dim=12, n_heads=3, n_layers=2, tie_weights=False)
 
@@ -61,7 +59,8 @@ def test_a_width_that_only_shards_by_head_is_found():
 
 PACKAGE = Path(slm_jax.__file__).parent
 # Beside the model: the name maps, and the patterns by which other families are recognised.
-MAPS = tuple(f"weights/{name}.py" for name in (*get_args(FormatName), "names", "registry"))
+FORMATS = (path.name for path in PACKAGE.glob("weights/*.py") if "\nFORMAT" in path.read_text())
+MAPS = tuple(f"weights/{name}" for name in (*FORMATS, "names.py", "registry.py"))
 KNOW = ("model.py", "attention.py", "nn/", *MAPS)
 PARTS = sorted({part for path in TABLE for part in path.split("/")[:-1]} - {"blocks", "attn", "ff", "q", "k", "v"})
 LEAF = re.compile(rf"\b({'|'.join(PARTS)})\b|\bblocks/|\blora_[ab]\b")
