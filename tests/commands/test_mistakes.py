@@ -51,7 +51,7 @@ MISTAKES = {
     ],
     "export": [
         ("--run x", "--out is missing"),
-        ("--run x --out y --format gguf", "expected one of huggingface, nanogpt, book, adapter"),
+        ("--run x --out y --format onnx", "expected one of huggingface, nanogpt, book, gguf, adapter"),
     ],
     "generate": [
         ("", "--run is missing"),
