@@ -26,7 +26,9 @@ FENCE = re.compile(
 )
 LANGUAGES = ("sh", "python", "yaml", "text", "csv", "tsv", "json", "jsonl")  # from text on only shown, or written
 # Other programs in blocks marked "not run", of which nothing is checked.
-OTHER_PROGRAMS = re.compile("cd|cp|git|hf|jupyter|lint-imports|mkdocs|pip|pre-commit|pytest|python|srun|tensorboard")
+OTHER_PROGRAMS = re.compile(
+    "cd|cp|git|hf|jupyter|lint-imports|llama-cli|mkdocs|ollama|pip|pre-commit|pytest|python|srun|tensorboard"
+)
 # Programs that change the machine, serve pages or take long.
 NOT_HERE = ("pip install", "pre-commit", "mkdocs serve", "slm-jax bench startup")
 NOT_RUN = re.compile(r"<!-- not run: (.+) -->")
