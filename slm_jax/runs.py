@@ -187,10 +187,10 @@ def _tokenizer_beside(path: Path, cfg: GPTConfig) -> Tokenizer:
     folder, vocab_size = path if path.is_dir() else path.parent, cfg.unpadded_vocab_size or cfg.vocab_size
     saved, gpt2 = folder / "tokenizer" / FILE_NAME, GPT2Tokenizer()
     gguf = path if path.is_file() else path / "model.gguf"
-    if is_gguf(gguf):
-        return load_tokenizer(gguf)
     if saved.is_file():
         return load_tokenizer(saved)
+    if is_gguf(gguf):
+        return load_tokenizer(gguf)
     if vocab_size == gpt2.vocab_size and _may_be_gpt2s(folder):
         own = (folder / FILE_NAME).is_file() and read_chat_template(folder) is not None
         return load_tokenizer(folder / FILE_NAME) if own else gpt2

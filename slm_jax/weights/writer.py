@@ -17,6 +17,7 @@ from slm_jax.nn.axes import HEAD, STACK
 from slm_jax.nn.blocks import join_blocks
 from slm_jax.nn.lora import merge_adapters
 from slm_jax.tokenizer import FILE_NAME, GPT2Tokenizer, PretrainedTokenizer, Tokenizer
+from slm_jax.weights.gguf_tokenizer import tokenizer_metadata
 from slm_jax.weights.names import CLASS_BIAS, CLASSES, NORM_BIAS, TOKENS, leaf_shapes
 from slm_jax.weights.registry import FormatName, GGUFDtype, find_format
 from slm_jax.weights.side_files import About
@@ -93,14 +94,24 @@ def write_model(cfg: GPTConfig, params: Params, folder: str | Path, format: Form
     with new_folder(target) as partial:
         for file, content in form.side_files(cfg, str(embedding.dtype), about).items():
             (partial / file).write_bytes(content)
-        foreign = isinstance(tokenizer, GPT2Tokenizer | PretrainedTokenizer)
-        if tokenizer is not None and not foreign and not (partial / FILE_NAME).exists():
+        if tokenizer is not None and not (partial / FILE_NAME).exists() and not _is_elsewhere(tokenizer, format):
             tokenizer.save(partial / "tokenizer")
         form.write_weights(partial, cfg, tensors, about)
     return target
 
 
 save_gpt2 = save_pretrained  # its name when GPT-2 was the only family
+
+
+def _is_elsewhere(tokenizer: Tokenizer, format: FormatName) -> bool:
+    """Return whether a tokenizer is GPT-2's, or a pretrained model's that is in the GGUF file."""
+    if not isinstance(tokenizer, PretrainedTokenizer) or format != "gguf":
+        return isinstance(tokenizer, GPT2Tokenizer)
+    try:
+        tokenizer_metadata(tokenizer)
+    except InputError:
+        return False
+    return True
 
 
 def _leaves(cfg: GPTConfig, params: Params, n_classes: int) -> dict[str, np.ndarray]:

@@ -16,7 +16,7 @@ from slm_jax.commands.classify import Options
 from slm_jax.config import parse
 from slm_jax.errors import InputError
 from slm_jax.runs import read_checkpoint
-from slm_jax.tokenizer import CharTokenizer
+from slm_jax.tokenizer import tokenizer_from_dict
 
 CATS, DOGS = "the cat sat on the mat", "the dog sat on the log"
 
@@ -79,7 +79,7 @@ def test_without_a_text_it_says_how_to_give_one(monkeypatch, capsys):
 
 def test_a_text_that_cannot_be_read_is_named(classifier, monkeypatch, capsys):
     run = ["classify", "--run", str(classifier)]
-    fails([*run, "the cat", "the Cat"], capsys, "text 'the Cat': character 'C' at offset 4")
+    fails([*run, "the cat", "the Cat"], capsys, "text 'the Cat': the tokenizer cannot encode 'C'")
     stdin = io.TextIOWrapper(io.BytesIO(b"the cat\nhi \xff\n"), encoding="utf-8", errors="strict")
     monkeypatch.setattr("sys.stdin", stdin)
     fails(run, capsys, "lone surrogate")
@@ -102,7 +102,7 @@ def test_a_loaded_classifier_is_the_checkpoints_model(classifier, tmp_path):
     step = max(int(path.name) for path in (classifier / "checkpoints").iterdir() if path.name.isdecimal())
     cfg, params, metadata = read_checkpoint(classifier, step, "float32", classifier=True)
     model = slm_jax.GPTClassifier(cfg, n_classes=2, pooling=metadata["pooling"])
-    ids = jnp.array([CharTokenizer.from_dict(metadata["tokenizer"]).encode("the cat")], jnp.int32)
+    ids = jnp.array([tokenizer_from_dict(metadata["tokenizer"]).encode("the cat")], jnp.int32)
     expected = jax.nn.softmax(model.apply({"params": params}, ids, jnp.array([7])))[0]
     for loaded in (slm_jax.load_classifier(f"{classifier}@latest"), slm_jax.load_classifier(classifier, step=step)):
         np.testing.assert_allclose(list(loaded(["the cat"])[0].probabilities.values()), expected, atol=1e-6)
