@@ -63,12 +63,17 @@ def options(folder, base, **more):
     )
 
 
-def test_a_folder_is_loaded_with_its_tokenizer_and_template(base):
+def test_a_folder_is_loaded_and_imported_with_its_tokenizer_and_template(base, tmp_path):
     loaded = load_model(base)
     assert isinstance(loaded.tokenizer, PretrainedTokenizer)
     assert loaded.tokenizer.vocab_size == loaded.model_config.unpadded_vocab_size == 263
     assert loaded.tokenizer.decode([*loaded.tokenizer.eos_ids]) == "</s><|end|>"
     assert loaded.template == ChatTemplate(STRICT, GOLDEN["tokens"])
+    assert cli.main(["import", *words({"source": base, "run": "own", "runs_dir": tmp_path})]) == 0
+    imported = load_model(tmp_path / "own")
+    assert imported.template == loaded.template
+    assert fingerprint(imported.tokenizer) == fingerprint(loaded.tokenizer)
+    assert imported.tokenizer.eos_ids == loaded.tokenizer.eos_ids
 
 
 def test_a_run_from_it_resumes_answers_and_is_exported_with_both(run, base, tmp_path, capsys, monkeypatch):
