@@ -21,7 +21,8 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from slm_jax.data.builtin import python_docs
-from slm_jax.training.checkpoint import read_metadata, saved_steps
+from slm_jax.training.checkpoint import read_metadata
+from slm_jax.training.manifest import saved_steps
 
 OPTIONS = {
     "tokenizer.kind": "char",

@@ -85,6 +85,20 @@ def unwritable(path: Path, error: OSError) -> InputError:
 # Files
 
 
+def sync(path: Path) -> None:
+    """Wait until what was written to a file, or the names in a folder, are on the disk, where a system can say so."""
+    if os.name == "nt":  # which has no such thing for folders
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):  # some mounted drives
+            raise
+    finally:
+        os.close(descriptor)
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give a new name beside the path; that file replaces the path at the end, or disappears after an error."""
@@ -103,6 +117,7 @@ def replace_text(path: Path, text: str) -> None:
     """Write a text file atomically: a reader sees the old file or the new one; OSError: it cannot be written."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
+        sync(partial)
 
 
 def write_png(figure: "Figure", path: Path) -> None:

@@ -22,16 +22,9 @@ from slm_jax.nn.sharding import spread
 from slm_jax.tokenizer import FILE_NAME, GPT2Tokenizer, Tokenizer, load_tokenizer, tokenizer_from_dict
 from slm_jax.tokenizer.gguf_header import is_gguf
 from slm_jax.tokenizer.pretrained import read_chat_template
-from slm_jax.training.checkpoint import (
-    METADATA,
-    Checkpoints,
-    best_step,
-    find_damage,
-    load_params,
-    read_metadata,
-    saved_steps,
-)
+from slm_jax.training.checkpoint import Checkpoints, best_step, load_params, read_metadata
 from slm_jax.training.hardware import best_dtype
+from slm_jax.training.manifest import find_damage, saved_steps
 from slm_jax.training.run_folder import FROZEN, RunFolder
 from slm_jax.training.step import TrainState
 from slm_jax.training.trainable import from_leaf_table, whole_params
@@ -252,7 +245,7 @@ def find_checkpoint(source: str | Path, step: int | str = "best") -> tuple[Path,
     is chosen if it names none: a number, ``best`` (lowest validation loss) or ``latest``.
     """
     path, named = split_step(source)
-    if path.parent.name == "checkpoints" and path.name.isdecimal() and (path / METADATA).is_file():
+    if path.parent.name == "checkpoints" and path.name.isdecimal() and path.is_dir():
         return path.parent.parent, int(path.name)
     checkpoints, step = path / "checkpoints", step if named is None else named
     if not checkpoints.is_dir():

@@ -20,7 +20,7 @@ from sharing import make_once
 import slm_jax
 from slm_jax import cli
 from slm_jax.training import program
-from slm_jax.training.checkpoint import saved_steps
+from slm_jax.training.manifest import saved_steps
 
 TEXT, RUNS = Path("cats.txt"), Path("runs")
 

@@ -1,39 +1,48 @@
-"""Checkpoints of a run, through Orbax v1: asynchronous, complete, verified.
+"""Checkpoints of a run: arrays through Orbax v1; asynchronous, complete, verified.
 
 A checkpoint is a folder ``checkpoints/<step>`` with the items ``params`` (what is trained) and ``state`` (optimizer,
-step, key), and JSON that names everything else a run needs: configuration, identity, tokenizer, data state. Orbax
-commits a checkpoint by renaming it, so one that exists is whole. It keeps no checksums; two kinds are added here: the
-SHA-256 of each file, and by several processes a checksum of each array: what each has loaded of them is verified
-without reading it again.
+step, key), JSON that names everything else a run needs (configuration, identity, tokenizer, data state), and a manifest
+with its step and the size and SHA-256 of each file. Orbax writes into ``.saving``; the manifest is written there last,
+all is synced to the disk, and a rename commits it: a folder without a manifest that verifies is no checkpoint. Several
+processes add a checksum of each array: what each has loaded is verified without reading it again.
 """
 
 import errno
 import json
 import math
-import operator
 import os
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
 from slm_jax.errors import InputError
-from slm_jax.files import replace_text, sha256
 from slm_jax.model import Params
+from slm_jax.training.manifest import (
+    METADATA,
+    REMOVED,
+    SAVING,
+    commit,
+    discard,
+    find_damage,
+    saved_steps,
+    write_manifest,
+)
 from slm_jax.training.progress import format_bytes
 from slm_jax.training.run_folder import RunFolder
 from slm_jax.training.step import TrainState
 
-CHECKSUMS = "sha256.json"
-METADATA = "_CHECKPOINT_METADATA"  # Orbax's name
-_ARRAYS = "d"  # Orbax's name of folders with the values of arrays
 FORMAT = 2  # of the params tree and the metadata; 1 had query, key and value in one kernel
 
 
@@ -49,29 +58,27 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, keep: int = 2, on_saved: Callable[[], None] = lambda: None):
-        policies = ocp.training.preservation_policies
-        loss = operator.itemgetter("validation_loss")
-        best = policies.BestN(get_metric_fn=loss, reverse=True, n=1, keep_checkpoints_without_metrics=False)
-        self.folder = folder.resolve()
-        self._on_saved = on_saved
-        self._checkpointer = ocp.training.Checkpointer(
-            self.folder,
-            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
-            cleanup_tmp_directories=True,
-        )
-        self._started: list[int] = []
+        self.folder, self._keep, self._on_saved = folder.resolve(), keep, on_saved
+        if jax.process_index() == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for path in self.folder.iterdir():  # what an interrupted save left
+                if path.name.startswith((SAVING, REMOVED)) or path.name.endswith(".orbax-checkpoint-tmp"):
+                    shutil.rmtree(path, ignore_errors=True)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("checkpoints can be saved")
+        self._losses = dict.fromkeys(saved_steps(self.folder)) | _validation_losses(self.folder)
         self._pool = ThreadPoolExecutor(1)
-        self._saving: Future[None] | None = None
+        self._saving: tuple[int, Future[None]] | None = None
+        self._bytes = 0
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type | None, *_: object) -> None:
         try:
-            self.wait()
+            self._wait(together=kind is None)
         finally:
             self._pool.shutdown()
-        self._checkpointer.close()
 
     def save(self, state: TrainState, metadata: dict[str, Any], validation_loss: float | None = None) -> None:
         """Start saving a state under its step; its arrays are copied before this returns, so that it may be donated.
@@ -79,43 +86,66 @@ class Checkpoints:
         ``metadata`` is JSON-able; ``validation_loss`` is that of these parameters, if it was just measured.
         """
         self.wait()
-        # Checked: a save that runs out of space midway ends in a heap of tracebacks.
-        if shutil.disk_usage(self.folder).free < 1.1 * checkpoint_bytes(state):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.folder))
-        step = int(state.step)
-        exists = step in self.saved_steps()
-        self._started.append(step)
-        items = _items(state)
-        response = self._checkpointer.save_checkpointables_async(
-            step,
-            items,
-            force=True,
-            overwrite=exists,
-            metrics=None if validation_loss is None else {"validation_loss": validation_loss},
-            custom_metadata={
-                **metadata,
-                "checksums": checksums(items) if jax.process_count() > 1 else {},
-                "format": FORMAT,
-                "validation_loss": validation_loss,
-            },
-        )
-        self._saving = self._pool.submit(self._finish, response, step)
+        step, items, self._bytes = int(state.step), _items(state), checkpoint_bytes(state)
+        about = {
+            **metadata,
+            "checksums": checksums(items) if jax.process_count() > 1 else {},
+            "format": FORMAT,
+            "validation_loss": validation_loss,
+        }
+        with self._errors(step), _orbax(self.folder / SAVING) as path:
+            # Checked: a disk that fills up midway is slow to notice, and full for everything else, too.
+            if shutil.disk_usage(self.folder).free < 1.1 * self._bytes:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            response = ocp.save_checkpointables_async(path, items, overwrite=True, custom_metadata=about)
+        self._losses[step] = validation_loss
+        self._saving = step, self._pool.submit(self._finish, response, step)
 
     def _finish(self, response: Any, step: int) -> None:
         response.result()
+        kept = {step, *sorted(self._losses)[-self._keep :], lowest(self._losses)}
         if jax.process_index() == 0:
-            write_checksums(self.folder / str(step))
+            write_manifest(self.folder / SAVING, step)
+            commit(self.folder / SAVING, self.folder / str(step))
+            for old in set(saved_steps(self.folder)) - kept:
+                discard(self.folder / str(old))
             self._on_saved()
+        self._losses = {step: loss for step, loss in self._losses.items() if step in kept}
 
     def wait(self) -> None:
-        """Wait for the save under way; raise the error that it met, if any."""
+        """Wait until the first host has committed the save under way; raise the error that it met, if any."""
+        self._wait(together=True)
+
+    def _wait(self, together: bool) -> None:
         saving, self._saving = self._saving, None
-        if saving is not None:
-            saving.result()
+        if saving is None:
+            return
+        with self._errors(saving[0]):
+            saving[1].result()
+        if together and jax.process_count() > 1:
+            multihost_utils.sync_global_devices("a checkpoint is committed")
+
+    @contextmanager
+    def _errors(self, step: int) -> Iterator[None]:
+        """Raise an InputError of one line for an error of a save; TensorStore's are of any type.
+
+        Not if several processes save, as the cause may be the loss of another one, which the watch reports.
+        """
+        try:
+            yield
+        except Exception as error:
+            self._losses.pop(step, None)
+            if jax.process_count() > 1 and not isinstance(error, OSError | InputError):
+                raise
+            place = next(path for path in (self.folder, *self.folder.parents) if path.is_dir())
+            space = f"{format_bytes(self._bytes)} needed, {format_bytes(shutil.disk_usage(place).free)} free"
+            saved = ", ".join(map(str, saved_steps(self.folder))) or "none"
+            problem = f"step {step:,} cannot be saved: {_reason(error)}"
+            raise InputError(f"{self.folder}: {problem} ({space}); checkpoints there: {saved}") from None
 
     def saved_steps(self) -> list[int]:
         """Return the steps saved or being saved, ascending."""
-        return sorted({*saved_steps(self.folder), *self._started})
+        return sorted(self._losses)
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """Return the state of a step, with the shapes, dtypes and shardings of ``like`` (arrays or shapes).
@@ -144,11 +174,13 @@ def _items(state: TrainState) -> dict[str, Any]:
     return {"params": state.trainable, "state": {"step": state.step, "opt_state": state.opt_state, "key": key}}
 
 
-def saved_steps(folder: Path) -> list[int]:
-    """Return the steps that have a committed checkpoint, ascending; a half-deleted one does not count."""
-    if not folder.is_dir():
-        return []
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal() and (path / METADATA).is_file())
+def _validation_losses(folder: Path) -> dict[int, float | None]:
+    """Return the validation losses of the checkpoints whose metadata can be read."""
+    losses = {}
+    for step in saved_steps(folder):
+        with suppress(InputError):
+            losses[step] = read_metadata(folder, step)["validation_loss"]
+    return losses
 
 
 def read_metadata(folder: Path, step: int) -> dict[str, Any]:
@@ -228,12 +260,32 @@ def _load(path: Path, items: dict[str, Any], remedy: str) -> dict[str, Any]:
     """
     several = jax.process_count() > 1
     try:
-        loaded = ocp.load_checkpointables(path.resolve(), jax.tree.map(_part, items) if several else items)
+        with _orbax(path) as literal:
+            loaded = ocp.load_checkpointables(literal, jax.tree.map(_part, items) if several else items)
     except Exception as error:  # of any kind: without checksums Orbax runs into whatever the files hold
         cause = " ".join(str(error.__cause__ or error).split())[:200]
         raise InputError(f"{path}: its {' and '.join(items)} cannot be loaded ({cause}); {remedy}") from None
     shardings = jax.tree.map(lambda leaf: leaf.sharding, items)
     return jax.jit(lambda tree: tree, out_shardings=shardings)(loaded) if several else loaded
+
+
+class _LiteralPath(type(epath.Path())):  # type: ignore[misc]
+    """A path whose own characters are no pattern: Orbax finds its files by a glob of the whole path."""
+
+    def glob(self, pattern: str) -> Iterator["_LiteralPath"]:
+        return map(self._new, Path(self).glob(pattern))
+
+
+@contextmanager
+def _orbax(path: Path) -> Iterator[Path]:
+    """Give an absolute path that Orbax can write and read there; refuse a backslash, which TensorStore replaces."""
+    path = path.resolve()
+    if "\\" in path.as_posix():
+        raise InputError("a backslash in the path; expected a folder without one")
+    context = ocp.Context()
+    context.file_options.path_class = _LiteralPath
+    with context:
+        yield path
 
 
 def _part(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -302,38 +354,11 @@ def _changed(path: Path, items: dict[str, Any]) -> str | None:
     return f"{path} is damaged: {changed[0]} is not what was saved" if changed else None
 
 
-def write_checksums(folder: Path) -> None:
-    """Write the size in bytes and the SHA-256 of every file of a checkpoint beside them."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(CHECKSUMS)]
-    sums = {str(path.relative_to(folder)): [path.stat().st_size, sha256(path)] for path in files}
-    replace_text(folder / CHECKSUMS, json.dumps(sums, indent=1))
-
-
-def find_damage(folder: Path, arrays: bool = True) -> str | None:
-    """Describe the first file of a checkpoint that is missing or changed; None if there is none.
-
-    Without ``arrays``, only the sizes of the files that hold them are compared: whoever loads them verifies them.
-    Without checksums, as after a kill right after the commit, a checkpoint is only checked for its main files.
-    """
-    sums_file = folder / CHECKSUMS
-    if not sums_file.is_file():
-        needed = [folder / item / name for item in ("params", "state") for name in ("_METADATA", "manifest.ocdbt")]
-        return next((f"{path} is missing from the checkpoint" for path in needed if not path.is_file()), None)
-    try:
-        sums = {name: (size, digest) for name, (size, digest) in json.loads(sums_file.read_text()).items()}
-    except (ValueError, TypeError, AttributeError, RecursionError):
-        sums = {}
-    if METADATA not in sums:
-        return f"{sums_file} is damaged"
-    for name, (size, digest) in sums.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{path} is missing from the checkpoint"
-        if path.stat().st_size != size:
-            return f"{path} is damaged: its size differs from the one recorded when it was saved"
-        if (arrays or path.parent.name != _ARRAYS) and sha256(path) != digest:
-            return f"{path} is damaged: its SHA-256 differs from the one recorded when it was saved"
-    return None
+def _reason(error: Exception) -> str:
+    """Return an error as one line; TensorStore's message only as far as it is the operating system's."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
+    system = re.search(r"[^:]*(?= \[os_error_code|\[OS error)", text)
+    return (system[0].strip() if system else text)[:300] or type(error).__name__
 
 
 def checkpoint_bytes(state: TrainState) -> int:

@@ -200,7 +200,7 @@ class Session:
 def _describe(task: Task, start: Start, progress: ProgressLine, state: TrainState) -> dict[str, Any]:
     """Write what describes the run into its folder; return the metadata of its checkpoints."""
     config, folder = task.config, start.folder
-    folder.set_aside_after(start.last_kept)
+    folder.set_aside_all_but(start.whole)
     folder.write_text("config.yaml", dump_config(dataclasses.replace(config, run=config.name, resume="auto")))
     frozen_sha256 = start.metadata.get("frozen_sha256")
     if folder.writes:

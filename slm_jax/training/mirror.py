@@ -19,16 +19,9 @@ import jax
 
 from slm_jax.errors import InputError
 from slm_jax.files import Bucket, sha256, user_path
-from slm_jax.training.checkpoint import (
-    CHECKSUMS,
-    METADATA,
-    find_damage,
-    lowest,
-    parse_metadata,
-    read_metadata,
-    saved_steps,
-)
+from slm_jax.training.checkpoint import lowest, parse_metadata, read_metadata
 from slm_jax.training.config import BaseRunConfig
+from slm_jax.training.manifest import CHECKSUMS, METADATA, REMOVED, commit, discard, find_damage, saved_steps, sync_tree
 from slm_jax.training.run_folder import FROZEN, RunFolder
 
 WARN_INTERVAL = 60.0  # seconds between two warnings
@@ -83,14 +76,13 @@ class Copy(abc.ABC):
         try:
             if damage := self._read_checkpoint(step, copy):
                 return damage
-            run.set_aside_after(step - 1)  # damaged ones
+            run.set_aside_all_but(range(step))  # damaged ones
             self._read_files(run)
             run.checkpoints.mkdir(exist_ok=True)
             best = self.best_step()
             if best is not None and best < step and not self._read_checkpoint(best, best_copy):
-                shutil.rmtree(run.step_path(best), ignore_errors=True)
-                best_copy.rename(run.step_path(best))
-            copy.rename(run.step_path(step))
+                commit(best_copy, run.step_path(best))
+            commit(copy, run.step_path(step))
             return None
         finally:
             for folder in (copy, best_copy):
@@ -125,8 +117,9 @@ class FolderCopy(Copy):
                 self._add(run.step_path(step))
         kept = {*steps, *self.steps()[-keep:], self.best_step()}
         for path in list(folder.glob("*")):
-            if path.suffix == ".partial" or (path.name.isdecimal() and int(path.name) not in kept):
-                shutil.rmtree(path, ignore_errors=True)
+            unfinished = path.suffix == ".partial" or path.name.startswith(REMOVED)
+            if unfinished or (path.name.isdecimal() and int(path.name) not in kept):
+                discard(path)
 
     def _add(self, checkpoint: Path) -> None:
         goal = self._run.checkpoints / checkpoint.name
@@ -135,8 +128,7 @@ class FolderCopy(Copy):
             goal.parent.mkdir(exist_ok=True)
             if damage := _copy_checkpoint(checkpoint, partial):
                 raise InputError(damage)
-            shutil.rmtree(goal, ignore_errors=True)
-            partial.rename(goal)
+            commit(partial, goal)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -168,7 +160,8 @@ def _copy_checkpoint(source: Path, folder: Path) -> str | None:
     for file in sorted(source.rglob("*")):  # without permissions and times, which not every drive can store
         copy = folder / file.relative_to(source)
         copy.mkdir() if file.is_dir() else shutil.copyfile(file, copy)
-    damage = find_damage(folder)
+    sync_tree(folder)
+    damage = find_damage(folder, step=int(source.name))
     return damage and damage.replace(f"{folder}/", f"{source}/")
 
 
@@ -272,7 +265,7 @@ class BucketCopy(Copy):
         self._bucket.download({f"{start}{name}": folder / name for name in names if _is_inside(name)})
         if not (folder / CHECKSUMS).is_file():  # removed a moment ago
             return f"{self.path}/{start}{CHECKSUMS} is missing from the checkpoint"
-        damage = find_damage(folder)
+        damage = find_damage(folder, step=step)
         return damage and damage.replace(f"{folder}/", f"{self.path}/{start}")
 
 

@@ -12,9 +12,10 @@ from jax.experimental import multihost_utils
 
 from slm_jax.config import shown
 from slm_jax.errors import InputError, MissingInputError
-from slm_jax.training.checkpoint import find_damage, has_checksums, read_metadata, saved_steps
+from slm_jax.training.checkpoint import has_checksums, read_metadata
 from slm_jax.training.config import BaseRunConfig
 from slm_jax.training.hardware import environment, rounding_changes
+from slm_jax.training.manifest import find_damage, saved_steps
 from slm_jax.training.mirror import Copy, FolderCopy, find_copy
 from slm_jax.training.run_folder import RunFolder
 
@@ -28,6 +29,7 @@ class Start:
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)  # of that checkpoint
     notes: tuple[str, ...] = ()  # for the user, a line each
     saved: tuple[int, ...] = ()  # steps with a checkpoint in the folder, damaged or not
+    whole: tuple[int, ...] = ()  # those that are not damaged; known to the first host
 
     @property
     def first_step(self) -> int:
@@ -63,25 +65,30 @@ def find_start(config: BaseRunConfig, damaged: dict[int, str] | None = None) -> 
     damaged = {} if damaged is None else damaged
     for place in [FolderCopy(run.path), *([mirror] if mirror else [])]:
         _check_place(place, config.resume)
-    notes = _fetch(config, run, mirror, damaged) if mirror is not None and run.writes else []
-    if several_hosts:
-        multihost_utils.sync_global_devices("checkpoints are in place")
-    step, metadata, damage = _latest(run, damaged) if run.writes else (-1, {}, [])  # one host verifies checkpoints
+    whole, damage = _verify(run, damaged) if run.writes else ([], {})  # one host verifies checkpoints
+    notes: list[str] = []
+    if mirror is not None and run.writes:
+        copied, notes = _fetch(config, run, mirror, damaged, whole)
+        whole, damage = _verify(run, damaged) if copied else (whole, damage)
+    step = max(whole, default=-1)
     if several_hosts:
         step = int(multihost_utils.broadcast_one_to_all(np.array(step)))
         _check_shared(run, step)
-        metadata = metadata or (read_metadata(run.checkpoints, step) if step >= 0 else {})
-    if config.resume == "must" and step < 0 and not damage:
+    metadata = read_metadata(run.checkpoints, step) if step >= 0 else {}
+    saved = tuple(saved_steps(run.checkpoints))
+    if config.resume == "must" and step < 0 and not saved:
         raise MissingInputError(f"{run.checkpoints}: no checkpoint to resume from, and resume is must; use auto")
-    if step < 0 and damage:
-        raise InputError(f"{run.checkpoints}: every checkpoint is damaged ({damage[-1]}); use another --run NAME")
-    notes += [f"warning: {problem}; resuming from an earlier checkpoint" for problem in damage]
+    if step < 0 and saved:
+        problem = next(iter(damage.values()), "seen by the first host")
+        raise InputError(f"{run.checkpoints}: every checkpoint is damaged ({problem}); use another --run NAME")
+    for at, problem in damage.items():
+        notes.append(f"warning: {problem}; " + ("resuming from an earlier checkpoint" if at > step else "set aside"))
     if step >= 0:
         _check_config(config, run.path, metadata)
         notes += _move_warnings(metadata) + _decay_warnings(config, metadata, step, run)
     elif run.metrics("train"):
         notes.append(f"warning: {run.path} has a log but no checkpoint; the run starts from the beginning")
-    return Start(run, None if step < 0 else step, metadata, tuple(notes), tuple(saved_steps(run.checkpoints)))
+    return Start(run, None if step < 0 else step, metadata, tuple(notes), saved, tuple(whole))
 
 
 def _check_place(place: Copy, resume: str) -> None:
@@ -108,42 +115,47 @@ def _check_shared(place: RunFolder, step: int) -> None:
         )
 
 
-def _latest(run: RunFolder, damaged: dict[int, str]) -> tuple[int, dict[str, Any], list[str]]:
-    """Return step (-1: none) and metadata of the latest whole checkpoint, and what is damaged of later ones."""
-    damage: list[str] = []
-    for step in reversed(saved_steps(run.checkpoints)):
+def _verify(run: RunFolder, damaged: dict[int, str]) -> tuple[list[int], dict[int, str]]:
+    """Return the steps of the whole checkpoints, ascending, and what is damaged of the others; the latest first."""
+    whole: list[int] = []
+    damage: dict[int, str] = {}
+    found = [path.name for path in run.checkpoints.iterdir()] if run.checkpoints.is_dir() else []
+    for step in sorted({int(name) for name in found if name.isdecimal()}, reverse=True):
+        path = run.step_path(step)
         try:
-            path = run.step_path(step)
             if problem := damaged.get(step) or find_damage(path, arrays=not has_checksums(path)):
                 raise InputError(problem)
-            return step, read_metadata(run.checkpoints, step), damage
+            read_metadata(run.checkpoints, step)
+            whole.insert(0, step)
         except InputError as error:
-            damage.append(str(error))
-    return -1, {}, damage
+            damage[step] = str(error)
+    return whole, damage
 
 
-def _fetch(config: BaseRunConfig, run: RunFolder, mirror: Copy, damaged: dict[int, str]) -> list[str]:
-    """Copy the run from the mirror if the mirror has a later whole checkpoint; return notes."""
+def _fetch(
+    config: BaseRunConfig, run: RunFolder, mirror: Copy, damaged: dict[int, str], whole: list[int]
+) -> tuple[bool, list[str]]:
+    """Copy the run from the mirror if that has a later whole checkpoint; return whether it was, and notes."""
+    here = max(whole, default=-1)
+    notes: list[str] = []
     try:
-        here, ours, _ = _latest(run, damaged)
-        notes: list[str] = []
         for step in reversed(mirror.steps()):
             try:
                 theirs = mirror.metadata(step)
             except (InputError, FileNotFoundError) as error:
                 notes.append(f"warning: {error}; not used")
                 continue
-            if ours:
-                check_identity(mirror.path, theirs["identity"], ours["identity"])
+            if whole:
+                check_identity(mirror.path, theirs["identity"], read_metadata(run.checkpoints, here)["identity"])
             if step <= here:
-                return notes
+                return False, notes
             _check_config(config, mirror.path, theirs)
             run.create()
             with run.lock():
                 damage = mirror.fetch(run, step)
             if damage is None:
                 damaged.pop(step, None)
-                return [*notes, f"step {step:,} was copied from {mirror.path} to {run.path}"]
+                return True, [*notes, f"step {step:,} was copied from {mirror.path} to {run.path}"]
             notes.append(f"warning: {damage}; not used")
     except OSError as error:
         if isinstance(error, InputError):
@@ -151,7 +163,7 @@ def _fetch(config: BaseRunConfig, run: RunFolder, mirror: Copy, damaged: dict[in
         raise InputError(f"{mirror.path}: cannot be copied to {run.path} ({error.strerror}); try again") from None
     if notes and here < 0:
         raise InputError(f"{mirror.path}: every checkpoint is damaged ({notes[-1]}); use another --run NAME")
-    return notes
+    return False, notes
 
 
 def check_identity(place: Path | str, saved: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ import math
 import re
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -78,12 +78,12 @@ class RunFolder:
         except OSError:  # no lock
             return False
 
-    def set_aside_after(self, step: int) -> None:
-        """Rename the checkpoints after a step, which are damaged, so that training can write them again."""
+    def set_aside_all_but(self, steps: Container[int]) -> None:
+        """Rename what has the name of a checkpoint and is none of these, so that training can write it again."""
         if not self.writes or not self.checkpoints.is_dir():
             return
         for path in list(self.checkpoints.iterdir()):
-            if path.name.isdecimal() and int(path.name) > step:
+            if path.name.isdecimal() and int(path.name) not in steps:
                 path.replace(path.with_name(f"{path.name}.damaged-{time.time_ns()}"))
 
     def write_text(self, name: str, text: str) -> None:

@@ -20,8 +20,8 @@ from slm_jax.tasks import pretraining
 from slm_jax.tasks.base import count_steps, find_base
 from slm_jax.tasks.config import RunConfig
 from slm_jax.tokenizer import CharTokenizer
-from slm_jax.training.checkpoint import saved_steps
 from slm_jax.training.config import ModelConfig, OptimizerConfig, SampleConfig, TrainConfig
+from slm_jax.training.manifest import saved_steps
 from slm_jax.training.resume import find_start
 from slm_jax.training.step import make_eval_step
 from slm_jax.training.trainable import whole_params

@@ -25,8 +25,9 @@ from slm_jax.model import GPTModel
 from slm_jax.nn.blocks import merge_params
 from slm_jax.runs import load_gpt2, load_model, load_run, read_checkpoint
 from slm_jax.tasks.config import FinetuneConfig, RunConfig, get_task
-from slm_jax.training.checkpoint import load_params, read_metadata, saved_steps
+from slm_jax.training.checkpoint import load_params, read_metadata
 from slm_jax.training.config import CheckpointConfig
+from slm_jax.training.manifest import saved_steps
 from slm_jax.training.trainable import from_leaf_table
 from slm_jax.weights.adapters import add_adapters, load_adapters, merge_adapters, split_adapters
 from slm_jax.weights.trees import read_tree, write_tree

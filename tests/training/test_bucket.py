@@ -19,8 +19,8 @@ from slm_jax.files import Bucket
 from slm_jax.runs import load_gpt2
 from slm_jax.tasks.config import FinetuneConfig, parse_args
 from slm_jax.tools.doctor.run_checks import check_mirror
-from slm_jax.training.checkpoint import CHECKSUMS, METADATA, saved_steps
 from slm_jax.training.config import CheckpointConfig
+from slm_jax.training.manifest import CHECKSUMS, METADATA, saved_steps
 from slm_jax.training.mirror import BucketCopy, Mirror
 from slm_jax.training.resume import find_start
 from slm_jax.training.run_folder import RunFolder
@@ -195,7 +195,7 @@ def test_the_best_is_copied_along(trained, bucket, tmp_path):
     content["custom_metadata"]["validation_loss"] = 0.001
     sums = json.loads(bucket.objects()[f"all/run/checkpoints/6/{CHECKSUMS}"])
     best[METADATA] = json.dumps(content).encode()
-    sums[METADATA] = [len(best[METADATA]), hashlib.sha256(best[METADATA]).hexdigest()]
+    sums["files"][METADATA] = [len(best[METADATA]), hashlib.sha256(best[METADATA]).hexdigest()]
     best[CHECKSUMS] = json.dumps(sums).encode()
     bucket.fill({f"all/run/checkpoints/6/{name}": data for name, data in best.items()})
     assert start(trained, tmp_path).step == 8

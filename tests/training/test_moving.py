@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from slm_jax.training.checkpoint import find_damage, read_metadata, saved_steps
+from slm_jax.training.checkpoint import read_metadata
+from slm_jax.training.manifest import find_damage, saved_steps
 
 ROOT = Path(__file__).parents[2]
 STEPS = 80

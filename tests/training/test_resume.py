@@ -23,9 +23,10 @@ from slm_jax.data.config import DataConfig, TokenizerConfig
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.tasks.config import RunConfig, get_task, parse_args
 from slm_jax.training import mirror
-from slm_jax.training.checkpoint import METADATA, Checkpoints, best_step, find_damage, saved_steps, write_checksums
+from slm_jax.training.checkpoint import Checkpoints, best_step
 from slm_jax.training.config import CheckpointConfig, ModelConfig, OptimizerConfig, SampleConfig, TrainConfig
 from slm_jax.training.loop import train
+from slm_jax.training.manifest import METADATA, find_damage, saved_steps, write_manifest
 from slm_jax.training.mirror import FolderCopy, Mirror
 from slm_jax.training.process import StopRequest
 from slm_jax.training.resume import check_identity, find_start
@@ -243,7 +244,7 @@ def change_metadata(checkpoint, **changes):
     content = json.loads((checkpoint / METADATA).read_text())
     content["custom_metadata"] |= changes
     (checkpoint / METADATA).write_text(json.dumps(content))
-    write_checksums(checkpoint)
+    write_manifest(checkpoint, int(checkpoint.name))
 
 
 @pytest.mark.parametrize(

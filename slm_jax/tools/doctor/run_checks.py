@@ -11,7 +11,6 @@ from slm_jax.runs import RunFolder, best_step, find_damage, read_frozen, read_me
 from slm_jax.tasks.config import TASKS, RunConfig, parse_args
 from slm_jax.tools.doctor.machine_checks import Finding, Found, folder_size, perform, start_error
 from slm_jax.tools.report.run_data import figure
-from slm_jax.training.checkpoint import CHECKSUMS
 from slm_jax.training.hardware import environment, rounding_changes
 from slm_jax.training.mirror import BucketCopy
 from slm_jax.training.progress import format_bytes, format_duration
@@ -64,10 +63,7 @@ def check_checkpoints(run: RunFolder) -> Found:
         loss = read_metadata(run.checkpoints, step)["validation_loss"]
         text = f"step {step:,}" + ("" if loss is None else f", validation loss {loss:.4f}")
         text += ", the latest" * (step == steps[-1]) + ", the best" * (step == best)
-        if (folder / CHECKSUMS).is_file():
-            yield "ok", f"{text}: intact (SHA-256)"
-        else:
-            yield "note", f"{text}: complete, but without checksums: the process ended while saving them"
+        yield "ok", f"{text}: intact (SHA-256)"
     if not intact:
         yield "problem", "every checkpoint is damaged: copy the run from its mirror or a backup, or train again"
     elif (metadata := read_metadata(run.checkpoints, intact[-1])).get("trainable", "all") != "all":
@@ -77,7 +73,7 @@ def check_checkpoints(run: RunFolder) -> Found:
             yield "problem", f"frozen parameters: {error}"
         else:
             yield "ok", "frozen.safetensors, the frozen parameters: intact"
-    others = [path for path in run.checkpoints.iterdir() if path.is_dir() and not path.name.isdecimal()]
+    others = [path for path in run.checkpoints.iterdir() if path.is_dir() and path.name not in map(str, steps)]
     if others:
         size, names = format_bytes(sum(map(folder_size, others))), ", ".join(path.name for path in others[:3])
         text = f"{len(others)} damaged or unfinished ({names}), {size}: may be deleted while nothing trains the run"

@@ -13,6 +13,7 @@ from slm_jax.model import GPTConfig, init_params
 from slm_jax.runs import Run, save_run
 from slm_jax.tokenizer import CharTokenizer
 from slm_jax.tools.doctor.run_checks import check_machine, check_next, examine_run
+from slm_jax.training.manifest import write_manifest
 from slm_jax.training.run_folder import RunFolder
 
 TEXT = "the cat sat on the mat, and the dog sat on the log. " * 20
@@ -109,14 +110,14 @@ def test_a_damaged_checkpoint_is_named_and_no_intact_one_is_a_problem_of_its_own
     assert "every checkpoint is damaged" in problems(examine(run))[-1]
 
 
-def test_a_checkpoint_without_checksums_and_leftovers_are_notes(run):
+def test_what_is_no_checkpoint_is_a_note(run):
     (run / "checkpoints" / "6" / "sha256.json").unlink()
     shutil.copytree(run / "checkpoints" / "3", run / "checkpoints" / "4.damaged-1")
     found = examine(run)
     assert problems(found) == []
-    notes = [finding.text for finding in found["checkpoints"] if finding.level == "note"]
-    assert "without checksums" in notes[0]
-    assert "1 damaged or unfinished (4.damaged-1)" in notes[1]
+    (note,) = [finding.text for finding in found["checkpoints"] if finding.level == "note"]
+    assert "2 damaged or unfinished (" in note
+    assert "4.damaged-1" in note
 
 
 def test_the_log_shows_skipped_steps_damage_and_steps_without_checkpoint(run):
@@ -138,7 +139,7 @@ def test_another_machine_is_a_note(run):
     metadata = json.loads(path.read_text())
     metadata["custom_metadata"]["environment"] |= {"device": "TPU v5 lite", "threads": 99}
     path.write_text(json.dumps(metadata))
-    (run / "checkpoints" / "6" / "sha256.json").unlink()
+    write_manifest(path.parent, 6)
     (finding,) = examine(run)["machine"]
     assert finding.level == "note"
     assert "trained on 1 × TPU v5 lite" in finding.text

@@ -1,0 +1,108 @@
+"""The manifest of a checkpoint: its step, and the size and SHA-256 of each file; what makes it count.
+
+It is written last and synced to the disk with all files before the checkpoint gets its name.
+"""
+
+import json
+import shutil
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+from slm_jax.errors import InputError
+from slm_jax.files import parse_json, replace_text, sha256, sync
+
+CHECKSUMS = "sha256.json"  # the manifest
+METADATA = "_CHECKPOINT_METADATA"  # Orbax's name
+SAVING, REMOVED = ".saving", ".removed"  # how names of folders begin that are no checkpoint yet, or no longer
+_ARRAYS = "d"  # Orbax's name of folders with the values of arrays
+_NEEDED = [METADATA, *(f"{item}/{name}" for item in ("params", "state") for name in ("_METADATA", "manifest.ocdbt"))]
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """Return the steps that have a checkpoint, ascending: those with a manifest."""
+    if not folder.is_dir():
+        return []
+    names = [path.name for path in folder.iterdir() if path.name.isdecimal() and (path / CHECKSUMS).is_file()]
+    return sorted(int(name) for name in names if name == str(int(name)))
+
+
+def write_manifest(folder: Path, step: int) -> None:
+    """Write the step of a checkpoint, and the size in bytes and the SHA-256 of each of its files; sync all to the disk.
+
+    InputError: a file is missing without which it could not be read.
+    """
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    files.pop(CHECKSUMS, None)
+    if missing := [name for name in _NEEDED if name not in files]:
+        raise InputError(f"{folder / missing[0]} was not written")
+    with ThreadPoolExecutor() as pool:
+        sums = dict(zip(files, pool.map(_seal, files.values()), strict=True))
+    replace_text(folder / CHECKSUMS, json.dumps({"step": step, "files": sums}, indent=1))
+    sync_tree(folder)
+
+
+def _seal(path: Path) -> list[int | str]:
+    sync(path)
+    return [path.stat().st_size, sha256(path)]
+
+
+def sync_tree(folder: Path) -> None:
+    """Sync all files and folders in a folder to the disk."""
+    for path in (*folder.rglob("*"), folder):
+        sync(path)
+
+
+def commit(folder: Path, path: Path) -> None:
+    """Give a folder the name that makes it count, in place of what has it; sync that to the disk."""
+    if path.exists():
+        discard(path)
+    folder.rename(path)
+    sync(path.parent)
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder, if it is there; it loses its name first, so that half of it never counts."""
+    removed = folder.with_name(f"{REMOVED}-{uuid.uuid4().hex[:8]}")
+    with suppress(OSError):
+        folder.rename(removed)
+        shutil.rmtree(removed, ignore_errors=True)
+
+
+def find_damage(folder: Path, arrays: bool = True, step: int | None = None) -> str | None:
+    """Describe the first file of a checkpoint that is missing or changed; None if there is none.
+
+    Without ``arrays``, only the sizes of the files that hold them are compared: whoever loads them verifies them.
+    ``step`` is the step that it should be of, by default the one that the folder is named after.
+    """
+    manifest, step = folder / CHECKSUMS, int(folder.name) if step is None else step
+    try:
+        content = parse_json(manifest.read_bytes(), manifest, "")
+        content = content if "files" in content else {"step": step, "files": content}  # as before it had a step
+        sums = {name: (int(size), str(digest)) for name, (size, digest) in content["files"].items()}
+        saved_as = int(content["step"])
+    except FileNotFoundError:
+        return f"{manifest} is missing: the checkpoint was not saved completely"
+    except (ValueError, TypeError, KeyError, AttributeError, OSError):
+        return f"{manifest} is damaged"
+    if missing := [name for name in _NEEDED if name not in sums]:
+        return f"{manifest} is damaged: it does not have {missing[0]}"
+    if saved_as != step:
+        return f"{folder} is not of step {step}: it was saved as step {saved_as}"
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(lambda name: _damage(folder / name, *sums[name], arrays), sums)
+        return next((damage for damage in found if damage), None)
+
+
+def _damage(path: Path, size: int, digest: str, arrays: bool) -> str | None:
+    if not path.is_file():
+        return f"{path} is missing from the checkpoint"
+    if path.stat().st_size != size:
+        return f"{path} is damaged: its size differs from the one recorded when it was saved"
+    if arrays or path.parent.name != _ARRAYS:
+        with suppress(OSError):
+            if sha256(path) == digest:
+                return None
+        return f"{path} is damaged: its SHA-256 differs from the one recorded when it was saved"
+    return None
