@@ -26,15 +26,16 @@ BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#7F7F7F"  # colour
 # %% [markdown]
 # ## The parameters of a block
 #
-# The library's block is a Flax module. `init` creates its parameters from a random key and an example input; the three
-# `None` arguments are for generation and packed documents and not needed here, and `True` turns dropout off. The
-# parameters are a dict of dicts whose names show the parts of the block: two norms, attention, feed-forward.
+# The library's block is a Flax module. `init` creates its parameters from a random key and an example input; what is
+# `None` is for generation, rotary positions and packed documents, and `deterministic` turns dropout off. The parameters
+# are a dict of dicts whose names show the parts of the block: two norms, attention, feed-forward.
 
 # %%
 cfg = get_gpt_config("tiny", n_layers=1, emb_dim=64, n_heads=4, context_length=32)
 library_block = TransformerBlock(cfg)
 x = jax.random.normal(jax.random.key(0), (2, 10, cfg.emb_dim))  # (batch, seq, emb)
-params = jax.jit(lambda key, x: library_block.init(key, x, None, None, None, True))(jax.random.key(1), x)["params"]
+plain = {"cache": None, "start": None, "angles": None, "segment_ids": None, "deterministic": True}
+params = jax.jit(lambda key, x: library_block.init(key, x, **plain))(jax.random.key(1), x)["params"]
 for name, part in params.items():
     print(f"{name:<6}", jax.tree.map(jnp.shape, part))
 
@@ -108,7 +109,7 @@ def pre_norm_block(p, x):
 
 
 ours = pre_norm_block(params, x)
-theirs, _ = library_block.apply({"params": params}, x, None, None, None, True)
+theirs, _ = library_block.apply({"params": params}, x, **plain)
 difference = jnp.abs(ours - theirs).max() / jnp.abs(theirs).max()
 assert ours.shape == x.shape
 assert difference < 1e-5

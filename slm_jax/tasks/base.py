@@ -11,7 +11,7 @@ from slm_jax.data.templates import Template
 from slm_jax.errors import InputError
 from slm_jax.model import PRESETS, GPTConfig, Params
 from slm_jax.runs import find_checkpoint, load_model, read_frozen
-from slm_jax.tokenizer import Tokenizer, fingerprint, get_tokenizer, tokenizer_from_dict
+from slm_jax.tokenizer import Tokenizer, fingerprint, get_tokenizer, same_tokens, tokenizer_from_dict
 from slm_jax.training.checkpoint import load_opt_state, read_metadata
 from slm_jax.training.config import BaseRunConfig, ModelConfig
 from slm_jax.training.hardware import run_dtype
@@ -53,8 +53,11 @@ def find_base(config: BaseRunConfig, start: Start) -> Base | None:
             raise
         loaded = load_model(config.base, wanted)  # weights without a tokenizer beside them
     own = loaded.tokenizer
-    # The default kind, bpe, requests nothing.
-    if kind not in ("bpe", own.to_dict()["kind"]) if wanted is None else fingerprint(own) != fingerprint(wanted):
+    if wanted is None:
+        other = kind not in ("bpe", own.to_dict()["kind"])  # the default kind, bpe, requests nothing
+    else:
+        other = fingerprint(own) != fingerprint(wanted) and not same_tokens(own, wanted)
+    if other:
         raise InputError(f"base {config.base} has another tokenizer; leave tokenizer.kind and tokenizer.path out")
     return Base(as_configured(loaded.model_config, config), own, loaded.params, loaded.template)
 

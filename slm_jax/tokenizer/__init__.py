@@ -38,6 +38,7 @@ __all__ = [
     "fingerprint",
     "get_tokenizer",
     "load_tokenizer",
+    "same_tokens",
     "tokenizer_from_dict",
 ]
 
@@ -84,6 +85,11 @@ def tokenizer_from_dict(data: Mapping[str, Any]) -> Tokenizer:
     if not isinstance(kind, str) or kind not in _CLASSES:
         raise InputError(f"not a tokenizer of slm_jax: kind is {reprlib.repr(kind)}, expected {', '.join(_CLASSES)}")
     return _CLASSES[kind].from_dict(data)
+
+
+def same_tokens(a: Tokenizer, b: Tokenizer) -> bool:
+    """Return whether each id is the same text, as in a tokenizer and its export for other programs."""
+    return a.vocab_size == b.vocab_size and all(a.decode([id_]) == b.decode([id_]) for id_ in range(a.vocab_size))
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:

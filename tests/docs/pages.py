@@ -41,7 +41,8 @@ SMALL = {"model.emb_dim": 16, "model.n_heads": 2, "model.n_layers": 4, "model.co
 # Trainings that several pages begin with: done once for all pages.
 TINY, CLASSIFY, ASSISTANT = ("configs/tiny.yaml", "configs/classify_builtin.yaml", "configs/sft_builtin.yaml")
 SHARED = (["train", "--config", TINY], ["finetune", "--config", CLASSIFY], ["finetune", "--config", ASSISTANT])
-STAND_IN = re.compile(r"""(?<=--run )gpt2\b(?!-)|(?<=--base )gpt2\b(?!-)|(?<=load_model\(")gpt2(?=")""")
+PRETRAINED = {"gpt2": "stand-in", "smollm2-135m-instruct": "stand-in-chat"}  # what stands in for each here
+STAND_IN = re.compile(rf"""(?:(?<=--run )|(?<=--base )|(?<=load_model\("))({"|".join(PRETRAINED)})\b(?!-)""")
 NEEDS_NAMED = re.compile(
     r"named:|tinyshakespeare|(configs/|config )(shakespeare|verdict|classify_spam|sft_instruction)"
 )
@@ -77,6 +78,11 @@ def commands(body: str) -> list[str]:
     return [part for part in parts if part]
 
 
+def stand_in(code: str) -> str:
+    """Replace the names of pretrained models, which would be downloaded."""
+    return STAND_IN.sub(lambda match: PRETRAINED[match[1]], code)
+
+
 class Reader:
     """Runs the blocks of one page in a folder that looks like a checkout; ``namespace`` is the page's Python so far."""
 
@@ -103,7 +109,7 @@ class Reader:
 
     def python(self, code: str) -> None:
         path = self.folder / "block.py"
-        path.write_text(STAND_IN.sub("stand-in", code))
+        path.write_text(stand_in(code))
         with contextlib.redirect_stdout(io.StringIO()):
             self.namespace = runpy.run_path(str(path), self.namespace, "block")
 
@@ -111,7 +117,7 @@ class Reader:
         if missing(command) or command.startswith(NOT_HERE):
             self.check(command)
             return
-        command = re.sub(r"(?<=runs/)([\w-]+)@\d+", r"\1", STAND_IN.sub("stand-in", command))  # the run has few steps
+        command = re.sub(r"(?<=runs/)([\w-]+)@\d+", r"\1", stand_in(command))  # the run has few steps
         words = shlex.split(command)
         own = slm_jax_words(words)
         if own is None:

@@ -9,7 +9,7 @@ import jax
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from pages import ROOT, SHARED, Reader, blocks, in_this_process, shorter
+from pages import PRETRAINED, ROOT, SHARED, Reader, blocks, in_this_process, shorter
 from sharing import make_once
 
 import slm_jax
@@ -20,11 +20,12 @@ REVIEWS = [("a delight from start to end", "good"), ("dull and far too long", "b
 
 
 def make_runs(folder: Path) -> None:
-    """Make what a page may have from the pages before it: the shared runs, and weights that stand in for GPT-2's."""
+    """Make what a page may have from the pages before it: shared runs, and stand-ins for pretrained models."""
     (folder / "configs").symlink_to(ROOT / "configs")
     with contextlib.chdir(folder):
         for words in SHARED:
             assert in_this_process(shorter(words)) == 0
+        assert in_this_process(["export", "--run", "runs/sft_builtin", "--out", "stand-in-chat"]) == 0
     cfg = slm_jax.get_gpt_config("gpt2-small", emb_dim=16, n_heads=2, n_layers=1, context_length=128)
     params = slm_jax.GPTModel(cfg).init(jax.random.key(0), jax.numpy.zeros((1, 8), "int32"))["params"]
     slm_jax.save_gpt2(cfg, params, folder / "stand-in")
@@ -37,7 +38,8 @@ def reader(tmp_path_factory, tmp_path, monkeypatch):
     shutil.copytree(made / "runs", tmp_path / "runs")
     for name in ("train.py", "finetune.py", "configs", "benchmarks", "notebooks", "pyproject.toml", "slm_jax"):
         (tmp_path / name).symlink_to(ROOT / name)
-    (tmp_path / "stand-in").symlink_to(made / "stand-in")
+    for name in PRETRAINED.values():
+        (tmp_path / name).symlink_to(made / name)
     (tmp_path / "path" / "to").mkdir(parents=True)
     (tmp_path / "path" / "to" / "weights").symlink_to(made / "stand-in")
     (tmp_path / "books").mkdir()

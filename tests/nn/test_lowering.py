@@ -158,7 +158,7 @@ def lowered_generation(target, cfg):
     """Lower the three programs of generation, for two texts that are sampled; models of one shape share them."""
     params = jax.eval_shape(unstack_blocks, param_shapes(cfg))
     sampling = Sampling(temperature=0.8, top_k=50, top_p=0.9)
-    rules = _Rules(sampling.numbers(), jax.random.split(jax.random.key(0), 2), jnp.int32(0))
+    rules = _Rules(sampling.numbers(), jax.random.split(jax.random.key(0), 2), jnp.zeros(1, jnp.int32))
     text = _start(cfg, [np.zeros(9, np.int32), np.zeros(3, np.int32)], keeps_seen=False)
     decoder = _Decoder(GPTModel(cfg), sampling.top_k, stop_when_full=False)
     prefill = _Decoder.prefill.trace(decoder, params, text, rules, length=16, capacity=cfg.context_length)
