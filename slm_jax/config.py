@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import functools
 import importlib.resources
+import math
 import operator
 import re
 import types
@@ -36,6 +37,9 @@ Rate = Annotated[float, Ge(0), Lt(1)]
 Fraction = Annotated[float, Gt(0), Lt(1)]
 Seed = Annotated[int, Ge(0), Lt(2**32)]  # larger seeds repeat
 
+# Of a text in YAML: characters, values with aliases written out, brackets in brackets. No recipe needs a tenth.
+_MOST_YAML, _MOST_VALUES, _DEEPEST = 1 << 16, 10_000, 50
+_LARGEST = 1e308  # above, a whole number may be no float
 _BOUNDS = {Ge: ("ge", "at least"), Gt: ("gt", "above"), Le: ("le", "at most"), Lt: ("lt", "below")}
 _METAVARS = {bool: "BOOL", int: "INT", float: "FLOAT", str: "TEXT", tuple: "TEXT", types.NoneType: "null"}
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", tuple: "a list of texts"}
@@ -64,8 +68,8 @@ class Key:
         if str in self.kinds or word in self.choices:
             return word
         try:
-            value = yaml.load(word, _Loader)
-        except (yaml.YAMLError, ValueError):
+            value = parse_yaml(word)
+        except ValueError:
             return word
         return word if value is None else value
 
@@ -74,7 +78,7 @@ class Key:
         if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
             value = tuple(value)
         elif type(value) is int and int not in self.kinds and float in self.kinds:
-            value = float(value)
+            value = float(value) if abs(value) < _LARGEST else math.inf
         if type(value) not in self.kinds and not (isinstance(value, str) and value in self.choices):
             words = [word for kind, word in _KINDS.items() if kind in self.kinds]
             words += [f"one of {', '.join(self.choices)}"] if self.choices else []
@@ -228,17 +232,48 @@ def shown(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else "null" if value is None else f"{value!r:.60}"
 
 
+def parse_yaml(text: str) -> Any:
+    """Return what a text in YAML says; ValueError: it is none, or is too long, too deep or says too much by aliases."""
+    try:
+        if len(text) > _MOST_YAML:
+            raise ValueError(f"{len(text):,} characters; expected at most {_MOST_YAML:,}")
+        return yaml.load(text, _Loader)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from None
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.1, but ``1e-3`` is a number, as in YAML 1.2, and a key that occurs twice is an error."""
 
+    def fetch_flow_collection_start(self, token: Any) -> None:
+        if self.flow_level == _DEEPEST:  # the package takes the square of the time
+            raise yaml.scanner.ScannerError(None, None, "nested too deep", self.get_mark())
+        super().fetch_flow_collection_start(token)
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        node: Any = super().compose_node(parent, index)  # of an alias the node that it stands for, each time it is used
+        if not isinstance(node, yaml.ScalarNode) and not hasattr(node, "size"):
+            items = (
+                node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
+            )
+            node.size = 1 + sum(getattr(item, "size", 1) for item in items)
+            if node.size > _MOST_VALUES:
+                problem = f"more than {_MOST_VALUES:,} values, aliases written out"
+                raise yaml.composer.ComposerError(None, None, problem, node.start_mark)
+        return node
+
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]} occurs twice", node.start_mark)
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
+        names = collections.Counter(key.value for key, _ in pairs if isinstance(key, yaml.ScalarNode))
+        if names and max(names.values()) > 1:
+            problem = f"{names.most_common(1)[0][0]} occurs twice"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
         return super().construct_mapping(node, deep)
 
 
-_EXPONENT = re.compile(r"[-+]?(\d[\d_]*\.?|\.\d)[\d_]*[eE][-+]?\d+$")
+_EXPONENT = re.compile(r"[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)[eE][-+]?\d+$")
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
 
 
@@ -296,9 +331,9 @@ def _find(cls: Any, name: str, value: Any) -> Key:
 def _read_recipe(cls: Any, path: Path) -> dict[str, Any]:
     """Return the checked values of a recipe by dotted key."""
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
+        content = parse_yaml(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as YAML: {error}") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected keys and values, found {shown(content)}")
     sections = _sections(cls)

@@ -1,5 +1,6 @@
 """Small files and new folders: read strictly, written atomically; folders in object storage."""
 
+import collections
 import errno
 import hashlib
 import json
@@ -15,10 +16,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+import msgspec
+
 from slm_jax.errors import InputError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+Object = dict[str, Any]  # of JSON, with any keys
+_HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")  # two of them may be a whole one
+_MOST_JSON_BYTES = 1 << 28  # the largest tokenizer.json of a public model has 34 MB
 
 
 def user_path(text: str | Path) -> Path:
@@ -45,29 +52,54 @@ def cache_folder() -> Path:
         raise FileNotFoundError(errno.ENOENT, str(error), "~/.cache") from None
 
 
-def read_json(file: Path, remedy: str = "download or export it again") -> dict[str, Any]:
-    """Read a file that is one JSON object without duplicate keys; ``remedy`` says what to do if it is not."""
+def read_json(file: Path, remedy: str = "download or export it again", kind: Any = Object) -> Any:
+    """Read a JSON file; ``remedy`` says what to do if it is none, or not of ``kind`` (see `check_kind`)."""
     try:
-        return parse_json(file.read_bytes(), file, remedy)
+        if (size := file.stat().st_size) > _MOST_JSON_BYTES:
+            raise InputError(f"{file}: {size:,} bytes; expected JSON of at most {_MOST_JSON_BYTES:,}")
+        return parse_json(file.read_bytes(), file, remedy, kind)
+    except InputError:
+        raise
     except OSError as error:
         raise InputError(f"{file}: cannot be read as JSON ({error}); {remedy}") from None
 
 
-def parse_json(data: bytes, where: object, remedy: str) -> dict[str, Any]:
-    """Parse one JSON object, as `read_json`; ``where`` it is from, for messages."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        content = dict(pairs)
-        if len(content) < len(pairs):
-            raise ValueError("duplicate key")
-        return content
-
+def parse_json(data: bytes | str, where: object, remedy: str = "", kind: Any = Object) -> Any:
+    """Parse JSON in which no key occurs twice, as `read_json`; ``where`` it is from, for messages."""
     try:
-        content = json.loads(data.decode(), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: cannot be read as JSON ({error}); {remedy}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{where}: expected one JSON object; {remedy}")
+        text = data if isinstance(data, str) else data.decode("utf-8-sig")
+        content = json.loads(text, object_pairs_hook=_unique)
+        if _HALF_CHARACTER.search(text):
+            json.dumps(content, ensure_ascii=False).encode()
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # also half a character, a number of too many digits, brackets nested too deep
+        raise InputError(f"{where}: cannot be read as JSON ({error}){remedy and '; '}{remedy}") from None
+    return check_kind(content, kind, where, remedy)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> Object:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        (key, _), *_ = collections.Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"key {key!r:.60} occurs twice")
+    return content
+
+
+def check_kind(content: Any, kind: Any, where: object, remedy: str = "") -> Any:
+    """Return the content of a file unchanged if it is of a type, such as a TypedDict, whose other keys may be anything.
+
+    InputError: it is not; the message names the first value of another type by its place.
+    """
+    try:
+        msgspec.convert(content, kind)
+    except msgspec.ValidationError as error:
+        what, _, place = str(error).partition(" - at ")
+        place = place.strip("`").removeprefix("$").removeprefix(".")
+        raise InputError(
+            f"{where}: {place}{place and ': '}{what[0].lower()}{what[1:]}{remedy and '; '}{remedy}"
+        ) from None
     return content
 
 

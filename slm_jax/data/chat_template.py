@@ -11,14 +11,21 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from slm_jax.data.templates import TEMPLATES, Message, Template, TextTemplate
 from slm_jax.errors import InputError
+from slm_jax.files import check_kind
 from slm_jax.tokenizer import Tokenizer
 
 SECONDS = 10.0  # to render one conversation; a thousandth of it is usual
 _SECONDS_TO_START = 120.0
+
+
+class _Saved(TypedDict):
+    source: str
+    tokens: dict[str, str]
+    date: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,10 +112,8 @@ def template_from_dict(data: Mapping[str, Any], where: str = "template") -> Temp
     """Rebuild a template of any kind from the result of its ``to_dict``; InputError: anything else."""
     if "source" not in data:
         return TextTemplate.from_dict(data, where)
-    source, tokens, date = (data.get(name) for name in ("source", "tokens", "date"))
-    if not isinstance(source, str) or not isinstance(tokens, dict) or not isinstance(date, str):
-        raise InputError(f"{where}: source, tokens or date is damaged; expected text, an object and text")
-    return ChatTemplate(source, tokens, date)
+    check_kind(data, _Saved, where)
+    return ChatTemplate(data["source"], data["tokens"], data["date"])
 
 
 class _Renderer:

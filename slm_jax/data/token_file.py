@@ -16,17 +16,28 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Annotated, Any, BinaryIO, Literal, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 from jaxtyping import UInt
+from msgspec import Meta
 
 from slm_jax.data import remote
 from slm_jax.data.file_sources import unreadable
 from slm_jax.data.ids import Ids, ShardedIds
 from slm_jax.data.rows import OnRead, Pieces, Source, ignore_bytes
 from slm_jax.errors import InputError
-from slm_jax.files import is_url, parse_json, read_json, replace_text, replacing, sha256, unwritable, user_path
+from slm_jax.files import (
+    check_kind,
+    is_url,
+    parse_json,
+    read_json,
+    replace_text,
+    replacing,
+    sha256,
+    unwritable,
+    user_path,
+)
 from slm_jax.tokenizer import Tokenizer, fingerprint, tokenizer_from_dict
 
 FORMAT, VERSION = "slm_jax token ids", 1
@@ -37,6 +48,21 @@ _LLMC = {20240520: (1, _DTYPES["uint16"]), 20240801: (7, _DTYPES["uint32"])}
 _LLMC_HEADER_BYTES = 1024
 _CHUNK = 1 << 22  # tokens checked at a time
 _AGAIN = "write it again with slm-jax prepare"
+
+
+class _ListedShard(TypedDict):
+    tokens: Annotated[int, Meta(ge=0)]
+    sha256: str
+
+
+class _Description(TypedDict):
+    dtype: Literal["uint16", "uint32"]
+    tokens: Annotated[int, Meta(ge=0)]
+    sha256: str
+    shards: NotRequired[Annotated[list[_ListedShard], Meta(min_length=1)]]
+    vocab_size: int
+    tokenizer_sha256: str
+    tokenizer: dict[str, Any]
 
 
 class TokenSource(Source):
@@ -172,25 +198,10 @@ def _parse(about: bytes, url: str) -> dict[str, Any]:
 def _check_description(about: dict[str, Any], file: str) -> dict[str, Any]:
     if (about.get("format"), about.get("version")) != (FORMAT, VERSION):
         raise InputError(f"{file}: does not describe token ids (format {FORMAT!r}, version {VERSION}); {_AGAIN}")
-    kinds = {"dtype": str, "sha256": str, "tokenizer_sha256": str, "tokens": int, "vocab_size": int, "tokenizer": dict}
-    for name, kind in kinds.items():
-        if type(about.get(name)) is not kind:
-            raise InputError(f"{file}: {name} is {about.get(name)!r:.60}; expected {kind.__name__}; {_AGAIN}")
-    if about["dtype"] not in _DTYPES:
-        raise InputError(f"{file}: dtype is {about['dtype']!r}; expected {' or '.join(_DTYPES)}; {_AGAIN}")
-    if "shards" in about and not _are_shards(about["shards"], about["tokens"]):
-        raise InputError(f"{file}: shards doesn't list {about['tokens']} tokens in files with a SHA-256; {_AGAIN}")
+    check_kind(about, _Description, file, _AGAIN)
+    if "shards" in about and sum(shard["tokens"] for shard in about["shards"]) != about["tokens"]:
+        raise InputError(f"{file}: shards don't have {about['tokens']} tokens together; {_AGAIN}")
     return about
-
-
-def _are_shards(shards: Any, n_tokens: int) -> bool:
-    return (
-        isinstance(shards, list)
-        and bool(shards)
-        and all(isinstance(shard, dict) for shard in shards)
-        and all(type(shard.get("tokens")) is int and type(shard.get("sha256")) is str for shard in shards)
-        and sum(shard["tokens"] for shard in shards) == n_tokens
-    )
 
 
 def map_ids(path: Path, dtype: np.dtype[Any]) -> UInt[np.ndarray, " tokens"]:

@@ -109,11 +109,11 @@ class GPTConfig:
 
         for name in (*_SIZES, *_OPTIONAL_SIZES):
             value, optional = getattr(self, name), name in _OPTIONAL_SIZES
-            holds = (optional and value is None) or (type(value) is int and value >= 1)
-            require(name, holds, f"a whole number of at least 1{', or null' * optional}")
+            holds = (optional and value is None) or (type(value) is int and 1 <= value < 2**31)
+            require(name, holds, f"a whole number of at least 1 and below 2**31{', or null' * optional}")
         for name in _NUMBERS:
             value = getattr(self, name)
-            holds = type(value) in (int, float) and 0 < value < math.inf
+            holds = type(value) in (int, float) and 0 < value < (2**31 if type(value) is int else math.inf)
             require(name, holds, "a number above 0")
         rate = self.drop_rate
         require("drop_rate", type(rate) in (int, float) and 0 <= rate < 1, "a number of at least 0 and below 1")

@@ -124,8 +124,8 @@ def find_file(path: str | os.PathLike[str]) -> Path:
 
 def read_saved(file: Path, build: Callable[[Any], _T]) -> _T:
     """Build a tokenizer from the content of its file, or of the description of a token file, which holds it."""
+    content = read_json(file, "save the tokenizer again")
     with located(file):
-        content = read_json(file, "save the tokenizer again")
         return build(content.get("tokenizer", content))
 
 

@@ -8,21 +8,28 @@ in the files beside it: `tokenizer_config.json`, `special_tokens_map.json`, `gen
 
 import json
 import re
-import reprlib
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from slm_jax.errors import InputError, located
-from slm_jax.files import read_json
+from slm_jax.files import check_kind, read_json
 from slm_jax.tokenizer.base import END_OF_TEXT, Tokenizer, check_ids, check_text
 
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 # Where no file says which token ends a text.
 _USUAL_ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>")
+
+
+class _Saved(TypedDict):
+    model: dict[str, Any]
+    roles: dict[str, str]
+    eos_ids: list[int]
+    add_bos: bool
+    chat_template: str | None
 
 
 class PretrainedTokenizer(Tokenizer):
@@ -171,25 +178,10 @@ class PretrainedTokenizer(Tokenizer):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "PretrainedTokenizer":
-        expected: dict[str, Any] = {
-            "kind": str,
-            "model": dict,
-            "roles": dict,
-            "eos_ids": list,
-            "add_bos": bool,
-            "chat_template": str | None,
-        }
         if data.get("kind") != cls.kind:
             raise InputError(f"kind is {data.get('kind')!r:.60}; expected {cls.kind!r} (or use load_tokenizer)")
-        values = [data.get("roles"), data.get("eos_ids")]
-        is_whole = set(data) == set(expected) and all(isinstance(data[name], kind) for name, kind in expected.items())
-        if (
-            not is_whole
-            or not all(isinstance(token, str) for token in data["roles"].values())
-            or not all(type(id_) is int for id_ in data["eos_ids"])
-        ):
-            raise InputError(f"{reprlib.repr(values)}; expected the fields {', '.join(expected)}")
-        return cls(*(data[name] for name in list(expected)[1:]))
+        check_kind(data, _Saved, "tokenizer")
+        return cls(*(data[name] for name in list(_Saved.__annotations__)))
 
 
 @lru_cache(maxsize=1)  # the roles are looked up in it before a `PretrainedTokenizer` is made

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import jax
-import yaml
 
-from slm_jax.config import flatten
+from slm_jax.config import flatten, parse_yaml
 from slm_jax.errors import InputError
 from slm_jax.files import replace_text
 
@@ -101,8 +100,8 @@ class RunFolder:
     def config(self) -> dict[str, Any]:
         """Return the run's configuration as written, by dotted key; empty if it cannot be read."""
         try:
-            content = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError):
+            content = parse_yaml((self.path / "config.yaml").read_text(encoding="utf-8-sig"))
+        except (OSError, ValueError):
             return {}
         return flatten(content) if isinstance(content, dict) else {}
 

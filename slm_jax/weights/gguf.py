@@ -6,7 +6,6 @@ of the rotations is no metadata but a tensor, by which each frequency is divided
 """
 
 import dataclasses
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from slm_jax.errors import InputError
+from slm_jax.files import parse_json
 from slm_jax.model import GPTConfig
 from slm_jax.nn.axes import HEAD
 from slm_jax.nn.rope import frequencies
@@ -231,11 +231,8 @@ class _Metadata:
 
     def ours(self) -> dict[str, Any]:
         """Return the fields that GGUF has no place for, which our own files state as JSON."""
-        try:
-            content = json.loads(self.values.get(OURS, "{}"))
-            return {field: content[field] for field in OUR_FIELDS if field in content}
-        except (ValueError, TypeError, RecursionError):
-            raise InputError(f"{self.file}: the metadata {OURS!r} is damaged; {AGAIN}") from None
+        content = parse_json(str(self.values.get(OURS, "{}")), f"{self.file}: metadata {OURS!r}", AGAIN)
+        return {field: content[field] for field in OUR_FIELDS if field in content}
 
     def check_supported(self) -> None:
         for key, allowed in _SUPPORTED.items():

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,13 +12,23 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from slm_jax.errors import InputError, located
-from slm_jax.files import read_json
+from slm_jax.files import parse_json, read_json
 from slm_jax.model import PRESETS, GPTConfig, Params, param_shapes
 from slm_jax.nn.axes import HEAD
 from slm_jax.nn.sharding import spread
 from slm_jax.weights.names import TOKENS, Format, Slot, leaf_shapes
 from slm_jax.weights.registry import describe, formats
-from slm_jax.weights.tensor_files import AGAIN, FLOATS, OURS, OURS_FIELDS, Tensor, TensorFiles, find_file, open_tensors
+from slm_jax.weights.tensor_files import (
+    AGAIN,
+    FLOATS,
+    OURS,
+    OURS_FIELDS,
+    Ours,
+    Tensor,
+    TensorFiles,
+    find_file,
+    open_tensors,
+)
 from slm_jax.weights.trees import DIGESTS
 
 
@@ -64,11 +73,9 @@ def _our_metadata(files: TensorFiles) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the fields and the SHA-256 digests that our own exports state as JSON; nothing for other files."""
     if OURS not in files.metadata:
         return {}, {}
-    try:
-        content, digests = json.loads(files.metadata[OURS]), json.loads(files.metadata[DIGESTS])
-        return {name: content[name] for name in OURS_FIELDS}, dict(digests)
-    except (KeyError, ValueError, TypeError, RecursionError):
-        raise InputError(f"{files.file}: the metadata {OURS!r} or {DIGESTS!r} is damaged; {AGAIN}") from None
+    content = parse_json(files.metadata[OURS], f"{files.file}: metadata {OURS!r}", AGAIN, Ours)
+    digests = parse_json(files.metadata.get(DIGESTS, ""), f"{files.file}: metadata {DIGESTS!r}", AGAIN, dict[str, str])
+    return {name: content[name] for name in OURS_FIELDS}, digests
 
 
 def _fields(form: Format, files: TensorFiles, ours: dict[str, Any]) -> tuple[dict[str, Any], TensorFiles]:

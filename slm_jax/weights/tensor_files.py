@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 INDEX = "model.safetensors.index.json"
 AGAIN = "download or export it again"
 OURS = "slm_jax"  # metadata key of what our own exports state about the model
-OURS_FIELDS = ("n_heads", "drop_rate", "exact_gelu", "unpadded_vocab_size")
 CHUNK_BYTES = 16 << 20
 _DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 FLOATS = tuple(_DTYPES.values())
@@ -37,6 +36,18 @@ _WRONG_KIND = {
     b"version https://git-lfs": "a git-lfs pointer; fetch the weights with: git lfs pull",
     **dict.fromkeys((b"<!doctype", b"<html", b"<head", b"<!--"), "an HTML page; download the file itself"),
 }
+
+
+class Ours(TypedDict):
+    """Fields of GPTConfig that our own exports state."""
+
+    n_heads: int
+    drop_rate: float
+    exact_gelu: bool
+    unpadded_vocab_size: int | None
+
+
+OURS_FIELDS = tuple(Ours.__annotations__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,17 +151,21 @@ def _mapped(file: Path, name: str) -> Iterator[Any]:
         yield opened.get_slice(name)
 
 
+class _Index(TypedDict):
+    weight_map: dict[str, str]
+
+
 def shard_names(index: Path) -> list[str]:
     """Return the names of the shards that an index lists."""
     return list(dict.fromkeys(_weight_map(index).values()))
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{index}: weight_map is missing or empty; {AGAIN}")
+    weight_map = read_json(index, AGAIN, _Index)["weight_map"]
+    if not weight_map:
+        raise InputError(f"{index}: weight_map is empty; {AGAIN}")
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or not re.fullmatch(r"[\w .-]+\.safetensors", shard) or not name.isprintable():
+        if not re.fullmatch(r"[\w .-]+\.safetensors", shard) or not name.isprintable():
             raise InputError(f"{index}: weight_map has {shard!r} for {name!r}; expected a file beside the index")
     return weight_map
 

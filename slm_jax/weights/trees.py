@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from slm_jax.errors import InputError, MissingInputError
-from slm_jax.files import user_path
+from slm_jax.files import parse_json, user_path
 
 Params = dict[str, Any]
 
@@ -53,7 +53,7 @@ def read_tree(file: Path) -> Params:
     if not file.is_file():
         raise MissingInputError(f"{file}: no such file; expected parameters that slm_jax wrote")
     with _opened(file) as (tensors, text):
-        digests = json.loads(text)
+        digests = parse_json(text, f"{file}: metadata {DIGESTS!r}", "restore the file", dict[str, str])
         flat = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 (no mapping)
         for name in sorted(flat.keys() | digests.keys()):
             if name not in flat or hashlib.sha256(_bytes(flat[name])).hexdigest() != digests.get(name):

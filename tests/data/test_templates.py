@@ -112,7 +112,7 @@ def test_a_template_of_ones_own():
         ({"user_start": "Q: "}, r"no field 'assistant_start', only user_start"),
         ({**GOOD, "assistant_start": " "}, r"assistant_start is empty"),
         ({**GOOD, "user_start": "\n"}, r"nothing ends a response"),
-        ([GOOD], r"expected one JSON object"),
+        ([GOOD], r"expected `object`, got `array`"),
     ],
 )
 def test_a_file_that_is_no_template_is_refused_in_one_line(tmp_path, content, message):

@@ -128,7 +128,7 @@ def test_changed_and_missing_shards_are_refused(tmp_path):
         open_token_file(tmp_path / "ids.bin")
     for changed in (text.replace('"tokens": 7', '"tokens": 8'), text.replace('"tokens": 3', '"tokens": "3"')):
         about.write_text(changed)
-        with refused("ids.bin.json: shards doesn't list"):
+        with refused("ids.bin.json: shards"):
             open_token_file(tmp_path / "ids.bin")
 
 
@@ -136,10 +136,13 @@ def test_changed_and_missing_shards_are_refused(tmp_path):
     ("change", "expected"),
     [
         (lambda text: text[:50], "cannot be read as JSON"),
-        (lambda text: text.replace('"tokens": 5', '"tokens": 5, "tokens": 5'), r"cannot be read .*duplicate key"),
+        (
+            lambda text: text.replace('"tokens": 5', '"tokens": 5, "tokens": 5'),
+            r"cannot be read .*key .tokens. occurs twice",
+        ),
         (lambda text: text.replace('"version": 1', '"version": 2'), "does not describe token ids"),
-        (lambda text: text.replace('"tokens": 5', '"tokens": "5"'), "tokens is '5'; expected int"),
-        (lambda text: text.replace('"uint16"', '"uint8"'), "dtype is 'uint8'; expected uint16 or uint32"),
+        (lambda text: text.replace('"tokens": 5', '"tokens": "5"'), "tokens: expected `int`, got `str`"),
+        (lambda text: text.replace('"uint16"', '"uint8"'), "dtype: .*'uint8'"),
         (lambda text: text.replace('"kind": "char"', '"kind": "word"'), "tokenizer: not a tokenizer of slm_jax"),
         (lambda text: text.replace('"a"', '"z"'), "tokenizer: not the one that tokenizer_sha256"),
     ],

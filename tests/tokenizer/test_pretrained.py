@@ -167,9 +167,9 @@ def test_a_damaged_file_is_refused(tmp_path):
         with refused("tokenizer.json: .*JSON"):
             get_tokenizer(tmp_path)
     good = get_tokenizer(write(tmp_path, tokenizer_config=CONFIG))
-    for change in ({"eos_ids": ["2"]}, {"roles": {"eos_token": 2}}, {"model": []}, {"add_bos": 1}, {"more": 1}):
+    for change in ({"eos_ids": ["2"]}, {"roles": {"eos_token": 2}}, {"model": []}, {"add_bos": 1}):
         (tmp_path / "tokenizer.json").write_text(json.dumps({**good.to_dict(), **change}))
-        with refused("expected the fields"):
+        with refused(f"tokenizer.json: tokenizer: {next(iter(change))}.*: expected"):
             get_tokenizer(tmp_path)
 
 

@@ -373,7 +373,7 @@ def test_an_unknown_tokenizer_lists_what_is_accepted():
     ("content", "message"),
     [
         ('{"kind": "char", "chars": ["a"', "JSON"),
-        ("[]", "JSON object"),
+        ("[]", "expected `object`"),
         ('{"kind": ["char"]}', "kind is .*, expected simple, char, bpe, gpt2"),
         ('{"kind": "char"}', "chars"),
         ('{"kind": "char", "chars": ["a"], "more": 1}', "'more'"),

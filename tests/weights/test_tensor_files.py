@@ -156,7 +156,7 @@ def test_an_index_cannot_lead_out_of_its_folder(shard, tmp_path):
     index.write_text(json.dumps(content))
     message = refusal(folder)
     assert message.startswith(str(index))
-    assert repr(shard) in message
+    assert "weight_map" in message
 
 
 def test_shards_and_their_index_must_agree(tmp_path):
