@@ -97,9 +97,8 @@ def check_kind(content: Any, kind: Any, where: object, remedy: str = "") -> Any:
     except msgspec.ValidationError as error:
         what, _, place = str(error).partition(" - at ")
         place = place.strip("`").removeprefix("$").removeprefix(".")
-        raise InputError(
-            f"{where}: {place}{place and ': '}{what[0].lower()}{what[1:]}{remedy and '; '}{remedy}"
-        ) from None
+        what = f"{place}{place and ': '}{what[0].lower()}{what[1:]}"
+        raise InputError(f"{where}: {what}{remedy and '; '}{remedy}") from None
     return content
 
 

@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,6 +18,25 @@ from slm_jax.errors import InputError, MissingInputError
 from slm_jax.files import user_path
 
 PIECE = 1 << 20  # bytes, before they are decoded
+_OTHER_UTF = [  # longer marks first
+    *((mark, "UTF-32") for mark in (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)),
+    *((mark, "UTF-16") for mark in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)),
+]
+_KINDS = {
+    b"%PDF-": "a PDF",
+    b"PK\x03\x04": "a zip archive, such as a document of Word (.docx) or a table of Excel (.xlsx)",
+    b"\xd0\xcf\x11\xe0": "an old document of Word or Excel (.doc, .xls)",
+    b"{\\rtf": "a document in rich text (.rtf)",
+    b"\xff\xd8\xff": "a picture (JPEG)",
+    b"\x89PNG": "a picture (PNG)",
+    b"GIF8": "a picture (GIF)",
+    b"\x1f\x8b\x08": "compressed by gzip (its name should end in .gz)",
+    b"\x28\xb5\x2f\xfd": "compressed by Zstandard (its name should end in .zst)",
+    b"PAR1": "Parquet (parquet:GLOB reads it)",
+    b"GGUF": "a model in GGUF",
+    b"SQLite format 3": "a database (SQLite)",
+}
+_FREE_BYTES, _MOST_TIMES = 1 << 26, 200  # that a compressed file may have, and times its size; text has a tenth
 _PARQUET_ROWS = 64  # in memory at a time
 
 
@@ -155,8 +175,8 @@ class Parquet(_Files):
 
 
 def _distinct(where: str, names: Sequence[str]) -> Sequence[str]:
-    if twice := [name for i, name in enumerate(names) if name and name in names[:i]]:
-        raise InputError(f"{where}: column {twice[0]!r} occurs twice; expected distinct names")
+    if twice := [name for name, n in Counter(names).items() if name and n > 1]:
+        raise InputError(f"{where}: column {twice[0]!r:.60} occurs twice; expected distinct names")
     return names
 
 
@@ -192,6 +212,11 @@ def _parse_json(where: str, text: str) -> Any:
         raise InputError(f"{where}: not JSON ({error}): {text.strip()!r:.60}") from None
 
 
+def kind_of(start: bytes) -> str | None:
+    """Say what a file is that begins so and is no text; None: it may be text."""
+    return next((kind for magic, kind in _KINDS.items() if start.startswith(magic)), None)
+
+
 def read_text(path: Path) -> str:
     """Return the whole text of a file; as `iter_text`."""
     return "".join(iter_text(path))
@@ -207,8 +232,10 @@ def iter_text(path: Path, on_read: OnRead = ignore_bytes) -> Iterator[str]:
     n_bytes = n_lines = 0
     carry = ""  # a CR that an LF may follow
     for chunk in itertools.chain(_chunks(path, on_read), [b""]):  # the last one tells the decoder that nothing follows
-        if not n_bytes and chunk.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            raise InputError(f"{path}: is UTF-16, expected UTF-8; convert it with iconv -f UTF-16 -t UTF-8")
+        if not n_bytes and (kind := kind_of(chunk)):
+            raise InputError(f"{path}: is {kind}; expected text in UTF-8: save or export it as plain text")
+        if not n_bytes and (encoding := next((name for mark, name in _OTHER_UTF if chunk.startswith(mark)), None)):
+            raise InputError(f"{path}: is {encoding}, expected UTF-8; convert it with iconv -f {encoding} -t UTF-8")
         try:
             text = decoder.decode(chunk, final=not chunk)
         except UnicodeDecodeError as error:
@@ -250,6 +277,10 @@ def _chunks(path: Path, on_read: OnRead) -> Iterator[bytes]:
                 raise InputError(f"{path}: truncated or damaged after {size:,} bytes of text ({reason})") from error
             on_read(raw.tell() - at)
             at, size = raw.tell(), size + len(chunk)
+            if size > max(_FREE_BYTES, _MOST_TIMES * at):
+                raise InputError(
+                    f"{path}: its text is more than {_MOST_TIMES} times as long; decompress it if it is right"
+                )
             if not chunk:
                 return
             yield chunk

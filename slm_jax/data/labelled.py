@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +25,7 @@ from slm_jax.data.windows import Batch, EvalBatches, Rows, TrainBatches, bucket_
 from slm_jax.errors import InputError
 from slm_jax.tokenizer import Tokenizer
 
+_SHOWN_CLASSES = 20
 _WHOLE_NUMBER = re.compile(r"-?\d{1,18}")
 
 
@@ -84,15 +85,18 @@ def load_labelled(data: DataConfig, cfg: ClassificationConfig, seed: int) -> Lab
     for name, source in (("validation", data.validation_source), ("test", data.test_source)):
         if source is not None:
             splits[name], _ = _read(source, cfg)
-    _check_splits(splits, classes)
+    indices = {name: i for i, name in enumerate(classes)}
+    _check_splits(splits, indices)
     if cfg.group_duplicates:
         allow = ", or classification.group_duplicates=false"
         check_apart(splits, lambda item: item.key, what="text", remedy=allow)
     labelled, notes = {}, []
     for name, split in splits.items():
         counts = Counter(item.label for item in split)
-        notes.append(f"{name}: {len(split)} texts ({', '.join(f'{counts[c]} {c}' for c in classes)})")
-        labels = np.array([classes.index(item.label) for item in split], np.int32)
+        shown = [f"{counts[each]} {each:.60}" for each in classes[:_SHOWN_CLASSES]]
+        more = [f"{len(classes) - len(shown):,} more classes"] if len(classes) > len(shown) else []
+        notes.append(f"{name}: {len(split)} texts ({', '.join([*shown, *more])})")
+        labels = np.array([indices[item.label] for item in split], np.int32)
         labelled[name] = LabelledTexts(tuple(item.text for item in split), labels)
     return LabelledSplits(**labelled, classes=classes, notes=(*notes, *balance, *_describe_duplicates(splits)))
 
@@ -174,7 +178,7 @@ def _split(
     return splits
 
 
-def _check_splits(splits: dict[str, list[_Item]], classes: Sequence[str]) -> None:
+def _check_splits(splits: dict[str, list[_Item]], classes: Collection[str]) -> None:
     require_filled(splits)
     for name, items in splits.items():
         for item in items:

@@ -29,7 +29,7 @@ class Row(NamedTuple):
         if name in self.fields:
             return self.fields[name]
         remedy = f"; set {setting} to one of them" if setting else ""
-        known = f"only {', '.join(map(str, self.fields)) or 'none':.300}"
+        known = f"only {', '.join(map(str, itertools.islice(self.fields, 50))) or 'none':.300}"
         raise InputError(f"{self.where}: no field {name!r}{did_you_mean(name, self.fields)}, {known}{remedy}")
 
     def text(self, name: str, setting: str | None = None) -> str:
@@ -150,7 +150,7 @@ class Source:
 
 def did_you_mean(name: str, names: Iterable[str], n: int = 1) -> str:
     """Return " (did you mean …?)" with the ``n`` nearest names; empty if none is near."""
-    near = difflib.get_close_matches(name, list(map(str, names)), n=n, cutoff=0.6)
+    near = difflib.get_close_matches(name, list(map(str, itertools.islice(names, 1_000))), n=n, cutoff=0.6)
     return f" (did you mean {', '.join(near)}?)" if near else ""
 
 

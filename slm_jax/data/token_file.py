@@ -8,13 +8,15 @@ lists them with their sizes and SHA-256; there is no ``FILE.bin``, but this is h
 All may be in object storage (``tokens:gs://bucket/FILE.bin``).
 """
 
+import codecs
 import functools
 import glob
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal, NamedTuple, NotRequired, TypedDict
 
@@ -23,7 +25,7 @@ from jaxtyping import UInt
 from msgspec import Meta
 
 from slm_jax.data import remote
-from slm_jax.data.file_sources import unreadable
+from slm_jax.data.file_sources import kind_of, unreadable
 from slm_jax.data.ids import Ids, ShardedIds
 from slm_jax.data.rows import OnRead, Pieces, Source, ignore_bytes
 from slm_jax.errors import InputError
@@ -47,6 +49,9 @@ _NUMPY = b"\x93NUMPY"
 _LLMC = {20240520: (1, _DTYPES["uint16"]), 20240801: (7, _DTYPES["uint32"])}
 _LLMC_HEADER_BYTES = 1024
 _CHUNK = 1 << 22  # tokens checked at a time
+# What a bare file holds shows at its start, if it has some bytes. No vocabulary has 2**20 ids.
+_SAMPLE_BYTES, _LEAST_BYTES, _MOST_UPPER = 1 << 16, 128, 16
+_NOT_IN_TEXT = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
 _AGAIN = "write it again with slm-jax prepare"
 
 
@@ -118,7 +123,7 @@ def open_token_file(path: str | Path, verify: bool = True) -> TokenFile:
         return _open_described(path, verify)
     size = _size(path)
     with path.open("rb") as file:
-        start = file.read(12)
+        start = file.read(_SAMPLE_BYTES)
     if start.startswith(_NUMPY):
         problem = "a NumPy .npy file; convert it: np.load(FILE).astype('<u2').tofile('ids.bin')"
         raise InputError(f"{path}: expected bare uint16 ids, found {problem}")
@@ -126,7 +131,30 @@ def open_token_file(path: str | Path, verify: bool = True) -> TokenFile:
         return TokenFile(_llmc_ids(path, start, size), None, None)
     if size == 0 or size % 2:
         raise InputError(f"{path}: {size} bytes; expected uint16 ids, two bytes each (empty or truncated?)")
+    if kind := _other_kind(start, size):
+        raise InputError(f"{path}: expected bare uint16 ids, found {kind}")
     return TokenFile(map_ids(path, _DTYPES["uint16"]), None, None)
+
+
+def _other_kind(start: bytes, size: int) -> str | None:
+    """Say what a file without a description is, by its start, if it holds no uint16 ids."""
+    if kind := kind_of(start):
+        return kind
+    if len(start) < _LEAST_BYTES:
+        return None
+    parts = np.frombuffer(start[: len(start) // 8 * 8], "<u2").reshape(-1, 4)
+    convert = "convert it: np.fromfile(FILE, '<{}').astype('<u2').tofile('ids.bin')"
+    if size % 8 == 0 and parts[:, 0].any() and not parts[:, 2:].any() and parts[:, 1].max() < _MOST_UPPER:
+        return f"what looks like int64 ids; {convert.format('i8')}"
+    # The upper halves of ids in 32 bits are small, and the lower ones are not.
+    upper, lower = parts[:, 1::2].max(), parts[:, ::2].max()
+    if size % 4 == 0 and upper < _MOST_UPPER and lower > (255 if upper else 0):
+        return f"what looks like uint32 ids; {convert.format('u4')}"
+    with suppress(UnicodeDecodeError):
+        text = codecs.getincrementaldecoder("utf-8")().decode(start)  # its last character may be cut
+        if not _NOT_IN_TEXT.search(text):
+            return f"text ({text[:20]!r}); use text:FILE, or slm-jax prepare --source text:FILE"
+    return None
 
 
 def _llmc_ids(path: Path, start: bytes, size: int) -> UInt[np.ndarray, " tokens"]:

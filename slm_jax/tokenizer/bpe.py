@@ -6,7 +6,7 @@ import os
 import re
 import reprlib
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     import tiktoken
 
 CONNECT_SECONDS = 1.5
+_LONGEST_TOKEN = 1_024  # bytes: merges that double would fill the memory
+# A part of a word, as GPT-2 splits them, that is so long that training cuts it off.
+_LONG_WORD = re.compile(r"[^\W\d_]{512}|\s{512}|\d{512}|(?:[^\w\s]|_){512}")
 
 # White space as Unicode and tiktoken have it; Python's \s also takes the separators U+001C to U+001F.
 _SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
@@ -79,6 +82,10 @@ class BPETokenizer(_TiktokenTokenizer):
             if not are_ids or not 0 <= min(pair) <= max(pair) < len(tokens):
                 raise InputError(f"merge {i} is {reprlib.repr(pair)}: expected two ids below {len(tokens)}")
             token = tokens[pair[0]] + tokens[pair[1]]
+            if len(token) > _LONGEST_TOKEN:
+                raise InputError(
+                    f"merge {i} makes a token of {len(token):,} bytes: expected at most {_LONGEST_TOKEN:,}"
+                )
             if token in self._ranks:
                 raise InputError(f"merge {i} makes {token!r}, which already has id {self._ranks[token]}")
             self._ranks[token] = len(tokens)
@@ -101,11 +108,17 @@ class BPETokenizer(_TiktokenTokenizer):
         model = Model(models.BPE())
         model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False)
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size - 1,
+            initial_alphabet=alphabet,
+            max_token_length=_LONGEST_TOKEN,
+            show_progress=False,
+        )
         texts = (check_text(part) for part in ([text] if isinstance(text, str) else text))
         documents = (document for part in texts for document in part.split(END_OF_TEXT))
         # Pieces keep the trainer's memory small and its cores busy.
-        model.train_from_iterator((piece for each in documents for piece in cut_pieces([each], 1 << 16)), trainer)
+        pieces = (piece for each in documents for piece in cut_pieces([each], 1 << 16))
+        model.train_from_iterator((part for piece in pieces for part in _cut_long_words(piece)), trainer)
         # In the trained model a byte is written as one visible character: itself where it has one in Latin-1, else
         # the next free character from U+0100 on.
         visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
@@ -133,6 +146,16 @@ class BPETokenizer(_TiktokenTokenizer):
     def to_dict(self) -> dict[str, Any]:
         """`{"kind": "bpe", "merges": [[left id, right id], …]}`."""
         return {"kind": self.kind, "merges": [list(pair) for pair in self._merges]}
+
+
+def _cut_long_words(text: str) -> Iterator[str]:
+    """Yield a text in parts, so that no word is much longer than 512 characters: training takes the square of that."""
+    begin = 0
+    for at in range(0, len(text), 512):
+        if _LONG_WORD.match(text, at):
+            yield text[begin:at]
+            begin = at
+    yield text[begin:]
 
 
 class GPT2Tokenizer(_TiktokenTokenizer):

@@ -129,6 +129,17 @@ def test_other_encodings_and_binary_files_are_refused_early(tmp_path):
     path.write_bytes(gzip.compress(bytes(5_000_000)))
     with refused("many characters are NUL; expected text"):
         read_text(path)
+    path.write_bytes(gzip.compress(b"a" * 70_000_000))
+    with refused("more than 200 times as long"):
+        read_text(path)
+    other = tmp_path / "a.txt"
+    other.write_bytes("text".encode("utf-32"))
+    with refused(r"is UTF-32, expected UTF-8.*iconv"):
+        read_text(other)
+    for start, kind in ((b"%PDF-1.7 ", "a PDF"), (b"PK\x03\x04..", "Word"), (b"\xff\xd8\xff\xe0", "JPEG")):
+        other.write_bytes(start)
+        with refused(f"is .*{kind}.*; expected text in UTF-8"):
+            read_text(other)
 
 
 def test_each_file_is_a_text_in_the_order_of_paths(tmp_path, monkeypatch):

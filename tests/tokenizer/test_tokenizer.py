@@ -23,6 +23,7 @@ from slm_jax.tokenizer import (
     GPT2Tokenizer,
     SimpleTokenizer,
     Tokenizer,
+    cut_pieces,
     fingerprint,
     get_tokenizer,
     load_tokenizer,
@@ -291,6 +292,20 @@ def test_training_gives_the_same_merges_in_every_process():
     assert prints[0].stdout == prints[1].stdout != ""
 
 
+@pytest.mark.parametrize("text", ["ACGTTGCAAT" * 30_000, "\n" * 300_000, "=-" * 150_000, "天地" * 50_000])
+def test_one_long_word_is_trained_on_in_little_time(text):
+    began = time.monotonic()
+    tokenizer = BPETokenizer.train(text, 300)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert time.monotonic() - began < 10  # of each of them minutes, when time grew with the square
+
+
+def test_a_text_without_a_place_to_cut_is_cut_nevertheless():
+    pieces = [*cut_pieces(["ab" * 500] * 9, 100)]
+    assert "".join(pieces) == "ab" * 4_500
+    assert max(map(len, pieces)) <= 900
+
+
 def test_vocabulary_size_tells_the_truth_and_what_cannot_be_trained_is_refused():
     assert BPETokenizer.train(TEXT, vocab_size=300).vocab_size == 300
     assert BPETokenizer.train(TEXT, vocab_size=257).to_dict() == {"kind": "bpe", "merges": []}
@@ -384,6 +399,7 @@ def test_an_unknown_tokenizer_lists_what_is_accepted():
         ('{"kind": "bpe", "merges": [[97, 98], [97, 258]]}', "merge 1 .* below 257"),
         ('{"kind": "bpe", "merges": [[true, 98]]}', "merge 0"),
         ('{"kind": "bpe", "merges": [[97, 98], [98, 99], [256, 99], [97, 257]]}', "merge 3 .* id 258"),
+        (json.dumps({"kind": "bpe", "merges": [[n, n] for n in (97, *range(256, 300))]}), "merge 10 .* 2,048 bytes"),
         ('{"kind": "gpt2", "vocab_size": 5}', "'vocab_size'"),
     ],
 )

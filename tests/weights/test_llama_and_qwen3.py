@@ -220,7 +220,7 @@ ROPE = {"rope_theta": 100.0}
         ({"num_attention_heads": "4"}, "num_attention_heads is '4'"),
         ({"num_attention_heads": None}, "num_attention_heads is None"),
         ({"num_hidden_layers": 10**12}, "n_layers is 1000000000000"),
-        ({"intermediate_size": 10**12}, "has the shape"),
+        ({"intermediate_size": 10**12}, "hidden_dim is 1000000000000"),
         ({"head_dim": 10**9}, "has the shape"),
         ({"rms_norm_eps": "tiny"}, "rms_norm_eps is 'tiny'"),
         ({"attention_bias": True}, "bias is True as stated"),

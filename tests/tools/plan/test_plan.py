@@ -181,7 +181,7 @@ def test_a_token_file_has_the_vocabulary_and_a_damaged_description_is_refused(tm
     plan_of = functools.partial(make_plan, parse_args(["--data.source", f"tokens:{path}"]), "t4")
     assert plan_of().vocab_size == tokenizer.vocab_size
     json_path(path).write_text(json_path(path).read_text().replace('"vocab_size": ', '"vocab_size": "many", "was": '))
-    with pytest.raises(InputError, match=r"ids\.bin\.json: vocab_size is 'many'"):
+    with pytest.raises(InputError, match=r"ids\.bin\.json: vocab_size: expected .int."):
         plan_of()
 
 
