@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 import slm_jax
-from slm_jax.errors import InputError
+from slm_jax.errors import InputError, printable
 
 # Problems of the place that is written to, not of the program.
 _PLACE_ERRORS = (
@@ -64,7 +64,8 @@ def main(args: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a console that lacks a character shows "?"
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # the tokenizer refuses invalid bytes in one line
+        # The tokenizer refuses invalid bytes in one line.
+        sys.stdin.reconfigure(encoding=None if sys.stdin.isatty() else "utf-8-sig", errors="surrogateescape")
     try:
         with _ending_on_interrupt() if args is None else contextlib.nullcontext():
             module = importlib.import_module(COMMANDS[name][0])
@@ -96,5 +97,5 @@ def _ending_on_interrupt() -> Iterator[None]:
 
 
 def _fail(program: str, message: str) -> int:
-    print(f"{program}: {' '.join(message.split())}", file=sys.stderr)
+    print(printable(f"{program}: {' '.join(message.split())}"), file=sys.stderr)
     return 2

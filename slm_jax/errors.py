@@ -3,8 +3,23 @@
 The commands print it and exit with status 2. Any other exception is a bug and keeps its traceback.
 """
 
+import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+# What a terminal obeys; not a line break or a tab.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def printable(text: str) -> str:
+    r"""Return a text with its control characters, but not line breaks and tabs, as Python writes them: ``\x1b``."""
+    return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
+
+
+def for_terminal(text: str) -> str:
+    """Return a text from a model or a file as it may be written to stdout: `printable` if that is a terminal."""
+    return printable(text) if sys.stdout.isatty() else text
 
 
 class InputError(ValueError):

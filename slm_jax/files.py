@@ -69,13 +69,14 @@ def parse_json(data: bytes | str, where: object, remedy: str = "", kind: Any = O
     try:
         text = data if isinstance(data, str) else data.decode("utf-8-sig")
         content = json.loads(text, object_pairs_hook=_unique)
-        if _HALF_CHARACTER.search(text):
+        if kind is not Any and _HALF_CHARACTER.search(text):  # rows name the field
             json.dumps(content, ensure_ascii=False).encode()
     except (
         ValueError,
         RecursionError,
     ) as error:  # also half a character, a number of too many digits, brackets nested too deep
-        raise InputError(f"{where}: cannot be read as JSON ({error}){remedy and '; '}{remedy}") from None
+        start = f": {data.strip()[:60]!r:.60}" if isinstance(data, str) else ""
+        raise InputError(f"{where}: not JSON ({error}){start}{remedy and '; '}{remedy}") from None
     return check_kind(content, kind, where, remedy)
 
 

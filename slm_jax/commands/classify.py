@@ -7,7 +7,7 @@ from typing import Literal
 
 from slm_jax.commands import set_up
 from slm_jax.config import Positive, Words
-from slm_jax.errors import InputError
+from slm_jax.errors import InputError, for_terminal
 from slm_jax.files import user_path
 
 
@@ -55,7 +55,7 @@ def run(options: Options) -> int:
         if options.format == "json":
             print(json.dumps({"text": text, **dataclasses.asdict(prediction)}))
         else:
-            print(f"{prediction.label}\t{prediction.probability:.4f}\t{' '.join(text.split())}")
+            print(for_terminal(f"{prediction.label}\t{prediction.probability:.4f}\t{' '.join(text.split())}"))
     return 0
 
 

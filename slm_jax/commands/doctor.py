@@ -6,6 +6,7 @@ import json
 from typing import Literal
 
 from slm_jax.commands import use_compile_cache
+from slm_jax.errors import for_terminal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,7 @@ def run(options: Options) -> int:
     for finding in itertools.chain(examine_machine(), () if folder is None else examine_run(folder)):
         found.append(finding)
         if options.format == "text":
-            print(f"{finding.level:<8} {finding.name:<12} {finding.text}", flush=True)
+            print(for_terminal(f"{finding.level:<8} {finding.name:<12} {finding.text}"), flush=True)
     n_problems, n_notes = (sum(finding.level == level for finding in found) for level in ("problem", "note"))
     if options.format == "json":
         print(json.dumps([dataclasses.asdict(finding) for finding in found], indent=2))

@@ -6,7 +6,7 @@ from typing import Literal
 
 from slm_jax.commands import SamplingOptions, load, set_up
 from slm_jax.config import Positive
-from slm_jax.errors import InputError
+from slm_jax.errors import InputError, for_terminal
 from slm_jax.files import user_path
 
 
@@ -80,8 +80,8 @@ def run(options: Options) -> int:
     for number, pieces in enumerate(texts, start=1):
         if options.num_samples > 1:
             print(f"--- {number} of {options.num_samples} ---")
-        print(start, end="", flush=True)
+        print(for_terminal(start), end="", flush=True)
         for piece in pieces:
-            print(piece, end="", flush=True)
+            print(for_terminal(piece), end="", flush=True)
         print()
     return 0

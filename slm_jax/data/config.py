@@ -97,6 +97,7 @@ class InstructionConfig:
         packing: whether short examples share a row, each seeing only itself.
         too_long: whether an example longer than max_length is dropped, or its prompt truncated on the left.
         max_length: largest number of tokens of an example; null: the model's context length.
+        empty: whether an entry with an empty instruction or response is dropped and counted, or refused.
         responses: number of test instructions answered before and after training; null: all.
     """
 
@@ -106,4 +107,5 @@ class InstructionConfig:
     packing: bool = False
     too_long: Literal["drop", "truncate"] = "drop"
     max_length: Annotated[int, Ge(2)] | None = None
+    empty: Literal["drop", "refuse"] = "drop"
     responses: Execution[NotNegative | None] = None

@@ -6,7 +6,6 @@ import glob
 import gzip
 import io
 import itertools
-import json
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,7 +14,7 @@ from typing import Any, ClassVar
 
 from slm_jax.data.rows import OnRead, Pieces, Row, Source, ignore_bytes
 from slm_jax.errors import InputError, MissingInputError
-from slm_jax.files import user_path
+from slm_jax.files import parse_json, user_path
 
 PIECE = 1 << 20  # bytes, before they are decoded
 _OTHER_UTF = [  # longer marks first
@@ -85,7 +84,7 @@ class JsonLines(_Files):
     def _read(self, path: Path, columns: Sequence[str], on_read: OnRead) -> Iterator[Row]:
         for number, line in enumerate(_lines(iter_text(path, on_read)), start=1):
             if line.strip():
-                yield _object(f"{path} line {number}", _parse_json(f"{path} line {number}", line))
+                yield _object(f"{path} line {number}", parse_json(line, f"{path} line {number}", kind=Any))
 
 
 class Json(_Files):
@@ -94,7 +93,7 @@ class Json(_Files):
     scheme, form = "json", "json:GLOB"
 
     def _read(self, path: Path, columns: Sequence[str], on_read: OnRead) -> Iterator[Row]:
-        content = _parse_json(str(path), "".join(iter_text(path, on_read)))
+        content = parse_json("".join(iter_text(path, on_read)), path, kind=Any)
         if not isinstance(content, list):
             raise InputError(f"{path}: {content!r:.60} is not a list; expected one list of JSON objects")
         return (_object(f"{path} entry {number}", value) for number, value in enumerate(content, start=1))
@@ -106,12 +105,12 @@ class Table(_Files):
     delimiter: ClassVar[str]
 
     def _read(self, path: Path, columns: Sequence[str], on_read: OnRead) -> Iterator[Row]:
-        reader = csv.reader(
-            io.StringIO("".join(iter_text(path, on_read)), newline=""),
-            delimiter=self.delimiter,
-            quoting=csv.QUOTE_NONE if self.delimiter == "\t" else csv.QUOTE_MINIMAL,
-            strict=True,
-        )
+        lines = io.StringIO("".join(iter_text(path, on_read)), newline="")
+        delimiter = self._find_delimiter(lines.readline())
+        lines.seek(0)
+        csv.field_size_limit(2**31 - 1)  # characters; by default a text of 131,073 is an error
+        quoting: Any = csv.QUOTE_NONE if self.delimiter == "\t" else csv.QUOTE_MINIMAL
+        reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
         names = _distinct("columns", self.header)
         while True:
             where = f"{path} line {reader.line_num + 1}"  # where it begins: a quoted field may hold line breaks
@@ -120,7 +119,7 @@ class Table(_Files):
             except StopIteration:
                 return
             except csv.Error as error:
-                raise InputError(f"{where}: {error}; expected fields separated by {self.delimiter!r}") from None
+                raise InputError(f"{where}: {error}; expected fields separated by {delimiter!r}") from None
             if values and not names:
                 names = _distinct(where, values)
             elif values and len(values) != len(names):
@@ -128,11 +127,17 @@ class Table(_Files):
             elif values:
                 yield Row(where, dict(zip(names, values, strict=True)))
 
+    def _find_delimiter(self, line: str) -> str:
+        return self.delimiter
+
 
 class Csv(Table):
-    """Fields between commas, quoted as in RFC 4180."""
+    """Fields between commas, quoted as in RFC 4180; between semicolons or tabs if the first line has no comma."""
 
     scheme, form, delimiter = "csv", "csv:GLOB", ","
+
+    def _find_delimiter(self, line: str) -> str:
+        return next((each for each in (",", ";", "\t") if each in line), ",")
 
 
 class Tsv(Table):
@@ -205,13 +210,6 @@ def _object(where: str, value: Any) -> Row:
     return Row(where, value)
 
 
-def _parse_json(where: str, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:  # also a number with too many digits, brackets nested too deep
-        raise InputError(f"{where}: not JSON ({error}): {text.strip()!r:.60}") from None
-
-
 def kind_of(start: bytes) -> str | None:
     """Say what a file is that begins so and is no text; None: it may be text."""
     return next((kind for magic, kind in _KINDS.items() if start.startswith(magic)), None)
@@ -278,9 +276,8 @@ def _chunks(path: Path, on_read: OnRead) -> Iterator[bytes]:
             on_read(raw.tell() - at)
             at, size = raw.tell(), size + len(chunk)
             if size > max(_FREE_BYTES, _MOST_TIMES * at):
-                raise InputError(
-                    f"{path}: its text is more than {_MOST_TIMES} times as long; decompress it if it is right"
-                )
+                problem = f"its text is more than {_MOST_TIMES} times as long"
+                raise InputError(f"{path}: {problem}; decompress it, if that is right")
             if not chunk:
                 return
             yield chunk

@@ -9,13 +9,14 @@ import dataclasses
 import functools
 import itertools
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int32
 
 from slm_jax.data.config import DataConfig, InstructionConfig
+from slm_jax.data.rows import EmptyField
 from slm_jax.data.sources import parse_source
 from slm_jax.data.splits import SPLITS, check_apart, grouped, require_filled, share, shared, split_fractions
 from slm_jax.data.templates import Message, Template, encode_conversation, entry_messages
@@ -59,8 +60,8 @@ def load_instructions(data: DataConfig, cfg: InstructionConfig, seed: int) -> In
         InputError: a source or entry that cannot be read; an empty split; a separate validation or test source that
             shares a prompt with another split.
     """
-    examples = read_examples(data.source)
-    notes = []
+    notes: list[str] = []
+    examples = _read(data.source, cfg, notes)
     if cfg.split == "random":
         shuffled = [examples[i] for i in np.random.default_rng(seed).permutation(len(examples))]
         groups = grouped(shuffled, map(_prompt, shuffled))
@@ -76,7 +77,7 @@ def load_instructions(data: DataConfig, cfg: InstructionConfig, seed: int) -> In
             notes.append(f"{n_shared:,} of them repeat the prompt of one in another split (split: file_order)")
     separate = [name for name in ("validation", "test") if getattr(data, f"{name}_source")]
     for name in separate:
-        splits[name] = read_examples(getattr(data, f"{name}_source"))
+        splits[name] = _read(getattr(data, f"{name}_source"), cfg, notes)
     check_apart(splits, _prompt, what="prompt", separate=separate)
     require_filled(splits)
     sizes = ", ".join(f"{len(split):,} {name}" for name, split in splits.items())
@@ -84,16 +85,39 @@ def load_instructions(data: DataConfig, cfg: InstructionConfig, seed: int) -> In
     return InstructionSplits(train, validation, test, (f"examples: {sizes}", *notes))
 
 
-def read_examples(source: str) -> list[Example]:
-    """Read all examples of one source, in its order; InputError: an entry without a response."""
-    examples = []
+def _read(source: str, cfg: InstructionConfig, notes: list[str]) -> list[Example]:
+    """Return the examples of a source; add to the notes how many entries were left out."""
+    empty: list[EmptyField] = []
+    examples = read_examples(source, None if cfg.empty == "refuse" else empty.append)
+    if empty:
+        notes.append(
+            f"left out {len(empty):,} of {len(examples) + len(empty):,} entries of {source}, such as {empty[0]}"
+        )
+    return examples
+
+
+def read_examples(source: str, on_empty: Callable[[EmptyField], None] | None = None) -> list[Example]:
+    """Read all examples of one source, in its order.
+
+    Entries with an empty text are left out, and ``on_empty`` is called with the error; without it they raise.
+    InputError: an entry without a response; all are empty.
+    """
+    examples, error = [], None
     for row in parse_source(source).read_rows():
-        messages = entry_messages(row.fields, row.where)
+        try:
+            messages = entry_messages(row.fields, row.where)
+        except EmptyField as found:
+            if on_empty is None:
+                raise
+            on_empty(error := found)
+            continue
         if messages[-1].role != "assistant":
             if "messages" in row.fields:
                 raise InputError(f"{row.where}: the last message has role {messages[-1].role}; expected assistant")
             row.field("output")
         examples.append(Example(row.where, messages))
+    if error is not None and not examples:
+        raise error
     return examples
 
 

@@ -18,6 +18,10 @@ def ignore_bytes(_: int) -> None:
     """Ignore how many bytes were read."""
 
 
+class EmptyField(InputError):
+    """A field that must have text, and is null or only white space."""
+
+
 class Row(NamedTuple):
     """One example: its fields, and its place, such as ``spam.csv line 12``, for messages."""
 
@@ -42,9 +46,9 @@ class Row(NamedTuple):
         return value
 
     def filled(self, name: str, setting: str | None = None) -> str:
-        """Return a field that must be text with more than white space; otherwise as `field`."""
-        if not (text := self.text(name, setting)).strip():
-            raise InputError(f"{self.where}: {name} is empty; expected text")
+        """Return a field that must be text with more than white space, or raise an EmptyField; otherwise as `field`."""
+        if self.field(name, setting) is None or not (text := self.text(name, setting)).strip():
+            raise EmptyField(f"{self.where}: {name} is empty; expected text")
         return text
 
 

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from slm_jax.data.ids import Ids
 from slm_jax.data.windows import Batch, PackedRows, TrainBatches, endless_batches, train_batches
+from slm_jax.errors import printable
 from slm_jax.tokenizer import Tokenizer
 
 ROWS = 2  # rows per batch
@@ -47,7 +48,7 @@ def show_batches(
         console.print(f"\nbatch {i + 1} of {n}: {rows} row{'s' if rows > 1 else ''} of {width}", highlight=False)
         for row in range(rows):
             for line in _row_lines({name: value[row] for name, value in batches[i].items()}, tokenizer, row + 1):
-                console.print(line, markup=False, highlight=False, soft_wrap=True)
+                console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
 
 
 def _batches(tokens: Ids, eot_id: int, width: int, packing: bool) -> TrainBatches:

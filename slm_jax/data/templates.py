@@ -171,17 +171,18 @@ def entry_messages(entry: Mapping[str, Any], where: str) -> tuple[Message, ...]:
     """Return the turns of an entry; the last one is the assistant's if the entry has an output or ends with one.
 
     An entry is Alpaca's (``instruction``, ``output``, and perhaps ``input``), Dolly's (``instruction``, ``response``,
-    ``context``), or a chat (``messages``, each with ``role`` and ``content``).
+    ``context``), or a chat (``messages``, each with ``role`` and ``content``). An input or context may be null.
 
     Raises:
-        InputError: a field that is missing, empty or not text; an unknown role; no message of a user.
+        EmptyField: a field that is empty.
+        InputError: a field that is missing or not text; an unknown role; no message of a user.
     """
     row = Row(where, entry)
     if "messages" in entry:
         return _chat(entry["messages"], where)
     is_dolly = "response" in entry and "output" not in entry
     about, answer = ("context", "response") if is_dolly else ("input", "output")
-    question = Message("user", row.filled("instruction"), row.text(about) if about in entry else "")
+    question = Message("user", row.filled("instruction"), "" if entry.get(about) is None else row.text(about))
     return (question, Message("assistant", row.filled(answer))) if answer in entry else (question,)
 
 

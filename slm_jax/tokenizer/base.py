@@ -17,6 +17,8 @@ FILE_NAME = "tokenizer.json"
 # Where every tokenizer starts a new word. Some join punctuation with the line breaks after it.
 _LAST_CUT = re.compile(r".*(?:\S(?=[ \t])|[^\W_](?=[\n\r]))", re.DOTALL)
 
+_LONGEST_PIECE = 1 << 23  # characters, where there is no place to cut
+
 _T = TypeVar("_T")
 
 
@@ -169,8 +171,8 @@ def cut_pieces(pieces: Iterable[str], length: int) -> Iterator[str]:
     """Join and cut a document again, so that its pieces can be encoded one by one.
 
     A piece has about `length` characters, at most twice as many where there is a place to cut: before white space that
-    follows something else, where every tokenizer of this module starts a new word. Without such a place it ends after
-    eight times as many, and memory does not grow with the text.
+    follows something else, where every tokenizer of this module starts a new word. Without such a place it ends
+    somewhere after eight million characters, so that memory does not grow with the text.
     """
     held: list[str] = []
     n_held = 0
@@ -185,7 +187,7 @@ def cut_pieces(pieces: Iterable[str], length: int) -> Iterator[str]:
                 held[-1] = part[: len(part) - len(rest)]
                 yield "".join(held)
                 held, n_held = [rest], len(rest)
-            elif n_held > 8 * length:
+            elif n_held > _LONGEST_PIECE:
                 yield "".join(held)
                 held, n_held = [], 0
     if held:

@@ -296,7 +296,7 @@ def read_chat_template(folder: Path) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
         try:
-            return file.read_text(encoding="utf-8")
+            return file.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{file}: cannot be read as UTF-8: {error}") from None
     found = _read(folder / "tokenizer_config.json").get("chat_template")

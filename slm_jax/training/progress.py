@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TaskProgressColumn, TextColumn
 from rich.table import Column, Table
 
+from slm_jax.errors import printable
+
 PLAIN_INTERVAL = 5.0  # seconds between two plain lines of training
 WIDE = 120  # columns from which a bar fits beside the figures
 
@@ -56,7 +58,8 @@ class ProgressLine:
 
     def note(self, text: str) -> None:
         """Print a line of its own."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        shown = printable(text) if self.console.is_terminal else text
+        self.console.print(shown, markup=False, highlight=False, soft_wrap=True)
 
     def _line(self, row: dict[str, Any], seconds_per_step: float) -> str:
         left = format_duration(seconds_per_step * (self._total - row["step"]))

@@ -229,9 +229,8 @@ def _check_crc(file: Path) -> None:
     try:
         with zipfile.ZipFile(file) as archive:
             n_bytes = sum(info.file_size for info in archive.infolist())
-            damaged = (
-                "its directory" if n_bytes > file.stat().st_size else archive.testzip()
-            )  # PyTorch compresses nothing
+            # PyTorch compresses nothing.
+            damaged = "its directory" if n_bytes > file.stat().st_size else archive.testzip()
     except OSError:
         raise
     except Exception:  # of any type: it depends on the bytes

@@ -30,6 +30,18 @@ def test_it_answers_each_line_and_survives_mistakes(weights, capsys, monkeypatch
     assert capsys.readouterr().out == ""
 
 
+def test_a_terminal_gets_no_control_characters_from_a_model(weights, capsys, monkeypatch):
+    pieces = ["a\x1b]0;b\x07\x9b2J", "c\td"]
+    monkeypatch.setattr("slm_jax.generation.conversation.Conversation.answer", lambda *_: (each for each in pieces))
+    assert chat(weights, "the cat\n", monkeypatch) == 0
+    assert capsys.readouterr().out == "a\x1b]0;b\x07\x9b2Jc\td\n"  # a file has what the model wrote
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    assert chat(weights, "the cat\n", monkeypatch) == 0
+    assert capsys.readouterr().out == r"a\x1b]0;b\x07\x9b2Jc" + "\td\n"
+    assert chat(weights, "the cat\n", monkeypatch, "--template", "\x1b[2J") == 2
+    assert "\x1b" not in capsys.readouterr().err
+
+
 def test_reset_and_temperature_change_the_conversation(weights, capsys, monkeypatch):
     assert chat(weights, "/help\nthe cat\n/temperature 0\n/reset\nsat\n", monkeypatch) == 0
     changed = capsys.readouterr().out.splitlines()

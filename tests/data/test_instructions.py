@@ -39,8 +39,8 @@ def write(tmp_path):
     return write
 
 
-def load(source, seed=0, split="random", **data):
-    return load_instructions(DataConfig(source=source, **data), InstructionConfig(split=split), seed)
+def load(source, seed=0, split="random", empty="drop", **data):
+    return load_instructions(DataConfig(source=source, **data), InstructionConfig(split=split, empty=empty), seed)
 
 
 def questions(examples):
@@ -73,13 +73,26 @@ def test_alpaca_dolly_and_chat_entries_are_read_from_json_and_jsonl(write, tmp_p
     ("content", "message"),
     [
         ([entry(1), {"instruction": "a"}], r"data.json entry 2: no field 'output'.*, only instruction"),
-        ([{"instruction": "a", "output": "  "}], r"entry 1: output is empty"),
+        ([{"instruction": "a", "output": "  "}, {"instruction": "", "output": "a"}], r"entry 2: instruction is empty"),
         ([{"messages": [{"role": "user", "content": "a"}]}], r"entry 1: the last message has role user"),
     ],
 )
 def test_what_is_no_instruction_is_refused_with_its_place_in_one_line(write, content, message):
     with refused(message):
         load(write(content))
+
+
+def test_entries_with_an_empty_text_are_left_out_and_counted_unless_they_are_refused(write):
+    entries = [entry(i) for i in range(18)]
+    gaps = [{**entries[0], "output": ""}, {**entries[0], "instruction": None}]
+    source = write(
+        [*entries, *gaps, {"instruction": "a", "context": None, "response": "b"}, {**entries[1], "input": None}]
+    )
+    splits = load(source)
+    assert sum(map(len, splits[:3])) == 20
+    assert "left out 2 of 22 entries" in splits.notes[1]
+    with refused("entry 19: output is empty"):
+        load(source, empty="refuse")
 
 
 # Splits

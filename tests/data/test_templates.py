@@ -128,7 +128,7 @@ def test_a_file_that_is_no_template_is_refused_in_one_line(tmp_path, content, me
     ("entry", "message"),
     [
         ({"input": "x"}, r"^entry: no field 'instruction', only input$"),
-        ({"instruction": "a", "input": None}, r"input is None; expected text"),
+        ({"instruction": "a", "input": 5}, r"input is 5; expected text"),
         ({"messages": "hello"}, r"messages is 'hello'; expected a list of objects with role and content"),
         ({"messages": [CHAT[0], CHAT[2]]}, r"no user message"),
         ({"messages": [CHAT[1], CHAT[0]]}, r"message 2: role is 'system'.*only first"),
