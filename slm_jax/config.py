@@ -253,8 +253,11 @@ class _Loader(yaml.SafeLoader):
         super().fetch_flow_collection_start(token)
 
     def compose_node(self, parent: Any, index: Any) -> Any:
+        is_alias = self.check_event(yaml.AliasEvent)
         node: Any = super().compose_node(parent, index)  # of an alias the node that it stands for, each time it is used
         if not isinstance(node, yaml.ScalarNode) and not hasattr(node, "size"):
+            if is_alias:
+                raise yaml.composer.ComposerError(None, None, "contains itself", node.start_mark)
             items = (
                 node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
             )

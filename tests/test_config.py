@@ -277,7 +277,7 @@ def test_words_that_are_no_options_are_refused():
             "".join(f"a{i}: &a{i} [x, {', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9)).replace("*a0", "x"),
             "aliases",
         ),
-        ("a: &a [*a, *a]", "unknown key a"),
+        ("a: &a {b: *a}", "contains itself"),
         ("[" * 5_000, "nested too deep"),
         ("- " * 5_000, "nested too deep"),
         (f"a: {'9' * 5_000}", "digits"),

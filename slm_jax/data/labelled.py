@@ -4,9 +4,11 @@ A batch is a dict of ``inputs`` (int32, (batch, width), padded with zeros on the
 at least 1), ``labels`` (int32, (batch,)) and ``weights`` (float32, (batch,), 0 for rows that fill the last batch).
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import re
 from collections import Counter
@@ -22,7 +24,7 @@ from slm_jax.data.rows import Row
 from slm_jax.data.sources import parse_source
 from slm_jax.data.splits import SPLITS, check_apart, grouped, require_filled, share, shared, split_fractions
 from slm_jax.data.windows import Batch, EvalBatches, Rows, TrainBatches, bucket_width, endless_batches
-from slm_jax.errors import InputError
+from slm_jax.errors import InputError, located
 from slm_jax.tokenizer import Tokenizer
 
 _SHOWN_CLASSES = 20
@@ -31,10 +33,11 @@ _WHOLE_NUMBER = re.compile(r"-?\d{1,18}")
 
 @dataclasses.dataclass(frozen=True)
 class LabelledTexts:
-    """The texts of one split, and the index of each text's class."""
+    """The texts of one split, the index of each text's class, and the places of the texts, for messages."""
 
     texts: tuple[str, ...]
     labels: Int32[np.ndarray, " texts"]
+    places: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +100,8 @@ def load_labelled(data: DataConfig, cfg: ClassificationConfig, seed: int) -> Lab
         more = [f"{len(classes) - len(shown):,} more classes"] if len(classes) > len(shown) else []
         notes.append(f"{name}: {len(split)} texts ({', '.join([*shown, *more])})")
         labels = np.array([indices[item.label] for item in split], np.int32)
-        labelled[name] = LabelledTexts(tuple(item.text for item in split), labels)
+        texts, places = tuple(item.text for item in split), tuple(item.where for item in split)
+        labelled[name] = LabelledTexts(texts, labels, places)
     return LabelledSplits(**labelled, classes=classes, notes=(*notes, *balance, *_describe_duplicates(splits)))
 
 
@@ -219,10 +223,13 @@ def encode_text(text: str, tokenizer: Tokenizer) -> Int32[np.ndarray, " tokens"]
 
 
 def encode_texts(
-    texts: Sequence[str], tokenizer: Tokenizer, max_length: int
+    texts: Sequence[str], tokenizer: Tokenizer, max_length: int, places: Sequence[str] = ()
 ) -> tuple[list[Int32[np.ndarray, " tokens"]], int]:
     """Return the token ids of each text, truncated to ``max_length``, and how many texts were truncated."""
-    encoded = [encode_text(text, tokenizer) for text in texts]
+    encoded = []
+    for text, where in itertools.zip_longest(texts, places):
+        with located(where) if where else contextlib.nullcontext():
+            encoded.append(encode_text(text, tokenizer))
     return [ids[:max_length] for ids in encoded], sum(ids.size > max_length for ids in encoded)
 
 

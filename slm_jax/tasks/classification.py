@@ -56,7 +56,8 @@ class Classification(Task):
         longest, notes = row_length(section.max_length, "classification.max_length", cfg), list(splits.notes)
         encoded = {}
         for name in SPLITS:  # training first: its longest text may limit the other splits
-            encoded[name], n_truncated = labelled.encode_texts(texts[name], base.tokenizer, longest)
+            places = getattr(splits, name).places
+            encoded[name], n_truncated = labelled.encode_texts(texts[name], base.tokenizer, longest, places)
             if n_truncated:
                 notes.append(f"{name}: {n_truncated:,} of {len(texts[name]):,} texts truncated to {longest} tokens")
             if name == "train" and section.pad_to == "longest":

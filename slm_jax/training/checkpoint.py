@@ -8,7 +8,6 @@ processes add a checksum of each array: what each has loaded is verified without
 """
 
 import errno
-import json
 import math
 import os
 import re
@@ -17,7 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Required, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +27,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
 from slm_jax.errors import InputError
+from slm_jax.files import Object, parse_json
 from slm_jax.model import Params
 from slm_jax.training.manifest import (
     METADATA,
@@ -44,6 +44,30 @@ from slm_jax.training.run_folder import RunFolder
 from slm_jax.training.step import TrainState
 
 FORMAT = 2  # of the params tree and the metadata; 1 had query, key and value in one kernel
+
+
+class Metadata(TypedDict, total=False):
+    """What is saved with a checkpoint, and a task's own."""
+
+    validation_loss: Required[float | None]
+    format: int
+    config: Object
+    model: Object
+    identity: Object
+    environment: Object
+    tokenizer: Object
+    template: Object
+    trainable: str
+    leaves: dict[str, list[int | str]]
+    frozen_sha256: str | None
+    checksums: dict[str, int]
+    classes: list[str]
+    pooling: str
+    max_length: int
+
+
+class _File(TypedDict):
+    custom_metadata: Metadata
 
 
 class DamagedCheckpoint(InputError):
@@ -195,15 +219,8 @@ def read_metadata(folder: Path, step: int) -> dict[str, Any]:
 
 def parse_metadata(content: bytes, where: object) -> dict[str, Any]:
     """Return the metadata in the bytes of a checkpoint's metadata file; an InputError if they are damaged."""
-    try:
-        metadata = json.loads(content)["custom_metadata"]
-        if type(loss := metadata["validation_loss"]) not in (float, int, type(None)):
-            raise TypeError(f"validation_loss is {loss!r:.40}")
-        for key in ("config", "model", "tokenizer"):
-            if not isinstance(metadata.get(key, {}), dict):
-                raise TypeError(f"{key} is {metadata[key]!r:.40}")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{where}: not a checkpoint of slm_jax ({error!r}); choose another step") from None
+    whole = parse_json(content, f"{where}: not a checkpoint of slm_jax", "choose another step", _File)
+    metadata: dict[str, Any] = whole["custom_metadata"]
     if (found := metadata.pop("format", 1)) != FORMAT:
         raise InputError(f"{where}: checkpoint format {found}, from another version of slm_jax; expected {FORMAT}")
     return metadata

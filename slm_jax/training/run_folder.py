@@ -8,13 +8,14 @@ import tempfile
 import time
 from collections.abc import Container, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Annotated, Any, Required, TypedDict
 
 import jax
+from msgspec import Meta
 
 from slm_jax.config import flatten, parse_yaml
 from slm_jax.errors import InputError
-from slm_jax.files import replace_text
+from slm_jax.files import Object, parse_json, read_json, replace_text
 
 try:
     import fcntl
@@ -22,8 +23,26 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 
+Seconds = Annotated[float, Meta(ge=0, le=1e12)]
 BEFORE = "before.json"  # what a task measured before the first step
 FROZEN = "frozen.safetensors"  # the parameters that a run does not train
+
+
+class LogRow(TypedDict, total=False):
+    """A line of the log, of any task; a task adds its own."""
+
+    step: Required[Annotated[int, Meta(ge=0, lt=2**53)]]
+    split: Required[str]
+    loss: float | None
+    perplexity: float | None
+    bits_per_byte: float | None
+    accuracy: float | None
+    learning_rate: float | None
+    grad_norm: float | None
+    tokens: int
+    tokens_per_second: float | None
+    seconds: Seconds | None
+    mfu: float | None
 
 
 class RunFolder:
@@ -90,11 +109,11 @@ class RunFolder:
         if self.writes:
             replace_text(self.path / name, text)
 
-    def read_json(self, name: str) -> Any:
-        """Return the content of a JSON file of the folder; None if it cannot be read."""
+    def read_json(self, name: str, kind: Any = Object) -> Any:
+        """Return the content of a JSON file of the folder; None if it cannot be read, or is not of a type."""
         try:
-            return json.loads((self.path / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):  # deeply nested lists
+            return read_json(self.path / name, kind=kind)
+        except InputError:
             return None
 
     def config(self) -> dict[str, Any]:
@@ -122,10 +141,10 @@ class RunFolder:
     def metrics(self, split: str | None = None) -> list[dict[str, Any]]:
         """Return the lines of one split, or of all, up to the first damaged one."""
         rows = []
-        with contextlib.suppress(ValueError, RecursionError, TypeError, KeyError):
+        with contextlib.suppress(InputError):
             for line in _read(self.metrics_file).splitlines():
-                row = json.loads(line)
-                if row["step"] >= 0 and split in (None, row["split"]):
+                row = parse_json(line, self.metrics_file, kind=LogRow)
+                if split in (None, row["split"]):
                     rows.append(row)
         return rows
 

@@ -109,7 +109,7 @@ class Format:
 
     def clean(self, name: str) -> str | None:
         """Return a tensor's name as in the map, whatever PyTorch or TensorFlow added to it; None for a buffer."""
-        name = re.sub(r"^(_orig_mod\.|module\.)+", "", name).removeprefix(self.front)
+        name = re.sub(r"^(module\.)+", "", re.sub(r"(?<![^.])_orig_mod\.", "", name)).removeprefix(self.front)
         name = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))
         return None if re.fullmatch(self.buffers, name) else name
 

@@ -5,12 +5,14 @@
 
 from typing import Any
 
+import numpy as np
+
 from slm_jax.errors import InputError
 from slm_jax.model import GPTConfig
 from slm_jax.nn.axes import HEAD
 from slm_jax.weights import gpt2
 from slm_jax.weights.names import TOKENS, Slot
-from slm_jax.weights.tensor_files import OURS, TensorFiles
+from slm_jax.weights.tensor_files import FLOATS, OURS, Tensor, TensorFiles
 
 _FIELDS = {**gpt2.FIELDS, "block_size": "context_length", "bias": "bias"}
 
@@ -23,8 +25,14 @@ class NanoGPT(gpt2.GPT2):
         for field, value in fields.items():
             if not isinstance(value, int):
                 raise InputError(f"{files.file}: model_args has a {type(value).__name__} for {field}; expected int")
-        # nanoGPT only computes the exact GELU; a file that we wrote states which form the model was trained with.
-        return fields if OURS in files.metadata else {**fields, "exact_gelu": True}
+        if OURS in files.metadata:  # a file that we wrote states which form of GELU the model was trained with
+            return fields
+        # nanoGPT only computes the exact form. minGPT and build-nanogpt have the same names and compute the tanh form:
+        # minGPT's head is a matrix of its own, and for others a config.json beside the weights may say so.
+        head, table = files.tensors.get(self.name_of(HEAD)), files.tensors.get(self.name_of(TOKENS))
+        untied = head is not None and table is not None and not np.array_equal(_start(head), _start(table))
+        beside = super().stated_fields(files) if not files.model_args else {}
+        return {**fields, "exact_gelu": bool(files.model_args) or not untied, **beside}
 
     def written_names(self, cfg: GPTConfig) -> dict[str, Slot]:
         """Add the tied matrix a second time, as in nanoGPT's state dict."""
@@ -34,6 +42,10 @@ class NanoGPT(gpt2.GPT2):
 
     def side_files(self, *args: Any, **kwargs: Any) -> dict[str, bytes]:
         return {}
+
+
+def _start(tensor: Tensor) -> Any:
+    return next(tensor.chunks(), None) if tensor.dtype in FLOATS else None
 
 
 FORMAT = NanoGPT(

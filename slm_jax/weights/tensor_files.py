@@ -88,6 +88,8 @@ def find_file(path: Path) -> Path:
     for name in _READABLE:
         if (path / name).is_file():
             return path / name
+    if (path / "adapter_config.json").is_file():
+        raise InputError(f"{path}: a LoRA adapter (PEFT) without its base model; save merge_and_unload() of the model")
     raise MissingInputError(f"{path}: no weights in this folder; expected {', '.join(_READABLE)}, or a run")
 
 

@@ -294,6 +294,8 @@ def test_texts_longer_than_the_limit_are_cut_at_the_end_and_counted():
     assert n_truncated == 1
     with refused("^text '' has no token"):
         encode_texts(["a", ""], tokenizer, 3)
+    with refused("^b.csv line 3: text 'Z': character"):
+        encode_texts(["a", "Z"], tokenizer, 3, ["b.csv line 2", "b.csv line 3"])
     with refused(r"^text '(aZ){29}a: character 'Z' at offset 1 is not in the vocabulary"):
         encode_texts(["aZ" * 99], tokenizer, 3)
 

@@ -119,6 +119,12 @@ def test_nanogpt_is_the_same_model_with_the_exact_gelu(bias, tmp_path, reference
     assert cfg == dataclasses.replace(reference[0], bias=bias, exact_gelu=True)
     expected = {path: leaf for path, leaf in flatten_dict(reference[1]).items() if bias or path[-1] != "bias"}
     assert_same(params, unflatten_dict(expected))
+    blocks = {re.sub(r"(h\.\d+\.)", r"\1_orig_mod.", name): tensor for name, tensor in nanogpt(bias).items()}
+    assert load_gpt2(write(tmp_path / "each block compiled", blocks), n_heads=HEADS)[0] == cfg
+    mingpt = nanogpt(bias) | {"lm_head.weight": np.ones((VOCAB, WIDTH), np.float32)}
+    assert not load_gpt2(write(tmp_path / "minGPT", mingpt), n_heads=HEADS)[0].exact_gelu
+    build = write(tmp_path / "build-nanogpt", nanogpt(bias), {"activation_function": "gelu_new"})
+    assert not load_gpt2(build, n_heads=HEADS)[0].exact_gelu
     for activation, exact in (("gelu", True), ("gelu_pytorch_tanh", False)):
         config = CONFIG | {"activation_function": activation}
         assert load_gpt2(write(tmp_path, huggingface(), config))[0].exact_gelu is exact

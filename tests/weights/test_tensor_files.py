@@ -145,6 +145,8 @@ def test_a_file_that_is_no_weights_is_named(content, expected, tmp_path):
 def test_what_is_not_there_is_named(tmp_path):
     assert str(tmp_path / "none") in refusal(tmp_path / "none", MissingInputError)
     assert "no weights in this folder" in refusal(tmp_path, MissingInputError)
+    (tmp_path / "adapter_config.json").touch()
+    assert "LoRA adapter (PEFT) without its base model" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("shard", ["../model-00001-of-00002.safetensors", "c:x.safetensors", "a\nb.safetensors", None])

@@ -108,7 +108,7 @@ def check_log(run: RunFolder) -> Found:
         lowest = min(validation, key=lambda row: math.inf if row.get("loss") is None else row["loss"])
         final, least = (figure(row.get("loss"), ".4f") for row in (validation[-1], lowest))
         text += f", validation loss {final} (lowest {least} at step {lowest['step']:,})"
-    if "seconds" in last:
+    if last.get("seconds") is not None:
         text += f", {format_duration(last['seconds'])} in all"
     yield "ok", text
     skipped = [f"{row['step']:,}" for row in train if row.get("loss") is None or row.get("skipped")]

@@ -98,7 +98,7 @@ def facts(run: RunData) -> dict[str, str]:
     """Return the most important figures of a run by name; unknown ones are left out."""
     shown = {"steps": f"{run.last_step:,}"}
     total = run.config.get("train.steps")
-    if total and total != run.last_step:
+    if isinstance(total, int) and total != run.last_step:
         shown["steps"] += f" of {total:,}"
     if (best := run.best()) is not None:
         shown["lowest validation loss"] = f"{best[1]:.4f} at step {best[0]:,}"
@@ -111,12 +111,12 @@ def facts(run: RunData) -> dict[str, str]:
             shown[f"test {name}"] = figure(test[key], form)
     train = [row for row in run.rows if row["split"] == "train"]
     if train:
-        shown["last training loss"] = figure(train[-1]["loss"], ".4f")
-        shown["tokens"] = f"{train[-1]['tokens']:,}"
-    rates = [row["tokens_per_second"] for row in train if row["tokens_per_second"] is not None]
+        shown["last training loss"] = figure(train[-1].get("loss"), ".4f")
+        shown["tokens"] = f"{train[-1].get('tokens', 0):,}"
+    rates = [row["tokens_per_second"] for row in train if row.get("tokens_per_second") is not None]
     if rates:
         shown["tokens a second"] = f"{np.median(rates):,.0f} (median)"
-    seconds = [row["seconds"] for row in [*run.rows, run.summary] if "seconds" in row]
+    seconds = [row["seconds"] for row in [*run.rows, run.summary] if row.get("seconds") is not None]
     if seconds:
         shown["time"] = format_duration(max(seconds))
     if rows := parameter_rows(run):

@@ -5,15 +5,60 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Required, TypedDict
 
 import numpy as np
 
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.runs import RunFolder, best_step, find_checkpoint, find_run, saved_steps, split_step, try_metadata
 from slm_jax.tasks.config import TASKS
+from slm_jax.training.run_folder import Seconds
 
 Row = dict[str, Any]
+_BY_CLASS = ("classes", "confusion", "precision", "recall", "f1", "support")
+
+
+Shares = list[float | None]
+
+
+class Figures(TypedDict, total=False):
+    """What a task measures of a split."""
+
+    loss: float | None
+    perplexity: float | None
+    bits_per_byte: float | None
+    accuracy: float | None
+    macro_f1: float | None
+    exact_match: float | None
+    rouge_l: float | None
+    classes: list[str]
+    confusion: list[list[int]]
+    precision: Shares
+    recall: Shares
+    f1: Shares
+    support: list[int]
+
+
+class _Summary(TypedDict, total=False):
+    task: str
+    step: int
+    seconds: Seconds | None
+    environment: dict[str, Any]
+    before: dict[str, Figures] | None
+    after: dict[str, Figures]
+
+
+class _Message(TypedDict):
+    role: str
+    content: str
+
+
+class _Response(TypedDict, total=False):
+    model_response: Required[str]
+    instruction: str
+    input: str | None
+    messages: list[_Message]
+    output: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +75,7 @@ class RunData:
 
     @property
     def task(self) -> str:
-        task = self.config.get("task") or self.summary.get("task")
+        task = str(self.config.get("task") or self.summary.get("task"))
         return task if task in TASKS else next(iter(TASKS))
 
     @property
@@ -63,8 +108,12 @@ class RunData:
         """Return the figures of a split ``before`` or ``after`` training; empty if it was not measured."""
         if moment == "after" and self.continued:
             return {}
-        found = self.summary.get(moment) or (self.folder.read_json("before.json") if moment == "before" else None)
-        return (found or {}).get(split) or {}
+        found = self.summary.get(moment)
+        if not found and moment == "before":
+            found = self.folder.read_json("before.json", dict[str, Figures])
+        figures = (found or {}).get(split) or {}
+        sizes = {len(figures.get(name, ())) for name in _BY_CLASS} | {len(row) for row in figures.get("confusion", ())}
+        return figures if len(sizes) == 1 else {}
 
     def points(self, split: str, key: str) -> tuple[np.ndarray, np.ndarray]:
         """Return steps and values of a logged figure; NaN where it was not finite."""
@@ -85,8 +134,8 @@ class RunData:
 
     def responses(self) -> list[tuple[Row, str | None, str | None]]:
         """Return the test instructions, each with the answers before and after training; None if there is none."""
-        before = self.folder.read_json("responses-before.json") or []
-        after = [] if self.continued else self.folder.read_json("responses.json") or []
+        before = self.folder.read_json("responses-before.json", list[_Response]) or []
+        after = [] if self.continued else self.folder.read_json("responses.json", list[_Response]) or []
         texts: list[list[Any]] = [[entry["model_response"] for entry in each] for each in (before, after)]
         if len(before) != len(after):
             texts[1 if not after else 0] = [None] * len(after or before)
@@ -116,7 +165,7 @@ def read_runs(names: Sequence[str]) -> list[RunData]:
     for path, (_, folder, step) in found.items():
         label = path.name if short.count(path.name) == 1 else str(folder.path)
         metadata = try_metadata(folder, steps_to_try(folder, step))
-        summary = folder.read_json("summary.json") or {}
+        summary = folder.read_json("summary.json", _Summary) or {}
         runs.append(RunData(folder, label, step, folder.config(), folder.metrics(), metadata, summary))
     return runs
 
