@@ -81,7 +81,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in _PLACE_ERRORS:
             raise
-        return _fail(f"slm-jax {name}", f"{error.filename or 'file'}: {error.strerror}")
+        return _fail(f"slm-jax {name}", printable(f"{error.filename or 'file'}: {error.strerror}"))
     except KeyboardInterrupt:
         return 130
 
@@ -97,5 +97,5 @@ def _ending_on_interrupt() -> Iterator[None]:
 
 
 def _fail(program: str, message: str) -> int:
-    print(printable(f"{program}: {' '.join(message.split())}"), file=sys.stderr)
+    print(f"{program}: {message}", file=sys.stderr)
     return 2

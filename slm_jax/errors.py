@@ -23,14 +23,14 @@ def for_terminal(text: str) -> str:
 
 
 class InputError(ValueError):
-    """A value, a text or a file's content that the user can correct."""
+    """A value, a text or a file's content that the user can correct; its message is one line that a terminal can show."""
+
+    def __str__(self) -> str:  # the OSError that a MissingInputError also is would format the arguments as an errno
+        return printable(str(self.args[0]) if self.args else "").replace("\n", " ")
 
 
 class MissingInputError(InputError, FileNotFoundError):
     """A file, folder, run or download that does not exist."""
-
-    def __str__(self) -> str:  # OSError would format the arguments as an errno
-        return str(self.args[0]) if self.args else ""
 
 
 @contextmanager

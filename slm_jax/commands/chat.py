@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from slm_jax.commands import SamplingOptions, load, set_up
 from slm_jax.data.templates import Template, TextTemplate, load_template
-from slm_jax.errors import InputError, for_terminal, printable
+from slm_jax.errors import InputError, for_terminal
 
 if TYPE_CHECKING:
     from slm_jax.generation.conversation import Conversation
@@ -90,7 +90,7 @@ def run(options: Options) -> int:
                         print(for_terminal(piece), end="", flush=True)
                 print(flush=True)
         except InputError as error:  # the conversation continues
-            print(printable(str(error)), file=sys.stderr)
+            print(error, file=sys.stderr)
 
 
 def run_command(conversation: "Conversation", line: str) -> str:
