@@ -68,6 +68,7 @@ def main(args: Sequence[str] | None = None) -> int:
         sys.stdin.reconfigure(encoding=None if sys.stdin.isatty() else "utf-8-sig", errors="surrogateescape")
     try:
         with _ending_on_interrupt() if args is None else contextlib.nullcontext():
+            _import_jax()
             module = importlib.import_module(COMMANDS[name][0])
             from slm_jax.config import parse
         if hasattr(module, "main"):  # it chooses the class of its options itself
@@ -84,6 +85,13 @@ def main(args: Sequence[str] | None = None) -> int:
         return _fail(f"slm-jax {name}", printable(f"{error.filename or 'file'}: {error.strerror}"))
     except KeyboardInterrupt:
         return 130
+
+
+def _import_jax() -> None:
+    try:
+        importlib.import_module("jax")
+    except ValueError as error:  # an environment variable such as JAX_DEFAULT_MATMUL_PRECISION
+        raise InputError(f"JAX cannot start: {error}") from None
 
 
 @contextlib.contextmanager

@@ -13,15 +13,12 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit
 
 import msgspec
 
 from slm_jax.errors import InputError
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 Object = dict[str, Any]  # of JSON, with any keys
 _HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")  # two of them may be a whole one
@@ -150,14 +147,6 @@ def replace_text(path: Path, text: str) -> None:
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
         sync(partial)
-
-
-def write_png(figure: "Figure", path: Path) -> None:
-    """Write a picture atomically: a reader sees the old file or the new one."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    with replacing(path) as partial:
-        FigureCanvasAgg(figure).print_png(str(partial))
 
 
 def write_file(path: Path, text: str) -> None:

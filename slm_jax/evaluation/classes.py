@@ -10,9 +10,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from slm_jax.errors import InputError
-from slm_jax.files import write_png
 from slm_jax.generation.decode import round_up
 from slm_jax.model import GPTClassifier, Params
+from slm_jax.pictures import own_style, write_png
 from slm_jax.tokenizer import Tokenizer
 
 MOST_CLASSES = 10  # of a confusion matrix that fits 80 columns
@@ -151,6 +151,7 @@ def class_table(figures: ClassFigures) -> str:
     return "\n".join(lines)
 
 
+@own_style()
 def draw_confusion(figures: Mapping[str, ClassFigures], path: Path, title: str) -> None:
     """Draw confusion matrices of splits, by name, with the same classes, side by side into a PNG.
 

@@ -51,7 +51,7 @@ def cached_attention(
     q = q.reshape(batch, new, kv_heads, -1, head_dim).transpose(2, 0, 3, 1, 4).reshape(kv_heads * batch, -1, head_dim)
 
     def write(row: Array, tokens: Array, offset: Array) -> Array:
-        return jax.lax.dynamic_update_slice(row, tokens.astype(row.dtype), (offset, 0))
+        return jax.lax.dynamic_update_slice(row, tokens.astype(row.dtype), (offset, jnp.zeros_like(offset)))
 
     keys, values = jax.vmap(write)(cache.keys, k, start), jax.vmap(write)(cache.values, v, start)
     cache = LayerCache(*(constrain(x, "kv_heads", None, None) for x in (keys, values)))

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import shlex
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -15,6 +16,7 @@ import optax
 from slm_jax.data import labelled
 from slm_jax.data.corpus import make_tokenizer
 from slm_jax.data.windows import bucket_width
+from slm_jax.errors import InputError
 from slm_jax.evaluation.classes import ClassFigures, Classifier, class_figures, class_table, draw_confusion
 from slm_jax.model import GPTClassifier, GPTConfig, Params, init_classifier
 from slm_jax.nn.blocks import merge_params
@@ -118,7 +120,10 @@ class Classification(Task):
         sums = {name: evaluate(batches) for name, batches in self.evaluation_batches.items()}
         measured = {name: self._class_figures(split) for name, split in sums.items()}
         if folder is not None and moment == "after":
-            draw_confusion(measured, folder / "confusion.png", f"{folder.name}: confusion")
+            try:
+                draw_confusion(measured, folder / "confusion.png", f"{folder.name}: confusion")
+            except (InputError, OSError) as error:
+                print(f"warning: confusion.png was not drawn: {error}", file=sys.stderr)
         return {name: {"loss": sums[name].loss, **measured[name].to_dict()} for name in SPLITS}
 
     def report(self, before: dict[str, Any] | None, after: dict[str, Any]) -> list[str]:

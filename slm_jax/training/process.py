@@ -21,6 +21,13 @@ LOST = 75  # exit status after another process of the job was lost: sysexits.h's
 PIPE = "SLM_JAX_SUPERVISOR"  # the environment variable of a supervised process: the descriptor of its pipe
 TWICE = 5.0  # seconds in which it may get SIGTERM twice, from the launcher and passed on by its supervisor
 STOPPING = (signal.SIGINT, signal.SIGTERM)
+# What the programs are written for; another project's environment variables may say otherwise.
+JAX_SETTINGS = {
+    "jax_enable_x64": False,
+    "jax_disable_jit": False,
+    "jax_numpy_dtype_promotion": "standard",
+    "jax_numpy_rank_promotion": "allow",
+}
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # the names of glibc's malloc.h
 
 
@@ -32,6 +39,10 @@ def set_up() -> None:
     """
     import jax
 
+    for name, value in JAX_SETTINGS.items():
+        if getattr(jax.config, name) != value:
+            jax.config.update(name, value)
+            print(f"note: {name.upper()} is ignored: slm_jax needs JAX's default, {value}", file=sys.stderr)
     keep_freed_memory()
     use_compile_cache()
     try:
@@ -95,6 +106,7 @@ class StopRequest:
     """Records the first SIGINT or SIGTERM; :meth:`check` raises it where stopping is safe. A context manager.
 
     A thread watches for them, too: Python runs a handler only between steps, and a step may take long.
+    Outside the main thread, where Python allows no handlers, there is no request.
     """
 
     def __init__(self) -> None:
@@ -102,6 +114,8 @@ class StopRequest:
         self._undo = contextlib.ExitStack()
 
     def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is not threading.main_thread():
+            return self
         read_end, write_end = os.pipe()
         os.set_blocking(write_end, False)
         watcher = threading.Thread(target=self._watch, args=(read_end,), daemon=True)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from slm_jax.files import write_png
+from slm_jax.errors import InputError
+from slm_jax.pictures import own_style, write_png
 from slm_jax.training import hardware
 from slm_jax.training.loggers import Logger
 from slm_jax.training.progress import ProgressLine, format_duration
@@ -163,7 +164,11 @@ class RunLog:
         self._last_drawn = time.monotonic()
         if self.folder.writes:
             title, unit = f"{self._task.config.name}: loss by step", f"nats a {self._task.unit}"
-            draw_loss(self.folder.metrics(), self.folder.path / "loss.png", title, unit, self._task.score)
+            try:
+                draw_loss(self.folder.metrics(), self.folder.path / "loss.png", title, unit, self._task.score)
+            except (InputError, OSError) as error:
+                self._last_drawn = math.inf  # not tried again
+                self.progress.note(f"warning: loss.png was not drawn: {error}")
 
     def summary(self) -> dict[str, Any]:
         """Return the figures of a finished run, JSON-able; losses in nats."""
@@ -262,6 +267,7 @@ class StepProfile:
             self._note(f"no profile: this start did not reach step {self._steps[0]:,} of train.profile")
 
 
+@own_style()
 def draw_loss(
     rows: list[dict[str, Any]], path: Path, title: str, unit: str = "nats a token", score: str | None = None
 ) -> None:

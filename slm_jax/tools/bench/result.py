@@ -13,7 +13,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from slm_jax.files import unwritable, write_png
+from slm_jax.files import unwritable
+from slm_jax.pictures import own_style, write_png
 from slm_jax.tools.bench.instruments import Timing, format_flops
 from slm_jax.training.hardware import environment
 from slm_jax.training.progress import format_bytes
@@ -110,6 +111,7 @@ def print_result(result: Result, console: Console) -> None:
         console.print(note, markup=False, highlight=False, soft_wrap=True)
 
 
+@own_style()
 def draw_result(result: Result, path: Path) -> None:
     """Draw all repeats of each time, and lower bounds beside them, or else bytes, into a PNG."""
     from matplotlib.figure import Figure

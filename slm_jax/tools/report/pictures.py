@@ -16,6 +16,7 @@ from slm_jax.errors import InputError, MissingInputError
 from slm_jax.evaluation.capture import capture
 from slm_jax.model import GPTClassifier, GPTModel, Params
 from slm_jax.nn.axes import STACK
+from slm_jax.pictures import own_style
 from slm_jax.runs import is_classifier, read_checkpoint
 from slm_jax.tokenizer import Tokenizer, tokenizer_from_dict
 from slm_jax.tools.report.run_data import RunData, steps_to_try
@@ -73,14 +74,13 @@ def look(index: int) -> tuple[str, str]:
 
 def _draw(runs: Sequence[RunData], curve: Curve) -> dict[str, str] | None:
     """Return a figure as an SVG, equal figures with equal bytes; None if no value is finite."""
-    import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     is_loss, is_validation = curve.key == "loss", curve.split == "val"
     file, seen = io.StringIO(), []
-    with matplotlib.rc_context(_STYLE):
+    with own_style(_STYLE):
         figure = Figure(figsize=(400 / 72, 250 / 72), dpi=72, layout="constrained")
         axes = figure.add_subplot()
         for index, run in enumerate(runs):
