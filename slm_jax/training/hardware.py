@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import os
 import platform
 import re
@@ -77,6 +78,9 @@ def find_device(name: str) -> Device:
     return known[name.lower()]
 
 
+CGROUP = Path("/sys/fs/cgroup")
+
+
 def best_dtype(device: jax.Device | None = None) -> DType:
     """Return what to compute in on a device: bfloat16 where the hardware has it, else float32.
 
@@ -133,13 +137,27 @@ def device_memory(device: jax.Device | None = None) -> int | None:
 
 
 def machine_memory() -> int | None:
-    """Return the available memory in bytes, reclaimable caches included; outside Linux, all memory."""
+    """Return the available memory in bytes, reclaimable caches included; outside Linux, all memory.
+
+    In a container with a limit (cgroup v2), what is left of it.
+    """
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+        return int(min(available, _left_of_limit(CGROUP)))
     with contextlib.suppress(ValueError, OSError, AttributeError):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return None
+
+
+def _left_of_limit(cgroup: Path) -> float:
+    """Return how many bytes a control group's limit leaves, infinite without one; caches are reclaimed first."""
+    try:
+        limit, used = (int((cgroup / f"memory.{name}").read_text()) for name in ("max", "current"))
+        statistics = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+        return max(0, limit - used + int(statistics["inactive_file"]))
+    except (OSError, ValueError, KeyError):
+        return math.inf
 
 
 def environment(n_devices: int) -> dict[str, Any]:

@@ -5,6 +5,7 @@ The first SIGINT or SIGTERM is a request: the loop saves and ends after the step
 
 import contextlib
 import ctypes
+import hashlib
 import os
 import signal
 import sys
@@ -67,14 +68,41 @@ def use_compile_cache() -> None:
         for program in cache.glob("*-cache"):
             time_of_use = program.with_name(f"{program.name.removesuffix('-cache')}-atime")  # is written last
             with contextlib.suppress(FileNotFoundError):  # another process has just removed it
-                status = program.stat()
-                finished = time_of_use.exists() and status.st_size
-                if not finished and time.time() - status.st_mtime > 60:
+                if not time_of_use.exists() and time.time() - program.stat().st_mtime > 60:
                     program.unlink()
+        _verify_programs()
         # With a limit, JAX locks the cache too, so that two processes can write to it.
         jax.config.update("jax_compilation_cache_max_size", MOST_CACHED)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         jax.config.update("jax_compilation_cache_dir", str(cache))
+
+
+def _verify_programs() -> None:
+    """Make JAX verify each program of its cache before it is used; a damaged one is removed and compiled again.
+
+    With the package zstandard JAX stores programs without a checksum, and damaged ones compute wrong numbers or crash.
+    It has no public place for a checksum: where its classes have changed, nothing is verified.
+    """
+    with contextlib.suppress(ImportError, AttributeError):
+        from jax._src import compilation_cache
+
+        if compilation_cache.LRUCache.__module__ == __name__:
+            return
+
+        class Verified(compilation_cache.LRUCache):
+            def get(self, key: str) -> bytes | None:
+                content = super().get(key) or b""
+                program, digest = content[:-32], content[-32:]
+                if hashlib.sha256(program).digest() == digest:
+                    return program
+                with contextlib.suppress(OSError):
+                    (self.path / f"{key}-cache").unlink()
+                return None
+
+            def put(self, key: str, value: bytes) -> None:
+                super().put(key, value + hashlib.sha256(value).digest())
+
+        compilation_cache.LRUCache = Verified  # type: ignore[misc]
 
 
 def keep_freed_memory() -> None:

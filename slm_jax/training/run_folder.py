@@ -67,7 +67,11 @@ class RunFolder:
         return self.checkpoints / str(step)
 
     def create(self) -> None:
-        """Create the folder; refuse one that cannot be written to."""
+        """Create the folder; refuse one that cannot be written to, or cannot hold checkpoints."""
+        try:
+            str(self.path.absolute()).encode()
+        except UnicodeEncodeError:  # tensorstore's paths are UTF-8
+            raise InputError(f"{self.path}: the path is not UTF-8; use another --runs_dir") from None
         try:
             if self.writes:
                 self.path.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ import pytest
 
 from slm_jax.errors import InputError
 from slm_jax.model import GPTConfig
+from slm_jax.training import hardware
 from slm_jax.training.hardware import (
     DEVICES,
     best_dtype,
@@ -95,3 +96,12 @@ def test_memory_is_what_the_device_or_the_machine_offers():
     assert device_memory(gpu) == 60_000_000_000
     gpu.memory_stats.return_value = None
     assert device_memory(gpu) is None
+
+
+def test_memory_of_a_container_is_what_its_limit_leaves(tmp_path, monkeypatch):
+    for name, content in (("max", "1000"), ("current", "900"), ("stat", "anon 500\ninactive_file 300\n")):
+        (tmp_path / f"memory.{name}").write_text(content)
+    monkeypatch.setattr(hardware, "CGROUP", tmp_path)
+    assert hardware.machine_memory() == 400
+    (tmp_path / "memory.max").write_text("max")
+    assert hardware.machine_memory() > 2**20
