@@ -100,13 +100,26 @@ class RunLog:
         if metrics.skipped or step % self._task.config.train.log_every == 0 or step == self._task.total_steps:
             self.train(step, metrics)
         if metrics.skipped:
-            self.progress.note(f"step {step:,}: loss {metrics.loss}, gradient norm {metrics.grad_norm}: skipped")
+            where = self._name_bad(metrics)
+            numbers = f"loss {metrics.loss}, gradient norm {metrics.grad_norm}"
+            self.progress.note(f"step {step:,}: {numbers} ({where}): skipped")
         if self._skipped_in_a_row == MAX_SKIPPED:
             raise TrainingDiverged(
-                f"loss or gradients were not finite in the {MAX_SKIPPED} steps up to {step:,}; parameters are still "
-                f"those of step {step - MAX_SKIPPED:,}: lower --optimizer.learning_rate, lengthen "
+                f"loss or gradients were not finite in the {MAX_SKIPPED} steps up to {step:,} ({where}); parameters "
+                f"are still those of step {step - MAX_SKIPPED:,}: lower --optimizer.learning_rate, lengthen "
                 "--optimizer.warmup_steps or lower --optimizer.clip_norm, and start again with --run NAME"
             )
+
+    def _name_bad(self, metrics: StepMetrics) -> str:
+        """Return whose gradients are not finite: the first leaf, and how many others."""
+        params = self._task.params
+        trained = jax.eval_shape(params.init, jax.random.key(0)) if params.init else params.trainable
+        paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(trained)]
+        bad = [path for path, is_bad in zip(paths, metrics.bad, strict=True) if is_bad]
+        if len(bad) in (0, len(paths)):
+            return "all gradients" if bad else "no gradient"
+        others = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        return f"gradient of {jax.tree_util.keystr(bad[0], simple=True, separator='/')}{others}"
 
     def train(self, step: int, metrics: StepMetrics) -> None:
         """Log and show the numbers of a step."""

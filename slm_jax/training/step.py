@@ -46,6 +46,7 @@ class StepMetrics(NamedTuple):
     learning_rate: Float[Array, ""]  # of this update
     skipped: Array  # whether loss or gradients were not finite, so that nothing was updated
     metrics: dict[str, Array]  # means of the task's scalar metrics
+    bad: Array  # bool (leaves,): whether the gradient of each trained leaf, as jax.tree lists them, was not finite
 
 
 def make_train_step(
@@ -68,7 +69,8 @@ def make_train_step(
         # One mean over all targets of all micro-batches and hosts. A batch without targets has a loss of NaN.
         loss = loss_sum / weight_sum
         grads = jax.tree.map(lambda g: (g / weight_sum).astype(g.dtype), grads)
-        grad_norm = optax.tree.norm(grads)
+        squares = [optax.tree.norm(g, squared=True) for g in jax.tree.leaves(grads)]
+        grad_norm = jnp.sqrt(optax.tree.sum(squares))
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
         learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
@@ -81,7 +83,8 @@ def make_train_step(
             lambda new, old: jnp.where(finite, new, old), (trainable, opt_state), (state.trainable, state.opt_state)
         )
         means = {name: value / weight_sum for name, value in metrics.items()}
-        report = StepMetrics(loss, weight_sum, grad_norm, learning_rate, ~finite, means)
+        bad = ~jnp.isfinite(jnp.stack(squares))
+        report = StepMetrics(loss, weight_sum, grad_norm, learning_rate, ~finite, means, bad)
         return state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state), report
 
     return train_step

@@ -57,7 +57,7 @@ def make(tmp_path, clock, monkeypatch):
         task = cls(
             config=RunConfig(train=TrainConfig(log_every=1)),
             model_config=CFG,
-            params=Parameters({}, {}),
+            params=Parameters({"norm": {"bias": jnp.zeros(2), "scale": jnp.ones(2)}}, {}),
             train_batches=grain.MapDataset.range(1),
             total_steps=100,
             tokens_per_step=64,
@@ -73,7 +73,8 @@ def make(tmp_path, clock, monkeypatch):
 
 
 def step_metrics(loss, skipped=False):
-    return StepMetrics(*map(jnp.float32, (loss, 64.0, 0.5, 1e-3)), jnp.array(skipped), {"margin": jnp.float32(0.25)})
+    numbers, bad = map(jnp.float32, (loss, 64.0, 0.5, 1e-3)), jnp.array([False, skipped])
+    return StepMetrics(*numbers, jnp.array(skipped), {"margin": jnp.float32(0.25)}, bad)
 
 
 def sums(loss, n=10):
@@ -112,8 +113,9 @@ def test_a_step_is_logged_when_the_next_one_is_under_way_and_three_bad_ones_stop
     for step in (2, 3, 4):
         run.step(step, step_metrics(math.nan, skipped=True))
     assert [row["step"] for row in run.folder.metrics("train")] == [1, 2, 3]
-    with pytest.raises(TrainingDiverged, match="parameters are still those of step 1"):
+    with pytest.raises(TrainingDiverged, match=r"of norm/scale.*parameters are still those of step 1"):
         run.flush()
+    assert "step 2: loss nan, gradient norm 0.5 (gradient of norm/scale): skipped" in run.output.getvalue()
 
 
 def test_a_skipped_step_says_so_and_has_no_loss(make, clock):

@@ -109,6 +109,7 @@ def test_a_bad_batch_leaves_parameters_and_optimizer_untouched(bad, accumulate):
     if "finite loss" in bad:  # which proves nothing of the gradients
         assert np.isfinite(metrics.loss)
         assert not np.isfinite(metrics.grad_norm)
+        assert any(metrics.bad)
     assert same_bits((after.trainable, after.opt_state), (state.trainable, state.opt_state))
     assert same_bits(jax.random.key_data(after.key), jax.random.key_data(state.key))
     assert (int(state.step), int(after.step)) == (1, 2)
