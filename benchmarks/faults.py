@@ -1,0 +1,208 @@
+"""Break runs in every way that we know, as subprocesses, and compare each with one that was never broken.
+
+    python benchmarks/faults.py --seed 0                # every part; writes benchmarks/RELIABILITY.md's figures
+    python benchmarks/faults.py kills cache --trials 20 # some parts, as many trials of each
+    python benchmarks/faults.py soak --minutes 45       # one long run with a fault at least each minute
+
+The parts: ``kills``, SIGKILL at random moments, up to three in a row, of each task and LoRA; ``signals``, SIGTERM and
+SIGINT; ``cache``, flipped bits in the cache of compiled programs; ``environment``, variables meant for other programs;
+``soak``. Equal means, bit for bit: all parameters, the optimizer's state, the dropout key, the data state, every logged
+number but the times, and the samples. Exit status 0 only if everything holds.
+"""
+
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from kill_and_resume import differences, outcome
+
+from slm_jax.data.builtin import python_docs
+from slm_jax.training.manifest import saved_steps
+
+SMALL = {
+    "tokenizer.vocab_size": 300, "model.n_layers": 2, "model.emb_dim": 32, "model.context_length": 64,
+}  # fmt: skip
+COMMON = {
+    "model.unroll": "false", "model.drop_rate": 0.1, "train.batch_size": 4, "train.eval_every": 20,
+    "train.eval_batch_size": 64, "train.log_every": 1, "checkpoint.every": 15, "sample.every": 20,
+    "sample.max_new_tokens": 8, "optimizer.warmup_steps": 10, "optimizer.learning_rate": 1e-3,
+}  # fmt: skip
+VARIANTS: dict[str, dict[str, Any]] = {
+    "pretraining": {**SMALL, "train.accumulate": 2, "data.source": "text:{folder}/text.txt"},
+    "classification": {"task": "classification", "base": "{folder}/base", "train.eval_every": 30},
+    "instruction": {"task": "instruction", "trainable": "all", "base": "{folder}/base", "instruction.responses": 2},
+    "lora": {"task": "instruction", "trainable": "lora", "base": "{folder}/base", "instruction.responses": 2},
+}
+ENVIRONMENT = (
+    "JAX_ENABLE_X64=1", "JAX_DISABLE_JIT=1", "JAX_NUMPY_DTYPE_PROMOTION=strict", "JAX_NUMPY_RANK_PROMOTION=raise",
+    "JAX_PLATFORMS=bogus", "JAX_PLATFORMS=cuda", "JAX_COORDINATOR_ADDRESS=localhost:1", "JAX_TRACEBACK_FILTERING=bogus",
+    "MPLBACKEND=bogus", "MPLBACKEND=module://matplotlib_inline.backend_inline", "MATPLOTLIBRC={folder}/matplotlibrc",
+    "JAX_COMPILATION_CACHE_DIR=/proc/none", "XDG_CACHE_HOME=/proc/none", "HOME=/nowhere", "LC_ALL=C", "COLUMNS=1",
+)  # fmt: skip
+Outcome = Iterator[tuple[str, str | None]]  # of each trial: what was done, and what is wrong (None: nothing)
+
+
+class Place:
+    """A folder with a text, a base to fine-tune, and an unbroken run of each variant that was asked for."""
+
+    def __init__(self, folder: Path, chance: random.Random, trials: int, minutes: float):
+        self.folder, self.chance, self.trials, self.minutes = folder, chance, trials, minutes
+        self.environ = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache")}
+        self.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+        self._unbroken: dict[tuple[str, int], tuple[dict[str, Any], float]] = {}
+        (folder / "text.txt").write_text("\n".join(python_docs())[:60_000], encoding="utf-8")
+        (folder / "matplotlibrc").write_text("text.usetex: true\n")
+        self.run("pretraining", "base", 4)
+
+    def start(self, variant: str, name: str, steps: int, **environ: str) -> subprocess.Popen[str]:
+        """Start or resume a run."""
+        fields = {**COMMON, **VARIANTS[variant], "runs_dir": "{folder}", "run": name, "train.steps": steps}
+        words = [word for key, value in fields.items() for word in (f"--{key}", str(value).format(folder=self.folder))]
+        command = [sys.executable, "-m", "slm_jax", "train" if variant == "pretraining" else "finetune", *words]
+        pipe, env = subprocess.PIPE, {**self.environ, **environ}
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=pipe, text=True, env=env)
+
+    def run(self, variant: str, name: str, steps: int, **environ: str) -> tuple[int, str]:
+        """Run to the end; return the exit status and what was printed to stderr."""
+        process = self.start(variant, name, steps, **environ)
+        errors = process.communicate()[1]
+        return process.returncode, errors
+
+    def unbroken(self, variant: str, steps: int) -> tuple[dict[str, Any], float]:
+        """Return the outcome of a run without faults, and the seconds that it takes once its programs are cached."""
+        if (variant, steps) not in self._unbroken:
+            for name in ("warm-up", "unbroken"):
+                began = time.monotonic()
+                assert self.run(variant, f"{variant}-{name}", steps)[0] == 0
+                seconds = time.monotonic() - began
+            self._unbroken[variant, steps] = outcome(self.folder / f"{variant}-unbroken"), seconds
+        return self._unbroken[variant, steps]
+
+    def compare(self, variant: str, name: str, steps: int) -> str | None:
+        """Finish a run; return in what it differs from the unbroken one."""
+        status, errors = self.run(variant, name, steps)
+        if status:
+            return f"exit status {status}: {errors[-300:]}"
+        found = differences(self.unbroken(variant, steps)[0], outcome(self.folder / name))
+        return ", ".join(found[:5]) or None
+
+
+def kills(place: Place, steps: int = 60) -> Outcome:
+    """Kill each variant at random moments, up to three times in a row."""
+    for trial in range(place.trials):
+        variant, n_kills = [*VARIANTS][trial % len(VARIANTS)], place.chance.randint(1, 3)
+        seconds, name, moments = place.unbroken(variant, steps)[1], f"killed-{trial}", []
+        for _ in range(n_kills):
+            process = place.start(variant, name, steps)
+            moments.append(place.chance.uniform(0.1, 1.0) * seconds)
+            end(process, moments[-1], signal.SIGKILL)
+        yield f"{variant} killed after {', '.join(f'{s:.1f}' for s in moments)} s", place.compare(variant, name, steps)
+
+
+def signals(place: Place, steps: int = 60) -> Outcome:
+    """Ask a run to stop."""
+    for trial in range(place.trials):
+        signum, name = (signal.SIGTERM, signal.SIGINT)[trial % 2], f"stopped-{trial}"
+        process = place.start("pretraining", name, steps)
+        status = end(process, place.chance.uniform(0.3, 0.9) * place.unbroken("pretraining", steps)[1], signum)
+        wrong = None if status in (0, 128 + signum, -signum) else f"exit status {status}"
+        yield f"{signum.name}: {status}", wrong or place.compare("pretraining", name, steps)
+
+
+def end(process: subprocess.Popen[str], after: float, signum: signal.Signals) -> int:
+    """Send a signal after so many seconds, unless the process has ended; return the exit status."""
+    try:
+        process.wait(after)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signum)
+    process.communicate()
+    return process.returncode
+
+
+def cache(place: Place, steps: int = 20) -> Outcome:
+    """Flip a bit in each compiled program."""
+    place.unbroken("pretraining", steps)
+    for trial in range(place.trials):
+        programs = sorted((place.folder / "cache/slm_jax/xla").glob("*-cache"))
+        for program in programs:
+            flip(program, place.chance)
+        yield f"{len(programs)} programs with a flipped bit", place.compare("pretraining", f"cached-{trial}", steps)
+
+
+def flip(path: Path, chance: random.Random) -> None:
+    """Flip a bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+    path.write_bytes(content)
+
+
+def environment(place: Place, steps: int = 20) -> Outcome:
+    """Set a variable: the run is the same, or there is one line."""
+    for trial, variable in enumerate(ENVIRONMENT):
+        key, value = variable.format(folder=place.folder).split("=")
+        status, errors = place.run("pretraining", f"environment-{trial}", steps, **{key: value})
+        lines = errors.splitlines()
+        if status == 0:
+            found = differences(place.unbroken("pretraining", steps)[0], outcome(place.folder / f"environment-{trial}"))
+            yield f"{variable}: trained", ", ".join(found[:5]) or None
+        else:
+            one_line = status == 2 and len(lines) == 1 and lines[0].startswith("slm-jax train: ")
+            yield f"{variable}: {lines[-1][:80]}", None if one_line else f"exit status {status}, {len(lines)} lines"
+
+
+def soak(place: Place) -> Outcome:
+    """Train for so many minutes with a fault at least each minute: a kill, a signal, damage to the last checkpoint."""
+    per_step = place.unbroken("pretraining", 400)[1] / 400
+    steps = round(place.minutes * 60 / per_step)
+    expected = place.unbroken("pretraining", steps)[0]
+    n_faults, done = 0, False
+    while not done:
+        process = place.start("pretraining", "soak", steps)
+        signum = place.chance.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM))
+        done = end(process, place.chance.uniform(10, 55), signum) == 0
+        checkpoints = place.folder / "soak" / "checkpoints"
+        saved = saved_steps(checkpoints)
+        if not done and len(saved) > 1 and place.chance.random() < 0.3:
+            arrays = (checkpoints / str(saved[-1]) / "params").rglob("d/*")
+            flip(max(arrays, key=lambda path: path.stat().st_size), place.chance)
+        n_faults += not done
+    found = differences(expected, outcome(place.folder / "soak"))
+    yield f"{steps} steps, {n_faults} faults", ", ".join(found[:5]) or None
+
+
+PARTS: dict[str, Callable[[Place], Outcome]] = {
+    part.__name__: part for part in (kills, signals, cache, environment, soak)
+}
+
+
+def main() -> int:
+    """Run the parts; print each trial, and the figures at the end."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], default=[], help="default: all but soak")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--trials", type=int, default=20, help="of each part; default: %(default)s")
+    parser.add_argument("--minutes", type=float, default=45, help="of the soak; default: %(default)s")
+    options = parser.parse_args()
+    figures = {}
+    with tempfile.TemporaryDirectory(prefix="faults") as name:
+        place = Place(Path(name), random.Random(options.seed), options.trials, options.minutes)
+        for part in options.parts or [part for part in PARTS if part != "soak"]:
+            results = []
+            for what, wrong in PARTS[part](place):
+                print(f"{part}: {what}: {'NOT ' + wrong if wrong else 'as it must be'}", flush=True)
+                results.append(wrong is None)
+            figures[part] = f"{sum(results)}/{len(results)}"
+    print(", ".join(f"{part} {figure}" for part, figure in figures.items()))
+    return 0 if all(len(set(figure.split("/"))) == 1 for figure in figures.values()) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
