@@ -23,7 +23,7 @@ def for_terminal(text: str) -> str:
 
 
 class InputError(ValueError):
-    """A value, a text or a file's content that the user can correct; its message is one line that a terminal can show."""
+    """A value, a text or a file's content that the user can correct; its message is one line for a terminal."""
 
     def __str__(self) -> str:  # the OSError that a MissingInputError also is would format the arguments as an errno
         return printable(str(self.args[0]) if self.args else "").replace("\n", " ")

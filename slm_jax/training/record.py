@@ -3,6 +3,7 @@
 import math
 import shlex
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ if TYPE_CHECKING:  # imported only when loss curves are drawn
     from matplotlib.axes import Axes
 
 PLOT_INTERVAL = 30.0  # seconds between two drawings of loss.png
+SPIKE = 1.5  # times the highest of the last logged losses is worth a line
 MAX_SKIPPED = 3  # consecutive steps without finite gradients after which training stops
 TRAINING, VALIDATION, SCORE = "#9ab8d9", "#c2410c", "#4d7c0f"
 RUN_FILES = {
@@ -70,6 +72,7 @@ class RunLog:
         self._lap_step = max(0, last_kept)
         self._pending: tuple[int, StepMetrics] | None = None
         self._skipped_in_a_row = 0
+        self._recent: deque[float] = deque(maxlen=20)  # the last logged losses
         folder.cut_back(last_kept)
         # Filtered once more: on another host the file may not have been cut yet.
         past = [row for row in folder.metrics() if row["step"] <= last_kept]
@@ -141,7 +144,18 @@ class RunLog:
         }
         self._add(row)
         self.progress.train(row, elapsed / steps)
+        self._note_spike(step, float(metrics.loss))
         self.start_lap(step)
+
+    def _note_spike(self, step: int, loss: float) -> None:
+        if not math.isfinite(loss):
+            return
+        if len(self._recent) == self._recent.maxlen and loss > SPIKE * (highest := max(self._recent)):
+            before = f"the {len(self._recent)} logged before were at most {highest:.3f}"
+            self.progress.note(
+                f"step {step:,}: the loss is {loss:.3f}; {before}: an unusual batch, or the learning rate"
+            )
+        self._recent.append(loss)
 
     def evaluation(self, step: int, sums: EvaluationSums) -> bool:
         """Log and show an evaluation of the validation split; return whether its loss is the lowest so far."""

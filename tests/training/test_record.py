@@ -118,6 +118,14 @@ def test_a_step_is_logged_when_the_next_one_is_under_way_and_three_bad_ones_stop
     assert "step 2: loss nan, gradient norm 0.5 (gradient of norm/scale): skipped" in run.output.getvalue()
 
 
+def test_a_loss_far_above_the_last_ones_is_noted_once(make):
+    run = make()
+    for step in range(1, 30):
+        run.train(step, step_metrics(9.0 if step in (3, 25) else 2.0 + step % 2))
+    notes = [line for line in run.output.getvalue().splitlines() if "loss rose" in line]
+    assert [line.partition(":")[0] for line in notes] == ["step 25"]
+
+
 def test_a_skipped_step_says_so_and_has_no_loss(make, clock):
     run = make()
     clock[0] += 1.0
