@@ -22,7 +22,7 @@ from slm_jax.errors import InputError
 
 Object = dict[str, Any]  # of JSON, with any keys
 _HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")  # two of them may be a whole one
-_MOST_JSON_BYTES = 1 << 28  # the largest tokenizer.json of a public model has 34 MB
+_MOST_JSON_BYTES = 1 << 26  # the largest tokenizer.json of a public model has 34 MB
 
 
 def user_path(text: str | Path) -> Path:
