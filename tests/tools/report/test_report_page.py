@@ -47,6 +47,24 @@ def test_a_run_that_diverged(tmp_path):
     assert "No figure of the log" in page_of(make_run(tmp_path / "b", [val(1, None)])).text
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("summary_json", [1]),
+        ("summary_json", {"step": [2]}),
+        ("summary_json", {"after": {"test": {"confusion": [[1, 2]], "classes": ["a"]}}}),
+        ("summary_json", {"after": {"test": {"loss": 10**400}}}),
+        ("before_json", {"test": 5}),
+        ("responses_json", [{"instruction": "a"}]),
+        ("responses_json", "x"),
+    ],
+)
+def test_a_file_of_another_form_is_left_out(tmp_path, name, content):
+    folder = make_run(tmp_path / "a", [val(1, 2.0)], "task: [1]\ntrain: {steps: x}\n", **{name: json.dumps(content)})
+    (folder / "metrics.jsonl").write_text('{"step": 1, "split": "train"}\n{"step": 2, "split": "val", "loss": "x"}\n')
+    assert "not finished" in page_of(folder).text
+
+
 def test_the_page_of_a_long_log_is_small(tmp_path):
     page = page_of(make_run(tmp_path / "a", [train(i, 2 + (i % 7) / 10) for i in range(1, 20_001)]))
     assert len(page.html) < 300_000
