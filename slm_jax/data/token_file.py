@@ -46,7 +46,11 @@ FORMAT, VERSION = "slm_jax token ids", 1
 _DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 _NUMPY = b"\x93NUMPY"
 # llm.c's files by their first number: version and dtype. Source: karpathy/llm.c, dev/data/data_common.py.
-_LLMC = {20240520: (1, _DTYPES["uint16"]), 20240801: (7, _DTYPES["uint32"])}
+_LLMC = {
+    20240520: (1, _DTYPES["uint16"]),
+    20240801: (7, _DTYPES["uint32"]),
+    20251013: (1, _DTYPES["uint32"]),
+}
 _LLMC_HEADER_BYTES = 1024
 _CHUNK = 1 << 22  # tokens checked at a time
 # What a bare file holds shows at its start, if it has some bytes. No vocabulary has 2**20 ids.

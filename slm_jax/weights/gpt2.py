@@ -4,6 +4,7 @@ Its ``Conv1D`` stores weights as (in, out), like ours. Source: ``transformers``,
 """
 
 import re
+from json import dumps
 from typing import Any
 
 from slm_jax.errors import InputError
@@ -57,8 +58,8 @@ class GPT2(HuggingFace):
         content = read_json(file)
         for key, allowed in _SUPPORTED.items():
             if key in content and content[key] not in allowed:
-                expected = " or ".join(map(repr, allowed))
-                raise InputError(f"{file}: {key} is {content[key]!r}; expected {expected}")
+                expected = " or ".join(map(dumps, allowed))
+                raise InputError(f"{file}: {key} is {dumps(content[key]):.60}; expected {expected}")
         fields: dict[str, Any] = {}
         aliases = {"num_attention_heads": "n_heads", "n_inner": "hidden_dim", "layer_norm_epsilon": "norm_eps"}
         for key, field in {**FIELDS, **aliases}.items():

@@ -6,6 +6,7 @@ Source: ``transformers``, ``LlamaForCausalLM`` and ``LlamaConfig``.
 
 import dataclasses
 import re
+from json import dumps
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ class Llama(HuggingFace):
         for key, field in _FIELDS.items():
             fields[field] = value = content.get(key, self.defaults.get(key))
             if type(value) not in (int, float) and (value is not None or key not in self.defaults):
-                raise InputError(f"{file}: {key} is {value!r:.60}; expected a number")
+                raise InputError(f"{file}: {key} is {dumps(value):.60}; expected a number")
         fields |= _rope_fields(file, content)
         # Sizes that no other tensor determines; the model's rotations are computed for them.
         width = fields["n_heads"] * (fields["head_dim"] or fields["emb_dim"] // max(fields["n_heads"], 1))
@@ -115,16 +116,16 @@ def _check_supported(file: Path, content: dict[str, Any]) -> None:
     for key, value in content.items():
         feature = next((feature for pattern, feature in _UNSUPPORTED.items() if re.fullmatch(pattern, key)), None)
         if feature and value not in (None, False, 0, [], {}):
-            raise InputError(f"{file}: {key} is {value!r:.60}: {feature}, which slm_jax does not compute")
+            raise InputError(f"{file}: {key} is {dumps(value):.60}: {feature}, which slm_jax does not compute")
     allowed: dict[str, tuple[Any, ...]] = {"hidden_act": ("silu", "swish"), "partial_rotary_factor": (1, None)}
     if "use_sliding_window" not in content:
         allowed["sliding_window"] = (None,)
     for key, values in allowed.items():
         if content.get(key, values[0]) not in values:
-            raise InputError(f"{file}: {key} is {content[key]!r:.60}; expected {values[0]!r}")
+            raise InputError(f"{file}: {key} is {dumps(content[key]):.60}; expected {dumps(values[0])}")
     kinds = content.get("layer_types") or []
     if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
-        raise InputError(f"{file}: layer_types is {kinds!r:.60}; expected only 'full_attention'")
+        raise InputError(f"{file}: layer_types is {dumps(kinds):.60}; expected only full_attention")
 
 
 def _rope_fields(file: Path, content: dict[str, Any]) -> dict[str, Any]:
@@ -132,12 +133,12 @@ def _rope_fields(file: Path, content: dict[str, Any]) -> dict[str, Any]:
     name = "rope_parameters" if content.get("rope_parameters") is not None else "rope_scaling"
     stated = content.get(name) or {}
     if not isinstance(stated, dict) or any(isinstance(value, dict) for value in stated.values()):
-        raise InputError(f"{file}: {name} is {stated!r:.60}; expected the parameters of all layers, or null")
+        raise InputError(f"{file}: {name} is {dumps(stated):.60}; expected the parameters of all layers, or null")
     kind = stated.get("rope_type", stated.get("type", "default"))
     if kind not in ("default", *_SCALINGS):
-        raise InputError(f"{file}: {name} has the type {kind!r:.60}; expected default, {' or '.join(_SCALINGS)}")
+        raise InputError(f"{file}: {name} has the type {dumps(kind):.60}; expected default, {' or '.join(_SCALINGS)}")
     if stated.get("partial_rotary_factor", 1) != 1:
-        raise InputError(f"{file}: partial_rotary_factor is {stated['partial_rotary_factor']!r:.60}; expected 1")
+        raise InputError(f"{file}: partial_rotary_factor is {dumps(stated['partial_rotary_factor']):.60}; expected 1")
     fields: dict[str, Any] = {"rope_theta": stated.get("rope_theta", content.get("rope_theta", 10_000.0))}
     if kind != "default":
         fields["rope_scaling"] = kind
@@ -147,7 +148,7 @@ def _rope_fields(file: Path, content: dict[str, Any]) -> dict[str, Any]:
         fields[field] = stated[key]
     for field, value in fields.items():
         if field != "rope_scaling" and type(value) not in (int, float):
-            raise InputError(f"{file}: {field} is {value!r:.60}; expected a number")
+            raise InputError(f"{file}: {field} is {dumps(value):.60}; expected a number")
     return fields
 
 

@@ -185,7 +185,9 @@ def test_the_first_id_outside_the_vocabulary_is_named(tmp_path, monkeypatch, chu
         check_ids(tokens, 10, path)
 
 
-@pytest.mark.parametrize(("magic", "version", "dtype"), [(20240520, 1, "<u2"), (20240801, 7, "<u4")])
+@pytest.mark.parametrize(
+    ("magic", "version", "dtype"), [(20240520, 1, "<u2"), (20240801, 7, "<u4"), (20251013, 1, "<u4")]
+)
 def test_files_of_llmc(tmp_path, magic, version, dtype):
     path, ids = tmp_path / "ids.bin", [50256, 5, 6, 2**16 - 1]
     path.write_bytes(struct.pack("<3i", magic, version, 4).ljust(1024, b"\0") + np.array(ids, dtype).tobytes())
