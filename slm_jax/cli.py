@@ -1,8 +1,8 @@
 """The commands: ``slm-jax COMMAND``, also ``python -m slm_jax`` and ``train.py``.
 
 Exit status: 0 the work was done; 1 training diverged, or doctor found a problem; 2 the user made a mistake, reported in
-one line on stderr; 75 another process of the job was lost; 130 or 143 a signal stopped the command after everything
-was saved.
+one line on stderr; 75 another process of the job was lost; 129, 130 or 143 a signal stopped the command after
+everything was saved.
 """
 
 import contextlib
@@ -17,7 +17,8 @@ import sys
 from collections.abc import Iterator, Sequence
 
 import slm_jax
-from slm_jax.errors import InputError, printable
+from slm_jax.errors import InputError, SaveError, printable
+from slm_jax.training.process import end_now
 
 # Problems of the place that is written to, not of the program.
 _PLACE_ERRORS = (
@@ -75,7 +76,10 @@ def main(args: Sequence[str] | None = None) -> int:
             return int(module.main(words[1:]))
         return int(module.run(parse(module.Options, words[1:], f"slm-jax {name}")))
     except InputError as error:
-        return _fail(f"slm-jax {name}", str(error))
+        status = _fail(f"slm-jax {name}", str(error))
+        if args is None and isinstance(error, SaveError):
+            end_now(status)
+        return status
     except BrokenPipeError:  # the reader of the output has had enough, such as head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

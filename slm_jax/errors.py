@@ -29,6 +29,10 @@ class InputError(ValueError):
         return printable(str(self.args[0]) if self.args else "").replace("\n", " ")
 
 
+class SaveError(InputError):
+    """A checkpoint that cannot be saved, as on a full disk; threads of the library that tried may never end."""
+
+
 class MissingInputError(InputError, FileNotFoundError):
     """A file, folder, run or download that does not exist."""
 

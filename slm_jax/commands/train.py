@@ -25,7 +25,7 @@ def run(options: RunConfig) -> int:
 
     from slm_jax.training.checkpoint import DamagedCheckpoint
     from slm_jax.training.loop import train
-    from slm_jax.training.process import Interrupted, StopRequest
+    from slm_jax.training.process import Interrupted, StopRequest, lasting_output, quiet_callbacks
     from slm_jax.training.program import out_of_memory_as_input_error
     from slm_jax.training.record import TrainingDiverged
     from slm_jax.training.resume import find_start
@@ -33,7 +33,7 @@ def run(options: RunConfig) -> int:
 
     command = f"slm-jax {TASKS[options.task].command}"
     report_to_supervisor()
-    with StopRequest() as stop:
+    with lasting_output(), quiet_callbacks(), StopRequest() as stop:
         try:
             with joined(command, options.join_timeout), out_of_memory_as_input_error():
                 set_up()

@@ -26,7 +26,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
-from slm_jax.errors import InputError
+from slm_jax.errors import InputError, SaveError
 from slm_jax.files import Object, parse_json
 from slm_jax.model import Params
 from slm_jax.training.manifest import (
@@ -151,7 +151,7 @@ class Checkpoints:
 
     @contextmanager
     def _errors(self, step: int) -> Iterator[None]:
-        """Raise an InputError of one line for an error of a save; TensorStore's are of any type.
+        """Raise a SaveError of one line for an error of a save; TensorStore's are of any type.
 
         Not if several processes save, as the cause may be the loss of another one, which the watch reports.
         """
@@ -163,9 +163,11 @@ class Checkpoints:
                 raise
             place = next(path for path in (self.folder, *self.folder.parents) if path.is_dir())
             space = f"{format_bytes(self._bytes)} needed, {format_bytes(shutil.disk_usage(place).free)} free"
+            if os.name != "nt" and (about := os.statvfs(place)).f_files and about.f_favail < 100:
+                space += f" but only {about.f_favail} inodes (files)"
             saved = ", ".join(map(str, saved_steps(self.folder))) or "none"
             problem = f"step {step:,} cannot be saved: {_reason(error)}"
-            raise InputError(f"{self.folder}: {problem} ({space}); checkpoints there: {saved}") from None
+            raise SaveError(f"{self.folder}: {problem} ({space}); checkpoints there: {saved}") from None
 
     def saved_steps(self) -> list[int]:
         """Return the steps saved or being saved, ascending."""

@@ -1,6 +1,7 @@
 """What a process that computes does around it: keep compiled programs and freed memory, and stop at a signal.
 
-The first SIGINT or SIGTERM is a request: the loop saves and ends after the step. A second one ends at once.
+The first SIGINT, SIGTERM or SIGHUP is a request: the loop saves and ends after the step. A second one ends at once.
+Without a reader of its output a process goes on in silence.
 """
 
 import contextlib
@@ -11,8 +12,10 @@ import signal
 import sys
 import threading
 import time
+import warnings
+from collections.abc import Iterator
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from slm_jax.errors import InputError
 from slm_jax.files import cache_folder
@@ -21,7 +24,6 @@ MOST_CACHED = 2 * 2**30  # bytes of compiled programs; beyond them the least rec
 LOST = 75  # exit status after another process of the job was lost: sysexits.h's EX_TEMPFAIL
 PIPE = "SLM_JAX_SUPERVISOR"  # the environment variable of a supervised process: the descriptor of its pipe
 TWICE = 5.0  # seconds in which it may get SIGTERM twice, from the launcher and passed on by its supervisor
-STOPPING = (signal.SIGINT, signal.SIGTERM)
 # What the programs are written for; another project's environment variables may say otherwise.
 JAX_SETTINGS = {
     "jax_enable_x64": False,
@@ -29,6 +31,7 @@ JAX_SETTINGS = {
     "jax_numpy_dtype_promotion": "standard",
     "jax_numpy_rank_promotion": "allow",
 }
+HANGUP = getattr(signal, "SIGHUP", 0)  # of a terminal that was closed, which may come twice; Windows has none
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # the names of glibc's malloc.h
 
 
@@ -122,6 +125,63 @@ def keep_freed_memory() -> None:
         jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
+def stopping_signals() -> list[int]:
+    """Return the signals that stop a process: not SIGHUP where it is ignored, as under nohup."""
+    hangup = [HANGUP] if HANGUP and signal.getsignal(HANGUP) != signal.SIG_IGN else []
+    return [signal.SIGINT, signal.SIGTERM, *hangup]
+
+
+class Output:
+    """A stream of text that drops what is written once its reader is gone, such as ``head`` or a terminal."""
+
+    def __init__(self, stream: Any):  # TextIO, or what stands in for it in a notebook
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write a text, or drop it."""
+        try:
+            return self._stream.write(text)
+        except OSError:
+            self._drop()
+            return len(text)
+
+    def flush(self) -> None:
+        """Write what is buffered, or drop it."""
+        try:
+            self._stream.flush()
+        except OSError:
+            self._drop()
+
+    def _drop(self) -> None:
+        with contextlib.suppress(OSError):  # the stream of a notebook has no descriptor
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+
+@contextlib.contextmanager
+def lasting_output() -> Iterator[None]:
+    """Go on without stdout or stderr when they are closed."""
+    out, errors = Output(sys.stdout), Output(sys.stderr)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+        try:
+            yield
+        finally:
+            out.flush()
+
+
+@contextlib.contextmanager
+def quiet_callbacks() -> Iterator[None]:
+    """Drop errors that nobody can catch: when a save fails, each of TensorStore's hundred callbacks prints its own."""
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)  # as late as at the exit
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
+
+
 class Interrupted(Exception):
     """A stop was requested by the signal ``signum``; the process exits with 128 + signum."""
 
@@ -131,7 +191,7 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """Records the first SIGINT or SIGTERM; :meth:`check` raises it where stopping is safe. A context manager.
+    """Records the first SIGINT, SIGTERM or SIGHUP; :meth:`check` raises it where stopping is safe. A context manager.
 
     A thread watches for them, too: Python runs a handler only between steps, and a step may take long.
     Outside the main thread, where Python allows no handlers, there is no request.
@@ -139,6 +199,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signum: int | None = None
+        self._signals = stopping_signals()
         self._undo = contextlib.ExitStack()
 
     def __enter__(self) -> "StopRequest":
@@ -151,7 +212,7 @@ class StopRequest:
         self._undo.callback(watcher.join)
         self._undo.callback(os.close, write_end)
         self._undo.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(write_end))  # each signal writes its number
-        for signum in STOPPING:
+        for signum in self._signals:
             self._undo.callback(signal.signal, signum, signal.signal(signum, self._note))
         return self
 
@@ -166,7 +227,10 @@ class StopRequest:
         came, first = 0, 0.0
         with os.fdopen(read_end, "rb", buffering=0) as signals:
             while number := signals.read(1):  # nothing once the other end is closed
-                if number[0] not in STOPPING:
+                if number[0] not in self._signals:
+                    continue
+                if number[0] == HANGUP:
+                    self._note(HANGUP)
                     continue
                 same = number[0] == signal.SIGTERM and PIPE in os.environ and time.monotonic() - first < TWICE
                 if came and same:

@@ -22,7 +22,7 @@ from types import FrameType
 from typing import IO
 
 import slm_jax
-from slm_jax.training.process import LOST, PIPE, STOPPING, end_now
+from slm_jax.training.process import LOST, PIPE, end_now, stopping_signals
 
 BEAT = 2.0  # seconds between two signs of life of the child
 SILENCE = 40.0  # seconds without one after which it is killed; longer than processes take to notice a lost one
@@ -90,7 +90,7 @@ class Supervisor:
 
     def run(self) -> int:
         """Run the command; return the exit status of the last run."""
-        for signum in STOPPING:
+        for signum in stopping_signals():
             signal.signal(signum, self._pass_on)
         for attempt in range(1, self._restarts + 2):
             status = self._run_once()
@@ -161,11 +161,12 @@ class Supervisor:
         self._held = []
 
     def _write(self, text: bytes) -> None:
-        sys.stderr.buffer.write(text)
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):  # nobody reads it
+            sys.stderr.buffer.write(text)
+            sys.stderr.flush()
 
     def _say(self, line: str) -> None:
-        print(f"{self._program}: {line}", file=sys.stderr, flush=True)
+        self._write(f"{self._program}: {line}\n".encode())
 
     def _pass_on(self, signum: int, _frame: FrameType | None) -> None:
         self._signum = signum

@@ -11,9 +11,10 @@ import jax
 import numpy as np
 import pytest
 from jax.experimental import multihost_utils
+from rich.console import Console
 
 from slm_jax.training import process
-from slm_jax.training.process import PIPE, Interrupted, StopRequest
+from slm_jax.training.process import PIPE, Interrupted, Output, StopRequest
 
 ROOT = Path(__file__).parents[2]
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
@@ -35,6 +36,33 @@ def test_the_first_signal_is_noted_and_raised_where_it_is_asked_for(signum):
         with pytest.raises(Interrupted):  # it stays asked for
             stop.check()
     assert [signal.getsignal(s) for s in SIGNALS] == before
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
+@pytest.mark.parametrize("ignored", [False, True], ids=["terminal", "nohup"])
+def test_a_terminal_that_is_closed_stops_a_process_and_never_at_once(monkeypatch, ignored):
+    monkeypatch.setattr(process, "end_now", lambda status: pytest.fail("ended"))
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        with StopRequest() as stop:
+            for _ in range(2):  # from the shell and from the kernel
+                os.kill(os.getpid(), signal.SIGHUP)
+                time.sleep(0.05)
+            assert stop.signum == (None if ignored else signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_output_that_nobody_reads_is_dropped():
+    read_end, write_end = os.pipe()
+    with os.fdopen(write_end, "w", buffering=1) as pipe:
+        output = Output(pipe)
+        Console(file=output).print("read")
+        assert os.read(read_end, 10) == b"read\n"
+        os.close(read_end)
+        for _ in range(3):
+            Console(file=output).print("dropped")
+        assert output.fileno() == pipe.fileno()
 
 
 COMPUTING = """

@@ -29,7 +29,7 @@ os.kill(os.getpid(), signal.SIGKILL) if action == "kill" else sys.exit(int(actio
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    handlers = {signum: signal.getsignal(signum) for signum in supervisor.STOPPING}
+    handlers = {signum: signal.getsignal(signum) for signum in supervisor.stopping_signals()}
     monkeypatch.setattr(supervisor, "PAUSE", 0.0)
     monkeypatch.setattr(supervisor, "SILENCE", 0.3)
     yield
