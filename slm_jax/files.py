@@ -137,6 +137,9 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield partial
         partial.replace(path)
+    except OSError as error:
+        error.filename = path  # none for a write to a full disk, and else the partial file
+        raise
     finally:
         with suppress(OSError):
             partial.unlink()

@@ -61,6 +61,7 @@ class Metadata(TypedDict, total=False):
     leaves: dict[str, list[int | str]]
     frozen_sha256: str | None
     checksums: dict[str, int]
+    logs: dict[str, tuple[int, str]]
     classes: list[str]
     pooling: str
     max_length: int

@@ -70,11 +70,11 @@ def train(config: BaseRunConfig, task: Task, start: Start, stop: StopRequest, co
         stack.enter_context(start.lock())
         stack.enter_context(jax.set_mesh(mesh))  # named for kernels that the compiler cannot divide among devices
         stack.callback(functools.partial(mirror.update, last=True))
+        metadata = _describe(task, start, progress, state_shapes)  # first, as config.yaml makes the folder a run
         loggers = open_loggers(config, folder.path, start.last_kept) if folder.writes else []
         for logger in loggers:
             stack.callback(logger.close)
         log = RunLog(task, folder, progress, mesh.size, start.last_kept, loggers)
-        metadata = _describe(task, start, progress, state_shapes)
         for note in (*describe_heads(config.mesh, axis_sizes(task.model_config)), *fitted):
             progress.note(note)
         program = _compile(config, task, start, stop, progress, mesh)
@@ -123,8 +123,8 @@ class Session:
         config = self.task.config
         samples = config.train.eval_every if self.task.samples_at_evaluation else config.sample.every
         cadence = (
-            (config.train.eval_every, self.evaluate),
             (samples if config.sample.every else 0, self.sample),
+            (config.train.eval_every, self.evaluate),  # may save, with the seal of all that is logged
             (config.checkpoint.every, self.save),
         )
         self.profile.at(step, functools.partial(jax.block_until_ready, state))
@@ -194,7 +194,10 @@ class Session:
 
     def _save(self, state: TrainState, step: int) -> None:
         data = self.batches.get_state()
-        self.checkpoints.save(state, {**self.metadata, "data": data}, self.log.validation.get(step))
+        folder = self.log.folder
+        folder.check_lock()
+        about = {**self.metadata, "data": data, "logs": folder.seal() if folder.writes else {}}
+        self.checkpoints.save(state, about, self.log.validation.get(step))
 
 
 def _describe(task: Task, start: Start, progress: ProgressLine, state: TrainState) -> dict[str, Any]:

@@ -9,15 +9,21 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import TypedDict
 
 from slm_jax.errors import InputError
-from slm_jax.files import parse_json, replace_text, sha256, sync
+from slm_jax.files import check_kind, parse_json, replace_text, sha256, sync
 
 CHECKSUMS = "sha256.json"  # the manifest
 METADATA = "_CHECKPOINT_METADATA"  # Orbax's name
 SAVING, REMOVED = ".saving", ".removed"  # how names of folders begin that are no checkpoint yet, or no longer
 _ARRAYS = "d"  # Orbax's name of folders with the values of arrays
 _NEEDED = [METADATA, *(f"{item}/{name}" for item in ("params", "state") for name in ("_METADATA", "manifest.ocdbt"))]
+
+
+class _Manifest(TypedDict):
+    step: int
+    files: dict[str, tuple[int, str]]  # size in bytes and SHA-256
 
 
 def saved_steps(folder: Path) -> list[int]:
@@ -78,14 +84,13 @@ def find_damage(folder: Path, arrays: bool = True, step: int | None = None) -> s
     """
     manifest, step = folder / CHECKSUMS, int(folder.name) if step is None else step
     try:
-        content = parse_json(manifest.read_bytes(), manifest, "")
+        content = parse_json(manifest.read_bytes(), manifest)
         content = content if "files" in content else {"step": step, "files": content}  # as before it had a step
-        sums = {name: (int(size), str(digest)) for name, (size, digest) in content["files"].items()}
-        saved_as = int(content["step"])
+        sums, saved_as = check_kind(content, _Manifest, manifest)["files"], content["step"]
     except FileNotFoundError:
         return f"{manifest} is missing: the checkpoint was not saved completely"
-    except (ValueError, TypeError, KeyError, AttributeError, OSError):
-        return f"{manifest} is damaged"
+    except (InputError, OSError) as error:
+        return f"{manifest} is damaged ({error})"
     if missing := [name for name in _NEEDED if name not in sums]:
         return f"{manifest} is damaged: it does not have {missing[0]}"
     if saved_as != step:

@@ -99,6 +99,7 @@ class FolderCopy(Copy):
     def names(self) -> set[str]:
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"{self.path} is a file; use another --run NAME")
+        self._run.check_links()
         return {file.name for file in self.path.iterdir()} if self.path.is_dir() else set()
 
     def steps(self) -> list[int]:

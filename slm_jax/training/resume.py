@@ -85,6 +85,10 @@ def find_start(config: BaseRunConfig, damaged: dict[int, str] | None = None) -> 
         notes.append(f"warning: {problem}; " + ("resuming from an earlier checkpoint" if at > step else "set aside"))
     if step >= 0:
         _check_config(config, run.path, metadata)
+        notes += [
+            f"warning: {file} has changed since step {step:,} was saved; intact lines are kept"
+            for file in run.changes(metadata.get("logs", {}))
+        ]
         notes += _move_warnings(metadata) + _decay_warnings(config, metadata, step, run)
     elif run.metrics("train"):
         notes.append(f"warning: {run.path} has a log but no checkpoint; the run starts from the beginning")

@@ -1,11 +1,14 @@
 """A run's folder: its layout and its lock, and the log, which is cut back to a checkpoint's step on a resume."""
 
 import contextlib
+import hashlib
 import json
 import math
 import re
+import shutil
 import tempfile
 import time
+import uuid
 from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import IO, Annotated, Any, Required, TypedDict
@@ -15,7 +18,7 @@ from msgspec import Meta
 
 from slm_jax.config import flatten, parse_yaml
 from slm_jax.errors import InputError
-from slm_jax.files import Object, parse_json, read_json, replace_text
+from slm_jax.files import Object, parse_json, read_json, replace_text, sha256, unwritable
 
 try:
     import fcntl
@@ -56,6 +59,8 @@ class RunFolder:
         self.metrics_file = path / "metrics.jsonl"
         self.samples_file = path / "samples.md"
         self.checkpoints = path / "checkpoints"
+        self._lock: IO[str] | None = None
+        self._owner = uuid.uuid4().hex  # in the lock file, while this process trains
 
     @property
     def writes(self) -> bool:
@@ -79,18 +84,54 @@ class RunFolder:
         except OSError as error:
             raise InputError(f"{self.path}: cannot write there ({error.strerror}); use another --runs_dir") from None
 
+    def check_links(self) -> None:
+        """Refuse links and pipes, which a copied folder may have: what is written to them would be elsewhere."""
+        for folder in (self.path, self.checkpoints, self.path / "tokenizer"):
+            for path in folder.iterdir() if folder.is_dir() else ():
+                if path.is_symlink() or not (path.is_file() or path.is_dir()):
+                    raise InputError(f"{path}: is a link or no file; a run has only files of its own, so remove it")
+
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep other processes from training in the same folder."""
+        """Keep other processes from training in the same folder, and remove what a killed one has left."""
         if not self.writes:
             yield
             return
-        with (self.path / ".lock").open("w") as file:
-            if not _try_lock(file):
-                time.sleep(0.2)  # longer than is_locked of another process holds it
-                if not _try_lock(file):
-                    raise InputError(f"{self.path} is being trained by another process; use another --run NAME")
+        self._lock = self._take_lock()
+        try:
+            for path in (*self.path.glob("*.partial"), *self.path.glob("tokenizer/*.partial")):
+                path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
             yield
+        finally:
+            self._lock.close()
+            self._lock = None
+
+    def _take_lock(self) -> IO[str]:
+        file = (self.path / ".lock").open("a", encoding="utf-8")
+        if not _try_lock(file):
+            time.sleep(0.2)  # longer than is_locked of another process holds it
+            if not _try_lock(file):
+                file.close()
+                raise InputError(f"{self.path} is being trained by another process; use another --run NAME")
+        file.truncate(0)
+        file.write(self._owner)
+        file.flush()
+        return file
+
+    def check_lock(self) -> None:
+        """Refuse to go on once another process has taken the lock: it was deleted, or the disk knows no locks."""
+        if self._lock is None:
+            return
+        try:
+            owner = (self.path / ".lock").read_text(encoding="utf-8")
+        except FileNotFoundError:
+            if not (self.path / "config.yaml").is_file():
+                raise InputError(f"{self.path}: was removed while it was being trained") from None
+            self._lock.close()
+            self._lock = self._take_lock()
+            return
+        if owner != self._owner:
+            raise InputError(f"{self.path}: another process has begun to train this run; this one stops")
 
     def is_locked(self) -> bool:
         """Return whether a process trains in the folder; writes nothing."""
@@ -111,7 +152,8 @@ class RunFolder:
     def write_text(self, name: str, text: str) -> None:
         """Replace a file of the folder in one step."""
         if self.writes:
-            replace_text(self.path / name, text)
+            with self._writing(self.path / name):
+                replace_text(self.path / name, text)
 
     def read_json(self, name: str, kind: Any = Object) -> Any:
         """Return the content of a JSON file of the folder; None if it cannot be read, or is not of a type."""
@@ -131,33 +173,59 @@ class RunFolder:
     def add_metrics(self, row: dict[str, Any]) -> None:
         """Append a line; numbers that JSON does not have become null."""
         if self.writes:
+            self.check_lock()
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-            with self.metrics_file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(finite) + "\n")
+            self._append(self.metrics_file, json.dumps(finite) + "\n")
 
     def add_sample(self, step: int, text: str) -> None:
         """Append a sample, indented so that no line of it can look like a heading."""
         if self.writes:
-            with self.samples_file.open("a", encoding="utf-8") as file:
-                body = "\n".join(f"    {line}" for line in text.splitlines())
-                file.write(f"## Step {step}\n\n{body}\n\n")
+            body = "\n".join(f"    {line}" for line in text.splitlines())
+            self._append(self.samples_file, f"## Step {step}\n\n{body}\n\n")
+
+    def _append(self, file: Path, text: str) -> None:
+        with self._writing(file), file.open("a", encoding="utf-8") as opened:
+            opened.write(text)
+
+    @contextlib.contextmanager
+    def _writing(self, path: Path) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise unwritable(path, error) from None
 
     def metrics(self, split: str | None = None) -> list[dict[str, Any]]:
-        """Return the lines of one split, or of all, up to the first damaged one."""
-        rows = []
-        with contextlib.suppress(InputError):
-            for line in _read(self.metrics_file).splitlines():
-                row = parse_json(line, self.metrics_file, kind=LogRow)
-                if split in (None, row["split"]):
-                    rows.append(row)
-        return rows
+        """Return the lines of one split, or of all; damaged ones are left out."""
+        rows: list[dict[str, Any]] = []
+        for line in _read(self.metrics_file).splitlines():
+            with contextlib.suppress(InputError):
+                rows.append(parse_json(line, self.metrics_file, kind=LogRow))
+        return [row for row in rows if split in (None, row["split"])]
 
     def samples(self) -> list[tuple[int, str]]:
         """Return the samples, each with its step."""
         return [
             (step, "\n".join(line.removeprefix("    ") for line in section.strip("\n").split("\n")[2:]))
             for step, section in self._sections()
+            if step is not None
         ]
+
+    def seal(self) -> dict[str, tuple[int, str]]:
+        """Return the sizes in bytes and the SHA-256 of what is logged up to now, for :meth:`changes`."""
+        return {file.name: (file.stat().st_size, sha256(file)) for file in self._logs() if file.is_file()}
+
+    def changes(self, seal: dict[str, tuple[int, str]]) -> list[Path]:
+        """Return the files in which what was logged then is not there any more."""
+        changed = []
+        for file in self._logs():
+            size, digest = seal.get(file.name, (0, hashlib.sha256().hexdigest()))
+            content = file.read_bytes()[:size] if file.is_file() else b""
+            if hashlib.sha256(content).hexdigest() != digest:
+                changed.append(file)
+        return changed
+
+    def _logs(self) -> tuple[Path, ...]:
+        return self.metrics_file, self.samples_file, self.path / BEFORE
 
     def cut_back(self, step: int) -> None:
         """Drop what was logged after a step, so that a resumed run's log reads as one unbroken run."""
@@ -166,12 +234,16 @@ class RunFolder:
         kept = [row for row in self.metrics() if row["step"] <= step]
         self.write_text("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
         if self.samples_file.is_file():
-            self.write_text("samples.md", "".join(section for at, section in self._sections() if at <= step))
+            sections = self._sections() if step >= 0 else []
+            self.write_text("samples.md", "".join(section for at, section in sections if at is None or at <= step))
 
-    def _sections(self) -> list[tuple[int, str]]:
-        """Return the sections of samples.md by step: a heading starts a line; a sample's own lines are indented."""
+    def _sections(self) -> list[tuple[int | None, str]]:
+        """Return the sections of samples.md by step: a heading starts a line; a sample's own lines are indented.
+
+        What is before the first heading, as after damage to it, has no step.
+        """
         parts = re.split(r"^(?=## Step \d{1,15}$)", _read(self.samples_file), flags=re.MULTILINE)
-        return [(int(match[1]), part) for part in parts if (match := re.match(r"## Step (\d+)\n", part))]
+        return [(int(match[1]) if (match := re.match(r"## Step (\d+)\n", part)) else None, part) for part in parts]
 
 
 def _read(file: Path) -> str:

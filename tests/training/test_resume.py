@@ -22,11 +22,11 @@ from slm_jax.config import dump_config, to_dict
 from slm_jax.data.config import DataConfig, TokenizerConfig
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.tasks.config import RunConfig, get_task, parse_args
-from slm_jax.training import mirror
+from slm_jax.training import loop, mirror
 from slm_jax.training.checkpoint import Checkpoints, best_step
 from slm_jax.training.config import CheckpointConfig, ModelConfig, OptimizerConfig, SampleConfig, TrainConfig
 from slm_jax.training.loop import train
-from slm_jax.training.manifest import METADATA, find_damage, saved_steps, write_manifest
+from slm_jax.training.manifest import CHECKSUMS, METADATA, find_damage, saved_steps, write_manifest
 from slm_jax.training.mirror import FolderCopy, Mirror
 from slm_jax.training.process import StopRequest
 from slm_jax.training.resume import check_identity, find_start
@@ -181,6 +181,41 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(place, traine
     assert "every checkpoint is damaged" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "spoil", [damage, lambda path: (path / CHECKSUMS).unlink(), lambda path: (path / METADATA).write_text("")]
+)
+def test_an_older_checkpoint_that_is_damaged_is_set_aside_and_stops_no_run(place, configured, spoil):
+    spoil(place / "runs/run/checkpoints/6")
+    start = find_start(configured())
+    assert (start.step, start.whole) == (8, (8,))
+    (note,) = start.notes
+    assert re.fullmatch(r"warning: \S+/checkpoints/6.*; set aside", note)
+    start.folder.set_aside_all_but(start.whole)
+    with Checkpoints(start.folder.checkpoints) as checkpoints:
+        assert checkpoints.saved_steps() == [8]
+
+
+def test_a_run_that_was_killed_before_its_first_step_starts_again(place, configured, monkeypatch):
+    """Whatever it has written until then."""
+    for stop_at in ("open_loggers", "RunLog", "Checkpoints"):
+        mine = configured(2, f"new-{stop_at}", checkpoint=CheckpointConfig())
+        start = find_start(mine)
+        task = get_task("pretraining").build(mine, start)
+        with monkeypatch.context() as patch, StopRequest() as stop:
+            patch.setattr(loop, stop_at, lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                train(mine, task, start, stop, Console(quiet=True))
+        assert find_start(mine).step is None
+
+
+def test_a_log_that_was_changed_is_reported(place, configured):
+    assert find_start(configured()).notes == ()
+    log = place / "runs/run/metrics.jsonl"
+    log.write_text(log.read_text().replace('"loss": ', '"loss": 1', 1))
+    (note,) = find_start(configured()).notes
+    assert note == f"warning: {log} has changed since step 8 was saved; intact lines are kept"
+
+
 def test_never_refuses_a_run_and_must_needs_one(place, configured):
     with pytest.raises(InputError, match="runs/run already holds a run and resume is never"):
         find_start(configured(resume="never"))
@@ -234,7 +269,8 @@ def test_a_run_that_another_process_has_just_trained_is_left_as_it_is(place, tra
     before = contents(place / "runs" / "run")
     with StopRequest() as stop, pytest.raises(InputError, match="another process has just trained this run"):
         train(mine, task, start, stop, Console(quiet=True))
-    assert contents(place / "runs" / "run") == before
+    after = contents(place / "runs" / "run")
+    assert {**after, ".lock": None} == {**before, ".lock": None}
 
 
 # Warnings

@@ -2,10 +2,13 @@
 
 import json
 import math
+import os
+import shutil
 import threading
 
 import jax
 import pytest
+from refusals import refused
 
 from slm_jax.errors import InputError
 from slm_jax.training.run_folder import RunFolder
@@ -55,6 +58,39 @@ def test_a_last_line_that_was_cut_off_is_left_out_and_cleared_away(run, torn):
     run.cut_back(10)
     run.add_metrics(row(3))
     assert run.metrics() == [*rows, row(3)]
+
+
+def test_damaged_lines_are_left_out_and_the_others_kept(run):
+    rows = [row(step) for step in range(1, 6)]
+    for r in rows:
+        run.add_metrics(r)
+        run.add_sample(r["step"], f"text {r['step']}")
+    seal = run.seal()
+    assert run.changes(seal) == []
+    for file, found, put in ((run.metrics_file, '"step": 3', '"step"; 3'), (run.samples_file, "## Step 3", '#"Step 3')):
+        file.write_text(file.read_text().replace(found, put))
+    assert run.changes(seal) == [run.metrics_file, run.samples_file]
+    assert run.metrics() == [r for r in rows if r["step"] != 3]
+    run.cut_back(4)
+    assert [r["step"] for r in run.metrics()] == [1, 2, 4]
+    assert sampled(run) == [1, 2, 4]
+    assert "text 3" in run.samples_file.read_text()
+    run.samples_file.write_text(run.samples_file.read_text().replace("## Step 1", "#!Step 1"))
+    run.cut_back(4)
+    assert "text 1" in run.samples_file.read_text()
+
+
+def test_what_is_appended_and_cut_off_again_does_not_change_what_was_logged_before(run):
+    run.add_metrics(row(1, loss=1e-05, name="ünïcode \u2028"))
+    run.add_sample(1, "text")
+    seal = run.seal()
+    run.add_metrics(row(2))
+    run.add_sample(2, "more")
+    run.cut_back(1)
+    assert run.changes(seal) == []
+    assert run.seal() == seal
+    run.metrics_file.unlink()
+    assert run.changes(seal) == [run.metrics_file]
 
 
 def test_cutting_back_drops_what_came_after_the_step(run):
@@ -129,6 +165,54 @@ def test_asking_who_trains_does_not_keep_a_process_from_it(run):
         with run.lock():
             pass
         release.join()
+
+
+def test_a_process_whose_lock_another_one_has_stops_at_its_next_line(run):
+    """As where the lock was deleted, or on a disk without locks."""
+    other = RunFolder(run.path)
+    run.write_text("config.yaml", "")
+    with run.lock():
+        (run.path / ".lock").unlink()
+        run.add_metrics(row(1))  # takes it again
+        with pytest.raises(InputError, match="being trained by another process"), other.lock():
+            pass
+        (run.path / ".lock").unlink()
+        with other.lock():
+            with pytest.raises(InputError, match="another process has begun to train this run"):
+                run.add_metrics(row(2))
+            other.add_metrics(row(3))
+    assert [r["step"] for r in run.metrics()] == [1, 3]
+    with run.lock():
+        shutil.rmtree(run.path)
+        run.checkpoints.mkdir(parents=True)  # as a save does
+        with refused(f"{run.path}: was removed"):
+            run.add_metrics(row(4))
+
+
+def test_what_a_killed_process_has_left_is_removed_by_the_next(run):
+    (run.path / "tokenizer").mkdir()
+    for name in ("summary.json.0123abcd.partial", "tokenizer/tokenizer.json.0123abcd.partial"):
+        (run.path / name).write_text("{")
+    with run.lock():
+        assert {path.name for path in run.path.rglob("*")} == {"tokenizer", ".lock"}
+
+
+@pytest.mark.parametrize("name", [".lock", "samples.md", "checkpoints", "checkpoints/20", "tokenizer/tokenizer.json"])
+@pytest.mark.parametrize("make", [lambda path, to: path.symlink_to(to), lambda path, _: os.mkfifo(path)])
+def test_links_of_a_copied_folder_are_refused(run, tmp_path, name, make):
+    (run.path / name).parent.mkdir(exist_ok=True)
+    make(run.path / name, tmp_path / "elsewhere")
+    with refused(rf"{run.path / name}: is a link"):
+        run.check_links()
+
+
+@pytest.mark.parametrize(
+    "write", [lambda run: run.add_metrics(row(1)), lambda run: run.write_text("summary.json", "{}")]
+)
+def test_a_file_that_cannot_be_written_is_one_line_with_its_name(run, write):
+    run.path.rmdir()
+    with refused(rf"{run.path}/\w+\.jsonl?: cannot be written: No such file or directory"):
+        write(run)
 
 
 def test_a_folder_is_looked_at_without_devices(tmp_path, monkeypatch):

@@ -97,8 +97,8 @@ def check_log(run: RunFolder) -> Found:
         return
     n_lines = len(run.metrics_file.read_text(encoding="utf-8", errors="replace").splitlines())
     if n_lines > len(rows):
-        where = f"metrics.jsonl is damaged in line {len(rows) + 1} of {n_lines}"
-        yield "problem", f"{where}; the rest is ignored, and dropped when the run resumes"
+        where = f"{n_lines - len(rows):,} of {n_lines:,} lines of metrics.jsonl are damaged"
+        yield "problem", f"{where}; they are ignored, and dropped when the run resumes"
     last = rows[-1]
     text = f"{len(rows):,} lines up to step {last['step']:,}"
     train, validation = ([row for row in rows if row["split"] == split] for split in ("train", "val"))

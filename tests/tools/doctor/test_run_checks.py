@@ -129,7 +129,7 @@ def test_the_log_shows_skipped_steps_damage_and_steps_without_checkpoint(run):
     (run / "metrics.jsonl").write_text(lines + '{"step": 10, "sp\n')
     found = examine(run)["log"]
     assert [finding.level for finding in found] == ["problem", "ok", "note", "note"]
-    assert f"damaged in line {len(rows) + 1} of {len(rows) + 1}" in found[0].text
+    assert f"1 of {len(rows) + 1} lines of metrics.jsonl are damaged" in found[0].text
     assert "not finite in 1 logged steps, which were skipped: 1;" in found[2].text
     assert found[3].text.startswith("3 steps after the latest checkpoint")
 

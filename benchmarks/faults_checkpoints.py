@@ -1,0 +1,166 @@
+"""Faults of a run's folder: what a kill at each file operation leaves, and each kind of damage to each file.
+
+    python benchmarks/faults_checkpoints.py kills
+    python benchmarks/faults_checkpoints.py damage
+
+A tiny run is trained in this process. ``kills`` copies its folder before each file operation of Python in it, from the
+first to the last: what a kill there would leave. Each copy is resumed and must end bitwise equal to the unbroken run.
+``damage`` flips a bit in, cuts, empties, zeroes or deletes each file of the run, and looks whether a resume notices.
+"""
+
+import argparse
+import contextlib
+import io
+import random
+import shutil
+import sys
+import tempfile
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from kill_and_resume import differences, outcome
+
+from slm_jax import cli
+from slm_jax.errors import InputError
+from slm_jax.tasks.config import parse_args
+from slm_jax.training.resume import find_start
+
+STEPS, EVERY = 12, 3
+WRITES = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree"}
+
+
+def options(folder: Path, runs: Path, *more: str) -> list[str]:
+    """Return the options of the run, in ``runs/run``."""
+    words = (
+        f"--data.source text:{folder / 'text.txt'} --runs_dir {runs} --run run --tokenizer.kind char "
+        "--model.n_layers 1 --model.emb_dim 8 --model.n_heads 2 --model.context_length 8 --model.drop_rate 0.1 "
+        f"--train.batch_size 2 --train.steps {STEPS} --train.eval_every {EVERY} --train.log_every 1 "
+        f"--checkpoint.every {EVERY} --sample.every 6 --sample.max_new_tokens 5 --optimizer.warmup_steps 2"
+    )
+    return [*words.split(), *more]
+
+
+def train(*args: str) -> tuple[int, str]:
+    """Run ``slm-jax train``; return its exit status and all that it prints."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        status = cli.main(["train", *args])
+    return status, printed.getvalue()
+
+
+class Snapshots:
+    """Copies a folder before each operation of Python that writes in it; an audit hook stays for good."""
+
+    def __init__(self, folder: Path, copies: Path):
+        self._folder, self._copies, self._lock = str(folder), copies, threading.RLock()
+        self._busy = False
+        self.operations: list[str] = []
+        self.active = True
+        sys.addaudithook(self._hook)
+
+    def _hook(self, event: str, args: tuple[object, ...]) -> None:
+        if not self.active or event not in WRITES or not str(args[0]).startswith(self._folder):
+            return
+        if event == "open" and not (isinstance(args[2], int) and args[2] & 3):  # only reads
+            return
+        with self._lock:
+            if self._busy:
+                return
+            self._busy = True
+            try:
+                copy = self._copies / str(len(self.operations)) / "run"
+                # Another thread may remove a file meanwhile, as it could before a kill.
+                with contextlib.suppress(shutil.Error, OSError):
+                    shutil.copytree(self._folder, copy)
+                self.operations.append(f"{event} {str(args[0]).removeprefix(self._folder)}")
+            finally:
+                self._busy = False
+
+
+def kills(folder: Path, every: int) -> bool:
+    """Resume what a kill at each operation would leave; print and return whether all end equal."""
+    runs = folder / "unbroken"
+    shots = Snapshots(runs / "run", folder / "copies")
+    assert train(*options(folder, runs))[0] == 0
+    shots.active = False
+    expected = outcome(runs / "run")
+    equal, tried = 0, 0
+    for i in range(0, len(shots.operations), every):
+        copy = folder / "copies" / str(i)
+        copy.mkdir(parents=True, exist_ok=True)
+        status, printed = train(*options(folder, copy))
+        found = [f"status {status}: {printed[-300:]}"] if status else differences(expected, outcome(copy / "run"))
+        tried, equal = tried + 1, equal + (not found)
+        if found:
+            print(f"before {shots.operations[i]}: {found[:5]}", flush=True)
+        shutil.rmtree(copy)
+    print(f"{equal}/{tried} kills, at every {every}. of {len(shots.operations)} file operations, end bitwise equal")
+    return equal == tried
+
+
+def damages(content: bytes, chance: random.Random) -> Iterator[tuple[str, bytes | None]]:
+    """Give each kind of damage to a file: its name, and what the file has then (None: nothing, it is gone)."""
+    for _ in range(3):
+        flipped = bytearray(content)
+        flipped[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+        yield "flip", bytes(flipped)
+    yield "empty", b""
+    yield "half", content[: len(content) // 2]
+    yield "less one", content[:-1]
+    yield "zeros", bytes(len(content))
+    yield "deleted", None
+
+
+def damage(folder: Path, chance: random.Random) -> bool:
+    """Damage each file of a run's checkpoints and logs; print and return whether a resume notices all of it."""
+    runs = folder / "runs"
+    assert train(*options(folder, runs))[0] == 0
+    config = parse_args(options(folder, runs, "--train.steps", str(2 * STEPS)))
+    run = runs / "run"
+    files = [path for path in sorted((run / "checkpoints").rglob("*")) if path.is_file() and path.stat().st_size]
+    files += [run / "metrics.jsonl", run / "samples.md"]
+    intact = find_start(config)
+    assert not intact.notes, intact.notes
+    noticed, tried = Counter[str](), Counter[str]()
+    for path in files:
+        content = path.read_bytes()
+        for kind, changed in damages(content, chance):
+            if changed == content:
+                continue
+            path.unlink() if changed is None else path.write_bytes(changed)
+            tried[kind] += 1
+            try:
+                notes = find_start(config).notes
+            except InputError as error:
+                notes = (str(error),)
+            noticed[kind] += bool(notes)
+            if not notes:
+                print(f"{kind} of {path.relative_to(run)} is not noticed", flush=True)
+            path.write_bytes(content)
+    for kind in tried:
+        print(f"{kind}: {noticed[kind]}/{tried[kind]} noticed before the first step")
+    print(f"{noticed.total()}/{tried.total()} in {len(files)} files")
+    return noticed == tried
+
+
+def main() -> int:
+    """Run one of the two; exit with 0 only if all is well."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("kills", "damage"))
+    parser.add_argument("--every", type=int, default=1, help="kill only at every so manieth operation")
+    parser.add_argument("--seed", type=int, default=0, help="of the flips")
+    given = parser.parse_args()
+    parts: dict[str, Callable[[Path], bool]] = {
+        "kills": lambda folder: kills(folder, given.every),
+        "damage": lambda folder: damage(folder, random.Random(given.seed)),
+    }
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "text.txt").write_text("a bad cafe\n" * 40, encoding="utf-8")
+        return 0 if parts[given.what](folder) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
