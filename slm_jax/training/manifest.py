@@ -96,11 +96,11 @@ def find_damage(folder: Path, arrays: bool = True, step: int | None = None) -> s
     if saved_as != step:
         return f"{folder} is not of step {step}: it was saved as step {saved_as}"
     with ThreadPoolExecutor() as pool:
-        found = pool.map(lambda name: _damage(folder / name, *sums[name], arrays), sums)
+        found = pool.map(lambda file: _damage(folder / file[0], *file[1], arrays=arrays), sums.items())
         return next((damage for damage in found if damage), None)
 
 
-def _damage(path: Path, size: int, digest: str, arrays: bool) -> str | None:
+def _damage(path: Path, size: int, digest: str, *, arrays: bool) -> str | None:
     if not path.is_file():
         return f"{path} is missing from the checkpoint"
     if path.stat().st_size != size:

@@ -210,11 +210,11 @@ class RunFolder:
             if step is not None
         ]
 
-    def seal(self) -> dict[str, tuple[int, str]]:
+    def seal(self) -> Object:
         """Return the sizes in bytes and the SHA-256 of what is logged up to now, for :meth:`changes`."""
         return {file.name: (file.stat().st_size, sha256(file)) for file in self._logs() if file.is_file()}
 
-    def changes(self, seal: dict[str, tuple[int, str]]) -> list[Path]:
+    def changes(self, seal: Object) -> list[Path]:
         """Return the files in which what was logged then is not there any more."""
         changed = []
         for file in self._logs():
