@@ -28,7 +28,7 @@ from typing import Any
 
 from slm_jax.data.rows import OnRead, Row, Source, ignore_bytes
 from slm_jax.errors import MissingInputError
-from slm_jax.files import cache_folder, replace_text
+from slm_jax.files import cache_folder, read_json, replace_text
 
 # Not read: installed packages, tests and demos, and the code pages, which are tables.
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "encodings"}
@@ -91,7 +91,7 @@ def python_docs() -> tuple[str, ...]:
     file = None
     with suppress(OSError, ValueError):
         file = cache_folder() / "builtin" / f"python-docs-{_digest(topics)}.json"
-        return tuple(json.loads(file.read_text(encoding="utf-8")))
+        return tuple(read_json(file, kind=list[str]))
     modules = {path.relative_to(_stdlib()).as_posix(): "\n\n".join(_docstrings(tree)) for path, _, tree in _modules()}
     named = [*topics.items(), *modules.items()]
     seen: set[str] = set()

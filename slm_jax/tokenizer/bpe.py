@@ -47,8 +47,7 @@ class _TiktokenTokenizer(Tokenizer):
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         offset = check_text(text).find(END_OF_TEXT)
         if offset >= 0 and not allow_special:
-            expected = "expected text without it (in Python, allow_special=True makes it the token)"
-            raise InputError(f"the text has {END_OF_TEXT} at offset {offset}; {expected}")
+            raise InputError(f"the text has {END_OF_TEXT} at offset {offset}; expected text without it")
         return join([self._encode_ordinary(document) for document in text.split(END_OF_TEXT)], self.eot_id)
 
     def _encode_ordinary(self, text: str) -> list[int]:

@@ -143,7 +143,7 @@ def test_encode_refuses_what_is_not_text(kind):
 @pytest.mark.parametrize("kind", ["bpe", pytest.param("gpt2", marks=needs_gpt2)])
 def test_special_text_is_refused_unless_allowed(kind):
     tokenizer = make(kind)
-    with pytest.raises(InputError, match=r"offset 4; .*allow_special=True"):
+    with pytest.raises(InputError, match=r"offset 4; expected text without it"):
         tokenizer.encode(f"the {END_OF_TEXT} cat")
     allowed = tokenizer.encode(f"the {END_OF_TEXT} cat{END_OF_TEXT}", allow_special=True)
     eot = tokenizer.eot_id
