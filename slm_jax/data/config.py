@@ -107,5 +107,5 @@ class InstructionConfig:
     packing: bool = False
     too_long: Literal["drop", "truncate"] = "drop"
     max_length: Annotated[int, Ge(2)] | None = None
-    empty: Literal["drop", "refuse"] = "drop"
+    empty: Execution[Literal["drop", "refuse"]] = "drop"  # the data are identified by their SHA-256
     responses: Execution[NotNegative | None] = None
