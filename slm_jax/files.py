@@ -52,13 +52,13 @@ def cache_folder() -> Path:
 def read_json(file: Path, remedy: str = "download or export it again", kind: Any = Object) -> Any:
     """Read a JSON file; ``remedy`` says what to do if it is none, or not of ``kind`` (see `check_kind`)."""
     try:
-        if (size := file.stat().st_size) > _MOST_JSON_BYTES:
-            raise InputError(f"{file}: {size:,} bytes; expected JSON of at most {_MOST_JSON_BYTES:,}")
-        return parse_json(file.read_bytes(), file, remedy, kind)
-    except InputError:
-        raise
+        with file.open("rb") as stream:
+            data = stream.read(_MOST_JSON_BYTES + 1)
     except OSError as error:
         raise InputError(f"{file}: cannot be read as JSON ({error}); {remedy}") from None
+    if len(data) > _MOST_JSON_BYTES:
+        raise InputError(f"{file}: too long; expected JSON of at most {_MOST_JSON_BYTES:,} bytes")
+    return parse_json(data, file, remedy, kind)
 
 
 def parse_json(data: bytes | str, where: object, remedy: str = "", kind: Any = Object) -> Any:
@@ -68,10 +68,7 @@ def parse_json(data: bytes | str, where: object, remedy: str = "", kind: Any = O
         content = json.loads(text, object_pairs_hook=_unique)
         if kind is not Any and _HALF_CHARACTER.search(text):  # rows name the field
             json.dumps(content, ensure_ascii=False).encode()
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # also half a character, a number of too many digits, brackets nested too deep
+    except (ValueError, RecursionError) as error:  # also half a character, too many digits, brackets nested too deep
         start = f": {data.strip()[:60]!r:.60}" if isinstance(data, str) else ""
         raise InputError(f"{where}: not JSON ({error}){start}{remedy and '; '}{remedy}") from None
     return check_kind(content, kind, where, remedy)
