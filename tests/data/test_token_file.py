@@ -138,7 +138,7 @@ def test_changed_and_missing_shards_are_refused(tmp_path):
         (lambda text: text[:50], "not JSON"),
         (
             lambda text: text.replace('"tokens": 5', '"tokens": 5, "tokens": 5'),
-            r"key .tokens. occurs twice",
+            r"not JSON .key .tokens. occurs twice",
         ),
         (lambda text: text.replace('"version": 1', '"version": 2'), "does not describe token ids"),
         (lambda text: text.replace('"tokens": 5', '"tokens": "5"'), "tokens: expected `int`, got `str`"),
