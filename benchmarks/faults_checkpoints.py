@@ -3,8 +3,9 @@
     python benchmarks/faults_checkpoints.py kills
     python benchmarks/faults_checkpoints.py damage
 
-A tiny run is trained in this process. ``kills`` copies its folder before each file operation of Python in it, from the
-first to the last: what a kill there would leave. Each copy is resumed and must end bitwise equal to the unbroken run.
+A tiny run with a mirror is trained in this process. ``kills`` copies both before each file operation of Python in them,
+from the first to the last: what a kill there would leave. Each copy is resumed, a third from the mirror alone, and must
+end bitwise equal to the unbroken run.
 ``damage`` flips a bit in, cuts, empties, zeroes or deletes each file of the run, and looks whether a resume notices.
 """
 
@@ -31,10 +32,11 @@ STEPS, EVERY = 12, 3
 WRITES = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree"}
 
 
-def options(folder: Path, runs: Path, *more: str) -> list[str]:
-    """Return the options of the run, in ``runs/run``."""
+def options(folder: Path, place: Path, *more: str) -> list[str]:
+    """Return the options of the run, in ``runs/run`` of a place, and of its mirror there, in ``drive/run``."""
     words = (
-        f"--data.source text:{folder / 'text.txt'} --runs_dir {runs} --run run --tokenizer.kind char "
+        f"--data.source text:{folder / 'text.txt'} --runs_dir {place / 'runs'} --run run --tokenizer.kind char "
+        f"--checkpoint.mirror {place / 'drive'} "
         "--model.n_layers 1 --model.emb_dim 8 --model.n_heads 2 --model.context_length 8 --model.drop_rate 0.1 "
         f"--train.batch_size 2 --train.steps {STEPS} --train.eval_every {EVERY} --train.log_every 1 "
         f"--checkpoint.every {EVERY} --sample.every 6 --sample.max_new_tokens 5 --optimizer.warmup_steps 2"
@@ -70,7 +72,7 @@ class Snapshots:
                 return
             self._busy = True
             try:
-                copy = self._copies / str(len(self.operations)) / "run"
+                copy = self._copies / str(len(self.operations))
                 # Another thread may remove a file meanwhile, as it could before a kill.
                 with contextlib.suppress(shutil.Error, OSError):
                     shutil.copytree(self._folder, copy)
@@ -81,17 +83,22 @@ class Snapshots:
 
 def kills(folder: Path, every: int) -> bool:
     """Resume what a kill at each operation would leave; print and return whether all end equal."""
-    runs = folder / "unbroken"
-    shots = Snapshots(runs / "run", folder / "copies")
-    assert train(*options(folder, runs))[0] == 0
+    place = folder / "unbroken"
+    (place / "drive").mkdir(parents=True)
+    shots = Snapshots(place, folder / "copies")
+    assert train(*options(folder, place))[0] == 0
     shots.active = False
-    expected = outcome(runs / "run")
+    expected = outcome(place / "runs" / "run")
     equal, tried = 0, 0
-    for i in range(0, len(shots.operations), every):
+    for number, i in enumerate(range(0, len(shots.operations), every)):
         copy = folder / "copies" / str(i)
-        copy.mkdir(parents=True, exist_ok=True)
+        (copy / "drive").mkdir(parents=True, exist_ok=True)
+        if number % 3 == 0:  # on a new machine
+            shutil.rmtree(copy / "runs", ignore_errors=True)
         status, printed = train(*options(folder, copy))
-        found = [f"status {status}: {printed[-300:]}"] if status else differences(expected, outcome(copy / "run"))
+        found = [f"status {status}: {printed[-300:]}"]
+        if not status:
+            found = differences(expected, outcome(copy / "runs" / "run"))
         tried, equal = tried + 1, equal + (not found)
         if found:
             print(f"before {shots.operations[i]}: {found[:5]}", flush=True)
@@ -115,10 +122,11 @@ def damages(content: bytes, chance: random.Random) -> Iterator[tuple[str, bytes 
 
 def damage(folder: Path, chance: random.Random) -> bool:
     """Damage each file of a run's checkpoints and logs; print and return whether a resume notices all of it."""
-    runs = folder / "runs"
-    assert train(*options(folder, runs))[0] == 0
-    config = parse_args(options(folder, runs, "--train.steps", str(2 * STEPS)))
-    run = runs / "run"
+    (folder / "drive").mkdir()
+    assert train(*options(folder, folder))[0] == 0
+    shutil.rmtree(folder / "drive" / "run")
+    config = parse_args(options(folder, folder, "--train.steps", str(2 * STEPS)))
+    run = folder / "runs" / "run"
     files = [path for path in sorted((run / "checkpoints").rglob("*")) if path.is_file() and path.stat().st_size]
     files += [run / "metrics.jsonl", run / "samples.md"]
     intact = find_start(config)

@@ -52,6 +52,8 @@ def run(options: Options) -> int:
         raise InputError(f"text is {options.text!r:.60} and there are {len(runs)} runs; expected one run with it")
     folder = Path() if single is None else single.folder.path
     out = check_new_file(folder / FILE if options.out is None else options.out, "out", "page.html")
+    if options.out is None and out.is_symlink():
+        raise InputError(f"{out}: is a link in a run's folder; remove it, or choose another --out")
     if out.exists() and out.resolve().suffix.lower() not in PAGES:
         raise InputError(f"{out}: exists, and only files that end in .html are replaced; choose another --out")
     content = write_comparison(runs) if single is None else write_page(single, options.text)
