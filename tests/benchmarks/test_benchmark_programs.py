@@ -20,6 +20,13 @@ def test_accuracy_on_what_words_tell(tmp_path):
     assert all(line.endswith("mean 100.00%") for line in done.stdout.splitlines())
 
 
+def test_files_changed_at_random_are_read_or_refused_in_one_line():
+    pytest.importorskip("sentencepiece", reason="needs the extra sentencepiece")
+    done = run("faults_files", "--runs", 200, "--seconds", 1, "--only", "FILE")
+    assert done.returncode == 0, done.stdout
+    assert " 0 failures" in done.stdout.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     ("program", "words", "message"),
     [
