@@ -82,7 +82,9 @@ def find_start(config: BaseRunConfig, damaged: dict[int, str] | None = None) -> 
         problem = next(iter(damage.values()), "seen by the first host")
         raise InputError(f"{run.checkpoints}: every checkpoint is damaged ({problem}); use another --run NAME")
     for at, problem in damage.items():
-        notes.append(f"warning: {problem}; " + ("resuming from an earlier checkpoint" if at > step else "set aside"))
+        notes.append(
+            f"warning: {problem}; " + ("resuming from an earlier checkpoint" if 0 <= step < at else "set aside")
+        )
     if step >= 0:
         _check_config(config, run.path, metadata)
         notes += [

@@ -195,6 +195,15 @@ def test_an_older_checkpoint_that_is_damaged_is_set_aside_and_stops_no_run(place
         assert checkpoints.saved_steps() == [8]
 
 
+def test_a_run_whose_only_save_was_not_finished_starts_from_the_beginning(place, configured):
+    alone = configured(checkpoint=CheckpointConfig())
+    leave_at(place / "runs", 6)
+    (place / "runs/run/checkpoints/6" / CHECKSUMS).unlink()
+    start = find_start(alone)
+    assert (start.step, start.whole) == (None, ())
+    assert [note.rpartition("; ")[2] for note in start.notes] == ["set aside", "the run starts from the beginning"]
+
+
 def test_a_run_that_was_killed_before_its_first_step_starts_again(place, configured, monkeypatch):
     """Whatever it has written until then."""
     for stop_at in ("open_loggers", "RunLog", "Checkpoints"):
