@@ -72,8 +72,8 @@ class ModelOptions(LoadOptions):
     """Which model.
 
     Attributes:
-        run: a run's folder such as runs/tiny, or runs/tiny@800 for one of its checkpoints; or GPT-2 weights: a file,
-            a folder or a name such as gpt2.
+        run: a run's folder such as runs/tiny, or runs/tiny@800 for one of its checkpoints; or pretrained weights: a
+            file, a folder or a name such as gpt2.
     """
 
     run: str

@@ -70,8 +70,8 @@ class GenerateOptions(Output):
     """Measure greedy generation: the prompt, each token after it, and the time to read the weights.
 
     Attributes:
-        run: a run's folder such as runs/tiny, or GPT-2 weights: a file, a folder or a name such as gpt2; null: a model
-            with random weights.
+        run: a run's folder such as runs/tiny, or pretrained weights: a file, a folder or a name such as gpt2; null: a
+            model with random weights.
         model: shape of a model with random weights; dtype is the dtype of its weights, too.
         batch_sizes: numbers of prompts at a time, measured one after the other, such as 1,8.
         prompt_tokens: tokens of a prompt.

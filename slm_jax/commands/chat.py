@@ -21,7 +21,9 @@ HELP = """\
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options(SamplingOptions):
-    """Talk with a trained run or GPT-2 weights. A model that was not trained on conversations only continues the text.
+    """Talk with a trained run or pretrained weights.
+
+    A model that was not trained on conversations only continues the text.
 
     Attributes:
         template: how the conversation is written for the model: alpaca, phi3, chatml, a JSON file, or none for plain

@@ -21,8 +21,8 @@ class Options(LoadOptions):
     """Measure a model on a text, LAMBADA and HellaSwag, or responses to instructions; the figures are printed as JSON.
 
     Attributes:
-        run: a run's folder such as runs/tiny, or runs/tiny@800 for one of its checkpoints; or GPT-2 weights: a file,
-            a folder or a name such as gpt2; null: only responses are measured.
+        run: a run's folder such as runs/tiny, or runs/tiny@800 for one of its checkpoints; or pretrained weights: a
+            file, a folder or a name such as gpt2; null: only responses are measured.
         source: text to measure the loss on: builtin:python-docs, text:GLOB, jsonl:GLOB, parquet:GLOB, tfds:NAME,
             named:NAME or tokens:FILE.bin.
         text_column: column of the texts in jsonl:, parquet: and tfds: sources; null: text, or in tfds: the only text

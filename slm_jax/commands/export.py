@@ -109,11 +109,13 @@ def _say_how_to_open(out: str, about: "About") -> None:
 def _say_how_to_run(out: str, tokenizer: "Tokenizer | None") -> None:
     from slm_jax.weights.gguf_tokenizer import tokenizer_metadata
 
-    if tokenizer is not None:
-        try:
-            tokenizer_metadata(tokenizer)
-        except InputError as error:
-            print(f"slm-jax export: no tokenizer in model.gguf: {error}", file=sys.stderr)
+    if tokenizer is None:
+        return
+    try:
+        tokenizer_metadata(tokenizer)
+    except InputError as error:
+        print(f"slm-jax export: no tokenizer in model.gguf, so only slm-jax can run it: {error}", file=sys.stderr)
+        return
     print(f"use it with: llama-cli -m {out}/model.gguf, or: ollama create NAME -f {out}/Modelfile")
 
 

@@ -12,7 +12,7 @@ from slm_jax.files import user_path
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options(SamplingOptions):
-    """Write text with a trained run or GPT-2 weights.
+    """Write text with a trained run or pretrained weights.
 
     Attributes:
         prompt: start of the text; empty: the start of a document.

@@ -7,10 +7,10 @@ from slm_jax.commands import LoadOptions, load
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options(LoadOptions):
-    """Make a run of GPT-2 weights: Hugging Face's, nanoGPT's, the book's, or gpt2, gpt2-medium, -large, -xl by name.
+    """Make a run of pretrained weights: a file or folder of any supported format, or a name such as gpt2.
 
     Attributes:
-        source: file or folder of weights, or a name such as gpt2.
+        source: file or folder of weights, or a name such as gpt2 or smollm2-135m-instruct.
         run: name of the new run; it must not exist.
         runs_dir: folder of the runs.
     """

@@ -65,7 +65,6 @@ class ChatTemplate(Template):
         return [(text[start:end], bool(i % 2)) for i, (start, end) in pairs if start < end]
 
     def text(self, messages: Sequence[Message]) -> str:
-        """Return the text of a conversation."""
         return "".join(self._render(messages))
 
     def prompt(self, messages: Sequence[Message]) -> str:

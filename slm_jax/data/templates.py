@@ -39,6 +39,10 @@ class Template(ABC):
     def pieces(self, messages: Sequence[Message]) -> list[tuple[str, bool]]:
         """Return the whole text in pieces, each with whether it is a response (with the text that ends it)."""
 
+    def text(self, messages: Sequence[Message]) -> str:
+        """Return the text of a conversation."""
+        return "".join(text for text, _ in self.pieces(messages))
+
     @abstractmethod
     def prompt(self, messages: Sequence[Message]) -> str:
         """Return the text up to the start of the last response; a last message of the assistant is left out."""
@@ -91,7 +95,7 @@ class TextTemplate(Template):
 
     def prompt(self, messages: Sequence[Message]) -> str:
         asked = messages[:-1] if messages[-1].role == "assistant" else messages
-        return "".join(text for text, _ in self.pieces(asked)) + self.assistant_start
+        return self.text(asked) + self.assistant_start
 
     def to_dict(self) -> dict[str, str]:
         return dataclasses.asdict(self)

@@ -63,7 +63,7 @@ class Instruction(Task):
         template = configured or _own_template(base)
         if base is None:
             texts = [
-                ["".join(text for text, _ in template.pieces(example.messages)) for example in examples]
+                [template.text(example.messages) for example in examples]
                 for examples in (splits.train, splits.validation)
             ]
             base = new_base(config, make_tokenizer(config.tokenizer, *texts))

@@ -271,7 +271,7 @@ class BaseRunConfig:
         restarts: how often the command starts again by itself, from the last checkpoint, after it was killed or lost
             another process.
         join_timeout: seconds that a process waits at the start for the others of its job.
-        base: weights to start from: a run, run@step, GPT-2 weights or a name such as gpt2; null: a new model.
+        base: weights to start from: a run, run@step, pretrained weights or a name such as gpt2; null: a new model.
         base_optimizer: whether to start from the optimizer state of the base, too; only for a base that is a run.
         trainable: parameters to train: all, the head, the last_block (with final norm and head), the last_n_blocks
             (likewise), or low-rank adapters (lora).

@@ -9,7 +9,7 @@ from typing import Any
 
 from slm_jax.model import GPTConfig
 from slm_jax.weights.names import Format
-from slm_jax.weights.side_files import About, end_ids, json_file, side_files
+from slm_jax.weights.side_files import About, end_ids, json_file, pad_id, side_files
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,17 +31,17 @@ class HuggingFace(Format):
             **self.config(cfg),
             "tie_word_embeddings": cfg.tie_weights,
             **ids,
-            **(_class_keys(about.classes, ids["eos_token_id"]) if about.classes else {}),
+            **(_class_keys(about.classes, pad_id(cfg, about.tokenizer)) if about.classes else {}),
             "torch_dtype": dtype,
         }
         return {"config.json": json_file(config), **side_files(cfg, self.model_type, about)}
 
 
-def _class_keys(classes: Sequence[str], end: int | None) -> dict[str, Any]:
+def _class_keys(classes: Sequence[str], pad: int | None) -> dict[str, Any]:
     """Return what a classifier states: it looks for the last token that is not padding."""
     return {
         "id2label": {str(index): name for index, name in enumerate(classes)},
         "label2id": {name: index for index, name in enumerate(classes)},
         "problem_type": "single_label_classification",
-        "pad_token_id": end,
+        "pad_token_id": pad,
     }

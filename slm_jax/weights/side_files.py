@@ -68,6 +68,11 @@ def end_ids(cfg: GPTConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
     return {"bos_token_id": end, "eos_token_id": end}
 
 
+def pad_id(cfg: GPTConfig, tokenizer: Tokenizer | None) -> int | None:
+    """Return the id that texts of a batch are padded with."""
+    return end_ids(cfg, None)["eos_token_id"] if tokenizer is None else _role_id(tokenizer, "pad_token")
+
+
 def _role_id(tokenizer: Tokenizer, role: str) -> int:
     """Return the id of the special token with a role; of the end-of-text token if there is none."""
     return tokenizer.special_tokens.get(tokenizer.roles.get(role, ""), tokenizer.eot_id)
@@ -80,8 +85,7 @@ def _n_ids(cfg: GPTConfig, tokenizer: Tokenizer | None) -> int:
 def _generation(cfg: GPTConfig, about: About) -> dict[str, Any]:
     n_ids, ends = _n_ids(cfg, about.tokenizer), end_ids(cfg, about.tokenizer)
     padding = {"suppress_tokens": list(range(n_ids, cfg.vocab_size))} if n_ids < cfg.vocab_size else {}
-    pad = ends["bos_token_id"] if about.tokenizer is None else _role_id(about.tokenizer, "pad_token")
-    return {**ends, "pad_token_id": pad, **padding, **about.generation}
+    return {**ends, "pad_token_id": pad_id(cfg, about.tokenizer), **padding, **about.generation}
 
 
 def _tokenizer_files(cfg: GPTConfig, about: About) -> dict[str, bytes]:
@@ -198,6 +202,6 @@ def _card(cfg: GPTConfig, model_type: str, about: About, code: str) -> str:
     ]
     if about.template is not None:
         question, answer = Message("user", "(question)", "(its input, if it has one)"), Message("assistant", "(answer)")
-        example = "".join(text for text, _ in about.template.pieces([question, answer]))
+        example = about.template.text([question, answer])
         parts.append(f"It was trained on conversations of this form:\n\n````text\n{example}\n````\n")
     return "\n".join(parts)

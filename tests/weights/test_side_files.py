@@ -10,10 +10,13 @@ from hypothesis import strategies as st
 from jinja2.exceptions import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from slm_jax.data.chat_template import ChatTemplate
 from slm_jax.data.templates import TEMPLATES, Message, TextTemplate
 from slm_jax.model import GPTConfig, param_shapes
-from slm_jax.tokenizer import BPETokenizer, CharTokenizer
+from slm_jax.tokenizer import END_OF_TEXT, BPETokenizer, CharTokenizer, PretrainedTokenizer
+from slm_jax.weights.registry import find_format
 from slm_jax.weights.side_files import About, chat_template
+from slm_jax.weights.tokenizer_json import tokenizer_json
 from slm_jax.weights.writer import write_model
 
 ODD = TextTemplate(
@@ -101,3 +104,22 @@ def test_a_tokenizer_that_only_we_have_is_written_for_us_alone(tmp_path):
 def test_code_in_the_card_asks_with_characters_that_the_model_has(tmp_path):
     folder = written(tmp_path, tokenizer=CharTokenizer("xyz"))
     assert 'generate("z"' in (folder / "README.md").read_text()
+
+
+def test_a_classifier_with_several_end_ids_is_padded_with_one():
+    model = json.loads(tokenizer_json(BPETokenizer.train("to be or not to be", 262)))
+    tokenizer = PretrainedTokenizer(model, {"eos_token": END_OF_TEXT}, [262, 3])
+    about = About(name="tiny", tokenizer=tokenizer, classes=("a", "b"))
+    cfg = GPTConfig(vocab_size=263, context_length=8, emb_dim=8, n_heads=2, n_layers=1)
+    files = find_format("huggingface", cfg).side_files(cfg, "float32", about)
+    config = json.loads(files["config.json"])
+    assert config["eos_token_id"] == [262, 3]
+    assert config["pad_token_id"] == 262
+    assert json.loads(files["tokenizer_config.json"])["pad_token"] == END_OF_TEXT
+
+
+def test_a_card_shows_templates_whose_prompt_adds_what_a_conversation_has_not(tmp_path):
+    source = "{% for m in messages %}<{{ m.content }}>{% endfor %}{% if add_generation_prompt %}<think>{% endif %}"
+    tokenizer = BPETokenizer.train("to be or not to be", 262)
+    folder = written(tmp_path, tokenizer=tokenizer, template=ChatTemplate(source, {}))
+    assert "><(answer)>\n````" in (folder / "README.md").read_text()

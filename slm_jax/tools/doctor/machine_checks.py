@@ -34,7 +34,7 @@ Found = Iterator[tuple[Level, str]]  # a level and one line: what was found, and
 SMALL = 2e9  # bytes; a checkpoint of GPT-2 small with its optimizer takes 1.5 GB
 
 HOSTS = {
-    "huggingface.co": "GPT-2's weights",
+    "huggingface.co": "pretrained models",
     "openaipublic.blob.core.windows.net": "GPT-2's tokenizer",
     "raw.githubusercontent.com": "the named texts",
     "storage.googleapis.com": "TensorFlow Datasets",
@@ -272,8 +272,10 @@ def check_cache() -> Found:
         yield "ok", f"SLM_JAX_DATA has {', '.join(there) or 'none of the named texts'}"
 
     hub = Path(constants.HF_HUB_CACHE)
-    weights = [n for n in PINS if any((hub / f"models--{owner}{n}").is_dir() for owner in ("openai-community--", ""))]
-    text = f"Hugging Face's, {hub}: {', '.join(weights) or 'no GPT-2 weights yet'}"
+    # GPT-2's repositories formerly had no owner.
+    folders = {n: [f"models--{repo.replace('/', '--')}" for repo in (pin.repository, n)] for n, pin in PINS.items()}
+    weights = [n for n, names in folders.items() if any((hub / name).is_dir() for name in names)]
+    text = f"Hugging Face's, {hub}: {', '.join(weights) or 'no pretrained models yet'}"
     if constants.HF_HUB_OFFLINE:
         yield "note", f"{text}; HF_HUB_OFFLINE is set, so nothing is downloaded from there"
     else:

@@ -121,7 +121,11 @@ def test_caches_say_what_is_there(tmp_path, monkeypatch):
     ]
     monkeypatch.setenv("SLM_JAX_DATA", str(tmp_path))
     (tmp_path / NAMED_FILES["sms-spam"].file).write_text("x")
-    assert ("ok", "SLM_JAX_DATA has sms-spam") in machine_checks.check_cache()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    (tmp_path / "models--HuggingFaceTB--SmolLM2-135M").mkdir()
+    found = list(machine_checks.check_cache())
+    assert ("ok", "SLM_JAX_DATA has sms-spam") in found
+    assert any(text == f"Hugging Face's, {tmp_path}: smollm2-135m" for _, text in found)
 
 
 def test_an_unreachable_network_is_a_note(monkeypatch):
@@ -133,4 +137,4 @@ def test_an_unreachable_network_is_a_note(monkeypatch):
         assert list(machine_checks.check_network()) == [("ok", f"reached {', '.join(machine_checks.HOSTS)}")]
     ((level, text),) = machine_checks.check_network()  # the proxy is gone
     assert level == "note"
-    assert text.startswith("cannot reach huggingface.co (GPT-2's weights), ")
+    assert text.startswith("cannot reach huggingface.co (pretrained models), ")
