@@ -60,7 +60,7 @@ def _tokenizer_metadata(cfg: GPTConfig, about: About) -> dict[str, Any]:
         with suppress(InputError):  # which the command reports
             values = tokenizer_metadata(tokenizer, cfg.vocab_size)
     own = None if tokenizer is None else tokenizer.chat_template
-    template = own if about.template is None else chat_template(about.template)
+    template = own if about.template is None else chat_template(about.template, tokenizer)
     return {**values, **({} if template is None else {"tokenizer.chat_template": template})}
 
 

@@ -6,6 +6,7 @@ from contextlib import suppress
 
 from slm_jax.data.templates import TEMPLATES, Message, Template, TextTemplate
 from slm_jax.errors import InputError
+from slm_jax.tokenizer import Tokenizer
 from slm_jax.weights.side_files import About
 
 
@@ -16,14 +17,16 @@ def modelfile(file_name: str, context_length: int, about: About) -> str:
     if template is None:
         lines.append('TEMPLATE """{{ .Prompt }}"""')
     else:
-        if (plain := _as_text(template)) is not None:  # else Ollama looks for one in the file
+        if (plain := _as_text(template, about.tokenizer)) is not None:  # else Ollama looks for one in the file
             lines.append(f'TEMPLATE """{go_template(plain)}"""')
-        lines += [f'PARAMETER stop """{end}"""' for end in template.stop]
+        lines += [f'PARAMETER stop """{end}"""' for end in (plain or template).stop]
     return "\n".join([*lines, f"PARAMETER num_ctx {context_length}", ""])
 
 
-def _as_text(template: Template) -> TextTemplate | None:
+def _as_text(template: Template, tokenizer: Tokenizer | None) -> TextTemplate | None:
     """Return a template without Jinja: one of the built-in ones, perhaps with a system message by default."""
+    # Ollama puts it before the text.
+    start = tokenizer.roles["bos_token"] if tokenizer is not None and tokenizer.start_ids else ""
     if isinstance(template, TextTemplate):
         return template
     talk = [Message("user", "1"), Message("assistant", "2"), Message("user", "3")]
@@ -31,8 +34,8 @@ def _as_text(template: Template) -> TextTemplate | None:
     with suppress(InputError):  # a template may refuse system messages
         for known in TEMPLATES.values():
             plain = dataclasses.replace(known, default_system="")
-            first, found, rest = template.prompt(talk).partition(plain.prompt(talk))
-            if found and not rest and template.prompt(with_system) == plain.prompt(with_system):
+            first, found, rest = template.prompt(talk).removeprefix(start).partition(plain.prompt(talk))
+            if found and not rest and template.prompt(with_system).removeprefix(start) == plain.prompt(with_system):
                 return dataclasses.replace(plain, default_system=first)
     return None
 

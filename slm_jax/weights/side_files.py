@@ -109,7 +109,7 @@ def _tokenizer_files(cfg: GPTConfig, about: About) -> dict[str, bytes]:
     if about.classes:  # texts of a batch are padded with it
         settings.setdefault("pad_token", settings["eos_token"])
     if about.template is not None:
-        settings["chat_template"] = chat_template(about.template)
+        settings["chat_template"] = chat_template(about.template, about.tokenizer)
     return {"tokenizer.json": content.encode(), "tokenizer_config.json": json_file(settings)}
 
 
@@ -127,16 +127,17 @@ _CHAT_TEMPLATE = (
 )
 
 
-def chat_template(template: Template) -> str:
+def chat_template(template: Template, tokenizer: Tokenizer | None = None) -> str:
     """Return a template in Jinja, which ``transformers`` and others render to the same text.
 
     A model's own is in Jinja already. In others, a message of the user may have an ``input`` beside its ``content``, as
-    an entry of Alpaca has.
+    an entry of Alpaca has. Programs leave it to the template to begin with the token that the model expects there.
     """
     if isinstance(template, ChatTemplate):
         return template.source
     fields = {name.upper(): json.dumps(text, ensure_ascii=False) for name, text in template.to_dict().items()}
-    return re.sub("|".join(fields), lambda found: fields[found[0]], _CHAT_TEMPLATE)
+    start = "{{ bos_token }}" if tokenizer is not None and tokenizer.start_ids else ""
+    return start + re.sub("|".join(fields), lambda found: fields[found[0]], _CHAT_TEMPLATE)
 
 
 _PLAIN = """\

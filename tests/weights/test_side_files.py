@@ -1,5 +1,6 @@
 """What must hold beside exported weights: other programs write conversations, stop and sample as we do."""
 
+import dataclasses
 import json
 
 import jax
@@ -10,10 +11,12 @@ from hypothesis import strategies as st
 from jinja2.exceptions import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from slm_jax.data.chat_template import ChatTemplate
-from slm_jax.data.templates import TEMPLATES, Message, TextTemplate
+from slm_jax.data.chat_template import ChatTemplate, own_template
+from slm_jax.data.templates import TEMPLATES, Message, TextTemplate, encode_prompt
 from slm_jax.model import GPTConfig, param_shapes
-from slm_jax.tokenizer import END_OF_TEXT, BPETokenizer, CharTokenizer, PretrainedTokenizer
+from slm_jax.tokenizer import END_OF_TEXT, BPETokenizer, CharTokenizer, PretrainedTokenizer, get_tokenizer
+from slm_jax.tokenizer.from_scores import with_bos
+from slm_jax.weights.ollama import modelfile
 from slm_jax.weights.registry import find_format
 from slm_jax.weights.side_files import About, chat_template
 from slm_jax.weights.tokenizer_json import tokenizer_json
@@ -106,15 +109,30 @@ def test_code_in_the_card_asks_with_characters_that_the_model_has(tmp_path):
     assert 'generate("z"' in (folder / "README.md").read_text()
 
 
+def test_conversations_begin_with_the_token_that_the_model_expects(tmp_path):
+    bpe = BPETokenizer.train("to be or not to be", 262)
+    model = with_bos(json.loads(tokenizer_json(bpe)), END_OF_TEXT, bpe.eot_id)
+    tokenizer = PretrainedTokenizer(model, dict.fromkeys(("bos_token", "eos_token"), END_OF_TEXT), [bpe.eot_id], True)
+    read = get_tokenizer(written(tmp_path, tokenizer=tokenizer, template=TEMPLATES["alpaca"]))
+    template, talk = own_template(read), [Message("user", "To be?")]
+    expected = encode_prompt(tokenizer, TEMPLATES["alpaca"], talk)
+    assert expected[0] == bpe.eot_id
+    assert encode_prompt(read, template, talk) == expected
+    about = About(name="x", tokenizer=tokenizer, template=TEMPLATES["alpaca"])
+    again = dataclasses.replace(about, tokenizer=read, template=template)
+    assert modelfile("model.gguf", 64, again) == modelfile("model.gguf", 64, about)
+
+
 def test_a_classifier_with_several_end_ids_is_padded_with_one():
-    model = json.loads(tokenizer_json(BPETokenizer.train("to be or not to be", 262)))
-    tokenizer = PretrainedTokenizer(model, {"eos_token": END_OF_TEXT}, [262, 3])
+    bpe = BPETokenizer.train("to be or not to be", 262)
+    model = json.loads(tokenizer_json(bpe))
+    tokenizer = PretrainedTokenizer(model, {"eos_token": END_OF_TEXT}, [bpe.eot_id, 3])
     about = About(name="tiny", tokenizer=tokenizer, classes=("a", "b"))
     cfg = GPTConfig(vocab_size=263, context_length=8, emb_dim=8, n_heads=2, n_layers=1)
     files = find_format("huggingface", cfg).side_files(cfg, "float32", about)
     config = json.loads(files["config.json"])
-    assert config["eos_token_id"] == [262, 3]
-    assert config["pad_token_id"] == 262
+    assert config["eos_token_id"] == [bpe.eot_id, 3]
+    assert config["pad_token_id"] == bpe.eot_id
     assert json.loads(files["tokenizer_config.json"])["pad_token"] == END_OF_TEXT
 
 
