@@ -25,10 +25,10 @@ def modelfile(file_name: str, context_length: int, about: About) -> str:
 
 def _as_text(template: Template, tokenizer: Tokenizer | None) -> TextTemplate | None:
     """Return a template without Jinja: one of the built-in ones, perhaps with a system message by default."""
-    # Ollama puts it before the text.
-    start = tokenizer.roles["bos_token"] if tokenizer is not None and tokenizer.start_ids else ""
     if isinstance(template, TextTemplate):
         return template
+    # Ollama puts it before the text.
+    start = tokenizer.roles["bos_token"] if tokenizer is not None and tokenizer.start_ids else ""
     talk = [Message("user", "1"), Message("assistant", "2"), Message("user", "3")]
     with_system = [Message("system", "0"), *talk]
     with suppress(InputError):  # a template may refuse system messages
