@@ -51,7 +51,7 @@ def json_file(content: Mapping[str, Any]) -> bytes:
 def side_files(cfg: GPTConfig, model_type: str, about: About) -> dict[str, bytes]:
     """Return the files by name; those of the tokenizer only if other programs can have it."""
     tokenizer = _tokenizer_files(cfg, about)
-    code = _snippet(about) if tokenizer else _WEIGHTS.format(name=json.dumps(about.name))
+    code = _snippet(cfg, about) if tokenizer else _WEIGHTS.format(name=json.dumps(about.name))
     return {
         "README.md": _card(cfg, model_type, about, code).encode(),
         **({} if about.classes else {"generation_config.json": json_file(_generation(cfg, about))}),
@@ -144,14 +144,14 @@ _PLAIN = """\
 from transformers import pipeline
 
 generate = pipeline("text-generation", model={name})
-print(generate({prompt}, max_new_tokens=30)[0]["generated_text"])
+print(generate({prompt}, max_new_tokens={room})[0]["generated_text"])
 """
 _CHAT = """\
 from transformers import pipeline
 
 chat = pipeline("text-generation", model={name})
 messages = [{{"role": "user", "content": {prompt}}}]
-print(chat(messages, max_new_tokens=30)[0]["generated_text"][-1]["content"])
+print(chat(messages, max_new_tokens={room})[0]["generated_text"][-1]["content"])
 """
 _CLASSIFY = """\
 from transformers import pipeline
@@ -166,7 +166,7 @@ model = AutoModel.from_pretrained({name})
 """
 
 
-def _snippet(about: About) -> str:
+def _snippet(cfg: GPTConfig, about: About) -> str:
     """Return Python code that opens the model and uses it."""
     assert about.tokenizer is not None
     form, prompt = _PLAIN, "Every effort"
@@ -178,7 +178,8 @@ def _snippet(about: About) -> str:
         about.tokenizer.encode(prompt)
     except InputError:  # it has ids for few characters
         prompt = about.tokenizer.decode([about.tokenizer.vocab_size // 2])
-    return form.format(name=json.dumps(about.name, ensure_ascii=False), prompt=json.dumps(prompt))
+    room = min(30, max(1, cfg.context_length // 4))  # the prompt needs some of the context, too
+    return form.format(name=json.dumps(about.name, ensure_ascii=False), prompt=json.dumps(prompt), room=room)
 
 
 def _card(cfg: GPTConfig, model_type: str, about: About, code: str) -> str:
