@@ -37,6 +37,8 @@ def read_weights(
 ) -> tuple[GPTConfig, Params]:
     """Read weights of any format; arguments as for :func:`slm_jax.runs.load_pretrained`."""
     form, files = _recognise(open_tensors(find_file(path)))
+    if form.class_head in files.tensors:
+        raise InputError(f"{files.file}: a classifier (tensor {form.class_head}); expected a language model")
     stated, digests = _our_metadata(files)
     fields, files = _fields(form, files, stated)
     with located(files.file):
