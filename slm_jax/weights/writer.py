@@ -16,7 +16,7 @@ from slm_jax.model import GPTConfig, Params
 from slm_jax.nn.axes import HEAD, STACK
 from slm_jax.nn.blocks import join_blocks
 from slm_jax.nn.lora import merge_adapters
-from slm_jax.tokenizer import FILE_NAME, GPT2Tokenizer, PretrainedTokenizer, Tokenizer
+from slm_jax.tokenizer import FILE_NAME, GPT2Tokenizer, Tokenizer
 from slm_jax.weights.gguf_tokenizer import tokenizer_metadata
 from slm_jax.weights.names import CLASS_BIAS, CLASSES, NORM_BIAS, TOKENS, leaf_shapes
 from slm_jax.weights.registry import FormatName, GGUFDtype, find_format
@@ -104,8 +104,8 @@ save_gpt2 = save_pretrained  # its name when GPT-2 was the only family
 
 
 def _is_elsewhere(tokenizer: Tokenizer, format: FormatName) -> bool:
-    """Return whether a tokenizer is GPT-2's, or a pretrained model's that is in the GGUF file."""
-    if not isinstance(tokenizer, PretrainedTokenizer) or format != "gguf":
+    """Return whether a tokenizer is GPT-2's, or in the GGUF file, which then also has its template."""
+    if isinstance(tokenizer, GPT2Tokenizer) or format != "gguf":
         return isinstance(tokenizer, GPT2Tokenizer)
     try:
         tokenizer_metadata(tokenizer)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from gguf_files import F32, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, LLAMA, VOCAB, WIDTH, file, llama_tensors
 
+from slm_jax.data.templates import TEMPLATES, Message, encode_prompt
 from slm_jax.errors import InputError
 from slm_jax.model import GPTConfig, param_shapes
 from slm_jax.runs import load_gpt2, load_model
@@ -181,7 +182,7 @@ def test_another_program_reads_the_metadata_and_the_tokenizer(tmp_path):
 
     tokenizer = BPETokenizer.train("the cat sat on the mat. the cat sat. " * 9, vocab_size=262)
     cfg, params = model(**LIKE_LLAMA, vocab_size=270)
-    path = save_gguf(cfg, params, tmp_path / "out", tokenizer=tokenizer)
+    path = save_gguf(cfg, params, tmp_path / "out", tokenizer=tokenizer, template=TEMPLATES["alpaca"])
     fields = {name: field.contents() for name, field in GGUFReader(path / "model.gguf").fields.items()}
     assert fields["general.architecture"] == "llama"
     assert (fields["llama.block_count"], fields["llama.vocab_size"]) == (2, 270)
@@ -191,11 +192,14 @@ def test_another_program_reads_the_metadata_and_the_tokenizer(tmp_path):
     assert tokens[tokenizer.eot_id] == "<|endoftext|>"
     assert fields["tokenizer.ggml.eos_token_id"] == tokenizer.eot_id
     assert len(fields["tokenizer.ggml.merges"]) == tokenizer.vocab_size - 257
-    again = load_model((path / "model.gguf").rename(tmp_path / "alone.gguf"))
+    again = load_model(path)
     assert again.model_config.unpadded_vocab_size == again.tokenizer.vocab_size == tokenizer.vocab_size
     text = "the cat’s mat, 2 cats\n\n  and\ta hat"
     assert again.tokenizer.encode(text) == tokenizer.encode(text)
     assert again.tokenizer.eot_id == tokenizer.eot_id
+    talk = [Message("user", "the cat?")]
+    expected = encode_prompt(tokenizer, TEMPLATES["alpaca"], talk)
+    assert encode_prompt(again.tokenizer, again.template, talk) == expected
 
 
 @needs_gguf
