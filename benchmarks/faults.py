@@ -1,6 +1,6 @@
 """Break runs in every way that we know, as subprocesses, and compare each with one that was never broken.
 
-    python benchmarks/faults.py --seed 0                # every part; writes benchmarks/RELIABILITY.md's figures
+    python benchmarks/faults.py --write                 # every part but soak; figures into benchmarks/RELIABILITY.md
     python benchmarks/faults.py kills cache --trials 20 # some parts, as many trials of each
     python benchmarks/faults.py soak --minutes 45       # one long run with a fault at least each minute
 
@@ -13,6 +13,7 @@ number but the times, and the samples. Exit status 0 only if everything holds.
 import argparse
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -47,6 +48,7 @@ ENVIRONMENT = (
     "MPLBACKEND=bogus", "MPLBACKEND=module://matplotlib_inline.backend_inline", "MATPLOTLIBRC={folder}/matplotlibrc",
     "JAX_COMPILATION_CACHE_DIR=/proc/none", "XDG_CACHE_HOME=/proc/none", "HOME=/nowhere", "LC_ALL=C", "COLUMNS=1",
 )  # fmt: skip
+PAGE = Path(__file__).with_name("RELIABILITY.md")
 Outcome = Iterator[tuple[str, str | None]]  # of each trial: what was done, and what is wrong (None: nothing)
 
 
@@ -178,6 +180,14 @@ def soak(place: Place) -> Outcome:
     yield f"{steps} steps, {n_faults} faults", ", ".join(found[:5]) or None
 
 
+def write(figures: dict[str, str]) -> None:
+    """Put figures into the table of RELIABILITY.md."""
+    text = PAGE.read_text()
+    for part, figure in figures.items():
+        text = re.sub(rf"^(\| {part} \|).*?\|", rf"\1 {figure} |", text, flags=re.M)
+    PAGE.write_text(text)
+
+
 PARTS: dict[str, Callable[[Place], Outcome]] = {
     part.__name__: part for part in (kills, signals, cache, environment, soak)
 }
@@ -190,6 +200,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--trials", type=int, default=20, help="of each part; default: %(default)s")
     parser.add_argument("--minutes", type=float, default=45, help="of the soak; default: %(default)s")
+    parser.add_argument("--write", action="store_true", help=f"put the figures into {PAGE.name}")
     options = parser.parse_args()
     figures = {}
     with tempfile.TemporaryDirectory(prefix="faults") as name:
@@ -200,6 +211,8 @@ def main() -> int:
                 print(f"{part}: {what}: {'NOT ' + wrong if wrong else 'as it must be'}", flush=True)
                 results.append(wrong is None)
             figures[part] = f"{sum(results)}/{len(results)}"
+    if options.write:
+        write(figures)
     print(", ".join(f"{part} {figure}" for part, figure in figures.items()))
     return 0 if all(len(set(figure.split("/"))) == 1 for figure in figures.values()) else 1
 
