@@ -94,7 +94,7 @@ def outcome(run: Path) -> dict[str, Any]:
         "arrays": arrays(checkpoints / str(step)),
         "data": read_metadata(checkpoints, step)["data"],
         "metrics": [{key: value for key, value in row.items() if key not in TIMES} for row in rows],
-        "samples": (run / "samples.md").read_text(),
+        "samples": samples.read_text() if (samples := run / "samples.md").exists() else None,
     }
 
 
