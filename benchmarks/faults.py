@@ -11,6 +11,7 @@ number but the times, and the samples. Exit status 0 only if everything holds.
 """
 
 import argparse
+import json
 import os
 import random
 import re
@@ -29,18 +30,22 @@ from slm_jax.data.builtin import python_docs
 from slm_jax.training.manifest import saved_steps
 
 SMALL = {
-    "tokenizer.vocab_size": 300, "model.n_layers": 2, "model.emb_dim": 32, "model.context_length": 64,
+    "tokenizer.vocab_size": 300, "model.n_layers": 2, "model.emb_dim": 32, "model.context_length": 256,
 }  # fmt: skip
 COMMON = {
     "model.unroll": "false", "model.drop_rate": 0.1, "train.batch_size": 4, "train.eval_every": 20,
     "train.eval_batch_size": 64, "train.log_every": 1, "checkpoint.every": 15, "sample.every": 20,
     "sample.max_new_tokens": 8, "optimizer.warmup_steps": 10, "optimizer.learning_rate": 1e-3,
 }  # fmt: skip
+ANSWERS = {
+    "task": "instruction", "base": "{folder}/base", "data.source": "jsonl:{folder}/sums.jsonl",
+    "instruction.responses": 2, "instruction.template": "chatml",
+}  # fmt: skip
 VARIANTS: dict[str, dict[str, Any]] = {
     "pretraining": {**SMALL, "train.accumulate": 2, "data.source": "text:{folder}/text.txt"},
     "classification": {"task": "classification", "base": "{folder}/base", "train.eval_every": 30},
-    "instruction": {"task": "instruction", "trainable": "all", "base": "{folder}/base", "instruction.responses": 2},
-    "lora": {"task": "instruction", "trainable": "lora", "base": "{folder}/base", "instruction.responses": 2},
+    "instruction": {**ANSWERS, "trainable": "all"},
+    "lora": {**ANSWERS, "trainable": "lora"},
 }
 ENVIRONMENT = (
     "JAX_ENABLE_X64=1", "JAX_DISABLE_JIT=1", "JAX_NUMPY_DTYPE_PROMOTION=strict", "JAX_NUMPY_RANK_PROMOTION=raise",
@@ -61,6 +66,8 @@ class Place:
         self.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
         self._unbroken: dict[tuple[str, int], tuple[dict[str, Any], float]] = {}
         (folder / "text.txt").write_text("\n".join(python_docs())[:60_000], encoding="utf-8")
+        sums = ({"instruction": f"Add one to {i}.", "output": f"{i + 1}."} for i in range(200))
+        (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sums))
         (folder / "matplotlibrc").write_text("text.usetex: true\n")
         self.run("pretraining", "base", 4)
 
@@ -83,7 +90,8 @@ class Place:
         if (variant, steps) not in self._unbroken:
             for name in ("warm-up", "unbroken"):
                 began = time.monotonic()
-                assert self.run(variant, f"{variant}-{name}", steps)[0] == 0
+                status, errors = self.run(variant, f"{variant}-{name}", steps)
+                assert status == 0, errors
                 seconds = time.monotonic() - began
             self._unbroken[variant, steps] = outcome(self.folder / f"{variant}-unbroken"), seconds
         return self._unbroken[variant, steps]
