@@ -43,7 +43,7 @@ ANSWERS = {
 }  # fmt: skip
 VARIANTS: dict[str, dict[str, Any]] = {
     "pretraining": {**SMALL, "train.accumulate": 2, "data.source": "text:{folder}/text.txt"},
-    "classification": {"task": "classification", "base": "{folder}/base", "train.eval_every": 30},
+    "classification": {"task": "classification", "base": "{folder}/base", "data.source": "jsonl:{folder}/labels.jsonl"},
     "instruction": {**ANSWERS, "trainable": "all"},
     "lora": {**ANSWERS, "trainable": "lora"},
 }
@@ -68,6 +68,8 @@ class Place:
         (folder / "text.txt").write_text("\n".join(python_docs())[:60_000], encoding="utf-8")
         sums = ({"instruction": f"Add one to {i}.", "output": f"{i + 1}."} for i in range(200))
         (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sums))
+        labels = ({"text": f"{i} is {'even' if i % 2 else 'odd'}", "label": str(i % 3)} for i in range(200))
+        (folder / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labels))
         (folder / "matplotlibrc").write_text("text.usetex: true\n")
         self.run("pretraining", "base", 4)
 
@@ -172,7 +174,8 @@ def soak(place: Place) -> Outcome:
     """Train for so many minutes with a fault at least each minute: a kill, a signal, damage to the last checkpoint."""
     per_step = place.unbroken("pretraining", 400)[1] / 400
     steps = round(place.minutes * 60 / per_step)
-    expected = place.unbroken("pretraining", steps)[0]
+    assert place.run("pretraining", "whole", steps)[0] == 0
+    expected = outcome(place.folder / "whole")
     n_faults, done = 0, False
     while not done:
         process = place.start("pretraining", "soak", steps)
