@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from kill_and_resume import differences, outcome
+from outcomes import differences, outcome
 
 from slm_jax.data.builtin import python_docs
 from slm_jax.training.manifest import saved_steps

@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from kill_and_resume import differences, outcome
+from outcomes import differences, outcome
 
 from slm_jax import cli
 from slm_jax.errors import InputError

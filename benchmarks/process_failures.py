@@ -21,10 +21,27 @@ import tempfile
 import time
 from pathlib import Path
 
-from kill_and_resume import OPTIONS, differences, outcome
+from outcomes import differences, outcome
 
 from slm_jax.data.builtin import python_docs
 
+OPTIONS = {
+    "tokenizer.kind": "char",
+    "model.n_layers": 2,
+    "model.emb_dim": 32,
+    "model.context_length": 32,
+    "model.unroll": "false",
+    "model.drop_rate": 0.1,
+    "train.batch_size": 8,
+    "train.accumulate": 2,
+    "train.eval_every": 20,
+    "train.eval_batch_size": 64,
+    "train.log_every": 1,
+    "checkpoint.every": 15,
+    "sample.every": 40,
+    "sample.max_new_tokens": 40,
+    "optimizer.warmup_steps": 10,
+}
 STEPS, JOIN_TIMEOUT = 100, 20
 KINDS: dict[str, tuple[int, signal.Signals | None, int]] = {  # which process, what happens to it, restarts
     "SIGKILL of process 0": (0, signal.SIGKILL, 0),

@@ -155,16 +155,6 @@ def test_ctrl_c_while_jax_is_imported_ends_without_a_traceback(workplace):
     assert process.returncode == 130
 
 
-@pytest.mark.slow
-def test_killed_equals_unbroken_bitwise():
-    """Parameters, optimizer state, data state, every logged loss: the benchmark with one kill instead of twenty."""
-    script = Path(__file__).parent.parent / "benchmarks" / "kill_and_resume.py"
-    options = ["--kills", "1", "--steps", "60", "--seed", "10"]
-    done = subprocess.run([sys.executable, script, *options], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "1/1 bitwise equal" in done.stdout
-
-
 def test_not_finite_steps_change_nothing_and_three_stop(workplace, capsys):
     assert train(optimizer__learning_rate=1e30, optimizer__warmup_steps=0) == 1
     (line,) = capsys.readouterr().err.splitlines()
