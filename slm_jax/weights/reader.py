@@ -36,6 +36,20 @@ def read_weights(
     path: Path, n_heads: int | None, dtype: Any, param_dtype: Any, sharding: Any = None
 ) -> tuple[GPTConfig, Params]:
     """Read weights of any format; arguments as for :func:`slm_jax.runs.load_pretrained`."""
+    cfg, files, names, digests = _open(path, n_heads, dtype, param_dtype)
+    sharding = spread(sharding, param_shapes(cfg))
+    return cfg, _read(files, names, digests, leaf_shapes(cfg), cfg.param_dtype, sharding)
+
+
+def read_config(path: Path) -> GPTConfig:
+    """Return the configuration of weights of any format without reading their values."""
+    return _open(path, None, "float32", "float32")[0]
+
+
+def _open(
+    path: Path, n_heads: int | None, dtype: Any, param_dtype: Any
+) -> tuple[GPTConfig, TensorFiles, Mapping[str, Slot], dict[str, str]]:
+    """Return the configuration, the checked tensors, where each belongs, and their SHA-256 if they are stated."""
     form, files = _recognise(open_tensors(find_file(path)))
     if form.class_head in files.tensors:
         raise InputError(f"{files.file}: a classifier (tensor {form.class_head}); expected a language model")
@@ -47,9 +61,7 @@ def read_weights(
     # If the number of heads isn't stated, the tensors' shapes don't depend on it; check them before asking for it.
     _check_tensors(files, {name: slot.shape(shapes) for name, slot in names.items()}, form.title)
     with located(files.file):
-        cfg = dataclasses.replace(cfg, n_heads=_heads(fields, n_heads))
-    sharding = spread(sharding, param_shapes(cfg))
-    return cfg, _read(files, names, digests, leaf_shapes(cfg), cfg.param_dtype, sharding)
+        return dataclasses.replace(cfg, n_heads=_heads(fields, n_heads)), files, names, digests
 
 
 def _recognise(files: TensorFiles) -> tuple[Format, TensorFiles]:

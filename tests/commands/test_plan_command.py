@@ -1,6 +1,7 @@
 """What must hold of ``slm-jax plan``: tables to read, JSON to compute with, one line for a mistake."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,18 @@ def test_every_recipe_can_be_planned(recipe, tmp_path, monkeypatch, capsys):
     assert cli.main(["plan", "--config", str(CONFIGS / recipe), "--device", "a100-40g", *words]) == 0
     assert "total" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_base_may_be_weights_which_are_not_read(weights, tmp_path, capsys):
+    base = tmp_path / "base"
+    shutil.copytree(weights, base)
+    file = base / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-64] + bytes(64))  # another SHA-256
+    assert (
+        cli.main(["plan", "--device", "t4", "--task", "classification", "--base", str(base), "--format", "json"]) == 0
+    )
+    shapes = {name: shape for name, shape, *_ in json.loads(capsys.readouterr().out)["shares"]}
+    assert shapes["blocks_0/ff/fc/kernel"][-2:] == [16, 64]
 
 
 @pytest.mark.parametrize("words", [[], ["--task", "instruction"]])

@@ -40,6 +40,7 @@ from slm_jax.training.step import LossFn
 from slm_jax.training.task import Parameters
 from slm_jax.training.trainable import split_params
 from slm_jax.weights.hub import PINS
+from slm_jax.weights.reader import read_config
 
 ASSUMED_MFU = 0.4  # of accelerators, for models that keep one busy
 CHINCHILLA = 20  # tokens a parameter (Hoffmann et al. 2022)
@@ -144,7 +145,7 @@ def _vocab_size(config: RunConfig) -> tuple[int | None, tuple[str, ...]]:
 
 
 def _base_config(config: RunConfig, base: str) -> tuple[GPTConfig, tuple[str, ...]]:
-    """Return the model of the base: a run's, one with a name, or that of the tiny recipe before it is trained."""
+    """Return the model of the base: a run's, of weights, one with a name, or the tiny recipe's before it is trained."""
     checkpoint = find_checkpoint(base)
     if checkpoint is not None:
         return GPTConfig(**read_metadata(checkpoint[0] / "checkpoints", checkpoint[1])["model"]), ()
@@ -153,7 +154,9 @@ def _base_config(config: RunConfig, base: str) -> tuple[GPTConfig, tuple[str, ..
     tiny = RunConfig(run="tiny", runs_dir=config.runs_dir)
     if user_path(base) == tiny.folder:
         return tiny.gpt_config(tiny.tokenizer.vocab_size), (f"assumed: {base}, which does not exist yet, is tiny",)
-    raise InputError(f"base {base} is no existing run; expected one (train it first) or one of {', '.join(PINS)}")
+    if user_path(base).exists():
+        return read_config(user_path(base)), ()
+    raise InputError(f"base {base} is no existing run; expected one (train it first), weights, or a name such as gpt2")
 
 
 # --- The plan ---
