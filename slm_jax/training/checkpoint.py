@@ -28,7 +28,7 @@ from orbax.checkpoint import v1 as ocp
 
 from slm_jax.errors import InputError, SaveError
 from slm_jax.files import Object, parse_json
-from slm_jax.model import Params
+from slm_jax.model import DType, Params
 from slm_jax.training.manifest import (
     METADATA,
     REMOVED,
@@ -58,7 +58,7 @@ class Metadata(TypedDict, total=False):
     tokenizer: Object
     template: Object
     trainable: str
-    leaves: dict[str, list[int | str]]
+    leaves: dict[str, list[int | DType]]
     frozen_sha256: str | None
     checksums: dict[str, int]
     logs: dict[str, tuple[int, str]]
