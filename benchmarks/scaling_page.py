@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from slm_jax.files import write_png
+from slm_jax.pictures import write_png
 from slm_jax.training.progress import format_bytes, format_duration
 
 MEASURED, COMPUTED, BOUND = "#c2410c", "#9ab8d9", "#777777"

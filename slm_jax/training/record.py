@@ -151,9 +151,9 @@ class RunLog:
         if not math.isfinite(loss):
             return
         if len(self._recent) == self._recent.maxlen and loss > SPIKE * (highest := max(self._recent)):
-            before = f"the {len(self._recent)} logged before were at most {highest:.3f}"
+            before = f"the last {len(self._recent)} logged were at most {highest:.3f}"
             self.progress.note(
-                f"step {step:,}: the loss is {loss:.3f}; {before}: an unusual batch, or the learning rate"
+                f"step {step:,}: the loss rose to {loss:.3f}; {before}: a bad batch, or the learning rate"
             )
         self._recent.append(loss)
 

@@ -35,7 +35,7 @@ def damaged(value):
     [
         (changed(h__0__ln_2__bias=None, h__1__ln_2__bias=None), "missing: h.0.ln_2.bias, h.1.ln_2.bias;"),
         (changed(wte__weight=None), "wte.weight"),
-        (changed(score__weight=np.ones((2, WIDTH), np.float32)), "unknown to GPT-2: score.weight"),
+        (changed(score__weight=np.ones((2, WIDTH), np.float32)), "a classifier (tensor score.weight)"),
         (changed(h__1__ln_1__bias=np.ones(WIDTH + 1, np.float32)), f"h.1.ln_1.bias has the shape ({WIDTH + 1},)"),
         (changed(h__1__mlp__c_fc__weight=damaged(0).T), "h.1.mlp.c_fc.weight has the shape"),
         (changed(h__1__mlp__c_fc__weight=damaged(np.nan)), "h.1.mlp.c_fc.weight holds NaN"),
