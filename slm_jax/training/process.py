@@ -94,7 +94,9 @@ def _verify_programs() -> None:
 
         class Verified(compilation_cache.LRUCache):
             def get(self, key: str) -> bytes | None:
-                content = super().get(key) or b""
+                content = super().get(key)
+                if content is None:
+                    return None
                 program, digest = content[:-32], content[-32:]
                 if hashlib.sha256(program).digest() == digest:
                     return program

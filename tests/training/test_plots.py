@@ -2,8 +2,10 @@
 
 import struct
 
+import matplotlib
 import pytest
 
+from slm_jax.errors import InputError
 from slm_jax.training import record
 from slm_jax.training.record import draw_loss
 
@@ -26,6 +28,16 @@ def test_a_png_is_written(tmp_path, rows):
     assert min(struct.unpack(">II", content[16:24])) > 200  # width and height
     assert content.endswith(b"IEND\xaeB`\x82")
     assert [p.name for p in tmp_path.iterdir()] == ["loss.png"]
+
+
+def test_settings_of_the_machine_do_not_count_and_a_failure_is_an_input_error(tmp_path, monkeypatch):
+    with matplotlib.rc_context({"text.usetex": True, "figure.facecolor": "red"}):
+        draw_loss(TRAIN, tmp_path / "theirs.png", "a")
+    draw_loss(TRAIN, tmp_path / "ours.png", "a")
+    assert (tmp_path / "theirs.png").read_bytes() == (tmp_path / "ours.png").read_bytes()
+    monkeypatch.setattr(record, "write_png", lambda figure, path: 1 / 0)
+    with pytest.raises(InputError, match="matplotlib cannot draw"):
+        draw_loss(TRAIN, tmp_path / "none.png", "a")
 
 
 def test_the_labels_say_what_is_drawn(tmp_path, monkeypatch):

@@ -161,3 +161,23 @@ def test_a_programs_memory_is_there_when_it_runs_again() -> None:
     assert by_default > 10_000  # pages of 4 KiB: else this would show nothing
     assert page_faults("keep") < by_default / 10
     assert page_faults("command") < by_default / 10
+
+
+def test_settings_of_jax_for_other_projects_are_set_back_with_a_note(tmp_path):
+    """Those, and training in a thread, which can have no handlers of signals."""
+    script = """
+import threading, jax
+from slm_jax.training.process import JAX_SETTINGS, StopRequest, set_up
+set_up()
+print([getattr(jax.config, name) for name in JAX_SETTINGS] == [*JAX_SETTINGS.values()])
+def train():
+    with StopRequest() as stop:
+        stop.check()
+        print("trained")
+thread = threading.Thread(target=train); thread.start(); thread.join()
+"""
+    other = {"JAX_ENABLE_X64": "1", "JAX_DISABLE_JIT": "1", "JAX_NUMPY_DTYPE_PROMOTION": "strict"}
+    env = {**os.environ, "JAX_NUMPY_RANK_PROMOTION": "raise", "XDG_CACHE_HOME": str(tmp_path), **other}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "trained"]
+    assert [line.split()[1] for line in done.stderr.splitlines()] == [*other, "JAX_NUMPY_RANK_PROMOTION"]

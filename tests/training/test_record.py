@@ -126,6 +126,15 @@ def test_a_loss_far_above_the_last_ones_is_noted_once(make):
     assert [line.partition(":")[0] for line in notes] == ["step 25"]
 
 
+def test_a_picture_that_fails_is_a_warning_once(make, monkeypatch):
+    monkeypatch.setattr(record, "write_png", lambda figure, path: 1 / 0)
+    run = make()
+    run.train(1, step_metrics(2.0))
+    run.draw()
+    run.draw()
+    assert run.output.getvalue().count("warning: loss.png was not drawn") == 1
+
+
 def test_a_skipped_step_says_so_and_has_no_loss(make, clock):
     run = make()
     clock[0] += 1.0

@@ -219,3 +219,9 @@ def test_a_folder_is_looked_at_without_devices(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: pytest.fail("devices were asked for"))
     assert RunFolder(tmp_path).metrics() == []
     assert not RunFolder(tmp_path).is_locked()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere every path is a text")
+def test_a_path_that_is_not_utf_8_is_refused(tmp_path):
+    with pytest.raises(InputError, match="not UTF-8"):
+        RunFolder(tmp_path / os.fsdecode(b"caf\xe9")).create()
