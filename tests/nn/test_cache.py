@@ -10,6 +10,7 @@ import pytest
 from slm_jax.errors import InputError
 from slm_jax.model import GPTConfig, GPTModel, init_cache, param_shapes
 from slm_jax.nn.blocks import split_blocks, unstack_blocks
+from slm_jax.nn.cache import LayerCache, cached_attention
 
 CFG = GPTConfig(vocab_size=32, context_length=16, emb_dim=12, n_heads=3, n_layers=3, unroll=False)
 MODEL = GPTModel(CFG)
@@ -93,3 +94,16 @@ def test_what_does_not_fit_is_refused(params):
     wider = GPTModel(GPTConfig(**{**CFG.__dict__, "n_heads": 1}))
     with pytest.raises(InputError, match="another shape of model"):
         wider.apply({"params": params}, TOKENS[:, :2], cache=cache)
+
+
+def test_64_bit_integers_of_jax_change_nothing():
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.float32(rng.normal(size=(2, 1, 2, 4))) for _ in range(3))
+    cache, start = LayerCache(jnp.zeros((4, 8, 4), jnp.float32), jnp.zeros((4, 8, 4), jnp.float32)), jnp.int32([1, 3])
+    expected = cached_attention(q, k, v, cache, start)
+    jax.config.update("jax_enable_x64", True)
+    try:
+        found = cached_attention(q, k, v, cache, start)
+    finally:
+        jax.config.update("jax_enable_x64", False)
+    assert jax.tree.all(jax.tree.map(np.array_equal, found, expected))
