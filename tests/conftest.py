@@ -4,8 +4,8 @@ import gc
 import os
 from pathlib import Path
 
+import jaxtyping
 import pytest
-from jaxtyping import install_import_hook
 
 # Compiling dominates the tests' time: XLA's CPU compiler optimises less, emits its loops without MLIR and does not
 # split programs here, which takes a fifth of the time, and programs are kept between runs and shared by all workers.
@@ -16,13 +16,18 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".cache" / "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
-# Every annotated shape and dtype is checked while the tests run; the other packages have none.
+# Every annotated shape and dtype is checked while quick tests run; the other packages have none.
 SHAPED = ("attention", "data", "evaluation", "generation", "model", "nn", "tools.report.pictures", "training")
-install_import_hook(
+jaxtyping.install_import_hook(
     [f"slm_jax.{name}" for name in SHAPED], "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 )
 
 gc.set_threshold(200_000, 20, 1000)  # each traced program leaves many objects; collecting them took 4% of the time
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Check no shapes in slow tests, which run whole commands: it takes a tenth of their time."""
+    jaxtyping.config.update("jaxtyping_disable", item.get_closest_marker("slow") is not None)
 
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "then", "it", "saw", "that", "other", "who", "was", "not", "at"]

@@ -34,8 +34,7 @@ NOT_HERE = ("pip install", "pre-commit", "mkdocs serve", "slm-jax bench startup"
 NOT_RUN = re.compile(r"<!-- not run: (.+) -->")
 # What makes a training short, and its compilation; a base brings its own model.
 SHORT = {
-    "train.batch_size": 8, "train.eval_every": 4, "train.eval_batch_size": 64, "sample.max_new_tokens": 4,
-    "model.unroll": "false",
+    "train.batch_size": 8, "train.eval_every": 4, "train.eval_batch_size": 64, "model.unroll": "false",
 }  # fmt: skip
 SMALL = {"model.emb_dim": 16, "model.n_heads": 2, "model.n_layers": 4, "model.context_length": 128}
 # Trainings that several pages begin with: done once for all pages.
@@ -175,6 +174,10 @@ def shorter(words: list[str]) -> list[str]:
     more: dict[str, object] = {}
     if words[0] in ("train", "finetune") and "--help" not in words:
         more = dict(SHORT)
+        # Sampling compiles two programs; the shared runs and commands that name it do.
+        more |= (
+            {"sample.max_new_tokens": 4} if words in SHARED or "--sample." in " ".join(words) else {"sample.every": 0}
+        )
         if "--train.epochs" not in words:
             more["train.steps"] = 4
         if words[0] == "train" and "--base" not in words:
