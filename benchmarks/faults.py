@@ -1,13 +1,17 @@
 """Break runs in every way that we know, as subprocesses, and compare each with one that was never broken.
 
-    python benchmarks/faults.py --write                 # every part but soak; figures into benchmarks/RELIABILITY.md
+    python benchmarks/faults.py --seed 1 --minutes 45   # everything, the soak last; takes hours
+    python benchmarks/faults.py damage --write          # a part, its figure into benchmarks/RELIABILITY.md
     python benchmarks/faults.py kills cache --trials 20 # some parts, as many trials of each
     python benchmarks/faults.py soak --minutes 45       # one long run with a fault at least each minute
 
 The parts: ``kills``, SIGKILL at random moments, up to three in a row, of each task and LoRA; ``signals``, SIGTERM and
 SIGINT; ``cache``, flipped bits in the cache of compiled programs; ``environment``, variables meant for other programs;
-``soak``. Equal means, bit for bit: all parameters, the optimizer's state, the dropout key, the data state, every logged
-number but the times, and the samples. Exit status 0 only if everything holds.
+``operations`` and ``damage``, a kill at each file operation and damage to each file (``faults_checkpoints.py``);
+``files``, changed files for each reader (``faults_files.py``); ``soak``.
+
+Equal means, bit for bit: all parameters, the optimizer's state, the dropout key, the data state, every logged number
+but the times, and the samples. Exit status 0 only if everything holds.
 """
 
 import argparse
@@ -16,6 +20,7 @@ import os
 import random
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -60,8 +65,9 @@ Outcome = Iterator[tuple[str, str | None]]  # of each trial: what was done, and 
 class Place:
     """A folder with a text, a base to fine-tune, and an unbroken run of each variant that was asked for."""
 
-    def __init__(self, folder: Path, chance: random.Random, trials: int, minutes: float):
-        self.folder, self.chance, self.trials, self.minutes = folder, chance, trials, minutes
+    def __init__(self, folder: Path, seed: int, trials: int, minutes: float):
+        self.folder, self.seed, self.trials, self.minutes = folder, seed, trials, minutes
+        self.chance = random.Random(seed)
         self.environ = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache")}
         self.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
         self._unbroken: dict[tuple[str, int], tuple[dict[str, Any], float]] = {}
@@ -174,7 +180,13 @@ def soak(place: Place) -> Outcome:
     """Train for so many minutes with a fault at least each minute: a kill, a signal, damage to the last checkpoint."""
     per_step = place.unbroken("pretraining", 400)[1] / 400
     steps = round(place.minutes * 60 / per_step)
-    assert place.run("pretraining", "whole", steps)[0] == 0
+    process, resident = place.start("pretraining", "whole", steps), []
+    while process.poll() is None:
+        resident.append(memory(process.pid))
+        time.sleep(5)
+    assert process.returncode == 0
+    a_tenth = max(1, len(resident) // 10)  # the first tenth starts and compiles; the process may end within the last
+    early, late = (statistics.median(resident[i * a_tenth : (i + 1) * a_tenth]) for i in (1, 8))
     expected = outcome(place.folder / "whole")
     n_faults, done = 0, False
     while not done:
@@ -188,7 +200,25 @@ def soak(place: Place) -> Outcome:
             flip(max(arrays, key=lambda path: path.stat().st_size), place.chance)
         n_faults += not done
     found = differences(expected, outcome(place.folder / "soak"))
-    yield f"{steps} steps, {n_faults} faults", ", ".join(found[:5]) or None
+    what = f"{steps} steps, {n_faults} faults; memory of the unbroken run {early:.0f} to {late:.0f} MB"
+    yield what, ", ".join(found[:5]) or None
+
+
+def memory(pid: int) -> float:
+    """Return a process's resident megabytes; 0 where they are not known, and of one that has ended."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+    except OSError:
+        return 0.0
+
+
+def elsewhere(place: Place, program: str, *words: str) -> str:
+    """Run a program beside this one; return how many of its trials ended as they must, which begins its last line."""
+    command = [sys.executable, str(Path(__file__).with_name(program)), *words, "--seed", str(place.seed)]
+    done = subprocess.run(command, env=place.environ, stdout=subprocess.PIPE, text=True)
+    print(done.stdout, flush=True)
+    found = re.match(r"\d+/\d+", (done.stdout.splitlines() or [""])[-1])
+    return found[0] if found else "0/1"
 
 
 def write(figures: dict[str, str]) -> None:
@@ -202,12 +232,17 @@ def write(figures: dict[str, str]) -> None:
 PARTS: dict[str, Callable[[Place], Outcome]] = {
     part.__name__: part for part in (kills, signals, cache, environment, soak)
 }
+ELSEWHERE = {
+    "operations": ("faults_checkpoints.py", "kills"),
+    "damage": ("faults_checkpoints.py", "damage"),
+    "files": ("faults_files.py",),
+}
 
 
 def main() -> int:
     """Run the parts; print each trial, and the figures at the end."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], default=[], help="default: all but soak")
+    parser.add_argument("parts", nargs="*", choices=[[], *ELSEWHERE, *PARTS], default=[], help="default: all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--trials", type=int, default=20, help="of each part; default: %(default)s")
     parser.add_argument("--minutes", type=float, default=45, help="of the soak; default: %(default)s")
@@ -215,8 +250,11 @@ def main() -> int:
     options = parser.parse_args()
     figures = {}
     with tempfile.TemporaryDirectory(prefix="faults") as name:
-        place = Place(Path(name), random.Random(options.seed), options.trials, options.minutes)
-        for part in options.parts or [part for part in PARTS if part != "soak"]:
+        place = Place(Path(name), options.seed, options.trials, options.minutes)
+        for part in options.parts or [*ELSEWHERE, *PARTS]:
+            if part in ELSEWHERE:
+                figures[part] = elsewhere(place, *ELSEWHERE[part])
+                continue
             results = []
             for what, wrong in PARTS[part](place):
                 print(f"{part}: {what}: {'NOT ' + wrong if wrong else 'as it must be'}", flush=True)

@@ -6,7 +6,8 @@
 A tiny run with a mirror is trained in this process. ``kills`` copies both before each file operation of Python in them,
 from the first to the last: what a kill there would leave. Each copy is resumed, a third from the mirror alone, and must
 end bitwise equal to the unbroken run.
-``damage`` flips a bit in, cuts, empties, zeroes or deletes each file of the run, and looks whether a resume notices.
+``damage`` flips bits in, cuts, empties, zeroes or deletes each file of a run with frozen weights: a resume must notice,
+or end as if nothing had been damaged.
 """
 
 import argparse
@@ -107,50 +108,77 @@ def kills(folder: Path, every: int) -> bool:
     return equal == tried
 
 
-def damages(content: bytes, chance: random.Random) -> Iterator[tuple[str, bytes | None]]:
+def damages(content: bytes, flips: int, chance: random.Random) -> Iterator[tuple[str, bytes | None]]:
     """Give each kind of damage to a file: its name, and what the file has then (None: nothing, it is gone)."""
-    for _ in range(3):
+    for _ in range(flips):
         flipped = bytearray(content)
         flipped[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
         yield "flip", bytes(flipped)
-    yield "empty", b""
-    yield "half", content[: len(content) // 2]
-    yield "less one", content[:-1]
-    yield "zeros", bytes(len(content))
-    yield "deleted", None
+    others = {"empty": b"", "half": content[: len(content) // 2], "less one": content[:-1], "deleted": None}
+    for kind, changed in {**others, "zeros": bytes(len(content))}.items():
+        if changed != content:
+            yield kind, changed
 
 
-def damage(folder: Path, chance: random.Random) -> bool:
-    """Damage each file of a run's checkpoints and logs; print and return whether a resume notices all of it."""
-    (folder / "drive").mkdir()
-    assert train(*options(folder, folder))[0] == 0
-    shutil.rmtree(folder / "drive" / "run")
-    config = parse_args(options(folder, folder, "--train.steps", str(2 * STEPS)))
-    run = folder / "runs" / "run"
-    files = [path for path in sorted((run / "checkpoints").rglob("*")) if path.is_file() and path.stat().st_size]
-    files += [run / "metrics.jsonl", run / "samples.md"]
+def damage(folder: Path, flips: int, chance: random.Random) -> bool:
+    """Damage each file of a run with frozen weights; print and return whether all damage is noticed or made good.
+
+    Damage to checkpoints and logs must be noticed before the first step. The other files are in the checkpoints, too:
+    a resumed run must be refused, or end as the one that was never damaged.
+    """
+    base_run = train(*options(folder, folder))
+    assert base_run[0] == 0, base_run[1]
+    base = ("--base", str(folder / "runs" / "run"), "--trainable", "last_block", "--checkpoint.mirror", "null")
+    part = options(folder, folder / "part", *base)
+    longer = [*part, "--train.steps", str(2 * STEPS)]
+    status, printed = train(*part)
+    assert status == 0, printed
+    config, run, kept = parse_args(longer), folder / "part" / "runs" / "run", folder / "kept"
+    shutil.copytree(run, kept)
+    assert train(*longer)[0] == 0
+    expected = outcome(run)
+    shutil.rmtree(run)
+    kept.rename(run)
+    logs = {run / "metrics.jsonl", run / "samples.md"}
+    files = [
+        path for path in sorted(run.rglob("*")) if path.suffix != ".png" and path.is_file() and path.stat().st_size
+    ]
+    assert run / "frozen.safetensors" in files, files
     intact = find_start(config)
     assert not intact.notes, intact.notes
-    noticed, tried = Counter[str](), Counter[str]()
+
+    def notices() -> bool:
+        try:
+            return bool(find_start(config).notes)
+        except InputError:
+            return True
+
+    def is_refused_or_equal() -> bool:
+        shutil.copytree(run, kept)
+        status, printed = train(*longer)
+        equal = status == 0 and not differences(expected, outcome(run))
+        shutil.rmtree(run)
+        kept.rename(run)
+        return equal or (status == 2 and len(printed.strip().splitlines()) == 1)
+
+    well, tried = Counter[str](), Counter[str]()
     for path in files:
+        if path.name in (".lock", "summary.json"):  # written anew
+            continue
+        looked_at = path in logs or run / "checkpoints" in path.parents
         content = path.read_bytes()
-        for kind, changed in damages(content, chance):
-            if changed == content:
-                continue
+        for kind, changed in damages(content, flips, chance):
             path.unlink() if changed is None else path.write_bytes(changed)
             tried[kind] += 1
-            try:
-                notes = find_start(config).notes
-            except InputError as error:
-                notes = (str(error),)
-            noticed[kind] += bool(notes)
-            if not notes:
+            good = notices() if looked_at else is_refused_or_equal()
+            well[kind] += good
+            if not good:
                 print(f"{kind} of {path.relative_to(run)} is not noticed", flush=True)
             path.write_bytes(content)
     for kind in tried:
-        print(f"{kind}: {noticed[kind]}/{tried[kind]} noticed before the first step")
-    print(f"{noticed.total()}/{tried.total()} in {len(files)} files")
-    return noticed == tried
+        print(f"{kind}: {well[kind]}/{tried[kind]}")
+    print(f"{well.total()}/{tried.total()} in {len(files)} files noticed before the first step, or made good")
+    return well == tried
 
 
 def main() -> int:
@@ -158,11 +186,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("kills", "damage"))
     parser.add_argument("--every", type=int, default=1, help="kill only at every so manieth operation")
+    parser.add_argument("--flips", type=int, default=8, help="in each file")
     parser.add_argument("--seed", type=int, default=0, help="of the flips")
     given = parser.parse_args()
     parts: dict[str, Callable[[Path], bool]] = {
         "kills": lambda folder: kills(folder, given.every),
-        "damage": lambda folder: damage(folder, random.Random(given.seed)),
+        "damage": lambda folder: damage(folder, given.flips, random.Random(given.seed)),
     }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

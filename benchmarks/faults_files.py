@@ -92,7 +92,7 @@ def main() -> None:
                     f"{name:28} {n:9,} runs {refused:9,} refused {sum(failures.values()):4} failures {seconds:5.0f} s"
                 )
                 sys.stdout.flush()
-    print(f"{'all':28} {total:9,} runs, {failed:,} failures")
+    print(f"{total - failed}/{total} ended with an answer or with one line")
     sys.exit(failed > 0)
 
 

@@ -260,6 +260,7 @@ def test_words_that_are_no_options_are_refused():
     assert refused(Recipe, "--small", "5") == "small is '5'; expected keys such as small.size"
 
 
+@pytest.mark.hostile
 @pytest.mark.parametrize(
     ("content", "expected"),
     [

@@ -301,7 +301,7 @@ def _orbax(path: Path) -> Iterator[Path]:
     """Give an absolute path that Orbax can write and read there; refuse a backslash, which TensorStore replaces."""
     path = path.resolve()
     if "\\" in path.as_posix():
-        raise InputError("a backslash in the path; expected a folder without one")
+        raise InputError(f"{path}: has a backslash; expected a path without one")
     context = ocp.Context()
     context.file_options.path_class = _LiteralPath
     with context:
@@ -387,7 +387,9 @@ def checkpoint_bytes(state: TrainState) -> int:
 
 
 def check_disk(run: RunFolder, state: TrainState, frozen: Params, keep: int) -> None:
-    """Refuse a disk without room for the checkpoints of a run and for its frozen parameters."""
+    """Refuse a path that Orbax cannot use, and a disk without room for the run's checkpoints and frozen parameters."""
+    with _orbax(run.checkpoints):
+        pass
     # The latest, the best and the one being written, less those that exist already.
     missing = max(1, keep + 2 - len(saved_steps(run.checkpoints)))
     each = checkpoint_bytes(state)

@@ -30,6 +30,7 @@ def test_it_answers_each_line_and_survives_mistakes(weights, capsys, monkeypatch
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.hostile
 def test_a_terminal_gets_no_control_characters_from_a_model(weights, capsys, monkeypatch):
     pieces = ["a\x1b]0;b\x07\x9b2J", "c\td"]
     monkeypatch.setattr("slm_jax.generation.conversation.Conversation.answer", lambda *_: (each for each in pieces))

@@ -132,6 +132,7 @@ def test_a_template_is_saved_with_the_date_that_it_was_trained_with():
         template_from_dict({**plain.to_dict(), "tokens": 3})
 
 
+@pytest.mark.hostile
 @pytest.mark.parametrize(
     ("source", "what"),
     [
@@ -155,6 +156,7 @@ def test_a_template_that_fails_is_refused_in_a_line(source, what):
         ChatTemplate(source, {}).prompt(ASK)
 
 
+@pytest.mark.hostile
 @pytest.mark.parametrize(
     "source", ["{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "{{ 9 ** (9 ** 9) }}"]
 )

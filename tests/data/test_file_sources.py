@@ -53,6 +53,7 @@ def zst(data: bytes) -> bytes:
 COMPRESS = {".txt": bytes, ".gz": gzip.compress, ".zst": zst}
 
 
+@pytest.mark.real_world
 @pytest.mark.parametrize("suffix", COMPRESS)
 def test_text_is_the_same_in_pieces_of_any_size(tmp_path, monkeypatch, suffix):
     path = tmp_path / f"a{suffix}"
@@ -87,6 +88,7 @@ def words(n: int) -> bytes:
     return b" ".join(b"%x" % rng.getrandbits(32) for _ in range(n))
 
 
+@pytest.mark.hostile
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 @pytest.mark.parametrize(
     "damage",
@@ -106,6 +108,7 @@ def test_a_damaged_compressed_file_is_one_line(tmp_path, suffix, damage):
         read_text(path)
 
 
+@pytest.mark.real_world
 @pytest.mark.parametrize("suffix", [".txt", ".gz"])
 def test_bytes_that_are_not_utf8_are_named_in_any_piece(tmp_path, monkeypatch, suffix):
     path = tmp_path / f"a{suffix}"
@@ -121,6 +124,7 @@ def test_bytes_that_are_not_utf8_are_named_in_any_piece(tmp_path, monkeypatch, s
                 read_text(path)
 
 
+@pytest.mark.real_world
 def test_other_encodings_and_binary_files_are_refused_early(tmp_path):
     path = tmp_path / "a.gz"
     path.write_bytes(gzip.compress("plain words".encode("utf-16")))
@@ -203,6 +207,7 @@ def test_a_json_file_is_a_list_of_objects(path):
     assert places(found) == ["entry 1", "entry 2"]
 
 
+@pytest.mark.real_world
 @pytest.mark.parametrize(
     ("scheme", "content", "expected"),
     [
@@ -237,6 +242,7 @@ def test_files_without_rows_and_missing_files_are_named(path, scheme, content):
 # Tables
 
 
+@pytest.mark.real_world
 def test_quoted_fields_hold_commas_quotes_and_line_breaks(path):
     path.write_bytes(b'\xef\xbb\xbflabel,text\r\nham,"a, ""b"""\r\n\r\nspam,"c\r\nd"\r\nham,\xc3\xa9\xe2\x80\xa8\r\n')
     found = rows(f"csv:{path}")
@@ -245,6 +251,7 @@ def test_quoted_fields_hold_commas_quotes_and_line_breaks(path):
     assert places(found) == ["line 2", "line 4", "line 6"]  # where each begins
 
 
+@pytest.mark.real_world
 @pytest.mark.parametrize("comma", [",", ";", "\t"])
 def test_a_csv_may_be_separated_by_semicolons_or_tabs_and_have_long_cells(path, comma):
     long = "a, b; c" * 30_000
@@ -252,11 +259,13 @@ def test_a_csv_may_be_separated_by_semicolons_or_tabs_and_have_long_cells(path, 
     assert fields(rows(f"csv:{path}")) == [{"label": "ham", "text": long}]
 
 
+@pytest.mark.real_world
 def test_between_tabs_quotes_are_characters(path):
     path.write_text('label\ttext\nham\t"so he said\nham\t""\nspam\ta, b\n')
     assert texts(f"tsv:{path}") == ['"so he said', '""', "a, b"]
 
 
+@pytest.mark.real_world
 def test_columns_may_lack_names_or_a_header_line(path):
     """Some programs write empty columns behind the last, or an index without a name."""
     path.write_text(",text,,\n0,a,,\n")
@@ -267,6 +276,7 @@ def test_columns_may_lack_names_or_a_header_line(path):
         rows(f"tsv:{path}", header=("text", "text"))
 
 
+@pytest.mark.real_world
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
@@ -286,6 +296,7 @@ def test_mistakes_in_a_table_are_named(path, content, expected):
 # Parquet
 
 
+@pytest.mark.real_world
 def test_rows_of_parquet_are_read_whatever_type_text_has(tmp_path):
     expected = ["one", None, "", "ü" * 5] + [f"row {i}" for i in range(300)]
     kinds = [pa.string(), pa.large_string(), pa.binary(), pa.dictionary(pa.int32(), pa.string())]
@@ -316,6 +327,7 @@ def test_only_the_column_of_the_name_is_read(tmp_path):
         texts(f"parquet:{path}", "other")
 
 
+@pytest.mark.real_world
 @pytest.mark.parametrize(
     ("table", "column", "expected"),
     [

@@ -50,6 +50,7 @@ def questions(examples):
 # Reading
 
 
+@pytest.mark.real_world
 def test_alpaca_dolly_and_chat_entries_are_read_from_json_and_jsonl(write, tmp_path):
     entries = [
         {"instruction": "Add.", "input": "1, 2", "output": "3", "id": 7},
@@ -82,6 +83,7 @@ def test_what_is_no_instruction_is_refused_with_its_place_in_one_line(write, con
         load(write(content))
 
 
+@pytest.mark.real_world
 def test_entries_with_an_empty_text_are_left_out_and_counted_unless_they_are_refused(write):
     entries = [entry(i) for i in range(18)]
     gaps = [{**entries[0], "output": ""}, {**entries[0], "instruction": None}]

@@ -222,6 +222,7 @@ def test_the_notebooks_reviews_are_balanced_and_no_length_tells_their_classes_ap
 GOOD = [("text", "label"), *numbered(a=10, b=10)]
 
 
+@pytest.mark.real_world
 @pytest.mark.parametrize(
     ("rows", "settings", "expected"),
     [

@@ -185,6 +185,7 @@ def test_the_first_id_outside_the_vocabulary_is_named(tmp_path, monkeypatch, chu
         check_ids(tokens, 10, path)
 
 
+@pytest.mark.real_world
 @pytest.mark.parametrize(
     ("magic", "version", "dtype"), [(20240520, 1, "<u2"), (20240801, 7, "<u4"), (20251013, 1, "<u4")]
 )
@@ -198,6 +199,7 @@ def test_files_of_llmc(tmp_path, magic, version, dtype):
         check_ids(opened.tokens, 50257, path)
 
 
+@pytest.mark.real_world
 @pytest.mark.parametrize(
     ("content", "expected"),
     [

@@ -101,6 +101,7 @@ def test_a_run_from_it_resumes_answers_and_is_exported_with_both(run, base, tmp_
     ]
 
 
+@pytest.mark.hostile
 def test_a_hostile_template_ends_the_commands_with_a_line(base, tmp_path, capsys):
     from refusals import fails
 

@@ -342,6 +342,7 @@ def test_pieces_with_scores_of_a_gguf_are_llama2cs(named_data):
     assert bare.start_ids == []
 
 
+@pytest.mark.hostile
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

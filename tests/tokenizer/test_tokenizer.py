@@ -292,6 +292,7 @@ def test_training_gives_the_same_merges_in_every_process():
     assert prints[0].stdout == prints[1].stdout != ""
 
 
+@pytest.mark.real_world
 @pytest.mark.parametrize("text", ["ACGTTGCAAT" * 30_000, "\n" * 300_000, "=-" * 150_000, "天地" * 50_000])
 def test_one_long_word_is_trained_on_in_little_time(text):
     began = time.monotonic()
@@ -322,6 +323,7 @@ def test_vocabulary_size_tells_the_truth_and_what_cannot_be_trained_is_refused()
         BPETokenizer.train(iter(["fine", b"not"]), vocab_size=300)
 
 
+@pytest.mark.real_world
 @pytest.mark.parametrize("kind", ["bpe", pytest.param("gpt2", marks=needs_gpt2)])
 def test_long_runs_of_white_space_encode(kind):
     tokenizer = make(kind)
@@ -384,6 +386,7 @@ def test_an_unknown_tokenizer_lists_what_is_accepted():
         get_tokenizer("gpt3")
 
 
+@pytest.mark.hostile
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -19,12 +19,14 @@ from slm_jax.training.checkpoint import (
     Checkpoints,
     DamagedCheckpoint,
     best_step,
+    check_disk,
     checksums,
     load_opt_state,
     load_params,
     read_metadata,
 )
 from slm_jax.training.manifest import CHECKSUMS, METADATA, find_damage, saved_steps, write_manifest
+from slm_jax.training.run_folder import RunFolder
 from slm_jax.training.step import TrainState
 
 OPTIMIZER = optax.adam(1e-3)
@@ -291,8 +293,10 @@ def test_what_was_not_written_completely_is_never_committed(folder, monkeypatch)
 def test_a_path_is_no_pattern_and_one_that_cannot_be_used_is_refused(tmp_path, name):
     state = make_state(1)
     if "\\" in name:
-        with refused("step 1 cannot be saved: a backslash in the path"), Checkpoints(tmp_path / name) as checkpoints:
-            checkpoints.save(state, {}, None)
+        run = RunFolder(tmp_path / name)
+        run.create()
+        with refused("has a backslash"):
+            check_disk(run, shapes(state), {}, keep=1)
     else:
         with Checkpoints(tmp_path / name) as checkpoints:
             checkpoints.save(state, {}, None)

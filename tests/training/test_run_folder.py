@@ -197,6 +197,7 @@ def test_what_a_killed_process_has_left_is_removed_by_the_next(run):
         assert {path.name for path in run.path.rglob("*")} == {"tokenizer", ".lock"}
 
 
+@pytest.mark.hostile
 @pytest.mark.parametrize("name", [".lock", "samples.md", "checkpoints", "checkpoints/20", "tokenizer/tokenizer.json"])
 @pytest.mark.parametrize("make", [lambda path, to: path.symlink_to(to), lambda path, _: os.mkfifo(path)])
 def test_links_of_a_copied_folder_are_refused(run, tmp_path, name, make):

@@ -105,6 +105,7 @@ CASES = {
 }
 
 
+@pytest.mark.hostile
 @pytest.mark.parametrize(("content", "message"), CASES.values(), ids=CASES.keys())
 def test_one_line_and_no_memory(content, message, tmp_path):
     path = tmp_path / "model.gguf"
@@ -126,6 +127,7 @@ def test_the_file_that_the_others_were_made_of_is_good(tmp_path):
     assert load_gpt2(path)[0].n_layers == 1
 
 
+@pytest.mark.hostile
 def test_every_cut_and_many_flipped_bits_give_one_line_or_a_model(tmp_path):
     path = tmp_path / "model.gguf"
     ends = [*range(1, len(GOOD), 97)]

@@ -107,6 +107,7 @@ def test_what_transformers_saved_with_flax(tmp_path):
     np.testing.assert_allclose(logits, expected["logits"], atol=1e-5)
 
 
+@pytest.mark.hostile
 @pytest.mark.parametrize(
     ("content", "expected"),
     [

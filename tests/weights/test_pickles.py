@@ -79,6 +79,7 @@ class Harmful:
         return (open, ("was-here", "w"))
 
 
+@pytest.mark.hostile
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_file_with_objects_is_not_executed(zipped, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -104,6 +105,7 @@ def test_what_is_no_state_dict_is_named(tmp_path):
         load_gpt2(file, n_heads=HEADS)
 
 
+@pytest.mark.hostile
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(
     "change",

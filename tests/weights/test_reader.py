@@ -75,6 +75,7 @@ def with_buffers(tensors):
     return tensors | more
 
 
+@pytest.mark.real_world
 @pytest.mark.parametrize(
     "tensors",
     [

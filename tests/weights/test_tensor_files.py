@@ -30,6 +30,7 @@ def damaged(value):
     return tensor
 
 
+@pytest.mark.real_world
 @pytest.mark.parametrize(
     ("tensors", "expected"),
     [
@@ -62,6 +63,7 @@ def test_a_transposed_projection_is_named_before_the_user_is_asked_for_heads(tmp
     assert f"h.0.attn.c_attn.weight has the shape ({3 * WIDTH}, {WIDTH})" in message
 
 
+@pytest.mark.hostile
 def test_names_that_would_break_up_a_line_are_escaped(tmp_path):
     assert r"called 'h.0\nx'" in refusal(write(tmp_path, huggingface() | {"h.0\nx": np.ones(2, np.float32)}, CONFIG))
     assert r"called 'a\x1b[1m'" in refusal(write(tmp_path, {"a\x1b[1m": np.ones(2, np.float32)}))
@@ -103,6 +105,7 @@ def test_a_config_json_that_is_none(tmp_path):
         assert "config.json" in refusal(folder)
 
 
+@pytest.mark.real_world
 @pytest.mark.parametrize(
     ("name", "family"),
     [
@@ -123,6 +126,7 @@ def test_other_models_are_refused_by_name(name, family, tmp_path):
 HEADER = b'{"wte.weight":{"dtype":"F32","shape":[2,2],"data_offsets":[0,16]}}'
 
 
+@pytest.mark.real_world
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
@@ -149,6 +153,7 @@ def test_what_is_not_there_is_named(tmp_path):
     assert "LoRA adapter (PEFT) without its base model" in refusal(tmp_path)
 
 
+@pytest.mark.hostile
 @pytest.mark.parametrize("shard", ["../model-00001-of-00002.safetensors", "c:x.safetensors", "a\nb.safetensors", None])
 def test_an_index_cannot_lead_out_of_its_folder(shard, tmp_path):
     folder = write_shards(tmp_path, huggingface())

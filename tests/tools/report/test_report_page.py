@@ -47,6 +47,7 @@ def test_a_run_that_diverged(tmp_path):
     assert "No figure of the log" in page_of(make_run(tmp_path / "b", [val(1, None)])).text
 
 
+@pytest.mark.hostile
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -71,6 +72,7 @@ def test_the_page_of_a_long_log_is_small(tmp_path):
     assert "No validation loss yet." in page.text
 
 
+@pytest.mark.hostile
 def test_markup_in_names_samples_and_answers_stays_text(tmp_path):
     sample = f"## Step 5\n\n    {MARKUP} \x00\n    ## Step 6\n\n## Step 10\n\n    ok\n\n"
     answer = json.dumps([{"instruction": MARKUP, "output": MARKUP, "model_response": MARKUP}])
