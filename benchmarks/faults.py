@@ -77,10 +77,11 @@ class Place:
         labels = ({"text": f"{i} is {'even' if i % 2 else 'odd'}", "label": str(i % 3)} for i in range(200))
         (folder / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labels))
         (folder / "matplotlibrc").write_text("text.usetex: true\n")
-        self.run("pretraining", "base", 4)
 
     def start(self, variant: str, name: str, steps: int, **environ: str) -> subprocess.Popen[str]:
-        """Start or resume a run."""
+        """Start or resume a run; of a variant that has a base, make that first."""
+        if "base" in VARIANTS[variant] and not (self.folder / "base").is_dir():
+            assert self.run("pretraining", "base", 4)[0] == 0
         fields = {**COMMON, **VARIANTS[variant], "runs_dir": "{folder}", "run": name, "train.steps": steps}
         words = [word for key, value in fields.items() for word in (f"--{key}", str(value).format(folder=self.folder))]
         command = [sys.executable, "-m", "slm_jax", "train" if variant == "pretraining" else "finetune", *words]
