@@ -39,12 +39,13 @@ def test_small_programs_are_kept_in_the_users_cache_folder_and_unfinished_ones_r
     assert run(XDG_CACHE_HOME=tmp_path) == "41 1"
 
 
-@pytest.mark.parametrize("damage", [lambda old: old[:-1], lambda old: b"", lambda old: old[:300] + b"?" + old[301:]])
-def test_a_damaged_program_is_compiled_again_once(tmp_path, damage):
+def test_a_damaged_program_is_compiled_again_once(tmp_path):
     assert run(XDG_CACHE_HOME=tmp_path) == "41 0"
-    for program in (tmp_path / "slm_jax" / "xla").glob("*-cache"):
-        program.write_bytes(damage(program.read_bytes()))
-    assert [run(XDG_CACHE_HOME=tmp_path) for _ in range(2)] == ["41 0", "41 1"]
+    for damage in (lambda old: old[:-1], lambda old: b"", lambda old: old[:300] + b"?" + old[301:]):
+        for program in (tmp_path / "slm_jax" / "xla").glob("*-cache"):
+            program.write_bytes(damage(program.read_bytes()))
+        assert run(XDG_CACHE_HOME=tmp_path) == "41 0"
+    assert run(XDG_CACHE_HOME=tmp_path) == "41 1"
 
 
 def test_the_folder_of_jax_s_own_variable_is_used(tmp_path):

@@ -36,7 +36,8 @@ from slm_jax.training.step import make_eval_step
 
 TARGETS = {"tpu": ("tpu", None), "t4": ("cuda", 7.5), "h100": ("cuda", 9.0)}
 # One recipe of each kind: small and large, with dropout, with Muon, each task.
-KINDS = ("tiny", "gpt2_124m", "verdict", "shakespeare_speedrun", "classify_spam", "sft_instruction")
+SLOW = ("tiny", "verdict", "shakespeare_speedrun", "sft_instruction")
+KINDS = ("gpt2_124m", "classify_spam", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW))
 # The dtypes of products (left, right, result): the logits are float32 in any case.
 PRODUCTS = {
     "float32": {("f32", "f32", "f32")},

@@ -25,7 +25,7 @@ from slm_jax.weights.gpt2 import FORMAT
 from slm_jax.weights.names import leaf_shapes
 
 SHAPES = ("three-heads", "five-heads", "padded", "untied", "head-dim-7", "one-head")
-GREEDY = SHAPES[:3]
+GREEDY = (SHAPES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in SHAPES[1:3]))
 NEW_TOKENS = 200
 
 

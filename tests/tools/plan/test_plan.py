@@ -38,7 +38,7 @@ def test_gpt2_small_on_a_t4():
         (["--train.batch_size", "64"], "t4", 1),
         (["--train.batch_size", "256"], "v5e", 4),
         (["--train.batch_size", "64", "--train.eval_batch_size", "8192"], "h100", 1),
-        (["--train.batch_size", "64", "--model.preset", "gpt2-xl"], "a100-40g", 8),
+        pytest.param(["--train.batch_size", "64", "--model.preset", "gpt2-xl"], "a100-40g", 8, marks=pytest.mark.slow),
         (["--train.batch_size", "64", "--model.preset", "gpt2-xl", "--mesh.replica", "2"], "a100-40g", 16),
     ],
 )
@@ -68,7 +68,7 @@ def test_dtype_and_attention_are_those_of_the_device():
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])
-@pytest.mark.parametrize("accumulate", [1, 32])
+@pytest.mark.parametrize("accumulate", [1, pytest.param(32, marks=pytest.mark.slow)])
 def test_the_largest_number_of_rows_fits_and_one_more_does_not(remat, accumulate):
     def fit(rows):
         words = ("--train.batch_size", str(accumulate * rows), "--train.accumulate", str(accumulate))

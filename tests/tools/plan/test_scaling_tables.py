@@ -5,6 +5,7 @@ import pytest
 from slm_jax.tools.plan.scaling import CLUSTERS, SHAPES, scaling_rows, scaling_table
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "n_params"), [("gpt2-xl", 1_557_611_200), ("7b", 6_714_695_680)])
 def test_each_shape_on_each_cluster(shape, n_params):
     rows = scaling_rows(shape)
