@@ -70,7 +70,7 @@ def test_the_published_parameter_counts(preset, published):
     assert count_params(get_gpt_config(preset)) == published
 
 
-@FAMILIES
+@pytest.mark.parametrize("family", [*LADDER, *(pytest.param(name, marks=pytest.mark.slow) for name in KEYS)])
 def test_a_cache_changes_nothing(family):
     """A prompt and then two tokens one by one, from blocks in one stack and apart."""
     model, params = built(family)

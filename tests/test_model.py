@@ -276,7 +276,10 @@ def executed(unroll, remat):
     return logits, grads
 
 
-@pytest.mark.parametrize(("unroll", "remat"), EXECUTIONS[1:])
+@pytest.mark.parametrize(
+    ("unroll", "remat"),
+    [(False, "dots"), (True, "full"), *(pytest.param(*each, marks=pytest.mark.slow) for each in EXECUTIONS[2:4])],
+)
 def test_execution_changes_neither_numbers_nor_tree(unroll, remat):
     logits, grads = executed(False, "none")
     other_logits, other_grads = executed(unroll, remat)

@@ -152,7 +152,14 @@ def start(*args: str) -> "subprocess.Popen[bytes]":
     return subprocess.Popen(command, stderr=subprocess.PIPE, env=env)
 
 
-@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(
+    ("signum", "status"),
+    [
+        (signal.SIGKILL, -9),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow),
+    ],
+)
 def test_a_stop_leaves_finished_parts_and_the_same_command_resumes(tmp_path, tokenizer, signum, status):
     (tmp_path / "a.txt").write_text("one small step " * 1_200_000)
     out, processes = tmp_path / "o" / "a.bin", "2" if signum == signal.SIGKILL else "1"

@@ -208,7 +208,7 @@ print((after - before) * 1024 / sum(leaf.nbytes for leaf in jax.tree.leaves(para
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the peak is counted in other units")
-@pytest.mark.parametrize("held", ["float32", "bfloat16"])
+@pytest.mark.parametrize("held", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_the_peak_of_memory_is_at_most_1_3_times_the_weights(held, tmp_path):
     file = write(tmp_path, huggingface(vocab=30_000, width=1000)) / "model.safetensors"
     command, place = [sys.executable, "-c", PEAK, str(file), held], os.environ | {"JAX_PLATFORMS": "cpu"}
