@@ -99,9 +99,10 @@ class Program:
 
 def abstract_state(config: BaseRunConfig, task: Compilable, mesh: Mesh) -> TrainState:
     """Return the shapes of a run's training state, with their shardings; nothing is compiled."""
-    # Jitted, so that the initialisation is traced only once.
+    # Jitted, and with the mesh named as where it is compiled, so that the initialisation is traced only once.
     init = jax.jit(task.params.init) if task.params.init else (lambda _: task.params.trainable)
-    shapes = jax.eval_shape(lambda key: _state(config, init(key)), jax.random.key(0))
+    with jax.set_mesh(mesh):
+        shapes = jax.eval_shape(lambda key: _state(config, init(key)), jax.random.key(0))
     return with_shardings(shapes, state_shardings(mesh, shapes))
 
 
