@@ -81,7 +81,10 @@ def run(options: Options) -> int:
         if options.num_samples > 1:
             print(f"--- {number} of {options.num_samples} ---")
         print(for_terminal(start), end="", flush=True)
+        begun = options.instruction is None  # the first token of an answer may have a space in front
         for piece in pieces:
-            print(for_terminal(piece), end="", flush=True)
+            shown = piece if begun else piece.lstrip()
+            begun = begun or bool(shown)
+            print(for_terminal(shown), end="", flush=True)
         print()
     return 0

@@ -22,6 +22,14 @@ def test_only_the_answer_to_an_instruction_is_printed_up_to_what_ends_it(instruc
     assert capsys.readouterr().out == "ca\n"
 
 
+def test_an_answer_begins_without_the_space_of_its_first_token(instructed, capsys, monkeypatch):
+    monkeypatch.setattr("slm_jax.generation.decode.stream_text", lambda *_, **__: iter([" ", " a", " cat"]))
+    assert cli.main(generate(instructed, "--instruction", "the dog")) == 0
+    assert capsys.readouterr().out == "a cat\n"
+    assert cli.main(generate(instructed, "--prompt", "the")) == 0
+    assert capsys.readouterr().out == "the  a cat\n"
+
+
 def test_a_model_without_a_template_is_shown_alpacas(weights, capsys):
     assert cli.main(generate(weights, "--instruction", "cat")) == 2
     said, refused = capsys.readouterr().err.splitlines()
