@@ -387,9 +387,7 @@ def checkpoint_bytes(state: TrainState) -> int:
 
 
 def check_disk(run: RunFolder, state: TrainState, frozen: Params, keep: int) -> None:
-    """Refuse a path that Orbax cannot use, and a disk without room for the run's checkpoints and frozen parameters."""
-    with _orbax(run.checkpoints):
-        pass
+    """Refuse a disk without room for the checkpoints of a run and for its frozen parameters."""
     # The latest, the best and the one being written, less those that exist already.
     missing = max(1, keep + 2 - len(saved_steps(run.checkpoints)))
     each = checkpoint_bytes(state)

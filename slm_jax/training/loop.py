@@ -19,6 +19,7 @@ from jaxtyping import Int
 from rich.console import Console
 
 from slm_jax.config import dump_config, to_dict
+from slm_jax.errors import SaveError
 from slm_jax.model import Params, axis_sizes
 from slm_jax.nn.blocks import merge_params
 from slm_jax.nn.lora import split_adapters
@@ -33,7 +34,7 @@ from slm_jax.training.program import Program, abstract_state, compile_program, f
 from slm_jax.training.progress import ProgressLine, count_leaves, format_bytes, format_duration, parameter_table
 from slm_jax.training.record import PLOT_INTERVAL, RunLog, StepProfile
 from slm_jax.training.resume import Start, check_identity
-from slm_jax.training.run_folder import BEFORE, FROZEN
+from slm_jax.training.run_folder import BEFORE, FROZEN, RunFolder
 from slm_jax.training.sharding import describe_heads, host_rows, make_mesh, put_batch, put_params, row_shards
 from slm_jax.training.step import TrainState
 from slm_jax.training.task import REFERENCES, Moment, Task, purpose_key
@@ -68,6 +69,7 @@ def train(config: BaseRunConfig, task: Task, start: Start, stop: StopRequest, co
     check_disk(folder, state_shapes, task.params.frozen if start.step is None else {}, keep)
     with ExitStack() as stack:
         stack.enter_context(start.lock())
+        stack.push(functools.partial(_name_removal, folder))
         stack.enter_context(jax.set_mesh(mesh))  # named for kernels that the compiler cannot divide among devices
         stack.callback(functools.partial(mirror.update, last=True))
         metadata = _describe(task, start, progress, state_shapes)  # first, as config.yaml makes the folder a run
@@ -198,6 +200,12 @@ class Session:
         folder.check_lock()
         about = {**self.metadata, "data": data, "logs": folder.seal() if folder.writes else {}}
         self.checkpoints.save(state, about, self.log.validation.get(step))
+
+
+def _name_removal(folder: RunFolder, kind: Any, error: BaseException | None, _: Any) -> None:
+    """Say of a failed save that the run's folder is gone, which Orbax reports in many ways."""
+    if isinstance(error, SaveError) and not (folder.path / "config.yaml").is_file():
+        raise SaveError(f"{folder.path}: was removed while it was being trained") from None
 
 
 def _describe(task: Task, start: Start, progress: ProgressLine, state: TrainState) -> dict[str, Any]:

@@ -104,8 +104,9 @@ def _check_place(place: Copy, resume: str) -> None:
         raise InputError(
             f"{place.path} already holds a run and resume is never; use another --run NAME or --resume auto"
         )
-    # What a killed start may leave, such as a lock, does not count.
-    if not begun and any(not name.startswith(".") and not name.endswith(".partial") for name in files):
+    # What a killed start or a removed run may leave, such as a lock or an empty folder, does not count.
+    counts = [name for name in files if not name.startswith(".") and not name.endswith(".partial")]
+    if not begun and counts not in ([], ["checkpoints"]):
         raise InputError(f"{place.path} is not empty and holds no run; use another --run NAME")
 
 

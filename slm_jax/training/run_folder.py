@@ -73,10 +73,13 @@ class RunFolder:
 
     def create(self) -> None:
         """Create the folder; refuse one that cannot be written to, or cannot hold checkpoints."""
+        place = self.path.resolve().as_posix()
         try:
-            str(self.path.absolute()).encode()
-        except UnicodeEncodeError:  # tensorstore's paths are UTF-8
-            raise InputError(f"{self.path}: the path is not UTF-8; use another --runs_dir") from None
+            place.encode()
+        except UnicodeEncodeError:
+            raise InputError(f"{place}: the path is not UTF-8, which TensorStore needs; rename the folder") from None
+        if "\\" in place:
+            raise InputError(f"{place}: has a backslash, which TensorStore replaces; rename the folder")
         try:
             if self.writes:
                 self.path.mkdir(parents=True, exist_ok=True)

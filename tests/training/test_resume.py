@@ -235,6 +235,13 @@ def test_never_refuses_a_run_and_must_needs_one(place, configured):
     assert find_start(configured()).step is None
 
 
+def test_what_is_left_of_a_removed_run_does_not_count(place, configured):
+    for folder in ("runs", "drive"):
+        shutil.rmtree(place / folder / "run")
+    (place / "runs" / "run" / "checkpoints" / ".saving").mkdir(parents=True)
+    assert find_start(configured()).step is None
+
+
 @pytest.mark.parametrize("where", ["runs", "drive"])
 def test_something_else_in_the_folder_is_not_touched(place, configured, where):
     shutil.rmtree(place / where / "run")

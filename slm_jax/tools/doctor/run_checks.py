@@ -28,6 +28,9 @@ def check_config(run: RunFolder) -> Found:
     except InputError as error:
         yield "problem", f"{error}; the checkpoints can still be used: slm-jax generate --run {run.path}"
         return
+    if config is None and run.metrics_file.is_file():
+        yield "note", "no config.yaml: the command that trained the run resumes it and writes the file anew"
+        return
     if config is None:
         yield "note", "no config.yaml: weights only, usable for generation and as --base; training cannot resume here"
         return
