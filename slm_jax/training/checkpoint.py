@@ -261,8 +261,10 @@ def load_opt_state(folder: Path, step: int, like: Any) -> Any:
     key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
     like = {"step": jax.ShapeDtypeStruct((), "int32"), "key": key, "opt_state": like}
     remedy = "the optimizer is another; leave base_optimizer out"
-    state = _load(folder / str(step), {"state": _placed(like, None)}, remedy)["state"]
-    return jax.device_get(state["opt_state"])
+    items = _load(path := folder / str(step), {"state": _placed(like, None)}, remedy)
+    if damage := _changed(path, items):
+        raise InputError(f"{damage}; leave base_optimizer out")
+    return jax.device_get(items["state"]["opt_state"])
 
 
 def _placed(like: Any, sharding: Any) -> Any:

@@ -44,26 +44,20 @@ def write_manifest(folder: Path, step: int) -> None:
     if missing := [name for name in _NEEDED if name not in files]:
         raise InputError(f"{folder / missing[0]} was not written")
     with ThreadPoolExecutor() as pool:
-        sums = dict(zip(files, pool.map(_seal, files.values()), strict=True))
+        sums = dict(zip(files, pool.map(lambda path: (path.stat().st_size, sha256(path)), files.values()), strict=True))
     replace_text(folder / CHECKSUMS, json.dumps({"step": step, "files": sums}, indent=1))
     sync_tree(folder)
 
 
-def _seal(path: Path) -> list[int | str]:
-    sync(path)
-    return [path.stat().st_size, sha256(path)]
-
-
 def sync_tree(folder: Path) -> None:
     """Sync all files and folders in a folder to the disk."""
-    for path in (*folder.rglob("*"), folder):
-        sync(path)
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(sync, (*folder.rglob("*"), folder)))
 
 
 def commit(folder: Path, path: Path) -> None:
     """Give a folder the name that makes it count, in place of what has it; sync that to the disk."""
-    if path.exists():
-        discard(path)
+    discard(path)
     folder.rename(path)
     sync(path.parent)
 

@@ -14,6 +14,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -158,8 +159,8 @@ class Output:
             self._drop()
 
     def _drop(self) -> None:
-        with contextlib.suppress(OSError):  # the stream of a notebook has no descriptor
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+        with contextlib.suppress(OSError), Path(os.devnull).open("wb") as null:  # a notebook has no descriptor
+            os.dup2(null.fileno(), self._stream.fileno())
 
 
 @contextlib.contextmanager

@@ -76,8 +76,8 @@ class RunLog:
         folder.cut_back(last_kept)
         # Filtered once more: on another host the file may not have been cut yet.
         past = [row for row in folder.metrics() if row["step"] <= last_kept]
-        self._seconds_before = max((row.get("seconds", 0.0) for row in past), default=0.0)
-        self.validation = {row["step"]: _or_infinite(row["loss"]) for row in past if row["split"] == "val"}
+        self._seconds_before = max((row.get("seconds") or 0.0 for row in past), default=0.0)
+        self.validation = {row["step"]: _or_infinite(row.get("loss")) for row in past if row["split"] == "val"}
         self.sampled = {step for step, _ in folder.samples() if step <= last_kept}
 
     def start_lap(self, step: int) -> None:
@@ -200,7 +200,8 @@ class RunLog:
     def summary(self) -> dict[str, Any]:
         """Return the figures of a finished run, JSON-able; losses in nats."""
         train = self.folder.metrics("train")
-        last = train[-1] if train else {"step": 0, "loss": None, "tokens": 0}
+        last = {"step": 0, "loss": None, "tokens": 0, **(train[-1] if train else {})}  # a damaged line may lack some
+        rates = [row["tokens_per_second"] for row in train if row.get("tokens_per_second") is not None]
         best = min(self.validation, key=lambda step: self.validation[step])
         return {
             "run": self._task.config.name,
@@ -212,7 +213,7 @@ class RunLog:
             "best_step": best,
             "best_validation_loss": self.validation[best],
             "seconds": round(self.seconds(), 1),
-            "tokens_per_second": float(np.median([row["tokens_per_second"] for row in train])) if train else None,
+            "tokens_per_second": float(np.median(rates)) if rates else None,
         }
 
     def print_end(self, summary: dict[str, Any]) -> None:
@@ -249,7 +250,7 @@ class RunLog:
         if self._warned_of_overfitting or len(self.validation) < 4 or min(recent) < 1.01 * lowest:
             return
         best = min(self.validation, key=lambda step: self.validation[step])
-        train = [row for row in self.folder.metrics("train") if row["loss"] is not None]
+        train = [row for row in self.folder.metrics("train") if row.get("loss") is not None]
         before = [row["loss"] for row in train if row["step"] <= best][-10:]
         if before and np.mean([row["loss"] for row in train[-10:]]) < np.mean(before):
             self._warned_of_overfitting = True

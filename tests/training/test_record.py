@@ -195,3 +195,15 @@ def test_overfitting_is_said_once_and_only_while_the_training_loss_falls(make, c
         run.evaluation(step, sums(validation))
     run.evaluation(6, sums(2.4))
     assert run.output.getvalue().count("overfitting: the validation loss was lowest at step 2") == count
+
+
+@pytest.mark.parametrize("key", ["loss", "seconds", "tokens", "tokens_per_second"])
+def test_a_line_that_lost_a_key_stops_no_run(make, clock, key):
+    run = make()
+    clock[0] += 1.0
+    run.train(1, step_metrics(2.0))
+    run.evaluation(1, sums(2.0))
+    run.folder.metrics_file.write_text(run.folder.metrics_file.read_text().replace(f'"{key}"', '"lost"'))
+    again = make(last_kept=1)
+    again.evaluation(2, sums(1.0))
+    assert again.summary()["best_step"] == 2

@@ -156,7 +156,8 @@ def check_mirror(run: RunFolder) -> Found:
     here, there = saved_steps(run.checkpoints), saved_steps(mirror.checkpoints)
     for step in there:
         if damage := _damage(mirror, step):
-            remedy = "the next start copies it again" if step in here else "delete that checkpoint there"
+            again = ", and the next start copies it again" if step in here else ""
+            remedy = f"delete that checkpoint there{again}"
             yield "problem", f"{mirror.path}: step {step:,}: {damage}; {remedy}"
             return
     text = f"{mirror.path} has {', '.join(f'step {step:,}' for step in there) or 'no checkpoint'}"
