@@ -4,11 +4,13 @@
     python benchmarks/smollm2.py check      # log-probabilities, loss, greedy tokens, an answer
     python benchmarks/smollm2.py export     # our GGUF of it, opened by transformers
     python benchmarks/smollm2.py speed      # decode and prefill, taking turns; on an idle machine
+    python benchmarks/smollm2.py speed --weights int8
 
 Exit status: 0 all as expected, 1 something differs, 2 no model or a package is missing (one line says which).
 """
 
 import argparse
+import dataclasses
 import functools
 import importlib.util
 import os
@@ -21,7 +23,7 @@ import jax
 import numpy as np
 from generation_speed import CASES, bytes_per_step, measure, our_generate, read_bandwidth, report
 
-from slm_jax import GPTModel, generate
+from slm_jax import GPTModel, generate, quantize
 from slm_jax.data.named import named_file
 from slm_jax.data.templates import Message
 from slm_jax.errors import InputError
@@ -149,9 +151,11 @@ def compare_exports(file: Path) -> Iterator[tuple[str, bool]]:
             yield greedy(f"from our {dtype} file", again, theirs)
 
 
-def compare_speed(file: Path, rounds: int) -> Iterator[tuple[str, bool]]:
+def compare_speed(file: Path, rounds: int, weights: str | None) -> Iterator[tuple[str, bool]]:
     """Time decode and prefill; the exit status does not depend on it."""
     ours, theirs = load_model(file), Theirs(file)
+    if weights == "int8":
+        ours = dataclasses.replace(ours, params=quantize(ours.params))
     theirs.torch.set_num_threads(len(os.sched_getaffinity(0)))
     contestants = {"slm_jax": our_generate(ours.model_config, ours.params), "transformers": theirs.generate}
     bandwidth = read_bandwidth()
@@ -172,13 +176,17 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("check")
     commands.add_parser("export")
-    commands.add_parser("speed").add_argument("--rounds", type=int, default=5, help="default: %(default)s")
+    speed = commands.add_parser("speed")
+    speed.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
+    speed.add_argument("--weights", choices=["int8"], help="ours in 8 bits; transformers' stay in float32")
     options = parser.parse_args(arguments)
     jax.config.update("jax_default_device", jax.devices("cpu")[0])
     run = {
         "check": compare,
         "export": compare_exports,
-        "speed": functools.partial(compare_speed, rounds=getattr(options, "rounds", 0)),
+        "speed": functools.partial(
+            compare_speed, rounds=getattr(options, "rounds", 0), weights=getattr(options, "weights", None)
+        ),
     }[options.command]
     ok = True
     try:

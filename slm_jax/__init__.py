@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from slm_jax.generation.decode import generate
     from slm_jax.model import GPTClassifier, GPTConfig, GPTModel, get_gpt_config, init_cache
     from slm_jax.nn.blocks import unstack_blocks
+    from slm_jax.nn.int8 import quantize
     from slm_jax.runs import Run, load_gpt2, load_model, load_pretrained, load_run
     from slm_jax.tasks.classification import load_classifier
     from slm_jax.tokenizer import get_tokenizer
@@ -38,6 +39,7 @@ __all__ = [
     "load_run",
     "lora",
     "model",
+    "quantize",
     "save_gpt2",
     "save_pretrained",
     "tasks",
@@ -51,6 +53,7 @@ _NAMES = {
     "generation.decode": ("generate",),
     "model": ("GPTClassifier", "GPTConfig", "GPTModel", "get_gpt_config", "init_cache"),
     "nn.blocks": ("unstack_blocks",),
+    "nn.int8": ("quantize",),
     "runs": ("Run", "load_gpt2", "load_model", "load_pretrained", "load_run"),
     "tasks.classification": ("load_classifier",),
     "tokenizer": ("get_tokenizer",),

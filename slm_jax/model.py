@@ -33,9 +33,10 @@ from slm_jax.nn.axes import STACK, Params, count
 from slm_jax.nn.blocks import segment_lengths
 from slm_jax.nn.cache import KVCache, LayerCache
 from slm_jax.nn.dropout import Dropout
-from slm_jax.nn.embedding import look_up
+from slm_jax.nn.embedding import Embedding
 from slm_jax.nn.fused_attention import FusedMultiHeadAttention
 from slm_jax.nn.heads import OutHead, Pooling, float32_logits, pool
+from slm_jax.nn.int8 import Int8
 from slm_jax.nn.lora import Adapter
 from slm_jax.nn.mlp import FeedForward
 from slm_jax.nn.norms import LayerNorm, RMSNorm
@@ -184,10 +185,10 @@ class GPTModel(nn.Module):
         """Create the submodules; their attribute names are the top level of the params tree."""
         cfg = self.cfg
         init = nn.initializers.normal(INIT_STD)
-        embed: dict[str, Any] = {"embedding_init": init, "dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
-        self.tok_emb = nn.Embed(cfg.vocab_size, cfg.emb_dim, **embed)
+        embed: dict[str, Any] = {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype, "embedding_init": init}
+        self.tok_emb = Embedding(cfg.vocab_size, cfg.emb_dim, "vocab", **embed)
         if cfg.positions == "learned":
-            self.pos_emb = nn.Embed(cfg.context_length, cfg.emb_dim, **embed)
+            self.pos_emb = Embedding(cfg.context_length, cfg.emb_dim, "positions", **embed)
         self.drop = Dropout(cfg.drop_rate)
         self.final_norm = _norm(cfg)
         if not cfg.tie_weights:
@@ -252,9 +253,9 @@ class GPTModel(nn.Module):
             raise InputError("a cache is for generation: expected no segment_ids with it, and deterministic=True")
         if positions is None:
             positions = jnp.arange(seq)[None, :] + (0 if cache is None else cache.lengths[:, None])
-        x, angles = look_up(self.tok_emb, tokens, "vocab"), None
+        x, angles = self.tok_emb(tokens), None
         if self.cfg.positions == "learned":
-            x = x + look_up(self.pos_emb, positions, "positions")
+            x = x + self.pos_emb(positions)
         else:
             angles = rotation(self.cfg, positions)
         x = constrain(self.drop(x, deterministic), "batch", None, None)
@@ -272,7 +273,8 @@ class GPTModel(nn.Module):
     ) -> Float[Array, "batch seq vocab"]:
         """Map hidden states (batch, seq, emb_dim) to float32 logits (batch, seq, vocab_size)."""
         if self.cfg.tie_weights:
-            return float32_logits(hidden, self.tok_emb.embedding.T)
+            table = self.tok_emb.table
+            return float32_logits(hidden, table if isinstance(table, Int8) else table.T)
         return self.out_head_adapter(self.out_head(hidden), hidden, deterministic)
 
 

@@ -6,11 +6,12 @@ the words decide which dataclass it is, ``main(args)``. Heavy modules are import
 
 import dataclasses
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Ge
 
 from slm_jax.config import NotNegative, Positive, Seed
+from slm_jax.errors import InputError
 from slm_jax.generation.config import Sampling
 from slm_jax.training.process import set_up, use_compile_cache
 
@@ -33,11 +34,18 @@ class ModelMesh:
     tensor: Positive = 1
 
 
-def load(source: str, tokenizer: str | None, n_heads: int | None, mesh: ModelMesh | None = None) -> "Run":
-    """Load a model, over the first devices if ``mesh`` has several."""
+def load(
+    source: str,
+    tokenizer: str | None,
+    n_heads: int | None,
+    mesh: ModelMesh | None = None,
+    weights: Literal["int8"] | None = None,
+) -> "Run":
+    """Load a model, over the first devices if ``mesh`` has several, or with its matrices in 8 bits."""
     import jax
 
     from slm_jax.model import axis_sizes
+    from slm_jax.nn.int8 import quantize
     from slm_jax.runs import load_model
     from slm_jax.tokenizer import get_tokenizer
     from slm_jax.training.config import MeshConfig
@@ -45,12 +53,14 @@ def load(source: str, tokenizer: str | None, n_heads: int | None, mesh: ModelMes
 
     sizes = MeshConfig(**vars(mesh or ModelMesh()))
     n_devices = sizes.fsdp * sizes.tensor
+    if weights == "int8" and n_devices > 1:
+        raise InputError(f"weights is int8 and mesh has {n_devices} devices; expected one device with int8")
     sharding = make_mesh(sizes, jax.devices()[:n_devices]) if n_devices > 1 else None
     known = None if tokenizer is None else get_tokenizer(tokenizer)
     loaded = load_model(source, known, n_heads=n_heads, sharding=sharding)
     for warning in describe_heads(sizes, axis_sizes(loaded.model_config)):
         print(warning, file=sys.stderr)
-    return loaded
+    return loaded if weights is None else dataclasses.replace(loaded, params=quantize(loaded.params))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,6 +97,8 @@ class SamplingOptions(Sampling, ModelOptions):
         max_new_tokens: maximum number of new tokens.
         seed: random seed.
         mesh: devices that share the model.
+        weights: int8 stores the matrices in 8 bits: a quarter of float32's memory, and faster on a CPU; null: as they
+            are.
     """
 
     temperature: Annotated[float, Ge(0)] = 0.8
@@ -94,3 +106,4 @@ class SamplingOptions(Sampling, ModelOptions):
     max_new_tokens: Positive = 200
     seed: Seed = 0
     mesh: ModelMesh = dataclasses.field(default_factory=ModelMesh)
+    weights: Literal["int8"] | None = None

@@ -65,7 +65,7 @@ def run(options: Options) -> int:
     from slm_jax.model import GPTModel
 
     set_up()
-    loaded = load(options.run, options.tokenizer, options.n_heads, options.mesh)
+    loaded = load(options.run, options.tokenizer, options.n_heads, options.mesh, options.weights)
     template = options.choose_template(loaded.template)
     _ = template.stop  # a template that fails is reported now
     conversation = Conversation(

@@ -25,6 +25,7 @@ class Options:
         file: UTF-8 file with a text per line; blank lines are skipped.
         format: text, or json: one object per line, with the probabilities of all classes.
         batch_size: texts per batch.
+        weights: int8 stores the matrices in 8 bits; null: as they are.
     """
 
     run: str
@@ -32,6 +33,7 @@ class Options:
     file: str | None = None
     format: Literal["text", "json"] = "text"
     batch_size: Positive = 32
+    weights: Literal["int8"] | None = None
 
     def __post_init__(self) -> None:
         if self.text and self.file is not None:
@@ -43,7 +45,7 @@ def run(options: Options) -> int:
 
     set_up()
     texts = options.text or _lines(options.file)
-    classifier = load_classifier(options.run)
+    classifier = load_classifier(options.run, weights=options.weights)
     predictions = classifier(texts, options.batch_size)
     if n_truncated := sum(prediction.truncated for prediction in predictions):
         print(

@@ -41,6 +41,7 @@ class Options(LoadOptions):
         dtype: dtype of the computation; only float32 gives the same figures on every machine.
         out: file for the JSON; null: it is printed.
         mesh: devices that share the model.
+        weights: int8 stores the matrices in 8 bits; null: as they are.
     """
 
     run: str | None = None
@@ -58,6 +59,7 @@ class Options(LoadOptions):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     out: str | None = None
     mesh: ModelMesh = dataclasses.field(default_factory=ModelMesh)
+    weights: Literal["int8"] | None = None
 
     def __post_init__(self) -> None:
         needs_run = any(source is not None for source in (self.source, self.lambada, self.hellaswag))
@@ -106,8 +108,10 @@ def _measure(options: Options, source: str, responses: "list[Response] | None") 
     from slm_jax.model import GPTModel
 
     set_up()
-    loaded = load(source, options.tokenizer, options.n_heads, options.mesh)
+    loaded = load(source, options.tokenizer, options.n_heads, options.mesh, options.weights)
     figures: dict[str, Any] = {"run": str(loaded.folder), "step": loaded.step, "dtype": options.dtype}
+    if options.weights is not None:
+        figures["weights"] = options.weights
     model = GPTModel(dataclasses.replace(loaded.model_config, dtype=options.dtype))
     given = vars(options)
     text = ("source", "text_column", "split", "validation_fraction", "context_length", "stride")

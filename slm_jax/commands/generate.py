@@ -60,7 +60,7 @@ def run(options: Options) -> int:
     start = options.prompt
     if options.prompt_file is not None:
         start = read_text(user_path(options.prompt_file)).removesuffix("\n")
-    loaded = load(options.run, options.tokenizer, options.n_heads, options.mesh)
+    loaded = load(options.run, options.tokenizer, options.n_heads, options.mesh, options.weights)
     stop: tuple[str, ...] = options.stop
     prompt: str | list[int] = start
     if options.instruction is not None:

@@ -122,8 +122,8 @@ class FusedMultiHeadAttention(nn.Module):
             dropout_key = self.make_rng("dropout") if self.drop_rate > 0 and not deterministic else None
             context, extra = self._attend(q, k, v, mask, segment_ids, dropout_key, return_weights)
         out_proj = Dense(
-            self.emb_dim,
-            axis=(-2, -1),
+            (self.emb_dim,),
+            n_inputs=2,
             use_bias=self.out_bias,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
@@ -141,6 +141,10 @@ class FusedMultiHeadAttention(nn.Module):
         They lie side by side in each head of keys and values, so that a mesh that splits the heads moves nothing.
         """
         n_kv_heads, width = self.n_kv_heads or self.n_heads, self.head_dim or self.emb_dim // self.n_heads
+        if self.has_variable("params", "qkv"):  # as slm_jax.nn.int8.quantize makes it
+            features = ((self.n_heads + 2 * n_kv_heads) * width,)
+            dense = Dense(features, use_bias=self.qkv_bias, dtype=self.dtype, param_dtype=self.param_dtype, name="qkv")
+            return jnp.split(dense(x).reshape(*x.shape[:2], -1, width), [self.n_heads, self.n_heads + n_kv_heads], 2)
         weights = [
             leaf
             for name, n_heads in (("q", self.n_heads), ("k", n_kv_heads), ("v", n_kv_heads))

@@ -10,6 +10,7 @@ from flax.typing import Initializer
 from jax import Array
 from jaxtyping import Float, Int
 
+from slm_jax.nn.int8 import Int8, read_int8, times_int8
 from slm_jax.nn.sharding import constrain
 from slm_jax.nn.target import target
 
@@ -28,11 +29,14 @@ class OutHead(nn.Module):
     def __call__(self, hidden: Float[Array, "batch seq emb"]) -> Float[Array, "batch seq vocab"]:
         """Map (batch, seq, emb) to float32 (batch, seq, vocab_size)."""
         shape = (hidden.shape[-1], self.vocab_size)
-        return float32_logits(hidden, self.param("kernel", self.kernel_init, shape, self.param_dtype))
+        kernel: Any = read_int8(self)
+        if kernel is None:
+            kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
+        return float32_logits(hidden, kernel)
 
 
 def float32_logits(
-    hidden: Float[Array, "batch seq emb"], kernel: Float[Array, "emb vocab"]
+    hidden: Float[Array, "batch seq emb"], kernel: Float[Array, "emb vocab"] | Int8
 ) -> Float[Array, "batch seq vocab"]:
     """Multiply in the hidden states' dtype and accumulate in float32: bfloat16 logits would round the loss away.
 
@@ -40,6 +44,8 @@ def float32_logits(
     only): by default JAX would multiply the float32 gradient of float32 logits in float32, which GPUs do at half the
     speed or less, and that product is a sixth of the arithmetic of training GPT-2 small.
     """
+    if isinstance(kernel, Int8):
+        return times_int8(hidden, kernel, jnp.float32)
     return _product(hidden, kernel) if hidden.dtype == jnp.float32 else _product_16bit(hidden, kernel)
 
 

@@ -35,14 +35,21 @@ class FeedForward(nn.Module):
     def __call__(self, x: Float[Array, "batch seq emb"], deterministic: bool = True) -> Float[Array, "batch seq emb"]:
         """Map (batch, seq, emb) to the same shape."""
         dense = partial(Dense, use_bias=self.use_bias, dtype=self.dtype, param_dtype=self.param_dtype)
-        proj = dense(x.shape[-1], kernel_init=self.out_kernel_init, name="proj")
+        proj = dense((x.shape[-1],), kernel_init=self.out_kernel_init, name="proj")
         rows = x.reshape(-1, x.shape[-1])  # once, or the backward pass would keep them for each product
 
-        def widen(name: str) -> Array:
-            product = dense(self.hidden, kernel_init=self.kernel_init, name=name)(rows).reshape(*x.shape[:-1], -1)
-            return constrain(Adapter(name=f"{name}_adapter")(product, x, deterministic), "batch", None, "mlp")
+        def widen(*names: str) -> list[Array]:
+            together = "_".join(names)  # side by side as slm_jax.nn.int8.quantize makes them
+            if len(names) > 1 and not self.has_variable("params", together):
+                return [product for name in names for product in widen(name)]
+            widths = (self.hidden * len(names),)
+            product = dense(widths, kernel_init=self.kernel_init, name=together)(rows).reshape(*x.shape[:-1], -1)
+            return [
+                constrain(Adapter(name=f"{name}_adapter")(part, x, deterministic), "batch", None, "mlp")
+                for name, part in zip(names, jnp.split(product, len(names), axis=-1), strict=True)
+            ]
 
-        hidden = swiglu(widen("gate"), widen("fc")) if self.gated else gelu(widen("fc"), self.exact_gelu)
+        hidden = swiglu(*widen("gate", "fc")) if self.gated else gelu(*widen("fc"), self.exact_gelu)
         return Adapter(name="proj_adapter")(proj(hidden), hidden, deterministic)
 
 

@@ -20,6 +20,7 @@ from slm_jax.errors import InputError
 from slm_jax.evaluation.classes import ClassFigures, Classifier, class_figures, class_table, draw_confusion
 from slm_jax.model import GPTClassifier, GPTConfig, Params, init_classifier
 from slm_jax.nn.blocks import merge_params
+from slm_jax.nn.int8 import quantize
 from slm_jax.runs import get_checkpoint, read_checkpoint
 from slm_jax.tasks.base import count_steps, find_base, new_base, prepare_params, row_length
 from slm_jax.tasks.config import RunConfig
@@ -164,11 +165,11 @@ def make_loss_fn(model: GPTClassifier) -> LossFn:
     return loss_fn
 
 
-def load_classifier(source: str | Path, step: int | str = "best") -> Classifier:
+def load_classifier(source: str | Path, step: int | str = "best", weights: Literal["int8"] | None = None) -> Classifier:
     """Load a classifier that ``slm-jax finetune`` trained with ``task: classification``.
 
-    It is a function from a list of texts to a :class:`Prediction` for each; arguments as for
-    :func:`slm_jax.runs.load_run`.
+    It is a function from a list of texts to a :class:`Prediction` for each; ``source`` and ``step`` as for
+    :func:`slm_jax.runs.load_run`. ``weights="int8"`` stores its matrices in 8 bits.
 
     Raises:
         MissingInputError: no run there, or no checkpoint of that step.
@@ -178,4 +179,5 @@ def load_classifier(source: str | Path, step: int | str = "best") -> Classifier:
     classes = tuple(metadata["classes"])
     model = GPTClassifier(cfg, n_classes=len(classes), pooling=metadata["pooling"])
     tokenizer = tokenizer_from_dict(metadata["tokenizer"])
+    params = params if weights is None else quantize(params)
     return Classifier(model, params, tokenizer, classes, metadata["max_length"])

@@ -58,6 +58,15 @@ def test_json_has_all_probabilities(classifier, capsys):
         assert sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-6)
 
 
+def test_with_8_bit_weights_the_probabilities_stay_close(classifier, capsys):
+    rows = []
+    for more in ([], ["--weights", "int8"]):
+        (line,), _ = classify(capsys, "--run", str(classifier), "--format", "json", *more, CATS)
+        rows.append(json.loads(line)["probabilities"]["cat"])
+    assert rows[1] == pytest.approx(rows[0], abs=0.02)
+    assert rows[1] != rows[0]
+
+
 def test_lines_of_a_file_or_of_the_standard_input(classifier, tmp_path, capsys, monkeypatch):
     run = ["--run", str(classifier)]
     expected, _ = classify(capsys, *run, CATS, DOGS)

@@ -46,6 +46,17 @@ def test_it_prints_what_the_functions_measure(weights, files, capsys):
     assert math.isclose(math.exp(figures["text"]["loss"]), figures["text"]["perplexity"])
 
 
+def test_8_bit_weights_are_measured_as_they_are(weights, files, capsys):
+    figures = []
+    for more in ([], ["--weights", "int8"]):
+        assert cli.main(["evaluate", "--run", str(weights), "--source", f"text:{files / 'cats.txt'}", *more]) == 0
+        figures.append(json.loads(capsys.readouterr().out))
+    exact, small = figures
+    assert "weights" not in exact
+    assert small["weights"] == "int8"
+    assert 0 < abs(small["text"]["loss"] / exact["text"]["loss"] - 1) < 0.01
+
+
 def test_the_column_of_the_texts_may_have_another_name(weights, files, tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text(json.dumps({"body": TEXT, "id": 1}))
     figures = []

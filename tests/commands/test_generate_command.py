@@ -30,6 +30,11 @@ def test_an_answer_begins_without_the_space_of_its_first_token(instructed, capsy
     assert capsys.readouterr().out == "the  a cat\n"
 
 
+def test_with_8_bit_weights_the_answer_stays(instructed, capsys):
+    assert cli.main(generate(instructed, "--instruction", "the dog", "--input", "sat", "--weights", "int8")) == 0
+    assert capsys.readouterr().out == "cat\n"
+
+
 def test_a_model_without_a_template_is_shown_alpacas(weights, capsys):
     assert cli.main(generate(weights, "--instruction", "cat")) == 2
     said, refused = capsys.readouterr().err.splitlines()

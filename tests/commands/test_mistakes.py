@@ -57,6 +57,7 @@ MISTAKES = {
         ("", "--run is missing"),
         ("--run none", "none: no such file or folder"),
         ("--run none --top-p 0", "top_p is 0"),
+        ("--run none --mesh.fsdp 2 --weights int8", "weights is int8 and mesh has 2 devices; expected one device"),
         ("--run none --mesh.tensor 1000", "mesh.tensor is 1000; expected a divisor of the"),
         ("--run none --stop ''", "stop is empty"),
         ("--run none --prompt a --prompt-file b", "prompt and prompt_file are given; expected only one"),
