@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from slm_jax.config import shown
+from slm_jax.config import flatten, shown
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.training.checkpoint import has_checksums, read_metadata
 from slm_jax.training.config import BaseRunConfig
@@ -91,6 +91,7 @@ def find_start(config: BaseRunConfig, damaged: dict[int, str] | None = None) -> 
             f"warning: {file} has changed since step {step:,} was saved; intact lines are kept"
             for file in run.changes(metadata.get("logs", {}))
         ]
+        notes += _config_warnings(metadata, run)
         notes += _move_warnings(metadata) + _decay_warnings(config, metadata, step, run)
     elif run.metrics("train"):
         notes.append(f"warning: {run.path} has a log but no checkpoint; the run starts from the beginning")
@@ -187,6 +188,15 @@ def _check_config(config: BaseRunConfig, place: Path | str, metadata: dict[str, 
     """Refuse a checkpoint of other keys before any data is read; the model and the data are compared later."""
     saved = {key: value for key, value in metadata["identity"].items() if not key.startswith("model.")}
     check_identity(place, saved, {key: config.identity.get(key, saved[key]) for key in saved})
+
+
+def _config_warnings(metadata: dict[str, Any], run: RunFolder) -> list[str]:
+    """Warn if config.yaml lacks keys, as when it was cut at the end of a line: they would take their defaults."""
+    file, found = run.path / "config.yaml", run.config()
+    missing = [key for key in flatten(metadata["config"]) if key not in found]
+    if not missing or not file.is_file():
+        return []
+    return [f"warning: {file} is damaged: {missing[0]} is missing; the file is rewritten with this command's keys"]
 
 
 def _move_warnings(metadata: dict[str, Any]) -> list[str]:

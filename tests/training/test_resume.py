@@ -299,6 +299,17 @@ def change_metadata(checkpoint, **changes):
     write_manifest(checkpoint, int(checkpoint.name))
 
 
+def test_a_configuration_that_was_cut_is_reported(place, configured):
+    file = place / "runs" / "run" / "config.yaml"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[: lines.index("sample:\n")]))
+    (note,) = find_start(configured()).notes
+    assert "config.yaml is damaged: sample.every is missing" in note
+    other = dataclasses.replace(SampleConfig(), every=3)
+    file.write_text(dump_config(configured(sample=other)))  # a key that may change, and a run killed before it saved
+    assert find_start(configured()).notes == ()
+
+
 @pytest.mark.parametrize(
     ("was", "expected"),
     [
@@ -334,7 +345,7 @@ def test_more_steps_after_the_decay_are_reported_with_a_better_way(tmp_path, ste
     with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
         for at in kept:
             checkpoints.save(TrainState(jnp.int32(at), {"kernel": jnp.ones(3)}, (), jax.random.key(0)), saved)
-    (tmp_path / "run" / "config.yaml").write_text("")
+    (tmp_path / "run" / "config.yaml").write_text(dump_config(cfg))
     notes = find_start(cfg).notes
     assert len(notes) == (expected is not None)
     if expected:
