@@ -23,7 +23,7 @@ from slm_jax.data.config import DataConfig, TokenizerConfig
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.tasks.config import RunConfig, get_task, parse_args
 from slm_jax.training import loop, mirror
-from slm_jax.training.checkpoint import Checkpoints, best_step
+from slm_jax.training.checkpoint import Checkpoints, DamagedCheckpoint, best_step
 from slm_jax.training.config import CheckpointConfig, ModelConfig, OptimizerConfig, SampleConfig, TrainConfig
 from slm_jax.training.loop import train
 from slm_jax.training.manifest import CHECKSUMS, METADATA, find_damage, saved_steps, write_manifest
@@ -406,6 +406,21 @@ def test_a_damaged_checkpoint_in_the_mirror_is_not_copied(place, configured):
     for _ in range(2):  # what it leaves is no run
         with pytest.raises(InputError, match=r"drive/run: every checkpoint is damaged"):
             find_start(configured(8, "fresh"))
+
+
+def test_arrays_damaged_in_the_run_and_in_its_mirror_stop_the_run(place, configured, monkeypatch, capsys):
+    tried = []
+
+    def restore(self, step, like):
+        tried.append(step)
+        raise DamagedCheckpoint(f"{step} is damaged")
+
+    leave_at(place / "runs", 6)
+    leave_at(place / "drive", 6)
+    monkeypatch.setattr(Checkpoints, "restore", restore)
+    assert run(configured()) == 2
+    assert tried == [6, 6]
+    assert "6 is damaged, and so is the mirror's copy; delete both" in capsys.readouterr().err
 
 
 def test_a_failing_mirror_is_a_warning_and_the_next_update_catches_up(place, monkeypatch):
