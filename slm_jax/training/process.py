@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import hashlib
 import os
+import re
 import signal
 import sys
 import threading
@@ -54,7 +55,10 @@ def set_up() -> None:
         jax.devices()
     except (RuntimeError, AssertionError) as error:
         reason = f"{error}".partition(" (set JAX_PLATFORMS")[0].rstrip(".") or "no such device"
-        raise InputError(f"JAX_PLATFORMS is {os.environ.get('JAX_PLATFORMS')}: {reason}") from None
+        reason = re.sub(r"Unable to initialize backend '\w+': (INTERNAL: )?", "", reason)
+        asked = os.environ.get("JAX_PLATFORMS")
+        remedy = f"JAX_PLATFORMS is {asked}: unset it, or install what it needs" if asked else "try JAX_PLATFORMS=cpu"
+        raise InputError(f"JAX cannot start its devices ({reason}); {remedy}") from None
 
 
 def use_compile_cache() -> None:
