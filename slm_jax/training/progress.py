@@ -73,8 +73,10 @@ class ProgressLine:
 
 
 def format_duration(seconds: float) -> str:
-    """Format seconds: 42 s, 3 min 05 s, 2 h 10 min."""
+    """Format seconds: less than 1 s, 42 s, 3 min 05 s, 2 h 10 min."""
     whole = round(seconds)
+    if whole == 0 < seconds:
+        return "less than 1 s"
     if whole < 60:
         return f"{whole} s"
     if whole < 3600:
