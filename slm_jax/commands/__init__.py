@@ -6,7 +6,7 @@ the words decide which dataclass it is, ``main(args)``. Heavy modules are import
 
 import dataclasses
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Ge
 
@@ -15,9 +15,20 @@ from slm_jax.generation.config import Sampling
 from slm_jax.training.process import set_up, use_compile_cache
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from slm_jax.runs import Run
 
-__all__ = ["LoadOptions", "ModelMesh", "ModelOptions", "SamplingOptions", "load", "set_up", "use_compile_cache"]
+__all__ = [
+    "LoadOptions",
+    "ModelMesh",
+    "ModelOptions",
+    "SamplingOptions",
+    "load",
+    "set_up",
+    "stdout_console",
+    "use_compile_cache",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +42,17 @@ class ModelMesh:
 
     fsdp: Positive = 1
     tensor: Positive = 1
+
+
+def stdout_console(**options: Any) -> "Console":
+    """Return a Rich console that raises BrokenPipeError for a closed pipe, as print does, instead of SystemExit."""
+    from rich.console import Console
+
+    class PipeConsole(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError
+
+    return PipeConsole(**options)
 
 
 def load(source: str, tokenizer: str | None, n_heads: int | None, mesh: ModelMesh | None = None) -> "Run":

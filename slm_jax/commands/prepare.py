@@ -13,6 +13,7 @@ from annotated_types import Ge, Gt, Le
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from slm_jax.commands import stdout_console
 from slm_jax.config import NotNegative, Positive
 from slm_jax.data.beam import SHARD_TOKENS, check_installed, check_new_url
 from slm_jax.data.beam import prepare as prepare_with_beam
@@ -160,7 +161,7 @@ def _run(options: Options) -> None:
                 processes=options.processes,
                 report=report,
             )
-    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console = stdout_console(soft_wrap=True, highlight=False, markup=False)
     _print_summary(console, options, prepared, max(time.monotonic() - start, 1e-9))
     if options.show:
         from slm_jax.data.show import show_batches
