@@ -197,10 +197,6 @@ class BucketCopy(Copy):
         name = f"checkpoints/{step}/{METADATA}"
         return parse_metadata(self._bucket.read(name), f"{self.path}/{name}")
 
-    def check_writable(self) -> None:
-        """Raise an OSError unless objects can be written and removed there."""
-        self._bucket.check_writable()
-
     def update(self, run: RunFolder, keep: int) -> None:
         self._upload_files(run)
         steps, there = saved_steps(run.checkpoints), self._bucket.sizes()
@@ -264,8 +260,6 @@ class BucketCopy(Copy):
         start = f"checkpoints/{step}/"
         names = [name.removeprefix(start) for name in self._bucket.sizes() if name.startswith(start)]
         self._bucket.download({f"{start}{name}": folder / name for name in names if _is_inside(name)})
-        if not (folder / CHECKSUMS).is_file():  # removed a moment ago
-            return f"{self.path}/{start}{CHECKSUMS} is missing from the checkpoint"
         damage = find_damage(folder, step=step)
         return damage and damage.replace(f"{folder}/", f"{self.path}/{start}")
 
@@ -314,14 +308,13 @@ def find_copy(config: BaseRunConfig) -> Copy | None:
 
 
 def _in_bucket(url: str) -> BucketCopy:
-    mirror = BucketCopy(url)
     try:
         if jax.process_index() == 0:
-            mirror.check_writable()
+            Bucket(url).check_writable()
     except OSError as error:
         remedy = "expected an existing bucket, and credentials that may write and remove objects in it"
         raise InputError(f"checkpoint.mirror: {url}: cannot write there ({error.strerror}); {remedy}") from None
-    return mirror
+    return BucketCopy(url)
 
 
 class Mirror:
