@@ -87,7 +87,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             for path in self.folder.iterdir():  # what an interrupted save left
-                if path.name.startswith((SAVING, REMOVED)) or path.name.endswith(".orbax-checkpoint-tmp"):
+                if path.name.startswith((SAVING, REMOVED)):
                     shutil.rmtree(path, ignore_errors=True)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("checkpoints can be saved")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from slm_jax.errors import InputError
-from slm_jax.files import check_kind, parse_json, replace_text, sha256, sync
+from slm_jax.files import parse_json, replace_text, sha256, sync
 
 CHECKSUMS = "sha256.json"  # the manifest
 METADATA = "_CHECKPOINT_METADATA"  # Orbax's name
@@ -78,9 +78,8 @@ def find_damage(folder: Path, arrays: bool = True, step: int | None = None) -> s
     """
     manifest, step = folder / CHECKSUMS, int(folder.name) if step is None else step
     try:
-        content = parse_json(manifest.read_bytes(), manifest)
-        content = content if "files" in content else {"step": step, "files": content}  # as before it had a step
-        sums, saved_as = check_kind(content, _Manifest, manifest)["files"], content["step"]
+        content = parse_json(manifest.read_bytes(), manifest, kind=_Manifest)
+        sums, saved_as = content["files"], content["step"]
     except FileNotFoundError:
         return f"{manifest} is missing: the checkpoint was not saved completely"
     except (InputError, OSError) as error:
