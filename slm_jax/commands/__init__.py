@@ -1,7 +1,7 @@
 """The commands, one module each, and what they share.
 
-A command's module has ``Options``, a frozen dataclass, and ``run(options)``, which returns the exit status; or, where
-the words decide which dataclass it is, ``main(args)``. Heavy modules are imported inside ``run``.
+A command's module has ``Options``, a frozen dataclass, and ``run(options)``, which returns the exit status; or
+``main(args)``, if the arguments decide which dataclass it needs. Heavy modules are imported inside ``run``.
 """
 
 import dataclasses
@@ -77,7 +77,7 @@ def load(source: str, tokenizer: str | None, n_heads: int | None, mesh: ModelMes
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadOptions:
-    """What a model's weights may not state.
+    """What a model's weights may leave open.
 
     Attributes:
         tokenizer: gpt2, or a tokenizer's file or folder: a saved one, a run's, or a pretrained model's (tokenizer.json,

@@ -19,7 +19,7 @@ SAVE_MEMORY = "lower --batch_sizes, --prompt_tokens or --new_tokens, or choose a
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """Where figures are written; what is measured, the function ``measures`` of :mod:`slm_jax.tools.bench` does.
+    """Where figures are written; ``measures`` names the function of :mod:`slm_jax.tools.bench` that measures them.
 
     Attributes:
         format: what is printed: a table, or json.

@@ -270,7 +270,7 @@ def test_a_folder_without_a_manifest_that_verifies_is_no_checkpoint(saved, text)
 
 def test_a_checkpoint_that_was_renamed_to_another_step_is_noticed(saved):
     (saved / "20").rename(saved / "40")
-    assert "is not of step 40: it was saved as step 20" in find_damage(saved / "40")
+    assert "is not step 40: it was saved as step 20" in find_damage(saved / "40")
 
 
 def test_what_was_not_written_completely_is_never_committed(folder, monkeypatch):
