@@ -46,7 +46,17 @@ COMMANDS = {
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command of ``args`` (by default those of the process); return the exit status."""
-    words = sys.argv[1:] if args is None else list(args)
+    try:
+        try:
+            return _main(sys.argv[1:] if args is None else list(args), is_process=args is None)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # the reader of the output, such as head, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _main(words: list[str], *, is_process: bool) -> int:
     if not words or words[0] in ("-h", "--help"):
         print("usage: slm-jax COMMAND [OPTIONS]\n")
         for name, (_, what) in COMMANDS.items():
@@ -68,7 +78,7 @@ def main(args: Sequence[str] | None = None) -> int:
         # The tokenizer refuses invalid bytes in one line.
         sys.stdin.reconfigure(encoding=None if sys.stdin.isatty() else "utf-8-sig", errors="surrogateescape")
     try:
-        with _ending_on_interrupt() if args is None else contextlib.nullcontext():
+        with _ending_on_interrupt() if is_process else contextlib.nullcontext():
             _import_jax()
             module = importlib.import_module(COMMANDS[name][0])
             from slm_jax.config import parse
@@ -77,12 +87,9 @@ def main(args: Sequence[str] | None = None) -> int:
         return int(module.run(parse(module.Options, words[1:], f"slm-jax {name}")))
     except InputError as error:
         status = _fail(f"slm-jax {name}", str(error))
-        if args is None and isinstance(error, SaveError):
+        if is_process and isinstance(error, SaveError):
             end_now(status)
         return status
-    except BrokenPipeError:  # the reader of the output has had enough, such as head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except OSError as error:
         if error.errno not in _PLACE_ERRORS:
             raise

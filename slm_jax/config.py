@@ -1,8 +1,8 @@
 """Configuration: frozen dataclasses, read strictly from YAML recipes and the command line.
 
-Each field is a key of a recipe and an option. A field that is itself a dataclass is a section, whose keys are dotted
-(``--train.steps 500``). Ranges stand beside the field (``Annotated[int, Ge(1)]``), its help in the docstring's
-``Attributes``. Keys marked :data:`Execution` may change when a run is resumed; the others are its identity.
+Each field is a key of a recipe and a command-line option. A field that is itself a dataclass is a section, whose keys
+are dotted (``--train.steps 500``). Ranges are part of the field's type (``Annotated[int, Ge(1)]``), its help is in the
+docstring's ``Attributes``. Keys marked :data:`Execution` may change when a run resumes; the others are its identity.
 """
 
 import collections
@@ -28,8 +28,8 @@ Options = TypeVar("Options")
 T = TypeVar("T")
 
 EXECUTION, POSITIONAL = "execution", "positional"
-Execution = Annotated[T, EXECUTION]  # a field or a section that says how, where or for how long a run is computed
-Words = Annotated[tuple[str, ...], POSITIONAL]  # the option of the words that belong to no option
+Execution = Annotated[T, EXECUTION]  # a field or section: how, where or for how long a run is computed
+Words = Annotated[tuple[str, ...], POSITIONAL]  # receives the words that belong to no option
 Positive = Annotated[int, Ge(1)]
 NotNegative = Annotated[int, Ge(0)]
 AboveZero = Annotated[float, Gt(0)]
@@ -37,9 +37,9 @@ Rate = Annotated[float, Ge(0), Lt(1)]
 Fraction = Annotated[float, Gt(0), Lt(1)]
 Seed = Annotated[int, Ge(0), Lt(2**32)]  # larger seeds repeat
 
-# Of a text in YAML: characters, values with aliases written out, brackets in brackets. No recipe needs a tenth.
+# Limits for YAML: characters, values after expanding aliases, nested brackets. Recipes need less than a tenth.
 _MOST_YAML, _MOST_VALUES, _DEEPEST = 1 << 16, 10_000, 50
-_LARGEST = 1e308  # above, a whole number may be no float
+_LARGEST = 1e308  # whole numbers above may not fit a float
 _BOUNDS = {Ge: ("ge", "at least"), Gt: ("gt", "above"), Le: ("le", "at most"), Lt: ("lt", "below")}
 _METAVARS = {bool: "BOOL", int: "INT", float: "FLOAT", str: "TEXT", tuple: "TEXT", types.NoneType: "null"}
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", tuple: "a list of texts"}
@@ -52,7 +52,7 @@ class Key:
     name: str  # dotted, such as train.steps
     kinds: tuple[type, ...]
     choices: tuple[str, ...]
-    markers: tuple[Any, ...]  # what stands beside it: ranges, EXECUTION, POSITIONAL
+    markers: tuple[Any, ...]  # its annotations: ranges, EXECUTION, POSITIONAL
     default: Any  # dataclasses.MISSING for a required key
     owner: type
 
@@ -62,7 +62,7 @@ class Key:
         return describe(self.owner)[self.name.rpartition(".")[2]]
 
     def read(self, word: str) -> Any:
-        """Return the value of a word of the command line: text as it is, anything else as YAML reads it."""
+        """Return the value of a command-line word: text as it is, anything else parsed as YAML."""
         if word == "null" and (types.NoneType in self.kinds or str not in self.kinds):
             return None
         if str in self.kinds or word in self.choices:
@@ -74,7 +74,7 @@ class Key:
         return word if value is None else value
 
     def check(self, value: Any) -> Any:
-        """Return the value, a list as a tuple, a whole number as a float where the field has one; refuse others."""
+        """Return the value, a list as a tuple, a whole number as a float if the field is one; refuse invalid values."""
         if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
             value = tuple(value)
         elif type(value) is int and int not in self.kinds and float in self.kinds:
@@ -115,7 +115,7 @@ def keys(cls: Any) -> dict[str, Key]:
 
 
 def _unwrap(hint: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Return the alternatives of a type, and the markers beside them."""
+    """Return the alternatives of a type, and its annotations."""
     if get_origin(hint) is Annotated:
         kinds, markers = _unwrap(get_args(hint)[0])
         return kinds, (*markers, *hint.__metadata__)
@@ -132,7 +132,7 @@ def execution_keys(config: Any) -> set[str]:
 
 @functools.cache
 def describe(cls: type) -> dict[str, str]:
-    """Return the description of each field in the docstrings of a dataclass and of those that it inherits from."""
+    """Return the description of each field, from the docstrings of a dataclass and its base classes."""
     return {
         param.arg_name: " ".join((param.description or "").split())
         for owner in reversed(cls.__mro__)
@@ -147,20 +147,20 @@ def _parse_docstring(cls: type) -> Any:
 
 
 def check(config: Any) -> None:
-    """Raise an InputError if a value of a configuration made in Python is of another type or out of range."""
+    """Raise an InputError if a value of a configuration made in Python has a wrong type or is out of range."""
     for name, key in keys(config.__class__).items():
         key.check(operator.attrgetter(name)(config))
 
 
 def parse(cls: Callable[..., Options], args: Sequence[str], prog: str) -> Options:
-    """Read ``--config RECIPE`` and options, the words after the command ``prog``, into the dataclass ``cls``.
+    """Parse ``--config RECIPE`` and options, the words after the command ``prog``, into the dataclass ``cls``.
 
-    Later ones win. Names may be typed with hyphens or underscores. Text arrives as typed; a field ``tuple[str, ...]``
-    collects the texts of an option that is given several times. ``--help`` prints every option and exits.
+    Later ones win. Names may have hyphens or underscores. Text is not parsed; a field ``tuple[str, ...]`` collects the
+    texts of an option that is given several times. ``--help`` prints every option and exits.
 
     Raises:
-        InputError: an unknown key, a value of another type or out of range, a missing required key, a recipe that
-            is not there or not YAML.
+        InputError: an unknown key, a value that has a wrong type or is out of range, a missing required key, a recipe
+            that does not exist or is not YAML.
     """
     if any(name == "help" for name, _ in _split(cls, args)):
         print(_help(cls, prog))
@@ -179,7 +179,7 @@ def parse(cls: Callable[..., Options], args: Sequence[str], prog: str) -> Option
 
 
 def given(cls: Any, args: Sequence[str]) -> dict[str, Any]:
-    """Return the values that recipes and options give, by dotted key; raises as :func:`parse`."""
+    """Return the values that recipes and options set, by dotted key; raises as :func:`parse` does."""
     values: dict[str, Any] = {}
     texts: dict[str, list[str]] = collections.defaultdict(list)
     for name, word in _split(cls, args):
@@ -193,12 +193,12 @@ def given(cls: Any, args: Sequence[str]) -> dict[str, Any]:
 
 
 def recipe_files(cls: type, args: Sequence[str]) -> list[Path]:
-    """Return the recipes named by ``--config``, in their order."""
+    """Return the recipes given by ``--config``, in order."""
     return [find_recipe(word) for name, word in _split(cls, args) if name == "config"]
 
 
 def find_recipe(name: str) -> Path:
-    """Return the file that ``--config`` names: a path, or the name of a recipe that comes with slm_jax."""
+    """Return the file that ``--config`` names: a path, or the name of a recipe of slm_jax."""
     path = user_path(name)
     if path.is_file():
         return path
@@ -211,7 +211,7 @@ def find_recipe(name: str) -> Path:
 
 
 def flatten(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
-    """Turn nested dicts into one of dotted keys; an empty dict stays."""
+    """Flatten nested dicts into one with dotted keys; an empty dict stays a value."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         nested = isinstance(value, dict) and value
@@ -228,12 +228,12 @@ def dump_config(config: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """Return a value as YAML has it, for a message."""
+    """Return a value as YAML writes it, for messages."""
     return str(value).lower() if isinstance(value, bool) else "null" if value is None else f"{value!r:.60}"
 
 
 def parse_yaml(text: str) -> Any:
-    """Return what a text in YAML says; ValueError: it is none, or is too long, too deep or says too much by aliases."""
+    """Parse YAML; ValueError: invalid, too long, nested too deep, or too many values after expanding aliases."""
     try:
         if len(text) > _MOST_YAML:
             raise ValueError(f"{len(text):,} characters; expected at most {_MOST_YAML:,}")
@@ -248,13 +248,13 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.1, but ``1e-3`` is a number, as in YAML 1.2, and a key that occurs twice is an error."""
 
     def fetch_flow_collection_start(self, token: Any) -> None:
-        if self.flow_level == _DEEPEST:  # the package takes the square of the time
+        if self.flow_level == _DEEPEST:  # PyYAML's time is quadratic in the depth
             raise yaml.scanner.ScannerError(None, None, "nested too deep", self.get_mark())
         super().fetch_flow_collection_start(token)
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         is_alias = self.check_event(yaml.AliasEvent)
-        node: Any = super().compose_node(parent, index)  # of an alias the node that it stands for, each time it is used
+        node: Any = super().compose_node(parent, index)  # an alias gives the node that it refers to
         if not isinstance(node, yaml.ScalarNode) and not hasattr(node, "size"):
             if is_alias:
                 raise yaml.composer.ComposerError(None, None, "contains itself", node.start_mark)
@@ -287,12 +287,12 @@ def _sections(cls: Any) -> dict[str, str]:
 
 
 def _option(cls: Any, name: str) -> str:
-    """Return a key as ``--help`` shows it: with hyphens, but for the keys of recipes."""
+    """Return a key as ``--help`` shows it: with hyphens, except for keys of recipes."""
     return f"--{name if _sections(cls) else name.replace('_', '-')}"
 
 
 def _split(cls: Any, args: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Split words into keys, written with underscores, and their texts."""
+    """Split words into pairs of a key (with underscores) and its text."""
     names = {*keys(cls), *_sections(cls), "config", "help"}
     positional = next((name for name, key in keys(cls).items() if POSITIONAL in key.markers), None)
     rest = list(args)

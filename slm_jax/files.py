@@ -21,12 +21,12 @@ import msgspec
 from slm_jax.errors import InputError
 
 Object = dict[str, Any]  # of JSON, with any keys
-_HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")  # two of them may be a whole one
+_HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")  # a pair of them may be one character
 _MOST_JSON_BYTES = 1 << 26  # the largest tokenizer.json of a public model has 34 MB
 
 
 def user_path(text: str | Path) -> Path:
-    """Return the path that a user gave, ``~`` expanded; refuse an impossible one, such as of an unknown ``~user``."""
+    """Return the path that a user gave, ``~`` expanded; refuse an impossible one, such as an unknown ``~user``."""
     if is_url(text):
         works = "object storage works for checkpoint.mirror and for token files (tokens:gs://BUCKET/FILE.bin)"
         raise InputError(f"{text}: expected a path on this machine; {works}")
@@ -50,7 +50,7 @@ def cache_folder() -> Path:
 
 
 def read_json(file: Path, remedy: str = "download or export it again", kind: Any = Object) -> Any:
-    """Read a JSON file; ``remedy`` says what to do if it is none, or not of ``kind`` (see `check_kind`)."""
+    """Read a JSON file; ``remedy`` says what to do if it is not valid JSON of type ``kind`` (see `check_kind`)."""
     try:
         with file.open("rb") as stream:
             data = stream.read(_MOST_JSON_BYTES + 1)
@@ -62,13 +62,13 @@ def read_json(file: Path, remedy: str = "download or export it again", kind: Any
 
 
 def parse_json(data: bytes | str, where: object, remedy: str = "", kind: Any = Object) -> Any:
-    """Parse JSON in which no key occurs twice, as `read_json`; ``where`` it is from, for messages."""
+    """Parse JSON, as `read_json`, and refuse duplicate keys; messages begin with ``where``."""
     try:
         text = data if isinstance(data, str) else data.decode("utf-8-sig")
         content = json.loads(text, object_pairs_hook=_unique)
         if kind is not Any and _HALF_CHARACTER.search(text):  # rows name the field
             json.dumps(content, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:  # also half a character, too many digits, brackets nested too deep
+    except (ValueError, RecursionError) as error:  # also lone surrogates, too many digits, too deep nesting
         start = f": {data.strip()[:60]!r:.60}" if isinstance(data, str) else ""
         raise InputError(f"{where}: not JSON ({error}){start}{remedy and '; '}{remedy}") from None
     return check_kind(content, kind, where, remedy)
@@ -83,9 +83,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> Object:
 
 
 def check_kind(content: Any, kind: Any, where: object, remedy: str = "") -> Any:
-    """Return the content of a file unchanged if it is of a type, such as a TypedDict, whose other keys may be anything.
+    """Return a file's content unchanged if it is of type ``kind``, such as a TypedDict (extra keys are allowed).
 
-    InputError: it is not; the message names the first value of another type by its place.
+    InputError: it is not; the message names the first value of a wrong type.
     """
     try:
         msgspec.convert(content, kind)
@@ -104,7 +104,7 @@ def sha256(path: Path) -> str:
 
 
 def unwritable(path: Path, error: OSError) -> InputError:
-    """Return what to raise for a file or folder that cannot be written."""
+    """Return the error for a file or folder that cannot be written."""
     return InputError(f"{path}: cannot be written: {error.strerror or error}")
 
 
@@ -112,8 +112,8 @@ def unwritable(path: Path, error: OSError) -> InputError:
 
 
 def sync(path: Path) -> None:
-    """Wait until what was written to a file, or the names in a folder, are on the disk, where a system can say so."""
-    if os.name == "nt":  # which has no such thing for folders
+    """Wait until a file's content, or the names in a folder, are on the disk, if the system supports it."""
+    if os.name == "nt":  # cannot sync folders
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -127,7 +127,7 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a new name beside the path; that file replaces the path at the end, or disappears after an error."""
+    """Yield a new path beside ``path``; its file replaces ``path`` at the end, or is removed after an error."""
     if not path.name:
         raise InputError(f"{path}: is a folder; expected a file in it")
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
@@ -135,7 +135,7 @@ def replacing(path: Path) -> Iterator[Path]:
         yield partial
         partial.replace(path)
     except OSError as error:
-        error.filename = path  # none for a write to a full disk, and else the partial file
+        error.filename = path  # instead of the partial file, or of None for a write to a full disk
         raise
     finally:
         with suppress(OSError):
@@ -143,14 +143,14 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a text file atomically: a reader sees the old file or the new one; OSError: it cannot be written."""
+    """Write a text file atomically: readers see the old or the new file; OSError: it cannot be written."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
         sync(partial)
 
 
 def write_file(path: Path, text: str) -> None:
-    """Write a text file atomically, and its folder, or raise an InputError; a link stays, its target is replaced."""
+    """Write a text file atomically and create its folder; of a link, replace the target. InputError: not possible."""
     try:
         path = path.resolve()
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -160,7 +160,7 @@ def write_file(path: Path, text: str) -> None:
 
 
 def check_new_file(target: str | Path, option: str, example: str) -> Path:
-    """Return the path of a file to be written, its folder new or not, or refuse it; cheap, for before long work."""
+    """Return the path of a file to be written, or refuse it. A cheap check before long work; its folder may be new."""
     path = user_path(target)
     if not str(target) or (path.exists() and not path.is_file()):
         raise InputError(f"{option} is {str(target)!r}; expected a file, such as {example}")
@@ -178,7 +178,7 @@ def _check_writable(path: Path, given: Path) -> None:
 
 
 def check_new_folder(target: str | Path) -> Path:
-    """Return the absolute path of a new or empty folder to be made, or refuse it; cheap, for before long work."""
+    """Return the absolute path of a new or empty folder, or refuse it. A cheap check before long work."""
     given = user_path(target)
     try:
         path = given.resolve()
@@ -194,7 +194,7 @@ def check_new_folder(target: str | Path) -> Path:
 
 @contextmanager
 def new_folder(target: str | Path) -> Iterator[Path]:
-    """Give a folder beside the target; it becomes the target at the end, or disappears after an error."""
+    """Yield a new folder beside the target; it becomes the target at the end, or is removed after an error."""
     path = check_new_folder(target)
     partial = path.with_name(f".{uuid.uuid4().hex}.partial")  # short, so that it fits beside a name of any length
     try:
@@ -218,15 +218,15 @@ _EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3"}
 
 
 def is_url(text: object) -> bool:
-    """Return whether a text names something in object storage, such as ``gs://bucket/runs``, and is no path."""
+    """Return whether a text is a URL of object storage, such as ``gs://bucket/runs``, not a path."""
     return isinstance(text, str) and re.match(r"[A-Za-z][\w+.-]+://", text) is not None
 
 
 class Bucket:
     """A folder in object storage, such as ``gs://bucket/runs``, through fsspec; names are relative to it.
 
-    Objects are written whole: there is no rename, no append and no lock. Each error of the storage is an OSError with
-    one line, a FileNotFoundError for what does not exist. InputError: a package is missing, or the URL is no folder.
+    Objects are written whole: there is no rename, no append and no lock. Errors of the storage become one-line
+    OSErrors, FileNotFoundError if an object does not exist. InputError: a package is missing, or the URL has no bucket.
     """
 
     def __init__(self, url: str):
@@ -254,7 +254,7 @@ class Bucket:
             raise
         except FileNotFoundError:
             raise FileNotFoundError(errno.ENOENT, "does not exist", where) from None
-        except Exception as error:  # of any kind: every storage has its own
+        except Exception as error:  # of any type: each storage has its own
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise OSError(errno.EIO, reason, where) from None
 
@@ -265,7 +265,7 @@ class Bucket:
         return f"{self._root}/{name}"
 
     def sizes(self) -> dict[str, int]:
-        """Return the size in bytes of each object in the folder and below it, by name; empty if there is none."""
+        """Return the size in bytes of each object in and below the folder, by name."""
         with self._errors():
             self._fs.invalidate_cache()
             try:
@@ -276,7 +276,7 @@ class Bucket:
         return {
             path.removeprefix(start): about["size"]
             for path, about in found.items()
-            if path.startswith(start) and not path.endswith("/")  # what a console makes for an empty folder
+            if path.startswith(start) and not path.endswith("/")  # a web console's placeholder for an empty folder
         }
 
     def read(self, name: str) -> bytes:
@@ -285,7 +285,7 @@ class Bucket:
             return self._fs.cat_file(self._path(name))
 
     def version(self, name: str) -> tuple[int, str]:
-        """Return the size in bytes of an object, and a text that changes with it."""
+        """Return the size in bytes of an object, and a text that changes whenever the object does."""
         with self._errors(name):
             self._fs.invalidate_cache()
             return self._fs.size(self._path(name)), self._fs.ukey(self._path(name))
@@ -296,7 +296,7 @@ class Bucket:
             return self._fs.modified(self._path(name)).timestamp() < seconds
 
     def upload(self, files: Mapping[str, Path]) -> None:
-        """Write files, several at a time, each under its name, replacing what is there; compare their sizes."""
+        """Upload files in parallel under their names, replacing existing objects; verify the sizes."""
         if not files:
             return
         with self._errors():
@@ -307,14 +307,14 @@ class Bucket:
                 raise OSError(errno.EIO, f"has {there.get(name)} bytes after an upload of {size}", self._url(name))
 
     def download(self, files: Mapping[str, Path]) -> None:
-        """Read objects, several at a time, each into its file, whose folder is made."""
+        """Download objects in parallel to files, whose folders are created."""
         for path in files.values():
             path.parent.mkdir(parents=True, exist_ok=True)
         with self._errors():
             self._fs.get([self._path(name) for name in files], [str(path) for path in files.values()])
 
     def remove(self, name: str) -> None:
-        """Remove an object, if it is there."""
+        """Remove an object if it exists."""
         with self._errors(name), suppress(FileNotFoundError):
             self._fs.rm_file(self._path(name))
 
@@ -330,15 +330,15 @@ class Bucket:
 
 
 def check_reachable(url: str, seconds: float) -> None:
-    """Raise an OSError unless the server of ``url``, or the proxy that leads to it, takes a connection in time.
+    """Raise an OSError unless the server of ``url``, or its proxy, accepts a connection in time.
 
-    Libraries that download limit neither the name lookup nor the sum of their tries at a server's addresses.
+    Download libraries limit neither the time of the name lookup nor the total over a server's addresses.
     """
     from requests.utils import get_environ_proxies, prepend_scheme_if_needed, select_proxy
 
     proxy = select_proxy(url, get_environ_proxies(url))
     server = urlsplit(prepend_scheme_if_needed(proxy, "http") if proxy else url)
-    address = (server.hostname or "", server.port or {"http": 80, "https": 443}.get(server.scheme, 1080))  # else SOCKS
+    address = (server.hostname or "", server.port or {"http": 80, "https": 443}.get(server.scheme, 1080))  # 1080: SOCKS
     outcome: list[OSError | None] = [TimeoutError(f"no answer from {address[0]} in {seconds:g} s")]
 
     def connect() -> None:
@@ -348,7 +348,7 @@ def check_reachable(url: str, seconds: float) -> None:
         except OSError as error:
             outcome.append(error)
 
-    thread = threading.Thread(target=connect, daemon=True)  # is left behind if it hangs
+    thread = threading.Thread(target=connect, daemon=True)  # abandoned if it hangs
     thread.start()
     thread.join(seconds)
     if outcome[-1]:

@@ -213,7 +213,9 @@ def find_run(name: str | Path) -> RunFolder:
     """Return the folder of a run; a name alone is also looked for in ``runs``."""
     path = user_path(name)
     for folder in (path, Path("runs") / path):
-        if (folder / "config.yaml").is_file() or (folder / "checkpoints").is_dir():
+        # A removed run may leave a lock, empty folders and an unfinished save (.saving).
+        saved = (file.is_file() for file in (folder / "checkpoints").glob("[!.]*/**/*"))
+        if (folder / "config.yaml").is_file() or any(saved):
             return RunFolder(folder)
     near = path.parent if path.parent.is_dir() else Path("runs")
     runs = sorted(str(file.parent) for file in near.glob("*/config.yaml"))

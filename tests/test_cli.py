@@ -265,10 +265,24 @@ def test_a_run_that_does_not_fit_is_refused_with_what_to_change(workplace, capsy
 
 def test_a_platform_that_jax_lacks_is_refused(workplace, capsys, monkeypatch):
     def devices():
-        raise RuntimeError("Unable to initialize backend 'cuda' (set JAX_PLATFORMS='' to choose another)")
+        reason = "Unable to initialize backend 'tpu': INTERNAL: Failed to open libtpu.so"
+        raise RuntimeError(f"{reason} (set JAX_PLATFORMS='' to choose another)")
 
     monkeypatch.setattr(jax, "devices", devices)
-    training_fails(capsys, "JAX_PLATFORMS", "initialize backend 'cuda'")
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu")
+    training_fails(capsys, "JAX cannot start its devices (Failed to open libtpu.so); JAX_PLATFORMS is tpu: unset it")
+    monkeypatch.delenv("JAX_PLATFORMS")
+    training_fails(capsys, "try JAX_PLATFORMS=cpu")
+
+
+@pytest.mark.parametrize("words", ["--help", "plan --help", "plan --device h100"])
+def test_a_closed_pipe_ends_a_command_that_only_prints_quietly(words):
+    read_end, write_end = os.pipe()
+    os.close(read_end)  # as head does once it has its lines
+    command = [sys.executable, "-m", "slm_jax", *words.split()]
+    done = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, text=True)
+    os.close(write_end)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_every_command_has_help_at_once(capsys):

@@ -180,6 +180,11 @@ def test_a_run_is_found_by_folder_or_name(tmp_path, monkeypatch):
     assert find_run("a").path == find_run("runs/a").path == Path("runs/a")
     with pytest.raises(MissingInputError, match=r"runs/b: no run there; .* there are runs/a"):
         find_run("runs/b")
+    (tmp_path / "runs" / "b" / "checkpoints" / ".saving" / "params").mkdir(parents=True)  # left of a removed run
+    (tmp_path / "runs" / "b" / ".lock").touch()
+    (tmp_path / "runs" / "b" / "checkpoints" / ".saving" / "params" / "_METADATA").touch()
+    with pytest.raises(MissingInputError, match="runs/b: no run there"):
+        find_run("runs/b")
 
 
 def test_a_step_is_what_follows_the_last_at(tmp_path, monkeypatch):

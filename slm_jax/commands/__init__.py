@@ -1,12 +1,12 @@
 """The commands, one module each, and what they share.
 
-A command's module has ``Options``, a frozen dataclass, and ``run(options)``, which returns the exit status; or, where
-the words decide which dataclass it is, ``main(args)``. Heavy modules are imported inside ``run``.
+A command's module has ``Options``, a frozen dataclass, and ``run(options)``, which returns the exit status; or
+``main(args)``, if the arguments decide which dataclass it needs. Heavy modules are imported inside ``run``.
 """
 
 import dataclasses
 import sys
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge
 
@@ -16,9 +16,20 @@ from slm_jax.generation.config import Sampling
 from slm_jax.training.process import set_up, use_compile_cache
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from slm_jax.runs import Run
 
-__all__ = ["LoadOptions", "ModelMesh", "ModelOptions", "SamplingOptions", "load", "set_up", "use_compile_cache"]
+__all__ = [
+    "LoadOptions",
+    "ModelMesh",
+    "ModelOptions",
+    "SamplingOptions",
+    "load",
+    "set_up",
+    "stdout_console",
+    "use_compile_cache",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +43,17 @@ class ModelMesh:
 
     fsdp: Positive = 1
     tensor: Positive = 1
+
+
+def stdout_console(**options: Any) -> "Console":
+    """Return a Rich console that raises BrokenPipeError for a closed pipe, as print does, instead of SystemExit."""
+    from rich.console import Console
+
+    class PipeConsole(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError
+
+    return PipeConsole(**options)
 
 
 def load(
@@ -65,7 +87,7 @@ def load(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadOptions:
-    """What a model's weights may not state.
+    """What a model's weights may leave open.
 
     Attributes:
         tokenizer: gpt2, or a tokenizer's file or folder: a saved one, a run's, or a pretrained model's (tokenizer.json,

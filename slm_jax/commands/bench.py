@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge
 
-from slm_jax.commands import set_up
+from slm_jax.commands import set_up, stdout_console
 from slm_jax.config import AboveZero, NotNegative, Positive, parse
 from slm_jax.errors import InputError
 from slm_jax.files import check_new_file, write_file
@@ -19,7 +19,7 @@ SAVE_MEMORY = "lower --batch_sizes, --prompt_tokens or --new_tokens, or choose a
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """Where figures are written; what is measured, the function ``measures`` of :mod:`slm_jax.tools.bench` does.
+    """Where figures are written; ``measures`` names the function of :mod:`slm_jax.tools.bench` that measures them.
 
     Attributes:
         format: what is printed: a table, or json.
@@ -167,7 +167,6 @@ def run(options: Output) -> int:
         raise InputError(f"plot is {options.plot!r}; expected a file whose name ends in .png")
     set_up()
     import jax
-    from rich.console import Console
 
     from slm_jax.tools.bench.result import draw_result, print_result
     from slm_jax.training import program
@@ -185,12 +184,12 @@ def run(options: Output) -> int:
         jax.config.update("jax_enable_compilation_cache", False)  # compile time is one of the figures
     with program.out_of_memory_as_input_error(remedy):
         result = measure(**values)
-    if options.format == "json":
-        print(result.to_json(), end="")
-    else:
-        print_result(result, Console())
     if out is not None:
         write_file(out, result.to_json())
     if plot is not None:
         draw_result(result, plot)
+    if options.format == "json":
+        print(result.to_json(), end="")
+    else:
+        print_result(result, stdout_console())
     return 0

@@ -135,7 +135,7 @@ def _export_adapters(source: str, out: str) -> None:
 
 
 def _about(options: Options, tokenizer: "Tokenizer | None") -> "About":
-    """Return what is known of a run's checkpoint for the files beside its weights; of other weights, only the name."""
+    """Return facts about a run's checkpoint for the files beside its weights; for other weights, only the name."""
     from slm_jax.data.chat_template import own_template, template_from_dict
     from slm_jax.data.templates import TEMPLATES
     from slm_jax.runs import find_checkpoint
@@ -178,12 +178,12 @@ def _about(options: Options, tokenizer: "Tokenizer | None") -> "About":
 
 
 def _without_folders(text: str) -> str:
-    """Return a path or a source without the absolute folders of this machine, as a model card may be published."""
+    """Return a path or source without absolute folders of this machine, because a model card may be published."""
     return re.sub(r"(?<![^:])(/(?!/)|~/|[A-Z]:\\).*[/\\](?=.)", "", text)
 
 
 def _sampling(config: dict[str, Any]) -> dict[str, Any]:
-    """Return how the run's own samples were drawn, in the words of ``generation_config.json``."""
+    """Return the sampling settings of the run as in ``generation_config.json``."""
     if "sample.temperature" not in config:
         return {}
     if not config["sample.temperature"]:

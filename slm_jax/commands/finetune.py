@@ -30,7 +30,7 @@ def run(options: RunConfig) -> int:
 
 
 def _missing_base(options: RunConfig) -> RunConfig | None:
-    """Return the run of the tiny recipe that has to come first; None if the base exists or is another."""
+    """Return the run of the tiny recipe that has to be trained first; None if the base exists or is another one."""
     tiny = RunConfig(run="tiny", runs_dir=options.runs_dir)
     places = (options.folder, options.mirror_folder)
     resumes = any(place and (place / "checkpoints").exists() for place in places)

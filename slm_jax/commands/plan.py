@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le
 
-from slm_jax.commands import use_compile_cache
+from slm_jax.commands import stdout_console, use_compile_cache
 from slm_jax.config import Positive, given, parse
 from slm_jax.tasks.config import TASKS, FinetuneConfig, RunConfig
 
@@ -53,7 +53,6 @@ def main(args: Sequence[str]) -> int:
 
 def run(options: Options) -> int:
     import jax
-    from rich.console import Console
 
     from slm_jax.tools.plan.cluster import find_cluster
     from slm_jax.tools.plan.compilers import cluster_devices, compile_run, prepare_environment
@@ -67,7 +66,7 @@ def run(options: Options) -> int:
         devices = cluster_devices(cluster)
     else:
         use_compile_cache()
-    plan, console = make_plan(options, options.device, options.devices, options.mfu, options.tokens), Console()
+    plan, console = make_plan(options, options.device, options.devices, options.mfu, options.tokens), stdout_console()
     if options.format == "table":
         print_plan(plan, console)
     programs = compile_run(options, cluster, devices) if options.compile else []

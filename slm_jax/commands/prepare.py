@@ -13,6 +13,7 @@ from annotated_types import Ge, Gt, Le
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from slm_jax.commands import stdout_console
 from slm_jax.config import NotNegative, Positive
 from slm_jax.data.beam import SHARD_TOKENS, check_installed, check_new_url
 from slm_jax.data.beam import prepare as prepare_with_beam
@@ -95,7 +96,7 @@ class Options:
         if self.vocab_size is not None and self.tokenizer != "bpe":
             raise InputError(f"vocab_size is {self.vocab_size}, but {self.tokenizer} has its own; add --tokenizer bpe")
         if self.runner is None and self.beam_options:
-            raise InputError("beam_options are of no use without Beam; add --runner, such as --runner dataflow")
+            raise InputError("beam_options need Beam; add --runner, such as --runner dataflow")
         if self.runner is not None and self.processes != 1:
             raise InputError(f"processes is {self.processes}, but Beam starts its own; leave it out with --runner")
         if self.show and is_url(self.out):
@@ -110,7 +111,7 @@ def run(options: Options) -> int:
         return 0
     except KeyboardInterrupt as interrupt:  # so that only finished parts are left
         if options.runner not in (None, "direct"):
-            _note(f"stopped waiting; what {options.runner} has begun may continue there")
+            _note(f"stopped waiting; {options.runner} may continue the job")
         elif options.runner is None and work_folder(Path(options.out)).exists():
             _note("stopped; the same command resumes")
         return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
@@ -160,7 +161,7 @@ def _run(options: Options) -> None:
                 processes=options.processes,
                 report=report,
             )
-    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console = stdout_console(soft_wrap=True, highlight=False, markup=False)
     _print_summary(console, options, prepared, max(time.monotonic() - start, 1e-9))
     if options.show:
         from slm_jax.data.show import show_batches
@@ -177,7 +178,7 @@ def _run(options: Options) -> None:
 
 
 def _check_places(options: Options, sources: Sequence[Source], files: Sequence[Path]) -> None:
-    """Raise InputError if what is read and written is not where the runner needs it."""
+    """Raise InputError if sources or output are not where the runner can use them."""
     urls = [url for url in (*(source.name for source in sources), options.out) if is_url(url)]
     if options.runner is not None:
         check_installed(options.runner)
@@ -211,7 +212,7 @@ def _tokenizer(options: Options, sources: Sequence[Source], console: Console) ->
     vocab_size = options.vocab_size or _VOCAB_SIZE
     console.print(f"training a tokenizer of {vocab_size:,} tokens on the start of the text", highlight=False)
     print_line = _now_and_then(console)
-    # Nothing is being written yet, and native code that runs for long would keep Python's handlers from running.
+    # Nothing is being written yet, and long native code would delay Python's signal handlers.
     with _on_signal(signal.SIG_DFL):
         return train_tokenizer(
             sources, vocab_size, options.text_column, options.normalize, lambda n: print_line(f"{n:,} characters read")
@@ -233,7 +234,7 @@ def _now_and_then(console: Console) -> Callable[[str], None]:
 
 @contextmanager
 def _progress(console: Console, total: int | None) -> Iterator[Callable[[Prepared], None]]:
-    """Give what reports progress, of ``total`` bytes: a bar in a terminal, a line every few seconds elsewhere."""
+    """Yield a function that reports progress (of ``total`` bytes): a bar in a terminal, else a line now and then."""
     start, print_line = time.monotonic(), _now_and_then(console)
     bar = (BarColumn(bar_width=24), TaskProgressColumn(), TimeRemainingColumn()) if total else ()
 

@@ -38,13 +38,18 @@ def run(options: RunConfig) -> int:
             with joined(command, options.join_timeout), out_of_memory_as_input_error():
                 set_up()
                 damaged: dict[int, str] = {}
+                tried: set[int] = set()
                 while True:
                     start = find_start(options, damaged)
                     task = get_task(options.task).build(options, start, stop.check)
                     try:
                         train(options, task, start, stop, Console(quiet=not start.folder.writes))
                         return 0
-                    except DamagedCheckpoint as damage:  # found while it was loaded; an earlier one is used
+                    except DamagedCheckpoint as damage:  # found on loading: use the mirror's copy, or an earlier one
+                        if start.first_step in tried:
+                            remedy = "delete both to resume from an earlier checkpoint"
+                            raise InputError(f"{damage}, and so is the mirror's copy; {remedy}") from None
+                        tried.add(start.first_step)
                         damaged[start.first_step] = str(damage)
         except Interrupted as interruption:
             print(f"{command}: stopped by {interruption}", file=sys.stderr)

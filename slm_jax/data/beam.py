@@ -1,11 +1,11 @@
-"""`slm_jax.data.prepare` on many machines: an Apache Beam pipeline that keeps the same documents.
+"""`slm_jax.data.prepare` on many machines, as an Apache Beam pipeline that keeps the same documents.
 
     read → normalize → filter → exact copies → near duplicates → encode → shuffle → shards
 
-Documents have a number that says which of two copies is the earlier one, so that nothing depends on who reads them.
-They are shuffled: the order is that of a hash of their numbers. Shards are written into a folder beside the token file,
-and get their names when all are there, together with the index, ``FILE.bin.json``. Files may be of any file system that
-Beam knows, such as ``gs://``. Memory holds a document, or a shard; a file is read by one worker.
+Documents are numbered in order, so that the earlier of two copies is known whichever worker reads them. They are
+shuffled by a hash of their numbers. Shards are written into a folder beside the token file, and renamed when all are
+complete, together with the index, ``FILE.bin.json``. Files may be in any file system that Beam supports, such as
+``gs://``. Memory holds one document or one shard; each file is read by one worker.
 """
 
 import dataclasses
@@ -54,20 +54,20 @@ def prepare(
 ) -> Prepared:
     """Run the pipeline, and return what it counted.
 
-    ``runner`` is a key of `RUNNERS`, ``options`` are Beam's own, such as ``--project=NAME``; ``shard_tokens`` is about
-    how many ids a shard has. InputError: as of `slm_jax.data.prepare.prepare` and `make_pipeline`.
+    ``runner`` is a key of `RUNNERS`; ``options`` are Beam's options, such as ``--project=NAME``; ``shard_tokens`` is
+    the approximate number of ids per shard. InputError: as in `slm_jax.data.prepare.prepare` and `make_pipeline`.
     """
     tokenizer.encode("")  # raises if the tokenizer's files are missing, before anything is read
     from apache_beam.io.filesystems import FileSystems
 
     replaced = [] if is_url(out) else existing_paths(Path(out))
-    folder = f"{out}.{uuid.uuid4().hex[:8]}.partial"  # of shards, until they get their names
+    folder = f"{out}.{uuid.uuid4().hex[:8]}.partial"  # for shards, until they are renamed
     with _in_one_line(f"runner {runner}", keep_bugs=runner == "direct"):
         try:
             with make_pipeline(runner, options) as pipeline:
                 build(pipeline, sources, out, folder, tokenizer, text_column, rules, shard_tokens)
         finally:
-            # On other machines an interrupted pipeline continues.
+            # After an interrupt, a pipeline on other machines continues.
             if runner == "direct" or not isinstance(sys.exc_info()[1], KeyboardInterrupt):
                 for path in (folder, f"{folder}/"):  # a folder on a disk; all objects below it in object storage
                     with suppress(OSError):
@@ -81,13 +81,13 @@ def prepare(
 
 @contextmanager
 def _in_one_line(where: str, keep_bugs: bool = False) -> Iterator[None]:
-    """Raise an InputError for any error of Beam, a file system or a service, and for a worker's, which comes as text.
+    """Raise an InputError for any error of Beam, a file system or a service; errors of workers arrive as text.
 
-    ``keep_bugs``: whether errors of other kinds pass, with their traceback.
+    ``keep_bugs``: whether to let other errors pass, with their traceback.
     """
     try:
         yield
-    except Exception as error:  # runners' errors, and those of file systems, have no narrower base
+    except Exception as error:  # errors of runners and file systems have no common base class
         kinds: list[type[Exception]] = [InputError, MissingInputError, OSError, *OSError.__subclasses__()]
         found = re.findall(rf"\b(?:{'|'.join(kind.__name__ for kind in kinds)}): (.*)", str(error))
         if found or isinstance(error, InputError):
@@ -104,7 +104,7 @@ def check_installed(runner: str) -> None:
 
 
 def check_new_url(out: str, overwrite: bool) -> None:
-    """Raise InputError if a token file of any file system exists, or that file system cannot be used."""
+    """Raise InputError if a token file exists, or if its file system cannot be used."""
     from apache_beam.io.filesystems import FileSystems
 
     if not out.endswith(".bin"):
@@ -116,13 +116,13 @@ def check_new_url(out: str, overwrite: bool) -> None:
 
 
 def make_pipeline(runner: str, options: Sequence[str]) -> Any:
-    """Return an empty pipeline of a runner; InputError: an option that Beam refuses, or a library that is missing."""
+    """Return an empty pipeline of a runner; InputError: Beam refuses an option, or a library is missing."""
     import apache_beam as beam
     from apache_beam.options.pipeline_options import PipelineOptions
     from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 
     try:
-        if runner == "direct":  # Beam's own choice may be a program that it downloads
+        if runner == "direct":  # Beam's default may be a program that it downloads
             logging.getLogger("apache_beam.runners").setLevel(logging.CRITICAL)  # it logs errors that it also raises
             return beam.Pipeline(runner=FnApiRunner(), options=PipelineOptions(list(options)))
         return beam.Pipeline(options=PipelineOptions([f"--runner={RUNNERS[runner]}", *options]))
@@ -142,7 +142,7 @@ def build(
     rules: Rules = DEFAULT_RULES,
     shard_tokens: int = SHARD_TOKENS,
 ) -> None:
-    """Add all steps to a pipeline; arguments as of `prepare`, and a ``folder`` for shards that have no name yet."""
+    """Add all steps to a pipeline; arguments as in `prepare`, and a ``folder`` for shards before they are renamed."""
     import apache_beam as beam
     from apache_beam.pvalue import AsDict, AsList, AsSingleton
 
@@ -183,7 +183,7 @@ def build(
 
 
 def units_of(sources: Sequence[Source]) -> list[str]:
-    """Return sources that each a worker can read alone, in order: files, and ranges of data sets."""
+    """Return sources that one worker each can read, in order: files, and ranges of data sets."""
     units: list[str] = []
     for source in sources:
         if is_url(source.name):
@@ -210,15 +210,15 @@ def _match(pattern: str) -> list[str]:
 def _ranges(source: Any) -> list[str]:
     name, _, split = source.name.partition(":")
     split = split or source.split
-    if split not in source.builder.info.splits or "[" in split:  # a part, several, or none, which reading refuses
+    if split not in source.builder.info.splits or "[" in split:  # a part, several, or none: an error when read
         return [f"tfds:{name}:{split}"]
     n_rows = source.builder.info.splits[split].num_examples
     return [f"tfds:{name}:{split}[{i}:{min(n_rows, i + TFDS_ROWS)}]" for i in range(0, n_rows, TFDS_ROWS)]
 
 
 def _read(unit: tuple[int, str], text_column: str | None, rules: Rules) -> Iterator[tuple[str, Document]]:
-    """Yield the documents of a file, each after the reason to leave it out, or `KEPT`; those left out are empty."""
-    place = unit[0] << 40  # of the first document; no file has a trillion
+    """Yield pairs of the reason to leave a document out, or `KEPT`, and the document, which is empty if left out."""
+    place = unit[0] << 40  # number of the first document; no file has a trillion
     empty: list[tuple[str, Document]] = []
     long: list[str] = []  # the pieces of a document that is too long to be filtered
     with _local(unit[1]) as source:
@@ -242,7 +242,7 @@ def _read(unit: tuple[int, str], text_column: str | None, rules: Rules) -> Itera
 
 @contextmanager
 def _local(name: str) -> Iterator[Source]:
-    """Give the source, with a file of another file system copied to this machine."""
+    """Yield the source; a file in another file system is first copied to this machine."""
     scheme, _, path = name.partition(":")
     if not is_url(path):
         yield parse_source(name)
@@ -264,7 +264,7 @@ def _local(name: str) -> Iterator[Source]:
 
 
 def _drop_copies(documents: Any) -> Any:
-    """Keep the first of the documents that are equal."""
+    """Keep the first of equal documents."""
     import apache_beam as beam
 
     return (
@@ -276,7 +276,7 @@ def _drop_copies(documents: Any) -> Any:
 
 
 def _drop_near_duplicates(documents: Any, threshold: float) -> Any:
-    """Leave out what `find_near_duplicates` finds. Only numbers and signatures are sent around, until the last step."""
+    """Leave out what `find_near_duplicates` finds; until the last step, only numbers and signatures are exchanged."""
     import apache_beam as beam
 
     signatures = documents | "signatures" >> beam.MapTuple(lambda number, text: (number, signature(text).tobytes()))
@@ -305,7 +305,7 @@ def _drop_near_duplicates(documents: Any, threshold: float) -> Any:
 
 def _bands(signed: tuple[int, bytes]) -> Iterator[tuple[tuple[int, int], int]]:
     number, data = signed
-    keys = band_keys(np.frombuffer(data, np.uint32).reshape(BANDS, ROWS), 0)  # of all bands, as if each were a document
+    keys = band_keys(np.frombuffer(data, np.uint32).reshape(BANDS, ROWS), 0)  # a key per band
     return ((band_key, number) for band_key in enumerate(keys.view(np.int64).tolist()))
 
 

@@ -12,12 +12,12 @@ from slm_jax.data.token_file import describe, sha256_of_shards, shard_path, toke
 
 KEPT = "kept"
 
-Document = tuple[int, str]  # its number, and its text
+Document = tuple[int, str]  # number and text
 Encoded = tuple[int, bytes, int]  # place in the shuffled order, below 2^63; ids, from the end-of-text id on; text bytes
 
 
 class Shard(NamedTuple):
-    """A shard that was written: its number, its file, and what the index says about it."""
+    """A shard that was written: number, file, and what the index needs to know."""
 
     number: int
     path: str
@@ -28,24 +28,24 @@ class Shard(NamedTuple):
 
 
 def encode(document: Document, job: Job) -> Encoded:
-    """Return what is written of a document."""
+    """Encode a document."""
     number, text = document
     place = int.from_bytes(hashlib.blake2b(number.to_bytes(8, "big"), digest_size=8).digest(), "big") >> 1
     return place, encode_text(job, text).tobytes(), len(text.encode())
 
 
 def to_shard(encoded: Encoded, n_bytes: int, most_bytes: int) -> tuple[int, Encoded]:
-    """Return the number of a document's shard, with the document: shards of about ``most_bytes``, in order."""
+    """Return the number of a document's shard, and the document; shards are ordered, of about ``most_bytes``."""
     return encoded[0] * -(-n_bytes // most_bytes) >> 63, encoded
 
 
 def write_shard(group: tuple[int, Iterable[Encoded]], folder: str, itemsize: int, first: list[int]) -> Shard:
-    """Write a shard into a folder; ``first`` is the place of the first of all documents."""
+    """Write a shard into a folder; ``first`` has the place of the very first document."""
     from apache_beam.io.filesystems import FileSystems
 
     number, documents = group[0], sorted(group[1])
     content, n_bytes = hashlib.sha256(), 0
-    path = f"{folder}/{number:05}-{uuid.uuid4().hex[:8]}"  # a runner may try again before the first try has ended
+    path = f"{folder}/{number:05}-{uuid.uuid4().hex[:8]}"  # unique: a runner may retry while the first still runs
     with FileSystems.create(path) as file:
         for place, ids, _ in documents:
             data = ids[itemsize:] if [place] == first else ids  # the end-of-text id is between documents
@@ -57,7 +57,7 @@ def write_shard(group: tuple[int, Iterable[Encoded]], folder: str, itemsize: int
 
 
 def write_index(job: Job, out: str, shards: list[Shard], counts: dict[str, int], n_distinct: int, n_left: int) -> None:
-    """Give the shards their names, and write what describes them. InputError: there is none."""
+    """Rename the shards, and write the index. InputError: there are no shards."""
     from apache_beam.io.filesystems import FileSystems
 
     by_reason = {reason: counts.get(reason, 0) for reason in REASONS}
@@ -68,7 +68,7 @@ def write_index(job: Job, out: str, shards: list[Shard], counts: dict[str, int],
     folder, slash, name = out.rpartition("/")
     for i, shard in enumerate(shards):
         path = f"{folder}{slash}{shard_path(Path(name), i)}"
-        if FileSystems.exists(shard.path):  # else it was renamed before this step was tried again
+        if FileSystems.exists(shard.path):  # else an earlier attempt of this step renamed it
             if FileSystems.exists(path):
                 FileSystems.delete([path])
             FileSystems.rename([shard.path], [path])

@@ -1,11 +1,11 @@
-"""``builtin:`` sources: data that every Python carries, so that a first run needs no download.
+"""``builtin:`` sources: data that come with Python, so that a first run needs no download.
 
 - ``python-docs``: English, about a megabyte: the language reference behind `help("while")`, and the docstrings of the
   standard library.
 - ``prose-or-code``: labelled paragraphs of the standard library's source.
 - ``docstrings``: instructions to explain a function of the standard library.
 
-The exact content depends on the Python version, so no golden number can rest on it. The source is parsed and never
+The content depends on the Python version, so golden numbers must not depend on it. The library's source is parsed, not
 imported; the first use takes a second or two.
 """
 
@@ -30,13 +30,13 @@ from slm_jax.data.rows import OnRead, Row, Source, ignore_bytes
 from slm_jax.errors import MissingInputError
 from slm_jax.files import cache_folder, read_json, replace_text
 
-# Not read: installed packages, tests and demos, and the code pages, which are tables.
+# Not read: installed packages, tests, demos, and code pages (tables).
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "encodings"}
 SHORTEST_PARAGRAPH = 40  # characters
-LETTERS = 0.85  # the share of letters and spaces above which a paragraph is prose
+LETTERS = 0.85  # share of letters and spaces from which a paragraph counts as prose
 SHORTEST_TEXT, LONGEST_TEXT = 40, 400  # characters of a labelled paragraph
 MOST_PER_MODULE = 30  # labelled paragraphs of each class, so that no module dominates
-LARGEST_MODULE = 50_000  # bytes; larger modules would take half of the time and add little
+LARGEST_MODULE = 50_000  # bytes; larger modules would take half the time and add little
 INSTRUCTION = "Explain this function."
 _UNDERLINE = re.compile(r"^[ \t]*([-=*~^#+])\1{3,}[ \t]*\n", re.MULTILINE)
 _SENTENCE = re.compile(r"[A-Z].*[.!?:]")
@@ -81,9 +81,9 @@ def _is_prose(paragraph: str) -> bool:
 def python_docs() -> tuple[str, ...]:
     """Return the language reference, one document a topic, and the standard library's docstrings, one a module.
 
-    They are sorted by name, topics among modules, so that a part cut off the end for validation holds both kinds.
-    Only prose is kept, and no paragraph twice. An embedded Python, which comes without source, has only the topics.
-    The result is kept in the user's cache folder, if that can be written.
+    Topics and modules are sorted together by name, so that the end, which is cut off for validation, has both. Only
+    prose is kept, without repeated paragraphs. An embedded Python has no source files, so it has only the topics. The
+    result is cached in the user's cache folder if possible.
     """
     topics: dict[str, str] = {}
     with suppress(ImportError, AttributeError):
@@ -116,8 +116,8 @@ def _digest(topics: dict[str, str]) -> str:
 def _prose(text: str, seen: set[str]) -> str:
     """Keep the paragraphs that are sentences and not yet ``seen``, each on one line.
 
-    Code, grammars, tables and line breaks at 80 columns are left out: a small model that has to learn them learns
-    less English. A paragraph that occurs twice could be in both splits.
+    Code, grammars, tables and line breaks at 80 columns are dropped, because a small model that has to learn them
+    learns less English. Repeated paragraphs are dropped, because they could be in both splits.
     """
     paragraphs = (" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text))
     fresh = [p for p in dict.fromkeys(paragraphs) if _is_prose(p) and p not in seen]
@@ -127,7 +127,7 @@ def _prose(text: str, seen: set[str]) -> str:
 
 def _docstrings(node: ast.Module | ast.ClassDef | Function) -> Iterator[str]:
     raw = ast.get_docstring(node, clean=False)
-    # A docstring may spell half a surrogate pair ("\ud800"), which UTF-8 cannot encode.
+    # A docstring may contain a lone surrogate ("\ud800"), which UTF-8 cannot encode.
     if raw and "\0" not in raw and not any("\ud800" <= character <= "\udfff" for character in raw):
         yield _UNDERLINE.sub("", inspect.cleandoc(raw))
     for child in node.body:
@@ -142,8 +142,8 @@ def _docstrings(node: ast.Module | ast.ClassDef | Function) -> Iterator[str]:
 def prose_or_code() -> tuple[dict[str, str], ...]:
     """Return paragraphs of the standard library's source, each a ``text`` with its ``label``, "prose" or "code".
 
-    Prose is the sentences of docstrings and comments, without quotes, comment signs and the last full stop; code
-    is statements without either. Repeated texts are left out; a module gives as many of one class as of the other.
+    Prose comes from docstrings and comments, without quotes, comment signs and the last full stop; code is statements
+    without docstrings and comments. Repeated texts are left out; each module gives equally many texts of both classes.
     """
     seen: set[str] = set()
     labelled: list[dict[str, str]] = []
@@ -171,11 +171,11 @@ def _paragraphs(source: str, tree: ast.Module) -> Iterator[tuple[str, str]]:
         elif kind in ({"docstring"}, {"comment"}):
             text = _MARKS.sub("", text).strip()
             if _is_prose(" ".join(text.split())):
-                yield text.rstrip(".!?: \n"), "prose"  # code rarely ends so: the last token would give the class away
+                yield text.rstrip(".!?: \n"), "prose"  # code rarely ends like this, which would reveal the class
 
 
 def _line_kinds(lines: list[str], tree: ast.Module) -> dict[int, str]:
-    """Return the numbers of the lines that are not plain code: comments, docstrings, and other long strings."""
+    """Return the kind of each line that is not plain code: comments, docstrings, other multi-line strings."""
     kinds = {i: "comment" for i, line in enumerate(lines) if line.lstrip().startswith("#")}
     docstrings: dict[int, str] = {}
     for node in ast.walk(tree):
@@ -191,13 +191,13 @@ def _line_kinds(lines: list[str], tree: ast.Module) -> dict[int, str]:
 
 @functools.cache
 def docstring_entries() -> tuple[dict[str, str], ...]:
-    """Return public functions and methods, Alpaca style: from the signature to the first paragraph of the docstring."""
+    """Return Alpaca entries for public functions and methods: input signature, output first docstring paragraph."""
     explained: dict[str, str] = {}
     for _, _, tree in _modules():
         for function in _public_functions(tree):
             raw = ast.get_docstring(function, clean=False) or ""
             paragraph = " ".join(inspect.cleandoc(raw).partition("\n\n")[0].split())
-            if _is_prose(paragraph) and paragraph.isprintable():  # no half surrogate pairs
+            if _is_prose(paragraph) and paragraph.isprintable():  # no lone surrogates
                 function.body, function.decorator_list = [ast.Pass()], []
                 signature = ast.unparse(function).removesuffix("pass").strip()
                 explained.setdefault(signature, paragraph)

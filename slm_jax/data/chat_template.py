@@ -18,7 +18,7 @@ from slm_jax.errors import InputError
 from slm_jax.files import check_kind
 from slm_jax.tokenizer import Tokenizer
 
-SECONDS = 10.0  # to render one conversation; a thousandth of it is usual
+SECONDS = 10.0  # limit for rendering one conversation, which usually takes a thousandth of it
 _SECONDS_TO_START = 120.0
 
 
@@ -34,8 +34,8 @@ class ChatTemplate(Template):
 
     Attributes:
         source: text of the template.
-        tokens: special tokens by the names that the template has for them, such as ``bos_token``.
-        date: time that the template takes for now, in ISO 8601; empty: the time at which it is rendered.
+        tokens: special tokens by the names that the template uses, such as ``bos_token``.
+        date: current time for the template, in ISO 8601; empty: the time of rendering.
     """
 
     source: str
@@ -45,9 +45,9 @@ class ChatTemplate(Template):
     def pieces(self, messages: Sequence[Message]) -> list[tuple[str, bool]]:
         """Return the whole text in pieces, each with whether it is a response.
 
-        A template may say what is a response (``{% generation %}``). Else a response is what a conversation adds to its
-        own start with the prompt for a response; earlier responses that the template later shows otherwise (without
-        the model's reasoning) are none. InputError: the last response does not continue its prompt.
+        A template may mark responses (``{% generation %}``). Otherwise a response is the text that follows its prompt,
+        which is the earlier conversation rendered for generation. Earlier responses that the template changes (for
+        example, drops their reasoning) do not count as responses. InputError: the last one does not follow its prompt.
         """
         marked = self._render(messages)
         if len(marked) > 1:
@@ -59,7 +59,7 @@ class ChatTemplate(Template):
             if text.startswith(asked) and text.startswith(answered) and cuts[-1] <= len(asked) <= len(answered):
                 cuts += [len(asked), len(answered)]
             elif is_last:
-                problem = "the model's chat template shows a response otherwise than after its prompt"
+                problem = "the model's chat template does not put a response right after its prompt"
                 raise InputError(f"{problem}; choose instruction.template {', '.join(TEMPLATES)} or your own")
         pairs = enumerate(itertools.pairwise([*cuts, len(text)]))
         return [(text[start:end], bool(i % 2)) for i, (start, end) in pairs if start < end]
@@ -73,13 +73,13 @@ class ChatTemplate(Template):
 
     @cached_property
     def stop(self) -> tuple[str, ...]:
-        """The text that ends a response: what the template writes after one; none if that is nothing."""
-        word = "slm-jax"  # of which there is only one
+        """The text that the template writes after a response; empty if it writes nothing."""
+        word = "slm-jax"  # occurs only once
         _, found, after = self.text([Message("user", "?"), Message("assistant", word)]).partition(word)
         return (after.strip(),) if found and after.strip() else ()
 
     def dated(self) -> "ChatTemplate":
-        """Return this template, which from now on takes the present for now, if it asks for the time at all."""
+        """Return this template with the current time fixed, if it uses the time."""
         if self.date or "strftime_now" not in self.source:
             return self
         return dataclasses.replace(self, date=datetime.now().isoformat(timespec="seconds"))
@@ -88,7 +88,7 @@ class ChatTemplate(Template):
         return {"source": self.source, "tokens": dict(self.tokens), "date": self.date}
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> list[str]:
-        takes_input = "message['input']" in self.source  # as those that we export
+        takes_input = "message['input']" in self.source  # as in templates that we export
         written = [
             {"role": each.role, "content": each.content, "input": each.input}
             if takes_input
@@ -108,7 +108,7 @@ def own_template(tokenizer: Tokenizer | None) -> ChatTemplate | None:
 
 
 def template_from_dict(data: Mapping[str, Any], where: str = "template") -> Template:
-    """Rebuild a template of any kind from the result of its ``to_dict``; InputError: anything else."""
+    """Rebuild a template of any kind from the result of its ``to_dict``; InputError: invalid data."""
     if "source" not in data:
         return TextTemplate.from_dict(data, where)
     check_kind(data, _Saved, where)
@@ -116,7 +116,7 @@ def template_from_dict(data: Mapping[str, Any], where: str = "template") -> Temp
 
 
 class _Renderer:
-    """The process that renders; it starts at the first use, and again after it had to be ended."""
+    """The process that renders; started on first use, and restarted after it had to be killed."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
@@ -124,13 +124,13 @@ class _Renderer:
         atexit.register(self.close)
 
     def render(self, request: dict[str, Any]) -> list[str]:
-        """Return the pieces of a text (`jinja_worker.render`); InputError: the template fails or takes too much."""
+        """Return the pieces of a text (`jinja_worker.render`); InputError: the template fails or exceeds a limit."""
         with self._lock:
             try:
                 if self._process is None or self._process.poll() is not None:
                     self._process = self._start()
                 answer = _ask(self._process, json.dumps(request), SECONDS)
-            except BaseException:  # such as Ctrl-C: the answer would be taken for the next one's
+            except BaseException:  # such as Ctrl-C: the next request must not read this answer
                 self.close()
                 raise
             if not answer:
@@ -150,7 +150,7 @@ class _Renderer:
 
     def _start(self) -> "subprocess.Popen[str]":
         worker, pipe = Path(__file__).with_name("jinja_worker.py"), subprocess.PIPE
-        # -P: the modules beside the script are not importable by their bare names.
+        # -P: keep the script's folder out of the import path.
         process = subprocess.Popen(
             [sys.executable, "-P", str(worker)], stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, encoding="utf-8"
         )
@@ -161,7 +161,7 @@ class _Renderer:
 
 
 def _ask(process: "subprocess.Popen[str]", line: str, seconds: float) -> str:
-    """Send a line and return the answer; nothing if the process ended, or was ended after some seconds."""
+    """Send a line and return the answer; empty if the process ended, or was killed after ``seconds``."""
     assert process.stdin is not None
     assert process.stdout is not None
     timer = threading.Timer(seconds, process.kill)

@@ -1,4 +1,4 @@
-"""From a source to two token arrays, one to train on and one to validate on, that share no token."""
+"""From a source to two separate token arrays, for training and for validation."""
 
 import dataclasses
 import hashlib
@@ -16,7 +16,7 @@ from slm_jax.data.token_file import TokenFile, TokenSource, check_ids, open_toke
 from slm_jax.errors import InputError
 from slm_jax.tokenizer import BPETokenizer, CharTokenizer, SimpleTokenizer, Tokenizer, fingerprint, get_tokenizer
 
-_LONG = 200_000_000  # characters from which reading and encoding the text at each start takes too long
+_LONG = 200_000_000  # characters above which reading and encoding the text at each start takes too long
 _CHUNK = 1 << 20  # tokens hashed at a time
 
 
@@ -28,12 +28,12 @@ class Corpus:
     validation: Ids
     tokenizer: Tokenizer
     bytes_per_token: float | None  # UTF-8 bytes per validation token; None if the source is token ids
-    sha256: tuple[str, ...] = ()  # of each token file; empty if one of them has none, or the source is text
-    notes: tuple[str, ...] = ()  # warnings about the source, a line each
+    sha256: tuple[str, ...] = ()  # SHA-256 of each token file; empty for text, or if a file has none
+    notes: tuple[str, ...] = ()  # warnings about the source, one per line
 
     def fingerprint(self) -> str:
-        """Return a SHA-256 of both splits: the same only if every token is the same."""
-        if self.sha256:  # checked when the files were opened; tens of GB are not read a second time
+        """Return a SHA-256 of both splits, which is equal only if all tokens are."""
+        if self.sha256:  # verified when the files were opened: don't read tens of GB again
             cut = [*self.sha256, self.train.size, self.validation.size]
             return hashlib.sha256(json.dumps(cut).encode()).hexdigest()
         digest = hashlib.sha256()
@@ -54,9 +54,9 @@ def load_corpus(
 ) -> Corpus:
     """Read the sources, split them, get or train the tokenizer (on the training split), and encode.
 
-    ``saved``, the tokenizer of a resumed run or a base, is used instead of the configured one; ``stop`` is called now
-    and then and may raise. ``verify``: whether to compare the SHA-256 of token files and the range of bare ids, which
-    reads all of them; one host is enough.
+    ``saved``, the tokenizer of a resumed run or a base, replaces the configured one; ``stop`` is called regularly and
+    may raise. ``verify``: whether to check the SHA-256 of token files and the range of bare ids, which reads all of
+    them; doing so on one host is enough.
 
     Raises:
         InputError: a source or tokenizer that cannot be used; token ids outside the vocabulary.
@@ -101,14 +101,14 @@ def _choose_tokenizer(source: str, own: Tokenizer | None, config: TokenizerConfi
         return make_tokenizer(config, [], [])
     if own is None:
         expected = "expected --tokenizer.kind gpt2, or --tokenizer.path FILE"
-        raise InputError(f"data.source {source} holds bare token ids, which don't tell their tokenizer; {expected}")
+        raise InputError(f"data.source {source} holds bare token ids, so its tokenizer is unknown; {expected}")
     if config.kind not in ("bpe", own.kind):  # bpe is also the default
         raise InputError(f"{source}: made with {_name(own)}, but tokenizer.kind is {config.kind}; leave it out")
     return own
 
 
 def check_tokenizer(source: Source, file: TokenFile, tokenizer: Tokenizer, verify: bool = True) -> None:
-    """Refuse ids of another tokenizer; for bare ids only the range can be checked, if ``verify``: it reads all."""
+    """Refuse ids of another tokenizer; of bare ids, only the range can be checked (if ``verify``: reads all ids)."""
     if file.tokenizer is None:
         if verify:
             check_ids(file.tokens, tokenizer.vocab_size, source.name)
@@ -122,10 +122,10 @@ def _name(tokenizer: Tokenizer) -> str:
 
 
 def split_documents(documents: list[str], validation_fraction: float) -> tuple[list[str], list[str]]:
-    """Split documents by characters: the first part trains, the rest validates.
+    """Split documents by characters: the first part is for training, the rest for validation.
 
-    Several documents are first shuffled, always in the same order, so that both parts are alike; of a single document
-    the last part validates (as in nanoGPT and the book). A document at the cut is cut in two.
+    Several documents are first shuffled, always in the same order, so that both parts are similar; a single document's
+    end is for validation (as in nanoGPT and the book). A document at the boundary is cut in two.
     """
     documents = [documents[i] for i in np.random.default_rng(0).permutation(len(documents))]
     remaining = int(sum(map(len, documents)) * (1 - validation_fraction))
@@ -142,8 +142,8 @@ def split_documents(documents: list[str], validation_fraction: float) -> tuple[l
 def make_tokenizer(config: TokenizerConfig, train: list[str], validation: list[str]) -> Tokenizer:
     """Load the configured tokenizer, or make it from the training text ``train``.
 
-    The alphabet of ``char`` is that of the whole text (as in nanoGPT), or else a rare letter of the validation split
-    could not be encoded. InputError: a file that cannot be read, or no text to make a tokenizer from.
+    ``char`` takes its alphabet from the whole text (as in nanoGPT), so that rare characters of the validation split can
+    be encoded. InputError: a file cannot be read, or there is no text to make a tokenizer from.
     """
     if config.path is not None or config.kind == "gpt2":
         return get_tokenizer(config.path or "gpt2")
@@ -157,7 +157,7 @@ def make_tokenizer(config: TokenizerConfig, train: list[str], validation: list[s
 
 
 def encode_documents(documents: list[str], tokenizer: Tokenizer, stop: Callable[[], None] | None = None) -> np.ndarray:
-    """Encode documents into one array of ids, uint16 where they fit, with `document_ids` between documents.
+    """Encode documents into one array of ids, uint16 if they fit, with `document_ids` between documents.
 
     ``stop`` is called for each document and may raise.
     """
@@ -165,6 +165,6 @@ def encode_documents(documents: list[str], tokenizer: Tokenizer, stop: Callable[
     for document in documents:
         if stop:
             stop()
-        if ids := tokenizer.encode(document):  # white space at the cut between the splits may be no word
+        if ids := tokenizer.encode(document):  # white space at the cut between the splits may have no token
             pieces.append(np.array([*tokenizer.document_ids, *ids], pieces[0].dtype))
     return np.concatenate(pieces)[1:]

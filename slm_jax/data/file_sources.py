@@ -23,9 +23,9 @@ _OTHER_UTF = [  # longer marks first
 ]
 _KINDS = {
     b"%PDF-": "a PDF",
-    b"PK\x03\x04": "a zip archive, such as a document of Word (.docx) or a table of Excel (.xlsx)",
-    b"\xd0\xcf\x11\xe0": "an old document of Word or Excel (.doc, .xls)",
-    b"{\\rtf": "a document in rich text (.rtf)",
+    b"PK\x03\x04": "a zip archive, such as a Word document (.docx) or an Excel table (.xlsx)",
+    b"\xd0\xcf\x11\xe0": "an old Word or Excel document (.doc, .xls)",
+    b"{\\rtf": "a rich text document (.rtf)",
     b"\xff\xd8\xff": "a picture (JPEG)",
     b"\x89PNG": "a picture (PNG)",
     b"GIF8": "a picture (GIF)",
@@ -35,22 +35,23 @@ _KINDS = {
     b"GGUF": "a model in GGUF",
     b"SQLite format 3": "a database (SQLite)",
 }
-_FREE_BYTES, _MOST_TIMES = 1 << 26, 200  # that a compressed file may have, and times its size; text has a tenth
+# A decompressed file may have this many bytes, or this many times its compressed size; text needs a tenth of that.
+_FREE_BYTES, _MOST_TIMES = 1 << 26, 200
 _PARQUET_ROWS = 64  # in memory at a time
 
 
 class _Files(Source):
-    """Files that a pattern matches, one after the other, sorted by path."""
+    """Files that match a pattern, in the order of their paths."""
 
     def files(self) -> list[Path]:
-        """Return the files that match, sorted; ``~`` and ``**`` work, folders are left out; InputError: none."""
+        """Return the matching files, sorted, without folders; ``~`` and ``**`` work. InputError: no file matches."""
         literal = user_path(self.name)
         try:
             if literal.is_dir():
                 raise InputError(f"{literal} is a folder; expected files, such as {literal / '**' / '*.txt'}")
             if literal.exists():  # before globbing: a name may contain brackets
                 return [literal]
-        except OSError as error:  # a folder on the path that may not be entered, a name that is too long
+        except OSError as error:  # no permission for a folder on the path, or a name that is too long
             raise unreadable(literal, error) from error
         found = glob.glob(str(literal), recursive=True)  # noqa: PTH207 (Path.glob takes no absolute pattern)
         files = [path for path in sorted(map(Path, found)) if not path.is_dir()]
@@ -113,7 +114,7 @@ class Table(_Files):
         reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
         names = _distinct("columns", self.header)
         while True:
-            where = f"{path} line {reader.line_num + 1}"  # where it begins: a quoted field may hold line breaks
+            where = f"{path} line {reader.line_num + 1}"  # its first line: quoted fields may contain line breaks
             try:
                 values = next(reader)
             except StopIteration:
@@ -132,7 +133,7 @@ class Table(_Files):
 
 
 class Csv(Table):
-    """Fields between commas, quoted as in RFC 4180; between semicolons or tabs if the first line has no comma."""
+    """Fields separated by commas, quoted as in RFC 4180; by semicolons or tabs if the first line has no comma."""
 
     scheme, form, delimiter = "csv", "csv:GLOB", ","
 
@@ -141,7 +142,7 @@ class Csv(Table):
 
 
 class Tsv(Table):
-    """Fields between tabs; quotes are ordinary characters."""
+    """Fields separated by tabs; quotes are ordinary characters."""
 
     scheme, form, delimiter = "tsv", "tsv:GLOB", "\t"
 
@@ -194,7 +195,7 @@ def _as_python(column: Any) -> list[Any]:
 
 
 def _lines(pieces: Iterable[str]) -> Iterator[str]:
-    start: list[str] = []  # of the line that has not ended
+    start: list[str] = []  # the beginning of a line that continues in the next piece
     for piece in pieces:
         *ended, last = piece.split("\n")  # splitlines() would cut at U+2028, too
         for line in ended:
@@ -211,7 +212,7 @@ def _object(where: str, value: Any) -> Row:
 
 
 def kind_of(start: bytes) -> str | None:
-    """Say what a file is that begins so and is no text; None: it may be text."""
+    """Return what kind of file begins with these bytes; None: it may be text."""
     return next((kind for magic, kind in _KINDS.items() if start.startswith(magic)), None)
 
 
@@ -221,7 +222,7 @@ def read_text(path: Path) -> str:
 
 
 def iter_text(path: Path, on_read: OnRead = ignore_bytes) -> Iterator[str]:
-    """Yield the text of a file in pieces of at most a megabyte, without a byte order mark and with CR LF as LF.
+    """Yield the text of a file in pieces of at most a megabyte, without byte order mark, CR LF replaced by LF.
 
     ``.gz`` and ``.zst`` are decompressed. InputError: the file cannot be read, is truncated, damaged, binary or not in
     UTF-8.
@@ -229,7 +230,7 @@ def iter_text(path: Path, on_read: OnRead = ignore_bytes) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     n_bytes = n_lines = 0
     carry = ""  # a CR that an LF may follow
-    for chunk in itertools.chain(_chunks(path, on_read), [b""]):  # the last one tells the decoder that nothing follows
+    for chunk in itertools.chain(_chunks(path, on_read), [b""]):  # the empty chunk tells the decoder that the file ends
         if not n_bytes and (kind := kind_of(chunk)):
             raise InputError(f"{path}: is {kind}; expected text in UTF-8: save or export it as plain text")
         if not n_bytes and (encoding := next((name for mark, name in _OTHER_UTF if chunk.startswith(mark)), None)):
@@ -266,7 +267,7 @@ def _chunks(path: Path, on_read: OnRead) -> Iterator[bytes]:
         while True:
             try:
                 chunk: bytes = stream.read(PIECE)
-                if stream is not raw and raw.tell() == 0:  # a copy that was interrupted at once
+                if stream is not raw and raw.tell() == 0:  # empty: an interrupted copy
                     raise EOFError("the file is empty")
             except (OSError, EOFError, zlib.error) as error:
                 if isinstance(error, OSError) and error.errno is not None:
@@ -276,8 +277,8 @@ def _chunks(path: Path, on_read: OnRead) -> Iterator[bytes]:
             on_read(raw.tell() - at)
             at, size = raw.tell(), size + len(chunk)
             if size > max(_FREE_BYTES, _MOST_TIMES * at):
-                problem = f"its text is more than {_MOST_TIMES} times as long"
-                raise InputError(f"{path}: {problem}; decompress it, if that is right")
+                problem = f"decompresses to more than {_MOST_TIMES} times its size"
+                raise InputError(f"{path}: {problem}; if that is intended, decompress it first")
             if not chunk:
                 return
             yield chunk

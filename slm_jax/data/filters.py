@@ -1,6 +1,6 @@
-"""What `slm-jax prepare` does to texts: Unicode normal forms; copies and documents of low quality are left out.
+"""Filters of `slm-jax prepare`: Unicode normal forms, removal of copies and of low-quality documents.
 
-The measures of quality are the simplest of those that MassiveText used (Rae et al. 2021, "Scaling language models").
+The quality measures are the simplest ones of MassiveText (Rae et al. 2021, "Scaling language models").
 """
 
 import dataclasses
@@ -15,8 +15,8 @@ from slm_jax.errors import InputError
 from slm_jax.tokenizer import cut_pieces
 
 LONGEST = 1 << 24  # characters; longer documents are not held in memory
-PIECE = 1 << 20  # characters of these that are
-# Why documents are left out; those that are unfiltered, because they are longer, are kept.
+PIECE = 1 << 20  # characters of a longer document held in memory
+# Why documents are left out; "unfiltered" ones are too long to be filtered, and are kept.
 REASONS = ("empty", "short", "symbols", "repeated_lines", "duplicates", "near_duplicates", "unfiltered")
 NormalForm = Literal["NFC", "NFKC"]
 _SYMBOL = re.compile(r"[^\w\s]|_")
@@ -24,7 +24,7 @@ _SYMBOL = re.compile(r"[^\w\s]|_")
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """Which documents are left out, and their normal form; the command's options of the same names describe each."""
+    """Which documents are left out, and their normal form; see the command's options of the same names."""
 
     deduplicate: bool = True
     near_duplicates: float | None = None
@@ -34,13 +34,13 @@ class Rules:
     normalize: NormalForm | None = None
 
     def reason(self, text: "Text") -> str | None:
-        """Return the reason to leave out a document; "unfiltered" if it is kept unseen; None if it is good enough."""
+        """Return the reason to leave out a document; "unfiltered" if it is too long to check; None: keep it."""
         if not text.is_whole:
             return "unfiltered" if text.is_start else None
         return self.low_quality(text.text) or ("duplicates" if text.is_copy else None)
 
     def low_quality(self, text: str) -> str | None:
-        """Return the reason to leave out a document; None if it is good enough. White space around it doesn't count."""
+        """Return the reason to leave out a document; None: keep it. Surrounding white space is ignored."""
         text = text.strip()
         if len(text) < self.min_characters:
             return "short"
@@ -64,27 +64,27 @@ class Text(NamedTuple):
     text: str
     is_start: bool = True
     is_whole: bool = True
-    is_copy: bool = False  # of an earlier document, however good it is
+    is_copy: bool = False  # equal to an earlier document, even if that one was left out
 
 
 def digest(text: str) -> bytes:
-    """Return 16 bytes that are equal for copies: texts that differ only in white space around them."""
+    """Return 16 bytes that are equal for texts that differ only in surrounding white space."""
     return hashlib.blake2b(text.strip().encode(), digest_size=16).digest()
 
 
 def nothing_left(source: str, counts: Mapping[str, int]) -> InputError:
-    """Return what to raise if all documents of a source were left out."""
+    """Return the error for a source of which all documents were left out."""
     left_out = ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in counts.items() if n)
     return InputError(f"source {source!r}: no document is left ({left_out or 'none read'}); loosen the filter")
 
 
 def normalized(text: str, form: NormalForm | None) -> str:
-    """Return a text in a Unicode normal form, or as it is."""
+    """Return a text in a Unicode normal form; None: unchanged."""
     return text if form is None else unicodedata.normalize(form, text)
 
 
 def mark_copies(documents: Iterable[Pieces], rules: Rules = DEFAULT_RULES) -> Iterator[Text]:
-    """Yield the documents, whole up to 16 million characters; remembers about 100 bytes for each to find copies."""
+    """Yield the documents, whole up to 16 million characters; finding copies takes about 100 bytes per document."""
     seen: set[bytes] = set()
     for document in documents:
         pieces = iter(document)
@@ -107,6 +107,6 @@ def mark_copies(documents: Iterable[Pieces], rules: Rules = DEFAULT_RULES) -> It
 
 
 def _chain(start: list[str], rest: Iterator[str]) -> Iterator[str]:
-    while start:  # frees each piece when it has been read
+    while start:  # frees each piece once it has been read
         yield start.pop(0)
     yield from rest

@@ -1,4 +1,4 @@
-"""Token ids that are read like an array, but may lie in several files."""
+"""Token ids that are read like one array, but may be in several files."""
 
 from collections.abc import Sequence
 from itertools import accumulate
@@ -9,9 +9,9 @@ from jaxtyping import Integer
 
 
 class ShardedIds:
-    """Arrays of ids that follow each other, read as one 1-D array: its size, slices, and the ids at given places.
+    """Consecutive arrays of ids that can be indexed like one 1-D array: size, slices, and arrays of indices.
 
-    What is read becomes an array; `part` reads nothing.
+    Indexing reads ids into an array; `part` reads nothing.
     """
 
     def __init__(self, shards: Sequence[Integer[np.ndarray, " _"]]) -> None:
@@ -41,7 +41,7 @@ class ShardedIds:
         return found[()]
 
     def part(self, start: int, stop: int) -> "ShardedIds":
-        """Return the ids from ``start`` to before ``stop``, of which none is read."""
+        """Return the ids from ``start`` up to but not including ``stop``, without reading them."""
         return ShardedIds(self._pieces(start, stop) or [np.zeros(0, self.dtype)])
 
     def _pieces(self, start: int, stop: int) -> list[Integer[np.ndarray, " _"]]:
@@ -56,12 +56,12 @@ Ids = np.ndarray | ShardedIds
 
 
 def split_ids(tokens: Ids, at: int) -> tuple[Ids, Ids]:
-    """Return the ids before a place and those from there on, of which none is read."""
+    """Split ids before index ``at``, without reading them."""
     if isinstance(tokens, ShardedIds):
         return tokens.part(0, at), tokens.part(at, tokens.size)
     return tokens[:at], tokens[at:]
 
 
 def as_ids(tokens: Any) -> Ids:
-    """Return ids as a plain array, which is faster to slice than a np.memmap, unless they are in shards."""
+    """Return ids as a plain array, which is faster to slice than np.memmap; shards stay as they are."""
     return tokens if isinstance(tokens, ShardedIds) else np.asarray(tokens)

@@ -26,7 +26,7 @@ from slm_jax.tokenizer import Tokenizer
 
 
 class Example(NamedTuple):
-    """A conversation whose last message is the assistant's response, and its place, for messages."""
+    """A conversation whose last message is the assistant's response, and where it is from, for error messages."""
 
     where: str
     messages: tuple[Message, ...]
@@ -41,7 +41,7 @@ _prompt = operator.attrgetter("prompt")
 
 
 class InstructionSplits(NamedTuple):
-    """The examples of each split, and notes on how they were split, a line each."""
+    """The examples of each split, and notes on the splitting, one per line."""
 
     train: tuple[Example, ...]
     validation: tuple[Example, ...]
@@ -50,10 +50,10 @@ class InstructionSplits(NamedTuple):
 
 
 def load_instructions(data: DataConfig, cfg: InstructionConfig, seed: int) -> InstructionSplits:
-    """Read and split the examples of ``data``: entries as `entry_messages` takes them, with a response.
+    """Read and split the examples of ``data``: entries in the form of `entry_messages`, with a response.
 
-    One source is split by ``data``'s fractions, each count rounded down and the rest going to validation.
-    In ``file_order`` training comes first, then test, then validation. At random, examples with the same prompt go
+    A single source is split by ``data``'s fractions; counts are rounded down, and the rest goes to validation. With
+    ``file_order``, training comes first, then test, then validation. With ``random``, examples with the same prompt go
     to the same split.
 
     Raises:
@@ -65,7 +65,7 @@ def load_instructions(data: DataConfig, cfg: InstructionConfig, seed: int) -> In
     if cfg.split == "random":
         shuffled = [examples[i] for i in np.random.default_rng(seed).permutation(len(examples))]
         groups = grouped(shuffled, map(_prompt, shuffled))
-        # A group at a cut goes to one split as a whole.
+        # A group at a boundary is not divided.
         cut = _cut(list(itertools.chain(*groups)), data)
         place = {example.prompt: name for name in reversed(cut) for example in cut[name]}
         splits = {name: [e for e in itertools.chain(*cut.values()) if place[e.prompt] == name] for name in cut}
@@ -122,7 +122,7 @@ def read_examples(source: str, on_empty: Callable[[EmptyField], None] | None = N
 
 
 def _cut(examples: list[Example], data: DataConfig) -> dict[str, list[Example]]:
-    """Cut the examples in three parts; none for a split that has its own source."""
+    """Split the examples in order; a split that has its own source gets none."""
     validation, test = split_fractions(data)
     n = len(examples)
     n_test = share(n, test)
@@ -136,9 +136,9 @@ def _cut(examples: list[Example], data: DataConfig) -> dict[str, list[Example]]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tokens:
-    """One example as tokens, the last the end-of-text id, and whether each counts in the loss; the first never does.
+    """One example: token ids, ending with the end-of-text id, and whether each counts in the loss (not the first).
 
-    All but the last are inputs, all but the first targets.
+    All but the last are inputs, all but the first are targets.
     """
 
     ids: Int32[np.ndarray, " tokens"]
@@ -161,10 +161,10 @@ def encode_examples(
 ) -> tuple[list[Tokens], tuple[str, ...]]:
     """Turn examples into tokens (`encode_conversation`).
 
-    An end-of-text token comes last, once, and counts in the loss; a prompt counts unless ``mask_prompt``. ``drop``
-    leaves out examples of more than ``max_length`` inputs; ``truncate`` cuts tokens off the front, but never from the
-    last response: an example is left out if that and one token before it don't fit. Also returns notes on both.
-    InputError: a text that the tokenizer cannot encode; no remaining example.
+    Each example ends with one end-of-text token, which counts in the loss; prompts count unless ``mask_prompt``.
+    ``drop`` leaves out examples with more than ``max_length`` inputs; ``truncate`` cuts tokens off the front, but not
+    from the last response: an example is left out if its last response and one token before it do not fit. Also returns
+    notes on both. InputError: the tokenizer cannot encode a text; no example remains.
     """
     encoded, n_dropped, cuts = [], 0, []
     for example in examples:
@@ -172,7 +172,7 @@ def encode_examples(
             pieces = encode_conversation(tokenizer, template, example.messages)
         ids = [id_ for piece, _ in pieces for id_ in piece]
         counts = [is_response or not mask_prompt for piece, is_response in pieces for _ in piece]
-        excess = len(ids) - 1 - max_length  # the end-of-text token, which comes last, is no input
+        excess = len(ids) - 1 - max_length  # the last token, end-of-text, is not an input
         if excess > 0 and (too_long == "drop" or len(pieces[-1][0]) > max_length):
             n_dropped += 1
             continue
@@ -197,11 +197,11 @@ def encode_examples(
 
 # Batches
 
-TokenRow = list[Tokens]  # the examples that share a row
+TokenRow = list[Tokens]  # examples that share a row
 
 
 def pack(tokens: Sequence[Tokens], width: int, seed: int) -> list[TokenRow]:
-    """Put examples in rows of at most ``width`` inputs: each, in a random order, in the first that has room."""
+    """Pack examples into rows of at most ``width`` inputs: first fit, in a random order."""
     room = np.full(len(tokens), width)
     rows: list[TokenRow] = []
     for i in np.random.default_rng(seed).permutation(len(tokens)):
@@ -220,7 +220,7 @@ def instruction_batches(
 ) -> TrainBatches:
     """Return the endless sequence of training batches; element ``i`` is the batch of step ``i``.
 
-    A row has at most ``limit`` tokens; the width of a batch is that, or if ``bucketed`` the `bucket_width` of its
+    A row has at most ``limit`` tokens. Batches are ``limit`` wide, or if ``bucketed``, the `bucket_width` of their
     longest row. If ``packed``, rows may have several examples, and batches have ``segment_ids`` and ``positions``.
     """
     make = functools.partial(_batch, rows, limit, bucketed, packed)

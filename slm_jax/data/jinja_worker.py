@@ -1,8 +1,8 @@
-"""Renders chat templates of pretrained models, as transformers does, in a process of its own.
+"""Renders chat templates of pretrained models, as transformers does, in a separate process.
 
-A template comes with a model, from anyone: Jinja's sandbox keeps it from the interpreter, and the process from using up
-time and memory (`slm_jax/data/chat_template.py` ends it). Run as a script: each line of the input is a request in JSON,
-each line of the output its answer. Imports nothing of slm_jax.
+Templates come with models and are not trusted: Jinja's sandbox keeps them away from the interpreter, and the process
+limits time and memory (`slm_jax/data/chat_template.py` kills it). Run as a script: each input line is a JSON request,
+each output line its answer. Imports nothing from slm_jax.
 """
 
 import json
@@ -27,7 +27,7 @@ _MARK = secrets.token_hex(8)  # no text of a message contains it
 
 
 class _Generation(Extension):
-    """``{% generation %}`` … ``{% endgeneration %}`` encloses what the model writes."""
+    """``{% generation %}`` … ``{% endgeneration %}`` marks the text that the model writes."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -66,7 +66,7 @@ def _compile(source: str) -> jinja2.Template:
 
 
 def render(source: str, values: dict[str, Any], date: str = "") -> list[str]:
-    """Return the text in pieces: the second, fourth … are of generation blocks."""
+    """Return the text in pieces: the second, fourth, … are generation blocks."""
 
     def strftime_now(form: str) -> str:
         return (datetime.fromisoformat(date) if date else datetime.now()).strftime(form)
@@ -85,7 +85,7 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
         return {"pieces": render(**request)}
     except MemoryError:
         return {"error": f"needs more than {MEMORY >> 20:,} MB of memory"}
-    except Exception as error:  # whatever the template does
+    except Exception as error:  # anything the template does
         line = getattr(error, "lineno", None)
         name = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
         what = f"{name}{' '.join(str(error).split())}"[:300]
@@ -100,7 +100,7 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     except (ImportError, OSError, ValueError):
         pass
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent
     for line in sys.stdin:
         print(json.dumps(_answer(json.loads(line)) if line.strip() else {}), flush=True)
 

@@ -1,4 +1,4 @@
-"""Texts with their class: from a source to training, validation and test texts, and to batches of them.
+"""Labelled texts: from a source to training, validation and test texts, and to batches.
 
 A batch is a dict of ``inputs`` (int32, (batch, width), padded with zeros on the right), ``lengths`` (int32, (batch,),
 at least 1), ``labels`` (int32, (batch,)) and ``weights`` (float32, (batch,), 0 for rows that fill the last batch).
@@ -33,7 +33,7 @@ _WHOLE_NUMBER = re.compile(r"-?\d{1,18}")
 
 @dataclasses.dataclass(frozen=True)
 class LabelledTexts:
-    """The texts of one split, the index of each text's class, and the places of the texts, for messages."""
+    """The texts of one split, their class indices, and where they are from, for error messages."""
 
     texts: tuple[str, ...]
     labels: Int32[np.ndarray, " texts"]
@@ -42,7 +42,7 @@ class LabelledTexts:
 
 @dataclasses.dataclass(frozen=True)
 class LabelledSplits:
-    """The texts of all splits, the names of the classes by index, and notes on them for the user."""
+    """The texts of all splits, the class names by index, and notes for the user."""
 
     train: LabelledTexts
     validation: LabelledTexts
@@ -51,13 +51,13 @@ class LabelledSplits:
     notes: tuple[str, ...]
 
     def fingerprint(self) -> str:
-        """Return a SHA-256: the same only if classes, texts, their labels and their order are the same."""
+        """Return a SHA-256 that is equal only if classes, texts, labels and order are equal."""
         splits = [(split.texts, split.labels.tolist()) for split in (self.train, self.validation, self.test)]
         return hashlib.sha256(json.dumps([self.classes, splits]).encode()).hexdigest()
 
 
 class _Item(NamedTuple):
-    """A text with its label; its place, for messages; and the key of equal texts, which ignores white space."""
+    """A text, its label, where it is from, and a key that equal texts share, ignoring differences in white space."""
 
     where: str
     text: str
@@ -68,12 +68,12 @@ class _Item(NamedTuple):
 def load_labelled(data: DataConfig, cfg: ClassificationConfig, seed: int) -> LabelledSplits:
     """Read labelled texts, check every row, balance and split them.
 
-    Without validation and test sources, one source is split into three. Balancing comes first (as in the book) and
-    doesn't change a separate validation or test source.
+    Without validation and test sources, one source is split into three. Balancing comes first (as in the book) and does
+    not change a separate validation or test source.
 
     Raises:
-        InputError: a source that cannot be read; a row without text or label; fewer than two classes; a class without
-            training text; an empty split; with ``cfg.group_duplicates``, equal texts in two separate sources.
+        InputError: a source cannot be read; a row has no text or label; fewer than two classes; a class has no training
+            text; a split is empty; with ``cfg.group_duplicates``, equal texts in separate sources.
     """
     items, names = _read(data.source, cfg)
     classes = names or _sorted_classes({item.label for item in items})
@@ -106,7 +106,7 @@ def load_labelled(data: DataConfig, cfg: ClassificationConfig, seed: int) -> Lab
 
 
 def class_weights(labels: Integer[np.ndarray, " texts"], n_classes: int) -> Float32[np.ndarray, " classes"]:
-    """Return a weight for each class, inverse to how often it occurs (at least once), with mean 1 over the texts."""
+    """Return class weights inversely proportional to class frequencies (not 0), with mean 1 over the texts."""
     counts = np.bincount(labels, minlength=n_classes)
     assert len(counts) == n_classes, "a label is out of range"
     assert counts.all(), "a class has no text"
@@ -131,11 +131,11 @@ def _read(text: str, cfg: ClassificationConfig) -> tuple[list[_Item], tuple[str,
 
 
 def _label(row: Row, column: str, names: Sequence[str]) -> str:
-    """Return a row's label as text: an index as its class's name, true and false as JSON spells them."""
+    """Return a row's label as text: the class name of an index; true and false as in JSON."""
     value: Any = row.field(column, "classification.label_column")
     if names and isinstance(value, int) and 0 <= value < len(names):
         return names[value]
-    # TensorFlow Datasets has the label -1 in test sets whose labels are not published.
+    # TensorFlow Datasets uses label -1 in test sets with unpublished labels.
     if names or not isinstance(value, str | int) or (isinstance(value, str) and not value.strip()):
         expected = f"a class, 0 to {len(names) - 1}" if names else "text, a whole number, true or false"
         raise InputError(f"{row.where}: {column} is {value!r:.60}; expected {expected}")
@@ -151,7 +151,7 @@ def _sorted_classes(labels: set[str]) -> tuple[str, ...]:
 
 
 def _downsample(items: list[_Item], rng: np.random.Generator) -> list[_Item]:
-    """Keep as many texts of each class as of the rarest, in the order of the source."""
+    """Keep as many texts of each class as the rarest has, in the order of the source."""
     classes = grouped(range(len(items)), [item.label for item in items])
     rarest = min(map(len, classes))
     return [items[i] for i in np.sort(np.concatenate([rng.permutation(members)[:rarest] for members in classes]))]
@@ -168,14 +168,14 @@ def _split(
     placed = 0
     for stratum in strata:
         placed += sum(map(len, stratum))
-        # Over all classes so far: if a class is too small for a split, the next one makes up for it.
+        # Counted over all classes so far: if a class is too small for a split, the next one compensates.
         due = {name: placed * fraction for name, fraction in shares.items()}
         for i in rng.permutation(len(stratum)):
             below = [name for name in shares if share(placed, shares[name]) > len(splits[name])]
             if below:
                 name = below[0]
             elif cfg.split == "random" and test:
-                name = "test"  # takes what rounding down leaves over, as in the book
+                name = "test"  # gets the rest after rounding down, as in the book
             else:
                 name = max(due, key=lambda name: due[name] - len(splits[name]))
             splits[name] += stratum[i]
@@ -195,7 +195,7 @@ def _check_splits(splits: dict[str, list[_Item]], classes: Collection[str]) -> N
 
 
 def _describe_duplicates(splits: dict[str, list[_Item]]) -> list[str]:
-    """Report how many texts equal an earlier one, also in another split, and how many have different labels."""
+    """Report how many texts equal an earlier one, how many of these are in another split, and conflicting labels."""
     n_across = len(shared(splits, lambda item: item.key))
     items = [item for split in splits.values() for item in split]
     groups = grouped(items, [item.key for item in items])
@@ -212,7 +212,7 @@ def _describe_duplicates(splits: dict[str, list[_Item]]) -> list[str]:
 
 
 def encode_text(text: str, tokenizer: Tokenizer) -> Int32[np.ndarray, " tokens"]:
-    """Return the token ids of a text; InputError: the tokenizer cannot encode it, or it has no tokens."""
+    """Return the token ids of a text; InputError: the tokenizer cannot encode it, or there are no tokens."""
     try:
         ids = [*tokenizer.start_ids, *tokenizer.encode(text)]
     except InputError as error:
@@ -245,7 +245,7 @@ def classification_batches(
 ) -> TrainBatches:
     """Return the endless sequence of training batches; element ``i`` is the batch of step ``i``.
 
-    It is ``limit`` tokens wide, or if ``bucketed`` the `bucket_width` of its longest text.
+    Batches are ``limit`` tokens wide, or if ``bucketed``, the `bucket_width` of their longest text.
     """
 
     make = functools.partial(_batch, encoded, labels, weights, limit, bucketed)

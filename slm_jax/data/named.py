@@ -1,6 +1,6 @@
-"""``named:`` sources: well-known small files, from $SLM_JAX_DATA or downloaded once, always checked by SHA-256.
+"""``named:`` sources: well-known small files, from $SLM_JAX_DATA or downloaded once, always verified by SHA-256.
 
-Downloads are kept in `slm_jax/data` under $XDG_CACHE_HOME, or under `~/.cache` where that is not set.
+Downloads are stored in `slm_jax/data` under $XDG_CACHE_HOME, by default `~/.cache`.
 """
 
 import hashlib
@@ -15,11 +15,11 @@ from slm_jax.errors import InputError, MissingInputError
 from slm_jax.files import cache_folder, check_reachable, replacing, sha256
 
 CONNECT_SECONDS = 2.0  # to look up and reach the server; without a network a name lookup alone can hang for minutes
-READ_SECONDS = 20.0  # without one byte from a server that was reached
+READ_SECONDS = 20.0  # without data from a connected server
 
 
 class NamedFile(NamedTuple):
-    """A file, where it comes from, what it must contain, and the columns of a table without a header line."""
+    """A file, its URL and SHA-256, and the columns of a table without a header line."""
 
     file: str
     url: str
@@ -56,7 +56,7 @@ NAMED_FILES: dict[str, NamedFile] = {
 
 
 class Named(Source):
-    """One of the named files, read as the format that it has."""
+    """One of the named files, read in its own format."""
 
     scheme, form, names = "named", "named:NAME", NAMED_FILES
 
@@ -81,7 +81,7 @@ def named_file(name: str) -> Path:
 
     Raises:
         MissingInputError: the file could not be downloaded (offline, within five seconds).
-        InputError: a file with other content, a cache that cannot be written.
+        InputError: the file has other content, or the cache cannot be written.
     """
     entry, folder = NAMED_FILES[name], os.environ.get("SLM_JAX_DATA")
     given = Path(folder).expanduser() / entry.file if folder else None

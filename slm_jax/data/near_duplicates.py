@@ -1,9 +1,9 @@
 """Near-duplicate documents, by MinHash (Broder 1997) and locality-sensitive hashing.
 
-A document is compared as the set of its shingles: runs of words in lower case, without punctuation and white space. Two
-signatures have about as many equal entries as the sets have in common (their Jaccard similarity; standard error at most
-0.045). Only documents with an equal band of entries are compared, each with the first that has this band. So the result
-depends on the order of the documents, but not on how they are spread over processes or machines.
+A document is represented by the set of its shingles: runs of lower-case words without punctuation and white space. The
+share of equal entries in two signatures estimates the Jaccard similarity of the sets (standard error at most 0.045).
+Only documents that share a band of entries are compared, each with the first document with this band. So the result
+depends on the order of the documents, but not on how they are distributed over processes or machines.
 """
 
 import functools

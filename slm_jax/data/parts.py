@@ -1,4 +1,4 @@
-"""Parts of a text, encoded one by one: each is a file until all are there, so that a killed run can be resumed."""
+"""Parts of a text, each encoded into its own file until all are complete, so that a killed run can resume."""
 
 import dataclasses
 import functools
@@ -26,13 +26,13 @@ from slm_jax.errors import InputError
 from slm_jax.files import replacing
 from slm_jax.tokenizer import Tokenizer, cut_pieces, fingerprint, tokenizer_from_dict
 
-VERSION = 1  # of these files and of how they are made
-_MOST_THREADS = 8  # more would wait: one thread reads
+VERSION = 1  # version of these files and of their content
+_MOST_THREADS = 8  # more would wait for the one thread that reads
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What all parts have in common; ``source`` is only for messages. Can be sent to other processes and machines."""
+    """What all parts share; ``source`` is only for messages. Can be pickled for other processes and machines."""
 
     source: str
     rules: Rules
@@ -46,7 +46,7 @@ class Job:
         return _load_job, self._state
 
     def name(self, number: int, texts: Sequence[Text]) -> str:
-        """Return the name of a part's file, which depends on everything that it is made from."""
+        """Return the name of a part's file, which depends on everything that determines its content."""
         about = [VERSION, dataclasses.astuple(self.rules), fingerprint(self.tokenizer)]
         content = hashlib.blake2b(json.dumps(about).encode(), digest_size=16)
         for text, *flags in texts:
@@ -69,7 +69,7 @@ class Part(NamedTuple):
         lengths: number of ids of each of them.
         sizes: bytes of each of them, in UTF-8.
         starts: 1 if a text starts a document, 0 if it continues one.
-        signatures: of the texts that are whole documents, if near duplicates are looked for; of others, zeros.
+        signatures: MinHash signatures, if near duplicates are removed; zeros for texts that are not whole documents.
         counts: documents that were left out, by reason.
     """
 
@@ -85,7 +85,7 @@ Made = tuple[Path, Part]  # a part's file, and the part without its ids
 
 
 def make_part(job: Job, folder: Path, number: int, texts: Sequence[Text]) -> Made:
-    """Encode texts into a file of a folder, unless it exists and is intact.
+    """Encode texts into a file in a folder, unless it exists and is intact.
 
     InputError: the tokenizer cannot encode a text.
     """
@@ -99,7 +99,7 @@ def make_part(job: Job, folder: Path, number: int, texts: Sequence[Text]) -> Mad
 
 
 def read_part(path: Path) -> Part | None:
-    """Read a file of `make_part`; None: there is none, or it is damaged (its CRC-32 doesn't match)."""
+    """Read a file of `make_part`; None: it does not exist or is damaged (CRC-32 mismatch)."""
     try:
         with path.open("rb") as opened, np.load(opened) as file:
             return Part(**{name: file[name] for name in Part._fields})
@@ -133,7 +133,7 @@ def encode_part(job: Job, texts: Sequence[Text]) -> Part:
 
 
 def encode_text(job: Job, text: str, is_start: bool = True) -> UInt[np.ndarray, " ids"]:
-    """Return the ids of a text, of which no more than a piece is encoded at a time; before a start: `document_ids`."""
+    """Return the ids of a text, encoded piece by piece; at the start of a document, after `document_ids`."""
     dtype = token_dtype(job.tokenizer.vocab_size)
     ids = [np.array(job.tokenizer.document_ids if is_start else [], dtype)]
     tokenizer = job.tokenizer if is_start else job.tokenizer.continued()
@@ -153,16 +153,15 @@ def encode_text(job: Job, text: str, is_start: bool = True) -> UInt[np.ndarray, 
 def workers(
     job: Job, folder: Path, processes: int
 ) -> Iterator[tuple[Callable[[int, Sequence[Text]], "Future[Made]"], int]]:
-    """Give what makes a part in the background (`make_part`), and how many it makes at a time.
+    """Yield a function that makes a part in the background (`make_part`), and the number of parts at a time.
 
-    One process has several threads, of which the tokenizers of subwords make use.
-    BrokenProcessPool: a process was killed.
+    A single process has several threads, which help with subword tokenizers. BrokenProcessPool: a process was killed.
     """
     pool: Executor
     if processes == 1:
         processes = min(_MOST_THREADS, os.cpu_count() or 1)
         pool = ThreadPoolExecutor(processes)
-    else:  # a fork of a process with threads, as JAX's are, may hang
+    else:  # forking a process with threads, such as JAX's, may hang
         pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=_follow_parent)
     try:
         yield lambda number, texts: pool.submit(make_part, job, folder, number, texts), processes
@@ -171,7 +170,7 @@ def workers(
 
 
 def _follow_parent() -> None:
-    """Leave Ctrl-C to the parent process, and end when it ends, even if it is killed."""
+    """Leave Ctrl-C to the parent process, and exit when it exits, even if it is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -184,7 +183,7 @@ def _follow_parent() -> None:
 
 
 def in_order(submitted: Iterable[tuple["Future[Made]", int]], ahead: int) -> Iterator[tuple[Made, int]]:
-    """Yield the finished parts in order, each with the number that came with it; at most ``ahead`` of them wait."""
+    """Yield the finished parts in order, with the numbers submitted with them; at most ``ahead`` parts wait."""
     waiting: deque[tuple[Future[Made], int]] = deque()
     for each in submitted:
         waiting.append(each)

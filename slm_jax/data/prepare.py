@@ -1,9 +1,9 @@
-"""From sources of text to a token file, once, in memory that does not grow with the text.
+"""From sources of text to a token file, in memory that does not grow with the text.
 
-The text is cut into parts of about four million characters. Each is filtered and encoded, several at a time, into a
-file of a work folder; the ids are those of encoding every document whole. When all parts are there, near duplicates are
-found, and the rest is copied into the token file. A run that was killed finds its parts by their names, which depend on
-everything that they are made from. Neither this nor the number of processes changes the token file.
+The text is cut into parts of about four million characters. They are filtered and encoded in parallel into files of a
+work folder; the ids are the same as for whole documents. Once all parts are complete, near duplicates are found, and
+the rest is copied into the token file. After a kill, the next run finds the finished parts by their names, which depend
+on everything that determines their content. Neither a resume nor the number of processes changes the token file.
 """
 
 import dataclasses
@@ -37,20 +37,20 @@ from slm_jax.errors import InputError
 from slm_jax.files import unwritable
 from slm_jax.tokenizer import BPETokenizer, Tokenizer, cut_pieces
 
-TRAINING_CHARACTERS = 100_000_000  # of the text that a tokenizer is trained on
+TRAINING_CHARACTERS = 100_000_000  # characters that a tokenizer is trained on, at most
 PART = 1 << 22  # characters
 
 
 @dataclasses.dataclass
 class Prepared:
-    """What was written: documents, ids, bytes of text in UTF-8, bytes read from files, documents left out by reason."""
+    """Counts: documents, ids, bytes of text in UTF-8, bytes read from files, and documents left out by reason."""
 
     documents: int = 0
     tokens: int = 0
     text_bytes: int = 0
     bytes_read: int = 0
     counts: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(REASONS, 0))
-    sha256: str = ""  # of the ids, or their shards (`slm_jax.data.token_file`)
+    sha256: str = ""  # SHA-256 of the ids, or of their shards (`slm_jax.data.token_file`)
 
     def add(self, part: Part) -> None:
         """Count a part."""
@@ -62,7 +62,7 @@ class Prepared:
             self.counts[reason] += n
 
     def remove(self, part: Part, kept: Bool[np.ndarray, " texts"]) -> None:
-        """Count near duplicates of a part, of whose texts only some are kept."""
+        """Subtract the near duplicates of a part, the texts that are not kept."""
         n_removed = int(np.count_nonzero(~kept))
         self.documents -= n_removed
         self.text_bytes -= int(part.sizes[~kept].sum())
@@ -82,13 +82,13 @@ def prepare(
 ) -> Prepared:
     """Encode sources, one after the other, into a token file (`slm_jax.data.token_file`); return its counts.
 
-    ``shard_tokens`` is the number of ids of each shard (None: one file). ``report`` is called now and then with what
-    has been encoded so far. If the process is killed or interrupted, the next call takes the finished parts, which are
-    in the folder ``OUT.parts``, and its result is the same.
+    ``shard_tokens`` is the number of ids per shard (None: one file). ``report`` is called regularly with the counts so
+    far. If the process is killed or interrupted, the next call reuses the finished parts in the folder ``OUT.parts``;
+    the result is the same.
 
     Raises:
-        InputError: a source that cannot be read, or has no text that the rules keep; a text that the tokenizer cannot
-            encode; a file that cannot be written; ``out`` is being written by another process. Nothing is left behind.
+        InputError: a source cannot be read, or the rules keep none of its text; the tokenizer cannot encode a text; a
+            file cannot be written; another process is writing ``out``. Nothing is left behind.
     """
     tokenizer.encode("")  # raises if the tokenizer's files are missing, before anything is read
     job = Job(" ".join(map(str, sources)), rules, tokenizer)
@@ -124,13 +124,13 @@ def prepare(
 
 
 def work_folder(out: Path) -> Path:
-    """Return the folder of what is done for a token file that is not yet complete."""
+    """Return the folder with the finished parts of an incomplete token file."""
     return out.with_name(f"{out.name}.parts")
 
 
 @contextmanager
 def _locked_folder(out: Path) -> Iterator[Path]:
-    """Give a folder that no other process uses; it is removed at the end, but kept with its parts if interrupted."""
+    """Yield a locked folder; it is removed at the end, but kept with its parts after an interrupt."""
     folder, keep = work_folder(out), False
     lock = filelock.FileLock(folder / "lock")
     try:
@@ -187,11 +187,11 @@ def _read_ids(path: Path) -> np.ndarray:
 
 
 def _find_kept(parts: Sequence[Part], threshold: float | None) -> list[Bool[np.ndarray, " texts"]]:
-    """Return for each part which of its texts are no near duplicates."""
+    """Return for each part which of its texts are not near duplicates."""
     kept = np.ones(sum(len(part.lengths) for part in parts), bool)
     if threshold is not None:
         signatures = np.concatenate([part.signatures for part in parts])
-        compared = signatures.any(axis=1)  # pieces of longer documents have none
+        compared = signatures.any(axis=1)  # pieces of long documents have none
         kept[compared] = ~find_near_duplicates(signatures[compared], threshold)
     return np.split(kept, np.cumsum([len(part.lengths) for part in parts])[:-1])
 
@@ -203,7 +203,7 @@ def train_tokenizer(
     normalize: NormalForm | None = None,
     report: Callable[[int], None] = lambda _: None,
 ) -> BPETokenizer:
-    """Train a byte-level BPE on the first 100 million characters; ``report`` gets the number of those read so far."""
+    """Train a byte-level BPE on the first 100 million characters; ``report`` gets the number of characters read."""
 
     def first() -> Iterator[str]:
         n_read = 0

@@ -1,4 +1,4 @@
-"""Token files in object storage: copied once into the user's cache, since training reads them at random."""
+"""Token files in object storage: copied once into the user's cache, because training reads them in random order."""
 
 import hashlib
 import shutil
@@ -13,14 +13,14 @@ from slm_jax.files import Bucket, cache_folder, new_folder, unwritable
 
 
 def local_copy(url: str, parts: Callable[[bytes], dict[str, int]], check: Callable[[Path], object]) -> Path:
-    """Return the path of a copy of a token file or its shards, with the JSON file; make it if there is none yet.
+    """Return the path of a local copy of a token file or its shards, with the JSON file; make it if necessary.
 
-    A file that has changed is copied again: its JSON file tells, which has a SHA-256, or without one the storage.
+    A changed file is copied again; changes are detected by its JSON file, or if it has none, by the storage's version.
 
     Args:
-        url: such as ``gs://bucket/FILE.bin``.
-        parts: returns the names and the sizes in bytes of the files that a JSON file lists.
-        check: called with the path of a new copy; raises an InputError if that is damaged.
+        url: URL of the token file, such as ``gs://bucket/FILE.bin``.
+        parts: returns the names and sizes in bytes of the files that a JSON file lists.
+        check: called with the path of a new copy; raises an InputError if it is damaged.
 
     Raises:
         MissingInputError: no such file.
@@ -39,7 +39,7 @@ def local_copy(url: str, parts: Callable[[bytes], dict[str, int]], check: Callab
     target = cache_folder() / "tokens" / hashlib.sha256(b"%s %s" % (url.encode(), state)).hexdigest()[:16]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(target.with_name(f"{target.name}.lock")):  # other processes wait instead of copying it, too
+        with FileLock(target.with_name(f"{target.name}.lock")):  # other processes wait for this copy
             if not target.is_dir():
                 size = sum(files.values())
                 _check_room(url, size, target)

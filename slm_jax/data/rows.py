@@ -1,4 +1,4 @@
-"""What every source yields: rows of named fields, or texts in pieces, which hold one or more documents."""
+"""What sources yield: rows of named fields, or texts in pieces, with one or more documents."""
 
 import difflib
 import itertools
@@ -11,7 +11,7 @@ from slm_jax.errors import InputError
 from slm_jax.tokenizer import END_OF_TEXT
 
 OnRead = Callable[[int], None]  # called with the number of bytes read from files since the last call
-Pieces = Iterable[str]  # one text, in pieces
+Pieces = Iterable[str]  # a text in pieces
 
 
 def ignore_bytes(_: int) -> None:
@@ -19,11 +19,11 @@ def ignore_bytes(_: int) -> None:
 
 
 class EmptyField(InputError):
-    """A field that must have text, and is null or only white space."""
+    """A required text is null or has only white space."""
 
 
 class Row(NamedTuple):
-    """One example: its fields, and its place, such as ``spam.csv line 12``, for messages."""
+    """One example: its fields, and where it is from, such as ``spam.csv line 12``, for error messages."""
 
     where: str
     fields: Mapping[str, Any]
@@ -37,7 +37,7 @@ class Row(NamedTuple):
         raise InputError(f"{self.where}: no field {name!r}{did_you_mean(name, self.fields)}, {known}{remedy}")
 
     def text(self, name: str, setting: str | None = None) -> str:
-        """Return a field that must be text, perhaps empty, without a lone surrogate; otherwise as `field`."""
+        """Return a text field, which may be empty; InputError: as `field`, or not text, or a lone surrogate."""
         value = self.field(name, setting)
         if not isinstance(value, str):
             raise InputError(f"{self.where}: {name} is {value!r:.60}; expected text")
@@ -46,7 +46,7 @@ class Row(NamedTuple):
         return value
 
     def filled(self, name: str, setting: str | None = None) -> str:
-        """Return a field that must be text with more than white space, or raise an EmptyField; otherwise as `field`."""
+        """Return a text field; EmptyField: it is null or has only white space; InputError: as `text`."""
         if self.field(name, setting) is None or not (text := self.text(name, setting)).strip():
             raise EmptyField(f"{self.where}: {name} is empty; expected text")
         return text
@@ -55,13 +55,13 @@ class Row(NamedTuple):
 class Source:
     """Where data comes from: ``SCHEME:NAME``, parsed by `slm_jax.data.sources.parse_source`.
 
-    A subclass reads one scheme. It implements `rows`, or `texts` if its data has no named fields. ``header`` names the
-    columns of tables without a header line, ``split`` the split of a data set whose name doesn't have one.
+    A subclass reads one scheme. It implements `rows`, or `texts` if its data have no named fields. ``header`` names the
+    columns of tables without a header line; ``split`` is the split of a data set if the name has none.
     """
 
     scheme: ClassVar[str]
-    form: ClassVar[str]  # how such a source is written, for messages
-    names: ClassVar[Collection[str] | None] = None  # those that exist, if that is known before reading
+    form: ClassVar[str]  # syntax of such a source, for messages
+    names: ClassVar[Collection[str] | None] = None  # existing names, if known before reading
 
     def __init__(self, name: str, *, header: Sequence[str] = (), split: str = "train") -> None:
         if self.names is not None and name not in self.names:
@@ -82,27 +82,27 @@ class Source:
         return None
 
     def vocab_size(self) -> int | None:
-        """Return the number of token ids; None if the source is text, or doesn't state it."""
+        """Return the vocabulary size of token ids; None: the source is text, or it is unknown."""
         return None
 
     def text_column(self) -> str:
-        """Return the name of the field that holds the text, unless the user sets another one."""
+        """Return the default name of the field with the text."""
         return "text"
 
     def class_names(self, column: str) -> tuple[str, ...]:
-        """Return the names of a label's classes by index; empty if the source doesn't declare them."""
+        """Return the class names of a label by index; empty if the source does not define them."""
         return ()
 
     def rows(self, columns: Sequence[str] = (), on_read: OnRead = ignore_bytes) -> Iterator[Row]:
         """Return the rows in a fixed order, with at least the fields ``columns`` (default: all).
 
         ``on_read`` is called with the number of bytes read from files since the last call. InputError: the source
-        cannot be read (missing files are reported at once) or has no named fields.
+        cannot be read (missing files are reported immediately) or has no named fields.
         """
         raise InputError(f"source {self} has no named fields; expected rows, such as jsonl:FILE")
 
     def texts(self, column: str | None = None, on_read: OnRead = ignore_bytes) -> Iterator[Pieces]:
-        """Return the text of each file or row in a fixed order; null is empty. Arguments and errors as for `rows`."""
+        """Return the text of each file or row in a fixed order; null becomes empty. Otherwise like `rows`."""
         name = self.text_column() if column is None else column
         return (
             [row.text(name, "text_column") if row.field(name, "text_column") is not None else ""]
@@ -116,11 +116,11 @@ class Source:
         on_empty: Callable[[], None] = lambda: None,
         may_be_empty: bool = False,
     ) -> Iterator[Iterator[str]]:
-        """Return the documents in a fixed order, each as an iterator of its pieces, so that none need fit into memory.
+        """Return the documents in a fixed order, each as an iterator of pieces, so that it need not fit into memory.
 
-        A text file or a row is a document, or several if it holds a literal ``<|endoftext|>``; documents of only white
-        space are skipped, and ``on_empty`` is called for each file or row without any. A document has to be read before
-        the next one is asked for. Memory holds about a megabyte of a text file, or one row (of Parquet 64).
+        A text file or row is one document, or several separated by a literal ``<|endoftext|>``. Documents with only
+        white space are skipped; ``on_empty`` is called for each file or row without a document. Read a document before
+        requesting the next one. Memory holds about a megabyte of a text file, or one row (Parquet: 64 rows).
         InputError: as `texts`, or there is no document and ``may_be_empty`` is false.
         """
         return self._documents(self.texts(text_column, on_read), on_empty, may_be_empty)
@@ -141,7 +141,7 @@ class Source:
             raise InputError(f"source {self}: empty text; expected more than white space")
 
     def read_documents(self, text_column: str | None = None) -> list[str]:
-        """Return the documents, each whole; order and errors are those of `documents`."""
+        """Return whole documents; order and errors as for `documents`."""
         return ["".join(pieces) for pieces in self.documents(text_column)]
 
     def read_rows(self, limit: int | None = None, columns: Sequence[str] = ()) -> list[Row]:
@@ -159,7 +159,7 @@ def did_you_mean(name: str, names: Iterable[str], n: int = 1) -> str:
 
 
 def _split(pieces: Pieces) -> Iterator[Iterator[str]]:
-    """Yield the documents of a text: what is between literal marks of the end of text and more than white space."""
+    """Yield the documents of a text: the parts between end-of-text marks that have more than white space."""
     parts = (part for part in _cut_at_marks(pieces) if part != "")
     start: list[str] = []
     for part in parts:
@@ -170,12 +170,12 @@ def _split(pieces: Pieces) -> Iterator[Iterator[str]]:
         if part.strip():
             document = itertools.chain(start, iter(lambda: next(parts, None), None))  # up to the next mark
             yield document
-            deque(document, maxlen=0)  # skip what the caller didn't read
+            deque(document, maxlen=0)  # skip what the caller did not read
             start = []
 
 
 def _cut_at_marks(pieces: Pieces) -> Iterator[str | None]:
-    """Yield the pieces without the marks, and None for each mark, also for one that spans pieces."""
+    """Yield the pieces without the marks, and None for each mark, even if it spans pieces."""
     held = ""
     for piece in pieces:
         *ended, last = (held + piece).split(END_OF_TEXT)

@@ -15,12 +15,12 @@ from slm_jax.tokenizer import Tokenizer
 
 ROWS = 2  # rows per batch
 COLUMNS = 100  # columns per line
-_LABEL, _BAR = 11, 40  # columns of a line's label, of the picture of a row's documents
+_LABEL, _BAR = 11, 40  # columns of a line's label, and of a bar for a row's documents
 _LONGEST = 16  # columns of a token's text
-_FIRST, _LAST = 2, 1  # blocks shown of a long row, at its start and its end
-_DOCUMENTS = 12  # documents pictured per row
+_FIRST, _LAST = 2, 1  # blocks shown at the start and the end of a long row
+_DOCUMENTS = 12  # documents drawn per row
 _PADDING = 3  # tokens of padding shown
-_START, _TEXT = 12, 28  # tokens and columns shown of a document's start
+_START, _TEXT = 12, 28  # tokens and columns shown of the start of a document
 _VISIBLE = str.maketrans({" ": "·", "\n": "↵", "\t": "⇥", "\r": "␍"})
 
 
@@ -76,7 +76,7 @@ def _row_lines(row: Batch, tokenizer: Tokenizer, number: int) -> Iterator[str]:
 
 
 def _table(row: Batch, tokenizer: Tokenizer) -> dict[str, list[str]]:
-    """Return the cells of each line, one per token, by the line's label."""
+    """Return the cells of each line, one per token, by label."""
     counts = row["weights"] > 0
     unused = ["-"] * int((~counts).sum())  # padding, on the right
     table = {
@@ -91,7 +91,7 @@ def _table(row: Batch, tokenizer: Tokenizer) -> dict[str, list[str]]:
 
 
 def _blocks(table: dict[str, list[str]]) -> Iterator[tuple[int, list[str]]]:
-    """Yield blocks of as many tokens as fit side by side: the first one's number, and the lines."""
+    """Yield blocks of as many tokens as fit side by side: the index of the first token, and the lines."""
     widths = [max(map(cell_len, cells)) for cells in zip(*table.values(), strict=True)]
     start = 0
     while start < len(widths):
@@ -107,7 +107,7 @@ def _blocks(table: dict[str, list[str]]) -> Iterator[tuple[int, list[str]]]:
 
 
 def _document_lines(row: Batch, tokenizer: Tokenizer) -> Iterator[str]:
-    """Yield the attention mask as a picture: for each document its part of the row, which is all that it sees."""
+    """Yield a picture of the attention mask: for each document its part of the row, which is all that it sees."""
     segment_ids, width = row["segment_ids"], len(row["segment_ids"])
     n_documents = int(segment_ids.max())
     for segment in range(1, n_documents + 1)[:_DOCUMENTS]:

@@ -22,9 +22,9 @@ SOURCES = {source.scheme: source for source in _CLASSES}
 
 
 def parse_source(source: str, *, header: Sequence[str] = (), split: str = "train") -> Source:
-    """Return the source that a string such as ``text:books/*.txt`` names; nothing is read yet.
+    """Return the source that a string such as ``text:books/*.txt`` names, without reading it.
 
-    ``header`` and ``split`` are those of `Source`. InputError: a missing or unknown scheme, an empty or unknown name.
+    ``header`` and ``split``: see `Source`. InputError: a missing or unknown scheme, an empty or unknown name.
     """
     scheme, colon, name = source.partition(":")
     forms = ", ".join(known.form for known in SOURCES.values())
@@ -40,7 +40,7 @@ def parse_source(source: str, *, header: Sequence[str] = (), split: str = "train
 
 
 def check_text_column(column: str | None, sources: Iterable[Source], key: str = "text_column") -> None:
-    """Raise InputError if the user set a column as ``key``, but no source has columns."""
+    """Raise InputError if a column is set (by the key ``key``) but no source has columns."""
     sources = list(sources)
     if column is not None and not any(source.has_rows for source in sources):
         raise InputError(f"{key} is {column!r}, but {' '.join(map(str, sources))} has no columns; expected null")

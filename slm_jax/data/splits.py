@@ -1,4 +1,4 @@
-"""Splitting one source into training, validation and test items, and finding items that are equal across splits."""
+"""Splitting one source into training, validation and test items, and finding equal items in different splits."""
 
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -14,7 +14,7 @@ Place = tuple[str, T]  # the split, and the item in it
 
 
 def split_fractions(data: DataConfig) -> tuple[float, float]:
-    """Return the fractions of the source that validate and test; 0 for a split that has its own source.
+    """Return the fractions for validation and test; 0 for a split that has its own source.
 
     InputError: they leave nothing to train on.
     """
@@ -38,7 +38,7 @@ def require_filled(splits: Mapping[str, Sequence[T]]) -> None:
 
 
 def grouped(members: Iterable[T], keys: Iterable[Hashable]) -> list[list[T]]:
-    """Return lists of the members with equal keys, in the order in which the keys first occur."""
+    """Group members with equal keys, in the order in which the keys first occur."""
     groups: dict[Hashable, list[T]] = {}
     for member, key in zip(members, keys, strict=True):
         groups.setdefault(key, []).append(member)
@@ -46,7 +46,7 @@ def grouped(members: Iterable[T], keys: Iterable[Hashable]) -> list[list[T]]:
 
 
 def shared(splits: Mapping[str, Sequence[T]], key: Callable[[T], Hashable]) -> list[tuple[Place[T], Place[T]]]:
-    """Return the items whose key also occurs in an earlier split, each after the first item with that key."""
+    """Return pairs: the first item with a key, and an item of a later split with the same key."""
     first: dict[Hashable, Place[T]] = {}
     places = [(name, item) for name, items in splits.items() for item in items]
     pairs = [(first.setdefault(key(place[1]), place), place) for place in places]
@@ -61,9 +61,9 @@ def check_apart(
     separate: Sequence[str] = SPLITS,
     remedy: str = "",
 ) -> None:
-    """Raise InputError if a split shares a key with one of ``separate``, the splits with a source of their own.
+    """Raise InputError if a split shares a key with one of ``separate``, the splits that have their own source.
 
-    ``what`` names the key and ``remedy`` how to allow it, in the message; an item has its place as ``where``.
+    In the message, ``what`` names the key and ``remedy`` says how to allow it; items have their place as ``where``.
     """
     pairs = [(one, two) for one, two in shared(splits, key) if one[0] in separate or two[0] in separate]
     if pairs:

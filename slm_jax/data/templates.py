@@ -1,7 +1,7 @@
-"""Templates: how a conversation is written as one text, for training, generation and chat alike.
+"""Templates: how a conversation is written as one text, in training, generation and chat.
 
-A template is data, so that it can be saved with a run. Origins of the built-in ones: Stanford Alpaca as in the book's
-chapter 7; the chat templates published with Phi-3 and, as ChatML, with Qwen and SmolLM.
+A template is data, so that it can be saved with a run. The built-in ones are from Stanford Alpaca (as in the book's
+chapter 7), and from the chat templates published with Phi-3 and, as ChatML, with Qwen and SmolLM.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ Role = Literal["system", "user", "assistant"]
 
 @dataclasses.dataclass(frozen=True)
 class Message:
-    """One turn of a conversation; ``input`` is the separate input of an instruction (Alpaca's)."""
+    """One turn of a conversation; ``input`` is the separate input of an instruction (Alpaca)."""
 
     role: Role
     content: str
@@ -37,7 +37,7 @@ class Template(ABC):
 
     @abstractmethod
     def pieces(self, messages: Sequence[Message]) -> list[tuple[str, bool]]:
-        """Return the whole text in pieces, each with whether it is a response (with the text that ends it)."""
+        """Return the whole text in pieces, each with whether it is a response (including the text that ends it)."""
 
     def text(self, messages: Sequence[Message]) -> str:
         """Return the text of a conversation."""
@@ -45,7 +45,7 @@ class Template(ABC):
 
     @abstractmethod
     def prompt(self, messages: Sequence[Message]) -> str:
-        """Return the text up to the start of the last response; a last message of the assistant is left out."""
+        """Return the text up to the start of the last response, without a final message of the assistant."""
 
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:
@@ -64,7 +64,7 @@ class TextTemplate(Template):
         system_start: text before a system message.
         system_end: text after a system message.
         input_start: text between an instruction and its input, if it has one.
-        default_system: the start of a conversation without a system message.
+        default_system: start of a conversation without a system message.
     """
 
     user_start: str
@@ -104,7 +104,7 @@ class TextTemplate(Template):
     def from_dict(cls, data: Mapping[str, Any], where: str = "template") -> "TextTemplate":
         """Rebuild a template from the result of :meth:`to_dict`; only the first two fields are required.
 
-        InputError: a field that is unknown, missing or not text; no text by which a response begins or ends.
+        InputError: a field is unknown, missing or not text; no text marks where a response begins or ends.
         """
         row, fields = Row(where, data), [field.name for field in dataclasses.fields(cls)]
         if unknown := [name for name in data if name not in fields]:
@@ -164,7 +164,7 @@ def format_prompt(entry: Mapping[str, Any], template: str | Template = "alpaca")
         template: a template, or an argument of :func:`load_template`.
 
     Raises:
-        InputError: a field that is missing, empty or not text; no such template.
+        InputError: a field is missing, empty or not text; no such template.
     """
     if isinstance(template, str):
         template = load_template(template)
@@ -178,8 +178,8 @@ def entry_messages(entry: Mapping[str, Any], where: str) -> tuple[Message, ...]:
     ``context``), or a chat (``messages``, each with ``role`` and ``content``). An input or context may be null.
 
     Raises:
-        EmptyField: a field that is empty.
-        InputError: a field that is missing or not text; an unknown role; no message of a user.
+        EmptyField: a field is empty.
+        InputError: a field is missing or not text; an unknown role; no user message.
     """
     row = Row(where, entry)
     if "messages" in entry:
@@ -209,15 +209,15 @@ def _chat(messages: Any, where: str) -> tuple[Message, ...]:
 
 # Tokens
 
-# Put into special tokens in messages, which are cut there and so become words like any others: else a message could
-# forge the end of its turn. Unicode reserves it for the internal use of programs.
+# Inserted into special tokens in messages, which are split there and become ordinary text, so that a message cannot
+# forge the end of its turn. Unicode reserves this character for internal use in programs.
 _CUT = "\ufdd0"
 
 
 def encode_prompt(tokenizer: Tokenizer, template: Template, messages: Sequence[Message]) -> list[int]:
-    """Return the ids that the next response follows; special tokens of earlier ones are taken as the model's own.
+    """Return the ids before the next response; special tokens in earlier responses count as the model's own.
 
-    InputError: a text that the tokenizer cannot encode.
+    InputError: the tokenizer cannot encode a text.
     """
     plain = [each if each.role == "assistant" else _plain(tokenizer, each) for each in messages]
     (ids,) = _encode(tokenizer, [template.prompt(plain)])
@@ -229,12 +229,12 @@ def encode_conversation(
 ) -> list[tuple[list[int], bool]]:
     """Return the ids of a conversation in pieces, each with whether it is a response; the last one is.
 
-    The last response ends with one of the ids that end a text. InputError: a text that the tokenizer cannot encode.
+    The last response ends with one of the end-of-text ids. InputError: the tokenizer cannot encode a text.
     """
     texts = template.pieces([_plain(tokenizer, each) for each in messages])
     pieces = [(_start(tokenizer, template), False)]
     for ids, (_, is_response) in zip(_encode(tokenizer, [text for text, _ in texts]), texts, strict=True):
-        # What follows the end of a response is not the model's to write.
+        # The model does not write what follows the end of a response.
         end = next((i + 1 for i, id_ in enumerate(ids) if is_response and id_ in tokenizer.eos_ids), len(ids))
         pieces += [(ids[:end], is_response), (ids[end:], False)]
     while not pieces[-1][1]:
@@ -245,7 +245,7 @@ def encode_conversation(
 
 
 def _start(tokenizer: Tokenizer, template: Template) -> list[int]:
-    """Return what the model expects before a text; a model's own template writes it itself."""
+    """Return the ids that the model expects before a text; a model's own template writes them itself."""
     return tokenizer.start_ids if isinstance(template, TextTemplate) else []
 
 
@@ -258,9 +258,9 @@ def _plain(tokenizer: Tokenizer, message: Message) -> Message:
 
 
 def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """Return the ids of each part of a text, which is cut at `_CUT`."""
+    """Return the ids of each part of a text; texts are also split at `_CUT`."""
     ids: list[list[int]] = [[] for _ in texts]
-    runs: list[list[tuple[int, str]]] = [[]]  # what is encoded together: numbers of parts, and their texts
+    runs: list[list[tuple[int, str]]] = [[]]  # encoded together: indices of parts, and their texts
     for i, text in enumerate(texts):
         first, *rest = text.split(_CUT)
         runs[-1].append((i, first))

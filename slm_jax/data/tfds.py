@@ -17,9 +17,9 @@ from slm_jax.errors import InputError, MissingInputError
 from slm_jax.files import check_reachable
 
 CONNECT_SECONDS = 1.5  # offline, TensorFlow Datasets itself would try for minutes
-DOWNLOAD_URL = "https://storage.googleapis.com"  # tried for a data set that doesn't say where it is downloaded from
+DOWNLOAD_URL = "https://storage.googleapis.com"  # checked for data sets that do not state their own URL
 TEXT_FEATURES = ("text", "sentence", "description")  # usual names; the first that exists is the default
-# Where TensorFlow Datasets keeps builders that its list of names lacks until they are imported.
+# Packages of TensorFlow Datasets whose builders are unknown by name until they are imported.
 _OLD_BUILDERS = ("text", "summarization", "question_answering", "translate", "text_simplification")
 
 
@@ -30,7 +30,7 @@ class TensorFlowDataset(Source):
 
     @cached_property
     def builder(self) -> Any:
-        """The data set, prepared as array records; MissingInputError: there is none, or it cannot be prepared."""
+        """The data set, prepared as array records; MissingInputError: it does not exist or cannot be prepared."""
         return _find_builder(self.name.partition(":")[0])
 
     @cached_property
@@ -129,9 +129,9 @@ def _unavailable(where: str, error: Exception, alternative: str = "") -> Missing
 
 
 def _as_json(value: Any) -> Any:
-    """Convert what TensorFlow Datasets yields to what JSON would hold: bytes to text, NumPy's numbers to Python's."""
+    """Convert values of TensorFlow Datasets to JSON's types: bytes to text, NumPy's numbers to Python's."""
     if isinstance(value, bytes):
-        return value.decode("utf-8", errors="replace")  # the bytes of a picture are never read as text
+        return value.decode("utf-8", errors="replace")  # bytes of a picture are never used as text
     if isinstance(value, list | np.ndarray):
         return [_as_json(item) for item in value]
     return value.item() if isinstance(value, np.generic) else value

@@ -1,11 +1,11 @@
-"""``tokens:`` sources: files of token ids, bare little-endian integers as nanoGPT writes them, described by JSON.
+"""``tokens:`` sources: files of token ids, raw little-endian integers as in nanoGPT, with a JSON description.
 
-``FILE.bin`` holds only ids, uint16 if the vocabulary has at most 65,536 tokens, else uint32. ``FILE.bin.json`` holds
-the tokenizer, the counts and the SHA-256 of the ids; without it, ids are read as uint16, or as llm.c's header says.
+``FILE.bin`` has only ids, uint16 if the vocabulary has at most 65,536 tokens, else uint32. ``FILE.bin.json`` has the
+tokenizer, the counts and the SHA-256 of the ids; without it, ids are read as uint16, or according to llm.c's header.
 
-Shards are several such files, ``FILE-00000.bin``, ``FILE-00001.bin``, …, whose ids follow each other. ``FILE.bin.json``
-lists them with their sizes and SHA-256; there is no ``FILE.bin``, but this is how they are named: ``tokens:FILE.bin``.
-All may be in object storage (``tokens:gs://bucket/FILE.bin``).
+The ids may be split over shards, ``FILE-00000.bin``, ``FILE-00001.bin``, … ``FILE.bin.json`` lists them with their
+sizes and SHA-256. ``FILE.bin`` then does not exist, but ``tokens:FILE.bin`` names the shards. All files may be in
+object storage (``tokens:gs://bucket/FILE.bin``).
 """
 
 import codecs
@@ -45,7 +45,7 @@ from slm_jax.tokenizer import Tokenizer, fingerprint, tokenizer_from_dict
 FORMAT, VERSION = "slm_jax token ids", 1
 _DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 _NUMPY = b"\x93NUMPY"
-# llm.c's files by their first number: version and dtype. Source: karpathy/llm.c, dev/data/data_common.py.
+# llm.c's files: version and dtype by magic number. Source: karpathy/llm.c, dev/data/data_common.py.
 _LLMC = {
     20240520: (1, _DTYPES["uint16"]),
     20240801: (7, _DTYPES["uint32"]),
@@ -53,7 +53,7 @@ _LLMC = {
 }
 _LLMC_HEADER_BYTES = 1024
 _CHUNK = 1 << 22  # tokens checked at a time
-# What a bare file holds shows at its start, if it has some bytes. No vocabulary has 2**20 ids.
+# To recognise other data in a bare file by its start, if it is long enough. No vocabulary has 2**20 ids.
 _SAMPLE_BYTES, _LEAST_BYTES, _MOST_UPPER = 1 << 16, 128, 16
 _NOT_IN_TEXT = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
 _AGAIN = "write it again with slm-jax prepare"
@@ -116,9 +116,9 @@ def shard_path(path: Path, number: int) -> Path:
 def open_token_file(path: str | Path, verify: bool = True) -> TokenFile:
     """Map a file of ids, or its shards, after checking it against its JSON file, if it has one.
 
-    ``verify`` also compares the SHA-256, which reads all ids once. Bare ids must still be compared with a vocabulary:
-    `check_ids`. A file in object storage is first copied into the user's cache, unless it has been. InputError: a file
-    that is missing, empty, truncated, changed, or something else.
+    ``verify`` also compares the SHA-256, which reads all ids once. The range of bare ids is not checked: use
+    `check_ids`. A file in object storage is first copied into the user's cache, once. InputError: a file that is
+    missing, empty, truncated, changed, or has other content.
     """
     if isinstance(path, str) and is_url(path):
         path = remote.local_copy(path, functools.partial(_remote_files, path), open_token_file)
@@ -141,7 +141,7 @@ def open_token_file(path: str | Path, verify: bool = True) -> TokenFile:
 
 
 def _other_kind(start: bytes, size: int) -> str | None:
-    """Say what a file without a description is, by its start, if it holds no uint16 ids."""
+    """Return what a file without a description seems to contain instead of uint16 ids; None: it may be ids."""
     if kind := kind_of(start):
         return kind
     if len(start) < _LEAST_BYTES:
@@ -150,7 +150,7 @@ def _other_kind(start: bytes, size: int) -> str | None:
     convert = "convert it: np.fromfile(FILE, '<{}').astype('<u2').tofile('ids.bin')"
     if size % 8 == 0 and parts[:, 0].any() and not parts[:, 2:].any() and parts[:, 1].max() < _MOST_UPPER:
         return f"what looks like int64 ids; {convert.format('i8')}"
-    # The upper halves of ids in 32 bits are small, and the lower ones are not.
+    # The upper halves of 32-bit ids are small, the lower halves are not.
     upper, lower = parts[:, 1::2].max(), parts[:, ::2].max()
     if size % 4 == 0 and upper < _MOST_UPPER and lower > (255 if upper else 0):
         return f"what looks like uint32 ids; {convert.format('u4')}"
@@ -162,7 +162,7 @@ def _other_kind(start: bytes, size: int) -> str | None:
 
 
 def _llmc_ids(path: Path, start: bytes, size: int) -> UInt[np.ndarray, " tokens"]:
-    """Map the ids of an llm.c file, behind a header with its version and the number of ids."""
+    """Map the ids of an llm.c file, which follow a header with its version and the number of ids."""
     magic, version, n_tokens = (int.from_bytes(start[i : i + 4], "little") for i in (0, 4, 8))
     expected, dtype = _LLMC[magic]
     if version != expected:
@@ -204,14 +204,14 @@ def _open_described(path: Path, verify: bool) -> TokenFile:
 
 
 def token_paths(path: Path, about: Mapping[str, Any]) -> dict[Path, dict[str, Any]]:
-    """Return the files with the ids that a description lists, in order, each with its ``tokens`` and ``sha256``."""
+    """Return the files of ids that a description lists, in order, with their ``tokens`` and ``sha256``."""
     if "shards" not in about:
         return {path: {"tokens": about["tokens"], "sha256": about["sha256"]}}
     return {shard_path(path, i): shard for i, shard in enumerate(about["shards"])}
 
 
 def _remote_files(url: str, about: bytes) -> dict[str, int]:
-    """Return the names and sizes in bytes of the files with ids that a description in object storage lists."""
+    """Return the names and sizes in bytes of the files of ids that a description in object storage lists."""
     description = _parse(about, url)
     each = _DTYPES[description["dtype"]].itemsize
     parts = token_paths(Path(url.rpartition("/")[2]), description)
@@ -242,7 +242,7 @@ def map_ids(path: Path, dtype: np.dtype[Any]) -> UInt[np.ndarray, " tokens"]:
 
 
 def check_ids(tokens: Ids, vocab_size: int, path: str | Path) -> None:
-    """Raise InputError if an id is not below ``vocab_size``: on the device it would silently become another one."""
+    """Raise InputError if an id is not below ``vocab_size``; on the device it would silently become another id."""
     for begin in range(0, len(tokens), _CHUNK):
         chunk = tokens[begin : begin + _CHUNK]
         if int(chunk.max()) >= vocab_size:
@@ -252,7 +252,7 @@ def check_ids(tokens: Ids, vocab_size: int, path: str | Path) -> None:
 
 
 class TokenWriter:
-    """Appends ids to a token file, or to its shards; made by `write_token_file`, whose caller sets the counts."""
+    """Appends ids to a token file or its shards; created by `write_token_file`, whose caller sets the counts."""
 
     def __init__(self, files: ExitStack, path: Path, vocab_size: int, shard_tokens: int | None) -> None:
         self.tokens = self.documents = 0
@@ -274,7 +274,7 @@ class TokenWriter:
             rest = rest[n:]
 
     def close(self) -> dict[str, Any]:
-        """Write what is not yet on the disk; return what describes the ids."""
+        """Flush the last file to the disk; return the description of the ids."""
         self._shards[-1].close()
         about = {"dtype": self._dtype.name, "tokens": self.tokens, "documents": self.documents, "counts": self.counts}
         if self._shard_tokens is None:
@@ -320,7 +320,7 @@ class _Shard:
 
 
 def sha256_of_shards(digests: Sequence[str]) -> str:
-    """Return a SHA-256 for a list of shards: of a line with the SHA-256 of each."""
+    """Return the SHA-256 of a list of shards: of their SHA-256, one per line."""
     return hashlib.sha256("".join(f"{each}\n" for each in digests).encode()).hexdigest()
 
 
@@ -328,11 +328,11 @@ def sha256_of_shards(digests: Sequence[str]) -> str:
 def write_token_file(
     path: Path, tokenizer: Tokenizer, source: str, shard_tokens: int | None = None
 ) -> Iterator[TokenWriter]:
-    """Yield a writer of a token file that appears, with its JSON file, when the block ends without an error.
+    """Yield a writer; the token file and its JSON file appear when the block ends without an error.
 
-    ``shard_tokens`` is the number of ids of each shard (None: one file). Ids go to partial files beside it, which are
-    always removed. An existing file or its shards are replaced; of several writers the last one wins. A file that
-    cannot be written, such as on a full disk, is an InputError.
+    ``shard_tokens`` is the number of ids per shard (None: one file). Ids are written to partial files beside it, which
+    are always removed. An existing file or its shards are replaced; of several writers, the last one wins. InputError:
+    a file cannot be written, for example because the disk is full.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -340,7 +340,7 @@ def write_token_file(
         with ExitStack() as files:
             writer = TokenWriter(files, path, tokenizer.vocab_size, shard_tokens)
             yield writer
-            # The JSON file first: ids without one would be read as bare uint16. A mismatch is noticed by the SHA-256.
+            # The JSON file first: ids without one would be read as uint16, while a mismatch is found by the SHA-256.
             replace_text(json_path(path), describe(tokenizer, source, writer.close()))
         for old in set(replaced) - {json_path(path), *writer.paths}:
             old.unlink()
@@ -351,20 +351,20 @@ def write_token_file(
 
 
 def existing_paths(path: Path) -> list[Path]:
-    """Return the files of a token file that exist: with the ids, its description, its shards."""
+    """Return the existing files of a token file: ids, description, shards."""
     shards = path.parent.glob(f"{glob.escape(path.stem)}-{'[0-9]' * 5}{path.suffix}")
     return [found for found in (path, json_path(path), *sorted(shards)) if found.exists()]
 
 
 def remove_partial(path: Path) -> None:
-    """Remove what a process that was killed has written of a token file and its shards."""
+    """Remove partial files of a token file and its shards that a killed process left."""
     for shard in ("", f"-{'[0-9]' * 5}"):
         for old in path.parent.glob(f"{glob.escape(path.stem)}{shard}{path.suffix}.{'?' * 8}.partial"):
             old.unlink(missing_ok=True)
 
 
 def describe(tokenizer: Tokenizer, source: str, ids: Mapping[str, Any]) -> str:
-    """Return the content of ``FILE.bin.json``; ``ids`` are the fields on the ids, and on their shards."""
+    """Return the content of ``FILE.bin.json``; ``ids`` has the fields about the ids and their shards."""
     description = {
         "format": FORMAT,
         "version": VERSION,

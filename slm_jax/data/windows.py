@@ -1,13 +1,13 @@
-"""Token arrays to batches in an order that is f(seed, step): windows at strides or random offsets, or packed documents.
+"""From token arrays to batches, as a function of (seed, step): windows at strides or random offsets, or packed rows.
 
-A batch is a dict of ``inputs`` and ``targets`` (int32, (batch, context), targets one token on) and ``weights``
-(float32, 1 where a target counts, else 0). Padding is on the right. Batches of packed rows, whose documents see only
-themselves, also have ``segment_ids`` (int32, 1, 2 … for a row's pieces, 0 for padding) and ``positions`` (int32, from 0
-in each piece).
+A batch is a dict of ``inputs`` and ``targets`` (int32, (batch, context); targets are shifted by one token) and
+``weights`` (float32, 1 where a target counts, else 0). Padding is on the right. Batches of packed rows, in which each
+document sees only itself, also have ``segment_ids`` (int32, 1, 2, … for the pieces of a row, 0 for padding) and
+``positions`` (int32, from 0 in each piece).
 
-For packing, the tokens are cut right before every end-of-text id, so that a piece is ``[eot, t1 … tn]`` with the
-targets ``[t1 … tn, eot]``: every token but the first is a target once, and a document's start is learned after the same
-id that generation starts from. Pieces longer than a row are cut again.
+For packing, tokens are cut right before every end-of-text id, so that a piece is ``[eot, t1 … tn]`` with the targets
+``[t1 … tn, eot]``: every token except the first is a target once, and the start of a document is learned after the same
+id from which generation starts. Pieces longer than a row are cut again.
 """
 
 import dataclasses
@@ -25,9 +25,9 @@ from slm_jax.errors import InputError
 Batch = dict[str, np.ndarray]
 Rows = np.ndarray | slice
 ALL_ROWS = slice(None)
-MakeBatch = Callable[[np.ndarray, Rows], Batch]  # of the items with the given indices; only these rows of it
+MakeBatch = Callable[[np.ndarray, Rows], Batch]  # takes the indices of items, and which rows to make
 
-SHORTEST_WIDTH = 16  # tokens; each width is a program to compile
+SHORTEST_WIDTH = 16  # tokens; each width needs a compiled program
 _CHUNK = 1 << 22  # tokens searched at a time, so that a memory-mapped file stays out of memory
 
 
@@ -43,7 +43,7 @@ class TrainBatches(grain.MapDataset):
         whole: bool = False,
         rows: np.ndarray | None = None,
     ):
-        """``order``: indices of items. ``whole``: every row depends on all items of a batch, such as on the longest."""
+        """``order``: indices of items. ``whole``: rows depend on all items of a batch, such as on the longest."""
         super().__init__(order)
         self._make, self._batch_size, self._whole = make, batch_size, whole
         self._rows = np.arange(batch_size) if rows is None else rows
@@ -82,9 +82,9 @@ def endless_batches(
 
 @dataclasses.dataclass(frozen=True)
 class EvalBatches:
-    """Batches of the items of ``order``, each item once; rows that fill the last batch are 0, and so is their weight.
+    """Batches of the items of ``order``, each once; the last batch is filled up with rows of zeros with weight 0.
 
-    ``rows``: which rows of each batch are made, in ascending order, those from ``batch_size`` on empty; None: all.
+    ``rows``: rows of each batch to make (ascending); rows from ``batch_size`` on are empty; None: all rows.
     """
 
     order: np.ndarray
@@ -104,7 +104,7 @@ class EvalBatches:
 
 
 def fill_up(batch: Batch, rows: int) -> Batch:
-    """Return a batch with rows of zeros at its end, so that it has ``rows``: their targets have weight 0."""
+    """Append rows of zeros (weight 0) to a batch, up to ``rows`` rows."""
     missing = rows - len(next(iter(batch.values())))
     if not missing:
         return batch

@@ -1,6 +1,6 @@
-"""How a batch fits any number of devices: fewer micro-batches, or rows of weight 0 that fill it up.
+"""How a batch is made to fit any number of devices: with fewer micro-batches, or with empty rows of weight 0.
 
-The batch stays the same, and with it the losses: they are sums that are divided once by the sum of the weights.
+The losses do not change, as they are sums that are divided once by the sum of the weights.
 """
 
 import dataclasses
@@ -19,8 +19,9 @@ Config = TypeVar("Config", bound=BaseRunConfig)
 def fit_batch(config: Config, n_shards: int) -> tuple[Config, tuple[str, ...]]:
     """Return the configuration with a batch that ``n_shards`` devices share evenly, and lines about any change.
 
-    ``train.accumulate`` falls to a number of micro-batches that can be cut evenly, none larger on a device than the
-    configured one; if there is none, ``train.batch_size`` rises by rows that :func:`slm_jax.data.windows.fill_up` adds.
+    ``train.accumulate`` is lowered to a number of micro-batches that can be split evenly, none larger on a device than
+    the configured one. If there is none, ``train.batch_size`` grows by the empty rows that
+    :func:`slm_jax.data.windows.fill_up` adds.
     """
     rows, configured = config.train.batch_size, config.train.accumulate
     most = rows // configured  # rows of a micro-batch
@@ -46,5 +47,5 @@ def fit_batch(config: Config, n_shards: int) -> tuple[Config, tuple[str, ...]]:
 
 
 def filled_rows(batches: TrainBatches, rows: Int[np.ndarray, " rows"], batch_size: int) -> grain.MapDataset:
-    """Return only these rows, in ascending order, of each batch; those from ``batch_size`` on are empty."""
+    """Return only these rows (ascending) of each batch; rows from ``batch_size`` on are empty."""
     return batches.of_rows(rows[rows < batch_size]).map(lambda batch: fill_up(batch, len(rows)))

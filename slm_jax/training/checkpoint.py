@@ -1,10 +1,11 @@
 """Checkpoints of a run: arrays through Orbax v1; asynchronous, complete, verified.
 
-A checkpoint is a folder ``checkpoints/<step>`` with the items ``params`` (what is trained) and ``state`` (optimizer,
-step, key), JSON that names everything else a run needs (configuration, identity, tokenizer, data state), and a manifest
+A checkpoint is a folder ``checkpoints/<step>`` with the items ``params`` (trained parameters) and ``state`` (optimizer,
+step, key), JSON with everything else that a run needs (configuration, identity, tokenizer, data state), and a manifest
 with its step and the size and SHA-256 of each file. Orbax writes into ``.saving``; the manifest is written there last,
-all is synced to the disk, and a rename commits it: a folder without a manifest that verifies is no checkpoint. Several
-processes add a checksum of each array: what each has loaded is verified without reading it again.
+all files are synced to the disk, and a rename commits the checkpoint. A folder whose manifest is missing or does not
+match is not a checkpoint. Several processes also save a checksum of each array, so that each of them can verify what it
+has loaded without reading the files again.
 """
 
 import errno
@@ -43,11 +44,11 @@ from slm_jax.training.progress import format_bytes
 from slm_jax.training.run_folder import RunFolder
 from slm_jax.training.step import TrainState
 
-FORMAT = 2  # of the params tree and the metadata; 1 had query, key and value in one kernel
+FORMAT = 2  # version of the params tree and the metadata; in 1, query, key and value were one kernel
 
 
 class Metadata(TypedDict, total=False):
-    """What is saved with a checkpoint, and a task's own."""
+    """Metadata of a checkpoint; tasks add their own."""
 
     validation_loss: Required[float | None]
     format: int
@@ -72,22 +73,22 @@ class _File(TypedDict):
 
 
 class DamagedCheckpoint(InputError):
-    """A checkpoint whose arrays are not those that were saved."""
+    """A checkpoint whose arrays differ from those that were saved."""
 
 
 class Checkpoints:
     """The checkpoints of one run: the latest ``keep``, and the one with the lowest validation loss.
 
-    A context manager, which waits for the pending save. One save at a time runs in the background; an error in it is
-    raised by the next call. On the first host ``on_saved`` is called there after each finished checkpoint.
+    A context manager that waits for the pending save when it exits. One save at a time runs in the background; the next
+    call raises its error. On the first host, the background thread calls ``on_saved`` after each finished checkpoint.
     """
 
     def __init__(self, folder: Path, keep: int = 2, on_saved: Callable[[], None] = lambda: None):
         self.folder, self._keep, self._on_saved = folder.resolve(), keep, on_saved
         if jax.process_index() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for path in self.folder.iterdir():  # what an interrupted save left
-                if path.name.startswith((SAVING, REMOVED)) or path.name.endswith(".orbax-checkpoint-tmp"):
+            for path in self.folder.iterdir():  # left by an interrupted save
+                if path.name.startswith((SAVING, REMOVED)):
                     shutil.rmtree(path, ignore_errors=True)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("checkpoints can be saved")
@@ -106,9 +107,9 @@ class Checkpoints:
             self._pool.shutdown()
 
     def save(self, state: TrainState, metadata: dict[str, Any], validation_loss: float | None = None) -> None:
-        """Start saving a state under its step; its arrays are copied before this returns, so that it may be donated.
+        """Start saving a state under its step. Its arrays are copied before this returns, so it may be donated after.
 
-        ``metadata`` is JSON-able; ``validation_loss`` is that of these parameters, if it was just measured.
+        ``metadata`` must be JSON-able; ``validation_loss`` is the loss of these parameters, if it was just measured.
         """
         self.wait()
         step, items, self._bytes = int(state.step), _items(state), checkpoint_bytes(state)
@@ -119,7 +120,7 @@ class Checkpoints:
             "validation_loss": validation_loss,
         }
         with self._errors(step), _orbax(self.folder / SAVING) as path:
-            # Checked: a disk that fills up midway is slow to notice, and full for everything else, too.
+            # Checked now, because filling the disk midway fails late, and breaks other programs, too.
             if shutil.disk_usage(self.folder).free < 1.1 * self._bytes:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             response = ocp.save_checkpointables_async(path, items, overwrite=True, custom_metadata=about)
@@ -138,7 +139,7 @@ class Checkpoints:
         self._losses = {step: loss for step, loss in self._losses.items() if step in kept}
 
     def wait(self) -> None:
-        """Wait until the first host has committed the save under way; raise the error that it met, if any."""
+        """Wait until the first host has committed the pending save; raise its error, if it failed."""
         self._wait(together=True)
 
     def _wait(self, together: bool) -> None:
@@ -152,9 +153,9 @@ class Checkpoints:
 
     @contextmanager
     def _errors(self, step: int) -> Iterator[None]:
-        """Raise a SaveError of one line for an error of a save; TensorStore's are of any type.
+        """Turn an error of a save, which TensorStore raises with any type, into a one-line SaveError.
 
-        Not if several processes save, as the cause may be the loss of another one, which the watch reports.
+        With several processes, only file errors: the cause of others may be a lost process, which the watch reports.
         """
         try:
             yield
@@ -171,13 +172,13 @@ class Checkpoints:
             raise SaveError(f"{self.folder}: {problem} ({space}); checkpoints there: {saved}") from None
 
     def saved_steps(self) -> list[int]:
-        """Return the steps saved or being saved, ascending."""
+        """Return the steps that are saved or being saved, ascending."""
         return sorted(self._losses)
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """Return the state of a step, with the shapes, dtypes and shardings of ``like`` (arrays or shapes).
 
-        DamagedCheckpoint: several processes saved it, and this is not what they saved.
+        DamagedCheckpoint: several processes saved it, and the loaded arrays differ from what they saved.
         """
         path = self.folder / str(step)
         items = _load(path, _items(like), "rename it to resume from an earlier one")
@@ -211,7 +212,7 @@ def _validation_losses(folder: Path) -> dict[int, float | None]:
 
 
 def read_metadata(folder: Path, step: int) -> dict[str, Any]:
-    """Return the metadata saved with a step, ``validation_loss`` included; an InputError if they are damaged."""
+    """Return the metadata saved with a step, including ``validation_loss``; InputError: they are damaged."""
     path = folder / str(step) / METADATA
     try:
         content = path.read_bytes()
@@ -221,7 +222,7 @@ def read_metadata(folder: Path, step: int) -> dict[str, Any]:
 
 
 def parse_metadata(content: bytes, where: object) -> dict[str, Any]:
-    """Return the metadata in the bytes of a checkpoint's metadata file; an InputError if they are damaged."""
+    """Return the metadata from the content of a checkpoint's metadata file; InputError: they are damaged."""
     whole = parse_json(content, f"{where}: not a checkpoint of slm_jax", "choose another step", _File)
     metadata: dict[str, Any] = whole["custom_metadata"]
     if (found := metadata.pop("format", 1)) != FORMAT:
@@ -230,12 +231,12 @@ def parse_metadata(content: bytes, where: object) -> dict[str, Any]:
 
 
 def best_step(folder: Path) -> int | None:
-    """Return the step with the lowest validation loss; without any, the latest; None without checkpoints."""
+    """Return the step with the lowest validation loss, else the latest step; None without checkpoints."""
     return lowest({step: read_metadata(folder, step)["validation_loss"] for step in saved_steps(folder)})
 
 
 def lowest(losses: dict[int, float | None]) -> int | None:
-    """Return the step with the lowest validation loss; without any, the latest; None without steps."""
+    """Return the step with the lowest validation loss, else the latest step; None without steps."""
     measured = {step: loss for step, loss in losses.items() if loss is not None and not math.isnan(loss)}
     return min(measured, key=lambda step: measured[step], default=max(losses, default=None))
 
@@ -243,7 +244,7 @@ def lowest(losses: dict[int, float | None]) -> int | None:
 def load_params(folder: Path, step: int, like: Params, sharding: Any = None) -> Params:
     """Load only the parameters of a step, with the shapes and dtypes of ``like`` (arrays or shapes).
 
-    ``sharding`` is that of every leaf, or a tree of them; None: the first device.
+    ``sharding``: one for every leaf, or a tree of them; None: the first device.
     """
     path = folder / str(step)
     others = ", ".join(str(saved) for saved in saved_steps(folder) if saved != step)
@@ -257,10 +258,10 @@ def load_params(folder: Path, step: int, like: Params, sharding: Any = None) -> 
 
 
 def load_opt_state(folder: Path, step: int, like: Any) -> Any:
-    """Load only the optimizer state of a step, to the host; ``like`` is the state, as arrays or shapes."""
+    """Load only the optimizer state of a step, to the host; ``like`` has its shapes and dtypes (arrays or shapes)."""
     key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
     like = {"step": jax.ShapeDtypeStruct((), "int32"), "key": key, "opt_state": like}
-    remedy = "the optimizer is another; leave base_optimizer out"
+    remedy = "it was saved with another optimizer; leave base_optimizer out"
     items = _load(path := folder / str(step), {"state": _placed(like, None)}, remedy)
     if damage := _changed(path, items):
         raise InputError(f"{damage}; leave base_optimizer out")
@@ -276,15 +277,15 @@ def _placed(like: Any, sharding: Any) -> Any:
 
 
 def _load(path: Path, items: dict[str, Any], remedy: str) -> dict[str, Any]:
-    """Load items of a checkpoint (arrays or shapes, with shardings).
+    """Load items of a checkpoint; ``items`` has their shapes, dtypes and shardings (arrays or shapes).
 
-    Of several processes each reads a part of what several need, and they exchange the parts: each byte is read once.
+    Arrays that several processes need are read only once: each process reads a part, and they exchange the parts.
     """
     several = jax.process_count() > 1
     try:
         with _orbax(path) as literal:
             loaded = ocp.load_checkpointables(literal, jax.tree.map(_part, items) if several else items)
-    except Exception as error:  # of any kind: without checksums Orbax runs into whatever the files hold
+    except Exception as error:  # of any type: without checksums, Orbax parses whatever the files contain
         cause = " ".join(str(error.__cause__ or error).split())[:200]
         raise InputError(f"{path}: its {' and '.join(items)} cannot be loaded ({cause}); {remedy}") from None
     shardings = jax.tree.map(lambda leaf: leaf.sharding, items)
@@ -292,7 +293,7 @@ def _load(path: Path, items: dict[str, Any], remedy: str) -> dict[str, Any]:
 
 
 class _LiteralPath(type(epath.Path())):  # type: ignore[misc]
-    """A path whose own characters are no pattern: Orbax finds its files by a glob of the whole path."""
+    """A path that is taken literally: Orbax puts the whole path into a glob pattern, where ``[`` has a meaning."""
 
     def glob(self, pattern: str) -> Iterator["_LiteralPath"]:
         return map(self._new, Path(self).glob(pattern))
@@ -300,10 +301,13 @@ class _LiteralPath(type(epath.Path())):  # type: ignore[misc]
 
 @contextmanager
 def _orbax(path: Path) -> Iterator[Path]:
-    """Give an absolute path that Orbax can write and read there; refuse a backslash, which TensorStore replaces."""
+    """Yield the absolute path in a context in which Orbax takes it literally.
+
+    InputError: it has a backslash, which TensorStore replaces.
+    """
     path = path.resolve()
     if "\\" in path.as_posix():
-        raise InputError(f"{path}: has a backslash; expected a path without one")
+        raise InputError(f"{path}: the path has a backslash; expected one without")
     context = ocp.Context()
     context.file_options.path_class = _LiteralPath
     with context:
@@ -311,9 +315,9 @@ def _orbax(path: Path) -> Iterator[Path]:
 
 
 def _part(leaf: Any) -> jax.ShapeDtypeStruct:
-    """Split an array (or shape) along the axis of the mesh that have copies of it, too, as Orbax saved it.
+    """Return the shape of an array with a sharding that also splits it over devices that hold copies of it.
 
-    Orbax splits the first axis of a shard that the number of copies divides.
+    As Orbax does when it saves, this splits the first axis of a shard whose size is divisible by the number of copies.
     """
     sharding = leaf.sharding
     if isinstance(sharding, NamedSharding):
@@ -331,9 +335,9 @@ def _part(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def checksums(tree: Any) -> dict[str, int]:
-    """Return a checksum of the bits of each array by its path and dtype, the same on any mesh.
+    """Return a checksum of each array's bits by its path and dtype; it does not depend on the mesh.
 
-    All processes call it together.
+    All processes must call it together.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     sums = jax.device_get([_checksum(leaf) for _, leaf in leaves])
@@ -343,7 +347,7 @@ def checksums(tree: Any) -> dict[str, int]:
 
 @jax.jit
 def _checksum(leaf: jax.Array) -> jax.Array:
-    """Mix the bits of each number with its place, as MurmurHash3 does, and add all modulo 2**32."""
+    """Mix the bits of each number with its index, as MurmurHash3 does, and add the results modulo 2**32."""
     if leaf.dtype == bool:
         leaf = leaf.astype(jnp.uint8)
     unsigned = np.dtype(f"uint{8 * min(4, leaf.dtype.itemsize)}")
@@ -359,7 +363,7 @@ def _checksum(leaf: jax.Array) -> jax.Array:
 
 
 def has_checksums(path: Path) -> bool:
-    """Return whether arrays are verified as they were loaded, and not before: several processes saved and load them."""
+    """Return whether arrays are verified after loading, not before: if several processes saved and load them."""
     return jax.process_count() > 1 and bool(_read_checksums(path))
 
 
@@ -368,16 +372,16 @@ def _read_checksums(path: Path) -> dict[str, int]:
 
 
 def _changed(path: Path, items: dict[str, Any]) -> str | None:
-    """Describe the first array loaded from a checkpoint that is not what was saved; None if there is none."""
+    """Describe the first loaded array that differs from what was saved; None if all are intact."""
     if not has_checksums(path):
         return None
     expected = _read_checksums(path)
     changed = [name for name, found in checksums(items).items() if expected.get(name, found) != found]
-    return f"{path} is damaged: {changed[0]} is not what was saved" if changed else None
+    return f"{path} is damaged: {changed[0]} differs from what was saved" if changed else None
 
 
 def _reason(error: Exception) -> str:
-    """Return an error as one line; TensorStore's message only as far as it is the operating system's."""
+    """Return an error as one line; of TensorStore's message, only the operating system's part."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
     system = re.search(r"[^:]*(?= \[os_error_code|\[OS error)", text)
     return (system[0].strip() if system else text)[:300] or type(error).__name__
@@ -389,8 +393,8 @@ def checkpoint_bytes(state: TrainState) -> int:
 
 
 def check_disk(run: RunFolder, state: TrainState, frozen: Params, keep: int) -> None:
-    """Refuse a disk without room for the checkpoints of a run and for its frozen parameters."""
-    # The latest, the best and the one being written, less those that exist already.
+    """Refuse a disk without enough space for the checkpoints of a run and for its frozen parameters."""
+    # The latest, the best and the one being written, minus those that exist already.
     missing = max(1, keep + 2 - len(saved_steps(run.checkpoints)))
     each = checkpoint_bytes(state)
     needed = each * missing + sum(leaf.nbytes for leaf in jax.tree.leaves(frozen))

@@ -5,6 +5,7 @@ The defaults are the ``tiny`` recipe.
 
 import dataclasses
 import re
+import unicodedata
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -398,5 +399,8 @@ class BaseRunConfig:
 
 def check_run_name(name: str) -> None:
     """Raise an InputError for a run's name that is not a folder inside the folder of runs."""
-    if not name.strip() or Path(name).is_absolute() or ".." in Path(name).parts or is_url(name):
-        raise InputError(f"run is {name!r}; expected a folder name inside runs_dir, such as my-run")
+    is_folder = name.strip() and not Path(name).is_absolute() and ".." not in Path(name).parts and not is_url(name)
+    if not is_folder or any(unicodedata.category(character) == "Cc" for character in name):
+        raise InputError(
+            f"run is {name!r}; expected a folder name inside runs_dir, without control characters, such as my-run"
+        )

@@ -1,4 +1,4 @@
-"""How the processes of a job join: each launcher tells them of each other in its own way, and JAX connects them.
+"""How the processes of a job find each other: each launcher describes the job in its own way, and JAX connects them.
 
 One function per launcher, tried in the order of ``LAUNCHERS``:
 
@@ -29,17 +29,17 @@ import jax
 from slm_jax.errors import InputError
 
 Environ = Mapping[str, str]
-_PORT = 8476  # as JAX's on TPUs
-Arguments = dict[str, Any]  # of jax.distributed.initialize, which detects what they leave out; empty: one process alone
+_PORT = 8476  # JAX's port on TPUs
+Arguments = dict[str, Any]  # for jax.distributed.initialize, which detects the rest; empty: a single process
 
 
 def initialize_distributed(environ: Environ = os.environ, timeout: int = 120) -> bool:
     """Join the other processes of the job that the environment describes; return whether there are any.
 
-    They are waited for ``timeout`` seconds.
+    Waits ``timeout`` seconds for them.
 
     Raises:
-        InputError: the description is incomplete, or wrong.
+        InputError: the description is incomplete or wrong.
         JaxRuntimeError: a process is missing.
     """
     if jax.distributed.is_initialized():  # by an earlier run of this process
@@ -50,9 +50,9 @@ def initialize_distributed(environ: Environ = os.environ, timeout: int = 120) ->
 
 
 def join_arguments(environ: Environ) -> Arguments:
-    """Return how to join the job that the environment describes; empty if this process is alone.
+    """Return the arguments for joining the job that the environment describes; empty for a single process.
 
-    InputError: the description is incomplete, or wrong.
+    InputError: the description is incomplete or wrong.
     """
     found = (launcher(environ) for launcher in LAUNCHERS)
     arguments = next((arguments for arguments in found if arguments is not None), None)
@@ -65,13 +65,13 @@ def join_arguments(environ: Environ) -> Arguments:
 
 
 def _join(arguments: Arguments, timeout: int) -> None:
-    """Join, and restore the handler of SIGTERM, which JAX replaces by its own."""
+    """Join, then restore the SIGTERM handler, which JAX replaces."""
     handler = signal.getsignal(signal.SIGTERM)
     try:
         jax.distributed.initialize(**arguments, initialization_timeout=timeout)
     except jax.errors.JaxRuntimeError:
         raise
-    except (RuntimeError, ValueError, LookupError) as error:  # such as the answer of a Kubernetes cluster
+    except (RuntimeError, ValueError, LookupError) as error:  # such as a bad answer of a Kubernetes cluster
         raise InputError(f"the other processes of the job cannot be found: {' '.join(str(error).split())}") from error
     if handler is not None:  # set from Python
         signal.signal(signal.SIGTERM, handler)
@@ -114,7 +114,7 @@ def _open_mpi(environ: Environ) -> Arguments | None:
 
 
 def _slurm(environ: Environ) -> Arguments | None:
-    # Inside srun only: the shell of sbatch or salloc is one process, whatever the job may still start.
+    # Only inside srun: the shell of sbatch or salloc is a single process, even if the job later starts several.
     total = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS"
     if not {"SLURM_STEP_NODELIST", total} <= environ.keys() or (count := _whole_number(environ, total)) == 1:
         return None
@@ -144,7 +144,7 @@ def _gke_tpu(environ: Environ) -> Arguments | None:
         slice_id = _index(environ, "MEGASCALE_SLICE_ID", "MEGASCALE_NUM_SLICES")
         if not (host := environ.get("MEGASCALE_COORDINATOR_ADDRESS", "").partition(":")[0]):
             raise InputError(f"MEGASCALE_NUM_SLICES is {n_slices}; expected MEGASCALE_COORDINATOR_ADDRESS, too")
-        if hosts is None:  # one host a slice; unknown to JAX
+        if hosts is None:  # one host per slice, which JAX does not detect
             return {"coordinator_address": f"{host}:{_PORT}", **_given(n_slices, slice_id)}
     if hosts is None:
         return None
@@ -168,7 +168,7 @@ def _kubernetes(environ: Environ) -> Arguments | None:
     if importlib.util.find_spec("kubernetes") is None:
         remedy = "set JAX_NUM_PROCESSES and JAX_COORDINATOR_ADDRESS (a pod that trains alone: JAX_NUM_PROCESSES=1)"
         raise InputError(f"an indexed Kubernetes job does not tell its pods how many they are; {remedy}")
-    return {"cluster_detection_method": None}  # JAX asks the cluster; that method has no name
+    return {"cluster_detection_method": None}  # JAX asks the cluster; this method has no name
 
 
 LAUNCHERS: tuple[Callable[[Environ], Arguments | None], ...] = (
@@ -197,10 +197,10 @@ def _address(environ: Environ) -> str:
 
 
 def _local_devices(environ: Environ, tasks: int | None, task: int, n_gpus: int | None = None) -> list[int] | None:
-    """Return which of its visible GPUs a process uses, as ``jax.distributed.initialize`` wants it: [] means all.
+    """Return the GPUs of a process in the form that ``jax.distributed.initialize`` takes; [] means all visible ones.
 
-    ``tasks``: processes on this host; ``task``: this one's number among them; ``n_gpus``: GPUs of the job on this host.
-    None stands for what is unknown; if returned: JAX gives each task one GPU.
+    ``tasks``: number of processes on this host; ``task``: index of this one; ``n_gpus``: GPUs of the job on this host;
+    None: unknown. If None is returned, JAX gives each task one GPU.
     """
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     n_visible = n_gpus if visible is None else len(visible.split(","))
@@ -210,7 +210,7 @@ def _local_devices(environ: Environ, tasks: int | None, task: int, n_gpus: int |
         return []
     if n_visible is None:
         return None
-    if n_visible < (n_gpus or tasks):  # the launcher shows each task only its own
+    if n_visible < (n_gpus or tasks):  # the launcher shows each task only its own GPUs
         return []
     share, left = divmod(n_visible, tasks)
     if left:
@@ -219,12 +219,12 @@ def _local_devices(environ: Environ, tasks: int | None, task: int, n_gpus: int |
 
 
 def on_tpu_vm() -> bool:
-    """Return whether JAX found TPU chips and libtpu: it then sets its platforms."""
+    """Return whether JAX found TPU chips and libtpu, in which case it has set its platforms."""
     return "tpu" in (getattr(jax.config, "jax_platforms", None) or "")  # not in JAX's stubs
 
 
 def _megascale_slices(environ: Environ, ask: bool = False) -> int:
-    """Return how many slices work together; with ``ask``, from the metadata server if the environment doesn't say."""
+    """Return the number of slices; with ``ask``, ask the metadata server if the environment does not say."""
     if environ.get("MEGASCALE_NUM_SLICES"):
         return _whole_number(environ, "MEGASCALE_NUM_SLICES")
     found = re.search(r"^\s*MEGASCALE_NUM_SLICES\s*:\s*'?(\d+)", _metadata(environ, "tpu-env") if ask else "", re.M)
@@ -232,7 +232,7 @@ def _megascale_slices(environ: Environ, ask: bool = False) -> int:
 
 
 def _metadata(environ: Environ, key: str) -> str:
-    """Return an attribute of this virtual machine from its metadata server; empty: it has none."""
+    """Return an attribute of this virtual machine from its metadata server; empty if there is none."""
     server = environ.get("GCE_METADATA_IP", "metadata.google.internal")
     url = f"http://{server}/computeMetadata/v1/instance/attributes/{key}"
     request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
@@ -251,7 +251,7 @@ def _metadata(environ: Environ, key: str) -> str:
 
 
 def _index(environ: Environ, name: str, count: str) -> int:
-    """Return a number that is below another one, ``count``."""
+    """Return a number from the environment; InputError: it is not below the number in ``count``."""
     number, n = _whole_number(environ, name), _whole_number(environ, count)
     if number >= n:
         raise InputError(f"{name} is {number}; expected 0 to {n - 1} ({count} is {n})")

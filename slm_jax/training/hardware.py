@@ -1,4 +1,4 @@
-"""What devices offer: peak FLOP/s, memory, and the best dtype; and what the numbers of a run depend on."""
+"""Peak FLOP/s, memory and best dtype of devices, and the environment that the numbers of a run depend on."""
 
 import contextlib
 import dataclasses
@@ -21,22 +21,22 @@ from slm_jax.training.config import BaseRunConfig
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """A kind of accelerator, by its maker's data sheet; FLOP/s are dense."""
+    """A kind of accelerator, according to its maker's data sheet; FLOP/s are for dense matrices."""
 
-    name: str  # on the command line
-    kind: str  # a part of JAX's device_kind that no digit follows
+    name: str  # name on the command line
+    kind: str  # part of JAX's device_kind, not followed by a digit
     platform: Literal["gpu", "tpu"]
     capability: float | None  # NVIDIA's compute capability
     peak_16bit: float  # in bfloat16, or in float16 where bfloat16 is only emulated
-    peak_float32: float  # of float32 arrays as JAX multiplies them: in TF32 where there is that, on a TPU in bfloat16
+    peak_float32: float  # for float32 arrays as JAX multiplies them: in TF32 if available, on a TPU in bfloat16
     memory: float  # bytes
     bandwidth: float  # bytes a second
-    link: float  # bytes a second that it sends over all its links: a GPU's to its host's GPUs, a TPU's in its slice
-    network: float  # bytes a second that it sends to other hosts (GPU) or slices (TPU): its share of its host's network
+    link: float  # bytes a second sent over all its links: to its host's GPUs, or within a TPU slice
+    network: float  # bytes a second sent to other hosts (GPU) or slices (TPU): its share of its host's network
 
     @property
     def usable(self) -> float:
-        """The share of the memory that JAX gives to a program: 75% of a GPU's; 15.75 of a v5e's 16 GiB."""
+        """Share of the memory that JAX gives to a program: 75% on a GPU; on a TPU as on a v5e, 15.75 of 16 GiB."""
         return 0.75 if self.platform == "gpu" else 15.75 / 16
 
     def peak(self, dtype: DType) -> float:
@@ -44,9 +44,9 @@ class Device:
         return self.peak_float32 if dtype == "float32" else self.peak_16bit
 
 
-# NVIDIA's data sheets, dense and SXM where there are several; Google Cloud's pages of its TPUs. Links and networks
-# count one direction. The network is that of NVIDIA's DGX with such GPUs; else of a cloud's host with 8 of them; those
-# of v4, v3 and v2 are assumed. The first match counts.
+# Sources: NVIDIA's data sheets (dense; SXM if there are several forms) and Google Cloud's pages on TPUs. Links and
+# networks count one direction. The network is that of NVIDIA's DGX with these GPUs, else of a cloud host with 8 of
+# them; those of v4, v3 and v2 are assumed. The first match counts.
 DEVICES = (
     Device("h200", "H200", "gpu", 9.0, 989e12, 495e12, 141e9, 4.8e12, 450e9, 50e9),
     Device("h100-pcie", "H100 PCIe", "gpu", 9.0, 756e12, 378e12, 80e9, 2e12, 64e9, 25e9),
@@ -82,17 +82,17 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def best_dtype(device: jax.Device | None = None) -> DType:
-    """Return what to compute in on a device: bfloat16 where the hardware has it, else float32.
+    """Return the dtype to compute in on a device: bfloat16 where the hardware has it, else float32.
 
-    A GPU older than compute capability 8.0, such as Colab's T4, only emulates it. The default device is what is
-    compiled for (:func:`slm_jax.nn.target.target`).
+    GPUs below compute capability 8.0, such as Colab's T4, only emulate bfloat16. Default: the device that is compiled
+    for (:func:`slm_jax.nn.target.target`).
     """
     platform, capability = target() if device is None else target_of(device)
     return "bfloat16" if platform == "tpu" or (capability or 0) >= 8 else "float32"
 
 
 def run_dtype(config: BaseRunConfig) -> DType:
-    """Return the dtype that a run computes in: as configured, or what suits the device."""
+    """Return the dtype that a run computes in: the configured one, or the best for the device."""
     return best_dtype() if config.model.dtype == "auto" else config.model.dtype
 
 
@@ -103,7 +103,7 @@ def device_here(device: jax.Device | None = None) -> Device | None:
 
 
 def peak_flops(dtype: DType, device: jax.Device | None = None) -> float | None:
-    """Return the peak FLOP/s of one device in a dtype, see :class:`Device`; None where it is not known."""
+    """Return the peak FLOP/s of one device in a dtype, see :class:`Device`; None: unknown."""
     known = device_here(device)
     return known.peak(dtype) if known else None
 
@@ -128,7 +128,7 @@ def flops_per_token(cfg: GPTConfig) -> float:
 
 
 def device_memory(device: jax.Device | None = None) -> int | None:
-    """Return the bytes that one device offers; on a CPU, its share of the memory; None where it is not known."""
+    """Return the memory of one device in bytes; for a CPU device, its share of the machine's; None: unknown."""
     device = device or jax.devices()[0]
     if device.platform == "cpu":
         memory = machine_memory()
@@ -137,9 +137,9 @@ def device_memory(device: jax.Device | None = None) -> int | None:
 
 
 def machine_memory() -> int | None:
-    """Return the available memory in bytes, reclaimable caches included; outside Linux, all memory.
+    """Return the available memory in bytes, including reclaimable caches; outside Linux, all memory.
 
-    In a container with a limit (cgroup v2), what is left of it.
+    In a container with a memory limit (cgroup v2), at most the rest of the limit.
     """
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -151,7 +151,7 @@ def machine_memory() -> int | None:
 
 
 def _left_of_limit(cgroup: Path) -> float:
-    """Return how many bytes a control group's limit leaves, infinite without one; caches are reclaimed first."""
+    """Return the bytes left of a control group's limit, counting caches as free; infinity without a limit."""
     try:
         limit, used = (int((cgroup / f"memory.{name}").read_text()) for name in ("max", "current"))
         statistics = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
@@ -161,7 +161,7 @@ def _left_of_limit(cgroup: Path) -> float:
 
 
 def environment(n_devices: int) -> dict[str, Any]:
-    """Return what the numbers of a run depend on apart from its configuration."""
+    """Return what the numbers of a run depend on besides its configuration."""
     affinity = getattr(os, "sched_getaffinity", None)
     return {
         "device": jax.devices()[0].device_kind,
@@ -174,6 +174,6 @@ def environment(n_devices: int) -> dict[str, Any]:
 
 
 def rounding_changes(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Return the keys in which two environments differ and that decide how numbers are rounded."""
+    """Return the keys that affect rounding and differ between two environments."""
     keys = ("device", "devices", "processes", "threads", "jax")
     return [key for key in keys if was.get(key, now[key]) != now[key]]

@@ -1,6 +1,6 @@
 """Loggers for the lines of ``metrics.jsonl``: TensorBoard and Weights & Biases; both packages are optional.
 
-A figure is named by its split and its key: ``train/loss``, ``val/perplexity``.
+Metrics are named by split and key: ``train/loss``, ``val/perplexity``.
 """
 
 import html
@@ -28,7 +28,7 @@ def check_loggers(config: LoggingConfig) -> None:
 
 
 class Logger(NamedTuple):
-    """Another place for what is logged."""
+    """Another destination for what is logged."""
 
     metrics: Callable[[dict[str, Any]], None]  # takes a line of metrics.jsonl
     text: Callable[[str, str, int], None]  # takes a name, a text and a step
@@ -36,7 +36,7 @@ class Logger(NamedTuple):
 
 
 def open_loggers(config: BaseRunConfig, folder: Path, step: int) -> list[Logger]:
-    """Open the requested loggers; where they can, they drop what they have after ``step``."""
+    """Open the requested loggers; those that can drop what they logged after ``step``."""
     tensorboard = [_tensorboard(folder / "tensorboard", step)] if config.logging.tensorboard else []
     return [*tensorboard, *([_wandb(config, folder)] if config.logging.wandb != "disabled" else [])]
 
@@ -44,7 +44,7 @@ def open_loggers(config: BaseRunConfig, folder: Path, step: int) -> list[Logger]
 def _tensorboard(folder: Path, step: int) -> Logger:
     from tensorboardX import SummaryWriter
 
-    writer = SummaryWriter(str(folder), purge_step=step + 1)  # which hides what there is after the step
+    writer = SummaryWriter(str(folder), purge_step=step + 1)  # hides what was logged after the step
 
     def metrics(row: dict[str, Any]) -> None:
         for name, value in figures(row).items():
@@ -57,9 +57,9 @@ def _tensorboard(folder: Path, step: int) -> Logger:
 
 
 def _wandb(config: BaseRunConfig, folder: Path) -> Logger:
-    """Send to Weights & Biases, or, offline, write what ``wandb sync`` sends later.
+    """Log to Weights & Biases, or, offline, to files that ``wandb sync`` sends later.
 
-    A resumed run is the same run there; repeated steps appear twice, as nothing can be taken back.
+    A resumed run continues the same run there; repeated steps appear twice, because nothing can be deleted.
     """
     import wandb
 
@@ -80,7 +80,7 @@ def _wandb(config: BaseRunConfig, folder: Path) -> Logger:
     except wandb.Error as error:  # no key, no network, no such project
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"logging.wandb: {reason}; run wandb login, or use --logging.wandb offline") from None
-    run.define_metric("*", step_metric="step")  # its own steps may only grow, and a resume goes back
+    run.define_metric("*", step_metric="step")  # wandb's own steps can only grow, but a resume goes back
 
     def text(name: str, text: str, step: int) -> None:
         run.log({name: wandb.Html(f"<pre>{html.escape(text)}</pre>", inject=False), "step": step})

@@ -1,7 +1,7 @@
 """The training loop of every task.
 
-Everything it does is a function of (configuration, seed, step), so that a run that was killed resumes, on a CPU bit
-for bit. The loop dispatches the next step to the device before it reads the numbers of the last one.
+Everything it does is a function of (configuration, seed, step), so that a killed run can resume, on a CPU bit for bit.
+The loop dispatches the next step to the device before it reads the metrics of the last one.
 """
 
 import dataclasses
@@ -46,9 +46,9 @@ def train(config: BaseRunConfig, task: Task, start: Start, stop: StopRequest, co
     """Train to the last step, or until a stop is requested; return the run's summary.
 
     Raises:
-        InputError: the folder has another run or cannot be written; something does not fit.
-        Interrupted: a signal came; the state of that moment was saved.
-        TrainingDiverged: several steps in a row without finite gradients.
+        InputError: the folder holds another run or cannot be written, or keys do not fit together.
+        Interrupted: a signal arrived; the current state was saved.
+        TrainingDiverged: gradients were not finite in several steps in a row.
     """
     folder, total, keep = start.folder, task.total_steps, config.checkpoint.keep
     progress = ProgressLine(console, total, start.first_step)
@@ -70,9 +70,9 @@ def train(config: BaseRunConfig, task: Task, start: Start, stop: StopRequest, co
     with ExitStack() as stack:
         stack.enter_context(start.lock())
         stack.push(functools.partial(_name_removal, folder))
-        stack.enter_context(jax.set_mesh(mesh))  # named for kernels that the compiler cannot divide among devices
+        stack.enter_context(jax.set_mesh(mesh))  # for kernels that the compiler cannot split over devices
         stack.callback(functools.partial(mirror.update, last=True))
-        metadata = _describe(task, start, progress, state_shapes)  # first, as config.yaml makes the folder a run
+        metadata = _describe(task, start, progress, state_shapes)  # first, because config.yaml makes the folder a run
         loggers = open_loggers(config, folder.path, start.last_kept) if folder.writes else []
         for logger in loggers:
             stack.callback(logger.close)
@@ -97,7 +97,7 @@ def train(config: BaseRunConfig, task: Task, start: Start, stop: StopRequest, co
                 for step in range(start.first_step + 1, total + 1):
                     batch = task.make_batch(next(run.batches), run.params(state.trainable), step)
                     state, metrics = program.train_step(state, frozen, put_batch(mesh, batch))
-                    log.step(step, metrics)  # reads the step before, while the device computes this one
+                    log.step(step, metrics)  # reads the previous step's metrics while the device computes this step
                     if stop.agreed(step):
                         raise Interrupted(stop.signum or 15)
                     run.hooks(state, step)
@@ -109,7 +109,7 @@ def train(config: BaseRunConfig, task: Task, start: Start, stop: StopRequest, co
 
 @dataclasses.dataclass(frozen=True)
 class Session:
-    """What the hooks of a run share."""
+    """What the hooks of a run need."""
 
     task: Task
     program: Program
@@ -121,12 +121,12 @@ class Session:
     metadata: dict[str, Any]
 
     def hooks(self, state: TrainState, step: int) -> None:
-        """Run the hooks that are due after a step; each does nothing where an earlier start has done it."""
+        """Run the hooks that are due after a step; each skips work that an earlier start has done."""
         config = self.task.config
         samples = config.train.eval_every if self.task.samples_at_evaluation else config.sample.every
         cadence = (
             (samples if config.sample.every else 0, self.sample),
-            (config.train.eval_every, self.evaluate),  # may save, with the seal of all that is logged
+            (config.train.eval_every, self.evaluate),  # after sampling: it may save, and seals what was logged
             (config.checkpoint.every, self.save),
         )
         self.profile.at(step, functools.partial(jax.block_until_ready, state))
@@ -140,14 +140,14 @@ class Session:
             self.log.start_lap(step)
 
     def evaluate(self, state: TrainState, step: int) -> None:
-        """Evaluate the validation split; save the best state so far."""
+        """Evaluate the validation split; save the state if it is the best so far."""
         if step not in self.log.validation:
             sums = self.program.evaluate(state.trainable, self.frozen, self.task.validation_batches())
             if self.log.evaluation(step, sums):
                 self._save(state, step)
 
     def sample(self, state: TrainState, step: int) -> None:
-        """Sample a text; before the first step only from a model that has a base."""
+        """Sample a text; before the first step, only if the model has a base."""
         if step not in self.log.sampled and (step or self.task.config.base):
             key = purpose_key(self.task.config.seed, "sampling", step)
             if (text := self.task.sample(self.params(state.trainable), key)) is not None:
@@ -167,7 +167,7 @@ class Session:
         self.log.progress.note(f"stopped at step {step:,}; the same command resumes there")
 
     def finish(self) -> dict[str, Any]:
-        """Measure the best checkpoint, which is what loading the run gives; write ``summary.json``, print the end."""
+        """Measure the best checkpoint, which is the one that is loaded; write ``summary.json`` and print the result."""
         self.log.draw()
         folder, shapes = self.log.folder, self.program.state.trainable
         trained, whole = _count(self.task, shapes)
@@ -185,7 +185,7 @@ class Session:
         return summary
 
     def measure(self, trainable: Params, moment: Moment) -> dict[str, Any]:
-        """Measure what the task measures before and after training."""
+        """Return what the task measures before and after training."""
         evaluate = functools.partial(self.program.evaluate, trainable, self.frozen)
         path = self.log.folder.path if self.log.folder.writes else None
         return self.task.measure(self.params(trainable), evaluate, moment, path)
@@ -203,13 +203,13 @@ class Session:
 
 
 def _name_removal(folder: RunFolder, kind: Any, error: BaseException | None, _: Any) -> None:
-    """Say of a failed save that the run's folder is gone, which Orbax reports in many ways."""
+    """If a save failed because the run's folder was removed, which Orbax reports in many ways, say so."""
     if isinstance(error, SaveError) and not (folder.path / "config.yaml").is_file():
         raise SaveError(f"{folder.path}: was removed while it was being trained") from None
 
 
 def _describe(task: Task, start: Start, progress: ProgressLine, state: TrainState) -> dict[str, Any]:
-    """Write what describes the run into its folder; return the metadata of its checkpoints."""
+    """Write the files that describe the run; return the metadata for its checkpoints."""
     config, folder = task.config, start.folder
     folder.set_aside_all_but(start.whole)
     folder.write_text("config.yaml", dump_config(dataclasses.replace(config, run=config.name, resume="auto")))
@@ -219,7 +219,7 @@ def _describe(task: Task, start: Start, progress: ProgressLine, state: TrainStat
         for name, text in task.files.items():
             folder.write_text(name, text)
         if start.step is None:
-            (folder.path / FROZEN).unlink(missing_ok=True)  # of an earlier attempt
+            (folder.path / FROZEN).unlink(missing_ok=True)  # left by an earlier attempt
             if task.params.frozen:
                 frozen_sha256 = tree_fingerprint(write_tree(folder.path / FROZEN, task.params.frozen))
     for note in (*start.notes, *task.notes):
@@ -242,7 +242,7 @@ def _describe(task: Task, start: Start, progress: ProgressLine, state: TrainStat
 
 
 def _count(task: Task, trainable: Params) -> tuple[int, int]:
-    """Return the number of trained parameters, and of the whole model's, without adapters of frozen matrices."""
+    """Return the number of trained parameters, and of all parameters without adapters of frozen matrices."""
     trained = count_leaves(trainable)
     return trained, trained + count_leaves(split_adapters(task.params.frozen)[0])
 

@@ -1,6 +1,7 @@
-"""The manifest of a checkpoint: its step, and the size and SHA-256 of each file; what makes it count.
+"""The manifest of a checkpoint: its step, and the size and SHA-256 of each file.
 
-It is written last and synced to the disk with all files before the checkpoint gets its name.
+A folder without a manifest is not a checkpoint. The manifest is written last; then all files are synced to the disk,
+and the folder is renamed to its step.
 """
 
 import json
@@ -12,12 +13,12 @@ from pathlib import Path
 from typing import TypedDict
 
 from slm_jax.errors import InputError
-from slm_jax.files import check_kind, parse_json, replace_text, sha256, sync
+from slm_jax.files import parse_json, replace_text, sha256, sync
 
 CHECKSUMS = "sha256.json"  # the manifest
 METADATA = "_CHECKPOINT_METADATA"  # Orbax's name
-SAVING, REMOVED = ".saving", ".removed"  # how names of folders begin that are no checkpoint yet, or no longer
-_ARRAYS = "d"  # Orbax's name of folders with the values of arrays
+SAVING, REMOVED = ".saving", ".removed"  # prefixes of the names of unfinished and of removed checkpoints
+_ARRAYS = "d"  # Orbax's name for folders with the values of arrays
 _NEEDED = [METADATA, *(f"{item}/{name}" for item in ("params", "state") for name in ("_METADATA", "manifest.ocdbt"))]
 
 
@@ -27,7 +28,7 @@ class _Manifest(TypedDict):
 
 
 def saved_steps(folder: Path) -> list[int]:
-    """Return the steps that have a checkpoint, ascending: those with a manifest."""
+    """Return the steps with a checkpoint (a manifest), ascending."""
     if not folder.is_dir():
         return []
     names = [path.name for path in folder.iterdir() if path.name.isdecimal() and (path / CHECKSUMS).is_file()]
@@ -35,9 +36,9 @@ def saved_steps(folder: Path) -> list[int]:
 
 
 def write_manifest(folder: Path, step: int) -> None:
-    """Write the step of a checkpoint, and the size in bytes and the SHA-256 of each of its files; sync all to the disk.
+    """Write the manifest of a checkpoint, and sync all of its files to the disk.
 
-    InputError: a file is missing without which it could not be read.
+    InputError: a file that is needed to read the checkpoint is missing.
     """
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     files.pop(CHECKSUMS, None)
@@ -56,14 +57,14 @@ def sync_tree(folder: Path) -> None:
 
 
 def commit(folder: Path, path: Path) -> None:
-    """Give a folder the name that makes it count, in place of what has it; sync that to the disk."""
+    """Rename a folder to its final path, replacing what is there, and sync the rename to the disk."""
     discard(path)
     folder.rename(path)
     sync(path.parent)
 
 
 def discard(folder: Path) -> None:
-    """Remove a folder, if it is there; it loses its name first, so that half of it never counts."""
+    """Remove a folder if it exists; it is renamed first, so that a half-removed one never counts as a checkpoint."""
     removed = folder.with_name(f"{REMOVED}-{uuid.uuid4().hex[:8]}")
     with suppress(OSError):
         folder.rename(removed)
@@ -71,24 +72,23 @@ def discard(folder: Path) -> None:
 
 
 def find_damage(folder: Path, arrays: bool = True, step: int | None = None) -> str | None:
-    """Describe the first file of a checkpoint that is missing or changed; None if there is none.
+    """Describe the first file of a checkpoint that is missing or damaged; None if it is intact.
 
-    Without ``arrays``, only the sizes of the files that hold them are compared: whoever loads them verifies them.
-    ``step`` is the step that it should be of, by default the one that the folder is named after.
+    Without ``arrays``, only the sizes of array files are compared, because loading verifies their content. ``step`` is
+    the expected step, by default the folder's name.
     """
     manifest, step = folder / CHECKSUMS, int(folder.name) if step is None else step
     try:
-        content = parse_json(manifest.read_bytes(), manifest)
-        content = content if "files" in content else {"step": step, "files": content}  # as before it had a step
-        sums, saved_as = check_kind(content, _Manifest, manifest)["files"], content["step"]
+        content = parse_json(manifest.read_bytes(), manifest, kind=_Manifest)
+        sums, saved_as = content["files"], content["step"]
     except FileNotFoundError:
         return f"{manifest} is missing: the checkpoint was not saved completely"
     except (InputError, OSError) as error:
         return f"{manifest} is damaged ({error})"
     if missing := [name for name in _NEEDED if name not in sums]:
-        return f"{manifest} is damaged: it does not have {missing[0]}"
+        return f"{manifest} is damaged: it does not list {missing[0]}"
     if saved_as != step:
-        return f"{folder} is not of step {step}: it was saved as step {saved_as}"
+        return f"{folder} is not step {step}: it was saved as step {saved_as}"
     with ThreadPoolExecutor() as pool:
         found = pool.map(lambda file: _damage(folder / file[0], *file[1], arrays=arrays), sums.items())
         return next((damage for damage in found if damage), None)

@@ -1,8 +1,8 @@
-"""``checkpoint.mirror``: a copy of a run in a second folder or in object storage, which a new machine resumes from.
+"""``checkpoint.mirror``: a copy of a run in a second folder or in object storage, from which a new machine can resume.
 
-A copy has the files of the run's folder under the same names. In a folder a checkpoint gets its name once it has been
-verified. In object storage nothing can be renamed and no folder exists, so a checkpoint counts once its ``sha256.json``
-is there, which is written last and removed first.
+A copy has the same file names as the run's folder. In a folder, a checkpoint is renamed to its step once the copy has
+been verified. Object storage has no folders and no renames: there a checkpoint counts if its ``sha256.json`` exists,
+which is written last and removed first.
 """
 
 import abc
@@ -28,39 +28,42 @@ WARN_INTERVAL = 60.0  # seconds between two warnings
 
 
 class Copy(abc.ABC):
-    """A copy of a run at ``path``; failures are OSErrors. InputError: something else is there, or a package missing."""
+    """A copy of a run at ``path``. Failures are OSErrors.
+
+    InputError: something else is there, or a package is missing.
+    """
 
     path: Path | str
 
     @abc.abstractmethod
     def names(self) -> set[str]:
-        """Return the names of files and folders in it; empty if it does not exist."""
+        """Return the names of its files and folders; empty if it does not exist."""
 
     @abc.abstractmethod
     def steps(self) -> list[int]:
-        """Return the steps of the whole checkpoints, ascending."""
+        """Return the steps of the complete checkpoints, ascending."""
 
     @abc.abstractmethod
     def metadata(self, step: int) -> dict[str, Any]:
-        """Return what :func:`slm_jax.training.checkpoint.read_metadata` returns."""
+        """Return the metadata of a checkpoint, as :func:`slm_jax.training.checkpoint.read_metadata` does."""
 
     @abc.abstractmethod
     def update(self, run: RunFolder, keep: int) -> None:
-        """Copy what is missing or older here, the latest checkpoint first; remove checkpoints that are not kept.
+        """Copy what is missing or older here, the latest checkpoint first, and remove old checkpoints.
 
-        The latest ``keep`` stay, beside the best and those of the run.
+        The latest ``keep``, the best, and those that the run still has are kept.
         """
 
     @abc.abstractmethod
     def _read_checkpoint(self, step: int, folder: Path) -> str | None:
-        """Copy a checkpoint to a new folder; return what is damaged."""
+        """Copy a checkpoint to a new folder; return a description of any damage."""
 
     @abc.abstractmethod
     def _read_files(self, run: RunFolder) -> None:
-        """Copy all files apart from checkpoints, the configuration first."""
+        """Copy all files except checkpoints, the configuration first."""
 
     def best_step(self) -> int | None:
-        """Return the step with the lowest validation loss; damaged metadata do not count."""
+        """Return the step with the lowest validation loss, ignoring damaged metadata."""
         losses = {}
         for step in self.steps():
             with suppress(InputError):
@@ -68,11 +71,12 @@ class Copy(abc.ABC):
         return lowest(losses)
 
     def fetch(self, run: RunFolder, step: int) -> str | None:
-        """Copy a checkpoint, the best one and the files to a run; or return what is damaged, and copy nothing.
+        """Copy a checkpoint, the best one and the files to a run.
 
-        The checkpoint gets its name last, which makes the copy count, and only if its SHA-256 are the recorded ones.
+        If the checkpoint is damaged, nothing is copied, and a description of the damage is returned. The checkpoint is
+        renamed to its step last, after its SHA-256 have been verified.
         """
-        copy, best_copy = run.path / ".mirror.partial", run.path / ".best.partial"  # hidden: they are no run yet
+        copy, best_copy = run.path / ".mirror.partial", run.path / ".best.partial"  # hidden: not a run yet
         try:
             if damage := self._read_checkpoint(step, copy):
                 return damage
@@ -90,7 +94,7 @@ class Copy(abc.ABC):
 
 
 class FolderCopy(Copy):
-    """A copy in a folder, whose parent must exist, such as that of a mounted drive."""
+    """A copy in a folder, such as on a mounted drive; its parent must exist."""
 
     def __init__(self, path: Path):
         self.path: Path = path
@@ -141,7 +145,7 @@ class FolderCopy(Copy):
 
 
 def _copy_files(run: RunFolder, target: RunFolder, *, every: bool = False) -> None:
-    """Copy the changed (or all) files of a run apart from checkpoints and folders of logs, the configuration first."""
+    """Copy the changed (or all) files of a run except checkpoints and folders of logs, the configuration first."""
     for name, source in _files(run).items():
         copy = target.path / name
         was, now = copy.stat() if copy.is_file() else None, source.stat()
@@ -155,10 +159,10 @@ def _copy_files(run: RunFolder, target: RunFolder, *, every: bool = False) -> No
 
 
 def _copy_checkpoint(source: Path, folder: Path) -> str | None:
-    """Copy a checkpoint to a new folder; return what is damaged."""
+    """Copy a checkpoint to a new folder; return a description of any damage."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    for file in sorted(source.rglob("*")):  # without permissions and times, which not every drive can store
+    for file in sorted(source.rglob("*")):  # without permissions and times, which some drives cannot store
         copy = folder / file.relative_to(source)
         copy.mkdir() if file.is_dir() else shutil.copyfile(file, copy)
     sync_tree(folder)
@@ -167,9 +171,9 @@ def _copy_checkpoint(source: Path, folder: Path) -> str | None:
 
 
 def _files(run: RunFolder) -> dict[str, Path]:
-    """Return the files of a run by name, apart from checkpoints and folders of logs.
+    """Return the files of a run by name, without checkpoints and folders of logs.
 
-    The configuration is first, which makes a folder count as a run.
+    The configuration comes first, because it makes a folder count as a run.
     """
     files = [path for path in [*run.path.iterdir(), *(run.path / "tokenizer").rglob("*")] if path.is_file()]
     files = [path for path in files if not path.name.startswith(".") and path.suffix != ".partial"]
@@ -180,12 +184,12 @@ def _files(run: RunFolder) -> dict[str, Path]:
 
 
 class BucketCopy(Copy):
-    """A copy in object storage, such as in ``gs://bucket/runs/tiny``, which is ``path``."""
+    """A copy in object storage; ``path`` is its URL, such as ``gs://bucket/runs/tiny``."""
 
     def __init__(self, url: str):
         self.path: str = url
         self._bucket = Bucket(url)
-        self._uploaded: dict[str, tuple[int, int]] = {}  # size and time of the files as they were when copied
+        self._uploaded: dict[str, tuple[int, int]] = {}  # size and time of each file when it was copied
 
     def names(self) -> set[str]:
         return {name.partition("/")[0] for name in self._bucket.sizes()}
@@ -196,10 +200,6 @@ class BucketCopy(Copy):
     def metadata(self, step: int) -> dict[str, Any]:
         name = f"checkpoints/{step}/{METADATA}"
         return parse_metadata(self._bucket.read(name), f"{self.path}/{name}")
-
-    def check_writable(self) -> None:
-        """Raise an OSError unless objects can be written and removed there."""
-        self._bucket.check_writable()
 
     def update(self, run: RunFolder, keep: int) -> None:
         self._upload_files(run)
@@ -225,11 +225,11 @@ class BucketCopy(Copy):
                 is_changed = there.get(name) != about.st_size or self._bucket.is_older(name, about.st_mtime)
             if is_changed:
                 changed[name] = path
-        with tempfile.TemporaryDirectory() as folder:  # of copies that don't grow while they are sent, as the log does
+        with tempfile.TemporaryDirectory() as folder:  # for copies: the log may grow during the upload
             for i, name in enumerate(changed):
                 if name != FROZEN:
                     changed[name] = Path(shutil.copyfile(changed[name], Path(folder) / str(i)))
-            if "config.yaml" in changed:  # which makes it count as a run
+            if "config.yaml" in changed:  # first, because it makes the copy count as a run
                 self._bucket.upload({"config.yaml": changed.pop("config.yaml")})
             self._bucket.upload(changed)
         self._uploaded |= seen
@@ -264,26 +264,24 @@ class BucketCopy(Copy):
         start = f"checkpoints/{step}/"
         names = [name.removeprefix(start) for name in self._bucket.sizes() if name.startswith(start)]
         self._bucket.download({f"{start}{name}": folder / name for name in names if _is_inside(name)})
-        if not (folder / CHECKSUMS).is_file():  # removed a moment ago
-            return f"{self.path}/{start}{CHECKSUMS} is missing from the checkpoint"
         damage = find_damage(folder, step=step)
         return damage and damage.replace(f"{folder}/", f"{self.path}/{start}")
 
 
 def _step_of(name: str) -> int | None:
-    """Return the step of the checkpoint that a file belongs to; None: to none."""
+    """Return the step of the checkpoint that a file belongs to; None: it belongs to none."""
     folder, _, rest = name.removeprefix("checkpoints/").partition("/")
     return int(folder) if name.startswith("checkpoints/") and rest and folder.isdecimal() else None
 
 
 def _steps(names: Collection[str]) -> list[int]:
-    """Return the steps of the checkpoints that are whole."""
+    """Return the steps of the complete checkpoints."""
     steps = {step for name in names if (step := _step_of(name)) is not None}
     return sorted(step for step in steps if f"checkpoints/{step}/{CHECKSUMS}" in names)
 
 
 def _is_inside(name: str) -> bool:
-    """Return whether a name, which others may have written, stays inside the folder that it is copied to."""
+    """Return whether an object's name, which anyone may have chosen, stays inside the folder that it is copied to."""
     return ".." not in PurePosixPath(name).parts and not name.startswith("/")
 
 
@@ -293,7 +291,7 @@ def _is_inside(name: str) -> bool:
 def find_copy(config: BaseRunConfig) -> Copy | None:
     """Return the run's copy in ``checkpoint.mirror``, which may not exist yet; None without a mirror.
 
-    InputError: it cannot be written.
+    InputError: the mirror is not writable.
     """
     if config.mirror_url is not None:
         return _in_bucket(config.mirror_url)
@@ -302,11 +300,11 @@ def find_copy(config: BaseRunConfig) -> Copy | None:
     root, path = user_path(config.checkpoint.mirror), config.mirror_folder
     there, here = path.resolve(), config.folder.resolve()
     if there.is_relative_to(here) or here.is_relative_to(there):
-        raise InputError(f"checkpoint.mirror is {root}; expected a folder apart from the run's own, {config.folder}")
+        raise InputError(f"checkpoint.mirror is {root}; expected a folder outside the run's own, {config.folder}")
     try:
         if jax.process_index() == 0:
             root.mkdir(exist_ok=True)  # not its parents: they are missing where a drive is not mounted
-            path.parent.mkdir(parents=True, exist_ok=True)  # of a run called a/b
+            path.parent.mkdir(parents=True, exist_ok=True)  # for a run named a/b
             tempfile.TemporaryFile(dir=root).close()
     except OSError as error:
         raise InputError(f"checkpoint.mirror is {root}: cannot write there ({error.strerror}); mount it") from None
@@ -314,20 +312,19 @@ def find_copy(config: BaseRunConfig) -> Copy | None:
 
 
 def _in_bucket(url: str) -> BucketCopy:
-    mirror = BucketCopy(url)
     try:
         if jax.process_index() == 0:
-            mirror.check_writable()
+            Bucket(url).check_writable()
     except OSError as error:
         remedy = "expected an existing bucket, and credentials that may write and remove objects in it"
         raise InputError(f"checkpoint.mirror: {url}: cannot write there ({error.strerror}); {remedy}") from None
-    return mirror
+    return BucketCopy(url)
 
 
 class Mirror:
-    """Keeps a copy of a run up to date; without one (None) it does nothing.
+    """Keeps a copy of a run up to date; does nothing without one (None).
 
-    There the latest ``keep`` checkpoints stay, beside the best and those of the run. Errors are warnings, at most one
+    The copy keeps the latest ``keep`` checkpoints, the best, and those of the run. Errors become warnings, at most one
     a minute, and the next update copies what is missing.
     """
 

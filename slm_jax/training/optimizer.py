@@ -1,4 +1,4 @@
-"""AdamW and Muon, decay of matrices only, clipping by the global norm, and schedules of the training step."""
+"""AdamW and Muon, weight decay for matrices only, clipping by the global norm, and learning-rate schedules."""
 
 import functools
 import math
@@ -13,7 +13,7 @@ from slm_jax.training.config import OptimizerConfig
 
 
 def make_schedule(cfg: OptimizerConfig, total_steps: int) -> optax.Schedule:
-    """Return the learning rate as a function of the step: a linear warmup, then the configured course.
+    """Return the learning rate as a function of the step: a linear warm-up, then the configured schedule.
 
     ``cosine`` falls from the peak to the final rate at ``decay_steps`` and stays there (Loshchilov & Hutter 2017);
     ``wsd`` stays at the peak and falls linearly over the last ``decay_steps`` (Hu et al. 2024); ``constant`` stays.
@@ -25,7 +25,7 @@ def make_schedule(cfg: OptimizerConfig, total_steps: int) -> optax.Schedule:
         if end <= warmup:
             if cfg.decay_steps is not None:
                 raise InputError(f"optimizer.decay_steps is {end}; expected more than optimizer.warmup_steps {warmup}")
-            warmup = max(0, end - 1)  # a trial of a few steps under a recipe's longer warmup
+            warmup = max(0, end - 1)  # a trial run that is shorter than its recipe's warm-up
         course = optax.cosine_decay_schedule(peak, end - warmup, alpha=final / peak)
     elif cfg.schedule == "wsd":
         decay = max(1, total_steps // 10) if cfg.decay_steps is None else cfg.decay_steps
@@ -36,7 +36,7 @@ def make_schedule(cfg: OptimizerConfig, total_steps: int) -> optax.Schedule:
         course = optax.join_schedules([optax.constant_schedule(peak), fall], [total_steps - warmup - decay])
     else:
         course = optax.constant_schedule(peak)
-    # The first update is made with peak/warmup, not 0: a step with rate 0 would be lost.
+    # The first update uses peak/warmup, not 0: a step with rate 0 would be wasted.
     ramp = optax.linear_schedule(peak / max(1, warmup), peak, max(1, warmup - 1))
     return optax.join_schedules([ramp, course], [warmup])
 
@@ -47,9 +47,9 @@ def decay_mask(params: Params) -> Params:
 
 
 def muon_or_adam(params: Params) -> Params:
-    """Return a tree of ``muon`` for the matrices of the blocks, one stack for all layers, and ``adam`` for all else.
+    """Return a tree with ``muon`` for the matrices of the blocks (stacked over layers) and ``adam`` for the rest.
 
-    Embeddings and heads are not for Muon (Jordan et al. 2024), nor are adapters, whose matrices are thin.
+    Muon is not meant for embeddings and heads (Jordan et al. 2024), nor for the thin matrices of adapters.
     """
 
     def label(axes: Axes | None, _: object) -> str:
@@ -61,8 +61,8 @@ def muon_or_adam(params: Params) -> Params:
 def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformation:
     """Return the configured optimizer without its learning rate: the training step multiplies by ``-rate(step)``.
 
-    So a schedule reads the step of the run, not a count in the optimizer's state, which stands still when a step is
-    skipped.
+    This way a schedule depends on the step of the run, not on a count in the optimizer's state, which does not change
+    when a step is skipped.
     """
     clip = optax.identity() if cfg.clip_norm is None else optax.clip_by_global_norm(cfg.clip_norm)
     direction = optax.scale_by_adam(b1=cfg.beta1, b2=cfg.beta2, eps=cfg.eps)
@@ -72,7 +72,7 @@ def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def _scale_by_muon(cfg: OptimizerConfig) -> optax.GradientTransformation:
-    """Return Muon for stacks of matrices, scaled for a training step that multiplies by AdamW's rate."""
+    """Return Muon for stacks of matrices, scaled for a training step that multiplies by AdamW's learning rate."""
     rate = cfg.muon_learning_rate / cfg.learning_rate
 
     def numbers(axes: Axes | None, _: object) -> contrib.MuonDimensionNumbers:

@@ -1,13 +1,14 @@
-"""What a process that computes does around it: keep compiled programs and freed memory, and stop at a signal.
+"""Set-up of a process that computes: the cache of compiled programs, freed memory, signals, and closed output.
 
 The first SIGINT, SIGTERM or SIGHUP is a request: the loop saves and ends after the step. A second one ends at once.
-Without a reader of its output a process goes on in silence.
+A process whose output is closed continues without it.
 """
 
 import contextlib
 import ctypes
 import hashlib
 import os
+import re
 import signal
 import sys
 import threading
@@ -21,19 +22,19 @@ from typing import Any, NoReturn
 from slm_jax.errors import InputError
 from slm_jax.files import cache_folder
 
-MOST_CACHED = 2 * 2**30  # bytes of compiled programs; beyond them the least recently used are removed
+MOST_CACHED = 2 * 2**30  # bytes of compiled programs; above, the least recently used are removed
 LOST = 75  # exit status after another process of the job was lost: sysexits.h's EX_TEMPFAIL
-PIPE = "SLM_JAX_SUPERVISOR"  # the environment variable of a supervised process: the descriptor of its pipe
-TWICE = 5.0  # seconds in which it may get SIGTERM twice, from the launcher and passed on by its supervisor
-# What the programs are written for; another project's environment variables may say otherwise.
+PIPE = "SLM_JAX_SUPERVISOR"  # environment variable of a supervised process: the descriptor of its pipe
+TWICE = 5.0  # seconds in which it may get SIGTERM twice: from the launcher, and passed on by its supervisor
+# Settings that the programs need; environment variables set for another project may differ.
 JAX_SETTINGS = {
     "jax_enable_x64": False,
     "jax_disable_jit": False,
     "jax_numpy_dtype_promotion": "standard",
     "jax_numpy_rank_promotion": "allow",
 }
-HANGUP = getattr(signal, "SIGHUP", 0)  # of a terminal that was closed, which may come twice; Windows has none
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # the names of glibc's malloc.h
+HANGUP = getattr(signal, "SIGHUP", 0)  # sent, perhaps twice, when a terminal is closed; not on Windows
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # named as in glibc's malloc.h
 
 
 def set_up() -> None:
@@ -54,7 +55,10 @@ def set_up() -> None:
         jax.devices()
     except (RuntimeError, AssertionError) as error:
         reason = f"{error}".partition(" (set JAX_PLATFORMS")[0].rstrip(".") or "no such device"
-        raise InputError(f"JAX_PLATFORMS is {os.environ.get('JAX_PLATFORMS')}: {reason}") from None
+        reason = re.sub(r"Unable to initialize backend '\w+': (INTERNAL: )?", "", reason)
+        asked = os.environ.get("JAX_PLATFORMS")
+        remedy = f"JAX_PLATFORMS is {asked}: unset it, or install what it needs" if asked else "try JAX_PLATFORMS=cpu"
+        raise InputError(f"JAX cannot start its devices ({reason}); {remedy}") from None
 
 
 def use_compile_cache() -> None:
@@ -68,7 +72,7 @@ def use_compile_cache() -> None:
         cache.mkdir(parents=True, exist_ok=True)
         if not os.access(cache, os.W_OK):
             return
-        # Programs whose process died while it wrote them: JAX would never replace them.
+        # Remove programs whose process died while writing them: JAX would never replace them.
         for program in cache.glob("*-cache"):
             time_of_use = program.with_name(f"{program.name.removesuffix('-cache')}-atime")  # is written last
             with contextlib.suppress(FileNotFoundError):  # another process has just removed it
@@ -112,19 +116,19 @@ def _verify_programs() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Keep freed memory for the next allocation, for as long as the process lives; call it before JAX computes.
+    """Keep freed memory for later allocations as long as the process lives; call it before JAX computes.
 
-    XLA allocates a program's temporary memory for each run of it. The C library returns large blocks to the operating
-    system, which clears each page before it hands it out again: half a million pages a step with GPT-2 small, a third
-    of the step's time on a CPU. Only the main thread's large blocks can be kept, so programs for the CPU run there,
-    too. Nothing changes where there is no glibc (macOS, Windows, musl).
+    XLA allocates a program's temporary memory each time the program runs. The C library returns large blocks to the
+    operating system, which clears each page before handing it out again: half a million pages a step with GPT-2 small,
+    a third of the step's time on a CPU. Only large blocks of the main thread can be kept, so CPU programs are run in
+    it. Nothing changes without glibc (macOS, Windows, musl).
     """
     import jax
 
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_TRIM_THRESHOLD, -1)  # never
-        mallopt(_M_MMAP_MAX, 0)  # nothing in pages of its own
+        mallopt(_M_MMAP_MAX, 0)  # no block in pages of its own
         jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
@@ -135,7 +139,7 @@ def stopping_signals() -> list[int]:
 
 
 class Output:
-    """A stream of text that drops what is written once its reader is gone, such as ``head`` or a terminal."""
+    """A text stream that discards output once its reader, such as ``head`` or a terminal, has ended."""
 
     def __init__(self, stream: Any):  # TextIO, or what stands in for it in a notebook
         self._stream = stream
@@ -144,7 +148,7 @@ class Output:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Write a text, or drop it."""
+        """Write a text, or discard it."""
         try:
             return self._stream.write(text)
         except OSError:
@@ -152,7 +156,7 @@ class Output:
             return len(text)
 
     def flush(self) -> None:
-        """Write what is buffered, or drop it."""
+        """Write what is buffered, or discard it."""
         try:
             self._stream.flush()
         except OSError:
@@ -165,7 +169,7 @@ class Output:
 
 @contextlib.contextmanager
 def lasting_output() -> Iterator[None]:
-    """Go on without stdout or stderr when they are closed."""
+    """Continue without stdout or stderr if they are closed."""
     out, errors = Output(sys.stdout), Output(sys.stderr)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
         try:
@@ -176,8 +180,8 @@ def lasting_output() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_callbacks() -> Iterator[None]:
-    """Drop errors that nobody can catch: when a save fails, each of TensorStore's hundred callbacks prints its own."""
-    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)  # as late as at the exit
+    """Hide errors that cannot be caught: if a save fails, each of TensorStore's hundred callbacks prints one."""
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)  # may come only at exit
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     try:
         yield
@@ -194,10 +198,10 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """Records the first SIGINT, SIGTERM or SIGHUP; :meth:`check` raises it where stopping is safe. A context manager.
+    """A context manager that records the first SIGINT, SIGTERM or SIGHUP; :meth:`check` raises where stopping is safe.
 
-    A thread watches for them, too: Python runs a handler only between steps, and a step may take long.
-    Outside the main thread, where Python allows no handlers, there is no request.
+    A thread watches for signals, too, because Python runs handlers only between steps, and a step may take long.
+    Outside the main thread, where Python allows no handlers, signals are not recorded.
     """
 
     def __init__(self) -> None:
@@ -229,7 +233,7 @@ class StopRequest:
         """Record the first signal, and end the process at the second."""
         came, first = 0, 0.0
         with os.fdopen(read_end, "rb", buffering=0) as signals:
-            while number := signals.read(1):  # nothing once the other end is closed
+            while number := signals.read(1):  # empty once the other end is closed
                 if number[0] not in self._signals:
                     continue
                 if number[0] == HANGUP:
@@ -246,7 +250,7 @@ class StopRequest:
                     print("\nsaving, then stopping; Ctrl-C again ends at once", file=sys.stderr, flush=True)
 
     def check(self) -> None:
-        """Raise :class:`Interrupted` after a signal; several processes only stop together (:meth:`agreed`)."""
+        """Raise :class:`Interrupted` after a signal; several processes stop together instead (:meth:`agreed`)."""
         import jax
 
         if self.signum is not None and jax.process_count() == 1:
@@ -266,7 +270,7 @@ class StopRequest:
 
 
 def end_now(status: int, line: str | None = None) -> NoReturn:
-    """End without unwinding: an exception inside the compiler can crash, and checkpoints are committed by a rename."""
+    """Exit without unwinding, as an exception inside the compiler can crash; safe, as a rename commits a checkpoint."""
     if sys.stderr.isatty():
         sys.stderr.write("\x1b[?25h")  # show the cursor that the live line hides
     if line is not None:

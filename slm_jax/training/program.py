@@ -1,6 +1,6 @@
 """The compiled programs of a run: the first state, the training step and the evaluation step.
 
-The training loop and ``slm-jax bench`` compile here, so that what is measured is what is trained.
+The training loop and ``slm-jax bench`` both use it, so that ``bench`` measures what is trained.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ SAVE_MEMORY = (
 
 @runtime_checkable
 class Compilable(Protocol):
-    """The part of a task that its programs are compiled from; parameters may be arrays or shapes."""
+    """The part of a task that is needed to compile its programs; parameters may be arrays or shapes."""
 
     @property
     def params(self) -> Parameters:
@@ -61,7 +61,7 @@ class Compilable(Protocol):
         """The loss, see :mod:`slm_jax.training.step`."""
 
     def batch_shapes(self, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Return the shapes of the widest batch of so many rows."""
+        """Return the shapes of the widest batch of ``rows`` rows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,16 +70,16 @@ class Program:
 
     mesh: Mesh
     state: TrainState  # shapes of the training state, with shardings
-    frozen: Params  # likewise of the parameters that are not trained, references included
+    frozen: Params  # the same for the parameters that are not trained, including references
     train_step: "CompiledByShape"  # (state, frozen, batch) -> (state, metrics); donates the state
     eval_step: "CompiledByShape"  # (trainable, frozen, batch) -> sums, without dropout
-    eval_rows: int  # rows of an evaluated batch, a multiple of the parts of a batch
+    eval_rows: int  # rows of an evaluation batch, a multiple of the number of shards
     init: Future[Any] | None  # key -> state of a new model; None: the parameters come from elsewhere
     compiling: tuple[Future[Any], Future[Any]]  # both steps for the widest batches
-    stop: Callable[[], None]  # called for each evaluated batch; may raise to stop early
+    stop: Callable[[], None]  # called before each evaluation batch; may raise to stop early
 
     def wait(self) -> int:
-        """Wait for both steps; return the bytes of a device that the larger one takes (0: unknown); refuse too many."""
+        """Wait for both steps; return the bytes that the larger one needs on a device (0: unknown); refuse too many."""
         needed, there = max(device_bytes(step.result()) for step in self.compiling), device_memory()
         if there is not None and needed > there:
             problem = f"a training step needs {format_bytes(needed)} on each device, which has {format_bytes(there)}"
@@ -87,7 +87,7 @@ class Program:
         return needed
 
     def evaluate(self, trainable: Params, frozen: Params, batches: "EvalBatches") -> EvaluationSums:
-        """Evaluate batches, of which each process makes its own rows, and return the sums."""
+        """Evaluate batches, for which each process makes its own rows, and return the sums."""
         sums = []
         for batch in batches.of_rows(host_rows(self.mesh, self.eval_rows)):
             self.stop()
@@ -99,7 +99,7 @@ class Program:
 
 def abstract_state(config: BaseRunConfig, task: Compilable, mesh: Mesh) -> TrainState:
     """Return the shapes of a run's training state, with their shardings; nothing is compiled."""
-    # Jitted, and with the mesh named as where it is compiled, so that the initialisation is traced only once.
+    # Jitted, and with the same mesh set as for compiling, so that the initialisation is traced only once.
     init = jax.jit(task.params.init) if task.params.init else (lambda _: task.params.trainable)
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(lambda key: _state(config, init(key)), jax.random.key(0))
@@ -116,7 +116,7 @@ def compile_program(
 ) -> Program:
     """Start compiling the programs of a run in the background, for the exact shapes of its widest batches.
 
-    ``needs_init``: whether the state of a new model is needed: not on a resume. For ``stop`` see :class:`Program`.
+    ``needs_init``: whether to compile the initialisation, which a resume does not need. ``stop``: see :class:`Program`.
     """
     state = abstract_state(config, task, mesh)
     frozen = with_shardings(task.params.passed, state_shardings(mesh, task.params.passed))
@@ -134,7 +134,7 @@ def compile_program(
     eval_step = CompiledByShape(jax.jit(make_eval_step(task.loss_fn)), state.trainable, frozen)
     rows, shards = config.train.batch_size, row_shards(mesh)
     eval_rows = math.ceil((config.train.eval_batch_size or rows) / shards) * shards
-    with jax.set_mesh(mesh):  # named for kernels that the compiler cannot divide among devices
+    with jax.set_mesh(mesh):  # for kernels that the compiler cannot split over devices
         batches = [task.batch_shapes(rows), task.batch_shapes(eval_rows)]
         widest, widest_eval = (with_shardings(b, dict.fromkeys(b, batch_sharding(mesh))) for b in batches)
         compiling = (train_step.begin(widest), eval_step.begin(widest_eval))
@@ -142,14 +142,14 @@ def compile_program(
         if task.params.init is not None and needs_init:
             init = jax.jit(task.params.init)
             jitted_init = jax.jit(lambda key: _state(config, init(key)), out_shardings=shardings)
-            # A shape: the key itself lies here, and the mesh may be that of devices elsewhere.
+            # A shape, because the key is on a local device, and the mesh may have devices that are not here.
             key = jax.eval_shape(lambda: purpose_key(config.seed, "params"))
             new_state = compile_in_background(jitted_init.lower(key))
     return Program(mesh, state, frozen, train_step, eval_step, eval_rows, new_state, compiling, stop)
 
 
 def first_state(config: BaseRunConfig, params: Parameters, program: Program) -> TrainState:
-    """Return the state before the first step: a new model's, or that of given parameters."""
+    """Return the state before the first step: of a new model, or with the given parameters."""
     if program.init is not None:
         return program.init.result()(purpose_key(config.seed, "params"))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, program.state)
@@ -164,12 +164,12 @@ def _state(config: BaseRunConfig, trainable: Params) -> TrainState:
 
 
 def with_shardings(tree: Any, shardings: Any) -> Any:
-    """Return the shapes of a tree's leaves with a sharding each."""
+    """Return a tree of shapes, each with its sharding."""
     return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, shardings)
 
 
 def compile_in_background(lowered: Any) -> Future[Any]:
-    """Compile a program in a thread: XLA works without Python's lock.
+    """Compile a program in a thread, as XLA does not hold Python's lock.
 
     Programs for a GPU are compiled one after another, since XLA picks kernels by timing them.
     """
@@ -180,9 +180,9 @@ def compile_in_background(lowered: Any) -> Future[Any]:
 
 
 class CompiledByShape:
-    """A jitted step that is compiled ahead of time, once for each shape of a batch, its last argument.
+    """A jitted step that is compiled ahead of time, once per shape of its last argument, the batch.
 
-    The other arguments are given as arrays or shapes with shardings.
+    ``arguments``: the other arguments, as arrays or shapes with shardings.
     """
 
     def __init__(self, step: Any, *arguments: Any):
@@ -203,7 +203,7 @@ class CompiledByShape:
 
 @contextlib.contextmanager
 def out_of_memory_as_input_error(remedy: str = SAVE_MEMORY) -> Iterator[None]:
-    """Turn an error about memory, the device's or the machine's, into one line that says what to change."""
+    """Turn an out-of-memory error of the device or the machine into one line that says what to change."""
     try:
         yield
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
@@ -214,7 +214,7 @@ def out_of_memory_as_input_error(remedy: str = SAVE_MEMORY) -> Iterator[None]:
 
 
 def device_bytes(compiled: Any) -> int:
-    """Return the bytes of one device that a compiled step takes, according to XLA; 0: unknown."""
+    """Return the bytes that a compiled step needs on one device, according to XLA; 0: unknown."""
     memory = compiled.memory_analysis()
     if memory is None:
         return 0

@@ -12,7 +12,7 @@ from rich.table import Column, Table
 from slm_jax.errors import printable
 
 PLAIN_INTERVAL = 5.0  # seconds between two plain lines of training
-WIDE = 120  # columns from which a bar fits beside the figures
+WIDE = 120  # columns at which a progress bar fits beside the metrics
 
 
 class ProgressLine:
@@ -49,7 +49,7 @@ class ProgressLine:
             self.note(f"step {text}")
 
     def validation(self, row: dict[str, Any], score: str | None = None) -> None:
-        """Show an evaluation, with its score, a share."""
+        """Show an evaluation; ``score`` is a key of the row with a number between 0 and 1."""
         self._validation_loss = row["loss"]
         text = f"step {row['step']:,}: validation loss {row['loss']:.4f}"
         text += f", perplexity {row['perplexity']:,.2f}" if "perplexity" in row else ""
@@ -73,8 +73,10 @@ class ProgressLine:
 
 
 def format_duration(seconds: float) -> str:
-    """Format seconds: 42 s, 3 min 05 s, 2 h 10 min."""
+    """Format seconds: less than 1 s, 42 s, 3 min 05 s, 2 h 10 min."""
     whole = round(seconds)
+    if whole == 0 < seconds:
+        return "less than 1 s"
     if whole < 60:
         return f"{whole} s"
     if whole < 3600:
@@ -89,7 +91,7 @@ def format_bytes(n_bytes: float) -> str:
 
 def parameter_table(params: Any) -> Table:
     """Return a table with the shape and count of each leaf of nested dicts of arrays or shapes."""
-    from flax.traverse_util import flatten_dict  # here, as data are prepared without Flax
+    from flax.traverse_util import flatten_dict  # here, because preparing data needs no Flax
 
     table = Table("name", "shape", Column("count", justify="right"), title="parameters", title_justify="left")
     table.pad_edge = False

@@ -1,4 +1,4 @@
-"""The record of a run: log, samples, loss curve, profile and summary, what the user sees of them, and other loggers."""
+"""The record of a run: log, samples, loss curve, profile and summary, in its folder, on the screen and in loggers."""
 
 import math
 import shlex
@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # imported only when loss curves are drawn
     from matplotlib.axes import Axes
 
 PLOT_INTERVAL = 30.0  # seconds between two drawings of loss.png
-SPIKE = 1.5  # times the highest of the last logged losses is worth a line
+SPIKE = 1.5  # a loss above this multiple of the highest recent one is reported
 MAX_SKIPPED = 3  # consecutive steps without finite gradients after which training stops
 TRAINING, VALIDATION, SCORE = "#9ab8d9", "#c2410c", "#4d7c0f"
 RUN_FILES = {
@@ -47,9 +47,9 @@ class TrainingDiverged(RuntimeError):
 
 
 class RunLog:
-    """Logs a run; a resumed run's log is first cut back to ``last_kept``, the step that it resumes from (-1: new).
+    """Logs a run. A resumed run's log is first cut back to ``last_kept``, the step that it resumes from (-1: new run).
 
-    ``validation`` is the validation loss by step, infinite where it was not a number; ``sampled`` steps have a sample.
+    ``validation`` has the validation loss by step, infinity for NaN; ``sampled`` has the steps with a sample.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class RunLog:
         loggers: Sequence[Logger] = (),
     ):
         self.folder, self.progress, self._task, self._loggers = folder, progress, task, loggers
-        # The formula of the FLOPs holds for a whole language model's step.
+        # The FLOPs formula holds only if a whole language model is trained.
         whole = task.unit == "token" and not task.params.frozen
         peak = hardware.peak_flops(task.model_config.dtype) if whole else None
         self._peak_flops = peak and peak * n_devices
@@ -74,14 +74,14 @@ class RunLog:
         self._skipped_in_a_row = 0
         self._recent: deque[float] = deque(maxlen=20)  # the last logged losses
         folder.cut_back(last_kept)
-        # Filtered once more: on another host the file may not have been cut yet.
+        # Filtered here, too: another host may not see the cut yet.
         past = [row for row in folder.metrics() if row["step"] <= last_kept]
         self._seconds_before = max((row.get("seconds") or 0.0 for row in past), default=0.0)
         self.validation = {row["step"]: _or_infinite(row.get("loss")) for row in past if row["split"] == "val"}
         self.sampled = {step for step, _ in folder.samples() if step <= last_kept}
 
     def start_lap(self, step: int) -> None:
-        """Restart the clock of the speed, after a pause for evaluation or saving."""
+        """Restart the speed measurement after a pause for evaluation or saving."""
         self._lap_step, self._lap_began = step, time.monotonic()
 
     def seconds(self) -> float:
@@ -89,12 +89,12 @@ class RunLog:
         return self._seconds_before + time.monotonic() - self._began
 
     def step(self, step: int, metrics: StepMetrics) -> None:
-        """Take the metrics of a step just dispatched, and log those of the step before, which the device has done."""
+        """Take the metrics of the step just dispatched, and log those of the previous one, which is done."""
         self.flush()
         self._pending = step, metrics
 
     def flush(self) -> None:
-        """Wait for the latest step and log it, if it is due; raise TrainingDiverged after several bad ones."""
+        """Wait for the latest step and log it if it is due; raise TrainingDiverged after several bad ones in a row."""
         if self._pending is None:
             return
         step, metrics = self._pending[0], jax.device_get(self._pending[1])
@@ -114,7 +114,7 @@ class RunLog:
             )
 
     def _name_bad(self, metrics: StepMetrics) -> str:
-        """Return whose gradients are not finite: the first leaf, and how many others."""
+        """Return which gradients are not finite: the name of the first, and how many others."""
         params = self._task.params
         trained = jax.eval_shape(params.init, jax.random.key(0)) if params.init else params.trainable
         paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(trained)]
@@ -261,24 +261,24 @@ class RunLog:
 
 
 def _or_infinite(loss: float | None) -> float:
-    """Return a loss that compares: one that was not a number (null in the log) is worse than any other."""
+    """Return a loss that can be compared: NaN (null in the log) becomes infinity."""
     return loss if loss is not None and math.isfinite(loss) else math.inf
 
 
 class StepProfile:
-    """Profiles steps from one to another (None: none), once, into ``profile`` of a run's folder."""
+    """Profiles a range of steps (None: none), once, into ``profile`` in a run's folder."""
 
     def __init__(self, steps: tuple[int, int] | None, folder: Path, note: Callable[[str], None]):
         self._steps, self._folder, self._note = steps, folder / "profile", note
         self._running = self._begun = False
 
     def at(self, step: int, wait: Callable[[], None]) -> None:
-        """Start or stop at this step; ``wait`` returns once the devices have done all steps up to it."""
+        """Start or stop at this step; ``wait`` must block until the devices have done all steps up to it."""
         if self._steps is None:
             return
         begin, end = self._steps
         if begin <= step < end and not self._begun:  # a resumed run may start in the middle
-            wait()  # so that no earlier step is in the profile
+            wait()  # keeps earlier steps out of the profile
             jax.profiler.start_trace(str(self._folder), create_perfetto_trace=True)
             self._running = self._begun = True
         elif step == end and self._running:
@@ -286,7 +286,7 @@ class StepProfile:
             self.close()
 
     def close(self) -> None:
-        """Write the profile, at its last step or where the run ends before; note if there is none."""
+        """Write the profile, at its last step or when the run ends earlier; report if there is none."""
         if self._running:
             self._running = False
             jax.profiler.stop_trace()
@@ -299,9 +299,9 @@ class StepProfile:
 def draw_loss(
     rows: list[dict[str, Any]], path: Path, title: str, unit: str = "nats a token", score: str | None = None
 ) -> None:
-    """Draw training and validation loss by step into a PNG file; without a finite loss write none.
+    """Draw training and validation loss by step into a PNG file; write nothing if no loss is finite.
 
-    The rows are lines of ``metrics.jsonl``. The ``score``, a share, has its own axis on the right.
+    The rows are lines of ``metrics.jsonl``. The ``score``, between 0 and 1, has its own axis on the right.
     """
     from matplotlib.figure import Figure
 
@@ -332,7 +332,7 @@ def draw_loss(
 
 
 def _draw(axes: "Axes", rows: list[dict[str, Any]], split: str, key: str, **style: Any) -> list[tuple[int, float]]:
-    """Draw a figure of one split by step, if it was logged; return the points."""
+    """Draw one key of one split by step, if it was logged; return the points."""
     points = [(row["step"], row[key]) for row in rows if row["split"] == split and row.get(key) is not None]
     if points:
         axes.plot(*zip(*points, strict=True), **style)

@@ -1,4 +1,4 @@
-"""Resuming a run: which checkpoint it starts from, and whether it is the same run."""
+"""Resuming a run: find its latest intact checkpoint, and check that it belongs to the same run."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from slm_jax.config import shown
+from slm_jax.config import flatten, shown
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.training.checkpoint import has_checksums, read_metadata
 from slm_jax.training.config import BaseRunConfig
@@ -25,11 +25,11 @@ class Start:
     """Where a run starts."""
 
     folder: RunFolder
-    step: int | None = None  # of the checkpoint to resume from; None: a new run
-    metadata: dict[str, Any] = dataclasses.field(default_factory=dict)  # of that checkpoint
-    notes: tuple[str, ...] = ()  # for the user, a line each
+    step: int | None = None  # step of the checkpoint to resume from; None: a new run
+    metadata: dict[str, Any] = dataclasses.field(default_factory=dict)  # metadata of that checkpoint
+    notes: tuple[str, ...] = ()  # lines for the user
     saved: tuple[int, ...] = ()  # steps with a checkpoint in the folder, damaged or not
-    whole: tuple[int, ...] = ()  # those that are not damaged; known to the first host
+    whole: tuple[int, ...] = ()  # steps with an intact checkpoint; only on the first host
 
     @property
     def first_step(self) -> int:
@@ -38,7 +38,7 @@ class Start:
 
     @property
     def last_kept(self) -> int:
-        """The last step whose log is kept; -1: none."""
+        """Last step whose log is kept; -1: none."""
         return -1 if self.step is None else self.step
 
     @contextmanager
@@ -50,16 +50,16 @@ class Start:
             yield
 
     def finished(self, total_steps: int) -> dict[str, Any] | None:
-        """Return the summary of a run that has done all its steps; None: it has not."""
+        """Return the summary if the run has done all its steps, else None."""
         summary = self.folder.read_json("summary.json")
         done = self.first_step >= total_steps and isinstance(summary, dict) and summary.get("step") == self.step
         return summary if done else None
 
 
 def find_start(config: BaseRunConfig, damaged: dict[int, str] | None = None) -> Start:
-    """Find the checkpoint to resume from: the latest whole one, copied from the mirror first if it is there.
+    """Find the latest intact checkpoint to resume from; if the mirror has a later one, copy that first.
 
-    Arrays are only verified when they are loaded; ``damaged`` has the steps in which that found damage, and which.
+    Several processes verify arrays only when they load them: ``damaged`` describes the damage found then, by step.
     """
     run, mirror, several_hosts = RunFolder(config.folder), find_copy(config), jax.process_count() > 1
     damaged = {} if damaged is None else damaged
@@ -79,7 +79,7 @@ def find_start(config: BaseRunConfig, damaged: dict[int, str] | None = None) -> 
     if config.resume == "must" and step < 0 and not saved:
         raise MissingInputError(f"{run.checkpoints}: no checkpoint to resume from, and resume is must; use auto")
     if step < 0 and saved:
-        problem = next(iter(damage.values()), "seen by the first host")
+        problem = next(iter(damage.values()), "found by the first host")
         raise InputError(f"{run.checkpoints}: every checkpoint is damaged ({problem}); use another --run NAME")
     for at, problem in damage.items():
         notes.append(
@@ -91,6 +91,7 @@ def find_start(config: BaseRunConfig, damaged: dict[int, str] | None = None) -> 
             f"warning: {file} has changed since step {step:,} was saved; intact lines are kept"
             for file in run.changes(metadata.get("logs", {}))
         ]
+        notes += _config_warnings(metadata, run)
         notes += _move_warnings(metadata) + _decay_warnings(config, metadata, step, run)
     elif run.metrics("train"):
         notes.append(f"warning: {run.path} has a log but no checkpoint; the run starts from the beginning")
@@ -104,14 +105,14 @@ def _check_place(place: Copy, resume: str) -> None:
         raise InputError(
             f"{place.path} already holds a run and resume is never; use another --run NAME or --resume auto"
         )
-    # What a killed start or a removed run may leave, such as a lock or an empty folder, does not count.
+    # Leftovers of a killed start or a removed run, such as a lock or an empty folder, do not count.
     counts = [name for name in files if not name.startswith(".") and not name.endswith(".partial")]
     if not begun and counts not in ([], ["checkpoints"]):
         raise InputError(f"{place.path} is not empty and holds no run; use another --run NAME")
 
 
 def _check_shared(place: RunFolder, step: int) -> None:
-    """Refuse a folder in which a host does not see the checkpoint of this step, the first host's (-1: none)."""
+    """Refuse a folder in which a host does not see the checkpoint that the first host found (-1: none)."""
     saved = saved_steps(place.checkpoints)
     here = step if step in saved or place.writes else max(saved, default=-1)
     found = np.asarray(multihost_utils.process_allgather(np.array(here))).ravel()
@@ -123,7 +124,7 @@ def _check_shared(place: RunFolder, step: int) -> None:
 
 
 def _verify(run: RunFolder, damaged: dict[int, str]) -> tuple[list[int], dict[int, str]]:
-    """Return the steps of the whole checkpoints, ascending, and what is damaged of the others; the latest first."""
+    """Return the steps of intact checkpoints, ascending, and the damage of the others by step, the latest first."""
     whole: list[int] = []
     damage: dict[int, str] = {}
     found = [path.name for path in run.checkpoints.iterdir()] if run.checkpoints.is_dir() else []
@@ -142,7 +143,7 @@ def _verify(run: RunFolder, damaged: dict[int, str]) -> tuple[list[int], dict[in
 def _fetch(
     config: BaseRunConfig, run: RunFolder, mirror: Copy, damaged: dict[int, str], whole: list[int]
 ) -> tuple[bool, list[str]]:
-    """Copy the run from the mirror if that has a later whole checkpoint; return whether it was, and notes."""
+    """Copy the run from the mirror if it has a later intact checkpoint; return whether it was copied, and notes."""
     here = max(whole, default=-1)
     notes: list[str] = []
     try:
@@ -174,7 +175,7 @@ def _fetch(
 
 
 def check_identity(place: Path | str, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Refuse a checkpoint of another identity than this run's, naming the first key that differs."""
+    """Refuse a checkpoint of a run with another identity, naming the first key that differs."""
     for key in [*wanted, *(key for key in saved if key not in wanted)]:
         if saved.get(key) != wanted.get(key):
             difference = f"{key} is {shown(wanted.get(key))} now and was {shown(saved.get(key))}"
@@ -184,9 +185,18 @@ def check_identity(place: Path | str, saved: dict[str, Any], wanted: dict[str, A
 
 
 def _check_config(config: BaseRunConfig, place: Path | str, metadata: dict[str, Any]) -> None:
-    """Refuse a checkpoint of other keys before any data is read; the model and the data are compared later."""
+    """Refuse a checkpoint of another configuration before data are read; model and data are compared later."""
     saved = {key: value for key, value in metadata["identity"].items() if not key.startswith("model.")}
     check_identity(place, saved, {key: config.identity.get(key, saved[key]) for key in saved})
+
+
+def _config_warnings(metadata: dict[str, Any], run: RunFolder) -> list[str]:
+    """Warn if config.yaml lacks keys, as when it was cut at the end of a line: they would take their defaults."""
+    file, found = run.path / "config.yaml", run.config()
+    missing = [key for key in flatten(metadata["config"]) if key not in found]
+    if not missing or not file.is_file():
+        return []
+    return [f"warning: {file} is damaged: {missing[0]} is missing; the file is rewritten with this command's keys"]
 
 
 def _move_warnings(metadata: dict[str, Any]) -> list[str]:
@@ -196,11 +206,12 @@ def _move_warnings(metadata: dict[str, Any]) -> list[str]:
     if not changed:
         return []
     then, here = (", ".join(f"{key} {values[key]}" for key in changed) for values in (was, now))
-    return [f"warning: the checkpoint was made elsewhere ({then}; here {here}): the run resumes, but not bit for bit"]
+    where = f"in another environment ({then}; here {here})"
+    return [f"warning: the checkpoint was saved {where}: the run resumes, but not bit for bit"]
 
 
 def _decay_warnings(config: BaseRunConfig, metadata: dict[str, Any], step: int, run: RunFolder) -> list[str]:
-    """Warn if more steps are asked of a run whose final decay has begun."""
+    """Warn if more steps are requested for a run that is already in its final decay."""
     optimizer, was = config.optimizer, metadata["config"].get("train", {})
     total, more = was.get("steps"), config.train.steps
     if optimizer.schedule != "wsd" or None in (total, more) or was.get("epochs"):

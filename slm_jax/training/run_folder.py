@@ -1,4 +1,4 @@
-"""A run's folder: its layout and its lock, and the log, which is cut back to a checkpoint's step on a resume."""
+"""A run's folder: its layout, its lock and its log, which a resume cuts back to the step of the checkpoint."""
 
 import contextlib
 import hashlib
@@ -27,12 +27,12 @@ except ImportError:  # Windows
 
 
 Seconds = Annotated[float, Meta(ge=0, le=1e12)]
-BEFORE = "before.json"  # what a task measured before the first step
+BEFORE = "before.json"  # what the task measured before the first step
 FROZEN = "frozen.safetensors"  # the parameters that a run does not train
 
 
 class LogRow(TypedDict, total=False):
-    """A line of the log, of any task; a task adds its own."""
+    """A line of the log; each task adds keys of its own."""
 
     step: Required[Annotated[int, Meta(ge=0, lt=2**53)]]
     split: Required[str]
@@ -64,7 +64,7 @@ class RunFolder:
 
     @property
     def writes(self) -> bool:
-        """Whether this host writes; asks JAX for its devices."""
+        """Whether this host writes; initializes JAX."""
         return jax.process_index() == 0
 
     def step_path(self, step: int) -> Path:
@@ -79,7 +79,7 @@ class RunFolder:
         except UnicodeEncodeError:
             raise InputError(f"{place}: the path is not UTF-8, which TensorStore needs; rename the folder") from None
         if "\\" in place:
-            raise InputError(f"{place}: has a backslash, which TensorStore replaces; rename the folder")
+            raise InputError(f"{place}: the path has a backslash, which TensorStore replaces; rename the folder")
         try:
             if self.writes:
                 self.path.mkdir(parents=True, exist_ok=True)
@@ -88,15 +88,15 @@ class RunFolder:
             raise InputError(f"{self.path}: cannot write there ({error.strerror}); use another --runs_dir") from None
 
     def check_links(self) -> None:
-        """Refuse links and pipes, which a copied folder may have: what is written to them would be elsewhere."""
+        """Refuse links, pipes and devices in the folder, through which the run would write elsewhere."""
         for folder in (self.path, self.checkpoints, self.path / "tokenizer"):
             for path in folder.iterdir() if folder.is_dir() else ():
                 if path.is_symlink() or not (path.is_file() or path.is_dir()):
-                    raise InputError(f"{path}: is a link or no file; a run has only files of its own, so remove it")
+                    raise InputError(f"{path} is a link, pipe or device; expected a regular file or folder: remove it")
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep other processes from training in the same folder, and remove what a killed one has left."""
+        """Keep other processes from training in the folder, and remove the partial files of a killed one."""
         if not self.writes:
             yield
             return
@@ -122,7 +122,7 @@ class RunFolder:
         return file
 
     def check_lock(self) -> None:
-        """Refuse to go on once another process has taken the lock: it was deleted, or the disk knows no locks."""
+        """Stop if another process has taken the lock, which can happen if it was deleted or the disk has no locks."""
         if self._lock is None:
             return
         try:
@@ -134,18 +134,18 @@ class RunFolder:
             self._lock = self._take_lock()
             return
         if owner != self._owner:
-            raise InputError(f"{self.path}: another process has begun to train this run; this one stops")
+            raise InputError(f"{self.path}: another process is now training this run; stopped")
 
     def is_locked(self) -> bool:
-        """Return whether a process trains in the folder; writes nothing."""
+        """Return whether a process is training in the folder; writes nothing."""
         try:
             with (self.path / ".lock").open() as file:
                 return not _try_lock(file, shared=True)
-        except OSError:  # no lock
+        except OSError:  # no lock file
             return False
 
     def set_aside_all_but(self, steps: Container[int]) -> None:
-        """Rename what has the name of a checkpoint and is none of these, so that training can write it again."""
+        """Rename checkpoint folders of other steps than these, so that training can save those steps again."""
         if not self.writes or not self.checkpoints.is_dir():
             return
         for path in list(self.checkpoints.iterdir()):
@@ -153,20 +153,20 @@ class RunFolder:
                 path.replace(path.with_name(f"{path.name}.damaged-{time.time_ns()}"))
 
     def write_text(self, name: str, text: str) -> None:
-        """Replace a file of the folder in one step."""
+        """Replace a file of the folder atomically."""
         if self.writes:
             with self._writing(self.path / name):
                 replace_text(self.path / name, text)
 
     def read_json(self, name: str, kind: Any = Object) -> Any:
-        """Return the content of a JSON file of the folder; None if it cannot be read, or is not of a type."""
+        """Return the content of a JSON file of the folder; None if it cannot be read or is not of type ``kind``."""
         try:
             return read_json(self.path / name, kind=kind)
         except InputError:
             return None
 
     def config(self) -> dict[str, Any]:
-        """Return the run's configuration as written, by dotted key; empty if it cannot be read."""
+        """Return the run's saved configuration by dotted key; empty if it cannot be read."""
         try:
             content = parse_yaml((self.path / "config.yaml").read_text(encoding="utf-8-sig"))
         except (OSError, ValueError):
@@ -174,14 +174,14 @@ class RunFolder:
         return flatten(content) if isinstance(content, dict) else {}
 
     def add_metrics(self, row: dict[str, Any]) -> None:
-        """Append a line; numbers that JSON does not have become null."""
+        """Append a line; NaN and infinities, which JSON lacks, become null."""
         if self.writes:
             self.check_lock()
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
             self._append(self.metrics_file, json.dumps(finite) + "\n")
 
     def add_sample(self, step: int, text: str) -> None:
-        """Append a sample, indented so that no line of it can look like a heading."""
+        """Append a sample, indented so that none of its lines looks like a heading."""
         if self.writes:
             body = "\n".join(f"    {line}" for line in text.splitlines())
             self._append(self.samples_file, f"## Step {step}\n\n{body}\n\n")
@@ -198,7 +198,7 @@ class RunFolder:
             raise unwritable(path, error) from None
 
     def metrics(self, split: str | None = None) -> list[dict[str, Any]]:
-        """Return the lines of one split, or of all; damaged ones are left out."""
+        """Return the lines of one split (None: all splits) without damaged ones."""
         rows: list[dict[str, Any]] = []
         for line in _read(self.metrics_file).splitlines():
             with contextlib.suppress(InputError):
@@ -214,11 +214,11 @@ class RunFolder:
         ]
 
     def seal(self) -> Object:
-        """Return the sizes in bytes and the SHA-256 of what is logged up to now, for :meth:`changes`."""
+        """Return the current size in bytes and SHA-256 of each log file, for :meth:`changes`."""
         return {file.name: (file.stat().st_size, sha256(file)) for file in self._logs() if file.is_file()}
 
     def changes(self, seal: Object) -> list[Path]:
-        """Return the files in which what was logged then is not there any more."""
+        """Return the log files whose content up to the sealed size has changed."""
         changed = []
         for file in self._logs():
             size, digest = seal.get(file.name, (0, hashlib.sha256().hexdigest()))
@@ -231,7 +231,7 @@ class RunFolder:
         return self.metrics_file, self.samples_file, self.path / BEFORE
 
     def cut_back(self, step: int) -> None:
-        """Drop what was logged after a step, so that a resumed run's log reads as one unbroken run."""
+        """Drop what was logged after a step, so that the log of a resumed run looks like that of an unbroken one."""
         if not self.writes:
             return
         kept = [row for row in self.metrics() if row["step"] <= step]
@@ -241,9 +241,9 @@ class RunFolder:
             self.write_text("samples.md", "".join(section for at, section in sections if at is None or at <= step))
 
     def _sections(self) -> list[tuple[int | None, str]]:
-        """Return the sections of samples.md by step: a heading starts a line; a sample's own lines are indented.
+        """Return the sections of samples.md with their steps. Only headings are not indented.
 
-        What is before the first heading, as after damage to it, has no step.
+        Text before the first heading, such as after a damaged heading, has no step.
         """
         parts = re.split(r"^(?=## Step \d{1,15}$)", _read(self.samples_file), flags=re.MULTILINE)
         return [(int(match[1]) if (match := re.match(r"## Step (\d+)\n", part)) else None, part) for part in parts]
@@ -254,7 +254,7 @@ def _read(file: Path) -> str:
 
 
 def _try_lock(file: IO[str], shared: bool = False) -> bool:
-    """Lock a file until it is closed; return False if another process has locked it."""
+    """Lock a file until it is closed; return False if another process holds the lock."""
     if fcntl is None:
         return True
     try:

@@ -1,6 +1,6 @@
-"""How devices share the work: the mesh of a run, and what lies where on it, by the rules of :mod:`slm_jax.nn.sharding`.
+"""How devices share the work: the mesh of a run, and the shardings on it, by the rules of :mod:`slm_jax.nn.sharding`.
 
-``jax.jit`` does the rest. One device is a mesh of one.
+``jax.jit`` does the rest. A single device is a mesh of one.
 """
 
 import math
@@ -22,7 +22,7 @@ from slm_jax.training.config import MeshConfig
 def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Return the mesh over all devices (default: those of all processes); see :func:`mesh_sizes`.
 
-    With several slices of a pod, ``replica`` counts slices, between which the network is slower.
+    With several slices of a pod, ``replica`` is the axis over slices, between which the network is slower.
     """
     devices = jax.devices() if devices is None else devices
     sizes = tuple(mesh_sizes(cfg, len(devices)).values())
@@ -35,7 +35,7 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> M
 
 
 def mesh_sizes(cfg: MeshConfig, n_devices: int) -> dict[str, int]:
-    """Return the size of every axis of the mesh over so many devices, which must be their product."""
+    """Return the size of each axis of the mesh; their product must be ``n_devices``."""
     sizes = {name: getattr(cfg, name) for name in MESH_AXES}
     others = math.prod(size for name, size in sizes.items() if name != "data")
     if cfg.data == -1:
@@ -64,9 +64,9 @@ def row_shards(mesh: Mesh) -> int:
 
 
 def compiler_options(platform: str, n_devices: int, environ: Mapping[str, str] = os.environ) -> dict[str, bool]:
-    """Return XLA's options for a training step: several GPUs should compute while they exchange gradients.
+    """Return XLA's options for a training step: let several GPUs compute while they exchange gradients.
 
-    On a TPU this is XLA's default. A setting in ``XLA_FLAGS`` is kept.
+    On a TPU this is the default. A setting in ``XLA_FLAGS`` is kept.
     """
     name = "xla_gpu_enable_latency_hiding_scheduler"
     wanted = platform == "gpu" and n_devices > 1 and name not in environ.get("XLA_FLAGS", "")
@@ -81,7 +81,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def host_rows(mesh: Mesh, batch_size: int) -> Int[np.ndarray, " rows"]:
     """Return the rows of the global batch that this process's devices hold, in ascending order.
 
-    They need not be neighbours: a mesh may interleave hosts, as on TPU slices of four and more.
+    They need not be contiguous: a mesh may interleave hosts, as on TPU slices of four and more.
     """
     here = jax.process_index()
     index_of: Mapping[Any, Any] = batch_sharding(mesh).devices_indices_map((batch_size,))
@@ -100,7 +100,7 @@ def of_first_host(make: Callable[[], str]) -> str:
 def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
     """Place this process's rows of a batch (:func:`host_rows`) on its devices; the result is the global batch."""
     sharding, n_parts = batch_sharding(mesh), row_shards(mesh)
-    parts = host_rows(mesh, n_parts)  # the parts of the batch that this process has
+    parts = host_rows(mesh, n_parts)  # parts of the batch on this process's devices
 
     def place(rows: np.ndarray) -> jax.Array:
         size = len(rows) // len(parts)
@@ -115,7 +115,7 @@ def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Arra
 
 
 def put_params(mesh: Mesh, params: Any) -> Any:
-    """Place params that every process has whole on the devices, as :func:`state_shardings` says."""
+    """Shard params, of which every process has a full copy, over the devices (:func:`state_shardings`)."""
 
     def place(leaf: Any, sharding: NamedSharding) -> jax.Array:
         if jax.process_count() == 1:

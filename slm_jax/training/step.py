@@ -1,9 +1,9 @@
 """One optimizer step as a pure function that is compiled once.
 
-``loss_fn(trainable, frozen, batch, key) -> (loss_sum, weight_sum, metrics)`` belongs to the task; the rest is the same
-for every task. ``trainable`` and ``frozen`` are disjoint trees that merge into the model's parameters; ``frozen`` may
+Each task has its own ``loss_fn(trainable, frozen, batch, key) -> (loss_sum, weight_sum, metrics)``; the rest is shared.
+``trainable`` and ``frozen`` are disjoint trees that merge into the model's parameters; ``frozen`` may
 also hold reference models (:class:`slm_jax.training.task.Parameters`). Metrics are sums: scalars are divided by
-``weight_sum`` and logged, arrays (such as a confusion matrix) count in evaluation only.
+``weight_sum`` and logged, arrays (such as a confusion matrix) are used in evaluation only.
 """
 
 from collections.abc import Callable
@@ -25,12 +25,12 @@ LossFn = Callable[[Params, Params, Batch, jax.Array | None], Sums]
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """What a step changes: the number of steps done (skipped ones too), parameters, Optax's state, and dropout's key.
+    """Training state: number of steps done (including skipped ones), parameters, Optax's state, and dropout's key.
 
     Each step uses ``fold_in(key, step)``.
     """
 
-    # Not checked for shapes: JAX puts avals, shardings and shape structs into the same class.
+    # Any: JAX also puts abstract values, shardings and shape structs into this class.
     step: Any
     trainable: Any
     opt_state: Any
@@ -38,12 +38,12 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 class StepMetrics(NamedTuple):
-    """What a step reports, as float32 scalars on the device; means are over the weighted targets of the batch."""
+    """Metrics of a step, float32 scalars on the device; means are over the weighted targets of the batch."""
 
     loss: Float[Array, ""]  # mean, before the update
     weight_sum: Float[Array, ""]  # sum of the weights
     grad_norm: Float[Array, ""]  # global norm, before clipping
-    learning_rate: Float[Array, ""]  # of this update
+    learning_rate: Float[Array, ""]  # learning rate of this update
     skipped: Array  # whether loss or gradients were not finite, so that nothing was updated
     metrics: dict[str, Array]  # means of the task's scalar metrics
     bad: Array  # bool (leaves,): whether the gradient of each trained leaf, as jax.tree lists them, was not finite
@@ -59,7 +59,7 @@ def make_train_step(
     """Return ``train_step(state, frozen, batch) -> (state, metrics)``, to be jitted with the state donated.
 
     The optimizer has no learning rate of its own: ``schedule`` gives it as a function of the step. The batch is split
-    into ``accumulate`` micro-batches, which divides its rows. ``dtype``: what the model computes in.
+    into ``accumulate`` micro-batches, a divisor of its rows. ``dtype``: dtype that the model computes in.
     """
 
     def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, StepMetrics]:
@@ -78,7 +78,7 @@ def make_train_step(
         updates = jax.tree.map(lambda u: -learning_rate * u, updates)
         trainable = optax.apply_updates(state.trainable, updates)
 
-        # Select: multiplying an update by zero would leave its NaN.
+        # Not a multiplication by zero, which would keep NaN.
         trainable, opt_state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old), (trainable, opt_state), (state.trainable, state.opt_state)
         )
@@ -101,9 +101,9 @@ def accumulated_gradients(
 ) -> tuple[Params, Sums]:
     """Return the gradients of the summed loss, and (loss_sum, weight_sum, scalar metrics), over all micro-batches.
 
-    Sums, not means: a micro-batch with fewer weighted targets then counts less, as it does in the whole batch. Devices
-    that have copies of the parameters (``slm_jax.nn.sharding.COPIES``) sum up their own micro-batches, and reduce once:
-    in bfloat16 if the model computes in it, as XLA does without micro-batches.
+    Sums, not means, so that a micro-batch with fewer weighted targets counts less, as in the whole batch. Devices with
+    copies of the parameters (``slm_jax.nn.sharding.COPIES``) sum their own micro-batches and reduce once, in bfloat16
+    if the model computes in it, as XLA does without micro-batches.
     """
 
     def loss_and_sums(trainable: Params, frozen: Params, batch: Batch, key: jax.Array) -> tuple[Array, Sums]:

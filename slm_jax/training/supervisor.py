@@ -1,8 +1,8 @@
-"""The small parent of a training process: it says in one line why a job ended, and with ``--restarts`` starts it again.
+"""A parent process for training: it reports in one line why a job ended, and with ``--restarts`` restarts it.
 
-The command runs as a child, which writes a sign of life to a pipe. The parent kills a child that hangs; a child whose
-parent is gone ends itself. Signals are passed on. JAX aborts a process that lost the coordination service, with a C++
-trace; the parent replaces that by a line that names the lost process.
+The command runs as a child process, which sends a heartbeat through a pipe. The parent kills a child that hangs; a
+child whose parent is gone ends itself. Signals are passed on. If a process loses the coordination service, JAX aborts
+it with a C++ trace, which the parent replaces by a line that names the lost process.
 """
 
 import contextlib
@@ -24,24 +24,24 @@ from typing import IO
 import slm_jax
 from slm_jax.training.process import LOST, PIPE, end_now, stopping_signals
 
-BEAT = 2.0  # seconds between two signs of life of the child
-SILENCE = 40.0  # seconds without one after which it is killed; longer than processes take to notice a lost one
-PAUSE = 45.0  # seconds before a restart, in which every other process of the job has noticed and ended, too
+BEAT = 2.0  # seconds between two heartbeats of the child
+SILENCE = 40.0  # seconds without a heartbeat after which it is killed; longer than processes take to notice a lost one
+PAUSE = 45.0  # seconds before a restart; by then every other process of the job has noticed, and has ended
 
-_PR_SET_PDEATHSIG = 1  # the name in sys/prctl.h
-_LOG = re.compile(rb"[WEF]\d{4} .*(coordination_service|preemption_sync_manager|client\.h)")  # of JAX's coordination
+_PR_SET_PDEATHSIG = 1  # named as in sys/prctl.h
+_LOG = re.compile(rb"[WEF]\d{4} .*(coordination_service|preemption_sync_manager|client\.h)")  # JAX's coordination
 _ABORT = b"the JAX distributed service detected fatal errors"
 
 
 def needs_supervisor(restarts: int) -> bool:
-    """Return whether this process should be the parent of one that trains: in a job of several, or to restart."""
+    """Return whether this process should supervise training in a child: if the job has several, or for restarts."""
     from slm_jax.training.distributed import join_arguments
 
     return PIPE not in os.environ and (restarts > 0 or bool(join_arguments(os.environ)))
 
 
 def report_to_supervisor() -> None:
-    """Write signs of life to the supervisor, if there is one, for as long as the process lives."""
+    """Send heartbeats to the supervisor, if there is one, as long as the process lives."""
     if PIPE in os.environ:
         with contextlib.suppress(OSError, AttributeError):  # Linux ends it even if it hangs
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -57,7 +57,7 @@ def _beat(pipe: int) -> None:
 
 
 def how_to_resume() -> str:
-    """Return what to do after a process was lost, with the command of this one."""
+    """Return what to do after a process was lost, with this process's command."""
     return f"start all processes again to resume: {shlex.join(['slm-jax', *sys.argv[1:]])}"
 
 
@@ -65,28 +65,28 @@ def lost_process(log: str) -> str:
     """Return which process was lost and how, from what JAX logs before it aborts."""
     if "RegisterTask" in log:
         listed = log.rpartition("timed out task names:")[2].partition("\n\n")[0]
-        late = re.findall(r"^(?:/job.*task:)?(\d+)$", listed, re.MULTILINE) or ["0"]  # no answer from process 0
+        late = re.findall(r"^(?:/job.*task:)?(\d+)$", listed, re.MULTILINE) or ["0"]  # process 0 did not answer
         return f"process {', '.join(late)} did not join in time (--join_timeout)"
-    failed = dict.fromkeys(re.findall(r"task:(\d+)", log)) or ["0"]  # which hosts the coordination service
+    failed = dict.fromkeys(re.findall(r"task:(\d+)", log)) or ["0"]  # it hosts the coordination service
     return f"process {', '.join(failed)} died"
 
 
 def supervise(command: str, args: Sequence[str], restarts: int) -> int:
-    """Run ``slm-jax COMMAND ARGS`` as a child, and again up to ``restarts`` times; return the last exit status.
+    """Run ``slm-jax COMMAND ARGS`` as a child, restart it up to ``restarts`` times, and return the last exit status.
 
-    It is run again after it was killed or lost another process, not after it was stopped, diverged or was refused.
+    It is restarted if it was killed or lost another process, not if it was stopped, diverged or refused its input.
     """
     return Supervisor([sys.executable, "-m", "slm_jax", command, *args], f"slm-jax {command}", restarts).run()
 
 
 class Supervisor:
-    """Runs a command, words, as a child; ``program`` is what messages begin with."""
+    """Runs a command (a list of words) as a child process; messages begin with ``program``."""
 
     def __init__(self, command: Sequence[str], program: str, restarts: int):
         self._command, self._program, self._restarts = command, program, restarts
         self._child: subprocess.Popen[bytes] | None = None
         self._signum: int | None = None
-        self._held: list[bytes] = []  # lines of the child's stderr from JAX's first about the coordination service on
+        self._held: list[bytes] = []  # the child's stderr from JAX's first line about the coordination service on
 
     def run(self) -> int:
         """Run the command; return the exit status of the last run."""
@@ -121,21 +121,21 @@ class Supervisor:
             assert self._child.stderr is not None
             relay = threading.Thread(target=self._relay, args=(self._child.stderr,), daemon=True)
             relay.start()
-            heard: float | None = None  # importing, before the first sign, takes as long as it takes
+            heard: float | None = None  # no limit before the first heartbeat: imports may take long
             while (status := self._child.poll()) is None:
                 if select.select([signs], [], [], 0.2)[0] and signs.read(1024):
                     heard = time.monotonic()
                 elif heard is not None and time.monotonic() - heard > SILENCE:
                     self._child.kill()
-            relay.join(5)  # another process may have its stderr
+            relay.join(5)  # a grandchild may still hold its stderr
             return self._explained(status)
 
     def _relay(self, stderr: IO[bytes]) -> None:
-        """Write the child's stderr to this one's; hold what JAX logs of its coordination service, as it may abort."""
+        """Pass the child's stderr on, but hold JAX's lines about the coordination service, as an abort may follow."""
         self._held, last = [], 0.0
         with stderr:
             for line in stderr:
-                if self._held and time.monotonic() - last > 5:  # it did not
+                if self._held and time.monotonic() - last > 5:  # no abort followed
                     self._release(b"")
                 if self._held or _LOG.match(line):
                     self._held.append(line)
@@ -144,7 +144,7 @@ class Supervisor:
                     self._write(line)
 
     def _explained(self, status: int) -> int:
-        """Say why the child ended, if it did not; return its status, or `LOST` if JAX aborted it."""
+        """Report why the child ended, unless it did so itself; return its status, or `LOST` if JAX aborted it."""
         log = b"".join(self._held).decode(errors="replace")
         aborted = _ABORT.decode() in log and status not in (0, LOST)
         self._release(self._program.encode() if aborted or status == LOST else b"")
@@ -161,7 +161,7 @@ class Supervisor:
         self._held = []
 
     def _write(self, text: bytes) -> None:
-        with contextlib.suppress(OSError):  # nobody reads it
+        with contextlib.suppress(OSError):  # stderr is closed
             sys.stderr.buffer.write(text)
             sys.stderr.flush()
 

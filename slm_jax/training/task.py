@@ -1,4 +1,4 @@
-"""What a task of training gives to the loop: batches, parameters, loss, and what is measured and reported."""
+"""What a training task provides to the loop: batches, parameters, loss, measurements and reports."""
 
 import abc
 import dataclasses
@@ -32,7 +32,7 @@ class EvaluationSums:
 
     @property
     def loss(self) -> float:
-        """The mean loss."""
+        """Mean loss."""
         return self.loss_sum / self.weight_sum
 
 
@@ -43,11 +43,11 @@ Evaluate = Callable[["EvalBatches"], EvaluationSums]
 class Parameters:
     """The parameters of a run."""
 
-    trainable: Params  # unless init makes them: arrays, or shapes when a run resumes
-    frozen: Params  # of the same model
-    init: Callable[[jax.Array], Params] | None = None  # makes those of a new model from a key
-    opt_state: Any = None  # first one for trainable, as arrays on the host; None: a new one
-    # Further models by name, such as the policy that preference tuning starts from; never trained.
+    trainable: Params  # arrays, or shapes when a run resumes; not used if there is init
+    frozen: Params  # parameters of the same model that are not trained
+    init: Callable[[jax.Array], Params] | None = None  # makes the parameters of a new model from a key
+    opt_state: Any = None  # initial optimizer state for trainable, as arrays on the host; None: a new one
+    # Other models by name, such as the policy that preference tuning starts from; never trained.
     references: Mapping[str, Params] = dataclasses.field(default_factory=dict)
 
     @property
@@ -57,14 +57,14 @@ class Parameters:
 
 
 class ModelShapes(NamedTuple):
-    """What ``slm-jax plan`` and ``bench`` need of a task before there is data."""
+    """What ``slm-jax plan`` and ``bench`` need to know about a task without its data."""
 
     params: Params  # the whole tree
     init: Callable[[jax.Array], Params]  # makes it from a key
     loss_fn: LossFn
-    row: Mapping[str, jax.ShapeDtypeStruct]  # of a batch; inputs are its tokens
+    row: Mapping[str, jax.ShapeDtypeStruct]  # one row of a batch; inputs are its tokens
     n_outputs: int  # columns of the logits
-    notes: tuple[str, ...] = ()  # assumptions, a line each
+    notes: tuple[str, ...] = ()  # assumptions, one per line
 
 
 def token_row(seq: int, packed: bool = False) -> dict[str, jax.ShapeDtypeStruct]:
@@ -78,27 +78,27 @@ def token_row(seq: int, packed: bool = False) -> dict[str, jax.ShapeDtypeStruct]
 class Task(abc.ABC):
     """One kind of training, with its data and model loaded; a subclass is registered in :mod:`slm_jax.tasks`."""
 
-    unit: ClassVar[Literal["token", "text"]] = "token"  # what the loss is a mean over
-    unused_keys: ClassVar[tuple[str, ...]] = ()  # prefixes of keys not read, other tasks' sections apart
-    samples_at_evaluation: ClassVar[bool] = False  # and not at sample.every
-    score: ClassVar[str | None] = None  # the figure, a share, that is shown and drawn beside the validation loss
-    written: ClassVar[Mapping[str, str]] = {}  # files that it writes into the run's folder, and what they are
+    unit: ClassVar[Literal["token", "text"]] = "token"  # the loss is a mean over these
+    unused_keys: ClassVar[tuple[str, ...]] = ()  # prefixes of unused keys, besides other tasks' sections
+    samples_at_evaluation: ClassVar[bool] = False  # instead of at sample.every
+    score: ClassVar[str | None] = None  # metric between 0 and 1, shown and drawn beside the validation loss
+    written: ClassVar[Mapping[str, str]] = {}  # files that it writes into the run's folder, with descriptions
     measures: ClassVar[bool] = False  # whether measure() measures anything
 
     config: BaseRunConfig
     model_config: GPTConfig
     params: Parameters
-    tokenizer: Tokenizer  # of the model; saved with the run
+    tokenizer: Tokenizer  # the model's tokenizer, saved with the run
     train_batches: "TrainBatches"  # element i is the global batch of step i (see make_batch)
     total_steps: int
     tokens_per_step: int  # on average
     fingerprint: str  # SHA-256 of the data; a run resumes only with the same data
     evaluation_batches: Mapping[str, "EvalBatches"] = dataclasses.field(default_factory=dict)  # by split
-    longest: int | None = None  # width of the widest batch of all splits; None: all are as wide as the first
+    longest: int | None = None  # width of the widest batch of all splits; None: all have the width of the first
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # JSON, saved with each checkpoint
-    files: Mapping[str, str] = dataclasses.field(default_factory=dict)  # further text files of the run's folder
-    bytes_per_token: float | None = None  # of the validation text in UTF-8, if known
-    notes: tuple[str, ...] = ()  # about the data, for the user, a line each
+    files: Mapping[str, str] = dataclasses.field(default_factory=dict)  # additional text files in the run's folder
+    bytes_per_token: float | None = None  # UTF-8 bytes per token of the validation text, if known
+    notes: tuple[str, ...] = ()  # notes on the data for the user, one per line
 
     @classmethod
     @abc.abstractmethod
@@ -106,22 +106,22 @@ class Task(abc.ABC):
         """Load data, tokenizer and model; ``stop`` is called between the phases, and may raise to stop early.
 
         Raises:
-            InputError: data, tokenizer, base and model that cannot be used together.
+            InputError: data, tokenizer, base and model do not fit together.
         """
 
     @classmethod
     @abc.abstractmethod
     def shapes(cls, config: Any, cfg: GPTConfig) -> ModelShapes:
-        """Return the shapes of the model that this task trains; reads no data."""
+        """Return the shapes of the model that this task trains, without reading data."""
 
     @classmethod
     def check_data(cls, config: Any) -> None:
-        """Raise an InputError for data that cannot be used, before a base is trained for them."""
+        """Raise an InputError for unusable data, before a base is trained for them."""
         return
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What identifies a run: the keys that its task uses, the resolved shape of its model, and its data."""
+        """Identity of the run: the keys that its task uses, the resolved shape of its model, and its data."""
         keys, model = self.config.identity, self.model_config
         shape = {key: getattr(model, key.removeprefix("model.")) for key in keys if key.startswith("model.")}
         used = {key: value for key, value in {**keys, **shape}.items() if not key.startswith(self.unused_keys)}
@@ -133,42 +133,42 @@ class Task(abc.ABC):
         """The loss, see :mod:`slm_jax.training.step`; a key of None means no dropout."""
 
     def validation_batches(self) -> "EvalBatches":
-        """Return the whole validation split once, in global batches."""
+        """Return one pass over the validation split, in global batches."""
         return self.evaluation_batches["validation"]
 
     def make_batch(self, drawn: Batch, params: Params, step: int) -> Batch:
         """Return the batch of a step, from an element of ``train_batches`` and the model's current parameters.
 
-        Most tasks train on what was drawn; one that learns from its own samples generates them here, with the key of
-        the purpose ``batches`` and the step.
+        Most tasks train on ``drawn`` unchanged; a task that learns from its own samples generates them here, with the
+        key for ``batches`` and the step.
         """
         return drawn
 
     def batch_shapes(self, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Return the shapes of the widest batch of so many rows, which the step is compiled for."""
+        """Return the shapes of the widest batch of ``rows`` rows, for which the step is compiled."""
         return {
             name: jax.ShapeDtypeStruct((rows, *(self.longest or width for width in value.shape[1:])), value.dtype)
             for name, value in self.train_batches[0].items()
         }
 
     def figures(self, sums: EvaluationSums) -> dict[str, float]:
-        """Return what is logged beside the loss of an evaluation."""
+        """Return the metrics that are logged beside the loss of an evaluation."""
         return {k: float(v) / sums.weight_sum for k, v in sums.metrics.items() if np.ndim(v) == 0}
 
     def sample(self, params: Params, key: jax.Array) -> str | None:
-        """Return a text sampled while training; None: this run makes no samples."""
+        """Return a text sampled during training; None: this run makes no samples."""
         return None
 
     def measure(self, params: Params, evaluate: Evaluate, moment: Moment, folder: Path | None) -> dict[str, Any]:
         """Measure the model before the first step, or the best checkpoint after the last.
 
-        Returns figures by split for ``summary.json``, those of ``test`` among them. ``params`` are all of the model;
-        further files go to the run's ``folder``, which is None on hosts that do not write.
+        Returns figures by split, including ``test``, for ``summary.json``. ``params`` has all parameters of the model;
+        additional files go to the run's ``folder``, which is None on hosts that do not write.
         """
         raise NotImplementedError
 
     def report(self, before: dict[str, Any] | None, after: dict[str, Any]) -> list[str]:
-        """Return lines for the user about what was measured before (None: unknown) and after training."""
+        """Return lines for the user on the measurements before (None: unknown) and after training."""
         return []
 
     def next_commands(self) -> tuple[str, ...]:
@@ -180,6 +180,6 @@ Purpose = Literal["params", "dropout", "sampling", "batches"]
 
 
 def purpose_key(seed: int, purpose: Purpose, step: int | None = None) -> jax.Array:
-    """Return the key of one purpose, and of one step (the order of the data has its own generator)."""
+    """Return the random key for a purpose and a step (the order of the data has its own generator)."""
     key = jax.random.fold_in(jax.random.key(seed), get_args(Purpose).index(purpose))
     return key if step is None else jax.random.fold_in(key, step)

@@ -15,18 +15,18 @@ from slm_jax.nn.axes import ADAPTER, STACK, Axes, Params, find_axes
 from slm_jax.nn.blocks import join_blocks, merge_params, segment_lengths, split_blocks
 from slm_jax.nn.lora import init_adapters, merge_adapters
 
-if TYPE_CHECKING:  # who loads weights needs no command line
+if TYPE_CHECKING:  # loading weights needs no command line
     from slm_jax.training.config import BaseRunConfig
 
 
 def split_params(params: Params, config: "BaseRunConfig", key: jax.Array) -> tuple[Params, Params]:
-    """Split a model's whole params tree as ``trainable`` says; return (trainable, frozen).
+    """Split a model's whole params tree according to ``config.trainable``; return (trainable, frozen).
 
-    With ``lora``, adapters are added, from the random key.
+    With ``lora``, adapters are added, initialized with ``key``.
     """
     if config.trainable == "all":
         return params, {}
-    if config.trainable == "lora":  # frozen is all but the adapters, and but a new classification head without any
+    if config.trainable == "lora":  # trained: the adapters, and a new classification head without any
         lora = config.lora
         adapters = init_adapters(key, params, lora.targets, rank=lora.rank, alpha=lora.alpha, drop_rate=lora.drop_rate)
         bare = {path for path in params if path + ADAPTER not in adapters}
@@ -76,6 +76,6 @@ def leaf_table(params: Mapping[str, Any]) -> dict[str, list[Any]]:
 
 
 def from_leaf_table(table: Mapping[str, list[Any]]) -> Params:
-    """Return the tree of shapes that :func:`leaf_table` described."""
+    """Return the tree of shapes that a :func:`leaf_table` describes."""
     shapes = {path: jax.ShapeDtypeStruct(tuple(shape), dtype) for path, (*shape, dtype) in table.items()}
     return unflatten_dict(shapes, sep="/")

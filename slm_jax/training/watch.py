@@ -1,7 +1,7 @@
-"""What the processes of a job know of each other: if one dies, hangs or fails, the others end with one line.
+"""The processes of a job watch each other: if one dies, hangs or fails, the others end with one line.
 
-Every process writes a sign of life to the key-value store of JAX's coordination service, which process 0 hosts.
-Process 0 looks for processes that stopped doing so and tells the others; they notice if process 0 does not answer.
+Every process writes a heartbeat to the key-value store of JAX's coordination service, which process 0 hosts. Process 0
+looks for processes without one and tells the others, which notice themselves if process 0 does not answer.
 """
 
 import contextlib
@@ -25,19 +25,19 @@ from slm_jax.training.process import LOST, Interrupted, end_now
 from slm_jax.training.record import TrainingDiverged
 from slm_jax.training.supervisor import how_to_resume
 
-BEAT = 2.0  # seconds between two signs of life
-SILENCE = 30.0  # seconds without a sign of life after which a process counts as lost
-SUSPICION = 8.0  # the same once an operation with the others has failed here
+BEAT = 2.0  # seconds between two heartbeats
+SILENCE = 30.0  # seconds without a heartbeat after which a process counts as lost
+SUSPICION = 8.0  # the same after an operation with the other processes has failed here
 _ALIVE, _LOST = "slm_jax/alive", "slm_jax/lost"
 _DONE = "done"
-_STATUS = re.compile(r"[A-Z_]+: ")  # how XLA's errors begin, whatever their class: an operation with others failed, too
+_STATUS = re.compile(r"[A-Z_]+: ")  # start of XLA's errors of any class, such as failed operations with others
 
 
 @contextlib.contextmanager
 def joined(program: str, timeout: int) -> Iterator[None]:
     """Join the other processes of a job, if there are any, within ``timeout`` seconds, and watch them.
 
-    If one is missing, JAX aborts the process, which the supervisor explains. ``program``: what messages begin with.
+    If one is missing, JAX aborts the process, and the supervisor reports why. Messages begin with ``program``.
     """
     with _registering(timeout - 8):
         several = initialize_distributed(timeout=timeout - 5)  # JAX adds 5 s
@@ -51,7 +51,7 @@ def joined(program: str, timeout: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _registering(timeout: int) -> Iterator[None]:
-    """Give up on missing processes first where they are known, in the service, so that the message names them."""
+    """Let the coordination service time out first: it knows which processes are missing, and names them."""
     library = getattr(distributed, "_jax", None)
     name = "get_distributed_runtime_service"
     if (make := getattr(library, name, None)) is None:
@@ -65,13 +65,13 @@ def _registering(timeout: int) -> Iterator[None]:
 
 
 class Watch:
-    """Ends this process, with status 75, once another one is lost; tells the others of an error. A context manager.
+    """A context manager that ends this process with status 75 if another is lost, and reports its error to the others.
 
     Args:
-        program: what its messages begin with, such as ``slm-jax train``.
-        client: the client of JAX's coordination service.
-        index: of this process.
-        count: of all processes.
+        program: start of its messages, such as ``slm-jax train``.
+        client: client of JAX's coordination service.
+        index: index of this process.
+        count: number of processes.
     """
 
     def __init__(self, program: str, client: Any, index: int, count: int):
@@ -79,7 +79,7 @@ class Watch:
         self._stopped, self._patience = threading.Event(), SILENCE
         self._answered = time.monotonic()  # when the coordination service last answered
         self._hosts: dict[int, str] = {}
-        self._seen = dict.fromkeys(range(count), ("", self._answered))  # last sign of life, and when it changed
+        self._seen = dict.fromkeys(range(count), ("", self._answered))  # last heartbeat, and when it changed
 
     def __enter__(self) -> "Watch":
         for target in (self._beat, self._watch_coordinator):
@@ -93,7 +93,7 @@ class Watch:
                 self._set(f"{_ALIVE}/{self._index}", _DONE)
             return
         expected = isinstance(error, InputError | OSError)
-        if not expected and _STATUS.match(str(error)):  # the watch ends this process if another one is the cause
+        if not expected and _STATUS.match(str(error)):  # if another process is the cause, the watch ends this one
             self._patience = SUSPICION
             time.sleep(SILENCE + 3 * BEAT)
         self._stopped.set()
@@ -104,7 +104,7 @@ class Watch:
             print(f"{self._program}: {reason}", file=sys.stderr, flush=True)
         else:
             traceback.print_exception(error)
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # until the others have read it, or failed alike
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # until the others have read it, or failed, too
             self._client.wait_at_barrier(f"{_LOST}/all", int(3000 * BEAT))
         end_now(2 if isinstance(error, InputError) else LOST)
 
@@ -112,7 +112,7 @@ class Watch:
         self._client.key_value_set(key, value, allow_overwrite=True)
 
     def _beat(self) -> None:
-        """Write signs of life, read what is known of lost processes, and on process 0 look for them."""
+        """Write heartbeats, read which processes are lost, and on process 0 look for lost ones."""
         number, host = 0, socket.gethostname()
         while not self._stopped.is_set():
             try:
@@ -140,7 +140,7 @@ class Watch:
             if sign != _DONE and now - when > self._patience:
                 problem = f"{self._name(other)} died or hangs: no sign of life for {now - when:.0f} s"
                 self._set(f"{_LOST}/{other}", problem)
-                time.sleep(2 * BEAT)  # the others read it here
+                time.sleep(2 * BEAT)  # time for the others to read it
                 self._end(problem)
 
     def _read_hosts(self, signs: list[tuple[str, str]]) -> None:

@@ -71,6 +71,7 @@ MISTAKES = {
         ("--run x", "--source is missing"),
         ("--source x", "--run is missing"),
         ("--source x --run ../y", "run is '../y'; expected a folder name"),
+        ("--source x --run 'a\nb'", "without control characters"),
     ],
     "plan": [
         ("--device a100", "device is 'a100'; expected one of h200"),

@@ -113,7 +113,7 @@ def test_beam_is_refused_in_one_line(source, tokenizer, tmp_path, monkeypatch, c
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     given = ["prepare", "--source", source, "--out", tmp_path / "a.bin", "--tokenizer", tokenizer]
     fails([*given, "--runner", "direct"], capsys, "needs Apache Beam; install it: pip install 'slm-jax[beam]'")
-    fails([*given, "--beam-options=--project=p"], capsys, "beam_options are of no use without Beam; add --runner")
+    fails([*given, "--beam-options=--project=p"], capsys, "beam_options need Beam; add --runner")
     fails([*given, "--runner", "direct", "--processes", 2], capsys, "processes is 2, but Beam starts its own")
     fails([*given[:-1], "gs://bucket/tokenizer", "--source", "text:gs://bucket/a.txt"], capsys, "--runner dataflow")
     fails([*given, "--out", "gs://bucket/a.bin", "--show", 1], capsys, "show is 1, but out is gs://bucket/a.bin")

@@ -172,5 +172,5 @@ def test_a_template_that_loops_is_ended_and_the_next_is_rendered(source, monkeyp
 
 def test_a_template_that_shows_responses_elsewhere_cannot_be_trained_on():
     template = ChatTemplate("{{ messages[-1].content }}{{ messages[0].content }}", {})
-    with pytest.raises(InputError, match="otherwise than after its prompt"):
+    with pytest.raises(InputError, match="does not put a response right after its prompt"):
         template.pieces([*ASK, Message("assistant", "Yes.")])

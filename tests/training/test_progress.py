@@ -75,7 +75,15 @@ def test_other_hosts_are_silent(terminal):
 
 
 def test_durations_and_sizes_read_as_a_person_would_write_them():
-    durations = {0.4: "0 s", 42: "42 s", 59.4: "59 s", 59.6: "1 min 00 s", 185: "3 min 05 s", 3599.6: "1 h 00 min"}
+    durations = {
+        0: "0 s",
+        0.4: "less than 1 s",
+        42: "42 s",
+        59.4: "59 s",
+        59.6: "1 min 00 s",
+        185: "3 min 05 s",
+        3599.6: "1 h 00 min",
+    }
     assert {seconds: format_duration(seconds) for seconds in durations} == durations
     assert format_duration(360_600) == "100 h 10 min"
     assert [format_bytes(n) for n in (0, 1.5e6, 1.6384e13)] == ["0.0 MB", "1.5 MB", "16,384.00 GB"]

@@ -23,7 +23,7 @@ from slm_jax.data.config import DataConfig, TokenizerConfig
 from slm_jax.errors import InputError, MissingInputError
 from slm_jax.tasks.config import RunConfig, get_task, parse_args
 from slm_jax.training import loop, mirror
-from slm_jax.training.checkpoint import Checkpoints, best_step
+from slm_jax.training.checkpoint import Checkpoints, DamagedCheckpoint, best_step
 from slm_jax.training.config import CheckpointConfig, ModelConfig, OptimizerConfig, SampleConfig, TrainConfig
 from slm_jax.training.loop import train
 from slm_jax.training.manifest import CHECKSUMS, METADATA, find_damage, saved_steps, write_manifest
@@ -299,6 +299,17 @@ def change_metadata(checkpoint, **changes):
     write_manifest(checkpoint, int(checkpoint.name))
 
 
+def test_a_configuration_that_was_cut_is_reported(place, configured):
+    file = place / "runs" / "run" / "config.yaml"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[: lines.index("sample:\n")]))
+    (note,) = find_start(configured()).notes
+    assert "config.yaml is damaged: sample.every is missing" in note
+    other = dataclasses.replace(SampleConfig(), every=3)
+    file.write_text(dump_config(configured(sample=other)))  # a key that may change, and a run killed before it saved
+    assert find_start(configured()).notes == ()
+
+
 @pytest.mark.parametrize(
     ("was", "expected"),
     [
@@ -334,7 +345,7 @@ def test_more_steps_after_the_decay_are_reported_with_a_better_way(tmp_path, ste
     with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
         for at in kept:
             checkpoints.save(TrainState(jnp.int32(at), {"kernel": jnp.ones(3)}, (), jax.random.key(0)), saved)
-    (tmp_path / "run" / "config.yaml").write_text("")
+    (tmp_path / "run" / "config.yaml").write_text(dump_config(cfg))
     notes = find_start(cfg).notes
     assert len(notes) == (expected is not None)
     if expected:
@@ -395,6 +406,21 @@ def test_a_damaged_checkpoint_in_the_mirror_is_not_copied(place, configured):
     for _ in range(2):  # what it leaves is no run
         with pytest.raises(InputError, match=r"drive/run: every checkpoint is damaged"):
             find_start(configured(8, "fresh"))
+
+
+def test_arrays_damaged_in_the_run_and_in_its_mirror_stop_the_run(place, configured, monkeypatch, capsys):
+    tried = []
+
+    def restore(self, step, like):
+        tried.append(step)
+        raise DamagedCheckpoint(f"{step} is damaged")
+
+    leave_at(place / "runs", 6)
+    leave_at(place / "drive", 6)
+    monkeypatch.setattr(Checkpoints, "restore", restore)
+    assert run(configured()) == 2
+    assert tried == [6, 6]
+    assert "6 is damaged, and so is the mirror's copy; delete both" in capsys.readouterr().err
 
 
 def test_a_failing_mirror_is_a_warning_and_the_next_update_catches_up(place, monkeypatch):

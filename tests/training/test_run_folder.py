@@ -178,7 +178,7 @@ def test_a_process_whose_lock_another_one_has_stops_at_its_next_line(run):
             pass
         (run.path / ".lock").unlink()
         with other.lock():
-            with pytest.raises(InputError, match="another process has begun to train this run"):
+            with pytest.raises(InputError, match="another process is now training this run"):
                 run.add_metrics(row(2))
             other.add_metrics(row(3))
     assert [r["step"] for r in run.metrics()] == [1, 3]
@@ -203,7 +203,7 @@ def test_what_a_killed_process_has_left_is_removed_by_the_next(run):
 def test_links_of_a_copied_folder_are_refused(run, tmp_path, name, make):
     (run.path / name).parent.mkdir(exist_ok=True)
     make(run.path / name, tmp_path / "elsewhere")
-    with refused(rf"{run.path / name}: is a link"):
+    with refused(rf"{run.path / name} is a link"):
         run.check_links()
 
 

@@ -29,7 +29,7 @@ def check_config(run: RunFolder) -> Found:
         yield "problem", f"{error}; the checkpoints can still be used: slm-jax generate --run {run.path}"
         return
     if config is None and run.metrics_file.is_file():
-        yield "note", "no config.yaml: the command that trained the run resumes it and writes the file anew"
+        yield "note", "no config.yaml: the command that trained the run resumes it and writes the file again"
         return
     if config is None:
         yield "note", "no config.yaml: weights only, usable for generation and as --base; training cannot resume here"
@@ -187,7 +187,7 @@ def _check_bucket(run: RunFolder, url: str) -> Found:
 
 def check_size(run: RunFolder) -> Found:
     whole, checkpoints = folder_size(run.path), folder_size(run.checkpoints)
-    yield "ok", f"{format_bytes(whole)} in {run.path}, of which checkpoints {format_bytes(checkpoints)}"
+    yield "ok", f"{format_bytes(whole)} in {run.path}, including {format_bytes(checkpoints)} of checkpoints"
 
 
 def check_next(run: RunFolder) -> Found:

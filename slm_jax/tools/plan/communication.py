@@ -152,7 +152,7 @@ def _itemsizes(work: Work, axes: Axes | None, trained: bool) -> tuple[int, int]:
         return 2 * c, c + 4
     if not (axes.stack and trained):
         return c, c
-    # With model.remat full queries, keys and values are projected in a part of the block that is computed once more.
+    # With model.remat full queries, keys and values are projected in a part of the block that is recomputed.
     is_projection = axes.inputs and axes.outputs[0] in ("heads", "kv_heads")
     return (3 * c if work.remat == "full" and is_projection else 2 * c), c
 

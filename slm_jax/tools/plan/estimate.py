@@ -252,6 +252,7 @@ def make_plan(
         raise InputError("mfu is a share of the peak FLOP/s, which is unknown for a CPU; leave it out")
     config, shapes, target = resolve(config, cluster)
     sizes = mesh_sizes(config.mesh, n_devices)
+    batch_tokens = config.train.batch_size * shapes.seq  # without the rows that fill the batch up
     config, fitted = fit_batch(config, n_devices // config.mesh.tensor)
     changes = (*describe_heads(config.mesh, axis_sizes(shapes.cfg)), *fitted)
     limit = device_memory(jax.devices("cpu")[0]) if known is None else known.memory * known.usable
@@ -271,9 +272,9 @@ def make_plan(
     if known is not None and share and flops:
         exchanges = step_exchanges(work, shapes.params, sizes, cluster, known)
         step = step_time(work, exchanges, known, flops, share)
-    rate = config.train.batch_size * shapes.seq / step.overlapped if step else None
+    rate = batch_tokens / step.overlapped if step else None
     if tokens is None and config.train.steps is not None:
-        tokens = float(config.train.steps * config.train.batch_size * shapes.seq)
+        tokens = float(config.train.steps * batch_tokens)
     return Plan(
         device=cluster.name if known is None else known.name,
         n_devices=n_devices,

@@ -1,5 +1,6 @@
 """A plan as tables and sentences."""
 
+import math
 from collections.abc import Callable, Sequence
 
 from rich.console import Console
@@ -54,9 +55,13 @@ def _model_table(plan: Plan) -> Table:
         rows["FLOPs a token"] = f"{_count(plan.flops_per_token)} (6 · parameters + 12 · layers · width · context)"
     if plan.tokens:
         rows["tokens"] = f"{plan.tokens:,.0f}: {plan.tokens / plan.n_params:.3g} a parameter"
-    if plan.tokens_per_second and plan.peak_flops:
-        share = f"{plan.mfu:.0%} of {plan.peak_flops / 1e12:,.4g} TFLOP/s"
-        rows["speed"] = f"{plan.tokens_per_second:,.0f} tokens/s, if {share} are reached: an assumption (--mfu)"
+    if plan.tokens_per_second and plan.peak_flops and plan.mfu and plan.step:
+        reached = plan.step.mfu[0]
+        why = ", an assumption (--mfu)"
+        if not math.isclose(reached, plan.mfu):
+            why = f": communication takes longer than computation at the assumed {plan.mfu:.0%} (--mfu)"
+        speed = f"{plan.tokens_per_second:,.0f} tokens/s, at {reached:.0%} of {plan.peak_flops / 1e12:,.4g} TFLOP/s"
+        rows["speed"] = f"{speed}{why}"
     if plan.hours is not None:
         rows["time"] = format_duration(3600 * plan.hours)
     if plan.hours_for_20 is not None:
