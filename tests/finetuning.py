@@ -33,6 +33,10 @@ def instructions(n=20):
     return [{"instruction": f"double {i}", "output": f"{2 * i}."} for i in range(n)]
 
 
+def preferences(n=30):
+    return [{"prompt": f"double {i}", "chosen": f"{2 * i}.", "rejected": f"{2 * i + 1}. {i}"} for i in range(n)]
+
+
 def words(options):
     return [part for key, value in options.items() for part in (f"--{key}", str(value))]
 
@@ -42,6 +46,7 @@ def options(place, task, runs, trainable="last_block", **more):
     values = {
         "task": task, "trainable": trainable, "base": place / "base", "runs_dir": runs, "run": "tuned",
         "data.source": f"jsonl:{place / task}.jsonl", "instruction.template": place / "template.json",
+        "preference.template": place / "template.json",
         "model.drop_rate": 0.1, "model.unroll": "false", "lora.rank": 2, "lora.drop_rate": 0.1,
         "classification.pad_to": "longest", "classification.pooling": "mean",
         "train.steps": STEPS, "train.batch_size": 4, "train.eval_every": 4,

@@ -4,6 +4,7 @@
   standard library.
 - ``prose-or-code``: labelled paragraphs of the standard library's source.
 - ``docstrings``: instructions to explain a function of the standard library.
+- ``docstring-preferences``: the same with a chosen response, and a rejected one that goes on to another function.
 
 The content depends on the Python version, so golden numbers must not depend on it. The library's source is parsed, not
 imported; the first use takes a second or two.
@@ -204,6 +205,22 @@ def docstring_entries() -> tuple[dict[str, str], ...]:
     return tuple({"instruction": INSTRUCTION, "input": name, "output": text} for name, text in explained.items())
 
 
+def docstring_preferences() -> tuple[dict[str, str], ...]:
+    """Return the entries with their output as the chosen response; the rejected one goes on to another function."""
+    entries = docstring_entries()
+    half = len(entries) // 2
+    others = (*entries[half:], *entries[:half])
+    return tuple(
+        {
+            "instruction": entry["instruction"],
+            "input": entry["input"],
+            "chosen": entry["output"],
+            "rejected": f"{entry['output']} {other['output']}",
+        }
+        for entry, other in zip(entries, others, strict=True)
+    )
+
+
 def _public_functions(node: ast.Module | ast.ClassDef) -> Iterator[Function]:
     for child in node.body:
         if isinstance(child, ast.ClassDef) and not child.name.startswith("_"):
@@ -216,6 +233,7 @@ BUILTINS: dict[str, Callable[[], tuple[Any, ...]]] = {  # each returns texts or 
     "python-docs": python_docs,
     "prose-or-code": prose_or_code,
     "docstrings": docstring_entries,
+    "docstring-preferences": docstring_preferences,
 }
 
 

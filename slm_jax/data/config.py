@@ -3,9 +3,9 @@
 import dataclasses
 from typing import Annotated, Literal
 
-from annotated_types import Ge
+from annotated_types import Ge, Lt
 
-from slm_jax.config import Execution, Fraction, NotNegative, Positive
+from slm_jax.config import AboveZero, Execution, Fraction, NotNegative, Positive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,8 @@ class DataConfig:
         source: plain text: builtin:python-docs, text:GLOB, named:NAME, tokens:FILE.bin (written by slm-jax prepare);
             rows of texts, labelled texts or instructions: jsonl:GLOB, json:GLOB, csv:GLOB, tsv:GLOB, parquet:GLOB,
             tfds:NAME[/CONFIG][:SPLIT]; labelled texts: builtin:prose-or-code, named:sms-spam; instructions:
-            builtin:docstrings, named:instruction-data.
+            builtin:docstrings, named:instruction-data; preferences: builtin:docstring-preferences,
+            named:instruction-preference.
         validation_source: second source, for validation; null: a part of the first.
         validation_fraction: share of the source held out for validation, without a validation_source.
         test_source: fine-tuning: third source, for the test at the end; null: a part of the first.
@@ -105,6 +106,37 @@ class InstructionConfig:
     split: Literal["random", "file_order"] = "random"
     mask_prompt: bool = True
     packing: bool = False
+    too_long: Literal["drop", "truncate"] = "drop"
+    max_length: Annotated[int, Ge(2)] | None = None
+    empty: Execution[Literal["drop", "refuse"]] = "drop"  # the data are identified by their SHA-256
+    responses: Execution[NotNegative | None] = None
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferenceConfig:
+    """Pairs of a chosen and a rejected response, and the loss that learns from them.
+
+    Attributes:
+        loss: dpo (Rafailov et al. 2023), ipo (Azar et al. 2023) or simpo (Meng et al. 2024, needs no reference).
+        beta: how strongly the model is held to the reference: rewards are beta times the log-ratio to it.
+        label_smoothing: dpo and simpo: assumed share of pairs that are the wrong way round.
+        gamma: simpo: by how much the chosen reward shall exceed the rejected one.
+        sft_weight: weight of the chosen response's loss per token, which is added.
+        template: alpaca, phi3, chatml, or a JSON file with your own; null: the base's, or alpaca if it has none.
+        split: how one source is split: random, or file_order (training, test, validation).
+        too_long: whether a pair longer than max_length is dropped, or its prompt truncated on the left.
+        max_length: largest number of tokens of a prompt with a response; null: the model's context length.
+        empty: whether a pair with an empty text, or with equal responses, is dropped and counted, or refused.
+        responses: number of test prompts answered before and after training; null: all.
+    """
+
+    loss: Literal["dpo", "ipo", "simpo"] = "dpo"
+    beta: AboveZero = 0.1
+    label_smoothing: Annotated[float, Ge(0), Lt(0.5)] = 0.0
+    gamma: Annotated[float, Ge(0)] = 0.5
+    sft_weight: Annotated[float, Ge(0)] = 0.0
+    template: str | None = None
+    split: Literal["random", "file_order"] = "random"
     too_long: Literal["drop", "truncate"] = "drop"
     max_length: Annotated[int, Ge(2)] | None = None
     empty: Execution[Literal["drop", "refuse"]] = "drop"  # the data are identified by their SHA-256

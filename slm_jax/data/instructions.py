@@ -10,7 +10,7 @@ import functools
 import itertools
 import operator
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int32
@@ -41,16 +41,23 @@ _prompt = operator.attrgetter("prompt")
 
 
 class InstructionSplits(NamedTuple):
-    """The examples of each split, and notes on the splitting, one per line."""
+    """The examples of each split (:class:`Example`, or pairs of preferences), and notes on the splitting."""
 
-    train: tuple[Example, ...]
-    validation: tuple[Example, ...]
-    test: tuple[Example, ...]
+    train: tuple[Any, ...]
+    validation: tuple[Any, ...]
+    test: tuple[Any, ...]
     notes: tuple[str, ...]
 
 
 def load_instructions(data: DataConfig, cfg: InstructionConfig, seed: int) -> InstructionSplits:
-    """Read and split the examples of ``data``: entries in the form of `entry_messages`, with a response.
+    """Read and split the examples of ``data``: entries in the form of `entry_messages`, with a response."""
+    return split_examples(data, cfg.split, seed, functools.partial(_read, cfg=cfg))
+
+
+def split_examples(
+    data: DataConfig, order: Literal["random", "file_order"], seed: int, read: Callable[[str, list[str]], list[Any]]
+) -> InstructionSplits:
+    """Read and split the examples of ``data``; ``read(source, notes)`` returns those of a source and adds notes.
 
     A single source is split by ``data``'s fractions; counts are rounded down, and the rest goes to validation. With
     ``file_order``, training comes first, then test, then validation. With ``random``, examples with the same prompt go
@@ -61,8 +68,8 @@ def load_instructions(data: DataConfig, cfg: InstructionConfig, seed: int) -> In
             shares a prompt with another split.
     """
     notes: list[str] = []
-    examples = _read(data.source, cfg, notes)
-    if cfg.split == "random":
+    examples = read(data.source, notes)
+    if order == "random":
         shuffled = [examples[i] for i in np.random.default_rng(seed).permutation(len(examples))]
         groups = grouped(shuffled, map(_prompt, shuffled))
         # A group at a boundary is not divided.
@@ -77,7 +84,7 @@ def load_instructions(data: DataConfig, cfg: InstructionConfig, seed: int) -> In
             notes.append(f"{n_shared:,} of them repeat the prompt of one in another split (split: file_order)")
     separate = [name for name in ("validation", "test") if getattr(data, f"{name}_source")]
     for name in separate:
-        splits[name] = _read(getattr(data, f"{name}_source"), cfg, notes)
+        splits[name] = read(getattr(data, f"{name}_source"), notes)
     check_apart(splits, _prompt, what="prompt", separate=separate)
     require_filled(splits)
     sizes = ", ".join(f"{len(split):,} {name}" for name, split in splits.items())
@@ -85,7 +92,7 @@ def load_instructions(data: DataConfig, cfg: InstructionConfig, seed: int) -> In
     return InstructionSplits(train, validation, test, (f"examples: {sizes}", *notes))
 
 
-def _read(source: str, cfg: InstructionConfig, notes: list[str]) -> list[Example]:
+def _read(source: str, notes: list[str], cfg: InstructionConfig) -> list[Example]:
     """Return the examples of a source; add to the notes how many entries were left out."""
     empty: list[EmptyField] = []
     examples = read_examples(source, None if cfg.empty == "refuse" else empty.append)
@@ -121,7 +128,7 @@ def read_examples(source: str, on_empty: Callable[[EmptyField], None] | None = N
     return examples
 
 
-def _cut(examples: list[Example], data: DataConfig) -> dict[str, list[Example]]:
+def _cut(examples: list[Any], data: DataConfig) -> dict[str, list[Any]]:
     """Split the examples in order; a split that has its own source gets none."""
     validation, test = split_fractions(data)
     n = len(examples)

@@ -1,8 +1,9 @@
 """Tasks: what each kind of training gives to the one loop; the registry is :mod:`slm_jax.tasks.config`.
 
 ``pretraining`` trains a model to predict the next token, ``classification`` fine-tunes it to predict the class of a
-text, and ``instruction`` to follow instructions (chapters 5, 6 and 7 of the book). ``base`` holds what training starts
-from. A module is imported when it is first used: ``slm_jax.tasks.instruction``.
+text, ``instruction`` to follow instructions (chapters 5, 6 and 7 of the book), and ``preference`` to prefer one
+response to another (DPO). ``base`` holds what training starts from. A module is imported when it is first used:
+``slm_jax.tasks.instruction``.
 """
 
 import importlib

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from slm_jax.config import Execution, parse, recipe_files
-from slm_jax.data.config import ClassificationConfig, DataConfig, InstructionConfig
+from slm_jax.data.config import ClassificationConfig, DataConfig, InstructionConfig, PreferenceConfig
 from slm_jax.training.config import BaseRunConfig, CheckpointConfig, OptimizerConfig, SampleConfig, TrainConfig
 
 if TYPE_CHECKING:
     from slm_jax.training.task import Task
 
-TaskName = Literal["pretraining", "classification", "instruction"]
+TaskName = Literal["pretraining", "classification", "instruction", "preference"]
 
 
 class TaskInfo(NamedTuple):
@@ -37,6 +37,7 @@ TASKS: dict[str, TaskInfo] = {
         "classification:Classification", "classify_builtin", "builtin:prose-or-code", "text", "classify"
     ),
     "instruction": TaskInfo("instruction:Instruction", "sft_builtin", "builtin:docstrings", "token", "chat"),
+    "preference": TaskInfo("preference:Preference", "dpo_builtin", "builtin:docstring-preferences", "text", "chat"),
 }
 
 
@@ -53,11 +54,13 @@ class RunConfig(BaseRunConfig):
     Attributes:
         classification: fine-tuning on labelled texts.
         instruction: fine-tuning on instructions.
+        preference: fine-tuning on pairs of a chosen and a rejected response.
     """
 
     task: TaskName = "pretraining"
     classification: ClassificationConfig = dataclasses.field(default_factory=ClassificationConfig)
     instruction: InstructionConfig = dataclasses.field(default_factory=InstructionConfig)
+    preference: PreferenceConfig = dataclasses.field(default_factory=PreferenceConfig)
 
     @property
     def default_run(self) -> str:

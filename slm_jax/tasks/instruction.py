@@ -14,7 +14,7 @@ import jax
 from slm_jax.data import instructions
 from slm_jax.data.chat_template import ChatTemplate, template_from_dict
 from slm_jax.data.corpus import make_tokenizer
-from slm_jax.data.instructions import Example, Tokens
+from slm_jax.data.instructions import Tokens
 from slm_jax.data.templates import TEMPLATES, Message, Template, encode_prompt, format_prompt, load_template
 from slm_jax.data.windows import bucket_width
 from slm_jax.errors import InputError, MissingInputError
@@ -49,18 +49,18 @@ class Instruction(Task):
 
     model: GPTModel
     template: Template
-    test: Sequence[Example]
+    test: Sequence[Any]  # examples or pairs
     asked: Sequence[Message]
     stop: Callable[[], None]
 
     @classmethod
     def build(cls, config: RunConfig, start: Start, stop: Callable[[], None] = lambda: None) -> "Instruction":
         section, train = config.instruction, config.train
-        configured = _template(section.template, start)
+        configured = find_template(section.template, start, "instruction")
         splits = instructions.load_instructions(config.data, section, config.seed)
         stop()
         base = find_base(config, start)
-        template = configured or _own_template(base)
+        template = configured or own_template(base)
         if base is None:
             texts = [
                 [template.text(example.messages) for example in examples]
@@ -90,19 +90,14 @@ class Instruction(Task):
             notes.append(f"packed {len(encoded['train']):,} training examples into {len(rows['train']):,} rows")
         shape: dict[str, Any] = {"limit": longest, "bucketed": not section.packing, "packed": section.packing}
         eval_rows = train.eval_batch_size or train.batch_size
-        room, test = prompt_room(cfg, config.sample.max_new_tokens), splits.test[: section.responses]
-        fits = [len(encode_prompt(tokenizer, template, example.prompt)) <= room for example in test]
-        if n_cut := fits.count(False):
-            notes.append(
-                f"warning: {n_cut:,} of {len(test):,} test prompts are longer than {room} tokens and are truncated on "
-                "the left (model.context_length less sample.max_new_tokens)"
-            )
+        test = splits.test[: section.responses]
+        notes += check_prompts(config, tokenizer, template, cfg, test)
         return cls(
             config=config,
             model=GPTModel(cfg),
             template=template,
             test=test,
-            asked=_asked(config, tokenizer, template, splits.validation, room),
+            asked=choose_asked(config, tokenizer, template, cfg, splits.validation),
             stop=stop,
             model_config=cfg,
             params=prepare_params(config, start, base, functools.partial(init_params, cfg)),
@@ -151,7 +146,13 @@ class Instruction(Task):
     def measure(self, params: Params, evaluate: Evaluate, moment: Moment, folder: Path | None) -> dict[str, Any]:
         """Return loss, exact match and ROUGE-L of the test split; write the responses to a file."""
         loss = evaluate(self.evaluation_batches["test"]).loss
-        figures: dict[str, Any] = {"loss": loss, "perplexity": perplexity(loss)}
+        return {
+            "test": {"loss": loss, "perplexity": perplexity(loss), **self.measure_responses(params, moment, folder)}
+        }
+
+    def measure_responses(self, params: Params, moment: Moment, folder: Path | None) -> dict[str, Any]:
+        """Return exact match and ROUGE-L of the answers to ``test``, if it has any; write them to a file."""
+        figures: dict[str, Any] = {}
         if self.test:
             answers = self._respond(params, [example.prompt for example in self.test])
             responses = [Response(e.where, e.messages, text) for e, text in zip(self.test, answers, strict=True)]
@@ -160,11 +161,15 @@ class Instruction(Task):
             if folder is not None:
                 file = folder / ("responses.json" if moment == "after" else "responses-before.json")
                 replace_text(file, json.dumps([_entry(r) for r in responses], indent=1, ensure_ascii=False) + "\n")
-        return {"test": figures}
+        return figures
+
+    figure_formats: ClassVar[Mapping[str, str]] = {
+        "loss": ".4f", "perplexity": ",.2f", "exact_match": ".2%", "rouge_l": ".4f",
+    }  # fmt: skip
 
     def report(self, before: dict[str, Any] | None, after: dict[str, Any]) -> list[str]:
         lines, then = [], before["test"] if before else {}
-        for name, form in (("loss", ".4f"), ("perplexity", ",.2f"), ("exact_match", ".2%"), ("rouge_l", ".4f")):
+        for name, form in self.figure_formats.items():
             if name in after["test"]:
                 was = f" (before training {then[name]:{form}})" if name in then else ""
                 lines.append(f"test: {name.replace('_', ' ')} {after['test'][name]:{form}}{was}")
@@ -181,7 +186,7 @@ class Instruction(Task):
         )
 
 
-def _template(name: str | None, start: Start) -> Template | None:
+def find_template(name: str | None, start: Start, section: str) -> Template | None:
     """Return the template; a run that resumes has its own, even if the file that it came from is gone."""
     if "template" not in start.metadata:
         return None if name is None else load_template(name)
@@ -191,22 +196,36 @@ def _template(name: str | None, start: Start) -> Template | None:
     except MissingInputError:
         return saved
     if wanted != saved:
-        problem = f"{start.folder.path} holds another run: instruction.template {name} has changed"
+        problem = f"{start.folder.path} holds another run: {section}.template {name} has changed"
         raise InputError(f"{problem}; change it back, or use another --run NAME")
     return saved
 
 
-def _own_template(base: Base | None) -> Template:
+def own_template(base: Base | None) -> Template:
     """Return the template that a base was trained with, or Alpaca's; one that asks for the date gets today's."""
     template = None if base is None else base.template
     return template.dated() if isinstance(template, ChatTemplate) else template or TEMPLATES["alpaca"]
 
 
-def _asked(
-    config: RunConfig, tokenizer: Tokenizer, template: Template, validation: Sequence[Example], room: int
+def check_prompts(
+    config: RunConfig, tokenizer: Tokenizer, template: Template, cfg: GPTConfig, test: Sequence[Any]
+) -> list[str]:
+    """Return a warning if prompts of the test leave no room for an answer."""
+    room = prompt_room(cfg, config.sample.max_new_tokens)
+    fits = [len(encode_prompt(tokenizer, template, example.prompt)) <= room for example in test]
+    if not (n_cut := fits.count(False)):
+        return []
+    return [
+        f"warning: {n_cut:,} of {len(test):,} test prompts are longer than {room} tokens and are truncated on the left "
+        "(model.context_length less sample.max_new_tokens)"
+    ]
+
+
+def choose_asked(
+    config: RunConfig, tokenizer: Tokenizer, template: Template, cfg: GPTConfig, validation: Sequence[Any]
 ) -> Sequence[Message]:
     """Return the messages that samples respond to: ``sample.prompt``, or the first validation prompt that fits."""
-    section = config.sample
+    section, room = config.sample, prompt_room(cfg, config.sample.max_new_tokens)
     if section.prompt is None or not section.every:
         fits = (e for e in validation if len(encode_prompt(tokenizer, template, e.prompt)) <= room)
         return next(fits, validation[0]).prompt

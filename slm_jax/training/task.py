@@ -28,7 +28,7 @@ class EvaluationSums:
 
     loss_sum: float
     weight_sum: float
-    metrics: dict[str, np.ndarray]
+    metrics: dict[str, np.ndarray | np.floating]
 
     @property
     def loss(self) -> float:

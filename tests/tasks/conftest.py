@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from finetuning import ALPHABET, TEMPLATE, instructions, jsonl, labelled, options, words
+from finetuning import ALPHABET, TEMPLATE, instructions, jsonl, labelled, options, preferences, words
 from sharing import make_once
 
 from slm_jax import cli
@@ -13,6 +13,7 @@ from slm_jax import cli
 def make_place(folder):
     jsonl(folder / "classification.jsonl", labelled())
     jsonl(folder / "instruction.jsonl", instructions())
+    jsonl(folder / "preference.jsonl", preferences())
     (folder / "template.json").write_text(json.dumps(TEMPLATE))
     (folder / "text.txt").write_text((ALPHABET + "\n") * 40)
     options = {
@@ -25,7 +26,7 @@ def make_place(folder):
 
 @pytest.fixture(scope="session")
 def place(tmp_path_factory):
-    """Data of both tasks, a template, and a model that was pretrained for two steps."""
+    """Data of all tasks, a template, and a model that was pretrained for two steps."""
     return make_once(tmp_path_factory, "finetuning", make_place)
 
 

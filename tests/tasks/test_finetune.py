@@ -219,7 +219,7 @@ def outcome(run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("task", "trainable"), QUICK)
+@pytest.mark.parametrize(("task", "trainable"), [*QUICK, ("preference", "lora")])
 def test_killed_equals_unbroken_bitwise(place, tuned, tmp_path, task, trainable):
     """SIGKILL after step 5; it resumes from what was saved by then, without its base."""
     unbroken, _ = tuned(task, trainable)
