@@ -7,7 +7,9 @@ training, and are stored with the run, so that no second model is in memory and 
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -17,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Float
+from rich.console import Console
+from rich.progress import track
 
 from slm_jax.data import preferences
 from slm_jax.data.config import PreferenceConfig
@@ -209,12 +213,15 @@ def _references(
     model = GPTModel(base.model_config)
     logprobs = jax.jit(lambda params, batch: response_logprobs(model, params, batch)[0])
     tables = {name: np.zeros((n, 2), np.float32) for name, n in sizes.items()}
+    console = Console(stderr=True)
     for name, pairs in encoded.items():
         of_split = PairRows(pairs, tables[name], limit)
-        first = 0
-        for batch in of_split.eval_batches(rows):
+        batches, total = of_split.eval_batches(rows), math.ceil(len(pairs) / rows)
+        shown = track(
+            batches, f"reference: {name}", total, console=console, transient=True, disable=not console.is_terminal
+        )
+        for first, batch in zip(itertools.count(0, rows), shown, strict=False):
             stop()
             indices = of_split.order[first : first + rows]
             tables[name][indices] = np.asarray(logprobs(base.params, batch))[: len(indices)]
-            first += rows
     return tables

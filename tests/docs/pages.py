@@ -43,7 +43,7 @@ SHARED = (["train", "--config", TINY], ["finetune", "--config", CLASSIFY], ["fin
 PRETRAINED = {"gpt2": "stand-in", "smollm2-135m-instruct": "stand-in-chat"}  # what stands in for each here
 STAND_IN = re.compile(rf"""(?:(?<=--run )|(?<=--base )|(?<=load_model\("))({"|".join(PRETRAINED)})\b(?!-)""")
 NEEDS_NAMED = re.compile(
-    r"named:|tinyshakespeare|(configs/|config )(shakespeare|verdict|classify_spam|sft_instruction)"
+    r"named:|tinyshakespeare|(configs/|config )(shakespeare|verdict|classify_spam|sft_instruction|dpo_instruction)"
 )
 NEEDS_GPT2_TOKENS = re.compile(r"gpt2|configs/verdict|tokenizer(\.kind)? gpt2|slm-jax prepare(?!.*--tokenizer)")
 
