@@ -29,9 +29,9 @@ def test_json_is_the_same_plan(capsys):
 
 @pytest.mark.parametrize("recipe", sorted(path.name for path in CONFIGS.glob("*.yaml")))
 def test_every_recipe_can_be_planned(recipe, tmp_path, monkeypatch, capsys):
-    """Those of fine-tuning too, before their base is there; the book's chapter 7 starts from a run of our own."""
+    """Those of fine-tuning too, before their base is there; two of them start from another recipe's run."""
     monkeypatch.chdir(tmp_path)
-    words = ["--base", "runs/tiny"] if recipe == "sft_instruction.yaml" else []
+    words = ["--base", "runs/tiny"] if recipe in ("sft_instruction.yaml", "dpo_builtin.yaml") else []
     assert cli.main(["plan", "--config", str(CONFIGS / recipe), "--device", "a100-40g", *words]) == 0
     assert "total" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
