@@ -4,7 +4,7 @@
   standard library.
 - ``prose-or-code``: labelled paragraphs of the standard library's source.
 - ``docstrings``: instructions to explain a function of the standard library.
-- ``docstring-preferences``: the same with a chosen response, and a rejected one that goes on to another function.
+- ``docstring-preferences``: the same with a chosen response, and a rejected one that begins another explanation.
 
 The content depends on the Python version, so golden numbers must not depend on it. The library's source is parsed, not
 imported; the first use takes a second or two.
@@ -206,7 +206,7 @@ def docstring_entries() -> tuple[dict[str, str], ...]:
 
 
 def docstring_preferences() -> tuple[dict[str, str], ...]:
-    """Return the entries with their output as the chosen response; the rejected one goes on to another function."""
+    """Return the entries with their output as the chosen response; the rejected one begins another explanation."""
     entries = docstring_entries()
     half = len(entries) // 2
     others = (*entries[half:], *entries[:half])
@@ -215,7 +215,7 @@ def docstring_preferences() -> tuple[dict[str, str], ...]:
             "instruction": entry["instruction"],
             "input": entry["input"],
             "chosen": entry["output"],
-            "rejected": f"{entry['output']} {other['output']}",
+            "rejected": " ".join([entry["output"], *other["output"].split()[:6]]),
         }
         for entry, other in zip(entries, others, strict=True)
     )
