@@ -18,6 +18,26 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 # Every annotated shape and dtype is checked while quick tests run; the other packages have none.
 SHAPED = ("attention", "data", "evaluation", "generation", "model", "nn", "tools.report.pictures", "training")
+check_function = jaxtyping.jaxtyped
+
+
+def check_shapes(*, typechecker):
+    """Check a function as jaxtyping does, but not one inside another that names no shape.
+
+    Those are made anew in each call of the other, and so would be the checks, which takes longer than such a call.
+    """
+
+    def decorate(function):
+        inner = "<locals>" in getattr(function, "__qualname__", "")
+        hints = getattr(function, "__annotations__", {}).values()
+        if inner and not any(isinstance(hint, type) and issubclass(hint, jaxtyping.AbstractArray) for hint in hints):
+            return function
+        return check_function(function, typechecker=typechecker)
+
+    return decorate
+
+
+jaxtyping.jaxtyped = check_shapes
 jaxtyping.install_import_hook(
     [f"slm_jax.{name}" for name in SHAPED], "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 )
